@@ -1,0 +1,3 @@
+"""CogVideoX in SAT style: a YAML-driven text-to-video diffusion engine. Start reading at `sgm/models/diffusion.py`."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,146 @@
+"""Strict, memory-lean assignment of a state dict to a module (also one built on the meta device)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from sgm.weights.files import WeightsError
+
+_SHOWN = 6  # names listed a heading before "... and N more"
+
+
+@dataclass
+class KeyReport:
+    """How the keys of a file relate to those of a module. All lists are sorted; `shapes` holds readable lines."""
+
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    shapes: list[str] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.unexpected or self.shapes)
+
+    def lines(self) -> list[str]:
+        parts = (
+            ("missing from the file", self.missing),
+            ("not of this model", self.unexpected),
+            ("wrong shape", self.shapes),
+        )
+        return [f"  {title} ({len(names)}): {_shorten(names)}" for title, names in parts if names]
+
+
+def assign_state(
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    *,
+    source: str,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    may_lack: Collection[str] = (),
+    ignore_prefixes: Iterable[str] = (),
+    hint: str = "",
+) -> None:
+    """Give `module` the tensors of `state`, every key accounted for, one tensor at a time.
+
+    Parameters and buffers that lie on the meta device are replaced; real ones are overwritten in place, or replaced
+    when `device`/`dtype` ask for others. A tensor that already has the wanted device and dtype is taken as it is, so
+    a memory-mapped file costs no second copy. Plain names are also accepted by linears that a LoRA mixin has wrapped
+    (`x.weight` goes to `x.original.weight`).
+
+    Args:
+        state: names to tensors; entries whose name starts with one of `ignore_prefixes` are left out.
+        source: the file, for messages.
+        device: where the tensors go; None keeps the module's device (for meta modules: the tensor's own).
+        dtype: floating-point type to convert to; None keeps the module's type (for meta modules: the tensor's own).
+        may_lack: names that the file may leave out; they keep what the module holds.
+        hint: a last line for the error message.
+    Raises:
+        WeightsError: lists all missing and unexpected names and all wrong shapes at once; nothing was assigned then.
+    """
+    targets = _named_tensors(module)
+    prefixes = tuple(ignore_prefixes)
+    offered = {_own_name(name, targets): t for name, t in state.items() if not name.startswith(prefixes or ("\0",))}
+    report = compare_keys({name: tuple(t.shape) for name, t in targets.items()}, offered, may_lack)
+    if report:
+        message = [f"{source} does not fit {type(module).__name__}:", *report.lines()]
+        raise WeightsError("\n".join(message + ([hint] if hint else [])))
+    replaced: dict[int, Tensor] = {}  # tied parameters stay tied
+    for name, value in offered.items():
+        _assign_one(module, name, targets[name], value, device, dtype, replaced)
+
+
+def compare_keys(
+    expected: Mapping[str, tuple[int, ...]], offered: Mapping[str, Tensor], may_lack: Collection[str] = ()
+) -> KeyReport:
+    """Compare names and shapes: `expected` name -> shape of the module, `offered` name -> tensor of the file."""
+    allowed = set(may_lack)
+    return KeyReport(
+        missing=sorted(n for n in expected if n not in offered and n not in allowed),
+        unexpected=sorted(n for n in offered if n not in expected),
+        shapes=sorted(
+            f"{n} is {list(offered[n].shape)} in the file, {list(shape)} in the model"
+            for n, shape in expected.items()
+            if n in offered and tuple(offered[n].shape) != shape
+        ),
+    )
+
+
+def _named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Every entry of the state dict as the live tensor (tied ones under each of their names)."""
+    kept = set(module.state_dict(keep_vars=True))
+    named = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    return {name: tensor for name, tensor in named.items() if name in kept}
+
+
+def _own_name(name: str, targets: Mapping[str, Tensor]) -> str:
+    if name in targets:
+        return name
+    stem, _, leaf = name.rpartition(".")
+    wrapped = f"{stem}.original.{leaf}"
+    return wrapped if wrapped in targets else name
+
+
+def _assign_one(
+    module: nn.Module,
+    name: str,
+    target: Tensor,
+    value: Tensor,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    replaced: dict[int, Tensor],
+) -> None:
+    place = device if device is not None else (value.device if target.is_meta else target.device)
+    kind = _wanted_dtype(target, value, dtype)
+    if not target.is_meta and target.device == torch.device(place) and target.dtype == kind:
+        with torch.no_grad():
+            target.copy_(value)
+        return
+    if id(target) not in replaced:
+        new = value.detach().to(device=place, dtype=kind)
+        replaced[id(target)] = _like(target, new)
+    owner = module.get_submodule(name.rpartition(".")[0])
+    setattr(owner, name.rpartition(".")[2], replaced[id(target)])
+
+
+def _wanted_dtype(target: Tensor, value: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    if not target.is_floating_point():
+        return target.dtype
+    return dtype or (value.dtype if target.is_meta else target.dtype)
+
+
+def _like(target: Tensor, new: Tensor) -> Tensor:
+    """`new` as the same kind of tensor: a parameter keeps requires_grad and the marks that SAT puts on it."""
+    if not isinstance(target, nn.Parameter):
+        return new
+    parameter = nn.Parameter(new, requires_grad=target.requires_grad)
+    parameter.__dict__.update(target.__dict__)
+    return parameter
+
+
+def _shorten(names: list[str]) -> str:
+    more = len(names) - _SHOWN
+    return "; ".join(names[:_SHOWN]) + (f"; ... and {more} more" if more > 0 else "")

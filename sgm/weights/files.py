@@ -1,0 +1,131 @@
+"""Safe, memory-mapped reading of one weight file (`.pt` zip archives, legacy `.pt`, `.safetensors`)."""
+
+from __future__ import annotations
+
+import _codecs
+import hashlib
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_SAFETENSORS_SUFFIX = ".safetensors"
+
+
+class WeightsError(ValueError):
+    """A weight file cannot be used: damaged, unsafe, or not what the model needs. The message says which and why."""
+
+
+class WeightsNotFoundError(WeightsError, FileNotFoundError):
+    """A weight file or folder does not exist."""
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint without running code from it and without copying tensors that can be memory-mapped.
+
+    Args:
+        path: a `.safetensors` file, or a `.pt`/`.bin`/`.ckpt`/`.pth` file written by `torch.save`.
+    Returns:
+        The stored mapping. Tensors lie on the CPU, mapped from the file where its format allows (zip-format `.pt`
+        and safetensors); they keep the file's dtype.
+    Raises:
+        WeightsNotFoundError: no such file.
+        WeightsError: truncated, not a checkpoint, not a mapping, or it holds pickled objects other than tensors,
+            plain Python values and NumPy arrays (random-generator states of old checkpoints).
+    """
+    path = Path(path)
+    if not path.exists():
+        raise WeightsNotFoundError(f"no weight file at {path}. Check the path in the YAML.")
+    if path.is_dir():
+        raise WeightsError(f"{path} is a folder, a weight file (.pt or .safetensors) is needed here.")
+    content = _read_safetensors(path) if path.suffix == _SAFETENSORS_SUFFIX else _read_pickle(path)
+    if not isinstance(content, Mapping):
+        raise WeightsError(f"{path} holds a {type(content).__name__}, not a mapping of names to tensors.")
+    return dict(content)
+
+
+def tensors_of(content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The entries of a mapping that are tensors."""
+    return {name: value for name, value in content.items() if isinstance(value, Tensor)}
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from error
+
+
+def _read_pickle(path: Path) -> Any:
+    is_zip = zipfile.is_zipfile(path)
+    if not is_zip and _starts_like_zip(path):
+        raise _damaged(path, "the archive's end is missing")
+    try:
+        with torch.serialization.safe_globals(_numpy_globals()):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip or None)
+    except pickle.UnpicklingError as error:
+        refused = _refused_global(error)
+        if refused is None:
+            raise _damaged(path, error) from error
+        raise WeightsError(
+            f"{path} was not loaded: it contains the pickled object {refused!r}, and unpickling such an object can run "
+            "code. Only tensors, plain Python values and NumPy arrays are read. If you trust the file, re-save its "
+            "weights alone (torch.save(state_dict) or safetensors) and use that file."
+        ) from error
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged byte stream can make an unpickler raise anything
+        raise _damaged(path, error) from error
+
+
+def _numpy_globals() -> list[Any]:
+    """What the NumPy random state in older checkpoints needs: array reconstruction under NumPy 1's and 2's names."""
+    import numpy as np
+    from numpy._core.multiarray import _reconstruct, scalar
+
+    named = [(_reconstruct, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
+    named += [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    dtypes = [type(np.dtype(name)) for name in ("uint8", "uint32", "uint64", "int32", "int64", "float32", "float64")]
+    return [*named, np.ndarray, np.dtype, *dtypes, _codecs.encode]
+
+
+def _starts_like_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def _refused_global(error: pickle.UnpicklingError) -> str | None:
+    found = re.search(r"(?:GLOBAL|global:?|function|type|class) `?([\w.]+\.[\w.]+|builtins [\w.]+)", str(error))
+    return found.group(1) if found else None
+
+
+def _damaged(path: Path, why: object) -> WeightsError:
+    reason = str(why).splitlines()[0] if str(why) else type(why).__name__
+    return WeightsError(
+        f"{path} cannot be read as weights ({path.stat().st_size} bytes): {reason}. "
+        "It is truncated or not a checkpoint; copy or download it again."
+    )
+
+
+def weights_fingerprint(path: str | Path, *, blocks: int = 64, block_bytes: int = 1 << 16) -> str:
+    """A short identity of a weight file: SHA-256 over its size and `blocks` evenly spaced blocks, first 16 hex digits.
+
+    Reading a few MiB in place of several GiB makes it cheap enough for every run; it tells files apart, it is no
+    proof of integrity.
+    """
+    path = Path(path)
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for k in range(blocks):
+            file.seek(max(0, (size - block_bytes) * k // max(1, blocks - 1)))
+            digest.update(file.read(block_bytes))
+    return digest.hexdigest()[:16]
