@@ -1,0 +1,302 @@
+"""Run configuration: YAML files, `--set` overrides and flags become one typed, checked record.
+
+Precedence: defaults < YAML files in order < `--set key=value` < named flags. (The original lets YAML beat the command
+line.) Every problem found is reported at once. A run keeps its resolved configuration beside its results.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+Args = TypeVar("Args")
+
+SECTIONS = ("args", "model", "data", "deepspeed", "accelerate")
+
+# Every option of the original's parsers. A name that the running mode does not use is accepted and named once.
+UPSTREAM_ARGS = frozenset(
+    """batch_from_same_dataset batch_size bf16 block_size checkpoint_activations checkpoint_num_layers
+    checkpoint_skip_layers cuda debug deepscale deepscale_config deepspeed deepspeed_activation_checkpointing
+    deepspeed_config device distributed_backend epochs eval_batch_size eval_interval eval_iters exit_interval
+    experiment_name final_size force_inference force_pretrain force_train fp16 gradient_accumulation_steps
+    grid_num_rows image2video input_dir input_file input_type iterable_dataset iterable_dataset_eval latent_channels
+    lcm_steps load local_rank log_image log_interval lr lr_decay_iters lr_decay_ratio lr_decay_style mode
+    model_parallel_size no_load_rng no_save_rng num_workers only_log_video_latents only_save_latents output_dir
+    prefetch_factor profiling rank resume_dataloader sampling_fps sampling_image_size sampling_num_frames
+    sampling_video_size save save_args save_interval sdedit seed split strict_eval summary_dir test_data train_data
+    train_data_weights train_iters valid_data wandb wandb_project_name warmup weight_decay world_size
+    zero_stage""".split()
+)
+
+
+class ConfigError(ValueError):
+    """The configuration is wrong; the message lists every problem with its place and remedy."""
+
+
+def option(default: Any, help: str, *, choices: Sequence[Any] = (), at_least: float | None = None) -> Any:
+    """A documented, checked field of an args record."""
+    metadata = {"help": help, "choices": tuple(choices), "at_least": at_least}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class RunConfig(Generic[Args]):
+    """One run's resolved configuration. `args` is typed; the other sections are plain mappings (None when absent)."""
+
+    args: Args
+    model: dict[str, Any]
+    data: dict[str, Any] | None
+    deepspeed: dict[str, Any] | None
+    accelerate: dict[str, Any]
+    files: tuple[Path, ...]
+    notes: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        sections = {"args": dataclasses.asdict(self.args), "model": self.model, "data": self.data}  # type: ignore[call-overload]
+        sections |= {"deepspeed": self.deepspeed, "accelerate": self.accelerate or None}
+        return {name: value for name, value in sections.items() if value is not None}
+
+    def as_yaml(self) -> str:
+        from omegaconf import OmegaConf
+
+        return OmegaConf.to_yaml(OmegaConf.create(self.as_dict()))
+
+    def hash(self, sections: Iterable[str] = ("model",), ignore: Iterable[str] = ()) -> str:
+        """Identity of the named sections (12 hex digits); `ignore` lists `args` that do not count."""
+        content = {name: value for name, value in self.as_dict().items() if name in set(sections)}
+        if "args" in content:
+            content["args"] = {k: v for k, v in content["args"].items() if k not in set(ignore)}
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def load_run_config(
+    files: Sequence[str | Path],
+    args_type: type[Args],
+    *,
+    overrides: Sequence[str] = (),
+    flags: Mapping[str, Any] | None = None,
+) -> RunConfig[Args]:
+    """Merge, type-check and resolve.
+
+    Args:
+        files: YAML files, later ones win.
+        args_type: dataclass of `option` fields that the `args:` section fills.
+        overrides: `a.b=c` texts of `--set`; the value is read as YAML.
+        flags: named command-line flags, `args` names to values; None values are left out.
+    Raises:
+        ConfigError: listing every problem.
+    """
+    merged = merge_yaml(files, overrides)
+    problems: list[str] = []
+    notes: list[str] = []
+    for name in merged:
+        if name not in SECTIONS:
+            problems.append(f"unknown section `{name}`{_nearest(name, SECTIONS)}")
+    sections = {name: _section(merged, name, problems) for name in SECTIONS}
+    given = dict(sections["args"] or {})
+    given.update({k: v for k, v in (flags or {}).items() if v is not None})
+    args = build_args(args_type, given, problems, notes)
+    model = sections["model"] or {}
+    _mend_log_keys(model, notes)
+    if not model:
+        problems.append("the configuration has no `model:` section")
+    if problems or args is None:
+        raise ConfigError(_listing(problems, files))
+    return RunConfig(
+        args, model, sections["data"], sections["deepspeed"], sections["accelerate"] or {},
+        tuple(Path(f) for f in files), tuple(notes),
+    )  # fmt: skip
+
+
+def merge_yaml(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The plain mapping that the files and overrides give together."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    merged = OmegaConf.create({})
+    for file in files:
+        merged = OmegaConf.merge(merged, _read_yaml(Path(file)))
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"--set {text!r}: expected KEY=VALUE, for example --set args.seed=7")
+        try:
+            OmegaConf.update(merged, key.strip(), OmegaConf.create(f"v: {value}").v, merge=False)
+        except (OmegaConfBaseException, ValueError, TypeError, IndexError, AttributeError) as error:
+            raise ConfigError(f"--set {text!r}: {str(error).splitlines()[0]}") from error
+    try:
+        plain = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{', '.join(map(str, files))}: {str(error).splitlines()[0]}") from error
+    return typing.cast("dict[str, Any]", plain)
+
+
+def _read_yaml(path: Path) -> Any:
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    if not path.is_file():
+        raise ConfigError(f"no configuration file at {path}{_nearby_configs(path)}")
+    try:
+        content = OmegaConf.load(path)
+    except (YAMLError, UnicodeDecodeError, OmegaConfBaseException, OSError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, DictConfig):
+        raise ConfigError(f"{path} must hold a mapping with the sections {', '.join(SECTIONS)}")
+    return content
+
+
+def _nearby_configs(path: Path) -> str:
+    folder = path.parent if path.parent.is_dir() else Path("configs")
+    found = sorted(str(p) for p in folder.glob("*.yaml"))
+    return f"; there are: {', '.join(found)}" if found else ""
+
+
+def _section(merged: Mapping[str, Any], name: str, problems: list[str]) -> dict[str, Any] | None:
+    value = merged.get(name)
+    if value is None or isinstance(value, dict):
+        return value
+    problems.append(f"section `{name}` must be a mapping, it is {value!r}")
+    return None
+
+
+def _mend_log_keys(model: dict[str, Any], notes: list[str]) -> None:
+    """The original's guide prints `- txt'`; YAML reads that as the text "txt'"."""
+    keys = model.get("log_keys")
+    if not isinstance(keys, list):
+        return
+    mended = [k.strip("'\"") if isinstance(k, str) else k for k in keys]
+    if mended != keys:
+        notes.append(f"model.log_keys {keys} has a stray quote; read as {mended}")
+        model["log_keys"] = mended
+
+
+# --- the args record ---------------------------------------------------------------------------------------------
+
+
+def build_args(
+    args_type: type[Args], given: Mapping[str, Any], problems: list[str], notes: list[str]
+) -> Args | None:
+    """Fill the record `args_type`; problems and notes are appended. None when a value could not be used."""
+    fields = {f.name: f for f in dataclasses.fields(args_type)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(args_type)
+    values: dict[str, Any] = {}
+    before = len(problems)
+    for name, raw in given.items():
+        if name not in fields:
+            if name in UPSTREAM_ARGS:
+                notes.append(f"args.{name} has no effect here")
+            else:
+                problems.append(f"unknown key args.{name}{_nearest(name, fields)}")
+            continue
+        try:
+            values[name] = _checked(coerce(raw, hints[name]), fields[name].metadata)
+        except ValueError as error:
+            problems.append(f"args.{name}: {error}")
+    if len(problems) > before:
+        return None
+    try:
+        return args_type(**values)
+    except ConfigError as error:  # relations between fields, from __post_init__
+        problems.append(str(error))
+        return None
+
+
+def coerce(value: Any, kind: Any) -> Any:
+    """`value` as the annotated type, or ValueError. Numbers given as text ("1e-8") become numbers."""
+    origin = typing.get_origin(kind)
+    if origin in (typing.Union, types.UnionType):
+        return _coerce_union(value, typing.get_args(kind))
+    if origin in (list, tuple):
+        items = [value] if isinstance(value, str | int | float) else value
+        if not isinstance(items, list | tuple):
+            raise ValueError(f"expected a list, got {value!r}")
+        return [coerce(item, typing.get_args(kind)[0]) for item in items]
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise ValueError(f"expected true or false, got {value!r}")
+        return value
+    if kind in (int, float):
+        return _number(value, kind)
+    if kind is str:
+        if isinstance(value, bool | list | dict) or value is None:
+            raise ValueError(f"expected text, got {value!r}")
+        return str(value)
+    return value
+
+
+def _coerce_union(value: Any, kinds: tuple[Any, ...]) -> Any:
+    if value is None and type(None) in kinds:
+        return None
+    errors = []
+    for kind in kinds:
+        if kind is type(None):
+            continue
+        try:
+            return coerce(value, kind)
+        except ValueError as error:
+            errors.append(str(error))
+    raise ValueError(" or ".join(errors) or f"got {value!r}")
+
+
+def _number(value: Any, kind: type) -> Any:
+    noun = "a whole number" if kind is int else "a number"
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError(f"expected {noun}, got {value!r}")
+    try:
+        number = float(value)
+    except ValueError as error:
+        raise ValueError(f"expected {noun}, got {value!r}") from error
+    if kind is float:
+        return number
+    if not number.is_integer():
+        raise ValueError(f"expected {noun}, got {value!r}")
+    return int(value) if isinstance(value, int) else int(number)
+
+
+def _checked(value: Any, metadata: Mapping[str, Any]) -> Any:
+    if value is None:
+        return value
+    if metadata.get("choices") and value not in metadata["choices"]:
+        raise ValueError(f"{value!r} is not one of {', '.join(map(repr, metadata['choices']))}")
+    if metadata.get("at_least") is not None and value < metadata["at_least"]:
+        raise ValueError(f"must be at least {metadata['at_least']}, got {value!r}")
+    return value
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+    return f"; did you mean `{close[0]}`?" if close else ""
+
+
+def _listing(problems: Sequence[str], files: Sequence[str | Path]) -> str:
+    title = f"{len(problems)} problem{'s' if len(problems) > 1 else ''} in {', '.join(map(str, files))}:"
+    return "\n".join([title, *(f"  - {p}" for p in problems)])
+
+
+def check_model_section(model: Mapping[str, Any], engine: type) -> None:
+    """Check keys and every `target:` of the `model:` section against the classes, without building anything.
+
+    Raises:
+        ConfigError: listing every problem.
+    """
+    import inspect
+
+    from sgm.util import check_tree
+
+    known = [n for n in inspect.signature(engine).parameters]
+    problems = [f"unknown key model.{n}{_nearest(n, known)}" for n in model if n not in known]
+    problems += check_tree(model)
+    if problems:
+        raise ConfigError(_listing(problems, ["the model section"]))
