@@ -74,7 +74,7 @@ def _read_pickle(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         refused = _refused_global(error)
         if refused is None:
-            raise _damaged(path, error) from error
+            raise _damaged(path, "it is not a file that torch.save wrote with tensors alone") from error
         raise WeightsError(
             f"{path} was not loaded: it contains the pickled object {refused!r}, and unpickling such an object can run "
             "code. Only tensors, plain Python values and NumPy arrays are read. If you trust the file, re-save its "

@@ -1,0 +1,224 @@
+"""The engine: one prompt's way and one clip's way through conditioner, network, sampler and first stage.
+
+No files, no printing, no devices chosen here: `sgm.inference` and `sgm.training` decide where parts lie and what is
+written. Axes: b batch, t latent frames, f pixel frames, c channels, h w (latent or pixel) height and width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
+from sgm.util import get_obj_from_str, instantiate_from_config
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+FROZEN_PARTS = ("first_stage_model", "conditioner")
+LORA_MARKS = ("matrix_A", "matrix_B")
+
+Cond = dict[str, Tensor]
+
+
+class SATVideoDiffusionEngine(nn.Module):
+    """Text-to-video latent diffusion: `conditioner`, `first_stage_model` and `model.diffusion_model` under one roof.
+
+    The constructor's arguments are the keys of a YAML file's `model:` section. Parts whose config is None are left
+    out (training from cached latents and embeddings needs neither VAE nor text encoder). Built under
+    `torch.device("meta")`, nothing is read and no memory is used; `sgm.models.loading` fills the parts later.
+
+    Args:
+        dtype: "fp32", "fp16" or "bf16": type of all three parts' weights. Denoiser, sampler and loss stay in float32.
+        scale_factor: latents handed to the network are `scale_factor` times the first stage's.
+        input_key: entry of a training batch with the clip, (b, f, 3, h, w) in [-1, 1].
+        latent_input: the batch holds first-stage samples (b, c, t, h, w), unscaled, in place of pixels.
+        not_trainable_prefixes: parameter-name prefixes that stay frozen; ["all"] trains LoRA matrices only.
+        log_keys: entries of the conditioning that validation logs.
+    """
+
+    def __init__(
+        self,
+        network_config: Mapping[str, Any],
+        denoiser_config: Mapping[str, Any],
+        conditioner_config: Mapping[str, Any] | None = None,
+        first_stage_config: Mapping[str, Any] | None = None,
+        sampler_config: Mapping[str, Any] | None = None,
+        loss_fn_config: Mapping[str, Any] | None = None,
+        network_wrapper: str | None = None,
+        scale_factor: float = 1.0,
+        latent_input: bool = False,
+        input_key: str = "mp4",
+        log_keys: Sequence[str] = (),
+        not_trainable_prefixes: Sequence[str] = FROZEN_PARTS,
+        disable_first_stage_autocast: bool = True,
+        dtype: str = "fp32",
+    ):
+        super().__init__()
+        self.dtype = DTYPES[dtype]
+        self.scale_factor = float(scale_factor)
+        self.latent_input = latent_input
+        self.input_key = input_key
+        self.log_keys = tuple(log_keys or ())
+        self.not_trainable_prefixes = tuple(not_trainable_prefixes)
+        self.first_stage_autocast = not disable_first_stage_autocast
+
+        wrapper = get_obj_from_str(network_wrapper) if network_wrapper else OpenAIWrapper
+        network = instantiate_from_config(network_config, dtype=dtype)
+        self.model = wrapper(network, dtype=self.dtype)
+        self.conditioner = _frozen(conditioner_config, self.dtype)
+        self.first_stage_model = _frozen(first_stage_config, self.dtype)
+        self.denoiser = instantiate_from_config(denoiser_config)
+        self.sampler = instantiate_from_config(sampler_config) if sampler_config else None
+        self.loss_fn = instantiate_from_config(loss_fn_config) if loss_fn_config else None
+
+    @property
+    def network(self) -> nn.Module:
+        """The transformer."""
+        return self.model.diffusion_model
+
+    # --- pixels <-> latents ---------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode_first_stage(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Pixels (b, 3, f, h, w) in [-1, 1] to scaled latents (b, c, t, h/8, w/8), a draw from the posterior.
+
+        `noise` (the latents' shape) replaces the draw's randn_like. With `latent_input`, x is such a draw already.
+        """
+        if self.latent_input:
+            return x * self.scale_factor
+        stage = self._part("first_stage_model")
+        with self._first_stage_precision(x.device):
+            z = stage.encode(x.to(self.dtype), noise=noise)
+        return z * self.scale_factor
+
+    @torch.no_grad()
+    def decode_first_stage(self, z: Tensor, chunked: bool = True) -> Tensor:
+        """Scaled latents (b, c, t, h, w), t odd, to pixels (b, 3, 4t-3, 8h, 8w) in about [-1, 1] (not clamped).
+
+        `chunked` decodes latents [0:3], [3:5], ... with a causal cache, as the original samples; False is one go,
+        as the original logs during training. Group normalisation sees different spans, so the two differ.
+        """
+        stage = self._part("first_stage_model")
+        with self._first_stage_precision(z.device):
+            return stage.decode((z / self.scale_factor).to(self.dtype), chunked=chunked)
+
+    def _first_stage_precision(self, device: torch.device) -> torch.autocast:
+        enabled = self.first_stage_autocast and self.dtype != torch.float32
+        return torch.autocast(device.type, dtype=self.dtype, enabled=enabled)
+
+    # --- text -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def condition(self, prompts: Sequence[str], negative_prompts: Sequence[str] | None = None) -> tuple[Cond, Cond]:
+        """Conditioning of each prompt and of its negative, `{"crossattn": (b, l, d)}` each.
+
+        As in the original an empty negative prompt means zeros, not the embedding of "" (`force_uc_zero_embeddings`);
+        as soon as one negative prompt has text, all are embedded.
+        """
+        negatives = list(negative_prompts) if negative_prompts else [""] * len(prompts)
+        return self._part("conditioner").get_unconditional_conditioning(
+            {"txt": list(prompts)},
+            batch_uc={"txt": negatives},
+            force_uc_zero_embeddings=None if any(negatives) else ["txt"],
+        )
+
+    # --- training -------------------------------------------------------------------------------------------------
+
+    def shared_step(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of one batch (`input_key`: (b, f, 3, h, w); "txt": captions): scalar, and what to log by name.
+
+        Random numbers are drawn in the original's order: posterior, caption dropout, timesteps, diffusion noise.
+        """
+        x = batch[self.input_key].to(self.dtype)
+        if not self.latent_input:
+            x = rearrange(x, "b f c h w -> b c f h w")
+        z = rearrange(self.encode_first_stage(x), "b c t h w -> b t c h w").contiguous()
+        return self(z, batch)
+
+    def forward(self, z: Tensor, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of scaled latents z (b, t, c, h, w) under the conditioning of `batch`."""
+        loss = self.loss_fn(self.model, self.denoiser, self.conditioner, z, batch).mean()
+        return loss, {"loss": loss.detach()}
+
+    def freeze_untrained(self) -> list[str]:
+        """Set requires_grad by `not_trainable_prefixes`; returns the trainable names.
+
+        ["all"] leaves LoRA's matrices trainable and nothing else. Tensors that the network itself holds frozen (the
+        sin-cos position table) stay so.
+        """
+        lora_only = "all" in self.not_trainable_prefixes
+        for name, parameter in self.named_parameters():
+            frozen = name.startswith(tuple(p for p in self.not_trainable_prefixes if p != "all") or ("\0",))
+            frozen |= name.startswith(FROZEN_PARTS)
+            frozen |= lora_only and not any(mark in name for mark in LORA_MARKS)
+            if frozen:
+                parameter.requires_grad_(False)
+        return [name for name, parameter in self.named_parameters() if parameter.requires_grad]
+
+    # --- sampling -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(
+        self,
+        cond: Cond,
+        uc: Cond | None = None,
+        batch_size: int = 1,
+        shape: Sequence[int] | None = None,
+        *,
+        noise: Tensor | None = None,
+        num_steps: int | None = None,
+        scale: float | None = None,
+        prefix: Tensor | None = None,
+        noise_sampler: Callable[[Tensor], Tensor] | None = None,
+        callback: Callable[..., None] | None = None,
+        **network_inputs: Any,
+    ) -> Tensor:
+        """Latents (b, t, c, h, w) in the engine's dtype, scaled, from conditioning.
+
+        Args:
+            shape: (t, c, h, w) of one sample; the start is then `torch.randn` on the CPU, as in the original.
+            noise: the start (b, t, c, h, w) itself, in place of `batch_size` and `shape`.
+            prefix: clean latents (b, k, c, h, w) that replace the first k frames of the start (`fixed_frames`).
+            noise_sampler: replaces `torch.randn_like` inside stochastic samplers.
+            callback: called by the sampler after each step.
+        """
+        device = next(iter(cond.values())).device
+        if noise is None:
+            if shape is None:
+                raise ValueError("sample() needs either `shape` (t, c, h, w) or `noise` (b, t, c, h, w).")
+            noise = torch.randn(batch_size, *shape, dtype=torch.float32)
+        x = noise.to(device=device, dtype=torch.float32)
+        if prefix is not None:
+            x = torch.cat([prefix.to(x), x[:, prefix.shape[1] :]], dim=1)
+        x = _broadcast(x)
+        denoiser = partial(_denoise, self.denoiser, self.model, network_inputs)
+        samples = self.sampler(
+            denoiser, x, cond, uc=uc, num_steps=num_steps, scale=scale, noise_sampler=noise_sampler, callback=callback
+        )
+        return samples.to(self.dtype)
+
+    def _part(self, name: str) -> Any:
+        part = getattr(self, name)
+        if part is None:
+            raise ValueError(f"this engine was built without `{name}` (its `_config` is absent from the model section)")
+        return part
+
+
+def _denoise(denoiser: Any, network: Any, network_inputs: dict[str, Any], x: Tensor, sigma: Tensor, c: Cond, **kw: Any):
+    return denoiser(network, x, sigma, c, **kw, **network_inputs)
+
+
+def _frozen(config: Mapping[str, Any] | None, dtype: torch.dtype) -> nn.Module | None:
+    if config is None:
+        return None
+    return instantiate_from_config(config).to(dtype).eval().requires_grad_(False)
+
+
+def _broadcast(x: Tensor) -> Tensor:
+    from sgm.distributed import broadcast_in_model_parallel
+
+    return broadcast_in_model_parallel(x)

@@ -1,0 +1,173 @@
+"""The release's folder layout: `<dir>/latest`, `<dir>/<iteration>/mp_rank_XX_model_states.pt`, and what is inside.
+
+A checkpoint may hold the transformer alone (the published files), or the whole engine with text encoder and VAE
+(files that the original's fine-tuning saves); it may be split over tensor-parallel ranks, and may carry LoRA.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sgm.weights.files import WeightsError, WeightsNotFoundError, read_checkpoint, tensors_of
+
+NETWORK_PREFIX = "model.diffusion_model."
+FROZEN_PREFIXES = ("conditioner.", "first_stage_model.")
+_PART = re.compile(r"mp_rank_(\d+)_model_states\.(?:pt|safetensors)$")
+_NETWORK_ROOTS = ("mixins.", "transformer.", "time_embed.", "ofs_embed.")
+
+HOW_TO_GET = (
+    "Get the weights: unpack transformer.zip and vae.zip of the SAT release into one folder, or make that folder from "
+    "the diffusers release with tools/convert_weight_hf2sat.py; random ones for a trial come from "
+    "tools/make_weights.py. README, 'Weights', has the steps."
+)
+
+
+@dataclass
+class Checkpoint:
+    """A transformer checkpoint that has been read (tensors still mapped from the file where possible).
+
+    Attributes:
+        files: one file a tensor-parallel rank, in rank order.
+        network: the transformer's entries without `model.diffusion_model.`.
+        others: entries of text encoder and VAE, with their engine names.
+        iteration: from the folder's name or the file, if any.
+        lora: what the file says of its adapter ({"rank", "alpha", ...}), empty if it says nothing.
+    """
+
+    files: list[Path]
+    network: dict[str, Tensor]
+    others: dict[str, Tensor]
+    iteration: int | None = None
+    lora: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def source(self) -> str:
+        return str(self.files[0]) + (f" (and {len(self.files) - 1} more parts)" if len(self.files) > 1 else "")
+
+
+def locate(path: str | Path) -> tuple[list[Path], int | None]:
+    """The file or files of a checkpoint given as file, iteration folder or release folder; and its iteration.
+
+    Raises:
+        WeightsNotFoundError: nothing there, or `latest` names a folder that is not there.
+        WeightsError: `latest` is unreadable, or the folder holds something else.
+    """
+    path = Path(path).expanduser()
+    if path.is_file():
+        return [path], _iteration_of(path.parent.name)
+    if not path.is_dir():
+        raise WeightsNotFoundError(f"no transformer weights at {path}: no such file or folder. {HOW_TO_GET}")
+    if (path / "latest").is_file():
+        return _follow_latest(path)
+    parts = _parts_in(path)
+    if parts:
+        return parts, _iteration_of(path.name)
+    raise WeightsError(f"{path} is not a SAT checkpoint folder: {_what_lies_in(path)}")
+
+
+def _follow_latest(path: Path) -> tuple[list[Path], int | None]:
+    text = (path / "latest").read_text(errors="replace").strip()
+    if text != "release" and not re.fullmatch(r"0*[1-9]\d*(-ema)?", text):
+        raise WeightsError(
+            f"{path / 'latest'} reads {text!r}; it must hold an iteration above 0 or the word release. "
+            f"There are: {', '.join(sorted(p.name for p in path.iterdir() if p.is_dir())) or 'no folders'}."
+        )
+    folder = path / text
+    if not folder.is_dir():
+        raise WeightsNotFoundError(f"{path / 'latest'} names {text!r}, but there is no folder {folder}. {HOW_TO_GET}")
+    parts = _parts_in(folder)
+    if not parts:
+        raise WeightsNotFoundError(f"{folder} has no mp_rank_00_model_states.pt: {_what_lies_in(folder)}")
+    return parts, _iteration_of(text)
+
+
+def _parts_in(folder: Path) -> list[Path]:
+    parts = sorted(p for p in folder.iterdir() if _PART.search(p.name))
+    ranks = [int(_PART.search(p.name).group(1)) for p in parts]  # type: ignore[union-attr]
+    if ranks != list(range(len(ranks))):
+        raise WeightsNotFoundError(
+            f"{folder} has tensor-parallel parts {ranks}; parts 0 to {max(ranks)} must all be there, once each."
+        )
+    return parts
+
+
+def _what_lies_in(folder: Path) -> str:
+    names = sorted(p.name for p in folder.iterdir())
+    if any(n.startswith("z3_rank_") for n in names):
+        return "it holds ZeRO-3 partitions (z3_rank_*), which are no whole weights; save with gathered parameters."
+    if "model_index.json" in names or "diffusion_pytorch_model.safetensors.index.json" in names:
+        return "it holds a diffusers model; convert it with tools/convert_weight_hf2sat.py."
+    iterations = [n for n in names if _iteration_of(n) is not None]
+    if iterations:
+        return f"it has no `latest` file; name one of its iterations ({', '.join(iterations)}) or write one to `latest`."
+    return f"no `latest` and no mp_rank_00_model_states.pt in it (found: {', '.join(names[:8]) or 'nothing'})."
+
+
+def _iteration_of(name: str) -> int | None:
+    digits = name.removesuffix("-ema")
+    return int(digits) if digits.isdigit() else None
+
+
+def read_transformer(path: str | Path) -> Checkpoint:
+    """Read a transformer checkpoint (see `locate`), merged over tensor-parallel parts.
+
+    Raises:
+        WeightsError: as `locate` and `read_checkpoint`; or entries that belong to no part of the engine.
+    """
+    files, iteration = locate(path)
+    contents = [read_checkpoint(file) for file in files]
+    states = [_split(tensors_of(_weights_entry(c)), file) for c, file in zip(contents, files)]
+    network = [s[0] for s in states]
+    if len(network) > 1:
+        from sgm.modules.transformer.tensor_parallel import merge_partitions
+
+        network = [merge_partitions(network)]
+    stored = contents[0].get("iteration")
+    lora = contents[0].get("lora")
+    return Checkpoint(
+        files,
+        network[0],
+        states[0][1],
+        iteration if iteration is not None else (stored if isinstance(stored, int) else None),
+        dict(lora) if isinstance(lora, Mapping) else _metadata(files[0]),
+    )
+
+
+def _weights_entry(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    for name in ("module", "state_dict", "model"):
+        if isinstance(content.get(name), Mapping):
+            return content[name]
+    return content
+
+
+def _split(state: dict[str, Tensor], file: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(network entries without prefix, text encoder and VAE entries)."""
+    network = {n.removeprefix(NETWORK_PREFIX): t for n, t in state.items() if n.startswith(NETWORK_PREFIX)}
+    others = {n: t for n, t in state.items() if n.startswith(FROZEN_PREFIXES)}
+    rest = {n: t for n, t in state.items() if n not in others and not n.startswith(NETWORK_PREFIX)}
+    if rest and not network and all(n.startswith(_NETWORK_ROOTS) for n in rest):
+        return rest, others
+    if rest or not network:
+        from sgm.weights.identify import what_is
+
+        found = what_is(rest) if rest else "no tensors"
+        raise WeightsError(f"{file} is not a SAT transformer checkpoint: it holds {found}.")
+    return network, others
+
+
+def _metadata(file: Path) -> dict[str, Any]:
+    """Adapter facts that we store as text in a safetensors header."""
+    if file.suffix != ".safetensors":
+        return {}
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as opened:
+        stored = opened.metadata() or {}
+    numbers = {"rank": int, "alpha": float}
+    return {k: numbers.get(k, str)(v) for k, v in stored.items()}
