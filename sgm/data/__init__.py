@@ -1,0 +1,1 @@
+"""Clips for training: reading videos, choosing and cropping frames, datasets, order, validation."""

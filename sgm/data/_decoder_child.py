@@ -1,0 +1,105 @@
+"""The decoding process: a script that answers requests on its standard input until that is closed.
+
+Run by `sgm.data.decoder` as a file, so that it imports decord and numpy only. A request is one JSON line, `{"op":
+"probe" | "read", "path": str, "indices": [int], "limit": seconds}`. An answer is the length (4 bytes, little-endian) of
+a JSON text, that text, and for a "read" the frames as raw bytes, uint8 (f, h, w, 3). A failure is an answer too:
+`{"error": reason}`. The first answer, `{}`, says that the process is ready.
+"""
+
+import json
+import os
+import re
+import signal
+import sys
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:] = [p for p in sys.path if os.path.abspath(p) != HERE]  # our neighbours' names must not hide other modules
+
+
+class Videos:
+    """The last opened video stays open: a clip is probed, then read."""
+
+    def __init__(self):
+        import decord
+
+        decord.logging.set_level(decord.logging.QUIET)
+        self.decord = decord
+        self.key = None
+        self.reader = None
+
+    def open(self, path):
+        stat = os.stat(path)
+        key = (path, stat.st_size, stat.st_mtime_ns)
+        if key != self.key:
+            self.key = self.reader = None
+            self.reader = self.decord.VideoReader(path, ctx=self.decord.cpu(0), num_threads=1)
+            self.key = key
+        return self.reader
+
+    def probe(self, path):
+        reader = self.open(path)
+        height, width = reader[0].shape[:2]  # decodes: proves that the stream is readable at all
+        return {"frames": len(reader), "fps": float(reader.get_avg_fps()), "height": height, "width": width}
+
+    def read(self, path, indices):
+        reader = self.open(path)
+        unique = sorted(set(indices))
+        frames = reader.get_batch(unique).asnumpy()
+        if unique == list(indices):
+            return frames
+        place = {index: i for i, index in enumerate(unique)}
+        return frames[[place[i] for i in indices]]
+
+    def forget(self):
+        self.key = self.reader = None
+
+
+def reason(error):
+    """The cause without decord's source positions and stack trace."""
+    text = str(error).split("Stack trace")[0].strip() or type(error).__name__
+    return " ".join(re.sub(r"\[\d\d:\d\d:\d\d\] \S+:\d+: ", "", text).split())[:300]
+
+
+def answer(videos, request, out):
+    # The kernel ends this process should the decoder hang and our parent be gone: no one else would.
+    signal.setitimer(signal.ITIMER_REAL, request["limit"])
+    try:
+        if request["op"] == "probe":
+            head, payload = videos.probe(request["path"]), None
+        else:
+            payload = videos.read(request["path"], request["indices"])
+            head = {"shape": payload.shape}
+    except Exception as error:  # whatever the decoder raises is the answer; the parent makes it a VideoError
+        videos.forget()
+        head, payload = {"error": reason(error)}, None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    send(out, head)
+    if payload is not None:
+        out.write(memoryview(payload).cast("B"))
+        out.flush()
+
+
+def send(out, head):
+    text = json.dumps(head).encode()
+    out.write(len(text).to_bytes(4, "little") + text)
+    out.flush()
+
+
+def main():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    # Keep the answers' pipe to ourselves: libraries that print must not disturb it.
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    try:
+        videos = Videos()
+    except ImportError as error:
+        send(out, {"error": f"decord cannot be imported ({error})"})
+        return
+    send(out, {})
+    for line in sys.stdin.buffer:
+        answer(videos, json.loads(line), out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""Which frames of a video become a training clip."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+CAUSAL_STRIDE = 4  # the video autoencoder takes one frame, then groups of four: f = 4k + 1
+
+
+class ClipError(ValueError):
+    """A video from which no clip can be taken under the given settings."""
+
+
+def frame_indices(
+    length: int,
+    fps: float,
+    wanted_fps: float,
+    max_num_frames: int,
+    skip_frames: float,
+    rule: str = "upstream",
+) -> list[int]:
+    """Frames of a video to train on, in playing order; their number is 4k + 1 and at most `max_num_frames`.
+
+    Args:
+        length: frames in the video.
+        fps: the video's own frame rate, frames per second.
+        wanted_fps: frame rate of the clip.
+        max_num_frames: longest clip, 4k + 1.
+        skip_frames: frames to leave out at the start and the end (cuts, fades); the fraction is dropped.
+        rule: "upstream" keeps the original's choice to the frame. It leaves the end in when the video is longer
+            than the clip, and ignores the frame rate when it is shorter (so a 30 fps video of 40 frames yields 33
+            consecutive frames). "timestamps" takes frame i from the instant i / wanted_fps after the first
+            unskipped frame (the nearest frame, never one of the last `skip_frames`), right at any frame rate.
+
+    Raises:
+        ClipError: the video gives no clip. Where the original failed with an IndexError or went on with an empty
+            clip, this is the answer.
+        ValueError: a setting is out of range.
+    """
+    _check_settings(length, fps, wanted_fps, max_num_frames, skip_frames)
+    try:
+        choose = FRAME_RULES[rule]
+    except KeyError:
+        raise ValueError(f"unknown frame rule {rule!r}; choose one of {', '.join(sorted(FRAME_RULES))}") from None
+    return choose(length, fps, wanted_fps, max_num_frames, int(skip_frames))
+
+
+def largest_clip(available: int, max_num_frames: int) -> int:
+    """The largest 4k + 1 within `available` and `max_num_frames`; 0 when there is none."""
+    most = min(available, max_num_frames)
+    return (most - 1) // CAUSAL_STRIDE * CAUSAL_STRIDE + 1 if most >= 1 else 0
+
+
+def _upstream(length: int, fps: float, wanted_fps: float, max_num_frames: int, skip: int) -> list[int]:
+    # The order of the floating-point operations decides the last frame in some cases; keep it.
+    if length / fps * wanted_fps > max_num_frames:
+        end = int(skip + max_num_frames / wanted_fps * fps)
+        if end > length:
+            raise ClipError(
+                f"a clip of {max_num_frames} frames at {wanted_fps:g} fps needs frames {skip} to {end - 1} of a "
+                f"{fps:g} fps video, this one has {length}; lower the skipped frames or use the rule 'timestamps'"
+            )
+        return _spread(skip, end, max_num_frames)
+    if length > max_num_frames:
+        if length - 2 * skip < 1:
+            raise ClipError(_too_short(length, skip))
+        return _spread(skip, length - skip, max_num_frames)
+    count = largest_clip(length - 2 * skip, max_num_frames)
+    if count == 0:
+        raise ClipError(_too_short(length, skip))
+    return list(range(skip, skip + count))
+
+
+def _spread(start: int, end: int, count: int) -> list[int]:
+    """`count` frames evenly over [start, end), rounded down."""
+    # numpy's own arange: its rounding (the step is that between the first two values) is part of the original's choice,
+    # and it can give one value too many, `end` itself.
+    indices = np.arange(start, end, (end - start) / count).astype(int).tolist() if end > start else []
+    if not indices or indices[-1] >= end:
+        raise ClipError(
+            f"spreading {count} frames over {start}..{end - 1} leaves that range by rounding, a case that the original "
+            "rejects too; use the rule 'timestamps'"
+        )
+    return indices[:count]
+
+
+def _timestamps(length: int, fps: float, wanted_fps: float, max_num_frames: int, skip: int) -> list[int]:
+    usable = length - 2 * skip
+    if usable < 1:
+        raise ClipError(_too_short(length, skip))
+    ratio = fps / wanted_fps
+    nearest = (math.floor(i * ratio + 0.5) for i in range(max_num_frames))  # half a frame rounds up
+    offsets = [offset for offset in nearest if offset < usable]
+    count = largest_clip(len(offsets), max_num_frames)
+    return [skip + offset for offset in offsets[:count]]
+
+
+def _too_short(length: int, skip: int) -> str:
+    return f"{length} frames, of which the first and last {skip} are skipped: none is left; lower the skipped frames"
+
+
+def _check_settings(length: int, fps: float, wanted_fps: float, max_num_frames: int, skip_frames: float) -> None:
+    if length < 1:
+        raise ClipError(f"a video of {length} frames")
+    for name, value in (("fps", fps), ("wanted_fps", wanted_fps)):
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name} is {value}, it must be a positive number of frames per second")
+    if skip_frames < 0 or not math.isfinite(skip_frames):
+        raise ValueError(f"skip_frames is {skip_frames}, it must not be negative")
+    if max_num_frames < 1 or (max_num_frames - 1) % CAUSAL_STRIDE:
+        below = largest_clip(max(max_num_frames, 1), max(max_num_frames, 1))
+        raise ValueError(
+            f"max_num_frames is {max_num_frames}, the autoencoder takes 4k + 1 frames: choose {below} or {below + 4}"
+        )
+
+
+FRAME_RULES: dict[str, Callable[[int, float, float, int, int], list[int]]] = {
+    "upstream": _upstream,
+    "timestamps": _timestamps,
+}

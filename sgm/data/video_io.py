@@ -1,0 +1,151 @@
+"""Reading videos: what a file holds, some of its frames, and those frames at the training size.
+
+Shapes: f frames, h w pixels. Frames are uint8 (f, 3, h, w), RGB, 0 to 255.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sgm.data.container import ContainerError, inspect
+from sgm.data.decoder import DecodeError, DecodeProcess, thread_decoder
+
+DECODE_TIMEOUT = 60.0  # seconds for one clip
+CROP_MODES = ("center", "random")
+
+
+class VideoError(ValueError):
+    """A file that cannot be read as a video. `path` and `reason` hold the message's two parts."""
+
+    def __init__(self, path: str | Path, reason: str):
+        super().__init__(f"{path}: {reason}")
+        self.path = Path(path)
+        self.reason = reason
+
+    def __reduce__(self):
+        return type(self), (self.path, self.reason)
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """Length in frames and seconds, average frames per second, size in pixels, codec ("unknown" outside MP4)."""
+
+    frames: int
+    fps: float
+    height: int
+    width: int
+    codec: str
+    seconds: float
+
+
+def probe(path: str | Path, timeout: float = DECODE_TIMEOUT, decoder: DecodeProcess | None = None) -> VideoInfo:
+    """What the video holds. Reads its index and decodes one frame.
+
+    Args:
+        timeout: seconds after which the decoder is stopped.
+        decoder: the decoding process to ask; by default the calling thread's own.
+
+    Raises:
+        VideoError: empty, truncated, corrupt, not a video, without a video track, or too slow to decode.
+    """
+    path = Path(path)
+    try:
+        codec = inspect(path)
+        found = (decoder or thread_decoder()).probe(path, timeout)
+    except (ContainerError, DecodeError, OSError) as error:
+        raise VideoError(path, str(error)) from error
+    frames, fps = int(found["frames"]), found["fps"]
+    if frames < 1 or not (math.isfinite(fps) and fps > 0):
+        raise VideoError(path, f"{frames} frames at {fps} frames per second")
+    return VideoInfo(frames, fps, found["height"], found["width"], codec, frames / fps)
+
+
+def read_frames(
+    path: str | Path,
+    indices: Sequence[int],
+    timeout: float = DECODE_TIMEOUT,
+    decoder: DecodeProcess | None = None,
+) -> Tensor:
+    """The frames `indices` of a video, uint8 (f, 3, h, w); only these are kept in memory.
+
+    Args:
+        indices: frame numbers from 0, in any order, repeats allowed.
+        timeout, decoder: as for `probe`.
+
+    Raises:
+        VideoError: as for `probe`, or an index outside the video.
+    """
+    path = Path(path)
+    if not len(indices) or min(indices) < 0:
+        raise ValueError(f"{path}: frames {list(indices)} asked for; name at least one, counted from 0")
+    try:
+        inspect(path)
+        frames = (decoder or thread_decoder()).read(path, indices, timeout)
+    except (ContainerError, DecodeError, OSError) as error:
+        raise VideoError(path, str(error)) from error
+    return torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous()
+
+
+def resized_size(height: int, width: int, target_height: int, target_width: int) -> tuple[int, int]:
+    """(height, width) after scaling by one factor until the target is just covered; fractions are dropped."""
+    if width / height > target_width / target_height:
+        return target_height, int(width * target_height / height)
+    return int(height * target_width / width), target_width
+
+
+def resize_crop(
+    frames: Tensor,
+    size: tuple[int, int],
+    mode: str = "center",
+    rng: np.random.Generator | np.random.RandomState | None = None,
+) -> Tensor:
+    """Scale frames to cover `size`, then cut out `size`; the same bytes as the original's torchvision calls.
+
+    Bicubic with antialiasing in float32, clamped to 0..255 and rounded. A clip of one frame keeps its time axis,
+    which the original loses.
+
+    Args:
+        frames: uint8 (f, 3, h, w); f may be 0.
+        size: (height, width) of the result.
+        mode: "center" (odd differences round towards the top and the left) or "random".
+        rng: source of "random"'s two draws, first the top, then the left; numpy's global state by default.
+
+    Returns:
+        uint8 (f, 3, height, width).
+    """
+    height, width = size
+    if frames.dtype != torch.uint8 or frames.ndim != 4:
+        raise ValueError(f"frames are {frames.dtype} {tuple(frames.shape)}, expected uint8 (f, c, h, w)")
+    if height < 1 or width < 1 or min(frames.shape[-2:]) < 1:
+        raise ValueError(f"cannot bring frames of {tuple(frames.shape[-2:])} to {height}x{width}")
+    new_height, new_width = resized_size(*frames.shape[-2:], height, width)
+    top, left = _corner(new_height - height, new_width - width, mode, rng)
+    out = frames.new_empty(*frames.shape[:2], height, width)
+    for frame, target in zip(frames, out, strict=True):  # one at a time: float32 needs four times the memory
+        scaled = _bicubic(frame, new_height, new_width)
+        target.copy_(scaled[:, top : top + height, left : left + width])
+    return out
+
+
+def _bicubic(frame: Tensor, height: int, width: int) -> Tensor:
+    if frame.shape[-2:] == (height, width):
+        return frame
+    scaled = F.interpolate(frame[None].float(), (height, width), mode="bicubic", align_corners=False, antialias=True)[0]
+    return scaled.clamp_(0, 255).round_().to(torch.uint8)
+
+
+def _corner(spare_height: int, spare_width: int, mode: str, rng) -> tuple[int, int]:
+    if mode == "center":
+        return spare_height // 2, spare_width // 2
+    if mode != "random":
+        raise ValueError(f"unknown crop mode {mode!r}; choose one of {', '.join(CROP_MODES)}")
+    draw = rng.integers if isinstance(rng, np.random.Generator) else (rng or np.random).randint
+    return int(draw(0, spare_height + 1)), int(draw(0, spare_width + 1))
