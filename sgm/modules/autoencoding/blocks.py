@@ -1,0 +1,201 @@
+"""Blocks of the 3D VAE: normalisations, residual block, change of resolution.
+
+The decoder's normalisation is modulated by the latent (spatially adaptive, Zheng et al. 2022, "MoVQ"). Its 1x1x1
+convolutions commute with the nearest-neighbour resize of the latent, so they run on the small latent grid.
+
+Axes: b batch, c channels, t frames, h w height and width. `run` says how a pass over the clip goes (`ClipPass`).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from sgm.modules.autoencoding.causal_conv import WHOLE_CLIP, CausalConv3d, ClipPass
+from sgm.modules.ops.vae import (
+    AffineField,
+    apply_field,
+    doubled_frames,
+    frame_bytes,
+    frame_spans,
+    group_moments,
+    norm_field,
+    pool_frames,
+    resize_latent,
+)
+
+GROUPS = 32
+EPS = 1e-6
+
+
+class ClipNorm(nn.Module):
+    """Group normalisation whose groups span all frames of the pass, so its numbers depend on the clip's length."""
+
+    def __init__(self, channels: int, groups: int = GROUPS) -> None:
+        super().__init__()
+        check_groups(channels, groups)
+        self.groups = groups
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def field(
+        self, x: Tensor, run: ClipPass = WHOLE_CLIP, modulation: tuple[Tensor, Tensor] | None = None
+    ) -> AffineField:
+        """The normalisation of x (b, c, t, h, w), optionally modulated, as scale and shift."""
+        budget = x.numel() * 8 if torch.is_grad_enabled() else run.slice_bytes  # with gradients: in one go
+        return norm_field(group_moments(x, self.groups, budget), self.weight, self.bias, EPS, modulation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, c, t, h, w) -> the same shape."""
+        return apply_field(x, self.field(x), swish=False)
+
+
+class SpatialNorm3D(nn.Module):
+    """GroupNorm(x) * conv_y(zq) + conv_b(zq), the latent zq brought to the size of x by nearest neighbour."""
+
+    def __init__(self, channels: int, latent_channels: int, groups: int = GROUPS) -> None:
+        super().__init__()
+        self.norm_layer = ClipNorm(channels, groups)
+        self.conv_y = CausalConv3d(latent_channels, channels, kernel_size=1)
+        self.conv_b = CausalConv3d(latent_channels, channels, kernel_size=1)
+
+    def field(self, x: Tensor, zq: Tensor, run: ClipPass = WHOLE_CLIP) -> AffineField:
+        """The normalisation of x (b, c, t, h, w) under the latent zq (b, z, t', h', w')."""
+        size = (x.shape[2], x.shape[3], x.shape[4])
+        kind = torch.promote_types(x.dtype, torch.float32)
+        modulation = (
+            resize_latent(self.conv_y(zq).to(kind), size),
+            resize_latent(self.conv_b(zq).to(kind), size),
+        )
+        return self.norm_layer.field(x, run, modulation)
+
+    def forward(self, x: Tensor, zq: Tensor) -> Tensor:
+        """(b, c, t, h, w) and (b, z, t', h', w') -> (b, c, t, h, w)."""
+        return apply_field(x, self.field(x, zq), swish=False)
+
+
+class ResnetBlock3D(nn.Module):
+    """norm, swish, conv, norm, swish, dropout, conv, plus the input (through a 1x1x1 conv where widths differ).
+
+    `latent_channels` given: the decoder's block, with norms modulated by the latent; None: the encoder's.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, *, latent_channels: int | None = None, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.norm1 = make_norm(in_channels, latent_channels)
+        self.conv1 = CausalConv3d(in_channels, out_channels)
+        self.norm2 = make_norm(out_channels, latent_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = CausalConv3d(out_channels, out_channels)
+        if in_channels != out_channels:
+            self.nin_shortcut = nn.Conv3d(in_channels, out_channels, kernel_size=1)
+
+    def forward(self, x: Tensor, zq: Tensor | None = None, run: ClipPass = WHOLE_CLIP) -> Tensor:
+        """x (b, c_in, t, h, w), zq (b, z, t', h', w') in the decoder -> (b, c_out, t, h, w)."""
+        h = self.conv1(x, run, norm=norm_of(self.norm1, x, zq, run))
+        norm2 = norm_of(self.norm2, h, zq, run)
+        if self.training and self.dropout.p > 0:
+            h = self.conv2(self.dropout(apply_field(h, norm2, swish=True)), run)
+        else:
+            h = self.conv2(h, run, norm=norm2, overwrite=True)
+        return self._add_shortcut(h, x, run)
+
+    def _add_shortcut(self, h: Tensor, x: Tensor, run: ClipPass) -> Tensor:
+        shortcut = getattr(self, "nin_shortcut", None)
+        if torch.is_grad_enabled():
+            return h + (x if shortcut is None else shortcut(x))
+        if shortcut is None:
+            return h.add_(x)
+        for start, stop in frame_spans(x.shape[2], frame_bytes(x), run.slice_bytes):
+            h[:, :, start:stop] += shortcut(x[:, :, start:stop])
+        return h
+
+
+class Downsample3D(nn.Module):
+    """Halve height and width (3x3 conv of stride 2, zeros right and below), first also time if `time` is set.
+
+    (b, c, t, h, w) -> (b, c, t', h/2, w/2); in time t' = 1 + (t - 1) / 2 for odd t (frame 0 stays alone), t / 2 for
+    even t.
+    """
+
+    def __init__(self, channels: int, time: bool) -> None:
+        super().__init__()
+        self.time = time
+        self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2)
+
+    def forward(self, x: Tensor, run: ClipPass = WHOLE_CLIP) -> Tensor:
+        if self.time:
+            x = pool_frames(x)
+        size = (x.shape[3] // 2, x.shape[4] // 2)
+        return _conv_frames(x, self.conv, size, lambda part: F.pad(part, (0, 1, 0, 1)), list(range(x.shape[2])), run)
+
+
+class Upsample3D(nn.Module):
+    """Double height and width by nearest neighbour, then 3x3 conv a frame; also time if `time` is set.
+
+    (b, c, t, h, w) -> (b, c, t', 2h, 2w); in time t' = 1 + 2 (t - 1) for odd t (frame 0 stays single), 2t for even t.
+    Doubled frames are equal, so the convolution runs once for both.
+    """
+
+    def __init__(self, channels: int, time: bool) -> None:
+        super().__init__()
+        self.time = time
+        self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
+
+    def forward(self, x: Tensor, run: ClipPass = WHOLE_CLIP) -> Tensor:
+        sources = doubled_frames(x.shape[2]) if self.time else list(range(x.shape[2]))
+        size = (x.shape[3] * 2, x.shape[4] * 2)
+        return _conv_frames(x, self.conv, size, lambda part: F.interpolate(part, scale_factor=2.0), sources, run)
+
+
+def _conv_frames(x: Tensor, conv: nn.Conv2d, size: tuple[int, int], prepare, sources: list[int], run: ClipPass) -> Tensor:
+    """conv(prepare(frame)) for each frame of x; frame k of the result (b, c, len(sources), *size) is sources[k]'s.
+
+    Without gradients long clips go in runs of frames, so that prepared frames never lie in memory all together.
+    """
+
+    def convolve(part: Tensor) -> Tensor:
+        y = conv(prepare(rearrange(part, "b c t h w -> (b t) c h w")))
+        return rearrange(y, "(b t) c h w -> b c t h w", b=part.shape[0])
+
+    if torch.is_grad_enabled():
+        y = convolve(x)
+        return y if len(sources) == y.shape[2] else y[:, :, sources]
+    shape = (x.shape[0], conv.out_channels, len(sources), *size)
+    is_last = x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous()
+    layout = torch.channels_last_3d if is_last else torch.contiguous_format
+    result = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+    grown = frame_bytes(x) * max(1, size[0] * size[1] // (x.shape[3] * x.shape[4]))
+    for start, stop in frame_spans(x.shape[2], grown, run.slice_bytes):
+        y = convolve(x[:, :, start:stop])
+        for k, source in enumerate(sources):
+            if start <= source < stop:
+                result[:, :, k] = y[:, :, source - start]
+    return result
+
+
+def make_norm(channels: int, latent_channels: int | None) -> ClipNorm | SpatialNorm3D:
+    """The encoder's norm (no latent), or the decoder's."""
+    return ClipNorm(channels) if latent_channels is None else SpatialNorm3D(channels, latent_channels)
+
+
+def norm_of(norm: ClipNorm | SpatialNorm3D, x: Tensor, zq: Tensor | None, run: ClipPass) -> AffineField:
+    """The norm's field for x: under the latent in the decoder (zq given), plain in the encoder."""
+    if isinstance(norm, SpatialNorm3D):
+        if zq is None:
+            raise ValueError("the decoder's norms are modulated by the latent: pass zq.")
+        return norm.field(x, zq, run)
+    return norm.field(x, run)
+
+
+def check_groups(channels: int, groups: int) -> None:
+    """Raise ValueError unless `channels` can be normalised in `groups` groups."""
+    if channels % groups:
+        raise ValueError(
+            f"a layer of the autoencoder has {channels} channels, which is no multiple of its {groups} normalisation "
+            "groups. Choose `ch` and `ch_mult` so that every ch * ch_mult[i] is one."
+        )

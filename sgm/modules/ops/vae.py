@@ -1,0 +1,138 @@
+"""Arithmetic of the 3D VAE in plain PyTorch: what a faster kernel has to reproduce.
+
+The large tensors of the VAE are its activations at full resolution (1.6 GB each for nine frames of 480x720 in half
+precision), so a normalisation is written as a *field*: scale and shift per channel, or per channel and block of
+pixels, in float32 on the small latent grid. Normalisation, modulation by the latent and swish are then one pass over
+the activation, and any run of frames can be done alone.
+
+Axes: b batch, c channels, t frames, h w pixels of the activation; h' w' pixels of the field, h % h' == w % w' == 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AffineField:
+    """x * scale + shift, each (b, c, t or 1, h', w') in float32 (or wider) and constant on blocks of h/h' x w/w'."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def frames(self, start: int, stop: int) -> AffineField:
+        """The field of the frames start .. stop - 1."""
+        if self.scale.shape[2] == 1:
+            return self
+        return AffineField(self.scale[:, :, start:stop], self.shift[:, :, start:stop])
+
+
+def frame_spans(frames: int, frame_bytes: int, budget: int) -> list[tuple[int, int]]:
+    """Cut `frames` into the fewest runs (start, stop), as even as can be, of at most `budget` bytes, or one frame."""
+    pieces = min(frames, max(1, -(-frames * frame_bytes // max(budget, 1))))
+    return [(frames * k // pieces, frames * (k + 1) // pieces) for k in range(pieces)]
+
+
+def frame_bytes(x: Tensor, itemsize: int | None = None) -> int:
+    """Bytes of one frame of x (b, c, t, h, w), over the batch, at `itemsize` bytes a value."""
+    return x.numel() // x.shape[2] * (itemsize or x.element_size())
+
+
+def group_moments(x: Tensor, groups: int, budget: int) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance, (b, groups) in float32 or wider, over a group's channels, all frames and all pixels.
+
+    Runs of frames within `budget` bytes are reduced alone and merged by Chan et al. 1979 (pairwise update), which
+    keeps full precision where sums of squares would cancel.
+    """
+    kind = torch.promote_types(x.dtype, torch.float32)
+    seen, mean, square = 0, x.new_zeros((), dtype=kind), x.new_zeros((), dtype=kind)
+    for start, stop in frame_spans(x.shape[2], frame_bytes(x, kind.itemsize), budget):
+        part = x[:, :, start:stop].to(kind).unflatten(1, (groups, -1))  # b g c/g t h w
+        part_var, part_mean = torch.var_mean(part, dim=(2, 3, 4, 5), correction=0)
+        count = stop - start  # every frame has as many values, so frames are the weights
+        step = part_mean - mean
+        square = square + part_var * count + step.square() * (seen * count / (seen + count))
+        mean = mean + step * (count / (seen + count))
+        seen += count
+    return mean, square / seen
+
+
+def norm_field(
+    moments: tuple[Tensor, Tensor],
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    modulation: tuple[Tensor, Tensor] | None = None,
+) -> AffineField:
+    """Group normalisation (Wu & He 2018), optionally modulated, as a field: GN(x) * y + z with modulation = (y, z).
+
+    Args:
+        moments: mean and variance (b, groups).
+        weight, bias: (c,).
+        modulation: y and z, (b, c, t, h', w').
+    """
+    mean, variance = moments
+    per_channel = weight.shape[0] // mean.shape[1]
+    scale = (variance + eps).rsqrt().repeat_interleave(per_channel, dim=1) * weight.to(mean.dtype)
+    shift = bias.to(mean.dtype) - mean.repeat_interleave(per_channel, dim=1) * scale
+    scale, shift = scale[:, :, None, None, None], shift[:, :, None, None, None]
+    if modulation is None:
+        return AffineField(scale, shift)
+    y, z = (part.to(mean.dtype) for part in modulation)
+    return AffineField(scale * y, torch.addcmul(z, shift, y))
+
+
+def resize_latent(z: Tensor, size: tuple[int, int, int]) -> Tensor:
+    """Latent grid (b, c, t', h', w') brought to the frames of an activation of `size` (t, h, w) by nearest neighbour.
+
+    With an odd number of frames above one, latent frame 0 belongs to frame 0 alone and the others to the rest. Height
+    and width stay h', w' where they divide h, w (`apply_field` repeats them on the fly), else they are resized too.
+    """
+    t, h, w = size
+    rows, cols = z.shape[3:]
+    grid = (rows, cols) if h % rows == 0 and w % cols == 0 else (h, w)
+    if t > 1 and t % 2:
+        if z.shape[2] < 2:
+            raise ValueError(f"{t} frames need at least 2 latent frames, got {z.shape[2]}: frame 0 has its own.")
+        first, rest = z[:, :, :1], z[:, :, 1:]
+        return torch.cat([F.interpolate(first, (1, *grid)), F.interpolate(rest, (t - 1, *grid))], dim=2)
+    return F.interpolate(z, (t, *grid))
+
+
+def apply_field(x: Tensor, field: AffineField, *, swish: bool, out: Tensor | None = None) -> Tensor:
+    """x * scale + shift, then swish y * sigmoid(y) if asked for; x (b, c, t, h, w) -> the same shape and dtype.
+
+    `out` receives the result (no gradients then); it may be a view, and x itself.
+    """
+    rows, cols = field.scale.shape[3:]
+    scale, shift = field.scale[:, :, :, :, None, :, None], field.shift[:, :, :, :, None, :, None]
+    blocks = _blocks(x, rows, cols)
+    if out is None:
+        y = torch.addcmul(shift, blocks, scale).reshape(x.shape)
+        return (F.silu(y) if swish else y).to(x.dtype)
+    torch.addcmul(shift, blocks, scale, out=_blocks(out, rows, cols))
+    return F.silu(out, inplace=True) if swish else out
+
+
+def _blocks(x: Tensor, rows: int, cols: int) -> Tensor:
+    """View (b, c, t, h, w) as (b, c, t, rows, h/rows, cols, w/cols)."""
+    return x.unflatten(4, (cols, -1)).unflatten(3, (rows, -1))
+
+
+def pool_frames(x: Tensor) -> Tensor:
+    """Halve time: means of neighbouring frames. An odd number keeps frame 0 alone, one frame stays; t -> ceil(t / 2)."""
+    t = x.shape[2]
+    if t == 1:
+        return x
+    kept, rest = x[:, :, : t % 2], x[:, :, t % 2 :]
+    means = torch.lerp(rest[:, :, ::2], rest[:, :, 1::2], 0.5)
+    return torch.cat([kept, means], dim=2) if t % 2 else means
+
+
+def doubled_frames(t: int) -> list[int]:
+    """Source frame of each frame after doubling time: an odd number leaves frame 0 single (1 -> 1, 3 -> 5, 2 -> 4)."""
+    return [k for k in range(t) for _ in range(1 if t % 2 and k == 0 else 2)]
