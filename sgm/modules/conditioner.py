@@ -1,0 +1,158 @@
+"""From a batch (captions, images, numbers) to the network's conditions."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sgm.util import instantiate_from_config
+
+# An embedding's number of axes decides what it is to the network.
+KEY_OF_RANK = {2: "vector", 3: "crossattn", 4: "concat", 5: "concat"}
+# The axis on which embeddings of one kind are joined: vector (b, d), crossattn (b, l, d), concat (b, [t,] c, h, w).
+JOIN_AXIS = {"vector": 1, "crossattn": 2, "concat": -3}
+
+_EMBEDDER_KEYS = frozenset({"target", "params", "is_trainable", "ucg_rate", "input_key", "input_keys", "name"})
+
+
+class ConditionerError(ValueError):
+    """An embedder's configuration or the batch does not fit; the message names the embedder and the keys."""
+
+
+class AbstractEmbModel(nn.Module):
+    """Base of embedders. `GeneralConditioner` sets the attributes from the YAML entry.
+
+    Attributes:
+        is_trainable: False keeps the embedder in eval mode whatever `train()` is called with.
+        ucg_rate: probability that a sample's embedding becomes zero.
+        input_keys: entries of the batch that `forward` gets, in order.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_trainable = False
+        self.ucg_rate = 0.0
+        self.input_keys: tuple[str, ...] = ()
+
+    def train(self, mode: bool = True) -> AbstractEmbModel:
+        return super().train(mode and self.is_trainable)
+
+
+def drop_samples(embedding: Tensor, rate: float) -> Tensor:
+    """Zero whole samples of (b, ...) with probability `rate`; the others are not rescaled.
+
+    One `torch.bernoulli` of b float32 probabilities on the embedding's device, whether training or not.
+    """
+    keep = torch.bernoulli(torch.full((embedding.shape[0],), 1 - rate, device=embedding.device))
+    return keep.to(embedding.dtype).view(-1, *[1] * (embedding.ndim - 1)) * embedding
+
+
+class GeneralConditioner(nn.Module):
+    """Runs the embedders and sorts their outputs by rank into `vector`, `crossattn` and `concat`.
+
+    Args:
+        emb_models: one mapping an embedder: `target`, `params`, and beside them `input_key` (or `input_keys`),
+            `is_trainable` (False), `ucg_rate` (0.0; caption dropout).
+    Raises:
+        ConditionerError: an entry without an input key, with an unknown key, or a rate outside 0..1.
+    """
+
+    def __init__(self, emb_models: Sequence[Mapping[str, Any]]) -> None:
+        super().__init__()
+        self.embedders = nn.ModuleList([_build_embedder(config) for config in emb_models])
+
+    def forward(
+        self, batch: Mapping[str, Any], force_zero_embeddings: Collection[str] | None = None
+    ) -> dict[str, Tensor]:
+        """Conditions of a batch.
+
+        Args:
+            batch: holds every embedder's input entries.
+            force_zero_embeddings: input keys whose embedding is replaced by zeros of the same shape.
+        Returns:
+            `vector` (b, d), `crossattn` (b, l, d), `concat` (b, [t,] c, h, w): those that some embedder makes.
+        """
+        zeroed = frozenset(force_zero_embeddings or ())
+        output: dict[str, Tensor] = {}
+        for embedder in self.embedders:
+            for embedding in _embed(embedder, batch):
+                key = _output_key(embedder, embedding)
+                if embedder.ucg_rate > 0:
+                    embedding = drop_samples(embedding, embedder.ucg_rate)
+                if zeroed.intersection(embedder.input_keys):
+                    embedding = torch.zeros_like(embedding)
+                joined = [output[key], embedding] if key in output else [embedding]
+                output[key] = torch.cat(joined, dim=JOIN_AXIS[key]) if len(joined) > 1 else embedding
+        return output
+
+    def get_unconditional_conditioning(
+        self,
+        batch_c: Mapping[str, Any],
+        batch_uc: Mapping[str, Any] | None = None,
+        force_uc_zero_embeddings: Collection[str] | None = None,
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Conditions and unconditional conditions for guidance, both without dropout.
+
+        Args:
+            batch_c: the wanted batch.
+            batch_uc: the batch to steer away from (negative prompts); None takes `batch_c`.
+            force_uc_zero_embeddings: input keys whose unconditional embedding is zeros (CogVideoX: ["txt"]).
+        """
+        with self.without_dropout():
+            cond = self(batch_c)
+            uncond = self(batch_c if batch_uc is None else batch_uc, force_uc_zero_embeddings)
+        return cond, uncond
+
+    @contextmanager
+    def without_dropout(self) -> Iterator[None]:
+        """Every `ucg_rate` is 0 inside the block."""
+        rates = [embedder.ucg_rate for embedder in self.embedders]
+        try:
+            for embedder in self.embedders:
+                embedder.ucg_rate = 0.0
+            yield
+        finally:
+            for embedder, rate in zip(self.embedders, rates):
+                embedder.ucg_rate = rate
+
+
+def _build_embedder(config: Mapping[str, Any]) -> AbstractEmbModel:
+    target = config.get("target", "an embedder without `target`")
+    unknown = sorted(set(config) - _EMBEDDER_KEYS)
+    if unknown:
+        known = ", ".join(sorted(_EMBEDDER_KEYS))
+        raise ConditionerError(f"{target}: unknown {', '.join(unknown)}; known are {known}.")
+    keys = [config["input_key"]] if "input_key" in config else list(config.get("input_keys", ()))
+    if not keys:
+        raise ConditionerError(f"{target}: set input_key, the batch entry that it embeds (captions: txt).")
+    rate = float(config.get("ucg_rate", 0.0))
+    if not 0 <= rate <= 1:
+        raise ConditionerError(f"{target}: ucg_rate is a probability, not {rate}.")
+    embedder = instantiate_from_config({"target": config["target"], "params": config.get("params") or {}})
+    if not isinstance(embedder, AbstractEmbModel):
+        raise ConditionerError(f"{target} is no embedder: it must derive from {AbstractEmbModel.__qualname__}.")
+    embedder.input_keys, embedder.ucg_rate = tuple(keys), rate
+    embedder.is_trainable = bool(config.get("is_trainable", False))
+    if not embedder.is_trainable:
+        embedder.requires_grad_(False).eval()
+    return embedder
+
+
+def _embed(embedder: AbstractEmbModel, batch: Mapping[str, Any]) -> list[Tensor]:
+    absent = [key for key in embedder.input_keys if key not in batch]
+    if absent:
+        raise ConditionerError(f"{type(embedder).__name__} needs {', '.join(absent)} from the batch, "
+                               f"which holds {', '.join(map(str, batch)) or 'nothing'}.")
+    with torch.set_grad_enabled(embedder.is_trainable and torch.is_grad_enabled()):
+        made = embedder(*(batch[key] for key in embedder.input_keys))
+    return list(made) if isinstance(made, list | tuple) else [made]
+
+
+def _output_key(embedder: AbstractEmbModel, embedding: Tensor) -> str:
+    if embedding.ndim not in KEY_OF_RANK:
+        raise ConditionerError(f"{type(embedder).__name__} gave shape {list(embedding.shape)}; 2 to 5 axes have a use.")
+    return KEY_OF_RANK[embedding.ndim]

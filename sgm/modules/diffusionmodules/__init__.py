@@ -1,0 +1,1 @@
+"""Diffusion mathematics: schedules, the denoiser (preconditioner), guidance, samplers, training noise and loss."""

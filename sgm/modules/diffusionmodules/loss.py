@@ -1,0 +1,123 @@
+"""The training loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sgm.modules.diffusionmodules.denoiser import Network, append_dims
+from sgm.util import instantiate_from_config
+
+Denoise = Callable[..., Tensor]  # (network, noised, signal rate (b,), conditions, idx=..., **extras) -> estimate
+Conditioner = Callable[[Mapping[str, Any]], dict[str, Tensor]]
+
+
+def add_noise(x: Tensor, noise: Tensor, signal: Tensor) -> Tensor:
+    """a x + sqrt(1 - a^2) noise in float32; x and noise (b, ...), a = signal (b,)."""
+    a = append_dims(signal.float(), x.ndim)
+    return a * x.float() + (1 - a**2) ** 0.5 * noise
+
+
+def snr_weight(signal: Tensor, cap: float | None = None) -> Tensor:
+    """(b,) weight 1 / (1 - a^2) of the error in x, at most `cap`.
+
+    1 / (1 - a^2) = SNR + 1 turns the error of the clean estimate into the error of v (Salimans & Ho 2022, section 4).
+    The cap is in the manner of min-SNR (Hang et al. 2023, arXiv 2303.09556).
+    """
+    weight = 1 / (1 - signal.float() ** 2)
+    return weight if cap is None else weight.clamp(max=cap)
+
+
+def weighted_error(estimate: Tensor, target: Tensor, weight: Tensor, kind: str) -> Tensor:
+    """(b,) mean over all axes but the first of weight * |estimate - target|^p, p = 2 for "l2" and 1 for "l1"."""
+    difference = estimate - target
+    error = difference**2 if kind == "l2" else difference.abs()
+    return (append_dims(weight, target.ndim) * error).flatten(1).mean(1)
+
+
+class VideoDiffusionLoss:
+    """Weighted error of the clean estimate, at a random timestep per sample.
+
+    Random draws, in this order: what the conditioner draws (caption dropout), the timesteps (CPU), the noise like z,
+    and the offset (CPU). All but the first are made equal within a model-parallel group.
+
+    Args:
+        sigma_sampler_config: target of the timestep sampler.
+        type: "l2" or "l1".
+        offset_noise_level: > 0 adds that much of one common normal value to all noise of a sample.
+        block_scale, block_size, fixed_frames: known to the original, which makes nothing of them; only their defaults
+            are accepted.
+        min_snr_value: upper bound of the weight; None for no bound.
+        batch2model_keys: entries of the batch that are handed to the network.
+    Raises:
+        ValueError: unknown type, or a value for a parameter that has no effect.
+    """
+
+    def __init__(
+        self,
+        sigma_sampler_config: Mapping[str, Any],
+        type: str = "l2",
+        offset_noise_level: float = 0.0,
+        block_scale: float | None = None,
+        block_size: int | None = None,
+        min_snr_value: float | None = None,
+        fixed_frames: int = 0,
+        batch2model_keys: str | Sequence[str] | None = None,
+    ) -> None:
+        if type not in ("l2", "l1"):
+            raise ValueError(f"loss type {type!r} is not known; choose 'l2' or 'l1'.")
+        idle = {"block_scale": block_scale, "block_size": block_size, "fixed_frames": fixed_frames or None}
+        given = [f"{name}={value}" for name, value in idle.items() if value is not None]
+        if given:
+            raise ValueError(f"VideoDiffusionLoss: {', '.join(given)} would have no effect (nor has it in the "
+                             "original); remove it from loss_fn_config.params.")
+        self.sigma_sampler = instantiate_from_config(sigma_sampler_config)
+        self.type = type
+        self.offset_noise_level = offset_noise_level
+        self.min_snr_value = min_snr_value
+        keys = [batch2model_keys] if isinstance(batch2model_keys, str) else list(batch2model_keys or ())
+        self.batch2model_keys = frozenset(keys) | {"concat_images"}
+
+    def __call__(
+        self,
+        network: Network,
+        denoiser: Denoise,
+        conditioner: Conditioner,
+        z: Tensor,
+        batch: Mapping[str, Any],
+        idx: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """Loss of each sample.
+
+        Args:
+            network, denoiser: see `Denoiser.forward`.
+            conditioner: batch -> conditions; called first.
+            z: clean latents (b, ...), scaled, in any floating type.
+            batch: what the data set gives; also the source of `batch2model_keys` (and `concat_images`, if present).
+            idx: (b,) int64 timesteps instead of random ones.
+            noise: (b, ...) like z instead of random noise (the offset is still added).
+        Returns:
+            (b,) float32.
+        """
+        cond = conditioner(batch)
+        extras = {key: batch[key] for key in self.batch2model_keys if key in batch}
+        signal, idx, noise = self._draw(z, idx, noise)
+        noised = add_noise(z, noise, signal)
+        estimate = denoiser(network, noised, signal, cond, idx=idx, **extras)
+        return weighted_error(estimate, z.float(), snr_weight(signal, self.min_snr_value), self.type)
+
+    def _draw(self, z: Tensor, idx: Tensor | None, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Signal rates (b,), timesteps (b,) and noise (b, ...) on z's device, the same in a model-parallel group."""
+        from sgm.distributed import broadcast_in_model_parallel as shared
+
+        signal, idx = self.sigma_sampler(z.shape[0], rand=idx, return_idx=True)
+        if noise is None:
+            noise = torch.randn_like(z)
+        if self.offset_noise_level > 0:
+            offset = torch.randn(z.shape[0], device="cpu").to(z.device)
+            noise = noise + append_dims(offset, z.ndim) * self.offset_noise_level
+        return shared(signal.to(z.device)), shared(idx.to(z.device)), shared(noise)

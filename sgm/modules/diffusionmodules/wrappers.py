@@ -1,0 +1,38 @@
+"""The seam between denoiser and network: a dict of conditions becomes the network's arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class OpenAIWrapper(nn.Module):
+    """Holds the network as `diffusion_model` and unpacks the conditions for it.
+
+    Args:
+        diffusion_model: called as `net(x, timesteps=t, context=..., **kwargs)`, with `y=` where a vector is given.
+        dtype: type that the conditions are cast to, the network's own.
+    """
+
+    def __init__(self, diffusion_model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.diffusion_model = diffusion_model
+        self.dtype = dtype
+
+    def forward(self, x: Tensor, t: Tensor, c: Mapping[str, Tensor], **kwargs: Any) -> Tensor:
+        """Run the network.
+
+        Args:
+            x: (b, t, c, h, w) or (b, c, h, w).
+            t: (b,) timesteps.
+            c: `crossattn` (b, l, d): context; `concat`: joined to x on channels; `vector` (b, d): passed as `y`.
+            kwargs: passed on as they are.
+        """
+        cond = {name: value.to(self.dtype) for name, value in c.items()}
+        if "concat" in cond:
+            x = torch.cat([x, cond["concat"].to(x.dtype)], dim=-3)
+        extras = {"y": cond["vector"]} if "vector" in cond else {}
+        return self.diffusion_model(x, timesteps=t, context=cond.get("crossattn"), **extras, **kwargs)

@@ -1,0 +1,1 @@
+"""Encoders that turn conditions (captions) into embeddings."""

@@ -1,0 +1,178 @@
+"""The text encoder: captions to embeddings by a frozen T5 (Raffel et al. 2020, arXiv 1910.10683; v1.1).
+
+Shape letters: b batch, l tokens, d width of the encoder (4096 for XXL).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sgm.modules.conditioner import AbstractEmbModel, GeneralConditioner
+from sgm.modules.encoders import t5_files
+from sgm.weights import assign_state
+
+__all__ = ["FrozenT5Embedder", "GeneralConditioner", "NonFiniteEmbeddingError", "TokenizedPrompts"]
+
+_SHARED, _TIED = "shared.weight", "encoder.embed_tokens.weight"
+_DECODER_KEYS = ("decoder.", "lm_head.")  # the other half of a full T5 checkpoint
+
+
+class NonFiniteEmbeddingError(ValueError):
+    """A text embedding holds inf or nan."""
+
+
+@dataclass(frozen=True)
+class TokenizedPrompts:
+    """Token ids of prompts, and what did not fit.
+
+    Attributes:
+        ids: int64 (b, max_length): tokens, end-of-sequence (1), then padding (0).
+        truncated: one text a prompt: the end that was cut off, "" where all of it fits.
+    """
+
+    ids: Tensor
+    truncated: list[str]
+
+
+class FrozenT5Embedder(AbstractEmbModel):
+    """The T5 encoder, every caption padded or cut to the same length.
+
+    No attention mask is used: padding is attended to and has embeddings of its own, which the transformer was trained
+    to see.
+
+    Args:
+        model_dir: folder with config.json, safetensors (sharded with an index) or pytorch_model.bin, and spiece.model;
+            or one with the subfolders text_encoder/ and tokenizer/; or a hub id.
+        device: where the weights are loaded to; None for the CPU. Sampling and training move the module as they need.
+        max_length: tokens a caption, with the end-of-sequence token (226 for CogVideoX).
+        freeze: no gradients, always in eval mode.
+        cache_dir: the hub's cache folder; None for its default.
+    Raises:
+        EncoderFilesError: files are missing.
+        WeightsError: files are damaged or do not fit the configuration.
+
+    Weights are loaded on construction, except under `torch.device("meta")`; then `load_weights` fills the module, or a
+    checkpoint that contains it.
+    """
+
+    def __init__(
+        self,
+        model_dir: str = "google/t5-v1_1-xxl",
+        device: torch.device | str | None = None,
+        max_length: int = 77,
+        freeze: bool = True,
+        cache_dir: str | None = None,
+    ) -> None:
+        super().__init__()
+        if max_length < 1:
+            raise ValueError(f"max_length must be at least 1 (226 for CogVideoX), not {max_length}.")
+        from transformers import T5Tokenizer  # seconds to import
+
+        self.max_length = max_length
+        self.files = t5_files.resolve(str(model_dir), cache_dir)
+        self.tokenizer = T5Tokenizer.from_pretrained(str(self.files.tokenizer), local_files_only=True)
+        self.transformer = _build_encoder(self.files)
+        self.frozen = freeze
+        if freeze:
+            self.freeze()
+        if not torch.empty(0).is_meta:
+            self.load_weights(device=device)
+
+    def freeze(self) -> None:
+        """No gradients, eval mode."""
+        self.frozen = True
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> FrozenT5Embedder:
+        super().train(mode and not self.frozen)
+        return self
+
+    def load_weights(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        """Fill the module from its files, one tensor at a time, straight to `device` and `dtype`.
+
+        Args:
+            device: None for where the module lives; a new one is filled on the CPU, with tensors that stay mapped from
+                the file as long as nothing casts or moves them.
+            dtype: None for the files' own (a module filled before keeps its own). float16 is what `.half()` of the
+                loaded module gives.
+        Raises:
+            WeightsError: damaged files; missing, unexpected or wrongly shaped tensors (decoder tensors of a full T5
+                are left out by name).
+        """
+        state = self.files.read_weights()
+        for name, other in ((_SHARED, _TIED), (_TIED, _SHARED)):  # one tensor, of which files hold either or both
+            if other in state:
+                state.setdefault(name, state[other])
+        assign_state(
+            self.transformer,
+            state,
+            source=", ".join(str(path) for path in self.files.weights),
+            device=device,
+            dtype=dtype,
+            ignore_prefixes=_DECODER_KEYS,
+            hint=f"The configuration is {self.files.config}.",
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids must go: the device of the token embedding."""
+        return self.transformer.shared.weight.device
+
+    def blocks(self) -> list[nn.Module]:
+        """The encoder's blocks in order, for a memory manager that brings them to the device one by one."""
+        return list(self.transformer.encoder.block)
+
+    def tokenize(self, texts: str | Sequence[str]) -> TokenizedPrompts:
+        """Ids of b texts on the CPU. Texts over max_length - 1 tokens are cut there; the result says what was lost."""
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        ids = torch.full((len(texts), self.max_length), self.tokenizer.pad_token_id, dtype=torch.long, device="cpu")
+        truncated = []
+        for row, tokens in zip(ids, self.tokenizer(texts, verbose=False).input_ids):
+            cut: list[int] = []
+            if len(tokens) > self.max_length:
+                *kept, end = tokens
+                cut, tokens = kept[self.max_length - 1 :], [*kept[: self.max_length - 1], end]
+            row[: len(tokens)] = torch.tensor(tokens, device="cpu")
+            truncated.append(self.tokenizer.decode(cut, skip_special_tokens=True) if cut else "")
+        return TokenizedPrompts(ids, truncated)
+
+    def encode(self, texts: str | Sequence[str]) -> Tensor:
+        """Embeddings (b, l, d) of b texts, in the weights' type and on their device.
+
+        Raises:
+            ValueError: the weights were not loaded.
+            NonFiniteEmbeddingError: inf or nan in the result (float16 has a small range).
+        """
+        if self.device.type == "meta":
+            raise ValueError("the text encoder holds no weights yet: call load_weights() or load a checkpoint.")
+        ids = self.tokenize(texts).ids.to(self.device)
+        no_grad = torch.no_grad() if self.frozen else nullcontext()
+        with no_grad, torch.autocast(self.device.type, enabled=False):
+            embedding = self.transformer(input_ids=ids).last_hidden_state
+        if not bool(torch.isfinite(embedding).all()):
+            raise NonFiniteEmbeddingError(
+                f"the text encoder gave inf or nan in {embedding.dtype}. T5 can leave the range of float16: run in "
+                "bf16 (args.bf16: True, args.fp16: False), and check that the weight files are whole."
+            )
+        return embedding
+
+    def forward(self, texts: str | Sequence[str]) -> Tensor:
+        """Same as `encode`."""
+        return self.encode(texts)
+
+
+def _build_encoder(files: t5_files.T5Files) -> Any:
+    """A `T5EncoderModel` of the files' configuration on the meta device, its two names of the embedding tied."""
+    from transformers import T5Config, T5EncoderModel
+
+    config = T5Config.from_pretrained(str(files.config.parent), local_files_only=True)
+    with torch.device("meta"):
+        encoder = T5EncoderModel(config)
+    encoder.encoder.embed_tokens.weight = encoder.shared.weight
+    return encoder

@@ -1,0 +1,153 @@
+"""Where a T5 encoder's files lie: a local folder in one of two layouts, or a repository of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from sgm.weights import WeightsError, WeightsNotFoundError, read_checkpoint
+
+CONFIG, VOCABULARY = "config.json", "spiece.model"
+# In order of preference: a single file, or an index that names shards.
+WEIGHT_FILES = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
+TOKENIZER_EXTRAS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+
+HOW_TO_GET = (
+    "To get the folder: download the release's diffusers repository (THUDM/CogVideoX-2b), copy everything from its "
+    "text_encoder/ and tokenizer/ folders into one folder, and set conditioner_config's model_dir to that folder."
+)
+
+
+class EncoderFilesError(WeightsNotFoundError):
+    """Files of the text encoder are missing. The message lists all of them and says how to get the folder."""
+
+
+@dataclass(frozen=True)
+class T5Files:
+    """A complete set of files: encoder config, tokenizer folder, and weight files in the order to read them."""
+
+    config: Path
+    tokenizer: Path
+    weights: tuple[Path, ...]
+
+    def read_weights(self) -> dict[str, Tensor]:
+        """All tensors by name, memory-mapped where the format allows.
+
+        Raises:
+            WeightsError: a file is damaged, or holds code instead of tensors.
+        """
+        state: dict[str, Tensor] = {}
+        for path in self.weights:
+            state.update(read_checkpoint(path))
+        return state
+
+
+def resolve(model_dir: str, cache_dir: str | None = None) -> T5Files:
+    """The files behind `model_dir`, an existing folder or a hub id (`owner/name`).
+
+    A folder never touches the network. A hub id is taken from the local cache where that has every file.
+
+    Raises:
+        EncoderFilesError: no such folder, an incomplete one, or a hub id that is neither cached nor reachable.
+    """
+    folder = Path(model_dir).expanduser()
+    if folder.is_dir():
+        return files_in(folder)
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model_dir):
+        raise EncoderFilesError(f"the text encoder's folder {model_dir} does not exist. {HOW_TO_GET}")
+    return files_in(_from_hub(model_dir, cache_dir))
+
+
+def files_in(folder: Path) -> T5Files:
+    """The files in a folder: all together (the SAT release), or in text_encoder/ and tokenizer/ (diffusers).
+
+    Raises:
+        EncoderFilesError: lists everything that is missing.
+        WeightsError: the index of the weights is unreadable.
+    """
+    encoder = _subfolder_with(folder, "text_encoder", CONFIG)
+    tokenizer = _subfolder_with(folder, "tokenizer", VOCABULARY)
+    missing = [str(path) for path in (encoder / CONFIG, tokenizer / VOCABULARY) if not path.is_file()]
+    found = next((encoder / name for name in WEIGHT_FILES if (encoder / name).is_file()), None)
+    weights = () if found is None else _shards(found)
+    if found is None:
+        missing.append(f"weights (one of {', '.join(WEIGHT_FILES)}) in {encoder}")
+    missing += [f"{path} (named in {found.name})" for path in weights if found and not path.is_file()]
+    if missing:
+        raise EncoderFilesError(f"the text encoder in {folder} is incomplete; missing: {'; '.join(missing)}. "
+                                f"{HOW_TO_GET}")
+    return T5Files(encoder / CONFIG, tokenizer, weights)
+
+
+def _subfolder_with(folder: Path, name: str, wanted: str) -> Path:
+    sub = folder / name
+    return sub if sub.is_dir() and not (folder / wanted).is_file() else folder
+
+
+def _shards(found: Path) -> tuple[Path, ...]:
+    if found.suffix != ".json":
+        return (found,)
+    try:
+        names = set(json.loads(found.read_text())["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(f"{found} is no index of weight shards ({error!r}); copy or download it again.") from error
+    return tuple(found.parent / name for name in sorted(names))
+
+
+# --- hub --------------------------------------------------------------------------------------------------------------
+
+
+def wanted_files(names: Collection[str]) -> list[str]:
+    """Of a repository's file names those that the encoder needs, in the layout and weight format that it has."""
+    encoder = "" if CONFIG in names or f"text_encoder/{CONFIG}" not in names else "text_encoder/"
+    tokenizer = "" if VOCABULARY in names or f"tokenizer/{VOCABULARY}" not in names else "tokenizer/"
+    wanted = {encoder + CONFIG, tokenizer + VOCABULARY, *(tokenizer + extra for extra in TOKENIZER_EXTRAS)}
+    weights = next((name for name in WEIGHT_FILES if encoder + name in names), None)
+    if weights is not None:
+        wanted.add(encoder + weights)
+        if weights.endswith(".index.json"):
+            stem, suffix = weights.removesuffix(".index.json").rsplit(".", 1)
+            shard = re.compile(re.escape(encoder + stem) + r"-\d+-of-\d+\." + suffix)
+            wanted.update(name for name in names if shard.fullmatch(name))
+    return sorted(wanted.intersection(names))
+
+
+def _from_hub(repo: str, cache_dir: str | None) -> Path:
+    """The local snapshot of a hub repository, downloaded where the cache does not hold it whole."""
+    cached = _complete_snapshot(repo, cache_dir)
+    if cached is not None:
+        return cached
+    from huggingface_hub import HfApi, snapshot_download
+
+    try:
+        names = wanted_files(HfApi().list_repo_files(repo))
+        return Path(snapshot_download(repo, cache_dir=cache_dir, allow_patterns=names))
+    except Exception as error:  # the hub's HTTP library, which its versions choose, has errors of its own
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise EncoderFilesError(
+            f"the text encoder {repo!r} is neither an existing folder nor in the Hugging Face cache, and the hub did "
+            f"not give it ({reason}). {HOW_TO_GET}"
+        ) from error
+
+
+def _complete_snapshot(repo: str, cache_dir: str | None) -> Path | None:
+    """The cached snapshot, if it has every file; no network."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        snapshot = Path(snapshot_download(repo, cache_dir=cache_dir, local_files_only=True))
+        files_in(snapshot)
+    except (LocalEntryNotFoundError, EncoderFilesError):
+        return None
+    return snapshot
