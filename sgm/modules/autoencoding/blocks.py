@@ -8,12 +8,14 @@ Axes: b batch, c channels, t frames, h w height and width. `run` says how a pass
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from sgm.modules.autoencoding.causal_conv import WHOLE_CLIP, CausalConv3d, ClipPass
+from sgm.modules.autoencoding.causal_conv import WHOLE_CLIP, CausalConv3d, ClipPass, layout_of
 from sgm.modules.ops.vae import (
     AffineField,
     apply_field,
@@ -152,7 +154,14 @@ class Upsample3D(nn.Module):
         return _conv_frames(x, self.conv, size, lambda part: F.interpolate(part, scale_factor=2.0), sources, run)
 
 
-def _conv_frames(x: Tensor, conv: nn.Conv2d, size: tuple[int, int], prepare, sources: list[int], run: ClipPass) -> Tensor:
+def _conv_frames(
+    x: Tensor,
+    conv: nn.Conv2d,
+    size: tuple[int, int],
+    prepare: Callable[[Tensor], Tensor],
+    sources: list[int],
+    run: ClipPass,
+) -> Tensor:
     """conv(prepare(frame)) for each frame of x; frame k of the result (b, c, len(sources), *size) is sources[k]'s.
 
     Without gradients long clips go in runs of frames, so that prepared frames never lie in memory all together.
@@ -166,9 +175,7 @@ def _conv_frames(x: Tensor, conv: nn.Conv2d, size: tuple[int, int], prepare, sou
         y = convolve(x)
         return y if len(sources) == y.shape[2] else y[:, :, sources]
     shape = (x.shape[0], conv.out_channels, len(sources), *size)
-    is_last = x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous()
-    layout = torch.channels_last_3d if is_last else torch.contiguous_format
-    result = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+    result = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout_of(x))
     grown = frame_bytes(x) * max(1, size[0] * size[1] // (x.shape[3] * x.shape[4]))
     for start, stop in frame_spans(x.shape[2], grown, run.slice_bytes):
         y = convolve(x[:, :, start:stop])

@@ -144,7 +144,7 @@ def stage_frames(x: Tensor, norm: AffineField | None, front: Tensor | None, coun
     return staged
 
 
-def layout_of(weight: Tensor) -> torch.memory_format:
-    """channels_last_3d if the convolution's weight (out, in, t, h, w) is stored so, else contiguous."""
-    is_last = weight.is_contiguous(memory_format=torch.channels_last_3d) and not weight.is_contiguous()
+def layout_of(tensor: Tensor) -> torch.memory_format:
+    """channels_last_3d if a 5-D tensor (weight or activation) is stored so, else contiguous."""
+    is_last = tensor.is_contiguous(memory_format=torch.channels_last_3d) and not tensor.is_contiguous()
     return torch.channels_last_3d if is_last else torch.contiguous_format

@@ -168,12 +168,12 @@ def _time_levels(temporal_compress_times: int, ch_mult: Sequence[int], attn_reso
     """Number of levels that change time, after checking the options that are common to both coders."""
     if len(attn_resolutions):
         raise ValueError(
-            f"attn_resolutions is {list(attn_resolutions)}, but the 3D autoencoder has no attention blocks. Set it to []."
+            f"attn_resolutions is {list(attn_resolutions)}, but the 3D autoencoder has no attention. Set it to []."
         )
     levels = int(math.log2(temporal_compress_times)) if temporal_compress_times > 0 else -1
     if levels < 0 or 2**levels != temporal_compress_times or levels > len(ch_mult) - 1:
         raise ValueError(
-            f"temporal_compress_times is {temporal_compress_times}; with {len(ch_mult)} levels (ch_mult) it must be one "
-            f"of {[2**k for k in range(len(ch_mult))]}."
+            f"temporal_compress_times is {temporal_compress_times}; with {len(ch_mult)} levels (ch_mult) it must be "
+            f"one of {[2**k for k in range(len(ch_mult))]}."
         )
     return levels

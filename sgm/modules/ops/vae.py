@@ -124,7 +124,7 @@ def _blocks(x: Tensor, rows: int, cols: int) -> Tensor:
 
 
 def pool_frames(x: Tensor) -> Tensor:
-    """Halve time: means of neighbouring frames. An odd number keeps frame 0 alone, one frame stays; t -> ceil(t / 2)."""
+    """Halve time: means of neighbouring frames, t -> ceil(t / 2). An odd number keeps frame 0 alone."""
     t = x.shape[2]
     if t == 1:
         return x

@@ -1,0 +1,365 @@
+"""The 3D causal video autoencoder: pixels to latents and back, whole clips, exact and within bounded memory.
+
+`VideoAutoencoder` is trainable; `VideoAutoencoderInferenceWrapper` is the same, frozen, with a weight file.
+
+Axes: b batch, c channels, f pixel frames, t latent frames, h w pixels; latents have h/8, w/8. With the release's
+sizes f = 4t - 3: 1, 5, 9, ..., 49 pixel frames are 1, 2, 3, ..., 13 latent frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sgm.modules.autoencoding.causal_conv import SLICE_BYTES, CausalCache, ClipPass
+from sgm.modules.autoencoding.tiling import Tiling, blend_tiles
+from sgm.util import instantiate_from_config
+from sgm.weights import assign_state, read_checkpoint
+
+NoiseSampler = Callable[[Tensor], Tensor]
+
+LOW_MEMORY_SLICE_BYTES = 256 << 20
+_REGULARIZER = {"target": "sgm.modules.autoencoding.regularizers.DiagonalGaussianRegularizer"}
+_NO_LOSS = {"target": "torch.nn.Identity"}
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How much memory a pass may take.
+
+    Attributes:
+        slice_bytes: bound on the temporary copies of one convolution (exact).
+        cache_device: where frames wait between chunks; None: where they arise (exact).
+        tiling: spatial tiles (approximate), None: whole frames.
+    """
+
+    slice_bytes: int = SLICE_BYTES
+    cache_device: str | None = None
+    tiling: Tiling | None = None
+
+
+def chunk_bounds(t: int) -> list[tuple[int, int]]:
+    """(start, stop) of the chunks in which a clip of `t` latent frames is decoded: [0:1], or [0:3], [3:5], [5:7] ...
+
+    Raises:
+        ValueError: t is even or below 1.
+    """
+    if t < 1 or t % 2 == 0:
+        raise ValueError(
+            f"{t} latent frames cannot be decoded as a clip: the number must be odd (1 image, or 3, 5, ..., 13), "
+            f"since chunks of 3, 2, 2, ... frames make it up. Use {max(1, t - 1)} or {t + 1}, or decode in one go "
+            "with chunked=False, which gives other frames."
+        )
+    return [(0, 1)] if t == 1 else [(0, 3), *((k, k + 2) for k in range(3, t, 2))]
+
+
+class VideoAutoencoder(nn.Module):
+    """Encoder, posterior and decoder, with gradients.
+
+    Args:
+        encoder_config, decoder_config: `{"target", "params"}` of the two coders.
+        loss_config: built and held as `loss` for a trainer; default torch.nn.Identity.
+        regularizer_config: from moments to latents; default a sampled diagonal Gaussian.
+    """
+
+    frozen = False
+
+    def __init__(
+        self,
+        encoder_config: Mapping[str, Any],
+        decoder_config: Mapping[str, Any],
+        loss_config: Mapping[str, Any] | None = None,
+        regularizer_config: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.encoder = instantiate_from_config(encoder_config)
+        self.decoder = instantiate_from_config(decoder_config)
+        self.loss = instantiate_from_config(loss_config or _NO_LOSS)
+        self.regularization = instantiate_from_config(regularizer_config or _REGULARIZER)
+        self.memory = MemoryPlan()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The parameters' type; inputs are converted to it."""
+        return self.encoder.conv_in.conv.weight.dtype
+
+    def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """A training pass in one go: x (b, 3, f, h, w) -> latents, reconstruction like x, {"kl_loss": scalar}."""
+        z, log = self.encode(x, return_reg_log=True, noise=noise)
+        return z, self.decode(z, chunked=False), log
+
+    def encode(
+        self,
+        x: Tensor,
+        unregularized: bool = False,
+        return_reg_log: bool = False,
+        *,
+        noise: Tensor | None = None,
+        noise_sampler: NoiseSampler | None = None,
+        generator: torch.Generator | None = None,
+        allow_any_length: bool = False,
+    ) -> Any:
+        """Latents of a clip or an image, drawn from the posterior.
+
+        Args:
+            x: (b, 3, f, h, w) in [-1, 1]; f = 1 or 4k + 1, h and w multiples of 8.
+            unregularized: give (moments (b, 2c, t, h/8, w/8), {}) instead.
+            return_reg_log: give (z, {"kl_loss": scalar}) instead.
+            noise, noise_sampler, generator: at most one. The posterior's noise itself; a function that takes the mean
+                and gives it; a generator to draw it with. None: `torch.randn_like(mean)`.
+            allow_any_length: accept other f too, which give ceil(f / 4) latent frames. Wherever a level meets an even
+                number of frames it pools all of them in pairs, frame 0 included: another function than for 4k + 1.
+        Returns:
+            z (b, c, t, h/8, w/8) with t = (f - 1) / 4 + 1, in the model's dtype, not scaled by `scale_factor`.
+        Raises:
+            ValueError: wrong shape or length, or more than one source of noise.
+        """
+        self._check_pixels(x, allow_any_length)
+        sampler = _noise_sampler(noise, noise_sampler, generator)
+        with self._grad_mode(x):
+            # randn_like follows the memory layout, which must not change what a seed gives
+            moments = self._moments(x.to(self.dtype)).contiguous()
+            if unregularized:
+                return moments, {}
+            z, log = self.regularization(moments, sampler)
+        return (z, log) if return_reg_log else z
+
+    def decode(self, z: Tensor, chunked: bool = True) -> Tensor:
+        """Pixels of latents z (b, c, t, h', w') (already divided by `scale_factor`): (b, 3, f, 8h', 8w'), near [-1, 1].
+
+        Args:
+            chunked: as the model samples: latents [0:3], [3:5], ... one after the other, the convolutions' last frames
+                carried along; t = 1 or odd, f = 4t - 3. Normalisations span a chunk, so this is not what False gives:
+                all frames in one go, any t (f = 4t - 3 for odd t, 4t for even t).
+        Raises:
+            ValueError: wrong shape, or an even t with `chunked`.
+        """
+        if not chunked:
+            return self._decode_bounds(z, [(0, self._check_latents(z))])
+        return self._decode_bounds(z, chunk_bounds(self._check_latents(z)))
+
+    def decode_chunks(self, z: Tensor) -> Iterator[Tensor]:
+        """`decode(z)` piece by piece, for a writer that streams: 9 (or 1) pixel frames first, then 8 at a time.
+
+        Raises:
+            ValueError: as `decode`, at the call and not at the first piece.
+        """
+        return self._iterate(z, chunk_bounds(self._check_latents(z)))
+
+    def set_low_memory(
+        self, enabled: bool = True, *, slice_bytes: int = LOW_MEMORY_SLICE_BYTES, cache_on_cpu: bool = False
+    ) -> None:
+        """Bound the memory of encode and decode by exact means: convolutions and normalisations in runs of frames.
+
+        Args:
+            slice_bytes: bytes of activations that one run may hold beside the input and output of a layer.
+            cache_on_cpu: let frames wait on the CPU between chunks (2.5 GiB less at 480x720 in half precision, slower).
+        """
+        limits = (slice_bytes, "cpu" if cache_on_cpu else None) if enabled else (SLICE_BYTES, None)
+        self.memory = replace(self.memory, slice_bytes=limits[0], cache_device=limits[1])
+
+    def set_tiling(self, tile: tuple[int, int] | None = (240, 360), overlap: int = 64) -> None:
+        """Work in spatial tiles with blended overlaps: an approximation, for frames that do not fit otherwise.
+
+        Args:
+            tile: height and width in pixels, multiples of 8; None turns tiles off.
+            overlap: pixels, a multiple of 8, below both.
+        """
+        if tile is None:
+            self.memory = replace(self.memory, tiling=None)
+            return
+        factor = self.decoder.space_factor
+        if any(size % factor for size in (*tile, overlap)):
+            raise ValueError(f"tile {tile} and overlap {overlap} must be multiples of {factor} pixels.")
+        self.memory = replace(self.memory, tiling=Tiling(tile[0] // factor, tile[1] // factor, overlap // factor))
+
+    def set_channels_last(self) -> None:
+        """Store convolution weights channels-last, in which cuDNN runs 3D convolutions in half precision faster."""
+        for part in self.modules():
+            layout = {nn.Conv3d: torch.channels_last_3d, nn.Conv2d: torch.channels_last}.get(type(part))
+            if layout is not None:
+                part.weight.data = part.weight.data.contiguous(memory_format=layout)
+
+    def load_file(
+        self,
+        path: str | Path,
+        *,
+        ignore_keys: Sequence[str] = (),
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Read weights from `path`: a mapping, or one with the entry `state_dict`, in `.pt` or safetensors form.
+
+        Args:
+            ignore_keys: prefixes of names to leave out (a training file also holds its loss's networks).
+            device, dtype: where and as what; None keeps what the parameters have.
+        Raises:
+            WeightsError: unreadable file, or names and shapes that do not fit; lists all of them.
+        """
+        state = read_checkpoint(path)
+        state = state["state_dict"] if isinstance(state.get("state_dict"), Mapping) else state
+        hint = ""
+        if any(".resnets." in name for name in state):
+            hint = "These are names of diffusers: convert the file with tools/convert_weight_hf2sat.py."
+        assign_state(
+            self, state, source=str(path), device=device, dtype=dtype, ignore_prefixes=tuple(ignore_keys), hint=hint
+        )
+
+    def _moments(self, x: Tensor) -> Tensor:
+        run = ClipPass(slice_bytes=self.memory.slice_bytes)
+        tiling, factor = self.memory.tiling, self.encoder.space_factor
+        if tiling is None:
+            return self.encoder(x, run)
+        size = (x.shape[3] // factor, x.shape[4] // factor)
+
+        def render(_: int, rows: slice, cols: slice) -> Tensor:
+            pixels = (..., *(slice(part.start * factor, part.stop * factor) for part in (rows, cols)))
+            return self.encoder(x[pixels], run)
+
+        return blend_tiles(tiling.boxes(*size), render, size, scale=1)
+
+    def _decode_bounds(self, z: Tensor, bounds: list[tuple[int, int]]) -> Tensor:
+        """All pieces in one tensor, allocated once."""
+        pieces = self._iterate(z, bounds)
+        if self._wants_grad(z):
+            return torch.cat(list(pieces), dim=2)
+        first = next(pieces)
+        if len(bounds) == 1:
+            return first
+        frames = self.decoder.time_factor * (z.shape[2] - 1) + 1
+        result = first.new_empty((*first.shape[:2], frames, *first.shape[3:]))
+        result[:, :, : first.shape[2]] = first
+        done = first.shape[2]
+        del first
+        for piece in pieces:
+            result[:, :, done : done + piece.shape[2]] = piece
+            done += piece.shape[2]
+        return result
+
+    def _iterate(self, z: Tensor, bounds: list[tuple[int, int]]) -> Iterator[Tensor]:
+        tiling = self.memory.tiling
+        size = (z.shape[3], z.shape[4])
+        boxes = [(slice(0, size[0]), slice(0, size[1]))] if tiling is None else tiling.boxes(*size)
+        caches = [CausalCache(self.memory.cache_device) for _ in boxes]
+        for start, stop in bounds:
+            # entered anew for each piece: a `with` held across a yield would change the caller's mode
+            with self._grad_mode(z):
+                chunk, is_last = z[:, :, start:stop].to(self.dtype), stop == bounds[-1][1]
+                runs = [ClipPass(cache, is_last, self.memory.slice_bytes) for cache in caches]
+                piece = self._decode_chunk(chunk, boxes, runs)
+            yield piece
+            del piece
+
+    def _decode_chunk(self, z: Tensor, boxes: list[tuple[slice, slice]], runs: list[ClipPass]) -> Tensor:
+        if len(boxes) == 1:
+            return self.decoder(z, runs[0])
+
+        def render(index: int, rows: slice, cols: slice) -> Tensor:
+            return self.decoder(z[..., rows, cols], runs[index])
+
+        return blend_tiles(boxes, render, (z.shape[3], z.shape[4]), scale=self.decoder.space_factor)
+
+    def _wants_grad(self, x: Tensor) -> bool:
+        """A frozen model tracks gradients only towards its input."""
+        return torch.is_grad_enabled() and (x.requires_grad or not self.frozen)
+
+    def _grad_mode(self, x: Tensor) -> torch.set_grad_enabled:
+        return torch.set_grad_enabled(self._wants_grad(x))
+
+    def _check_pixels(self, x: Tensor, any_length: bool) -> None:
+        channels, factor, step = self.encoder.in_channels, self.encoder.space_factor, self.encoder.time_factor
+        if x.ndim != 5 or x.shape[1] != channels:
+            raise ValueError(f"encode takes (b, {channels}, f, h, w), got shape {tuple(x.shape)}.")
+        frames, height, width = x.shape[2:]
+        if height % factor or width % factor or 0 in x.shape:
+            raise ValueError(
+                f"encode takes a height and width that are multiples of {factor}, got {height}x{width}. "
+                f"Resize or crop to {max(1, height // factor) * factor}x{max(1, width // factor) * factor}."
+            )
+        if frames % step != 1 % step and not any_length:
+            below = max(1, (frames - 1) // step * step + 1)
+            raise ValueError(
+                f"encode takes {step}k + 1 frames (1, {step + 1}, {2 * step + 1}, ...), got {frames}. Trim the clip to "
+                f"{below}, or pass allow_any_length=True for what the network does with other lengths."
+            )
+
+    def _check_latents(self, z: Tensor) -> int:
+        """The number of latent frames, after a check of the shape."""
+        channels = self.decoder.z_channels
+        if z.ndim != 5 or z.shape[1] != channels or 0 in z.shape:
+            raise ValueError(f"decode takes latents (b, {channels}, t, h/8, w/8), got shape {tuple(z.shape)}.")
+        return z.shape[2]
+
+
+class VideoAutoencoderInferenceWrapper(VideoAutoencoder):
+    """The frozen autoencoder of a diffusion model: always in eval mode, no gradients of its own parameters.
+
+    Built on the meta device it has a structure and no values until `load_weights`; otherwise the constructor loads
+    `ckpt_path` where one is given.
+
+    Args:
+        ckpt_path: weight file, see `load_file`.
+        ignore_keys: prefixes of names in it to leave out.
+        cp_size: GPUs of a context-parallel group; 0 and 1 both mean one GPU.
+    Raises:
+        ValueError: cp_size above 1.
+        WeightsError: the file does not exist, cannot be read or does not fit.
+    """
+
+    frozen = True
+
+    def __init__(
+        self,
+        encoder_config: Mapping[str, Any],
+        decoder_config: Mapping[str, Any],
+        loss_config: Mapping[str, Any] | None = None,
+        regularizer_config: Mapping[str, Any] | None = None,
+        ckpt_path: str | None = None,
+        ignore_keys: Sequence[str] = (),
+        cp_size: int = 0,
+    ) -> None:
+        super().__init__(encoder_config, decoder_config, loss_config, regularizer_config)
+        if cp_size not in (0, 1):
+            raise ValueError(f"cp_size is {cp_size}: the autoencoder runs on one GPU. Set it to 0 or 1.")
+        self.ckpt_path, self.ignore_keys = ckpt_path, tuple(ignore_keys)
+        self.requires_grad_(False)
+        self.eval()
+        if ckpt_path is not None and not next(self.parameters()).is_meta:
+            self.load_weights()
+
+    def load_weights(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        """Load `ckpt_path`; see `load_file` for the arguments and errors."""
+        if self.ckpt_path is None:
+            raise ValueError("the autoencoder has no weight file: set first_stage_config.params.ckpt_path in the YAML.")
+        self.load_file(self.ckpt_path, ignore_keys=self.ignore_keys, device=device, dtype=dtype)
+
+    def train(self, mode: bool = True) -> VideoAutoencoderInferenceWrapper:
+        """Stay in eval mode, whatever the model around it does."""
+        return super().train(False)
+
+
+def _noise_sampler(
+    noise: Tensor | None, sampler: NoiseSampler | None, generator: torch.Generator | None
+) -> NoiseSampler:
+    sources = {"noise": noise, "noise_sampler": sampler, "generator": generator}
+    given = [name for name, source in sources.items() if source is not None]
+    if len(given) > 1:
+        raise ValueError(f"encode takes one source of noise, got {' and '.join(given)}.")
+    if noise is not None:
+        return lambda mean: _fitting(noise, mean)
+    if generator is not None:
+        return lambda mean: torch.randn(
+            mean.shape, generator=generator, device=generator.device, dtype=mean.dtype
+        ).to(mean.device)
+    return sampler or torch.randn_like
+
+
+def _fitting(noise: Tensor, mean: Tensor) -> Tensor:
+    if noise.shape != mean.shape:
+        raise ValueError(f"noise has shape {tuple(noise.shape)}, the latents have {tuple(mean.shape)}.")
+    return noise.to(device=mean.device, dtype=mean.dtype)
