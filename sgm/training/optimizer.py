@@ -1,0 +1,238 @@
+"""Optimizers: AdamW with an averaged copy of the weights, parameter groups, and building one from its YAML name.
+
+Reading and writing the state of an optimizer inside a DeepSpeed engine is in `sgm.training.partitions` and offered
+here as well.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sgm.training.partitions import (
+    ema_state,
+    ema_weights,
+    load_ema_state,
+    load_optimizer_state,
+    optimizer_state,
+)
+from sgm.util import TargetError, check_params, get_obj_from_str
+
+__all__ = [
+    "FusedEmaAdam",
+    "OptimizerError",
+    "OptimizerSpec",
+    "ema_decay",
+    "ema_state",
+    "ema_weights",
+    "load_ema_state",
+    "load_optimizer_state",
+    "optimizer_state",
+    "parameter_groups",
+]
+
+EMA_LIMIT = 0.9999
+
+
+class OptimizerError(ValueError):
+    """The `optimizer:` section cannot be used. The message says which entry and what is possible."""
+
+
+def ema_decay(updates: int, limit: float = EMA_LIMIT) -> float:
+    """Decay of the averaged weights after `updates` optimizer steps: min(limit, (1 + k)/(10 + k))."""
+    return min(limit, (1 + updates) / (10 + updates))
+
+
+class FusedEmaAdam(torch.optim.AdamW):
+    """AdamW (Loshchilov & Hutter 2019) that keeps an exponential moving average of the weights, `state[p]["shadow"]`.
+
+    Serves the name `sat.ops.FusedEmaAdam` without a compiled extension; torch's fused AdamW does the update. Per
+    parameter: p <- p - lr (m'/(sqrt(v') + eps) + weight_decay p) with bias-corrected m', v'; then
+    shadow <- d shadow + (1 - d) p with d from `ema_decay`. The shadow starts as the parameter before its first update.
+
+    Args:
+        bias_correction, adam_w_mode, amsgrad, set_grad_none: names of the original; only its defaults are available.
+        ema_decay: limit of the decay.
+        use_num_upates: let the decay rise with the number of updates (the original's spelling); False: `ema_decay`.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        bias_correction: bool = True,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        adam_w_mode: bool = True,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        set_grad_none: bool = True,
+        ema_decay: float = EMA_LIMIT,
+        use_num_upates: bool = True,
+    ):
+        if not bias_correction or not adam_w_mode or amsgrad:
+            raise OptimizerError(
+                "FusedEmaAdam is AdamW with bias correction; bias_correction: false, adam_w_mode: false and amsgrad: "
+                "true are not available. Use optimizer.type torch.optim.Adam for L2 decay or amsgrad (no EMA)."
+            )
+        if not 0 <= ema_decay <= 1:
+            raise OptimizerError(f"ema_decay {ema_decay} must lie in [0, 1]")
+        super().__init__(params, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, fused=True)
+        self.ema_limit, self.ema_grows = ema_decay, use_num_upates
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        updated = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        # torch initialises a parameter's state only while it is empty, so new shadows are put there afterwards
+        first = {p: p.detach().clone() for p in updated if "shadow" not in self.state.get(p, ())}
+        result = super().step(closure)
+        for p in updated:
+            state = self.state[p]
+            if p in first:
+                state["shadow"], state["updates"] = first[p], 0
+            state["updates"] += 1
+            decay = ema_decay(state["updates"], self.ema_limit) if self.ema_grows else self.ema_limit
+            state["shadow"].lerp_(p, 1.0 - decay)
+        return result
+
+
+# --- parameter groups --------------------------------------------------------------------------------------------
+
+
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Trainable parameters in two groups: weights, and what gets no weight decay (biases, everything in norms).
+
+    Each group carries `lr_scale`, the factor on the scheduled learning rate, and `lr` 0 until the schedule sets it. A
+    parameter may bring an `lr_scale` or `no_weight_decay` attribute of its own. Empty groups are left out.
+    """
+    groups: dict[tuple[bool, float], dict[str, Any]] = {}
+    for decays, parameter in _sorted_parameters(model):
+        scale = float(getattr(parameter, "lr_scale", 1.0))
+        new = {"params": [], "lr": 0.0, "lr_scale": scale} | ({} if decays else {"weight_decay": 0.0})
+        groups.setdefault((decays, scale), new)["params"].append(parameter)
+    return [groups[key] for key in sorted(groups, key=lambda k: not k[0])]
+
+
+def _sorted_parameters(model: nn.Module) -> Iterator[tuple[bool, nn.Parameter]]:
+    """(has weight decay, parameter) of each trainable parameter, once, in module order."""
+    seen: set[int] = set()
+    norms = _norm_classes()
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None or not parameter.requires_grad or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            exempt = isinstance(module, norms) or name == "bias" or getattr(parameter, "no_weight_decay", False)
+            yield not exempt, parameter
+
+
+def _norm_classes() -> tuple[type, ...]:
+    from sgm.distributed import quiet_libraries
+
+    with quiet_libraries():
+        from sat.transformer_defaults import NO_WD_MODULES
+    return (*NO_WD_MODULES, nn.LayerNorm)
+
+
+# --- building from YAML ------------------------------------------------------------------------------------------
+
+DEEPSPEED_NATIVE = frozenset(
+    {"onebitadam", "zerooneadam", "onebitlamb", "lamb", "lion", "muon", "muadam", "muadamw", "musgd"}
+)
+_ADAMW_NAMES = frozenset({"adam", "adamw", "fusedadam", "cpuadam", "deepspeedcpuadam"})
+_DEEPSPEED_ADAM_SWITCHES = ("torch_adam", "adam_w_mode", "fp32_optimizer_states")
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """A checked `optimizer:` section.
+
+    Attributes:
+        name: as written.
+        target: the class; None where DeepSpeed itself must build it.
+        params: constructor arguments without `lr`.
+        lr: learning rate at the end of warm-up.
+        notes: what was understood differently from the letter.
+    """
+
+    name: str
+    target: type[torch.optim.Optimizer] | None
+    params: dict[str, Any]
+    lr: float
+    notes: tuple[str, ...] = field(default=())
+
+    @classmethod
+    def parse(cls, section: Mapping[str, Any]) -> OptimizerSpec:
+        """From `{"type": name, "params": {...}}`; numbers written as text ("1e-8") have been converted before.
+
+        Raises:
+            OptimizerError: no type, no learning rate, an unknown optimizer or a parameter that it does not take.
+        """
+        stray = sorted(set(section) - {"type", "params", "legacy_fusion"})
+        if stray or not isinstance(section.get("type"), str):
+            raise OptimizerError(f"deepspeed.optimizer needs `type` and `params`, got {', '.join(section) or 'nothing'}")
+        params = dict(section.get("params") or {})
+        lr = params.pop("lr", None)
+        if isinstance(lr, bool) or not isinstance(lr, int | float) or not math.isfinite(lr) or lr < 0:
+            raise OptimizerError(f"deepspeed.optimizer.params.lr must be a number >= 0, got {lr!r}")
+        name = section["type"]
+        if name.lower() in DEEPSPEED_NATIVE:
+            return cls(name, None, params, float(lr))
+        target, params, notes = _resolve(name, params)
+        try:
+            params = check_params(name, target, params)
+        except TargetError as error:
+            raise OptimizerError(f"deepspeed.optimizer: {error}") from error
+        return cls(name, target, params, float(lr), notes)
+
+    @property
+    def keeps_ema(self) -> bool:
+        return self.target is not None and issubclass(self.target, FusedEmaAdam)
+
+    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """The optimizer over parameter groups; their `lr` stays as the groups say.
+
+        Raises:
+            OptimizerError: the constructor refuses the parameters.
+        """
+        if self.target is None:
+            raise OptimizerError(f"{self.name} is built by DeepSpeed")
+        try:
+            return self.target(groups, lr=self.lr, **self.params)
+        except (TypeError, ValueError) as error:
+            raise OptimizerError(f"deepspeed.optimizer {self.name} refuses its params: {error}") from error
+
+
+def _resolve(name: str, params: dict[str, Any]) -> tuple[type, dict[str, Any], tuple[str, ...]]:
+    """(class, its params, notes) of any optimizer that torch builds."""
+    if name.lower() in _ADAMW_NAMES:
+        # DeepSpeed's "Adam" is AdamW unless adam_w_mode says otherwise; its compiled kernels are not needed
+        kept = {k: v for k, v in params.items() if k not in _DEEPSPEED_ADAM_SWITCHES}
+        decoupled = bool(params.get("adam_w_mode", True)) or name.lower() == "adamw"
+        target = torch.optim.AdamW if decoupled else torch.optim.Adam
+        note = f"deepspeed.optimizer {name}: torch.optim.{target.__name__} (fused) does the same without a compiler"
+        return target, {"fused": True, **kept}, (note,)
+    try:
+        found = get_obj_from_str(name) if "." in name else getattr(torch.optim, name, None)
+    except TargetError as error:
+        raise OptimizerError(f"deepspeed.optimizer: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
+        raise OptimizerError(
+            f"deepspeed.optimizer.type {name!r} is no optimizer; choose sat.ops.FusedEmaAdam, AdamW, another class of "
+            f"torch.optim, or one of DeepSpeed's: {', '.join(sorted(DEEPSPEED_NATIVE))}"
+        )
+    return found, params, ()
+
+
+def count(groups: list[dict[str, Any]]) -> int:
+    """Number of values in the groups' parameters (also where ZeRO-3 has taken them away)."""
+
+    def size(p: Tensor) -> int:
+        return getattr(p, "ds_numel", p.numel())
+
+    return sum(size(p) for group in groups for p in group["params"])
