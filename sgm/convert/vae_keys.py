@@ -1,0 +1,162 @@
+"""Names of the 3D VAE's tensors in SAT's layout and in diffusers' `AutoencoderKLCogVideoX`, both ways.
+
+The tensors themselves are equal in both, value by value; only the names and the numbering of the decoder's levels
+differ (SAT counts them from the finest, diffusers in the order in which they run).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+Value = TypeVar("Value")
+
+
+class KeyMapError(ValueError):
+    """Names that belong to no 3D VAE of the expected layout. The message lists them."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One kind of prefix, in both layouts. Placeholders are numbers:
+
+    {n} and {m} the same in both; {level} a decoder level, counted from the other end in diffusers; {middle} from 1 in SAT's
+    name (`block_1`), from 0 in diffusers'.
+    """
+
+    sat: str
+    hf: str
+
+
+RULES: tuple[Rule, ...] = (
+    Rule("encoder.conv_in.", "encoder.conv_in."),
+    Rule("encoder.down.{n}.block.{m}.", "encoder.down_blocks.{n}.resnets.{m}."),
+    Rule("encoder.down.{n}.downsample.", "encoder.down_blocks.{n}.downsamplers.0."),
+    Rule("encoder.mid.block_{middle}.", "encoder.mid_block.resnets.{middle}."),
+    Rule("encoder.norm_out.", "encoder.norm_out."),
+    Rule("encoder.conv_out.", "encoder.conv_out."),
+    Rule("decoder.conv_in.", "decoder.conv_in."),
+    Rule("decoder.mid.block_{middle}.", "decoder.mid_block.resnets.{middle}."),
+    Rule("decoder.up.{level}.block.{m}.", "decoder.up_blocks.{level}.resnets.{m}."),
+    Rule("decoder.up.{level}.upsample.", "decoder.up_blocks.{level}.upsamplers.0."),
+    Rule("decoder.norm_out.", "decoder.norm_out."),
+    Rule("decoder.conv_out.", "decoder.conv_out."),
+)
+
+# What follows the prefix; a part that is not listed keeps its name.
+PART_NAMES: tuple[tuple[str, str], ...] = (("nin_shortcut.", "conv_shortcut."),)
+
+
+def sat_to_hf(state: Mapping[str, Value]) -> dict[str, Value]:
+    """SAT names -> diffusers names, values as they are (tensors, shapes, or None for names alone).
+
+    Raises:
+        KeyMapError: names of another layout; lists them.
+    """
+    return _rename(state, to_hf=True)
+
+
+def hf_to_sat(state: Mapping[str, Value]) -> dict[str, Value]:
+    """Diffusers names -> SAT names; the inverse of `sat_to_hf`."""
+    return _rename(state, to_hf=False)
+
+
+def hf_config(params: Mapping[str, Any], scale_factor: float) -> dict[str, Any]:
+    """The `config.json` fields of `AutoencoderKLCogVideoX` for the `params` of SAT's encoder in a YAML file."""
+    widths = [params["ch"] * factor for factor in params["ch_mult"]]
+    return {
+        "in_channels": params["in_channels"],
+        "out_channels": params["out_ch"],
+        "down_block_types": ["CogVideoXDownBlock3D"] * len(widths),
+        "up_block_types": ["CogVideoXUpBlock3D"] * len(widths),
+        "block_out_channels": widths,
+        "latent_channels": params["z_channels"],
+        "layers_per_block": params["num_res_blocks"],
+        "act_fn": "silu",
+        "norm_eps": 1e-6,
+        "norm_num_groups": 32,
+        "temporal_compression_ratio": params.get("temporal_compress_times", 4),
+        "scaling_factor": scale_factor,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    }
+
+
+def sat_params(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The `params` of SAT's encoder and decoder for the fields of a diffusers `config.json`.
+
+    Raises:
+        ValueError: a network that SAT's layout cannot express, named.
+    """
+    widths = list(config["block_out_channels"])
+    refused = [name for name in ("use_quant_conv", "use_post_quant_conv") if config.get(name)]
+    if refused or any(width % widths[0] for width in widths):
+        raise ValueError(
+            f"this diffusers VAE has no counterpart in SAT's layout: {refused or f'block_out_channels {widths}'}. "
+            "Only autoencoders of the CogVideoX releases can be converted."
+        )
+    return {
+        "double_z": True,
+        "z_channels": config["latent_channels"],
+        "resolution": 256,
+        "in_channels": config["in_channels"],
+        "out_ch": config["out_channels"],
+        "ch": widths[0],
+        "ch_mult": [width // widths[0] for width in widths],
+        "attn_resolutions": [],
+        "num_res_blocks": config["layers_per_block"],
+        "dropout": 0.0,
+        "temporal_compress_times": int(config["temporal_compression_ratio"]),
+    }
+
+
+def _rename(state: Mapping[str, Value], to_hf: bool) -> dict[str, Value]:
+    levels = _decoder_levels(state)
+    renamed = {name: _new_name(name, levels, to_hf) for name in state}
+    unknown = sorted(name for name, new in renamed.items() if new is None)
+    if unknown:
+        layout = "SAT" if to_hf else "diffusers"
+        shown = ", ".join(unknown[:6]) + (f" and {len(unknown) - 6} more" if len(unknown) > 6 else "")
+        raise KeyMapError(
+            f"{len(unknown)} of {len(state)} names are not those of a {layout} CogVideoX VAE: {shown}. "
+            "Check the direction of the conversion, and leave out what is not of the autoencoder (`loss.*`)."
+        )
+    return {new: state[name] for name, new in renamed.items() if new is not None}
+
+
+def _new_name(name: str, levels: int, to_hf: bool) -> str | None:
+    for rule in RULES:
+        source, target = (rule.sat, rule.hf) if to_hf else (rule.hf, rule.sat)
+        found = _pattern(source).match(name)
+        if found:
+            numbers = {key: _renumber(key, int(n), levels, to_hf) for key, n in found.groupdict().items()}
+            return target.format(**numbers) + _part_name(name[found.end() :], to_hf)
+    return None
+
+
+def _pattern(template: str) -> re.Pattern[str]:
+    return re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>\\d+)", re.escape(template)))
+
+
+def _renumber(key: str, number: int, levels: int, to_hf: bool) -> int:
+    if key == "level":
+        return levels - 1 - number
+    if key == "middle":
+        return number - 1 if to_hf else number + 1
+    return number
+
+
+def _part_name(part: str, to_hf: bool) -> str:
+    for sat, hf in PART_NAMES:
+        source, target = (sat, hf) if to_hf else (hf, sat)
+        if part.startswith(source):
+            return target + part[len(source) :]
+    return part
+
+
+def _decoder_levels(names: Iterable[str]) -> int:
+    """One more than the highest level number among the decoder's names; 0 without any."""
+    numbers = [re.match(r"decoder\.up(?:_blocks)?\.(\d+)\.", name) for name in names]
+    return max((int(found.group(1)) + 1 for found in numbers if found), default=0)
