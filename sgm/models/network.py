@@ -1,0 +1,378 @@
+"""The diffusion transformer: the mixins of `sgm.modules.transformer` on SAT's `BaseModel`.
+
+Axes: b batch, t latent frames, c channels, h w latent height and width, l text tokens, d width, e time embedding.
+"""
+
+from __future__ import annotations
+
+import inspect
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sgm.distributed import broadcast_in_model_parallel, ensure_groups, preserve_rng, quiet_libraries
+from sgm.modules.diffusionmodules.util import timestep_embedding
+from sgm.modules.transformer.block import DiTTransformer, NetworkInputs
+from sgm.modules.transformer.patch_embed import PatchSize
+from sgm.modules.transformer.sat_base import BaseModel
+from sgm.util import get_obj_from_str, instantiate_from_config, split_config
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+MIXINS = ("pos_embed", "patch_embed", "adaln_layer", "final_layer")
+# Hooks of SAT that reach this network; the others belong to parts of SAT's layer that are not used here.
+HOOKS = {
+    "word_embedding_forward",
+    "position_embedding_forward",
+    "layer_forward",
+    "attention_fn",
+    "final_forward",
+}
+
+
+class NetworkConfigError(ValueError):
+    """The network cannot be built as configured. The message names the parameter, its value and the choices."""
+
+
+@dataclass(frozen=True)
+class TransformerArgs:
+    """YAML's `transformer_args`.
+
+    Attributes:
+        checkpoint_activations: recompute each layer in the backward pass instead of keeping its activations.
+        model_parallel_size: number of processes that share each layer's weights.
+        max_sequence_length: rows of SAT's own position table, which only rotary models keep (unused) in their files.
+        skip_init: leave the big linears uninitialised, for weights that are read right afterwards.
+        vocab_size, layernorm_order, is_decoder: fixed by the architecture; other values than these are refused.
+    """
+
+    checkpoint_activations: bool = False
+    model_parallel_size: int = 1
+    max_sequence_length: int = 64
+    skip_init: bool = False
+    vocab_size: int = 1
+    layernorm_order: str = "pre"
+    is_decoder: bool = False
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any] | Namespace) -> TransformerArgs:
+        """From a YAML mapping.
+
+        Raises:
+            NetworkConfigError: an unknown name, or a value that the architecture does not allow.
+        """
+        given = dict(vars(values) if isinstance(values, Namespace) else values)
+        known = [field.name for field in fields(cls)]
+        for name in given:
+            if name not in known:
+                raise NetworkConfigError(f"transformer_args takes no {name!r}; it takes {', '.join(known)}.")
+        args = cls(**given)
+        for name in ("layernorm_order", "is_decoder"):
+            if getattr(args, name) != getattr(cls, name):
+                raise NetworkConfigError(
+                    f"transformer_args.{name} is {getattr(args, name)!r}; this architecture has {getattr(cls, name)!r}."
+                )
+        return args
+
+
+class DiffusionTransformer(BaseModel):
+    """Predicts the diffusion target of video latents from noisy latents, timestep and text (CogVideoX).
+
+    The parameters are the keys of `network_config.params` in the original's YAML files.
+
+    Args:
+        transformer_args: see `TransformerArgs`.
+        num_frames: pixel frames of the longest clip, 4k + 1.
+        time_compressed_rate: pixel frames per latent frame.
+        latent_width, latent_height: latent size of the training resolution.
+        patch_size: p (2B, 5B as released) or [pt, ph, pw] (later releases), see `PatchSize`.
+        in_channels, out_channels: latent channels; `in_channels` includes a conditioning image's.
+        hidden_size, num_layers, num_attention_heads: width, depth, heads.
+        elementwise_affine: norms have weights (all published models).
+        time_embed_dim: width e of the time embedding; None means `hidden_size`.
+        modules: configs of the mixins `pos_embed_config`, `patch_embed_config`, `adaln_layer_config`,
+            `final_layer_config`, and optionally `lora_config`.
+        dtype: "fp32", "fp16" or "bf16": type of all weights and of the computation.
+        ofs_embed_dim: width of the embedding of `ofs` (1.5 image-to-video); must equal `time_embed_dim`.
+        height_interpolation, width_interpolation, time_interpolation: divisors of the positions, where the
+            position mixin's own params do not give them.
+        defer_lora: build without `lora_config`; `attach_lora` adds it once the base weights are in place.
+        parallel_output: handed to SAT; this network's output is always whole.
+        adm_in_channels: accepted and without effect, as in the original (there is no class conditioning).
+        num_classes, use_RMSNorm, use_SwiGLU, zero_init_y_embed, input_time: names the original also knows; only the
+            values of the published models are available.
+    Raises:
+        NetworkConfigError: values that do not fit each other or are not available.
+    """
+
+    def __init__(
+        self,
+        transformer_args: Mapping[str, Any],
+        num_frames: int,
+        time_compressed_rate: int,
+        latent_width: int,
+        latent_height: int,
+        patch_size: int | Sequence[int],
+        in_channels: int,
+        out_channels: int,
+        hidden_size: int,
+        num_layers: int,
+        num_attention_heads: int,
+        elementwise_affine: bool = True,
+        time_embed_dim: int | None = None,
+        modules: Mapping[str, Mapping[str, Any]] | None = None,
+        dtype: str = "fp32",
+        parallel_output: bool = True,
+        ofs_embed_dim: int | None = None,
+        height_interpolation: float = 1.0,
+        width_interpolation: float = 1.0,
+        time_interpolation: float = 1.0,
+        defer_lora: bool = False,
+        num_classes: int | None = None,
+        adm_in_channels: int | None = None,
+        input_time: str = "adaln",
+        use_SwiGLU: bool = False,
+        use_RMSNorm: bool = False,
+        zero_init_y_embed: bool = False,
+    ):
+        _refuse_unavailable(
+            num_classes=(num_classes, None),
+            input_time=(input_time, "adaln"),
+            use_SwiGLU=(use_SwiGLU, False),
+            use_RMSNorm=(use_RMSNorm, False),
+            zero_init_y_embed=(zero_init_y_embed, False),
+        )
+        args = TransformerArgs.parse(transformer_args)
+        self._check_sizes(hidden_size, num_attention_heads, args.model_parallel_size, dtype)
+        patch = PatchSize.parse(patch_size)
+        offers = dict(
+            height=latent_height // patch.h,
+            width=latent_width // patch.w,
+            compressed_num_frames=(num_frames - 1) // time_compressed_rate + 1,
+            latent_height=latent_height,
+            latent_width=latent_width,
+            hidden_size=hidden_size,
+            hidden_size_head=hidden_size // num_attention_heads,
+            num_layers=num_layers,
+            patch_size=patch_size,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            time_embed_dim=time_embed_dim or hidden_size,
+            elementwise_affine=elementwise_affine,
+            persistent=patch.per_frame,
+            height_interpolation=height_interpolation,
+            width_interpolation=width_interpolation,
+            time_interpolation=time_interpolation,
+        )
+        ensure_groups(args.model_parallel_size)
+        with preserve_rng(), quiet_libraries():
+            # SAT leaves process groups and seeds alone when it is handed a transformer.
+            super().__init__(
+                None,
+                transformer=DiTTransformer(
+                    num_layers=num_layers,
+                    hidden_size=hidden_size,
+                    num_attention_heads=num_attention_heads,
+                    max_sequence_length=args.max_sequence_length,
+                    elementwise_affine=elementwise_affine,
+                    checkpoint_activations=args.checkpoint_activations,
+                    parallel_output=parallel_output,
+                    model_parallel_size=args.model_parallel_size,
+                    skip_init=args.skip_init,
+                    hooks={},
+                    params_dtype=DTYPES[dtype],
+                ),
+            )
+            self.hidden_size, self.num_layers, self.patch = hidden_size, num_layers, patch
+            self.ofs_embed_dim = ofs_embed_dim
+            self._build(modules or {}, offers, ofs_embed_dim)
+            self.to(DTYPES[dtype])
+            self._share_whole_parameters(args.model_parallel_size)
+            self._lora_config = (modules or {}).get("lora_config")
+            if self._lora_config is not None and not defer_lora:
+                self.attach_lora()
+
+    @staticmethod
+    def _check_sizes(hidden_size: int, heads: int, model_parallel_size: int, dtype: str) -> None:
+        if dtype not in DTYPES:
+            raise NetworkConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
+        if hidden_size % heads:
+            raise NetworkConfigError(f"hidden_size {hidden_size} is no multiple of num_attention_heads {heads}.")
+        if heads % model_parallel_size:
+            raise NetworkConfigError(
+                f"num_attention_heads {heads} cannot be split over model_parallel_size {model_parallel_size} processes."
+            )
+
+    def _build(self, modules: Mapping[str, Mapping[str, Any]], offers: dict[str, Any], ofs_dim: int | None) -> None:
+        """Mixins in the original's order, then the embeddings of time and ofs."""
+        missing = [f"{name}_config" for name in MIXINS if f"{name}_config" not in modules]
+        known = [f"{name}_config" for name in (*MIXINS, "lora")]
+        unknown = [name for name in modules if name not in known]
+        if missing or unknown:
+            raise NetworkConfigError(
+                f"modules must name {', '.join(known[:-1])} (and may name {known[-1]}); "
+                f"missing: {missing or 'none'}, unknown: {unknown or 'none'}."
+            )
+        for name in MIXINS:
+            self.add_mixin(name, _build_mixin(modules[f"{name}_config"], offers), reinit=True)
+        if not self.mixins.pos_embed.rotates:
+            # The sine table replaces SAT's own; rotary models keep that one, unused, in their files.
+            del self.transformer.position_embeddings
+        width = offers["time_embed_dim"]
+        self.time_embed = nn.Sequential(nn.Linear(self.hidden_size, width), nn.SiLU(), nn.Linear(width, width))
+        if ofs_dim is not None:
+            if ofs_dim != width:
+                raise NetworkConfigError(f"ofs_embed_dim {ofs_dim} must equal time_embed_dim {width}: they are added.")
+            self.ofs_embed = nn.Sequential(nn.Linear(ofs_dim, ofs_dim), nn.SiLU(), nn.Linear(ofs_dim, ofs_dim))
+
+    def _share_whole_parameters(self, model_parallel_size: int) -> None:
+        """Under tensor parallelism, give all processes the first one's initial values of what is not split."""
+        if model_parallel_size == 1:
+            return
+        for parameter in self.parameters():
+            if not getattr(parameter, "model_parallel", False) and not parameter.is_meta:
+                broadcast_in_model_parallel(parameter.data)
+
+    def collect_hooks_(self) -> dict[str, Any]:
+        """SAT: gather the mixins' hooks. Refuses those that this network would never call."""
+        hooks = super().collect_hooks_()
+        for name in hooks:
+            if name not in HOOKS:
+                raise NetworkConfigError(
+                    f"mixin {self.hook_origins[name]!r} defines the hook {name!r}, which this network does not call; "
+                    f"it calls {', '.join(sorted(HOOKS))}."
+                )
+        return hooks
+
+    # --- forward --------------------------------------------------------------------------------------------------
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights, and so of the computation and the result."""
+        return self.time_embed[0].bias.dtype
+
+    def forward(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        context: Tensor,
+        *,
+        y: None = None,
+        concat_images: Tensor | None = None,
+        ofs: Tensor | None = None,
+    ) -> Tensor:
+        """Prediction (b, t, out_channels, h, w) in the model's type.
+
+        Args:
+            x: noisy latents (b, t, c, h, w); t up to the configured number, any h and w that are multiples of the
+                patch (learned position tables fix them).
+            timesteps: (b,), whole or real numbers.
+            context: text embeddings (b, text_length, width).
+            concat_images: latents (b or b/2, t, c', h, w) appended to the channels; a batch of half the size is
+                repeated, for guidance.
+            ofs: (b,) or (1,), only for models with `ofs_embed_dim`.
+        Raises:
+            ValueError: shapes that do not fit the model.
+        """
+        if y is not None:
+            raise ValueError("class conditioning (y) was given, but this network has none.")
+        x = _with_images(x, concat_images).to(self.dtype)
+        context = context.to(self.dtype)
+        self._check_inputs(x, timesteps, context)
+        grid = self.patch.grid(x.shape[1], *x.shape[3:])
+        inputs = NetworkInputs(
+            video=x,
+            context=context,
+            condition=F.silu(self._embed_time(timesteps, ofs)),
+            grid=grid,
+            rotary=self.mixins.pos_embed.rotary(grid, x),
+        )
+        return super().forward(None, None, None, inputs=inputs)[0]
+
+    def _embed_time(self, timesteps: Tensor, ofs: Tensor | None) -> Tensor:
+        """(b, e): embedding of the timestep, plus that of ofs where the model has one."""
+        embedded = self.time_embed(timestep_embedding(timesteps, self.hidden_size, dtype=self.dtype))
+        if (ofs is None) != (self.ofs_embed_dim is None):
+            raise ValueError(
+                "this model needs `ofs` (2.0 for the published one)." if ofs is None else "this model takes no `ofs`."
+            )
+        if ofs is None:
+            return embedded
+        return embedded + self.ofs_embed(timestep_embedding(ofs, self.ofs_embed_dim, dtype=self.dtype))
+
+    def _check_inputs(self, x: Tensor, timesteps: Tensor, context: Tensor) -> None:
+        if x.ndim != 5:
+            raise ValueError(f"x must be (b, t, c, h, w), got {tuple(x.shape)}.")
+        text_length, text_width = self.mixins.pos_embed.text_length, self.mixins.patch_embed.text_hidden_size
+        expected = (x.shape[0], text_length, text_width)
+        if tuple(context.shape) != expected:
+            raise ValueError(
+                f"text embeddings are {tuple(context.shape)}, this network takes {expected}: batch of x, text_length "
+                "and text_hidden_size of its config. The text encoder's max_length must equal text_length."
+            )
+        if timesteps.shape != x.shape[:1]:
+            raise ValueError(f"timesteps must be ({x.shape[0]},), one per sample of x, got {tuple(timesteps.shape)}.")
+        channels = self.mixins.patch_embed.in_channels
+        if x.shape[2] != channels:
+            raise ValueError(f"x has {x.shape[2]} channels (with concat_images), the network takes {channels}.")
+
+    # --- for loading, adapters and memory management ----------------------------------------------------------------
+
+    def attach_lora(self, config: Mapping[str, Any] | None = None) -> None:
+        """Add the LoRA mixin: `config` or the `lora_config` that the network was built with.
+
+        Raises:
+            NetworkConfigError: there is no config, there is a LoRA mixin already, or the mixin is SAT's own under
+                tensor parallelism, where its results are wrong.
+        """
+        config = config or self._lora_config
+        if config is None:
+            raise NetworkConfigError("attach_lora: no config was given and modules has no lora_config.")
+        if "lora" in self.mixins:
+            raise NetworkConfigError("attach_lora: this network already has a LoRA mixin; merge or remove it first.")
+        with preserve_rng(), quiet_libraries():
+            self.add_mixin("lora", _build_mixin(config, {"layer_num": self.num_layers}), reinit=True)
+
+    def computed_state(self) -> dict[str, Tensor]:
+        """Entries that a published file may lack and that the configuration determines: float32, on the CPU."""
+        table = self.mixins.pos_embed.computed_state()
+        return {f"mixins.pos_embed.{name}": value for name, value in table.items()}
+
+    def dead_keys(self) -> list[str]:
+        """Entries of the state dict that nothing reads; files may lack them."""
+        return [name for name in self.state_dict() if name.startswith("transformer.position_embeddings.")]
+
+    def streamable_blocks(self) -> list[list[nn.Module]]:
+        """For each layer, the modules it needs: the layer itself first (the one that is called), then the mixins'."""
+        adaln = self.mixins.adaln_layer
+        return [[layer, *adaln.layer_parts(i)] for i, layer in enumerate(self.transformer.layers)]
+
+
+def _refuse_unavailable(**values: tuple[Any, Any]) -> None:
+    for name, (given, available) in values.items():
+        if given != available:
+            raise NetworkConfigError(
+                f"{name}: {given!r} is not available, no published model uses it; leave it out ({available!r})."
+            )
+
+
+def _build_mixin(config: Mapping[str, Any], offers: Mapping[str, Any]) -> nn.Module:
+    """Build a mixin from its config, with those of the network's values that its constructor takes and YAML lacks."""
+    target, params = split_config(config)
+    taken = inspect.signature(get_obj_from_str(target)).parameters
+    return instantiate_from_config(config, **{k: v for k, v in offers.items() if k in taken and k not in params})
+
+
+def _with_images(x: Tensor, images: Tensor | None) -> Tensor:
+    if images is None:
+        return x
+    if images.shape[0] * 2 == x.shape[0]:
+        images = images.repeat(2, 1, 1, 1, 1)
+    expected = (*x.shape[:2], images.shape[2], *x.shape[3:])
+    if tuple(images.shape) != expected:
+        raise ValueError(f"concat_images is {tuple(images.shape)}; with x {tuple(x.shape)} it must be {expected}.")
+    return torch.cat((x, images.to(x)), dim=2)

@@ -1,0 +1,210 @@
+"""The transformer trunk: what one forward carries, one block's mathematics, and SAT's layers around it.
+
+Axes: b batch, l text tokens, n all tokens (text first), d width, h heads, hd width of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sgm.modules.ops.attention import attention
+from sgm.modules.ops.modulation import BlockModulation, RotaryTable, gated_residual, head_norm_rotate, norm_modulate
+from sgm.modules.transformer.sat_base import (
+    BaseTransformer,
+    BaseTransformerLayer,
+    scaled_init_method,
+    unscaled_init_method,
+)
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+INIT_STD = 0.02
+BLOCK_NORM_EPS = 1e-5  # the original configures 1e-6, but SAT hands its own default to every norm of the trunk
+
+
+class TokenGrid(NamedTuple):
+    """Video tokens along time, height and width, after patching."""
+
+    t: int
+    h: int
+    w: int
+
+    @property
+    def tokens(self) -> int:
+        return self.t * self.h * self.w
+
+
+@dataclass
+class NetworkInputs:
+    """What every mixin may need of one forward.
+
+    `video` (b, t, c, H, W) latents; `context` (b, l, text width); `condition` (b, e): SiLU of the time embedding,
+    which is the form all modulation layers take; `rotary`: the table for this grid, where the model rotates.
+    """
+
+    video: Tensor
+    context: Tensor
+    condition: Tensor
+    grid: TokenGrid
+    rotary: RotaryTable | None = None
+
+    @property
+    def text_length(self) -> int:
+        return self.context.shape[1]
+
+
+def dit_block(
+    hidden: Tensor,
+    layer: BaseTransformerLayer,
+    query_norm: nn.Module | None,
+    key_norm: nn.Module | None,
+    modulation: BlockModulation,
+    rotary: RotaryTable | None,
+    text_length: int,
+    attend: Attend = attention,
+) -> Tensor:
+    """One block on the joint sequence: modulated attention, then modulated MLP, each behind a gate; (b, n, d).
+
+    (Peebles and Xie 2023, arXiv:2212.09748, adaLN-Zero block, with separate modulations for text and video.)
+    `attend` takes query, key, value (b, h, n, hd). `layer` supplies norms and linears; they are called as modules, so
+    that adapters, quantised linears and sharded weights fit in their place.
+    """
+    text, video = modulation.text_attention, modulation.video_attention
+    x = norm_modulate(hidden, layer.input_layernorm, text, video, text_length)
+    x = joint_attention(x, layer.attention, query_norm, key_norm, rotary, text_length, attend)
+    hidden = gated_residual(hidden, x, text.gate, video.gate, text_length)
+
+    text, video = modulation.text_mlp, modulation.video_mlp
+    x = norm_modulate(hidden, layer.post_attention_layernorm, text, video, text_length)
+    x = layer.mlp.dense_4h_to_h(F.gelu(layer.mlp.dense_h_to_4h(x), approximate="tanh"))
+    return gated_residual(hidden, x, text.gate, video.gate, text_length)
+
+
+def joint_attention(
+    x: Tensor,
+    module: nn.Module,
+    query_norm: nn.Module | None,
+    key_norm: nn.Module | None,
+    rotary: RotaryTable | None,
+    text_length: int,
+    attend: Attend = attention,
+) -> Tensor:
+    """Self-attention of text and video together, (b, n, d) -> (b, n, d), with SAT's `query_key_value` and `dense`.
+
+    The rows of `query_key_value` are the thirds q, k, v, each with its heads one after the other.
+    """
+    head_width = module.hidden_size_per_attention_head
+    query, key, value = module.query_key_value(x).unflatten(-1, (3, -1, head_width)).unbind(2)  # (b, n, h, hd)
+    query = head_norm_rotate(query, query_norm, rotary, text_length)
+    key = head_norm_rotate(key, key_norm, rotary, text_length)
+    mixed = attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+    return module.dense(mixed.transpose(1, 2).flatten(2))
+
+
+class DiTLayer(BaseTransformerLayer):
+    """SAT's layer, called as a module: hooks on it (streaming, profiling, sharding) see every forward."""
+
+    def forward(self, hidden_states: Tensor, mask: Tensor | None, **kwargs: Any) -> Tensor:
+        return self.hooks["layer_forward"](hidden_states, mask, layer_id=self.layer_id, **kwargs)
+
+
+class DiTTransformer(BaseTransformer):
+    """SAT's transformer with the same parameters and hooks, and a forward of its own.
+
+    Differences to SAT's forward: layers run through their `__call__`; activation checkpointing goes layer by layer
+    with torch's non-reentrant form; the features handed to `final_forward` are not marked as the input of a split
+    layer, since the final layer is whole on every process (SAT's mark makes all gradients of the trunk N times too
+    large under N-fold tensor parallelism).
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        hidden_size: int,
+        num_attention_heads: int,
+        max_sequence_length: int,
+        elementwise_affine: bool,
+        checkpoint_activations: bool,
+        parallel_output: bool,
+        model_parallel_size: int,
+        skip_init: bool,
+        hooks: dict[str, Callable],
+        params_dtype: torch.dtype,
+    ):
+        device = torch.get_default_device()
+        norm = partial(nn.LayerNorm, elementwise_affine=elementwise_affine)
+        # A bias that joins the product inside the GEMM saves a pass over the sequence; split over several processes it
+        # has to come after the sum instead.
+        common = dict(
+            layernorm=norm,
+            row_parallel_linear_final_bias=model_parallel_size > 1,
+            params_dtype=params_dtype,
+            skip_init=skip_init,
+            device=device,
+        )
+        super().__init__(
+            num_layers=0,  # the layers are made below, of our own class
+            checkpoint_num_layers=0,
+            vocab_size=1,
+            hidden_size=hidden_size,
+            num_attention_heads=num_attention_heads,
+            max_sequence_length=max_sequence_length,
+            layernorm_epsilon=BLOCK_NORM_EPS,
+            parallel_output=parallel_output,
+            init_method=unscaled_init_method(INIT_STD),
+            hooks=hooks,
+            **common,
+        )
+        del self.word_embeddings  # text comes embedded
+        self.checkpoint_num_layers = 1
+        self.checkpoint_activations = checkpoint_activations
+        self.layers.extend(
+            DiTLayer(
+                hidden_size,
+                num_attention_heads,
+                attention_dropout_prob=0.0,
+                output_dropout_prob=0.0,
+                layernorm_epsilon=BLOCK_NORM_EPS,
+                init_method=self.init_method,
+                layer_id=layer_id,
+                output_layer_init_method=scaled_init_method(INIT_STD, num_layers),
+                hooks=self.hooks,
+                transformer_pointer=self,
+                **common,
+            )
+            for layer_id in range(num_layers)
+        )
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        position_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        *,
+        output_hidden_states: bool = False,
+        **kwargs: Any,
+    ) -> list[Any]:
+        """[result of `final_forward`, then one dict a layer (`hidden_states` in it if asked for)], as in SAT."""
+        hidden = self.hooks["word_embedding_forward"](input_ids, output_cross_layer={}, **kwargs)
+        positions = self.hooks["position_embedding_forward"](position_ids, output_cross_layer={}, **kwargs)
+        if positions is not None:
+            hidden = hidden + positions
+        per_layer: list[dict[str, Tensor]] = []
+        for layer in self.layers:
+            hidden = self._run_layer(layer, hidden, attention_mask, kwargs)
+            per_layer.append({"hidden_states": hidden} if output_hidden_states else {})
+        features = self.final_layernorm(hidden)
+        return [self.hooks["final_forward"](features, parallel_output=self.parallel_output, **kwargs), *per_layer]
+
+    def _run_layer(self, layer: DiTLayer, hidden: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
+        if self.checkpoint_activations and self.training and torch.is_grad_enabled():
+            return checkpoint(layer, hidden, mask, use_reentrant=False, **kwargs)
+        return layer(hidden, mask, **kwargs)

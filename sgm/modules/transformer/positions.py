@@ -1,0 +1,258 @@
+"""Position information of video tokens: sine tables added to the sequence, or rotations of q and k.
+
+Tables are computed on the CPU whatever the default device, so a model built on the meta device can ask for them
+later. Rows follow the token order (t, h, w); text has no position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sgm.modules.ops.modulation import RotaryTable
+from sgm.modules.transformer.block import NetworkInputs, TokenGrid
+from sgm.modules.transformer.sat_base import BaseMixin
+
+MAX_PERIOD = 10000.0
+Spacing = tuple[float, float, float]  # divisors of the positions along t, h, w
+
+
+def sincos_axis(count: int, width: int, divisor: float) -> Tensor:
+    """Embedding (count, width) of positions 0, 1/divisor, ...: all sines, then all cosines, float64.
+
+    The i-th frequency is 10000^(-i / (width/2)). Positions are rounded to float32 first, as in the original.
+    """
+    positions = torch.arange(count, dtype=torch.float32, device="cpu") / divisor
+    exponents = torch.arange(width // 2, dtype=torch.float64, device="cpu") / (width / 2)
+    angles = positions.double()[:, None] * (1.0 / MAX_PERIOD**exponents)
+    return torch.cat((angles.sin(), angles.cos()), dim=-1)
+
+
+def sincos_table(grid: TokenGrid, width: int, divisors: Spacing) -> Tensor:
+    """Table (t*h*w, width), float64: a quarter for time, three eighths for the column, three eighths for the row.
+
+    Note the order: time, then WIDTH, then HEIGHT.
+    """
+    time, row, column = (
+        sincos_axis(count, part, divisor)
+        for count, part, divisor in zip(grid, (width // 4, width // 8 * 3, width // 8 * 3), divisors, strict=True)
+    )
+    return torch.cat(
+        (
+            time[:, None, None].expand(*grid, -1),
+            column[None, None].expand(*grid, -1),
+            row[None, :, None].expand(*grid, -1),
+        ),
+        dim=-1,
+    ).flatten(0, 2)
+
+
+def rotary_table(
+    grid: TokenGrid, head_width: int, theta: float = MAX_PERIOD, divisors: Spacing = (1.0, 1.0, 1.0)
+) -> RotaryTable:
+    """Cosines and sines (t*h*w, head_width), float32: a quarter of the channels for t, three eighths for h and for w.
+
+    Axis of m channels: angle p * theta^(-2i/m), the same for the adjacent channels 2i and 2i+1
+    (Su et al. 2021, arXiv:2104.09864, 3.4.2, along each axis).
+    """
+    parts = (head_width // 4, head_width // 8 * 3, head_width // 8 * 3)
+    axes = [
+        _rotary_axis(count, part, theta, divisor) for count, part, divisor in zip(grid, parts, divisors, strict=True)
+    ]
+    angles = torch.cat(
+        (
+            axes[0][:, None, None].expand(*grid, -1),
+            axes[1][None, :, None].expand(*grid, -1),
+            axes[2][None, None].expand(*grid, -1),
+        ),
+        dim=-1,
+    ).flatten(0, 2)
+    return RotaryTable(angles.cos(), angles.sin())
+
+
+def _rotary_axis(count: int, width: int, theta: float, divisor: float) -> Tensor:
+    exponents = torch.arange(0, width, 2, dtype=torch.float32, device="cpu") / width
+    positions = torch.arange(count, dtype=torch.float32, device="cpu") / divisor
+    return (positions[:, None] * (1.0 / theta**exponents)).repeat_interleave(2, dim=-1)
+
+
+class PositionMixin(BaseMixin):
+    """What both kinds of positions share: the configured grid, its limits, and a one-entry memory for other grids."""
+
+    rotates = False
+
+    def __init__(self, height: int, width: int, compressed_num_frames: int, text_length: int):
+        super().__init__()
+        self.grid = TokenGrid(compressed_num_frames, height, width)
+        self.text_length = text_length
+        self._recent: tuple[Any, Any] | None = None
+
+    def rotary(self, grid: TokenGrid, like: Tensor) -> RotaryTable | None:
+        """Rotation table for `grid` on the device of `like`; None for models that do not rotate."""
+        return None
+
+    def computed_state(self) -> dict[str, Tensor]:
+        """Entries of this mixin's state that the configuration determines, computed now in float32 on the CPU."""
+        return {}
+
+    def reinit(self, parent_model: nn.Module | None = None) -> None:
+        """Fill the tables that the configuration determines."""
+        own = dict(self.named_parameters()) | dict(self.named_buffers())
+        with torch.no_grad():
+            for name, table in self.computed_state().items():
+                if not own[name].is_meta:
+                    own[name].copy_(table)
+
+    def _is_configured(self, grid: TokenGrid) -> bool:
+        return grid[1:] == self.grid[1:]
+
+    def _check_frames(self, grid: TokenGrid) -> None:
+        if grid.t > self.grid.t:
+            raise ValueError(
+                f"{grid.t} latent frames (in patches) are more than the {self.grid.t} that this model has positions "
+                "for; shorten the clip, or raise num_frames of network_config for a model trained on longer ones."
+            )
+
+    def _check_learned(self, grid: TokenGrid) -> None:
+        if not self._is_configured(grid):
+            raise ValueError(
+                f"a token grid of {grid.h} x {grid.w} (height x width) does not fit the learned position table of "
+                f"{self.grid.h} x {self.grid.w}; use the resolution that latent_height and latent_width configure."
+            )
+
+    def _remember(self, key: Any, make: Callable[[], Any]) -> Any:
+        if self._recent is None or self._recent[0] != key:
+            self._recent = (key, make())
+        return self._recent[1]
+
+
+class Basic3DPositionEmbeddingMixin(PositionMixin):
+    """A fixed sine table added to the sequence (2B).
+
+    At the configured height and width the table of the state dict is used, whatever it holds, cut to the frames at
+    hand. Other heights and widths get a table computed with the same spacing of positions.
+
+    Args:
+        height, width: configured token rows and columns.
+        compressed_num_frames: configured (and largest) number of frames, in patches.
+        hidden_size: model width d; must be a multiple of 16.
+        text_length: number of text tokens in front; their rows are zero.
+        height_interpolation, width_interpolation, time_interpolation: divisors of the positions.
+    """
+
+    def __init__(
+        self,
+        height: int,
+        width: int,
+        compressed_num_frames: int,
+        hidden_size: int,
+        text_length: int = 0,
+        height_interpolation: float = 1.0,
+        width_interpolation: float = 1.0,
+        time_interpolation: float = 1.0,
+    ):
+        super().__init__(height, width, compressed_num_frames, text_length)
+        if hidden_size % 16:
+            raise ValueError(f"hidden_size {hidden_size} is no multiple of 16, which three sine axes need.")
+        self.hidden_size = hidden_size
+        self.divisors: Spacing = (time_interpolation, height_interpolation, width_interpolation)
+        rows = text_length + self.grid.tokens
+        self.pos_embedding = nn.Parameter(torch.zeros(1, rows, hidden_size), requires_grad=False)
+
+    def computed_state(self) -> dict[str, Tensor]:
+        return {"pos_embedding": self._table(self.grid)}
+
+    def position_embedding_forward(self, position_ids: Any, *, inputs: NetworkInputs, **_: Any) -> Tensor:
+        """SAT hook: rows (1, l + t*h*w, d) to be added to the sequence."""
+        return self(inputs.grid)
+
+    def forward(self, grid: TokenGrid) -> Tensor:
+        self._check_frames(grid)
+        if self._is_configured(grid):
+            return self.pos_embedding[:, : self.text_length + grid.tokens]
+        kind = {"device": self.pos_embedding.device, "dtype": self.pos_embedding.dtype}
+        return self._remember((grid, *kind.values()), lambda: self._table(grid).to(**kind))
+
+    def _table(self, grid: TokenGrid) -> Tensor:
+        video = sincos_table(grid, self.hidden_size, self.divisors).float()
+        return torch.cat((video.new_zeros(self.text_length, self.hidden_size), video)).unsqueeze(0)
+
+
+class Rotary3DPositionEmbeddingMixin(PositionMixin):
+    """Rotations of q and k of the video tokens (5B), with a learned table added on top where configured.
+
+    Args:
+        height, width, compressed_num_frames, text_length: see `Basic3DPositionEmbeddingMixin`.
+        hidden_size: model width, for the learned table.
+        hidden_size_head: width of an attention head; must be a multiple of 16.
+        theta: base of the frequencies.
+        rot_v: not available; v is never rotated.
+        learnable_pos_embed: add a trainable table (5B image-to-video), which fixes height and width.
+        persistent: keep the tables in the state dict as `freqs_sin` and `freqs_cos`, in the model's type (the form of
+            the first release); otherwise they are computed in float32 for each grid.
+        height_interpolation, width_interpolation, time_interpolation: divisors of the positions.
+    """
+
+    rotates = True
+
+    def __init__(
+        self,
+        height: int,
+        width: int,
+        compressed_num_frames: int,
+        hidden_size: int,
+        hidden_size_head: int,
+        text_length: int,
+        theta: float = MAX_PERIOD,
+        rot_v: bool = False,
+        learnable_pos_embed: bool = False,
+        persistent: bool = True,
+        height_interpolation: float = 1.0,
+        width_interpolation: float = 1.0,
+        time_interpolation: float = 1.0,
+    ):
+        super().__init__(height, width, compressed_num_frames, text_length)
+        if hidden_size_head % 16:
+            raise ValueError(f"hidden_size_head {hidden_size_head} is no multiple of 16, which three axes need.")
+        if rot_v:
+            raise ValueError("rot_v: true is not supported; no published model rotates v. Leave it out.")
+        self.hidden_size_head = hidden_size_head
+        self.theta = theta
+        self.divisors: Spacing = (time_interpolation, height_interpolation, width_interpolation)
+        self.persistent = persistent
+        rows = text_length + self.grid.tokens
+        self.pos_embedding = nn.Parameter(torch.zeros(1, rows, hidden_size)) if learnable_pos_embed else None
+        if persistent:
+            self.register_buffer("freqs_sin", torch.zeros(self.grid.tokens, hidden_size_head))
+            self.register_buffer("freqs_cos", torch.zeros(self.grid.tokens, hidden_size_head))
+
+    def computed_state(self) -> dict[str, Tensor]:
+        if not self.persistent:
+            return {}
+        table = self._table(self.grid)
+        return {"freqs_sin": table.sin, "freqs_cos": table.cos}
+
+    def position_embedding_forward(self, position_ids: Any, *, inputs: NetworkInputs, **_: Any) -> Tensor | None:
+        """SAT hook: the learned table's rows (1, l + t*h*w, d), or None."""
+        return self(inputs.grid)
+
+    def forward(self, grid: TokenGrid) -> Tensor | None:
+        if self.pos_embedding is None:
+            return None
+        self._check_frames(grid)
+        self._check_learned(grid)
+        return self.pos_embedding[:, : self.text_length + grid.tokens]
+
+    def rotary(self, grid: TokenGrid, like: Tensor) -> RotaryTable:
+        self._check_frames(grid)
+        if self.persistent and self._is_configured(grid):
+            return RotaryTable(self.freqs_cos[: grid.tokens], self.freqs_sin[: grid.tokens])
+        dtype = like.dtype if self.persistent else torch.float32
+        key = (grid, like.device, dtype)
+        return self._remember(key, lambda: RotaryTable(*(part.to(like.device, dtype) for part in self._table(grid))))
+
+    def _table(self, grid: TokenGrid) -> RotaryTable:
+        return rotary_table(grid, self.hidden_size_head, self.theta, self.divisors)
