@@ -38,12 +38,27 @@ def frame_indices(
             clip, this is the answer.
         ValueError: a setting is out of range.
     """
-    _check_settings(length, fps, wanted_fps, max_num_frames, skip_frames)
-    try:
-        choose = FRAME_RULES[rule]
-    except KeyError:
-        raise ValueError(f"unknown frame rule {rule!r}; choose one of {', '.join(sorted(FRAME_RULES))}") from None
-    return choose(length, fps, wanted_fps, max_num_frames, int(skip_frames))
+    check_settings(wanted_fps, max_num_frames, skip_frames, rule)
+    if length < 1:
+        raise ClipError(f"a video of {length} frames")
+    if not (math.isfinite(fps) and fps > 0):
+        raise ValueError(f"fps is {fps}, it must be a positive number of frames per second")
+    return FRAME_RULES[rule](length, fps, wanted_fps, max_num_frames, int(skip_frames))
+
+
+def check_settings(wanted_fps: float, max_num_frames: int, skip_frames: float, rule: str) -> None:
+    """Raises ValueError where `frame_indices` cannot work with these, whatever the video."""
+    if rule not in FRAME_RULES:
+        raise ValueError(f"unknown frame rule {rule!r}; choose one of {', '.join(sorted(FRAME_RULES))}")
+    if not (math.isfinite(wanted_fps) and wanted_fps > 0):
+        raise ValueError(f"the wanted frame rate is {wanted_fps}, it must be a positive number of frames per second")
+    if not (math.isfinite(skip_frames) and skip_frames >= 0):
+        raise ValueError(f"{skip_frames} frames to skip, this must not be negative")
+    if max_num_frames < 1 or (max_num_frames - 1) % CAUSAL_STRIDE:
+        below = largest_clip(max(max_num_frames, 1), max(max_num_frames, 1))
+        raise ValueError(
+            f"max_num_frames is {max_num_frames}, the autoencoder takes 4k + 1 frames: choose {below} or {below + 4}"
+        )
 
 
 def largest_clip(available: int, max_num_frames: int) -> int:
@@ -98,21 +113,6 @@ def _timestamps(length: int, fps: float, wanted_fps: float, max_num_frames: int,
 
 def _too_short(length: int, skip: int) -> str:
     return f"{length} frames, of which the first and last {skip} are skipped: none is left; lower the skipped frames"
-
-
-def _check_settings(length: int, fps: float, wanted_fps: float, max_num_frames: int, skip_frames: float) -> None:
-    if length < 1:
-        raise ClipError(f"a video of {length} frames")
-    for name, value in (("fps", fps), ("wanted_fps", wanted_fps)):
-        if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{name} is {value}, it must be a positive number of frames per second")
-    if skip_frames < 0 or not math.isfinite(skip_frames):
-        raise ValueError(f"skip_frames is {skip_frames}, it must not be negative")
-    if max_num_frames < 1 or (max_num_frames - 1) % CAUSAL_STRIDE:
-        below = largest_clip(max(max_num_frames, 1), max(max_num_frames, 1))
-        raise ValueError(
-            f"max_num_frames is {max_num_frames}, the autoencoder takes 4k + 1 frames: choose {below} or {below + 4}"
-        )
 
 
 FRAME_RULES: dict[str, Callable[[int, float, float, int, int], list[int]]] = {

@@ -1,0 +1,146 @@
+"""Batches of clips: collation, worker processes, and a position that can be saved."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, default_collate
+
+from sgm.data.sampler import ClipSampler
+
+
+class CollateError(ValueError):
+    """Clips that cannot share a batch."""
+
+
+def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Stack clips: `mp4` (b, f, 3, h, w), `num_frames` and `fps` (b,), texts as lists.
+
+    Raises:
+        CollateError: clips of different sizes; names them.
+    """
+    shapes = [tuple(item["mp4"].shape) for item in items]
+    if len(set(shapes)) > 1:
+        listed = ", ".join(
+            f"{item.get('path', f'clip {i}')} has {shape[0]} frames of {shape[-2]}x{shape[-1]}"
+            for i, (item, shape) in enumerate(zip(items, shapes, strict=True))
+        )
+        raise CollateError(
+            f"clips of unequal size cannot share a batch: {listed}; use a batch size of 1 (gradient accumulation makes "
+            "up for it), or give all clips one length: videos long enough for max_num_frames, or a smaller one"
+        )
+    return default_collate(list(items))
+
+
+class ClipLoader:
+    """Endless batches of one rank, with the position of what was handed out (not of what was read ahead).
+
+    Iterating again goes on in the same stream. Use as a context manager, or `close()`, to end the workers.
+    """
+
+    def __init__(self, build: Callable[[], DataLoader], sampler: ClipSampler):
+        self.sampler = sampler
+        self._build = build
+        self._loader: DataLoader | None = build()
+        self._iterator: Iterator | None = None
+        self._consumed = sampler.consumed
+        self.dataset = self._loader.dataset
+        self.batch_size = self._loader.batch_size
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        if self._loader is None:
+            raise RuntimeError("this loader was closed")
+        if self._iterator is None:
+            self._iterator = iter(self._loader)
+        batch = next(self._iterator)
+        self._consumed += self.batch_size * self.sampler.world_size
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position after the last batch that was handed out, the same on every rank."""
+        return self.sampler.state_dict(self._consumed)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on after the batch that `state` was taken at; what was read ahead is dropped."""
+        self.sampler.load_state_dict(state)
+        self._consumed = self.sampler.consumed
+        self.close()
+        self._loader = self._build()
+
+    def close(self) -> None:
+        """End the workers. Only `load_state_dict` opens the loader again."""
+        self._iterator = None
+        self._loader = None
+
+    def __enter__(self) -> ClipLoader:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def create_loader(
+    datasets: Dataset | Sequence[Dataset],
+    batch_size: int = 1,
+    num_workers: int = 0,
+    sampler: ClipSampler | None = None,
+    *,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    order: str = "shuffle",
+    weights: Sequence[float] | None = None,
+    prefetch: int = 2,
+    pin_memory: bool | None = None,
+    start_method: str | None = None,
+) -> ClipLoader:
+    """Endless, resumable batches from one or several data sets.
+
+    Args:
+        batch_size: clips in a batch of one rank.
+        num_workers: decoding workers; 0 decodes in this process (and its decoding process).
+        sampler: the order; by default `ClipSampler` from `seed`, `rank`, `world_size`, `order` and `weights`.
+        prefetch: batches that each worker reads ahead.
+        pin_memory: for fast copies to the GPU; by default where CUDA is there.
+        start_method: "fork" or "spawn"; by default the platform's.
+    """
+    sources = [datasets] if isinstance(datasets, Dataset) else list(datasets)
+    if not sources:
+        raise ValueError("no data sets to load from")
+    if batch_size < 1 or num_workers < 0:
+        raise ValueError(f"batch_size is {batch_size} and num_workers {num_workers}; at least 1 and 0 are needed")
+    sampler = sampler or ClipSampler([len(s) for s in sources], seed, rank, world_size, order, weights)
+    parallel = {"prefetch_factor": prefetch, "persistent_workers": True, "multiprocessing_context": start_method}
+    build = partial(
+        DataLoader,
+        sources[0] if len(sources) == 1 else ConcatDataset(sources),
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
+        worker_init_fn=seed_worker,
+        generator=torch.Generator().manual_seed(_worker_seed(sampler)),
+        **(parallel if num_workers else {}),
+    )
+    return ClipLoader(build, sampler)
+
+
+def seed_worker(worker_id: int) -> None:
+    """Give Python's and numpy's generators the worker's own seed, which torch derives from the loader's."""
+    seed = torch.initial_seed()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+def _worker_seed(sampler: ClipSampler) -> int:
+    words = np.random.SeedSequence([sampler.seed % 2**64, sampler.rank]).generate_state(2)
+    return int(words[0]) << 31 | int(words[1]) >> 1

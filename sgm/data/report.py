@@ -1,0 +1,187 @@
+"""What is wrong with a data set: checked before training, and kept up to date while it runs.
+
+The file is JSON Lines: a head with the counts, then one line for each video, `{"status": "usable" | "rejected", ...}`;
+clips that turn out broken during training are appended as `{"status": "broken", ...}`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from sgm.data.clips import CLIP_FAULTS, CaptionError, ClipSettings, check_clip, list_videos, read_caption
+from sgm.data.decoder import DecodeProcess
+
+LEVELS = ("probe", "captions")
+REASONS_SHOWN = 5
+
+
+class DatasetError(ValueError):
+    """A data set that cannot be trained on."""
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A video that is not used, and why."""
+
+    path: str
+    reason: str
+
+
+@dataclass
+class Report:
+    """Result of a scan. `broken` holds what training added to the file since.
+
+    `usable` keeps the order in which the videos were listed. `settings` are those under which they were checked.
+    """
+
+    data_dir: str
+    settings: dict
+    usable: list[str] = field(default_factory=list)
+    rejected: list[Rejection] = field(default_factory=list)
+    broken: list[Rejection] = field(default_factory=list)
+
+    def summary(self) -> str:
+        """One line for the log."""
+        line = f"{self.data_dir}: {len(self.usable)} clips usable, {len(self.rejected)} rejected"
+        if self.broken:
+            line += f", {len(self.broken)} found broken in training"
+        return line + (f" (first: {first_reasons(self.rejected, 1)})" if self.rejected else "")
+
+    def require_usable(self) -> None:
+        """Raises DatasetError, with the first reasons, when there is nothing to train on."""
+        if self.usable:
+            return
+        if not self.rejected:
+            raise DatasetError(f"{self.data_dir}: no .mp4 files in this folder or below it; expected videos/NAME.mp4")
+        raise DatasetError(
+            f"{self.data_dir}: none of the {len(self.rejected)} videos is usable: {first_reasons(self.rejected)}"
+        )
+
+    def write(self, path: str | Path) -> None:
+        """Write the report, all or nothing."""
+        path = Path(path)
+        counts = {"usable": len(self.usable), "rejected": len(self.rejected)}
+        head = {"status": "head", "data_dir": self.data_dir, **counts, "settings": self.settings}
+        lines = [head, *({"status": "usable", "path": p} for p in self.usable)]
+        lines += [{"status": "rejected", **asdict(r)} for r in self.rejected]
+        lines += [{"status": "broken", **asdict(r)} for r in self.broken]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        temporary.replace(path)
+
+    @classmethod
+    def read(cls, path: str | Path) -> Report:
+        """Read a report with what training has added. A clip that several workers added counts once."""
+        path = Path(path)
+        if not path.is_file():
+            raise DatasetError(f"no data set report at {path}; check the data set first")
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if not lines or lines[0].get("status") != "head":
+            raise DatasetError(f"{path} is not a data set report: its first line has no head")
+        report = cls(lines[0]["data_dir"], lines[0]["settings"])
+        report.usable = [line["path"] for line in lines if line["status"] == "usable"]
+        report.rejected = _rejections(lines, "rejected")
+        report.broken = _rejections(lines, "broken")
+        return report
+
+
+def append_broken(path: str | Path, video: str | Path, reason: str) -> None:
+    """Add a clip found broken to a report file. Safe from many processes: one line, one write, at the end."""
+    line = json.dumps({"status": "broken", "path": str(video), "reason": reason}) + "\n"
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(descriptor, line.encode())
+    finally:
+        os.close(descriptor)
+
+
+def scan(
+    data_dir: str | Path,
+    settings: ClipSettings,
+    order: str = "sorted",
+    level: str = "probe",
+    num_threads: int | None = None,
+    videos: Sequence[Path] | None = None,
+) -> Report:
+    """Check every video of a data set.
+
+    Args:
+        settings: what a clip must satisfy.
+        order: see `list_videos`.
+        level: "probe" opens each video, decodes one frame and chooses its frames; "captions" reads the captions only.
+        num_threads: videos checked at a time, each in a decoding process of its own; by default the number of
+            processors, at most 16.
+        videos: check these instead of all under `data_dir`.
+
+    Raises:
+        DatasetError: no such folder, or captions missing where `settings.missing_caption` is "error".
+    """
+    if level not in LEVELS:
+        raise ValueError(f"unknown level {level!r} of checking; choose one of {', '.join(LEVELS)}")
+    data_dir = Path(data_dir).absolute()
+    if not data_dir.is_dir():
+        raise DatasetError(f"{data_dir}: no such folder")
+    videos = list_videos(data_dir, order) if videos is None else list(videos)
+    report = Report(str(data_dir), asdict(settings))
+    faults = _check_all(videos, settings, level, num_threads or min(16, os.cpu_count() or 1))
+    for video, fault in zip(videos, faults, strict=True):
+        if fault is None:
+            report.usable.append(str(video))
+        else:
+            report.rejected.append(Rejection(str(video), _reason(fault)))
+    unnamed = [Rejection(str(f.path), f.reason) for f in faults if isinstance(f, CaptionError)]
+    if unnamed and settings.missing_caption == "error":
+        raise DatasetError(
+            f"{data_dir}: {len(unnamed)} of {len(videos)} captions are missing or unreadable: {first_reasons(unnamed)}"
+            "; add them, or set missing_caption to 'skip' or 'empty'"
+        )
+    return report
+
+
+def first_reasons(rejected: Sequence[Rejection], count: int = REASONS_SHOWN) -> str:
+    """The first few rejections in one line."""
+    shown = "; ".join(f"{r.path}: {r.reason}" for r in rejected[:count])
+    more = len(rejected) - count
+    return shown + (f"; and {more} more" if more > 0 else "")
+
+
+def _check_all(videos: Iterable[Path], settings: ClipSettings, level: str, num_threads: int) -> list[Exception | None]:
+    if level == "captions":
+        return [_fault(lambda v: read_caption(v, settings.missing_caption), video) for video in videos]
+    local, decoders = threading.local(), []
+
+    def start() -> None:
+        local.decoder = DecodeProcess()
+        decoders.append(local.decoder)
+
+    try:
+        with ThreadPoolExecutor(num_threads, "scan", initializer=start) as pool:
+            return list(pool.map(lambda v: _fault(lambda w: check_clip(w, settings, local.decoder), v), videos))
+    finally:
+        for decoder in decoders:
+            decoder.close()
+
+
+def _fault(check, video: Path) -> Exception | None:
+    try:
+        check(video)
+    except CLIP_FAULTS as fault:
+        return fault
+    return None
+
+
+def _reason(fault: Exception) -> str:
+    # The path stands in the record already; a caption's fault names the caption file, which is another one.
+    return str(fault) if isinstance(fault, CaptionError) else getattr(fault, "reason", str(fault))
+
+
+def _rejections(lines: Sequence[dict], status: str) -> list[Rejection]:
+    found = (Rejection(line["path"], line["reason"]) for line in lines if line["status"] == status)
+    return list({rejection.path: rejection for rejection in found}.values())
