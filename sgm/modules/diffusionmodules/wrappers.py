@@ -22,34 +22,17 @@ class OpenAIWrapper(nn.Module):
         self.diffusion_model = diffusion_model
         self.dtype = dtype
 
-    def forward(
-        self, x: Tensor, t: Tensor, c: Mapping[str, Tensor], concat_images: Tensor | None = None, **kwargs: Any
-    ) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, c: Mapping[str, Tensor], **kwargs: Any) -> Tensor:
         """Run the network.
 
         Args:
             x: (b, t, c, h, w) or (b, c, h, w).
             t: (b,) timesteps.
             c: `crossattn` (b, l, d): context; `concat`: joined to x on channels; `vector` (b, d): passed as `y`.
-            concat_images: like `concat`, but repeated where guidance has doubled the batch.
-            kwargs: passed on as they are.
-        Raises:
-            ValueError: the batch of x is no multiple of that of concat_images.
+            kwargs: passed on as they are (`concat_images`, `ofs`).
         """
         cond = {name: value.to(self.dtype) for name, value in c.items()}
-        joined = [x]
         if "concat" in cond:
-            joined.append(cond["concat"].to(x.dtype))
-        if concat_images is not None:
-            joined.append(repeat_batch(concat_images, x.shape[0]).to(x.dtype))
-        x = torch.cat(joined, dim=-3) if len(joined) > 1 else x
+            x = torch.cat([x, cond["concat"].to(x.dtype)], dim=-3)
         extras = {"y": cond["vector"]} if "vector" in cond else {}
         return self.diffusion_model(x, timesteps=t, context=cond.get("crossattn"), **extras, **kwargs)
-
-
-def repeat_batch(images: Tensor, batch: int) -> Tensor:
-    """(b, ...) repeated along the batch to `batch`, [images; images; ...]."""
-    times, rest = divmod(batch, images.shape[0])
-    if rest or times == 0:
-        raise ValueError(f"concat_images has a batch of {images.shape[0]}, which does not go into one of {batch}.")
-    return images.repeat(times, *[1] * (images.ndim - 1))
