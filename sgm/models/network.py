@@ -6,23 +6,28 @@ Axes: b batch, t latent frames, c channels, h w latent height and width, l text 
 from __future__ import annotations
 
 import inspect
-from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sgm.distributed import broadcast_in_model_parallel, ensure_groups, preserve_rng, quiet_libraries
+from sgm.distributed import (
+    broadcast_in_model_parallel,
+    ensure_groups,
+    model_parallel_world_size,
+    preserve_rng,
+    quiet_libraries,
+)
+from sgm.models.network_args import DTYPES, NetworkConfigError, TransformerArgs, check_sizes, refuse_unavailable
 from sgm.modules.diffusionmodules.util import timestep_embedding
 from sgm.modules.transformer.block import DiTTransformer, NetworkInputs
+from sgm.modules.transformer.lora import LoraMixin
 from sgm.modules.transformer.patch_embed import PatchSize
 from sgm.modules.transformer.sat_base import BaseModel
 from sgm.util import get_obj_from_str, instantiate_from_config, split_config
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MIXINS = ("pos_embed", "patch_embed", "adaln_layer", "final_layer")
 # Hooks of SAT that reach this network; the others belong to parts of SAT's layer that are not used here.
 HOOKS = {
@@ -32,51 +37,6 @@ HOOKS = {
     "attention_fn",
     "final_forward",
 }
-
-
-class NetworkConfigError(ValueError):
-    """The network cannot be built as configured. The message names the parameter, its value and the choices."""
-
-
-@dataclass(frozen=True)
-class TransformerArgs:
-    """YAML's `transformer_args`.
-
-    Attributes:
-        checkpoint_activations: recompute each layer in the backward pass instead of keeping its activations.
-        model_parallel_size: number of processes that share each layer's weights.
-        max_sequence_length: rows of SAT's own position table, which only rotary models keep (unused) in their files.
-        skip_init: leave the big linears uninitialised, for weights that are read right afterwards.
-        vocab_size, layernorm_order, is_decoder: fixed by the architecture; other values than these are refused.
-    """
-
-    checkpoint_activations: bool = False
-    model_parallel_size: int = 1
-    max_sequence_length: int = 64
-    skip_init: bool = False
-    vocab_size: int = 1
-    layernorm_order: str = "pre"
-    is_decoder: bool = False
-
-    @classmethod
-    def parse(cls, values: Mapping[str, Any] | Namespace) -> TransformerArgs:
-        """From a YAML mapping.
-
-        Raises:
-            NetworkConfigError: an unknown name, or a value that the architecture does not allow.
-        """
-        given = dict(vars(values) if isinstance(values, Namespace) else values)
-        known = [field.name for field in fields(cls)]
-        for name in given:
-            if name not in known:
-                raise NetworkConfigError(f"transformer_args takes no {name!r}; it takes {', '.join(known)}.")
-        args = cls(**given)
-        for name in ("layernorm_order", "is_decoder"):
-            if getattr(args, name) != getattr(cls, name):
-                raise NetworkConfigError(
-                    f"transformer_args.{name} is {getattr(args, name)!r}; this architecture has {getattr(cls, name)!r}."
-                )
-        return args
 
 
 class DiffusionTransformer(BaseModel):
@@ -139,7 +99,7 @@ class DiffusionTransformer(BaseModel):
         use_RMSNorm: bool = False,
         zero_init_y_embed: bool = False,
     ):
-        _refuse_unavailable(
+        refuse_unavailable(
             num_classes=(num_classes, None),
             input_time=(input_time, "adaln"),
             use_SwiGLU=(use_SwiGLU, False),
@@ -147,7 +107,7 @@ class DiffusionTransformer(BaseModel):
             zero_init_y_embed=(zero_init_y_embed, False),
         )
         args = TransformerArgs.parse(transformer_args)
-        self._check_sizes(hidden_size, num_attention_heads, args.model_parallel_size, dtype)
+        check_sizes(hidden_size, num_attention_heads, args.model_parallel_size, dtype)
         patch = PatchSize.parse(patch_size)
         offers = dict(
             height=latent_height // patch.h,
@@ -195,17 +155,6 @@ class DiffusionTransformer(BaseModel):
             self._lora_config = (modules or {}).get("lora_config")
             if self._lora_config is not None and not defer_lora:
                 self.attach_lora()
-
-    @staticmethod
-    def _check_sizes(hidden_size: int, heads: int, model_parallel_size: int, dtype: str) -> None:
-        if dtype not in DTYPES:
-            raise NetworkConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
-        if hidden_size % heads:
-            raise NetworkConfigError(f"hidden_size {hidden_size} is no multiple of num_attention_heads {heads}.")
-        if heads % model_parallel_size:
-            raise NetworkConfigError(
-                f"num_attention_heads {heads} cannot be split over model_parallel_size {model_parallel_size} processes."
-            )
 
     def _build(self, modules: Mapping[str, Mapping[str, Any]], offers: dict[str, Any], ofs_dim: int | None) -> None:
         """Mixins in the original's order, then the embeddings of time and ofs."""
@@ -335,7 +284,24 @@ class DiffusionTransformer(BaseModel):
         if "lora" in self.mixins:
             raise NetworkConfigError("attach_lora: this network already has a LoRA mixin; merge or remove it first.")
         with preserve_rng(), quiet_libraries():
-            self.add_mixin("lora", _build_mixin(config, {"layer_num": self.num_layers}), reinit=True)
+            mixin = _build_mixin(config, {"layer_num": self.num_layers})
+            if model_parallel_world_size() > 1 and not isinstance(mixin, LoraMixin):
+                raise NetworkConfigError(
+                    f"{type(mixin).__module__}.{type(mixin).__name__} gives wrong results under tensor parallelism; "
+                    f"use {LoraMixin.__module__}.{LoraMixin.__name__}, which reads and writes the same tensors."
+                )
+            self.add_mixin("lora", mixin, reinit=True)
+
+    @property
+    def has_lora_config(self) -> bool:
+        """Whether the network was configured with a LoRA mixin, attached or not."""
+        return self._lora_config is not None
+
+    def lora_facts(self) -> dict[str, Any]:
+        """What the configured LoRA mixin says of the factor on its matrices: "alpha", "rank_stabilised"."""
+        params = (self._lora_config or {}).get("params") or {}
+        names = {"lora_alpha": "alpha", "rank_stabilised": "rank_stabilised"}
+        return {fact: params[name] for name, fact in names.items() if name in params}
 
     def computed_state(self) -> dict[str, Tensor]:
         """Entries that a published file may lack and that the configuration determines: float32, on the CPU."""
@@ -350,14 +316,6 @@ class DiffusionTransformer(BaseModel):
         """For each layer, the modules it needs: the layer itself first (the one that is called), then the mixins'."""
         adaln = self.mixins.adaln_layer
         return [[layer, *adaln.layer_parts(i)] for i, layer in enumerate(self.transformer.layers)]
-
-
-def _refuse_unavailable(**values: tuple[Any, Any]) -> None:
-    for name, (given, available) in values.items():
-        if given != available:
-            raise NetworkConfigError(
-                f"{name}: {given!r} is not available, no published model uses it; leave it out ({available!r})."
-            )
 
 
 def _build_mixin(config: Mapping[str, Any], offers: Mapping[str, Any]) -> nn.Module:

@@ -1,0 +1,152 @@
+"""LoRA adapters as tensors: their names, what they say of the adapter, and their sum with the base weights.
+
+Nothing here needs a network. The layout is SAT's, see `sgm.modules.transformer.lora`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Kind of target -> linears of layer {i} as (name, pairs of matrices).
+TARGETS: dict[str, tuple[tuple[str, int], ...]] = {
+    "attention": (
+        ("transformer.layers.{i}.attention.query_key_value", 3),
+        ("transformer.layers.{i}.attention.dense", 1),
+    ),
+    "mlp": (
+        ("transformer.layers.{i}.mlp.dense_h_to_4h", 1),
+        ("transformer.layers.{i}.mlp.dense_4h_to_h", 1),
+    ),
+    "adaln": (("mixins.adaln_layer.adaLN_modulations.{i}.1", 1),),
+}
+MATRIX = re.compile(r"^(?P<linear>.+)\.matrix_(?P<kind>[AB])\.(?P<part>\d+)$")
+_ORIGINAL = ".original."
+
+
+class LoraError(ValueError):
+    """An adapter is misconfigured, incomplete, or does not fit the network. The message says where."""
+
+
+def lora_scaling(rank: int, alpha: float, rank_stabilised: bool = False) -> float:
+    """alpha / r, or alpha / sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732)."""
+    return alpha / (math.sqrt(rank) if rank_stabilised else rank)
+
+
+def lora_delta(a: Sequence[Tensor], b: Sequence[Tensor], scaling: float) -> Tensor:
+    """What the adapter adds to the weight, scaling * concat_i(B_i A_i), as (out, in) in float32."""
+    return scaling * torch.cat([up.float() @ down.float() for down, up in zip(a, b, strict=True)])
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """What an adapter's tensors say of it, and alpha, which they do not.
+
+    Attributes:
+        rank: r.
+        alpha: numerator of the scaling; 1, SAT's default, unless known otherwise.
+        targets: kinds of linears, of "attention", "mlp", "adaln".
+        layers: adapted layers.
+        rank_stabilised: scaling by alpha / sqrt(r).
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    layers: tuple[int, ...]
+    rank_stabilised: bool = False
+
+    @property
+    def scaling(self) -> float:
+        return lora_scaling(self.rank, self.alpha, self.rank_stabilised)
+
+
+def split_lora(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(base, adapter): the base under plain names (without `.original.`), and the matrices under theirs."""
+    lora = {name: value for name, value in state.items() if MATRIX.match(name)}
+    base = {name.replace(_ORIGINAL, "."): value for name, value in state.items() if name not in lora}
+    return base, lora
+
+
+def lora_spec_of(state: Mapping[str, Tensor], facts: Mapping[str, Any] | None = None) -> LoraSpec | None:
+    """Rank, targets and layers of the adapter in `state` (with or without a prefix); None where there is none.
+
+    Args:
+        facts: what the file says of alpha ("alpha") and of the kind of scaling ("rank_stabilised").
+    Raises:
+        LoraError: matrices on linears that cannot be adapted here, incomplete pairs, or several ranks.
+    """
+    pairs = collect_pairs(state)
+    if not pairs:
+        return None
+    ranks, targets, layers = set(), set(), set()
+    for linear, (a, b) in pairs.items():
+        target, layer = _target_of(linear)
+        targets.add(target)
+        layers.add(layer)
+        ranks |= {m.shape[0] for m in a} | {m.shape[1] for m in b}
+    if len(ranks) > 1:
+        raise LoraError(f"the adapter mixes ranks {sorted(ranks)}; one rank for all linears is supported.")
+    facts = facts or {}
+    return LoraSpec(
+        rank=ranks.pop(),
+        alpha=float(facts.get("alpha", 1.0)),
+        targets=tuple(name for name in TARGETS if name in targets),
+        layers=tuple(sorted(layers)),
+        rank_stabilised=str(facts.get("rank_stabilised", False)).lower() == "true",
+    )
+
+
+def collect_pairs(state: Mapping[str, Tensor]) -> dict[str, tuple[list[Tensor], list[Tensor]]]:
+    """Linear name -> (its A matrices, its B matrices), in order and complete."""
+    found: dict[str, dict[str, dict[int, Tensor]]] = {}
+    for name, value in state.items():
+        match = MATRIX.match(name)
+        if match:
+            kinds = found.setdefault(match["linear"], {"A": {}, "B": {}})
+            kinds[match["kind"]][int(match["part"])] = value
+    for linear, kinds in found.items():
+        parts = range(max(len(kinds["A"]), len(kinds["B"])))
+        if any(sorted(kinds[kind]) != list(parts) for kind in "AB"):
+            raise LoraError(
+                f"{linear} has matrix_A {sorted(kinds['A'])} and matrix_B {sorted(kinds['B'])}; each A needs its B. "
+                "The file is incomplete."
+            )
+    return {linear: ([k["A"][i] for i in sorted(k["A"])], [k["B"][i] for i in sorted(k["B"])])
+            for linear, k in found.items()}
+
+
+def _target_of(linear: str) -> tuple[str, int]:
+    for target, linears in TARGETS.items():
+        for name, _ in linears:
+            pattern = re.escape(name).replace(r"\{i\}", r"(\d+)")
+            match = re.search(rf"(?:^|\.){pattern}$", linear)
+            if match:
+                return target, int(match[1])
+    raise LoraError(f"an adapter on {linear!r} is not supported; the linears of {', '.join(TARGETS)} are.")
+
+
+def merge_lora_state(
+    state: Mapping[str, Tensor], scale: float = 1.0, *, alpha: float = 1.0, rank_stabilised: bool = False
+) -> dict[str, Tensor]:
+    """W + scale * scaling * concat_i(B_i A_i) for every adapted linear, in float32, under the base's plain names.
+
+    A file does not say its scaling: `alpha` and `rank_stabilised` do.
+
+    Raises:
+        LoraError: an adapter without its base weight, or an incomplete one.
+    """
+    base, lora = split_lora(state)
+    for linear, (a, b) in collect_pairs(lora).items():
+        if f"{linear}.weight" not in base:
+            raise LoraError(f"{linear} has an adapter but no weight in this state; give base and adapter together.")
+        weight = base[f"{linear}.weight"]
+        delta = lora_delta(a, b, scale * lora_scaling(a[0].shape[0], alpha, rank_stabilised))
+        base[f"{linear}.weight"] = (weight.float() + delta).to(weight.dtype)
+    return base
