@@ -175,7 +175,8 @@ class OptimizerSpec:
         """
         stray = sorted(set(section) - {"type", "params", "legacy_fusion"})
         if stray or not isinstance(section.get("type"), str):
-            raise OptimizerError(f"deepspeed.optimizer needs `type` and `params`, got {', '.join(section) or 'nothing'}")
+            found = ", ".join(section) or "nothing"
+            raise OptimizerError(f"deepspeed.optimizer needs `type` and `params`, got {found}")
         params = dict(section.get("params") or {})
         lr = params.pop("lr", None)
         if isinstance(lr, bool) or not isinstance(lr, int | float) or not math.isfinite(lr) or lr < 0:

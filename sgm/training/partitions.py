@@ -93,11 +93,12 @@ def load_optimizer_state(ds_engine: Any, state: dict[str, Any]) -> None:
     """
     _require_same_layout(_layout(ds_engine), state["layout"])
     optimizer = basic_optimizer(ds_engine)
+    settings = optimizer.param_groups[0]
     for master, stored, values in zip(masters(ds_engine), state["masters"], state["states"]):
         master.data.copy_(stored)
         kept = {k: v for k, v in optimizer.state.get(master, {}).items() if k == "shadow"}
         if values or kept:
-            optimizer.state[master] = {k: _placed(v, master) for k, v in values.items()} | kept
+            optimizer.state[master] = {k: _placed(v, master, settings) for k, v in values.items()} | kept
     for name in COUNTERS:
         setattr(ds_engine, name, state["counters"][name])
     refresh_weights(ds_engine)
@@ -127,9 +128,12 @@ def _plain(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
 
-def _placed(value: Any, master: Tensor) -> Any:
-    """A stored value where the optimizer expects it: moments and step counters beside their master."""
-    return value.to(master.device, copy=True) if isinstance(value, Tensor) else value
+def _placed(value: Any, master: Tensor, group: dict[str, Any]) -> Any:
+    """A stored value where torch expects it: moments beside their master, step counters only for fused kernels."""
+    if not isinstance(value, Tensor):
+        return value
+    beside = value.dim() > 0 or group.get("fused") or group.get("capturable")
+    return value.to(master.device if beside else "cpu", copy=True)
 
 
 # --- loss scale --------------------------------------------------------------------------------------------------

@@ -1,0 +1,300 @@
+"""The YAML's `deepspeed:` section: checked, translated for today's DeepSpeed, and the engine built from it.
+
+Upstream files carry keys that DeepSpeed has dropped or never knew; each has its meaning here, or is named with the
+reason why it has none. The optimizer is built by `sgm.training.optimizer`, so that no C++ compiler is needed.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from sgm.config import ConfigError
+from sgm.training.optimizer import OptimizerError, OptimizerSpec
+
+TOP_LEVEL = frozenset(
+    """activation_checkpointing aio amp autotuning bf16 checkpoint comet comms_logger communication_data_type compile
+    csv_monitor curriculum_learning data_efficiency data_types disable_allgather dump_state eigenvalue elasticity
+    flops_profiler fp16 gradient_accumulation_steps gradient_clipping gradient_predivide_factor graph_harvesting
+    hybrid_engine load_universal_checkpoint local_rank memory_breakdown nebula optimizer prescale_gradients
+    progressive_layer_drop quantize_training scheduler seq_parallel_communication_data_type sparse_gradients
+    steps_per_print tensor_parallel tensorboard timers torch_autocast train_batch_size train_micro_batch_size_per_gpu
+    use_data_before_expert_parallelism wall_clock_breakdown wandb zero_allow_untested_optimizer
+    zero_force_ds_cpu_optimizer zero_optimization""".split()
+)
+LOSS_SCALE_KEYS = frozenset(
+    {"loss_scale", "loss_scale_window", "hysteresis", "min_loss_scale", "initial_scale_power", "consecutive_hysteresis"}
+)
+_BF16_INSTEAD = "--set deepspeed.fp16.enabled=false --set deepspeed.bf16.enabled=true"
+
+
+@dataclass(frozen=True)
+class DeepSpeedPlan:
+    """What the `deepspeed:` section asks for.
+
+    Attributes:
+        config: the mapping handed to `deepspeed.initialize`.
+        dtype: "fp32", "fp16" or "bf16": type of the model's weights.
+        offload: optimizer state and masters lie in CPU memory.
+        micro_batch: clips a rank takes at a time; `accumulation` of these make an optimizer step.
+        clipping: largest norm of the gradient; 0 for none.
+        notes: what was translated, or has no effect.
+    """
+
+    config: dict[str, Any]
+    optimizer: OptimizerSpec
+    dtype: str
+    stage: int
+    offload: bool
+    micro_batch: int
+    accumulation: int
+    clipping: float
+    notes: tuple[str, ...]
+
+
+def plan_deepspeed(
+    section: Mapping[str, Any] | None, *, device_type: str, data_parallel_size: int = 1
+) -> DeepSpeedPlan:
+    """Check and translate a `deepspeed:` section for "cpu" or "cuda".
+
+    Raises:
+        ConfigError: lists every problem.
+    """
+    if not section:
+        raise ConfigError("training needs a `deepspeed:` section (batch size, optimizer, precision)")
+    problems: list[str] = []
+    notes: list[str] = []
+    config = _numbers(section, notes)
+    for name in config:
+        if name not in TOP_LEVEL | LOSS_SCALE_KEYS:
+            problems.append(f"unknown key deepspeed.{name}{_nearest(name, TOP_LEVEL)}")
+    _move_loss_scale(config, notes)
+    dtype = _precision(config, device_type, problems)
+    zero = _zero(config, device_type, problems, notes)
+    micro, accumulation = _batch_sizes(config, data_parallel_size, problems)
+    if config.pop("scheduler", None):
+        problems.append("deepspeed.scheduler: the learning rate follows args.lr_decay_style and args.warmup; remove it")
+    optimizer = _optimizer(config, problems, notes)
+    clipping = config.setdefault("gradient_clipping", 0.0)
+    if isinstance(clipping, bool) or not isinstance(clipping, int | float) or clipping < 0:
+        problems.append(f"deepspeed.gradient_clipping must be a number >= 0, got {clipping!r}")
+    if problems or optimizer is None:
+        title = f"{len(problems)} problem{'s' if len(problems) > 1 else ''} in the deepspeed section:"
+        raise ConfigError("\n".join([title, *(f"  - {p}" for p in problems)]))
+    offload = "offload_optimizer" in zero
+    _allow_own_optimizer(config, zero, optimizer, notes)
+    _quiet_defaults(config)
+    return DeepSpeedPlan(
+        config, optimizer, dtype, int(zero["stage"]), offload, micro, accumulation, float(clipping), tuple(notes)
+    )
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+    return f"; did you mean `{close[0]}`?" if close else ""
+
+
+# --- translation, one topic a function ----------------------------------------------------------------------------
+
+
+def _numbers(value: Any, notes: list[str], place: str = "deepspeed") -> Any:
+    """Numbers that YAML gave as text ("1e-8" has no dot) become numbers, everywhere below."""
+    if isinstance(value, Mapping):
+        return {key: _numbers(inner, notes, f"{place}.{key}") for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_numbers(inner, notes, f"{place}.{k}") for k, inner in enumerate(value)]
+    if isinstance(value, str):
+        try:
+            number = float(value)
+        except ValueError:
+            return value
+        if math.isfinite(number):
+            notes.append(f"{place}: the text {value!r} is read as the number {number:g}")
+            return int(number) if number.is_integer() and "e" not in value.lower() and "." not in value else number
+    return value
+
+
+def _move_loss_scale(config: dict[str, Any], notes: list[str]) -> None:
+    """`loss_scale` and its companions belong under `fp16:`; upstream files also have them elsewhere."""
+    for place in (None, "bf16", "zero_optimization", "optimizer"):
+        holder = config if place is None else config.get(place)
+        if not isinstance(holder, dict):
+            continue
+        for name in sorted(LOSS_SCALE_KEYS & set(holder)):
+            value = holder.pop(name)
+            config.setdefault("fp16", {}).setdefault(name, value)
+            stands = f"deepspeed.{place}.{name}" if place else f"deepspeed.{name}"
+            notes.append(f"warning: {stands} belongs under deepspeed.fp16 and was moved there")
+
+
+def _precision(config: dict[str, Any], device_type: str, problems: list[str]) -> str:
+    enabled = []
+    for name in ("fp16", "bf16"):
+        part = config.setdefault(name, {})
+        if not isinstance(part, dict):
+            problems.append(f"deepspeed.{name} must be a mapping with `enabled`, got {part!r}")
+            config[name] = part = {}
+        flag = part.setdefault("enabled", False)
+        if not isinstance(flag, bool):
+            problems.append(f"deepspeed.{name}.enabled must be true or false, got {flag!r}")
+        elif flag:
+            enabled.append(name)
+    if len(enabled) == 2:
+        problems.append("deepspeed.fp16.enabled and deepspeed.bf16.enabled are both true; choose one")
+    if "fp16" in enabled and device_type == "cpu":
+        problems.append(
+            "deepspeed.fp16.enabled is true, but float16 training does not run on a CPU; use float32 with "
+            f"`--set deepspeed.fp16.enabled=false`, or bfloat16 with `{_BF16_INSTEAD}`"
+        )
+    return enabled[0] if len(enabled) == 1 else "fp32"
+
+
+def _zero(config: dict[str, Any], device_type: str, problems: list[str], notes: list[str]) -> dict[str, Any]:
+    zero = config.get("zero_optimization") or {}
+    if not isinstance(zero, dict):
+        problems.append(f"deepspeed.zero_optimization must be a mapping, got {zero!r}")
+        zero = {}
+    zero = config["zero_optimization"] = dict(zero)
+    stage = zero.setdefault("stage", 0)
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+        problems.append(f"deepspeed.zero_optimization.stage must be 0, 1, 2 or 3, got {stage!r}")
+        stage = zero["stage"] = 0
+    _offload(zero, stage, device_type, problems, notes)
+    if zero.pop("load_from_fp32_weights", None) is not None:
+        notes.append(
+            "deepspeed.zero_optimization.load_from_fp32_weights has no effect: --resume restores the float32 masters, "
+            "args.load starts from the checkpoint's weights"
+        )
+    known = _zero_keys()
+    problems += [f"unknown key deepspeed.zero_optimization.{n}{_nearest(n, known)}" for n in zero if n not in known]
+    return zero
+
+
+def _offload(zero: dict[str, Any], stage: int, device_type: str, problems: list[str], notes: list[str]) -> None:
+    """The `cpu_offload` switches of older DeepSpeed become today's sections."""
+    pin = device_type == "cuda" and bool(zero.pop("cpu_offload_use_pin_memory", True))
+    for old, new, least in (("cpu_offload", "offload_optimizer", 1), ("cpu_offload_param", "offload_param", 3)):
+        wanted = zero.pop(old, None)
+        if wanted is True:
+            zero.setdefault(new, {"device": "cpu", "pin_memory": pin})
+            notes.append(f"deepspeed.zero_optimization.{old} is today's {new}: {zero[new]}")
+        elif wanted not in (None, False):
+            problems.append(f"deepspeed.zero_optimization.{old} must be true or false, got {wanted!r}")
+        if isinstance(zero.get(new), dict) and zero[new].get("device", "none") == "none":
+            del zero[new]
+        if new in zero and stage < least:
+            problems.append(f"deepspeed.zero_optimization.{new} needs stage {least} or higher, the stage is {stage}")
+
+
+def _zero_keys() -> set[str]:
+    from sgm.distributed import quiet_libraries
+
+    with quiet_libraries():
+        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    fields = DeepSpeedZeroConfig.model_fields
+    return set(fields) | {field.alias for field in fields.values() if field.alias} | {"legacy_stage1"}
+
+
+def _batch_sizes(config: dict[str, Any], ranks: int, problems: list[str]) -> tuple[int, int]:
+    """(micro batch, accumulation steps); `train_batch_size` must agree with them and the number of ranks."""
+    values = []
+    names = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
+    for name in names:
+        value = config.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            problems.append(f"deepspeed.{name} must be a whole number >= 1, got {value!r}")
+            return 1, 1
+        values.append(value)
+    micro, accumulation, total = values
+    if total is not None and (micro is None or accumulation is None):
+        given = (micro or 1) * (accumulation or 1) * ranks
+        if micro is None and accumulation is None:
+            micro = max(1, total // ranks)
+        elif micro is None:
+            micro = max(1, total // given)
+        else:
+            accumulation = max(1, total // given)
+    micro, accumulation = micro or 1, accumulation or 1
+    if total is not None and total != micro * accumulation * ranks:
+        problems.append(
+            f"deepspeed.train_batch_size is {total}, but {micro} a GPU x {accumulation} accumulation steps x {ranks} "
+            f"data-parallel ranks are {micro * accumulation * ranks}; remove train_batch_size or make them agree"
+        )
+    config.pop("train_batch_size", None)
+    config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"] = micro, accumulation
+    return micro, accumulation
+
+
+def _optimizer(config: dict[str, Any], problems: list[str], notes: list[str]) -> OptimizerSpec | None:
+    section = config.pop("optimizer", None)
+    if not isinstance(section, dict):
+        problems.append("deepspeed.optimizer is missing: give type (sat.ops.FusedEmaAdam) and params (lr, betas, ...)")
+        return None
+    try:
+        spec = OptimizerSpec.parse(section)
+    except OptimizerError as error:
+        problems.append(str(error))
+        return None
+    notes += spec.notes
+    if spec.target is None:
+        config["optimizer"] = {"type": section["type"], "params": {**spec.params, "lr": spec.lr}}
+        notes.append(f"deepspeed.optimizer {spec.name} is DeepSpeed's own: it may compile a kernel, and keeps no EMA")
+    return spec
+
+
+def _allow_own_optimizer(
+    config: dict[str, Any], zero: dict[str, Any], optimizer: OptimizerSpec, notes: list[str]
+) -> None:
+    if optimizer.target is None:
+        return
+    if config.get("zero_allow_untested_optimizer") is False and zero["stage"]:
+        notes.append("deepspeed.zero_allow_untested_optimizer is set to true: ZeRO is tested here with this optimizer")
+    config["zero_allow_untested_optimizer"] = True
+    config["zero_force_ds_cpu_optimizer"] = False
+
+
+def _quiet_defaults(config: dict[str, Any]) -> None:
+    """Where DeepSpeed's defaults would print or skip a check."""
+    config.setdefault("steps_per_print", None)
+    if config["bf16"]["enabled"]:
+        config["bf16"].setdefault("check_grad_overflow", True)
+
+
+# --- the engine ---------------------------------------------------------------------------------------------------
+
+
+def start_engine(model: nn.Module, groups: list[dict[str, Any]], plan: DeepSpeedPlan, device_type: str) -> Any:
+    """`deepspeed.initialize` on a model whose weights are loaded, over the process groups that exist already.
+
+    No compiler is started on a CPU; the state that some wrappers make by a trial step is thrown away.
+    """
+    from sgm.distributed import model_parallel_world_size, prepare_deepspeed, quiet_libraries
+
+    prepare_deepspeed(device_type)
+    own = plan.optimizer.build(groups) if plan.optimizer.target is not None else None
+    with quiet_libraries():
+        import deepspeed
+
+        mpu = _sat_groups() if model_parallel_world_size() > 1 else None
+        ds_engine, _, _, _ = deepspeed.initialize(
+            model=model,
+            model_parameters=None if own is not None else groups,
+            optimizer=own,
+            config=copy.deepcopy(plan.config),
+            mpu=mpu,
+            dist_init_required=False,
+        )
+    ds_engine.basic_optimizer.state.clear()
+    return ds_engine
+
+
+def _sat_groups() -> Any:
+    from sat import mpu
+
+    return mpu

@@ -1,0 +1,91 @@
+"""What can go wrong in a long run, and what is done: skipped steps, signals, full memory."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+from sgm.training.memory import MemoryNeeds, gib
+
+
+class TrainingStopped(ValueError):
+    """The run cannot usefully go on; the message gives the reason and what to change."""
+
+
+@dataclass
+class SkipGuard:
+    """Counts optimizer steps that were skipped because loss or gradient were not finite.
+
+    Attributes:
+        limit: so many in a row end the run.
+        total: all so far.
+        in_a_row: since the last applied step.
+    """
+
+    limit: int
+    total: int = 0
+    in_a_row: int = 0
+
+    def applied(self) -> None:
+        self.in_a_row = 0
+
+    def skipped(self, reason: str, iteration: int, dtype: str) -> None:
+        """Count one.
+
+        Raises:
+            TrainingStopped: `limit` in a row.
+        """
+        self.total += 1
+        self.in_a_row += 1
+        if self.in_a_row < self.limit:
+            return
+        cure = {
+            "fp16": "lower the learning rate, or train in bfloat16 (--set deepspeed.fp16.enabled=false "
+            "--set deepspeed.bf16.enabled=true)",
+            "bf16": "lower the learning rate or deepspeed.gradient_clipping, and check the weights that were loaded",
+            "fp32": "lower the learning rate or deepspeed.gradient_clipping, and check the weights that were loaded",
+        }[dtype]
+        raise TrainingStopped(
+            f"{self.in_a_row} steps in a row were skipped up to iteration {iteration} ({reason}): nothing is learnt "
+            f"any more. Checkpoints from before are intact. To go on, {cure}; args.max_skipped_steps sets this limit."
+        )
+
+
+class StopSignal:
+    """Remembers SIGTERM or SIGINT, so that the loop can save and leave between two steps. A second one is immediate."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    @contextmanager
+    def watch(self) -> Iterator[StopSignal]:
+        """Inside the block the signals are remembered; afterwards their handlers are what they were."""
+        previous = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+        try:
+            yield self
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.received = number
+
+    @property
+    def name(self) -> str:
+        return signal.Signals(self.received).name if self.received is not None else ""
+
+
+def out_of_memory_advice(needs: MemoryNeeds) -> str:
+    """What to change when a GPU is too small, with the estimated effect of each switch."""
+    lines = [f"  {switch}: saves about {gib(saved)}" for switch, saved in needs.switches() if saved > 0]
+    return "\n".join(
+        [f"the GPU ran out of memory; this run was estimated to need {gib(needs.total)}.", "What helps:", *lines]
+    )

@@ -1,0 +1,155 @@
+"""The `args:` section of a training run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sgm.config import ConfigError, option
+from sgm.training.schedule import STYLES, ScheduleError, ScheduleSettings
+
+# The rates that suit each mode with this optimizer, in steps of the weights: outside of them a run is warned.
+# LoRA at the original's scale alpha/r = 1/r turns a step of the matrices into a small one of the weights.
+SENSIBLE_LR = {"full": (1e-7, 1e-4), "lora": (1e-5, 1e-2)}
+RECOMMENDED_LR = {"full": 1e-5, "lora": 1e-3}
+
+# What may change between a run and its continuation: it decides when things are written, not what is learnt.
+RESUME_MAY_CHANGE = frozenset(
+    """resume save save_interval keep_last log_interval eval_interval eval_iters eval_batch_size strict_eval
+    only_log_video_latents log_image num_workers prefetch_factor exit_interval device max_skipped_steps no_load_rng
+    checkpoint_activations""".split()
+)
+
+
+@dataclass(frozen=True)
+class TrainArgs:
+    """Options of `train_video.py`; names and meanings of the original where it has them."""
+
+    mode: str = option(
+        "finetune", "finetune, or pretrain (no held start of the learning rate)", choices=("finetune", "pretrain")
+    )
+    load: str | None = option(None, "transformer weights to start from: release folder, iteration folder or file")
+    force_train: bool = option(False, "accept a transformer file without what the configuration determines")
+    no_load_rng: bool = option(False, "kept for upstream files: random state comes from --resume only, never from load")
+    resume: str | None = option(None, "`auto`: the newest complete run of this configuration; or a folder")
+    train_iters: int = option(10000, "iterations (optimizer steps, skipped ones included)", at_least=1)
+    epochs: int | None = option(None, "passes over the training data; replaces train_iters", at_least=1)
+    eval_iters: int = option(100, "evaluation batches a rank", at_least=1)
+    eval_interval: int | None = option(
+        None, "iterations between evaluations; default: none, with `epochs` one epoch", at_least=1
+    )
+    eval_batch_size: int | None = option(None, "clips in an evaluation batch; default: the training batch", at_least=1)
+    strict_eval: bool = option(False, "evaluate on all of valid_data instead of eval_iters batches")
+    save: str | None = option(None, "folder for runs; nothing is saved without it")
+    save_interval: int | None = option(None, "iterations between checkpoints; the last one is always saved", at_least=1)
+    keep_last: int | None = option(None, "how many checkpoints to keep; default: all", at_least=1)
+    lora_only: bool = option(False, "save the adapter alone (a small file) instead of a whole SAT checkpoint")
+    log_interval: int = option(50, "iterations between progress lines", at_least=1)
+    train_data: list[str] = option([], "training folders, each with videos/ and labels/")
+    train_data_weights: list[float] | None = option(None, "share of each training folder; default: its size")
+    valid_data: list[str] | None = option(None, "validation folders; may be the training ones")
+    split: str = option("1000,1,1", "shares of train, validation and test data, where valid_data is not given")
+    data_order: str = option(
+        "shuffle",
+        "shuffle: every clip once an epoch; upstream: the original's draws with repetition, whatever the seed",
+        choices=("shuffle", "sequential", "upstream"),
+    )
+    num_workers: int = option(1, "decoding processes a rank", at_least=0)
+    prefetch_factor: int = option(4, "batches that each worker reads ahead", at_least=1)
+    only_log_video_latents: bool = option(False, "evaluation writes sampled latents, decodes no video")
+    log_image: bool = option(True, "evaluation samples a video (or its latents), and writes it")
+    experiment_name: str = option("MyModel", "name of the run folder, which also gets the date")
+    checkpoint_activations: bool = option(False, "recompute activations in the backward pass: less memory, 1/3 slower")
+    model_parallel_size: int = option(1, "processes that share each layer (tensor parallelism)", at_least=1)
+    seed: int = option(42, "base seed; each data-parallel rank adds its number", at_least=0)
+    device: str | None = option(None, "cpu or cuda; default: the GPU if there is one")
+    warmup: float = option(0.01, "share of the run over which the learning rate rises", at_least=0)
+    lr_decay_style: str = option("linear", "how the learning rate falls", choices=STYLES)
+    lr_decay_ratio: float = option(0.1, "final share of the learning rate under `cosine`")
+    lr_decay_iters: int | None = option(None, "steps over which it falls; default: train_iters", at_least=1)
+    auto_warmup_steps: int = option(
+        100, "fine-tuning holds its first steps at auto_warmup_rate x lr, as the original; 0 turns that off", at_least=0
+    )
+    auto_warmup_rate: float = option(0.05, "see auto_warmup_steps", at_least=0)
+    exit_interval: int | None = option(None, "save and stop once this many iterations are a divisor", at_least=1)
+    max_skipped_steps: int = option(25, "stop after this many skipped steps (NaN, overflow) in a row", at_least=1)
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not self.train_data:
+            problems.append("args.train_data is empty: name at least one folder with videos/ and labels/")
+        weights = self.train_data_weights
+        if weights is not None and (len(weights) != len(self.train_data) or not all(0 < w < math.inf for w in weights)):
+            problems.append(
+                f"args.train_data_weights is {weights}; it needs one positive number for each of the "
+                f"{len(self.train_data)} folders of train_data"
+            )
+        if self.mode == "finetune" and not self.load:
+            problems.append("args.load is not set: fine-tuning starts from transformer weights (or set mode: pretrain)")
+        try:
+            split_shares(self.split)
+            self.schedule(lr=1.0)
+        except ValueError as error:
+            problems.append(f"args: {error}")
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+    def schedule(self, lr: float) -> ScheduleSettings:
+        """The learning-rate settings of a run of `train_iters` steps."""
+        return ScheduleSettings(
+            base_lr=lr,
+            total_steps=self.lr_decay_iters or self.train_iters,
+            warmup=self.warmup,
+            style=self.lr_decay_style,
+            decay_ratio=self.lr_decay_ratio,
+            hold_steps=self.auto_warmup_steps if self.mode == "finetune" else 0,
+            hold_rate=self.auto_warmup_rate,
+        )
+
+
+def split_shares(text: str) -> tuple[float, float, float]:
+    """Shares of training, validation and test data, summing to 1, from "1000,1,1".
+
+    Raises:
+        ScheduleError: not three numbers >= 0 with a positive first one.
+    """
+    try:
+        values = [float(part) for part in text.replace("/", ",").split(",")]
+    except ValueError:
+        values = []
+    if not 1 <= len(values) <= 3 or not all(0 <= v < math.inf for v in values) or not values[0] > 0:
+        raise ScheduleError(f"split {text!r} must be up to three numbers, for example 1000,1,1")
+    values += [0.0] * (3 - len(values))
+    return values[0] / sum(values), values[1] / sum(values), values[2] / sum(values)
+
+
+def trains_lora(model: Mapping[str, Any]) -> bool:
+    """Does the `model:` section train adapter matrices only?"""
+    return "all" in (model.get("not_trainable_prefixes") or ())
+
+
+def training_advice(args: TrainArgs, model: Mapping[str, Any], lr: float) -> list[str]:
+    """What is allowed, but probably not meant."""
+    advice = []
+    kind = "lora" if trains_lora(model) else "full"
+    low, high = SENSIBLE_LR[kind]
+    if lr and not low <= lr <= high:
+        advice.append(
+            f"warning: learning rate {lr:g} is far outside {low:g} to {high:g}, the range for "
+            f"{'LoRA' if kind == 'lora' else 'full fine-tuning'}; try --set deepspeed.optimizer.params.lr="
+            f"{RECOMMENDED_LR[kind]:g}"
+        )
+    schedule = args.schedule(lr)
+    if schedule.hold_steps >= args.train_iters:
+        advice.append(
+            f"warning: all {args.train_iters} iterations lie in the first {schedule.hold_steps} steps, which run at "
+            f"{schedule.hold_rate:.0%} of the learning rate as in the original; for a short run --set "
+            "args.auto_warmup_steps=0"
+        )
+    if args.lora_only and kind == "full":
+        advice.append("warning: args.lora_only has no effect: this run trains all of the network")
+    if not args.save:
+        advice.append("warning: args.save is not set: this run keeps nothing")
+    return advice

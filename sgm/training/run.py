@@ -1,0 +1,309 @@
+"""One training run, from a checked configuration to its exit code."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import random
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from sgm import distributed
+from sgm.config import ConfigError, RunConfig, check_model_section
+from sgm.data.loader import create_loader
+from sgm.distributed import DistInfo
+from sgm.inference.preflight import check_paths, placeholders_in
+from sgm.models.diffusion import SATVideoDiffusionEngine
+from sgm.training.checkpoint import find_resume
+from sgm.training.deepspeed_setup import DeepSpeedPlan, plan_deepspeed, start_engine
+from sgm.training.evaluate import Evaluation, evaluation_batches
+from sgm.training.faults import SkipGuard, TrainingStopped, out_of_memory_advice
+from sgm.training.memory import MemoryNeeds, free_memory
+from sgm.training.metrics import RunLog
+from sgm.training.optimizer import count, parameter_groups
+from sgm.training.options import RESUME_MAY_CHANGE, TrainArgs, training_advice, trains_lora
+from sgm.training.saver import Saver, resume
+from sgm.training.schedule import LearningRate
+from sgm.training.setup import (
+    build_datasets,
+    load_engine,
+    memory_needs,
+    meta_engine,
+    split_validation,
+    training_model_section,
+)
+from sgm.training.trainer import Trainer
+
+T = TypeVar("T")
+
+
+def train(config: RunConfig[TrainArgs], *, dry_run: bool = False) -> int:
+    """Train as configured, over all processes of the launch. Returns the exit code.
+
+    Raises:
+        ConfigError, WeightsError, DatasetError, CheckpointError, TrainingStopped: with what to change.
+    """
+    args = config.args
+    check_model_section(config.model, SATVideoDiffusionEngine)
+    _check_places(config)
+    kind = (args.device or ("cuda" if torch.cuda.is_available() else "cpu")).split(":")[0]
+    info = distributed.init_distributed(kind)
+    distributed.ensure_groups(args.model_parallel_size)
+    plan = plan_deepspeed(
+        config.deepspeed, device_type=kind, data_parallel_size=distributed.data_parallel_world_size()
+    )
+    say = print if info.rank == 0 else _silent
+    for note in (*config.notes, *plan.notes, *_activation_note(config), *training_advice(args, config.model, plan.optimizer.lr)):
+        say(note if note.startswith("warning") else f"note: {note}", flush=True)
+    if dry_run:
+        return _dry_run(config, plan, info, say)
+    with ExitStack() as stack:
+        needs: list[MemoryNeeds] = []
+        try:
+            trainer = _prepare(config, plan, info, stack, needs, say)
+            return trainer.fit()
+        except torch.OutOfMemoryError as error:
+            if not needs:
+                raise
+            raise TrainingStopped(out_of_memory_advice(needs[0])) from error
+
+
+def _prepare(
+    config: RunConfig[TrainArgs],
+    plan: DeepSpeedPlan,
+    info: DistInfo,
+    stack: ExitStack,
+    needs: list[MemoryNeeds],
+    say: Callable[..., None],
+) -> Trainer:
+    """Everything up to the first iteration; what must be closed goes onto `stack`."""
+    found = _find_resume(config, say)
+    folder = found.parent if found else _run_folder(config.args)
+    seed_all(config.args.seed)  # the same on all ranks, for what is initialised at random
+    engine, loaded = load_engine(config, plan, info.device)
+    if loaded:
+        say(f"weights: {loaded.source}", *(f"note: {note}" for note in loaded.notes), sep="\n", flush=True)
+    ranks = distributed.data_parallel_world_size()
+    needs.append(memory_needs(engine, config, plan, ranks))
+    groups = parameter_groups(engine)
+    say(f"training {count(groups):,} of {sum(p.numel() for p in engine.parameters()):,} values; {info.world_size} "
+        f"process{'es' if info.world_size > 1 else ''}, {plan.dtype}, ZeRO {plan.stage}", flush=True)  # fmt: skip
+    say("\n".join(needs[0].report(free_memory(info.device))), flush=True)
+
+    reports = folder or Path(from_first(lambda: stack.enter_context(_temporary_folder())))
+    train_sets, valid_sets = _datasets(config, reports)
+    loader = stack.enter_context(_loader(config.args, plan, train_sets))
+    config = _with_epochs(config, plan, sum(map(len, train_sets)))  # type: ignore[arg-type]
+    args = config.args
+
+    ds_engine = start_engine(engine, groups, plan, info.device.type)
+    schedule = LearningRate(args.schedule(plan.optimizer.lr), ds_engine.basic_optimizer.param_groups)
+    log = stack.enter_context(RunLog(folder, args.train_iters, sys.stdout if info.rank == 0 else None))
+    trainer = Trainer(ds_engine, loader, schedule, args, log, SkipGuard(args.max_skipped_steps), dtype=plan.dtype)
+    trainer.saver = Saver(folder, config, args.lora_only and trains_lora(config.model)) if folder else None
+    trainer.evaluation = _evaluation(config, plan, valid_sets, folder)
+    seed_all(args.seed + distributed.data_parallel_rank())
+    if found:
+        resume(trainer, found)
+        say(f"resumed {found} at iteration {trainer.iteration}", flush=True)
+    if folder and info.rank == 0:
+        (folder / "training_config.yaml").write_text(config.as_yaml(), encoding="utf-8")
+        say(f"run folder {folder}", flush=True)
+    return trainer
+
+
+# --- places -------------------------------------------------------------------------------------------------------
+
+
+def _check_places(config: RunConfig[TrainArgs]) -> None:
+    """Every path edited and there.
+
+    Raises:
+        ConfigError: names each that is not.
+    """
+    check_paths(config.model, config.args.load)
+    folders = {"train_data": config.args.train_data, "valid_data": config.args.valid_data or []}
+    problems = [f"args.{place} is still the placeholder {text!r}" for place, text in placeholders_in(folders)]
+    problems += [
+        f"args.{name}: no folder {path}"
+        for name, paths in folders.items()
+        for path in paths
+        if not problems and not Path(path).expanduser().is_dir()
+    ]
+    if problems:
+        raise ConfigError(
+            "\n".join([*problems, "A data folder holds videos/NAME.mp4 and labels/NAME.txt (README, 'Fine-tuning')."])
+        )
+
+
+def resume_hash(config: RunConfig[TrainArgs]) -> str:
+    """Identity of what a run learns: equal for a run and its continuation."""
+    return config.hash(("args", "model", "data", "deepspeed"), ignore=RESUME_MAY_CHANGE)
+
+
+def _find_resume(config: RunConfig[TrainArgs], say: Callable[..., None]) -> Path | None:
+    """The iteration folder to go on from, if asked for and found."""
+    args = config.args
+    if not args.resume:
+        return None
+    if args.resume != "auto":
+        return find_resume(Path(args.resume), None, resume_hash(config))
+    if not args.save:
+        raise ConfigError("--resume looks for runs in args.save, which is not set; set it or give the run's folder")
+    found = find_resume(Path(args.save), args.experiment_name, resume_hash(config))
+    if found is None:
+        say(f"no earlier run of this configuration in {args.save}: starting a new one", flush=True)
+    return found
+
+
+def _run_folder(args: TrainArgs) -> Path | None:
+    """save/NAME-MM-DD-HH-MM, new, chosen by rank 0."""
+    if not args.save:
+        return None
+
+    def choose() -> str:
+        stem = Path(args.save).expanduser() / f"{args.experiment_name}-{datetime.now():%m-%d-%H-%M}"
+        folder, number = stem, 2
+        while folder.exists() and any(folder.iterdir()):
+            folder, number = stem.with_name(f"{stem.name}-{number}"), number + 1
+        folder.mkdir(parents=True, exist_ok=True)
+        return str(folder)
+
+    return Path(from_first(choose))
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What rank 0 makes, on every rank."""
+    held = [make() if dist.get_rank() == 0 else None]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(held)
+    return held[0]  # type: ignore[return-value]
+
+
+def _temporary_folder() -> AbstractContextManager[str]:
+    return tempfile.TemporaryDirectory(prefix="cogvideox-train-")
+
+
+# --- parts --------------------------------------------------------------------------------------------------------
+
+
+def _datasets(config: RunConfig[TrainArgs], reports: Path) -> tuple[list[Any], list[Any]]:
+    """(training, validation) sets; validation is empty where no evaluation is asked for."""
+    args = config.args
+    train_sets = build_datasets(config.data, args.train_data, reports, "train_data")
+    if not args.eval_interval and not args.epochs:
+        return train_sets, []
+    if args.valid_data:
+        return train_sets, build_datasets(config.data, args.valid_data, reports, "valid_data")
+    return split_validation(train_sets, args.split, args.seed)
+
+
+def _loader(args: TrainArgs, plan: DeepSpeedPlan, datasets: list[Any]) -> Any:
+    return create_loader(
+        datasets,
+        plan.micro_batch,
+        args.num_workers,
+        seed=args.seed,
+        rank=distributed.data_parallel_rank(),
+        world_size=distributed.data_parallel_world_size(),
+        order=args.data_order,
+        weights=args.train_data_weights,
+        prefetch=args.prefetch_factor,
+    )
+
+
+def _with_epochs(config: RunConfig[TrainArgs], plan: DeepSpeedPlan, clips: int) -> RunConfig[TrainArgs]:
+    """`epochs` as iterations, and the intervals that default to one epoch."""
+    args = config.args
+    if args.epochs is None:
+        return config
+    samples = plan.micro_batch * plan.accumulation * distributed.data_parallel_world_size()
+    per_epoch = math.ceil(clips / samples)
+    args = dataclasses.replace(
+        args, train_iters=args.epochs * per_epoch, eval_interval=args.eval_interval or per_epoch,
+        save_interval=args.save_interval or per_epoch,
+    )  # fmt: skip
+    return dataclasses.replace(config, args=args)
+
+
+def _evaluation(
+    config: RunConfig[TrainArgs], plan: DeepSpeedPlan, datasets: list[Any], folder: Path | None
+) -> Evaluation | None:
+    args = config.args
+    if not datasets or not args.eval_interval:
+        return None
+    size = args.eval_batch_size or plan.micro_batch
+    return Evaluation(
+        datasets,
+        batch_size=size,
+        batches=evaluation_batches(datasets, size, args.eval_iters, args.strict_eval),
+        seed=args.seed,
+        folder=folder,
+        latents_only=args.only_log_video_latents,
+        log_video=args.log_image and "sampler_config" in config.model,
+        fps=round(((config.data or {}).get("params") or {}).get("fps", 8)),
+    )
+
+
+def seed_all(seed: int) -> None:
+    """Seed Python, NumPy and torch (all devices)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+# --- what is said -------------------------------------------------------------------------------------------------
+
+
+def _activation_note(config: RunConfig[TrainArgs]) -> list[str]:
+    switches = config.model["network_config"]["params"].get("transformer_args") or {}
+    if bool(switches.get("checkpoint_activations")) == config.args.checkpoint_activations:
+        return []
+    return ["checkpoint_activations is true in one of its two places (args, transformer_args): that is enough here"]
+
+
+def _dry_run(config: RunConfig[TrainArgs], plan: DeepSpeedPlan, info: DistInfo, say: Callable[..., None]) -> int:
+    args = config.args
+    say(config.as_yaml())
+    engine = meta_engine(training_model_section(config.model, args), plan.dtype)
+    if engine.network.has_lora_config:
+        with torch.device("meta"):
+            engine.network.attach_lora()
+    engine.freeze_untrained()
+    ranks = distributed.data_parallel_world_size()
+    batch = plan.micro_batch * plan.accumulation * ranks
+    extent = f"{args.epochs} epochs" if args.epochs else f"{args.train_iters} iterations"
+    say(f"plan: {extent} of {batch} clips ({plan.micro_batch} x {plan.accumulation} accumulation x {ranks} ranks) on "
+        f"{info.device}, {plan.dtype}, ZeRO {plan.stage}{' with CPU offload' if plan.offload else ''}, optimizer "
+        f"{plan.optimizer.name} at {plan.optimizer.lr:g}")  # fmt: skip
+    say("\n".join(memory_needs(engine, config, plan, ranks).report(free_memory(info.device))))
+    return 0
+
+
+def _silent(*_: Any, **__: Any) -> None:
+    """Ranks other than the first say nothing."""
+
+
+def exit_quietly(code: int) -> None:
+    """End the process with `code` after orderly shutdown of the groups; a failed rank does not wait for the others."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code == 0:
+        distributed.shutdown()
+        return
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        os._exit(code)
+    sys.exit(code)
+
+
+__all__ = ["exit_quietly", "from_first", "resume_hash", "seed_all", "train"]

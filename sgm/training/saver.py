@@ -1,0 +1,87 @@
+"""Gathers everything a run needs to go on exactly, and hands it to `sgm.training.checkpoint`; and puts it back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sgm.config import RunConfig
+from sgm.training.checkpoint import capture_rng, load_state, restore_rng, save_checkpoint
+from sgm.training.options import TrainArgs
+from sgm.training.partitions import (
+    ema_state,
+    load_ema_state,
+    load_optimizer_state,
+    load_scaler_state,
+    optimizer_state,
+    scaler_state,
+)
+from sgm.training.state import TrainState
+
+if TYPE_CHECKING:
+    from sgm.training.trainer import Trainer
+
+
+@dataclass
+class Saver:
+    """Writes the checkpoints of one run into its folder.
+
+    Attributes:
+        folder: run folder, the same on every rank.
+        lora_only: adapter alone in place of a whole SAT checkpoint.
+    """
+
+    folder: Path
+    config: RunConfig[TrainArgs]
+    lora_only: bool
+
+    def save(self, trainer: Trainer, consumed_samples: int) -> Path:
+        """Write a checkpoint; collective. Returns the iteration's folder.
+
+        Raises:
+            CheckpointError: it cannot be written (raised on every rank).
+        """
+        return save_checkpoint(
+            self.folder,
+            trainer.ds_engine,
+            snapshot(trainer, consumed_samples),
+            config=self.config,
+            lora_only=self.lora_only,
+            keep_last=self.config.args.keep_last,
+        )
+
+
+def snapshot(trainer: Trainer, consumed_samples: int) -> TrainState:
+    """This rank's state. Tensors are the live ones."""
+    engine: Any = trainer.ds_engine
+    return TrainState(
+        iteration=trainer.iteration,
+        consumed_samples=consumed_samples,
+        sampler=trainer.loader.state_dict(),
+        schedule=trainer.schedule.state_dict(),
+        scaler=scaler_state(engine),
+        skipped_steps=trainer.guard.total,
+        optimizer=optimizer_state(engine),
+        ema=ema_state(engine),
+        rng=capture_rng(),
+    )
+
+
+def resume(trainer: Trainer, path: Path) -> None:
+    """Put a trainer where the checkpoint `path` was taken. Collective.
+
+    Raises:
+        CheckpointError: the checkpoint is incomplete or damaged.
+        OptimizerStateError: it is of another run set-up.
+        ValueError: its data position is of other data.
+    """
+    state = load_state(path)
+    load_optimizer_state(trainer.ds_engine, state.optimizer)
+    load_ema_state(trainer.ds_engine, state.ema)
+    load_scaler_state(trainer.ds_engine, state.scaler)
+    trainer.schedule.load_state_dict(state.schedule)
+    trainer.loader.load_state_dict(state.sampler)
+    trainer.guard.total = state.skipped_steps
+    trainer.iteration = state.iteration
+    restore_rng(state.rng)

@@ -1,0 +1,185 @@
+"""From a training configuration to its parts: engine with loaded weights, data sets, loader, memory estimate."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import Dataset, Subset
+
+from sgm.config import ConfigError, RunConfig
+from sgm.models.diffusion import SATVideoDiffusionEngine
+from sgm.models.loading import LoadedNetwork, load_first_stage, load_network, load_text_encoder
+from sgm.training.deepspeed_setup import DeepSpeedPlan
+from sgm.training.memory import MemoryNeeds
+from sgm.training.optimizer import FusedEmaAdam
+from sgm.training.options import TrainArgs, split_shares
+from sgm.util import check_params, get_obj_from_str, instantiate_from_config, split_config
+
+# --- the engine ---------------------------------------------------------------------------------------------------
+
+
+def training_model_section(model: Mapping[str, Any], args: TrainArgs) -> dict[str, Any]:
+    """The `model:` section as training builds it: switches of `args` carried into the network, LoRA put off."""
+    model = copy.deepcopy(dict(model))
+    params = model["network_config"].setdefault("params", {})
+    params["defer_lora"] = True
+    switches = params.setdefault("transformer_args", {})
+    switches["checkpoint_activations"] = bool(switches.get("checkpoint_activations")) or args.checkpoint_activations
+    switches["model_parallel_size"] = args.model_parallel_size
+    return model
+
+
+def meta_engine(model: Mapping[str, Any], dtype: str) -> SATVideoDiffusionEngine:
+    """The engine without weights or memory, for estimates and for loading."""
+    with torch.device("meta"):
+        return SATVideoDiffusionEngine(**model, dtype=dtype)
+
+
+def load_engine(
+    config: RunConfig[TrainArgs], plan: DeepSpeedPlan, device: torch.device
+) -> tuple[SATVideoDiffusionEngine, LoadedNetwork | None]:
+    """The engine on `device` with all weights, adapters attached, and only what learns requiring gradients.
+
+    Raises:
+        WeightsError: weights are missing or do not fit.
+        ConfigError: the configuration trains nothing.
+    """
+    args = config.args
+    model = training_model_section(config.model, args)
+    engine = meta_engine(model, plan.dtype)
+    to = {"device": device, "dtype": engine.dtype}
+    loaded = None
+    if args.load:
+        loaded = load_network(engine.network, args.load, allow_absent=args.force_train, **to)
+        loaded.notes = [n for n in loaded.notes if not n.startswith("lora_config is set")]
+    else:
+        network = instantiate_from_config(model["network_config"], dtype=plan.dtype)
+        engine.model.diffusion_model = network.to(device)
+    network = engine.network
+    if network.has_lora_config and "lora" not in network.mixins:
+        network.attach_lora()
+        network.to(device, engine.dtype)
+    if engine.first_stage_model is not None:
+        load_first_stage(engine.first_stage_model, **to)
+    if engine.conditioner is not None:
+        load_text_encoder(engine.conditioner, **to)
+    if not engine.freeze_untrained():
+        raise ConfigError(
+            f"model.not_trainable_prefixes {list(engine.not_trainable_prefixes)} leaves nothing to train; "
+            "['all'] needs a lora_config beside it (see the comments in configs/cogvideox_2b_sft.yaml)"
+        )
+    return engine.to(device), loaded
+
+
+# --- data ---------------------------------------------------------------------------------------------------------
+
+
+def build_datasets(
+    data: Mapping[str, Any] | None, folders: Sequence[str], reports: Path, name: str
+) -> list[Dataset]:
+    """One data set a folder. Rank 0 checks the videos and writes `reports/NAME_k.jsonl`; the others take its word.
+
+    Raises:
+        ConfigError: no `data:` section, or one that does not fit its class.
+        DatasetError: a folder without usable clips.
+    """
+    if not data:
+        raise ConfigError("training needs a `data:` section (target: data_video.SFTDataset and its params)")
+    target, params = split_config(data)
+    cls = get_obj_from_str(target)
+    params = check_params(target, cls, params)
+    takes_report = "report" in inspect.signature(cls).parameters
+    first = dist.get_rank() == 0
+    made: list[Dataset] = []
+    for k, folder in enumerate(folders):
+        extra: dict[str, Any] = {"data_dir": str(Path(folder).expanduser())}
+        if takes_report:
+            extra["report"] = reports / f"{name}_{k}.jsonl"
+        if first or not takes_report:
+            made.append(cls(**{**params, **extra}))
+        _wait_for_first()
+        if not first and takes_report:
+            made.append(cls(**{**params, **extra, "validate": "report"}))
+    return made
+
+
+def _wait_for_first() -> None:
+    if dist.get_world_size() > 1:
+        dist.barrier()
+
+
+def split_validation(datasets: Sequence[Dataset], split: str, seed: int) -> tuple[list[Dataset], list[Dataset]]:
+    """(training, validation) parts of each data set, by `split`'s first two shares; validation may come out empty."""
+    train_share, valid_share, test_share = split_shares(split)
+    train: list[Dataset] = []
+    valid: list[Dataset] = []
+    for dataset in datasets:
+        count = len(dataset)  # type: ignore[arg-type]
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+        held = int(count * valid_share)
+        last = count - int(count * test_share)
+        train.append(Subset(dataset, sorted(order[held:last])) if last - held < count else dataset)
+        if held:
+            valid.append(Subset(dataset, sorted(order[:held])))
+    return train, valid
+
+
+# --- memory -------------------------------------------------------------------------------------------------------
+
+
+def memory_needs(
+    engine: SATVideoDiffusionEngine, config: RunConfig[TrainArgs], plan: DeepSpeedPlan, data_parallel_size: int
+) -> MemoryNeeds:
+    """Sizes of a run for the estimate; `engine` may lie on the meta device (then without adapters)."""
+    trained = sum(p.numel() for p in engine.parameters() if p.requires_grad)
+    values = sum(p.numel() for p in engine.parameters())
+    frames, height, width = _clip_size(config)
+    network = engine.network
+    grid = network.patch.grid((frames - 1) // 4 + 1, height // 8, width // 8)
+    return MemoryNeeds(
+        trained=trained,
+        frozen=values - trained,
+        tokens=network.mixins.pos_embed.text_length + grid.tokens,
+        width=network.hidden_size,
+        layers=network.num_layers,
+        vae_values=_widest_map(config.model, frames, height, width),
+        micro_batch=plan.micro_batch,
+        dtype=plan.dtype,
+        ranks=data_parallel_size,
+        stage=plan.stage,
+        offload=plan.offload,
+        optimizer_values=_state_values(plan),
+        checkpointing=network.transformer.checkpoint_activations,
+    )
+
+
+def _clip_size(config: RunConfig[TrainArgs]) -> tuple[int, int, int]:
+    """(frames, height, width) in pixels of the longest clip."""
+    params = (config.data or {}).get("params") or {}
+    network = config.model["network_config"]["params"]
+    height, width = params.get("video_size") or (network["latent_height"] * 8, network["latent_width"] * 8)
+    return int(params.get("max_num_frames") or network["num_frames"]), int(height), int(width)
+
+
+def _widest_map(model: Mapping[str, Any], frames: int, height: int, width: int) -> int:
+    """Values of the first stage's largest feature map: its first level at full resolution."""
+    stage = model.get("first_stage_config")
+    if not stage or model.get("latent_input"):
+        return 0
+    channels = stage["params"]["encoder_config"]["params"]["ch"]
+    return int(channels) * frames * height * width
+
+
+def _state_values(plan: DeepSpeedPlan) -> int:
+    target = plan.optimizer.target
+    if target is not None and issubclass(target, FusedEmaAdam):
+        return 3
+    if target is torch.optim.SGD:
+        return 1 if plan.optimizer.params.get("momentum") else 0
+    return 2

@@ -1,0 +1,126 @@
+"""One training iteration on a DeepSpeed engine: micro-batches, loss, gradient, update, or a clean skip.
+
+Axes: b batch, f pixel frames, t latent frames, c channels, h w height and width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from einops import rearrange
+from torch import Tensor
+
+from sgm.training.partitions import basic_optimizer, load_scaler_state, scaler_state
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What an iteration did, equal on all ranks.
+
+    Attributes:
+        loss: mean over ranks and micro-batches; NaN where one was not finite.
+        grad_norm: norm of the whole gradient before clipping, unscaled; None where it is not finite.
+        applied: the weights were updated.
+        reason: why not.
+        stop: some rank asks to end the run.
+    """
+
+    loss: float
+    grad_norm: float | None
+    applied: bool
+    reason: str = ""
+    stop: bool = False
+
+
+def batch_latents(engine: Any, batch: Mapping[str, Any], device: torch.device) -> Tensor:
+    """Scaled latents (b, t, c, h, w) of a batch's clips: a draw from the first stage's posterior."""
+    x = batch[engine.input_key].to(device, engine.dtype, non_blocking=True)
+    if not engine.latent_input:
+        x = rearrange(x, "b f c h w -> b c f h w")
+    return rearrange(engine.encode_first_stage(x), "b c t h w -> b t c h w").contiguous()
+
+
+def batch_loss(ds_engine: Any, batch: Mapping[str, Any]) -> Tensor:
+    """Loss of a batch, scalar. DeepSpeed's own forward is used, which prepares the backward pass."""
+    loss, _ = ds_engine(batch_latents(ds_engine.module, batch, ds_engine.device), batch)
+    return loss
+
+
+def training_step(ds_engine: Any, batches: Iterator[Mapping[str, Any]], stop_requested: bool = False) -> StepOutcome:
+    """Draw the micro-batches of one optimizer step and take it, unless loss or gradient are not finite on some rank.
+
+    A skipped step leaves weights, optimizer and, unless the gradient overflowed in float16, the loss scale as they
+    were.
+    """
+    losses: list[float] = []
+    stop = stop_requested
+    scaler = scaler_state(ds_engine)
+    for _ in range(ds_engine.gradient_accumulation_steps()):
+        loss = batch_loss(ds_engine, next(batches))
+        mean, stop = _agree(loss, stop)
+        losses.append(mean)
+        bad_loss = not math.isfinite(sum(losses))
+        # A gradient that is NaN throughout makes DeepSpeed drop what has been accumulated, in every ZeRO stage.
+        ds_engine.backward(loss * math.nan if bad_loss else loss)
+        norm = _unwrapped_norm(ds_engine)
+        ds_engine.step()
+    if norm is None:
+        norm = _reported_norm(ds_engine)
+    applied = ds_engine.was_step_applied() and norm is not None and math.isfinite(norm)
+    if bad_loss:
+        load_scaler_state(ds_engine, scaler)
+    reason = "" if applied else "the loss is not finite" if bad_loss else "the gradient is not finite"
+    return StepOutcome(sum(losses) / len(losses), norm if applied else None, applied, reason, stop)
+
+
+def _agree(loss: Tensor, stop: bool) -> tuple[float, bool]:
+    """(mean loss over all ranks, NaN if any is not finite; whether any rank wants to stop)."""
+    value = loss.detach().double()
+    finite = torch.isfinite(value)
+    shared = torch.stack([torch.where(finite, value, 0.0), (~finite).double(), value.new_tensor(float(stop))])
+    dist.all_reduce(shared)
+    total, bad, wants_stop = shared.tolist()
+    return (math.nan if bad else total / dist.get_world_size()), wants_stop > 0
+
+
+def _reported_norm(ds_engine: Any) -> float | None:
+    norm = ds_engine.get_global_grad_norm()
+    return None if norm is None else float(norm)
+
+
+def _unwrapped_norm(ds_engine: Any) -> float | None:
+    """Gradient norm of float32 without ZeRO at the end of accumulation; None elsewhere.
+
+    There DeepSpeed neither reports the norm nor looks for NaN, so a bad gradient is removed here: an optimizer passes
+    over parameters without one.
+    """
+    if ds_engine.optimizer is not basic_optimizer(ds_engine) or not ds_engine.is_gradient_accumulation_boundary():
+        return None
+    norm = gradient_norm([p for group in ds_engine.optimizer.param_groups for p in group["params"]])
+    if not math.isfinite(norm):
+        ds_engine.zero_grad()
+    return norm
+
+
+def gradient_norm(parameters: list[Tensor]) -> float:
+    """L2 norm of all gradients, counting each part of a tensor-parallel weight once."""
+    from sgm.distributed import model_parallel_rank, model_parallel_world_size
+
+    split = model_parallel_world_size() > 1
+    counted = [
+        p.grad
+        for p in parameters
+        if p.grad is not None and (not split or getattr(p, "model_parallel", False) or model_parallel_rank() == 0)
+    ]
+    squares = torch.stack(torch._foreach_norm(counted)).double().square().sum() if counted else torch.zeros(()).double()
+    if split:
+        from sat import mpu
+
+        squares = squares.to(parameters[0].device)
+        dist.all_reduce(squares, group=mpu.get_model_parallel_group())
+    return float(squares.sqrt())

@@ -1,0 +1,117 @@
+"""The training loop: iterations, progress, evaluation, checkpoints, and an orderly end."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass, field
+from typing import Any
+
+from sgm.data.loader import ClipLoader
+from sgm.training.checkpoint import CheckpointError
+from sgm.training.evaluate import Evaluation
+from sgm.training.faults import SkipGuard, StopSignal
+from sgm.training.metrics import RunLog
+from sgm.training.options import TrainArgs
+from sgm.training.partitions import scaler_state
+from sgm.training.saver import Saver
+from sgm.training.schedule import LearningRate
+from sgm.training.step import StepOutcome, training_step
+
+
+@dataclass
+class Trainer:
+    """Runs a DeepSpeed engine from `iteration` to `args.train_iters`.
+
+    Attributes:
+        saver: None saves nothing; evaluation: None evaluates nothing.
+        iteration: optimizer steps taken or skipped so far.
+        dtype: of the weights, for messages.
+    """
+
+    ds_engine: Any
+    loader: ClipLoader
+    schedule: LearningRate
+    args: TrainArgs
+    log: RunLog
+    guard: SkipGuard
+    saver: Saver | None = None
+    evaluation: Evaluation | None = None
+    iteration: int = 0
+    dtype: str = "fp32"
+    stop: StopSignal = field(default_factory=StopSignal)
+    _saved: int = -1
+
+    def fit(self) -> int:
+        """Train to the end, or to a signal. Returns the process's exit code: 0, or 128 + signal.
+
+        Raises:
+            TrainingStopped: too many skipped steps in a row.
+            CheckpointError: the last checkpoint cannot be written.
+        """
+        self.ds_engine.train()
+        with self.stop.watch():
+            while self.iteration < self.args.train_iters:
+                lr = self.schedule.current
+                outcome = training_step(self.ds_engine, self.loader, self.stop.received is not None)
+                self.iteration += 1
+                self._account(outcome)
+                self._at_intervals(lr)
+                if outcome.stop:
+                    return self._leave_on_signal()
+                if self.args.exit_interval and self.iteration % self.args.exit_interval == 0:
+                    self.log.line(f"stopping at iteration {self.iteration} (args.exit_interval)")
+                    break
+            self._save_last()
+        return 0
+
+    def _account(self, outcome: StepOutcome) -> None:
+        self.log.interval.add(outcome.loss, outcome.grad_norm, outcome.applied)
+        if outcome.applied:
+            self.schedule.step()
+            self.guard.applied()
+            return
+        self.log.line(f"iteration {self.iteration}: step skipped, {outcome.reason}")
+        self.log.record("skipped", iteration=self.iteration, reason=outcome.reason)
+        self.guard.skipped(outcome.reason, self.iteration, self.dtype)
+
+    def _at_intervals(self, lr: float) -> None:
+        if self.iteration % self.args.log_interval == 0:
+            scaler = scaler_state(self.ds_engine)
+            scale = scaler["cur_scale"] if scaler else None
+            self.log.train(self.iteration, lr, scale, self._samples())
+        if self.saver and self.args.save_interval and self.iteration % self.args.save_interval == 0:
+            self._save_or_warn()
+        if self.evaluation and self.args.eval_interval and self.iteration % self.args.eval_interval == 0:
+            loss = self.evaluation.run(self.ds_engine, self.iteration)
+            self.log.line(f"validation loss at iteration {self.iteration}: {loss:.6f}")
+            self.log.record("valid", iteration=self.iteration, loss=loss)
+
+    def _samples(self) -> int:
+        state = self.loader.state_dict()
+        return state["epoch"] * self.loader.sampler.length + state["position"]
+
+    # --- saving ---------------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        path = self.saver.save(self, consumed_samples=self._samples())
+        self._saved = self.iteration
+        self.log.line(f"saved {path}")
+        self.log.record("saved", iteration=self.iteration, path=str(path))
+
+    def _save_or_warn(self) -> None:
+        """A checkpoint on the way may fail (a full disk): the earlier ones are intact, and training goes on."""
+        try:
+            self._save()
+        except CheckpointError as error:
+            self.log.line(f"warning: the checkpoint of iteration {self.iteration} was not written: {error}")
+            self.log.record("save_failed", iteration=self.iteration, reason=str(error))
+
+    def _save_last(self) -> None:
+        if self.saver and self._saved != self.iteration:
+            self._save()
+
+    def _leave_on_signal(self) -> int:
+        name = self.stop.name or "a signal to another process"
+        self.log.line(f"{name}: saving at iteration {self.iteration}, then leaving")
+        self._save_last()
+        return 128 + (self.stop.received or signal.SIGTERM)
