@@ -22,8 +22,8 @@ class KeyMapError(ValueError):
 class Rule:
     """One kind of prefix, in both layouts. Placeholders are numbers:
 
-    {n} and {m} the same in both; {level} a decoder level, counted from the other end in diffusers; {middle} from 1 in SAT's
-    name (`block_1`), from 0 in diffusers'.
+    {n} and {m} are the same in both; {level} is a decoder level, counted from the other end in diffusers; {middle}
+    counts from 1 in SAT's name (`block_1`), from 0 in diffusers'.
     """
 
     sat: str

@@ -158,7 +158,7 @@ class VideoAutoencoder(nn.Module):
 
         Args:
             slice_bytes: bytes of activations that one run may hold beside the input and output of a layer.
-            cache_on_cpu: let frames wait on the CPU between chunks (2.5 GiB less at 480x720 in half precision, slower).
+            cache_on_cpu: let frames wait on the CPU between chunks (2.6 GiB less at 480x720 in half precision, slower).
         """
         limits = (slice_bytes, "cpu" if cache_on_cpu else None) if enabled else (SLICE_BYTES, None)
         self.memory = replace(self.memory, slice_bytes=limits[0], cache_device=limits[1])
