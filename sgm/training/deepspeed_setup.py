@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import difflib
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -277,10 +278,13 @@ def start_engine(model: nn.Module, groups: list[dict[str, Any]], plan: DeepSpeed
     from sgm.distributed import model_parallel_world_size, prepare_deepspeed, quiet_libraries
 
     prepare_deepspeed(device_type)
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed demands it of a single process too
     own = plan.optimizer.build(groups) if plan.optimizer.target is not None else None
     with quiet_libraries():
         import deepspeed
 
+        if plan.stage == 3:
+            _gather_first_stage_whole(model)
         mpu = _sat_groups() if model_parallel_world_size() > 1 else None
         ds_engine, _, _, _ = deepspeed.initialize(
             model=model,
@@ -292,6 +296,15 @@ def start_engine(model: nn.Module, groups: list[dict[str, Any]], plan: DeepSpeed
         )
     ds_engine.basic_optimizer.state.clear()
     return ds_engine
+
+
+def _gather_first_stage_whole(model: nn.Module) -> None:
+    """ZeRO 3 gathers a module's weights when it is called; the first stage's convolutions read each other's."""
+    from deepspeed.utils import set_z3_leaf_modules
+
+    stage = getattr(model, "first_stage_model", None)
+    if stage is not None:
+        set_z3_leaf_modules(model, list({type(stage.encoder), type(stage.decoder)}))
 
 
 def _sat_groups() -> Any:

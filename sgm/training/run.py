@@ -63,7 +63,8 @@ def train(config: RunConfig[TrainArgs], *, dry_run: bool = False) -> int:
         config.deepspeed, device_type=kind, data_parallel_size=distributed.data_parallel_world_size()
     )
     say = print if info.rank == 0 else _silent
-    for note in (*config.notes, *plan.notes, *_activation_note(config), *training_advice(args, config.model, plan.optimizer.lr)):
+    advice = training_advice(args, config.model, plan.optimizer.lr)
+    for note in (*config.notes, *plan.notes, *_activation_note(config), *advice):
         say(note if note.startswith("warning") else f"note: {note}", flush=True)
     if dry_run:
         return _dry_run(config, plan, info, say)

@@ -1,0 +1,72 @@
+"""Fine-tune a CogVideoX model from YAML: `python train_video.py [CONFIG.yaml ...]`. Several processes: finetune.sh."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parent
+SHIPPED = REPO / "configs" / "cogvideox_2b_sft.yaml"
+DEMO = REPO / "configs" / "demo_lora.yaml"
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("configs", nargs="*", metavar="CONFIG.yaml", help=f"later files win; default {SHIPPED.name}")
+    parser.add_argument("--base", nargs="+", default=[], metavar="CONFIG.yaml", help="the same, in the original's form")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key: args.seed=7")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and plan, then stop")
+    parser.add_argument("--resume", nargs="?", const="auto", metavar="FOLDER",
+                        help="go on exactly: the newest run of this configuration, or the run in FOLDER")  # fmt: skip
+    parser.add_argument("--device", help="cpu or cuda; default: the GPU if there is one")
+    parser.add_argument("--seed", type=int, help="base seed")
+    parser.add_argument("--allow-target", action="append", default=[], metavar="PREFIX",
+                        help="also accept classes of your own package as YAML targets")  # fmt: skip
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> int:
+    options = parse(arguments)
+    try:
+        return run(options)
+    except (ValueError, FileNotFoundError) as error:
+        if isinstance(error, ValueError) and not type(error).__module__.startswith("sgm."):
+            raise  # not one of ours: a bug, which keeps its traceback
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
+def run(options: argparse.Namespace) -> int:
+    import os
+
+    from sgm.config import load_run_config
+    from sgm.inference.preflight import choose_config
+    from sgm.training.options import TrainArgs
+    from sgm.util import allow_target
+
+    if options.local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
+    for prefix in options.allow_target:
+        allow_target(prefix)
+    files = [*options.base, *options.configs]
+    if not files:
+        chosen, why = choose_config(SHIPPED, DEMO)
+        files = [chosen]
+        if why and os.environ.get("RANK", "0") == "0":
+            print(why, flush=True)
+    flags = {"resume": options.resume, "device": options.device, "seed": options.seed}
+    config = load_run_config(files, TrainArgs, overrides=options.set, flags=flags)
+
+    from sgm.training.run import train
+
+    return train(config, dry_run=options.dry_run)
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    if code or "torch" in sys.modules:
+        from sgm.training.run import exit_quietly
+
+        exit_quietly(code)
