@@ -82,13 +82,18 @@ def tiny_state(lora: bool = False, rotary: bool = False) -> dict[str, torch.Tens
     return kept
 
 
-def load_tiny(network: torch.nn.Module, **options: Any) -> torch.nn.Module:
-    """Put the reference weights and the computed tables into `network`; every key must fit."""
+def load_tiny(network: torch.nn.Module, lora: bool = False, rotary: bool = False) -> torch.nn.Module:
+    """Put the reference weights and the computed tables into `network`; every key must fit.
+
+    Without `lora` an adapter keeps its initial values, and a learned position table always does.
+    """
     from sgm.weights import assign_state
 
-    learned = {n: t for n, t in network.state_dict().items() if n == "mixins.pos_embed.pos_embedding"}
-    state = learned | network.computed_state() | tiny_state(**options)
-    assign_state(network, state, source="the reference weights")
+    computed = network.computed_state()
+    kept = {n for n in network.state_dict() if "matrix_" in n and not lora}
+    kept |= {"mixins.pos_embed.pos_embedding"} - computed.keys()
+    state = computed | tiny_state(lora, rotary)
+    assign_state(network, state, source="the reference weights", may_lack=kept)
     return network
 
 
