@@ -32,23 +32,33 @@ class Videos:
         key = (path, stat.st_size, stat.st_mtime_ns)
         if key != self.key:
             self.key = self.reader = None
-            self.reader = self.decord.VideoReader(path, ctx=self.decord.cpu(0), num_threads=1)
-            self.key = key
+            reader = self.decord.VideoReader(path, ctx=self.decord.cpu(0), num_threads=1)
+            self.height, self.width, channels = reader[0].shape  # decodes: proves that the stream is readable at all
+            # decord gives rows padded by the scaler as additional channels (widths 2, 8, 16, 24, 48, 72), and
+            # get_batch fails on them.
+            self.padded = channels != 3
+            self.reader, self.key = reader, key
         return self.reader
 
     def probe(self, path):
         reader = self.open(path)
-        height, width = reader[0].shape[:2]  # decodes: proves that the stream is readable at all
-        return {"frames": len(reader), "fps": float(reader.get_avg_fps()), "height": height, "width": width}
+        size = {"height": self.height, "width": self.width}
+        return {"frames": len(reader), "fps": float(reader.get_avg_fps()), **size}
 
     def read(self, path, indices):
         reader = self.open(path)
         unique = sorted(set(indices))
-        frames = reader.get_batch(unique).asnumpy()
+        frames = self.unpadded(unique) if self.padded else reader.get_batch(unique).asnumpy()
         if unique == list(indices):
             return frames
         place = {index: i for i, index in enumerate(unique)}
         return frames[[place[i] for i in indices]]
+
+    def unpadded(self, indices):
+        import numpy as np
+
+        rows = np.stack([self.reader[index].asnumpy().reshape(self.height, -1) for index in indices])
+        return np.ascontiguousarray(rows[:, :, : 3 * self.width]).reshape(-1, self.height, self.width, 3)
 
     def forget(self):
         self.key = self.reader = None

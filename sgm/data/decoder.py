@@ -102,7 +102,7 @@ class DecodeProcess:
             self._kill()
             raise DecodeError(f"decoding took longer than {timeout:g} s and was stopped") from None
         except (EOFError, BrokenPipeError):
-            raise DecodeError(f"the decoder crashed ({self._kill()})") from None
+            raise DecodeError(f"the decoder crashed ({self._kill(EXIT_SECONDS)})") from None
         except BaseException:
             self._kill()  # interrupted between request and answer: the next answer would be the wrong one
             raise
@@ -114,23 +114,27 @@ class DecodeProcess:
         _widen(self._process.stdout.fileno())
         try:
             hello = self._read_head(time.monotonic() + START_SECONDS)
-        except (TimeoutError, EOFError) as error:
-            what = "did not start in time" if isinstance(error, TimeoutError) else "ended while starting"
-            raise RuntimeError(f"the decoding process {what} ({self._kill()}): {' '.join(self.command)}") from None
+        except TimeoutError:
+            self._kill()
+            raise RuntimeError(f"the decoding process did not start in {START_SECONDS:g} s: {self.command}") from None
+        except EOFError:
+            raise RuntimeError(f"the decoding process failed ({self._kill(EXIT_SECONDS)}): {self.command}") from None
         if "error" in hello:
             self._kill()
             raise RuntimeError(f"the decoding process cannot work: {hello['error']}")
         return self._process
 
-    def _kill(self) -> str:
-        """End the process now; says how it had ended."""
+    def _kill(self, grace: float = 0.0) -> str:
+        """End the process, after `grace` seconds if it has not ended by itself; says how it did."""
         process, self._process = self._process, None
-        had_ended = process.poll() is not None
-        process.kill()
+        try:
+            process.wait(grace)
+        except subprocess.TimeoutExpired:
+            process.kill()
         code = process.wait()
         process.stdin.close()
         process.stdout.close()
-        return f"exit status {code}" if had_ended else "no answer"
+        return f"exit status {code}"
 
     def _read_head(self, deadline: float) -> dict:
         length = bytearray(4)
