@@ -158,5 +158,6 @@ class PackedStrings(Sequence[str]):
         return len(self._ends) - 1
 
     def __getitem__(self, index: int) -> str:
+        index = range(len(self))[index]  # checks the range, counts negative ones from the end
         start, end = self._ends[index], self._ends[index + 1]
         return os.fsdecode(self._bytes[start:end].tobytes())
