@@ -35,8 +35,8 @@ class DistInfo:
 def init_distributed(device_type: str | None = None) -> DistInfo:
     """Make the default process group, once, from what torchrun or the DeepSpeed launcher put into the environment.
 
-    One process needs no launcher: it gets a group of its own on an in-memory store, without a TCP port. Several
-    processes go through `deepspeed.init_distributed`, so that DeepSpeed's own communication is set up as well.
+    One process needs no launcher: it gets a group of its own on an in-memory store, so there is no address to agree on
+    or to find taken. Several go through `deepspeed.init_distributed`, which sets up DeepSpeed's communication as well.
 
     Args:
         device_type: "cuda" or "cpu"; None takes CUDA where there is one.

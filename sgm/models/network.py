@@ -131,29 +131,12 @@ class DiffusionTransformer(BaseModel):
         ensure_groups(args.model_parallel_size)
         with preserve_rng(), quiet_libraries():
             # SAT leaves process groups and seeds alone when it is handed a transformer.
-            super().__init__(
-                None,
-                transformer=DiTTransformer(
-                    num_layers=num_layers,
-                    hidden_size=hidden_size,
-                    num_attention_heads=num_attention_heads,
-                    max_sequence_length=args.max_sequence_length,
-                    elementwise_affine=elementwise_affine,
-                    checkpoint_activations=args.checkpoint_activations,
-                    parallel_output=parallel_output,
-                    model_parallel_size=args.model_parallel_size,
-                    skip_init=args.skip_init,
-                    hooks={},
-                    params_dtype=DTYPES[dtype],
-                ),
-            )
+            super().__init__(None, transformer=_trunk(args, offers, num_attention_heads, parallel_output, dtype))
             self.hidden_size, self.num_layers, self.patch = hidden_size, num_layers, patch
-            self.ofs_embed_dim = ofs_embed_dim
             self._build(modules or {}, offers, ofs_embed_dim)
             self.to(DTYPES[dtype])
             self._share_whole_parameters(args.model_parallel_size)
-            self._lora_config = (modules or {}).get("lora_config")
-            if self._lora_config is not None and not defer_lora:
+            if self.has_lora_config and not defer_lora:
                 self.attach_lora()
 
     def _build(self, modules: Mapping[str, Mapping[str, Any]], offers: dict[str, Any], ofs_dim: int | None) -> None:
@@ -166,6 +149,7 @@ class DiffusionTransformer(BaseModel):
                 f"modules must name {', '.join(known[:-1])} (and may name {known[-1]}); "
                 f"missing: {missing or 'none'}, unknown: {unknown or 'none'}."
             )
+        self._lora_config, self.ofs_embed_dim = modules.get("lora_config"), ofs_dim
         for name in MIXINS:
             self.add_mixin(name, _build_mixin(modules[f"{name}_config"], offers), reinit=True)
         if not self.mixins.pos_embed.rotates:
@@ -316,6 +300,24 @@ class DiffusionTransformer(BaseModel):
         """For each layer, the modules it needs: the layer itself first (the one that is called), then the mixins'."""
         adaln = self.mixins.adaln_layer
         return [[layer, *adaln.layer_parts(i)] for i, layer in enumerate(self.transformer.layers)]
+
+
+def _trunk(
+    args: TransformerArgs, sizes: Mapping[str, Any], heads: int, parallel_output: bool, dtype: str
+) -> DiTTransformer:
+    return DiTTransformer(
+        num_layers=sizes["num_layers"],
+        hidden_size=sizes["hidden_size"],
+        num_attention_heads=heads,
+        max_sequence_length=args.max_sequence_length,
+        elementwise_affine=sizes["elementwise_affine"],
+        checkpoint_activations=args.checkpoint_activations,
+        parallel_output=parallel_output,
+        model_parallel_size=args.model_parallel_size,
+        skip_init=args.skip_init,
+        hooks={},
+        params_dtype=DTYPES[dtype],
+    )
 
 
 def _build_mixin(config: Mapping[str, Any], offers: Mapping[str, Any]) -> nn.Module:

@@ -197,6 +197,15 @@ def test_recording_a_graph_changes_no_number() -> None:
         assert torch.equal(network(**inputs), recorded)
 
 
+@pytest.mark.parametrize("rotary", [False, True])
+def test_training_at_a_size_that_was_sampled_before(rotary: bool) -> None:
+    network, inputs = load_tiny(tiny_network(rotary=rotary), rotary=rotary), random_inputs(height=4)
+    with torch.inference_mode():
+        network(**inputs)
+    network(**inputs).square().sum().backward()
+    assert network.transformer.layers[0].attention.dense.weight.grad is not None
+
+
 def test_a_copy_stands_on_its_own() -> None:
     network, inputs = load_tiny(tiny_network()), random_inputs()
     twin = copy.deepcopy(network)

@@ -125,7 +125,9 @@ class PositionMixin(BaseMixin):
 
     def _remember(self, key: Any, make: Callable[[], Any]) -> Any:
         if self._recent is None or self._recent[0] != key:
-            self._recent = (key, make())
+            # A table first needed while sampling may serve a training step next.
+            with torch.inference_mode(False), torch.no_grad():
+                self._recent = (key, make())
         return self._recent[1]
 
 
