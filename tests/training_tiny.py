@@ -108,7 +108,9 @@ def model_section(release: Path, lora: int | None = None) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def configuration(release: Path, clips: Path, save: Path | None, *, lora: int | None = None, **args: Any) -> dict[str, Any]:
+def configuration(
+    release: Path, clips: Path, save: Path | None, *, lora: int | None = None, **args: Any
+) -> dict[str, Any]:
     """A training configuration in float32 for the CPU; `args` go into its `args:` section."""
     return {
         "args": {
@@ -194,6 +196,5 @@ def environment(**changes: str) -> dict[str, str]:
 
 def train(*arguments: Any, timeout: float = 240, env: dict[str, str] | None = None, **launch: Any):
     """Run a training process to its end."""
-    return subprocess.run(
-        command(*arguments, **launch), env=env or environment(), capture_output=True, text=True, timeout=timeout, cwd=REPO
-    )
+    line = command(*arguments, **launch)
+    return subprocess.run(line, env=env or environment(), capture_output=True, text=True, timeout=timeout, cwd=REPO)

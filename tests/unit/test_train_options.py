@@ -1,0 +1,182 @@
+"""Options of training, the `deepspeed:` section, advice, memory estimate."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+from sgm.config import ConfigError, load_run_config
+from sgm.training.deepspeed_setup import plan_deepspeed
+from sgm.training.faults import SkipGuard, TrainingStopped, out_of_memory_advice
+from sgm.training.memory import MemoryNeeds
+from sgm.training.options import TrainArgs, split_shares, training_advice
+from tests.conftest import REPO
+
+SHIPPED = REPO / "configs" / "cogvideox_2b_sft.yaml"
+SECTION = {
+    "train_micro_batch_size_per_gpu": 1,
+    "gradient_accumulation_steps": 2,
+    "gradient_clipping": 0.1,
+    "zero_optimization": {"stage": 2},
+    "optimizer": {"type": "sat.ops.FusedEmaAdam", "params": {"lr": 1e-5, "eps": "1e-8"}},
+}
+
+
+def plan(device: str = "cpu", ranks: int = 1, **changes):
+    return plan_deepspeed({**copy.deepcopy(SECTION), **changes}, device_type=device, data_parallel_size=ranks)
+
+
+def test_shipped_configuration_is_read_whole():
+    config = load_run_config([SHIPPED], TrainArgs)
+    assert not config.notes  # every key has its effect
+    assert config.args.mode == "finetune" and config.args.train_iters == 1000 and config.args.save == "ckpts"
+    done = plan_deepspeed(config.deepspeed, device_type="cuda")
+    assert (done.dtype, done.stage, done.micro_batch, done.accumulation, done.clipping) == ("fp16", 2, 1, 1, 0.1)
+    assert done.optimizer.params["eps"] == 1e-8 and not done.offload
+    assert not [line for line in training_advice(config.args, config.model, done.optimizer.lr) if "rate" in line]
+
+
+def test_lora_part_of_the_shipped_configuration_can_be_uncommented(tmp_path):
+    lines = SHIPPED.read_text().splitlines()
+    text = "\n".join(lines)
+    text = text.replace("# not_trainable_prefixes", "not_trainable_prefixes").replace("# lora_config", "lora_config")
+    for line in ("  target: sat.model.finetune.lora2.LoraMixin", "  params:", "    r: 128"):
+        text = text.replace(f"        # {line}", f"        {line}")
+    (tmp_path / "lora.yaml").write_text(text)
+    config = load_run_config([tmp_path / "lora.yaml"], TrainArgs)
+    assert config.model["not_trainable_prefixes"] == ["all"]
+    lora = config.model["network_config"]["params"]["modules"]["lora_config"]
+    assert lora == {"target": "sat.model.finetune.lora2.LoraMixin", "params": {"r": 128}}
+    low = training_advice(config.args, config.model, 1e-7)
+    assert any("LoRA" in line for line in low)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"train_data": []}, "train_data is empty"),
+        ({"load": None}, "args.load is not set"),
+        ({"train_data_weights": [1.0, 2.0]}, "one positive number"),
+        ({"split": "a,b"}, "split"),
+        ({"lr_decay_style": "sine"}, "lr_decay_style"),
+        ({"train_iters": 0}, "train_iters"),
+    ],
+)
+def test_contradictions_are_refused(change, message):
+    overrides = [f"args.{k}={'null' if v is None else v}" for k, v in change.items()]
+    with pytest.raises(ConfigError, match=message):
+        load_run_config([SHIPPED], TrainArgs, overrides=overrides)
+
+
+def test_split_shares():
+    assert split_shares("1,0,0") == (1.0, 0.0, 0.0)
+    assert split_shares("8,1,1") == pytest.approx((0.8, 0.1, 0.1))
+
+
+def test_short_runs_are_warned_of_the_held_start():
+    config = load_run_config([SHIPPED], TrainArgs, overrides=["args.train_iters=60"])
+    assert any("auto_warmup_steps=0" in line for line in training_advice(config.args, config.model, 1e-5))
+
+
+# --- the deepspeed section ----------------------------------------------------------------------------------------
+
+
+def test_numbers_written_as_text():
+    done = plan()
+    assert done.optimizer.params["eps"] == 1e-8
+    assert any("'1e-8' is read as the number" in note for note in done.notes)
+    assert plan(gradient_clipping="1e-1").clipping == 0.1
+
+
+@pytest.mark.parametrize("place", [None, "bf16", "zero_optimization"])
+def test_loss_scale_keys_move_home(place):
+    stray = {"loss_scale": 0, "loss_scale_window": 400, "hysteresis": 2, "min_loss_scale": 1}
+    changes = stray if place is None else {place: {**SECTION.get(place, {}), **stray}}
+    done = plan(device="cuda", **({"fp16": {"enabled": True}} | changes))
+    assert {k: done.config["fp16"][k] for k in stray} == stray
+    assert not set(stray) & set(done.config) and not set(stray) & set(done.config["zero_optimization"])
+    assert sum(note.startswith("warning") for note in done.notes) == 4
+
+
+def test_fp16_on_a_cpu_names_the_switches():
+    with pytest.raises(ConfigError, match=r"--set deepspeed.fp16.enabled=false(.|\n)*deepspeed.bf16.enabled=true"):
+        plan(fp16={"enabled": True})
+
+
+def test_both_precisions_are_refused():
+    with pytest.raises(ConfigError, match="choose one"):
+        plan(device="cuda", fp16={"enabled": True}, bf16={"enabled": True})
+
+
+def test_old_offload_switch():
+    done = plan(device="cuda", zero_optimization={"stage": 2, "cpu_offload": True})
+    zero = done.config["zero_optimization"]
+    assert done.offload and zero["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
+    assert "cpu_offload" not in zero
+    assert done.config["zero_force_ds_cpu_optimizer"] is False
+    assert not plan(zero_optimization={"stage": 2, "cpu_offload": False}).offload
+    with pytest.raises(ConfigError, match="stage 1"):
+        plan(zero_optimization={"stage": 0, "cpu_offload": True})
+
+
+def test_problems_are_listed_together():
+    with pytest.raises(ConfigError) as caught:
+        plan(gradient_cliping=1, zero_optimization={"stage": 4, "overlap_com": True}, scheduler={"type": "WarmupLR"})
+    message = str(caught.value)
+    for part in ("gradient_clipping", "stage must be", "overlap_comm", "scheduler"):
+        assert part in message
+
+
+def test_batch_sizes_must_agree():
+    assert plan(ranks=4).config["train_micro_batch_size_per_gpu"] == 1
+    done = plan(ranks=2, train_batch_size=8, gradient_accumulation_steps=None)
+    assert (done.micro_batch, done.accumulation) == (1, 4)
+    with pytest.raises(ConfigError, match="train_batch_size is 8"):
+        plan(ranks=3, train_batch_size=8)
+
+
+# --- faults and memory ---------------------------------------------------------------------------------------------
+
+
+def test_skips_in_a_row_end_a_run_with_a_reason():
+    guard = SkipGuard(limit=3)
+    for _ in range(2):
+        guard.skipped("the gradient is not finite", 1, "fp16")
+    guard.applied()
+    for _ in range(2):
+        guard.skipped("the gradient is not finite", 5, "fp16")
+    with pytest.raises(TrainingStopped, match=r"3 steps in a row(.|\n)*deepspeed.bf16.enabled=true"):
+        guard.skipped("the gradient is not finite", 6, "fp16")
+    assert guard.total == 5
+
+
+def needs(**changes) -> MemoryNeeds:
+    base = dict(
+        trained=1_693_783_872, frozen=5_000_000_000, tokens=17_776, width=1920, layers=30,
+        vae_values=128 * 49 * 480 * 720, micro_batch=1, dtype="fp16", ranks=1, stage=2, offload=False,
+        optimizer_values=3, checkpointing=True,
+    )  # fmt: skip
+    return MemoryNeeds(**{**base, **changes})
+
+
+def test_memory_estimate_counts_exactly_what_is_exact():
+    full = needs()
+    assert full.weights == (full.trained + full.frozen) * 2
+    assert full.optimizer_state == full.trained * 16  # master, two moments, average: 4 bytes each
+    assert needs(ranks=8).optimizer_state == full.trained * 2
+    assert needs(stage=3, ranks=8).weights == full.weights // 8
+    assert needs(offload=True).total < full.total - full.optimizer_state + 1
+    assert needs(checkpointing=False, vae_values=0).activations > 5 * needs(vae_values=0).activations
+
+
+def test_memory_advice_is_ordered_by_effect():
+    advice = out_of_memory_advice(needs(checkpointing=False))
+    saved = [float(line.split("saves about ")[1].split()[0]) for line in advice.splitlines() if "saves about" in line]
+    assert len(saved) >= 4 and saved == sorted(saved, reverse=True)
+    assert all(name in advice for name in ("checkpoint_activations", "offload_optimizer", "LoRA"))
+
+
+def test_report_warns_only_when_it_will_not_fit():
+    assert len(needs().report(free=200 * 2**30)) == 1
+    assert "what helps" in needs().report(free=10 * 2**30)[1]
