@@ -1,0 +1,359 @@
+"""Writing files so that a name never stands for half a file, and weights without a second copy of them in memory.
+
+Every writer here goes through `atomic_write`: a temporary name in the same folder, flushed to the disk, then renamed.
+A process that is killed on the way leaves a `.partial-*` file behind, which nothing reads; `remove_leftovers` deletes
+such files.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import math
+import os
+import pickle
+import shutil
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+PARTIAL = ".partial-"  # prefix of everything that is not finished
+_FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EFBIG: "the file grew too large"}
+_SPARE = 16 << 20  # bytes to leave free for small files beside the big ones
+
+
+class SaveError(ValueError):
+    """A file could not be written; the message says which, why, and what to do. An earlier file of that name stays."""
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """A tensor that comes into being when its turn to be written comes: `make()` has `shape` and `dtype`."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Deferred:
+        """An existing tensor, on any device; it is copied to the CPU only while it is being written."""
+        return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def on_cpu(self) -> Tensor:
+        """The values, contiguous, in a storage of just their size.
+
+        Raises:
+            SaveError: `make` gave another shape or type than promised.
+        """
+        made = self.make().detach()
+        if tuple(made.shape) != self.shape or made.dtype != self.dtype:
+            raise SaveError(
+                f"a tensor announced as {self.dtype} {self.shape} came as {made.dtype} {tuple(made.shape)}"
+            )
+        made = made.cpu().contiguous()
+        return made if made.untyped_storage().nbytes() == self.nbytes else made.clone()
+
+
+# --- files -------------------------------------------------------------------------------------------------------
+
+
+def atomic_write(path: str | Path, writer: Callable[[BinaryIO], None]) -> Path:
+    """Let `writer` fill a temporary file beside `path`, bring it to the disk, and rename it to `path`.
+
+    Raises:
+        SaveError: full disk, no permission, ...; the temporary file is gone then and an earlier `path` unchanged.
+    """
+    path = Path(path)
+    temporary = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
+    sink: _Sink | None = None
+    try:
+        with temporary.open("wb") as file:
+            sink = _Sink(file)
+            writer(sink)  # type: ignore[arg-type]
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise write_failed(path, error) from error
+    except RuntimeError as error:  # torch's archive writer wraps what the file said
+        if sink is None or sink.failure is None:
+            raise
+        raise write_failed(path, sink.failure) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+class _Sink:
+    """The file that a writer sees; keeps the first error of the operating system."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self.failure: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.failure = self.failure or error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def write_failed(path: Path, error: OSError) -> SaveError:
+    """What to tell the user about a failed write."""
+    reason = _FULL.get(error.errno or 0)
+    if reason is None:
+        return SaveError(f"cannot write {path}: {error.strerror or error}. What was there before is unchanged.")
+    return SaveError(
+        f"cannot write {path}: {reason} ({_free(path.parent)} free). What was there before is unchanged. Make room, "
+        "keep fewer checkpoints (args.keep_last), or save elsewhere (args.save)."
+    )
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Refuse to start writing `needed` bytes into `folder` where they do not fit.
+
+    Raises:
+        SaveError: naming both sizes.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed + _SPARE:
+        raise SaveError(
+            f"not enough room in {folder}: {readable(needed)} are to be written, {readable(free)} are free. Nothing "
+            "was changed. Make room, keep fewer checkpoints (args.keep_last), or save elsewhere (args.save)."
+        )
+
+
+def _free(folder: Path) -> str:
+    try:
+        return readable(shutil.disk_usage(folder).free)
+    except OSError:
+        return "an unknown amount"
+
+
+def readable(size: int) -> str:
+    """Bytes for people: `3.4 GiB`."""
+    for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if size >= factor:
+            return f"{size / factor:.1f} {unit}"
+    return f"{size} bytes"
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring a folder's entries to the disk, so that a rename survives a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot
+            raise
+    finally:
+        os.close(handle)
+
+
+def remove_leftovers(folder: Path) -> list[Path]:
+    """Delete the unfinished files and folders that killed processes left in `folder`; returns what was deleted."""
+    found = sorted(folder.glob(f"{PARTIAL}*"))
+    for path in found:
+        remove(path)
+    return found
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder with all in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def save_text(path: str | Path, text: str) -> Path:
+    """Write UTF-8 text. Raises SaveError."""
+    return atomic_write(path, lambda file: file.write(text.encode("utf-8")) and None)
+
+
+# --- safetensors -------------------------------------------------------------------------------------------------
+
+_SAFETENSORS_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+def save_safetensors(
+    path: str | Path, tensors: Mapping[str, Tensor | Deferred], metadata: Mapping[str, str] | None = None
+) -> Path:
+    """Write a `.safetensors` file, one tensor in memory at a time.
+
+    Layout (safetensors format, version 0.3): header length as 8 bytes little-endian, JSON header padded with blanks
+    to a multiple of 8, then the values in the header's order.
+
+    Raises:
+        SaveError: it cannot be written, or a tensor's type has no name in the format.
+    """
+    deferred = {name: _deferred(value) for name, value in tensors.items()}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, value in deferred.items():
+        if value.dtype not in _SAFETENSORS_NAMES:
+            raise SaveError(f"{path}: {name} is {value.dtype}, which safetensors files are not written in here")
+        begin, end = end, end + value.nbytes
+        kind = _SAFETENSORS_NAMES[value.dtype]
+        header[name] = {"dtype": kind, "shape": list(value.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+
+    def write(file: BinaryIO) -> None:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for value in deferred.values():
+            file.write(_bytes_of(value.on_cpu()))
+
+    return atomic_write(path, write)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def _deferred(value: Tensor | Deferred) -> Deferred:
+    return value if isinstance(value, Deferred) else Deferred.of(value)
+
+
+# --- .pt ---------------------------------------------------------------------------------------------------------
+
+_STORAGES = {
+    torch.float64: torch.DoubleStorage, torch.float32: torch.FloatStorage, torch.float16: torch.HalfStorage,
+    torch.bfloat16: torch.BFloat16Storage, torch.int64: torch.LongStorage, torch.int32: torch.IntStorage,
+    torch.int16: torch.ShortStorage, torch.int8: torch.CharStorage, torch.uint8: torch.ByteStorage,
+    torch.bool: torch.BoolStorage,
+}  # fmt: skip
+
+
+def save_pt(path: str | Path, content: Mapping[str, Any]) -> Path:
+    """Write what `torch.save` would, readable by `torch.load(weights_only=True)`, one tensor in memory at a time.
+
+    Each tensor gets a record of just its own values, whatever larger buffer it is a view of; the same tensor under
+    several names is written once. `Deferred` tensors are made in the order in which they stand in `content`.
+
+    Args:
+        content: nested dicts, lists and tuples of tensors, `Deferred` and plain values (None, bool, int, float, str).
+    Raises:
+        SaveError: it cannot be written, or `content` holds something else (named with its place).
+    """
+    check_plain(content)
+    records: list[Deferred] = []
+    structure = _structure(content, records)
+
+    def write(file: BinaryIO) -> None:
+        with torch.serialization._open_zipfile_writer(file) as archive:  # takes the arguments of this torch version
+            archive.write_record("data.pkl", structure, len(structure))
+            archive.write_record(".format_version", "1", 1)
+            archive.write_record("byteorder", sys.byteorder, len(sys.byteorder))
+            for k, record in enumerate(records):
+                archive.write_record(f"data/{k}", record.on_cpu().untyped_storage(), record.nbytes)
+
+    return atomic_write(path, write)
+
+
+@dataclass(frozen=True)
+class _Storage:
+    """Stands for record `data/{key}` while the structure is pickled."""
+
+    key: int
+    dtype: torch.dtype
+    count: int
+
+
+def _structure(content: Mapping[str, Any], records: list[Deferred]) -> bytes:
+    """The pickled structure in torch's terms, tensors replaced by references to `records`, which is filled."""
+    known: dict[Any, _Storage] = {}
+
+    def reference(value: Tensor | Deferred) -> _Storage:
+        identity = _identity(value)
+        if identity not in known:
+            deferred = _deferred(value)
+            known[identity] = _Storage(len(records), deferred.dtype, math.prod(deferred.shape))
+            records.append(deferred)
+        return known[identity]
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, value: Any) -> Any:
+            if isinstance(value, _Storage):
+                return ("storage", _STORAGES[value.dtype], str(value.key), "cpu", value.count)
+            return None
+
+        def reducer_override(self, value: Any) -> Any:
+            if not isinstance(value, Tensor | Deferred):
+                return NotImplemented
+            shape = tuple(value.shape)
+            arguments = (reference(value), 0, shape, _row_major(shape), False, OrderedDict())
+            return torch._utils._rebuild_tensor_v2, arguments
+
+    buffer = io.BytesIO()
+    Pickler(buffer, protocol=2).dump(content)
+    return buffer.getvalue()
+
+
+def _identity(value: Tensor | Deferred) -> Any:
+    if isinstance(value, Deferred) or not value.numel() or value.is_meta:
+        return id(value)
+    return value.data_ptr(), value.device, value.dtype, tuple(value.shape), value.stride()
+
+
+def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(math.prod(max(n, 1) for n in shape[k + 1 :]) for k in range(len(shape)))
+
+
+def check_plain(content: Any) -> None:
+    """Does `content` consist of tensors and plain values alone?
+
+    Raises:
+        SaveError: names the place and the type of the first other thing.
+    """
+    for place, value in _leaves(content, ""):
+        kind = getattr(value, "dtype", None)
+        if isinstance(value, Tensor | Deferred):
+            if kind not in _STORAGES:
+                raise SaveError(f"{place} is a tensor of {kind}, which is not stored here; convert it first")
+        elif value is not None and type(value) not in (bool, int, float, str):
+            raise SaveError(
+                f"{place} is a {type(value).__module__}.{type(value).__qualname__}; only tensors, None, bool, int, "
+                "float, str and dicts, lists and tuples of them are stored, since reading others can run code"
+            )
+
+
+def size_of(content: Any) -> int:
+    """Bytes of all tensors in a nested structure."""
+    sizes = {
+        _identity(v): _deferred(v).nbytes for _, v in _leaves(content, "") if isinstance(v, Tensor | Deferred)
+    }
+    return sum(sizes.values())
+
+
+def _leaves(content: Any, place: str) -> Iterator[tuple[str, Any]]:
+    if type(content) in (dict, OrderedDict):
+        for key, value in content.items():
+            if type(key) not in (str, int):
+                raise SaveError(f"{place}: key {key!r} is a {type(key).__name__}; keys must be text or whole numbers")
+            yield from _leaves(value, f"{place}[{key!r}]")
+    elif type(content) in (list, tuple):
+        for k, value in enumerate(content):
+            yield from _leaves(value, f"{place}[{k}]")
+    else:
+        yield place, content
