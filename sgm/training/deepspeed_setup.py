@@ -44,7 +44,8 @@ class DeepSpeedPlan:
         dtype: "fp32", "fp16" or "bf16": type of the model's weights.
         offload: optimizer state and masters lie in CPU memory.
         micro_batch: clips a rank takes at a time; `accumulation` of these make an optimizer step.
-        clipping: largest norm of the gradient; 0 for none.
+        clipping: largest norm of the gradient; 0 for none. Applied by DeepSpeed, or by `sgm.training.step` where the
+            gradient is not wrapped (float32 without ZeRO).
         notes: what was translated, or has no effect.
     """
 
@@ -88,6 +89,8 @@ def plan_deepspeed(
     if problems or optimizer is None:
         title = f"{len(problems)} problem{'s' if len(problems) > 1 else ''} in the deepspeed section:"
         raise ConfigError("\n".join([title, *(f"  - {p}" for p in problems)]))
+    if dtype == "fp32" and not zero["stage"]:
+        config["gradient_clipping"] = 0.0  # DeepSpeed's own cannot do without gradients; `training_step` clips
     offload = "offload_optimizer" in zero
     _allow_own_optimizer(config, zero, optimizer, notes)
     _quiet_defaults(config)
@@ -295,6 +298,9 @@ def start_engine(model: nn.Module, groups: list[dict[str, Any]], plan: DeepSpeed
             dist_init_required=False,
         )
     ds_engine.basic_optimizer.state.clear()
+    scaler = getattr(ds_engine.optimizer, "loss_scaler", None)
+    if getattr(scaler, "raise_error_at_min_scale", False):
+        scaler.raise_error_at_min_scale = False  # the limit on skipped steps ends such a run, with advice
     return ds_engine
 
 

@@ -110,7 +110,8 @@ def _prepare(
     ds_engine = start_engine(engine, groups, plan, info.device.type)
     schedule = LearningRate(args.schedule(plan.optimizer.lr), ds_engine.basic_optimizer.param_groups)
     log = stack.enter_context(RunLog(folder, args.train_iters, sys.stdout if info.rank == 0 else None))
-    trainer = Trainer(ds_engine, loader, schedule, args, log, SkipGuard(args.max_skipped_steps), dtype=plan.dtype)
+    trainer = Trainer(ds_engine, loader, schedule, args, log, SkipGuard(args.max_skipped_steps))
+    trainer.dtype, trainer.clipping = plan.dtype, plan.clipping
     trainer.saver = Saver(folder, config, args.lora_only and trains_lora(config.model)) if folder else None
     trainer.evaluation = _evaluation(config, plan, valid_sets, folder)
     seed_all(args.seed + distributed.data_parallel_rank())

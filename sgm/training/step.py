@@ -51,10 +51,12 @@ def batch_loss(ds_engine: Any, batch: Mapping[str, Any]) -> Tensor:
     return loss
 
 
-def training_step(ds_engine: Any, batches: Iterator[Mapping[str, Any]], stop_requested: bool = False) -> StepOutcome:
+def training_step(
+    ds_engine: Any, batches: Iterator[Mapping[str, Any]], clipping: float = 0.0, stop_requested: bool = False
+) -> StepOutcome:
     """Draw the micro-batches of one optimizer step and take it, unless loss or gradient are not finite on some rank.
 
-    A skipped step leaves weights, optimizer and, unless the gradient overflowed in float16, the loss scale as they
+    `clipping`: largest gradient norm (0: none) where DeepSpeed does not clip, see `DeepSpeedPlan.clipping`. A skipped step leaves weights, optimizer and, unless the gradient overflowed in float16, the loss scale as they
     were.
     """
     losses: list[float] = []
@@ -67,7 +69,7 @@ def training_step(ds_engine: Any, batches: Iterator[Mapping[str, Any]], stop_req
         bad_loss = not math.isfinite(sum(losses))
         # A gradient that is NaN throughout makes DeepSpeed drop what has been accumulated, in every ZeRO stage.
         ds_engine.backward(loss * math.nan if bad_loss else loss)
-        norm = _unwrapped_norm(ds_engine)
+        norm = _finish_unwrapped(ds_engine, clipping)
         ds_engine.step()
     if norm is None:
         norm = _reported_norm(ds_engine)
@@ -93,17 +95,20 @@ def _reported_norm(ds_engine: Any) -> float | None:
     return None if norm is None else float(norm)
 
 
-def _unwrapped_norm(ds_engine: Any) -> float | None:
-    """Gradient norm of float32 without ZeRO at the end of accumulation; None elsewhere.
+def _finish_unwrapped(ds_engine: Any, clipping: float) -> float | None:
+    """Norm of the gradient, then clipped, in float32 without ZeRO at the end of accumulation; None elsewhere.
 
     There DeepSpeed neither reports the norm nor looks for NaN, so a bad gradient is removed here: an optimizer passes
     over parameters without one.
     """
     if ds_engine.optimizer is not basic_optimizer(ds_engine) or not ds_engine.is_gradient_accumulation_boundary():
         return None
-    norm = gradient_norm([p for group in ds_engine.optimizer.param_groups for p in group["params"]])
+    parameters = [p for group in ds_engine.optimizer.param_groups for p in group["params"]]
+    norm = gradient_norm(parameters)
     if not math.isfinite(norm):
         ds_engine.zero_grad()
+    elif clipping and norm > clipping:
+        torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], clipping / (norm + 1e-6))
     return norm
 
 

@@ -25,7 +25,7 @@ class Trainer:
     Attributes:
         saver: None saves nothing; evaluation: None evaluates nothing.
         iteration: optimizer steps taken or skipped so far.
-        dtype: of the weights, for messages.
+        dtype: of the weights, for messages. clipping: see `training_step`.
     """
 
     ds_engine: Any
@@ -38,6 +38,7 @@ class Trainer:
     evaluation: Evaluation | None = None
     iteration: int = 0
     dtype: str = "fp32"
+    clipping: float = 0.0
     stop: StopSignal = field(default_factory=StopSignal)
     _saved: int = -1
 
@@ -52,7 +53,7 @@ class Trainer:
         with self.stop.watch():
             while self.iteration < self.args.train_iters:
                 lr = self.schedule.current
-                outcome = training_step(self.ds_engine, self.loader, self.stop.received is not None)
+                outcome = training_step(self.ds_engine, self.loader, self.clipping, self.stop.received is not None)
                 self.iteration += 1
                 self._account(outcome)
                 self._at_intervals(lr)

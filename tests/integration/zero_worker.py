@@ -1,0 +1,162 @@
+"""Run by test_training_zero.py on several ranks: a toy model through every ZeRO stage; prints one JSON line on rank 0."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from sgm.distributed import ensure_groups, init_distributed  # noqa: E402
+from sgm.training.deepspeed_setup import plan_deepspeed, start_engine  # noqa: E402
+from sgm.training.optimizer import (  # noqa: E402
+    ema_state,
+    ema_weights,
+    load_ema_state,
+    load_optimizer_state,
+    optimizer_state,
+    parameter_groups,
+)
+from sgm.training.schedule import LearningRate, ScheduleSettings  # noqa: E402
+from sgm.training.step import training_step  # noqa: E402
+
+ACCUMULATION = 2
+CLIPPING = 0.1
+
+
+class Toy(nn.Module):
+    """Something with the engine's interface towards the training step; `z` is (b, t, c, h, w)."""
+
+    input_key, latent_input = "mp4", True
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        torch.manual_seed(0)
+        self.frozen = nn.Linear(8, 8).requires_grad_(False)
+        self.wide, self.norm, self.out = nn.Linear(8, 33), nn.LayerNorm(33), nn.Linear(33, 8)
+        self.dtype = dtype
+        self.to(dtype)
+
+    def encode_first_stage(self, x):
+        return x
+
+    def forward(self, z, batch):
+        x = z.flatten(1)
+        loss = (self.out(self.norm(self.wide(self.frozen(x)).relu())) - x).float().square().mean() * batch["factor"]
+        return loss, {"loss": loss.detach()}
+
+
+def build(stage: int, precision: str, ranks: int, offload: bool = False):
+    section = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": ACCUMULATION,
+        "gradient_clipping": CLIPPING,
+        "zero_optimization": {"stage": stage, "cpu_offload": offload, "contiguous_gradients": False},
+        "bf16": {"enabled": precision == "bf16"},
+        "optimizer": {"type": "sat.ops.FusedEmaAdam", "params": {"lr": 1e-2, "betas": [0.9, 0.95]}},
+    }
+    plan = plan_deepspeed(section, device_type="cpu", data_parallel_size=ranks)
+    model = Toy({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
+    engine = start_engine(model, parameter_groups(model), plan, "cpu")
+    settings = ScheduleSettings(plan.optimizer.lr, 100, warmup=0.0, hold_steps=0)
+    return engine, LearningRate(settings, engine.basic_optimizer.param_groups)
+
+
+def batches(rank: int, bad: int | None = None):
+    """Micro-batches by number; number `bad` has a NaN loss on the last rank."""
+    for k in itertools.count():
+        draw = torch.Generator().manual_seed(10 * k + rank)
+        last = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
+        factor = math.nan if k == bad and last else 1.0
+        yield {"mp4": torch.randn(2, 2, 1, 2, 2, generator=draw), "factor": factor}
+
+
+def steps(engine, schedule, source, count: int):
+    found = []
+    for _ in range(count):
+        outcome = training_step(engine, source, CLIPPING)
+        if outcome.applied:
+            schedule.step()
+        found.append([outcome.loss, outcome.grad_norm, outcome.applied])
+    return found
+
+
+def weights(engine) -> list[torch.Tensor]:
+    import deepspeed
+
+    sharded = engine.zero_optimization_stage() == 3
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters()), enabled=sharded):
+        return [p.detach().clone() for p in engine.module.parameters()]
+
+
+def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def case(rank: int, ranks: int, stage: int, precision: str, offload: bool = False) -> dict:
+    engine, schedule = build(stage, precision, ranks, offload)
+    frozen = engine.module.frozen.weight.detach().clone() if stage < 3 else None
+    losses = steps(engine, schedule, batches(rank), 3)
+
+    stored = io.BytesIO()
+    torch.save([optimizer_state(engine), ema_state(engine), schedule.state_dict()], stored)
+    before = weights(engine)
+    with ema_weights(engine):
+        averaged = weights(engine)
+    swapped_back = same(before, weights(engine))
+
+    source = batches(rank, bad=ACCUMULATION * 3 + 1)  # the second micro-batch of the fourth step
+    for _ in range(ACCUMULATION * 3):
+        next(source)
+    skipped = steps(engine, schedule, source, 1)
+    unharmed = same(before, weights(engine)) and schedule.steps == 3
+    losses_after = steps(engine, schedule, source, 2)
+
+    again, schedule_again = build(stage, precision, ranks, offload)
+    stored.seek(0)
+    optimizer, ema, rate = torch.load(stored, weights_only=True)
+    load_optimizer_state(again, optimizer)
+    load_ema_state(again, ema)
+    schedule_again.load_state_dict(rate)
+    restored = same(before, weights(again))
+    source = batches(rank)
+    for _ in range(ACCUMULATION * 4):
+        next(source)
+    resumed = steps(again, schedule_again, source, 2)
+    return {
+        "losses": losses,
+        "skipped": [not math.isfinite(skipped[0][0]), skipped[0][2]],
+        "unharmed": unharmed,
+        "restored": restored,
+        "resumed_equal": resumed == losses_after and same(weights(again), weights(engine)),
+        "ema_differs": not same(before, averaged),
+        "ema_equal_after_resume": same(list(ema_state(again).values()), list(ema_state(engine).values())),
+        "swapped_back": swapped_back,
+        "frozen_kept": frozen is None or torch.equal(frozen, engine.module.frozen.weight),
+    }
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    info = init_distributed("cpu")
+    ensure_groups(1)
+    wanted = [(s, p, False) for s in range(4) for p in ("fp32", "bf16")] + [(2, "fp32", True), (3, "fp32", True)]
+    results = {}
+    for stage, precision, offload in wanted:
+        found = case(info.rank, info.world_size, stage, precision, offload)
+        gathered: list = [None] * info.world_size
+        torch.distributed.all_gather_object(gathered, found)
+        results[f"{stage} {precision}{' offload' if offload else ''}"] = gathered
+    if info.rank == 0:
+        print("RESULT " + json.dumps(results), flush=True)
+
+
+if __name__ == "__main__":
+    main()
