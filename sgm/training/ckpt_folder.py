@@ -1,0 +1,234 @@
+"""A run's folder of checkpoints: what makes one complete, how a new one takes its place, which are deleted.
+
+    RUN/latest                                    iteration that SAT's loader takes
+    RUN/model_config.json                         class name and number of tensor-parallel parts, as SAT writes it
+    RUN/100/mp_rank_00_model_states.pt            weights, one file a tensor-parallel part
+    RUN/100/lora.safetensors                      the adapter in one file, for adapter-only checkpoints
+    RUN/100/resume/rank_00000.pt                  state for exact resume, one file a process
+    RUN/100/run.json                              facts, and every file with its size
+    RUN/100-ema/mp_rank_00_model_states.pt        averaged weights
+    RUN/merged/                                   the same layout again, adapter folded into the weights
+
+A checkpoint is written under `.partial-100` and renamed when all of it is on the disk, `100` itself last but for
+`latest`. Whatever stops a save half-way, `100` is either absent or complete.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import logging
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from sgm.training.state import CheckpointError
+from sgm.weights.save import PARTIAL, remove, remove_leftovers, save_text, sync_folder
+
+logger = logging.getLogger(__name__)
+
+RECORD = "run.json"
+RESUME = "resume"
+MERGED = "merged"
+_REPLACED = ".replaced-"
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """`run.json`: written last, it makes a checkpoint complete.
+
+    Attributes:
+        saved_at: seconds since 1970.
+        config_hash: identity of what the run learns.
+        world_size, model_parallel_size, zero_stage: set-up that the resume state belongs to.
+        lora_only: the weights are the adapter alone.
+        files: path inside the iteration's folder -> bytes.
+    """
+
+    iteration: int
+    saved_at: float
+    config_hash: str
+    world_size: int
+    model_parallel_size: int
+    zero_stage: int
+    lora_only: bool
+    files: dict[str, int]
+
+    def write(self, folder: Path) -> None:
+        save_text(folder / RECORD, json.dumps(asdict(self), indent=1, sort_keys=True))
+
+    @classmethod
+    def read(cls, folder: Path) -> RunRecord:
+        """The record of a complete checkpoint.
+
+        Raises:
+            CheckpointError: it is incomplete; says in what.
+        """
+        try:
+            content: Any = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise CheckpointError(f"{folder} is incomplete: it has no {RECORD}") from None
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{folder / RECORD} is unreadable: {error}") from error
+        known = isinstance(content, dict) and content.keys() == {f.name for f in fields(cls)}
+        if not known or not isinstance(content["files"], dict):
+            raise CheckpointError(f"{folder / RECORD} is no record of this version")
+        record = cls(**content)
+        for name, size in record.files.items():
+            path = folder / name
+            found = path.stat().st_size if path.is_file() else None
+            if found != size:
+                state = "missing" if found is None else f"{found} bytes long"
+                raise CheckpointError(f"{folder} is incomplete: {name} is {state}, {size} bytes were written")
+        return record
+
+
+def files_in(folder: Path) -> dict[str, int]:
+    """Every file below `folder` with its size."""
+    found = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != RECORD)
+    return {str(p.relative_to(folder)): p.stat().st_size for p in found}
+
+
+def iterations(run: Path) -> list[Path]:
+    """The iteration folders of a run, complete or not, in order."""
+    if not run.is_dir():
+        return []
+    return sorted((p for p in run.iterdir() if p.is_dir() and p.name.isdigit()), key=lambda p: int(p.name))
+
+
+# --- writing -----------------------------------------------------------------------------------------------------
+
+
+def staging_folder(run: Path, iteration: int) -> Path:
+    """Where a checkpoint grows; same file system as its final place."""
+    return run / f"{PARTIAL}{iteration}"
+
+
+def settle(run: Path) -> None:
+    """Undo what a killed save left: a folder moved aside comes back, unfinished ones are deleted."""
+    for place in (run, run / MERGED):
+        restore_replaced(place)
+        remove_leftovers(place)
+
+
+def restore_replaced(place: Path) -> None:
+    """Bring back folders that were moved aside for a newer one which never arrived; delete them where it did."""
+    for aside in sorted(place.glob(f"{_REPLACED}*")):
+        target = place / aside.name.removeprefix(_REPLACED)
+        if target.exists():
+            remove(aside)
+        else:
+            aside.rename(target)
+
+
+def publish(run: Path, staging: Path, iteration: int) -> Path:
+    """Move what is staged to its places: `ema` and `merged` where there are such, then `main`, whose name counts."""
+    place = run / str(iteration)
+    _take_place(staging / "ema", run / f"{iteration}-ema")
+    if (staging / MERGED).is_dir():
+        (run / MERGED).mkdir(exist_ok=True)
+    _take_place(staging / MERGED, run / MERGED / str(iteration))
+    _take_place(staging / "main", place)
+    staging.rmdir()
+    settle(run)
+    return place
+
+
+def announce(run: Path, iteration: int, model_class: str, parts: int) -> None:
+    """`model_config.json` and, last of all, `latest`: what SAT's loader reads."""
+    config = json.dumps({"model_class": model_class, "model_parallel_size": parts}, indent=4)
+    for place in (run / MERGED, run):
+        if (place / str(iteration)).is_dir():
+            save_text(place / "model_config.json", config)
+            save_text(place / "latest", str(iteration))
+
+
+def _take_place(source: Path, target: Path) -> None:
+    """Rename `source` to `target`; an earlier `target` goes, also where there is no `source`."""
+    if target.exists():
+        target.rename(target.with_name(_REPLACED + target.name))
+    if source.is_dir():
+        source.rename(target)
+        sync_folder(target.parent)
+    else:
+        remove(target.with_name(_REPLACED + target.name))
+
+
+def prune(run: Path, keep_last: int, newest: int) -> None:
+    """Delete complete checkpoints but the last `keep_last`; never `newest`, and never an incomplete one.
+
+    What cannot be deleted is named in the log: the new checkpoint is none the worse for it.
+    """
+    complete = [p for p in iterations(run) if _is_complete(p)]
+    for old in complete[:-keep_last]:
+        if int(old.name) == newest:
+            continue
+        try:
+            aside = old.with_name(f"{PARTIAL}old-{old.name}")
+            old.rename(aside)  # gone at once, however long the deletion takes
+            for path in (aside, run / f"{old.name}-ema", run / MERGED / old.name):
+                remove(path)
+        except OSError as error:
+            logger.warning("iteration %d was saved, but %s could not be deleted: %s", newest, old, error)
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        RunRecord.read(folder)
+    except CheckpointError:
+        return False
+    return True
+
+
+# --- finding -----------------------------------------------------------------------------------------------------
+
+
+def newest_of_experiment(root: Path, name: str, config_hash: str) -> Path | None:
+    """The last saved complete checkpoint of `root/name-*` with this configuration; None where there is none."""
+    best: tuple[float, int] | None = None
+    found: Path | None = None
+    for run in sorted(root.glob(f"{glob.escape(name)}-*")):
+        restore_replaced(run)
+        for folder in iterations(run):
+            try:
+                record = RunRecord.read(folder)
+            except CheckpointError as error:
+                logger.warning("passed over: %s", error)
+                continue
+            if record.config_hash != config_hash:
+                logger.info("passed over: %s is of another configuration (%s)", folder, record.config_hash)
+            elif best is None or (record.saved_at, record.iteration) > best:
+                best, found = (record.saved_at, record.iteration), folder
+    return found
+
+
+def named_checkpoint(path: Path, config_hash: str) -> Path:
+    """The checkpoint that a user named: an iteration's folder, or a run's folder (then its last complete one).
+
+    Raises:
+        CheckpointError: there is none, it is incomplete, or of another configuration.
+    """
+    if (path / RECORD).exists() or path.name.isdigit():
+        folder, record = path, RunRecord.read(path)
+    else:
+        folder, record = _last_complete(path)
+    if record.config_hash != config_hash:
+        raise CheckpointError(
+            f"{folder} was written under another configuration (hash {record.config_hash}, this run's is "
+            f"{config_hash}); going on would not be the same run. Compare {folder.parent / 'training_config.yaml'}; to "
+            f"start a new run from its weights, set args.load to {folder}."
+        )
+    return folder
+
+
+def _last_complete(run: Path) -> tuple[Path, RunRecord]:
+    restore_replaced(run)
+    reasons = []
+    for folder in reversed(iterations(run)):
+        try:
+            return folder, RunRecord.read(folder)
+        except CheckpointError as error:
+            logger.warning("passed over: %s", error)
+            reasons.append(str(error))
+    state = "does not exist" if not run.is_dir() else "; ".join(reasons) or "it holds no iteration"
+    raise CheckpointError(f"no complete checkpoint in {run}: {state}.")

@@ -1,0 +1,171 @@
+"""Which weights go into a checkpoint's files, and how they come whole to the process that writes them.
+
+Under ZeRO 0 to 2 every rank holds its tensor-parallel part whole, and the part's first data-parallel rank writes it.
+Under ZeRO 3 parameters are spread over the data-parallel ranks; all of them gather one after the other, so that no
+process ever holds more than one whole parameter besides its own share.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sgm.modules.transformer.lora_state import MATRIX, lora_delta
+from sgm.training.state import CheckpointError
+from sgm.weights import WeightsError, weights_fingerprint
+from sgm.weights.release import NETWORK_PREFIX, locate
+from sgm.weights.save import Deferred
+
+logger = logging.getLogger(__name__)
+
+Tensors = OrderedDict[str, Deferred]
+
+
+def checkpoint_tensors(module: nn.Module, *, lora_only: bool, save_frozen: bool) -> Tensors:
+    """The entries of an engine's state dict that a checkpoint holds, under the engine's names.
+
+    Args:
+        lora_only: only the adapter's matrices.
+        save_frozen: text encoder and VAE, too.
+    Raises:
+        CheckpointError: `lora_only` for a network without adapter, or nothing to save.
+    """
+    state = module.state_dict(keep_vars=True)
+    if lora_only:
+        chosen = [name for name in state if name.startswith(NETWORK_PREFIX) and MATRIX.match(name)]
+    else:
+        chosen = [name for name in state if save_frozen or name.startswith(NETWORK_PREFIX)]
+    if not chosen:
+        what = "LoRA matrices" if lora_only else f"entries {NETWORK_PREFIX}*"
+        raise CheckpointError(f"there is nothing to save: this {type(module).__name__} has no {what}.")
+    whole: dict[int, Deferred] = {}  # a tied tensor is written once
+    return OrderedDict((name, whole.setdefault(id(state[name]), _whole(state[name]))) for name in chosen)
+
+
+def merged_tensors(module: nn.Module) -> Tensors:
+    """The network's entries with the adapter folded in (in float32), under the names of a network without one.
+
+    Raises:
+        CheckpointError: the network has no adapter.
+    """
+    wrappers = {name: part for name, part in module.named_modules() if hasattr(part, "matrix_A")}
+    if not wrappers:
+        raise CheckpointError("a merged checkpoint was asked for, but this network has no LoRA adapter to merge.")
+    merged: Tensors = OrderedDict()
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if not name.startswith(NETWORK_PREFIX) or MATRIX.match(name):
+            continue
+        linear = name.removesuffix(".original.weight")
+        deferred = _merged(wrappers[linear]) if linear != name and linear in wrappers else _whole(tensor)
+        merged[name.replace(".original.", ".")] = deferred
+    return merged
+
+
+def _whole(tensor: Tensor) -> Deferred:
+    if not _is_spread(tensor):
+        return Deferred.of(tensor)
+    return Deferred(tuple(tensor.ds_shape), tensor.dtype, lambda: _gathered([tensor])[0])
+
+
+def _merged(wrapper: Any) -> Deferred:
+    """W + scaling * concat_i(B_i A_i) of one adapted linear (this process's part of it), in W's type."""
+    weight, a, b = wrapper.original.weight, list(wrapper.matrix_A), list(wrapper.matrix_B)
+
+    @torch.no_grad()
+    def make() -> Tensor:
+        base, *matrices = _gathered([weight, *a, *b])
+        delta = lora_delta(matrices[: len(a)], matrices[len(a) :], wrapper.scaling)
+        return (base.float() + delta).to(base.dtype)
+
+    whole = _whole(weight)
+    return Deferred(whole.shape, whole.dtype, make)
+
+
+def _is_spread(tensor: Tensor) -> bool:
+    """Is it a parameter that ZeRO 3 keeps in pieces?"""
+    return hasattr(tensor, "ds_id")
+
+
+def _gathered(parameters: list[Tensor]) -> list[Tensor]:
+    """The whole parameters; collective over data-parallel ranks where they are spread."""
+    if not any(_is_spread(p) for p in parameters):
+        return [p.detach() for p in parameters]
+    from deepspeed.zero import GatheredParameters
+
+    with GatheredParameters(parameters):
+        return [p.detach().clone() for p in parameters]
+
+
+def write_together(tensors: Tensors, write: Callable[[Tensors], Any] | None, *, collective: bool) -> None:
+    """Let one process write `tensors` while the others take part in making them.
+
+    If writing breaks off, the tensors that are left are still made, so that no other process waits for ever.
+
+    Args:
+        write: makes every tensor once and in order (as the writers of `sgm.weights.save` do); None on processes that
+            do not write.
+        collective: making a tensor takes all processes.
+    """
+    made: set[int] = set()
+
+    def counted(source: Deferred) -> Deferred:
+        def make() -> Tensor:
+            made.add(id(source))
+            return source.make()
+
+        return Deferred(source.shape, source.dtype, make)
+
+    unique = {id(source): source for source in tensors.values()}
+    wrapped = {key: counted(source) for key, source in unique.items()}
+    try:
+        if write is not None:
+            write(OrderedDict((name, wrapped[id(source)]) for name, source in tensors.items()))
+    finally:
+        if collective:
+            for key, source in unique.items():
+                if key not in made:
+                    source.make()
+
+
+# --- what a file says of its adapter -----------------------------------------------------------------------------
+
+
+def lora_facts(module: nn.Module, load: str | None) -> dict[str, Any] | None:
+    """Facts that the matrices do not say: rank, alpha, targets, kind of scaling, and the base they belong to.
+
+    `base_hash` is `weights_fingerprint` of the file at `load`. None where there is no adapter.
+    """
+    mixins = getattr(getattr(module, "network", None), "mixins", {})
+    if "lora" not in mixins:
+        return None
+    mixin = mixins["lora"]
+    path, fingerprint = _base(load)
+    return {
+        "rank": int(mixin.r),
+        "alpha": float(mixin.lora_alpha),
+        "targets": [str(name) for name in mixin.targets],
+        "rank_stabilised": bool(mixin.rank_stabilised),
+        "base_path": path,
+        "base_hash": fingerprint,
+    }
+
+
+def _base(load: str | None) -> tuple[str, str]:
+    if not load:
+        return "", ""
+    try:
+        file = locate(load)[0][0]
+        return str(file), weights_fingerprint(file)
+    except (WeightsError, OSError) as error:  # no reason to lose a checkpoint
+        logger.warning("the base weights are not where they were loaded from; their hash is not saved: %s", error)
+        return str(load), ""
+
+
+def as_metadata(facts: Mapping[str, Any]) -> dict[str, str]:
+    """`lora_facts` as the texts that a safetensors header holds."""
+    return {name: ",".join(v) if isinstance(v, list) else str(v) for name, v in facts.items()}
