@@ -1,0 +1,316 @@
+"""Clips of moving shapes: drawn at random from a seed, rendered by signed distance functions in numpy.
+
+    spec = sample_spec(np.random.default_rng(0))
+    frames = render_clip(spec)                      # uint8 (f, h, w, 3)
+    text = caption(spec, np.random.default_rng(0))
+
+Coordinates: x to the right, y downwards, in pixels. f frames, h w pixels, p side of the square patch around a shape.
+Distances inside a shape are negative, in units of its radius.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from tools.demo.attributes import (
+    BACKGROUNDS,
+    COLOURS,
+    DIRECTIONS,
+    MOTIONS,
+    PATTERNS,
+    SHAPES,
+    SIZES,
+    SPEEDS,
+    STYLES,
+    ClipSpec,
+    ObjectSpec,
+    is_possible,
+    stands_out,
+)
+from tools.demo.captions import caption
+
+__all__ = ["ClipSpec", "ObjectSpec", "caption", "render_clip", "sample_spec"]
+
+EXTENT = 1.12  # no shape reaches farther from its centre, in radii
+TRAVEL = {"slow": 0.4, "medium": 0.65, "fast": 0.92}  # share of the free way that a clip covers
+HOPS = {"slow": 2, "medium": 3, "fast": 5}
+ORBITS = {"slow": 0.75, "medium": 1.25, "fast": 2.0}
+TURNS = {"slow": 0.25, "medium": 0.5, "fast": 1.0}
+GROWTH = {"slow": 1.5, "medium": 2.0, "fast": 2.8}  # last radius over first
+WOBBLES = {"slow": 1.5, "medium": 2.5, "fast": 4.0}
+Sdf = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+# ---- shapes: distance to the outline, from coordinates in radii ----
+
+
+def _half_planes(x: np.ndarray, y: np.ndarray, count: int, first: float, apothem: float) -> np.ndarray:
+    """Signed distances (count, ...) to the sides of a regular polygon; `first` is the first normal's angle."""
+    angles = first + 2 * np.pi * np.arange(count) / count
+    return np.stack([np.float32(np.cos(a)) * x + np.float32(np.sin(a)) * y for a in angles]) - np.float32(apothem)
+
+
+def _circle(x, y):
+    return np.sqrt(x * x + y * y) - 0.92
+
+
+def _ring(x, y):
+    return np.abs(np.sqrt(x * x + y * y) - 0.72) - 0.25
+
+
+def _square(x, y):
+    return np.maximum(np.abs(x), np.abs(y)) - 0.78
+
+
+def _diamond(x, y):
+    return (np.abs(x) + 0.6 * np.abs(y) - 0.63) / np.float32(np.hypot(1, 0.6))
+
+
+def _cross(x, y):
+    x, y = np.abs(x), np.abs(y)
+    return np.minimum(np.maximum(x - 0.98, y - 0.32), np.maximum(x - 0.32, y - 0.98))
+
+
+def _triangle(x, y):
+    return _half_planes(x, y, 3, np.pi / 2, 0.55).max(axis=0)
+
+
+def _hexagon(x, y):
+    return _half_planes(x, y, 6, np.pi / 2, 0.84).max(axis=0)
+
+
+def _star(x, y):
+    # A pentagram is the set of points outside at most one of the five sides' lines.
+    return np.partition(_half_planes(x, y, 5, -np.pi / 2, 1.1 * np.cos(0.4 * np.pi)), 3, axis=0)[3]
+
+
+def _heart(x, y):
+    # A square on its corner, with a half disc on each of its two upper sides.
+    u, v = (x - y - 0.1) * np.float32(0.5**0.5), (-x - y - 0.1) * np.float32(0.5**0.5)
+    half = 0.54
+    discs = np.minimum(np.hypot(u - half, v), np.hypot(u, v - half)) - half
+    return np.minimum(np.maximum(np.abs(u), np.abs(v)) - half, discs)
+
+
+SDFS: dict[str, Sdf] = {
+    "circle": _circle, "square": _square, "triangle": _triangle, "star": _star, "ring": _ring, "cross": _cross,
+    "diamond": _diamond, "hexagon": _hexagon, "heart": _heart,
+}  # fmt: skip
+
+
+# ---- motion ----
+
+
+def _track(spec: ObjectSpec, clip: ClipSpec, left: float, right: float) -> tuple[np.ndarray, ...]:
+    """x, y, radius (pixels), angle (radians) and stretch (height over width) of a shape, each (f,).
+
+    The shape stays within `left` to `right` and the frame's height.
+    """
+    f = clip.frames
+    u = np.linspace(0, 1, f) if f > 1 else np.full(1, 0.5)
+    radius = np.full(f, SIZES[spec.size] * min(clip.height, clip.width))
+    angle, stretch = np.zeros(f), np.ones(f)
+    if spec.motion in ("grow", "shrink"):
+        exponent = u - 0.5 if spec.motion == "grow" else 0.5 - u
+        radius = radius * GROWTH[spec.speed] ** exponent
+    if spec.motion == "rotate":
+        angle = 2 * np.pi * TURNS[spec.speed] * u
+    if spec.motion == "wobble":
+        swing = 2 * np.pi * WOBBLES[spec.speed] * u
+        angle, stretch = 0.25 * np.sin(swing), 1 + 0.25 * np.sin(swing + 1.5)
+    margin = EXTENT * radius.max() * np.sqrt(stretch.max()) + 2
+    free_x, free_y = max(right - left - 2 * margin, 0), max(clip.height - 2 * margin, 0)
+    x, y = _path(spec, u, free_x, free_y)
+    return left + margin + x, margin + y, radius, angle, stretch
+
+
+def _path(spec: ObjectSpec, u: np.ndarray, free_x: float, free_y: float) -> tuple[np.ndarray, np.ndarray]:
+    """Positions (f,), (f,) within [0, free_x] x [0, free_y] at the times u in [0, 1]."""
+    place_x, place_y = spec.place
+    if spec.motion in DIRECTIONS:
+        dx, dy = DIRECTIONS[spec.motion]
+        if dx and dy:  # diagonals at 45 degrees
+            travel_x = travel_y = TRAVEL[spec.speed] * min(free_x, free_y)
+        else:
+            travel_x, travel_y = TRAVEL[spec.speed] * free_x * abs(dx), TRAVEL[spec.speed] * free_y * abs(dy)
+        along_x, along_y = (u if d > 0 else 1 - u for d in (dx, dy))
+        return (
+            place_x * (free_x - travel_x) + travel_x * along_x,
+            place_y * (free_y - travel_y) + travel_y * along_y,
+        )
+    if spec.motion == "orbit":
+        turn = 2 * np.pi * (spec.phase + ORBITS[spec.speed] * u)  # growing angles turn clockwise, y being downwards
+        reach = 0.47 * min(free_x, free_y)
+        return free_x / 2 + reach * np.cos(turn), free_y / 2 + reach * np.sin(turn)
+    if spec.motion == "bounce":
+        hop = HOPS[spec.speed] * u % 1
+        return np.full_like(u, place_x * free_x), free_y * (1 - 0.95 * 4 * hop * (1 - hop))
+    return np.full_like(u, place_x * free_x), np.full_like(u, place_y * free_y)
+
+
+# ---- rendering ----
+
+
+def render_clip(spec: ClipSpec) -> np.ndarray:
+    """Frames of a clip, uint8 (f, h, w, 3)."""
+    ground = (_background(spec) + 0.5).astype(np.uint8)
+    frames = np.repeat(ground[None], spec.frames, axis=0)
+    share = spec.width / len(spec.objects)
+    for i, item in enumerate(spec.objects):
+        _draw(frames, item, *_track(item, spec, i * share, (i + 1) * share))
+    return frames
+
+
+def _draw(frames, item: ObjectSpec, x, y, radius, angle, stretch) -> None:
+    """Blend a shape into frames (f, h, w, 3) in place; tracks are (f,). Only a patch around the shape is computed."""
+    height, width = frames.shape[1:3]
+    reach = int(np.ceil(EXTENT * radius.max() * np.sqrt(stretch.max()))) + 1
+    side = min(2 * reach + 1, height, width)
+    left = np.clip(np.floor(x).astype(int) - reach, 0, width - side)
+    top = np.clip(np.floor(y).astype(int) - reach, 0, height - side)
+    grid = np.arange(side, dtype=np.float32) + 0.5  # pixel centres
+    dx = (grid[None, :] + (left - x)[:, None]).astype(np.float32)[:, None, :]  # (f, 1, p)
+    dy = (grid[None, :] + (top - y)[:, None]).astype(np.float32)[:, :, None]  # (f, p, 1)
+    cos, sin = (t.astype(np.float32)[:, None, None] for t in (np.cos(angle), np.sin(angle)))
+    wide, tall = ((radius * np.sqrt(s)).astype(np.float32)[:, None, None] for s in (1 / stretch, stretch))
+    px, py = (cos * dx + sin * dy) / wide, (cos * dy - sin * dx) / tall  # (f, p, p), in radii
+    scale = np.minimum(wide, tall)
+    cover = np.clip(0.5 - SDFS[item.shape](px, py) * scale, 0, 1)[..., None]  # one pixel of soft edge
+    paint = _paint(item, px, py, scale)
+    for frame, top_, left_, alpha, colour in zip(frames, top, left, cover, paint, strict=True):
+        patch = frame[top_ : top_ + side, left_ : left_ + side]
+        patch[:] = patch + alpha * (colour - patch) + 0.5
+
+
+def _paint(item: ObjectSpec, px: np.ndarray, py: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Colours, float32 (f, 1, 1, 3), or (f, p, p, 3) where the fill varies."""
+    colour = np.array(COLOURS[item.colour], np.float32)
+    if item.fill == "plain":
+        return np.broadcast_to(colour, (len(px), 1, 1, 3))
+    stripe = _square_wave((px + py) * np.float32(0.5**0.5), 0.44, 0.0, scale)[..., None]
+    return colour + stripe * (255 - colour) * np.float32(0.8)
+
+
+def _square_wave(position: np.ndarray, period: float, phase: float, pixels: np.ndarray | float) -> np.ndarray:
+    """0 and 1 by turns over each half period, with edges one pixel wide; `pixels` is the length unit in pixels."""
+    within = np.abs((position / period + phase) % 1 - 0.5)  # 0.25 at the edges
+    return np.clip(0.5 + (0.25 - within) * period * pixels, 0, 1).astype(np.float32)
+
+
+def _background(spec: ClipSpec) -> np.ndarray:
+    """The still background, float32 (h, w, 3)."""
+    first = np.array(BACKGROUNDS[spec.background], np.float32)
+    share = _pattern(spec)[..., None]
+    second = np.array(BACKGROUNDS[spec.second], np.float32) if spec.second else first
+    return np.broadcast_to(first + share * (second - first), (spec.height, spec.width, 3))
+
+
+def _pattern(spec: ClipSpec) -> np.ndarray:
+    """Share of the second colour, (h, w) or broadcastable to it."""
+    y = np.arange(spec.height, dtype=np.float32)[:, None] + 0.5
+    x = np.arange(spec.width, dtype=np.float32)[None, :] + 0.5
+    side = min(spec.height, spec.width)
+    period = side * (0.24 + 0.16 * spec.pattern_scale)
+    phase = spec.pattern_phase
+    if spec.pattern == "plain":
+        return np.zeros((1, 1), np.float32)
+    if spec.pattern == "gradient":
+        return y / spec.height
+    if spec.pattern == "horizontal stripes":
+        return _square_wave(y, period, phase, 1.0)
+    if spec.pattern == "vertical stripes":
+        return _square_wave(x, period, phase, 1.0)
+    if spec.pattern == "checker":
+        rows, columns = _square_wave(y, period, phase, 1.0), _square_wave(x, period, phase, 1.0)
+        return rows + columns - 2 * rows * columns
+    if spec.pattern == "dots":
+        pitch = 0.8 * period
+        offset_y, offset_x = ((t / pitch + phase) % 1 - 0.5 for t in (y, x))
+        return np.clip(0.5 + (0.3 - np.hypot(offset_y, offset_x)) * pitch, 0, 1)
+    raise ValueError(f"unknown pattern {spec.pattern!r}; choose one of {', '.join(PATTERNS)}")
+
+
+# ---- drawing lots ----
+
+
+def sample_spec(
+    rng: np.random.Generator,
+    frames: int = 49,
+    height: int = 128,
+    width: int = 192,
+    fps: float = 8,
+    two: float = 0.25,
+    withheld: frozenset[tuple[str, str, str]] = frozenset(),
+    only_withheld: bool = False,
+    style: str | None = None,
+) -> ClipSpec:
+    """A random clip.
+
+    Args:
+        frames: with 1 nothing moves.
+        two: share of clips with two shapes, which then differ in shape and colour and are not large.
+        withheld: (shape, colour, motion) that no shape may show.
+        only_withheld: every shape shows one of `withheld` instead.
+        style: a name of `STYLES`; without it no clip shows what a style brings.
+
+    Raises:
+        ValueError: unknown style; `only_withheld` without a list or where its motions cannot be shown.
+    """
+    if only_withheld and (frames == 1 or not withheld):
+        raise ValueError("only_withheld needs a withheld list, and more than one frame: its combinations name motions")
+    if style is not None and style not in STYLES:
+        raise ValueError(f"unknown style {style!r}; choose one of {', '.join(STYLES)}")
+    count = 1 + (rng.random() < two)
+    pick = sorted(withheld) if only_withheld else None
+    objects: list[ObjectSpec] = []
+    while len(objects) < count:
+        item = _sample_object(rng, frames, count, pick)
+        if pick is None and frames > 1 and item.combination in withheld:
+            continue
+        if any(item.shape == other.shape or item.colour == other.colour for other in objects):
+            continue
+        objects.append(item)
+    if style is not None:
+        objects = [_restyle(item, style, frames) for item in objects]
+    pattern, background, second = _sample_background(rng, [item.colour for item in objects])
+    return ClipSpec(tuple(objects), pattern, background, second, _unit(rng), _unit(rng), frames, height, width, fps)
+
+
+def _sample_object(rng, frames: int, count: int, pick: list[tuple[str, str, str]] | None) -> ObjectSpec:
+    while True:
+        if pick is not None:
+            shape, colour, motion = pick[rng.integers(len(pick))]
+        else:
+            shape, colour = _one_of(rng, SHAPES), _one_of(rng, tuple(COLOURS))
+            motion = _one_of(rng, MOTIONS) if frames > 1 else "still"
+        if is_possible(shape, motion):
+            break
+    size = _one_of(rng, tuple(SIZES)[: 3 if count == 1 else 2])
+    speed = "medium" if motion == "still" else _one_of(rng, SPEEDS)
+    return ObjectSpec(shape, colour, size, motion, speed, (_unit(rng), _unit(rng)), _unit(rng))
+
+
+def _restyle(item: ObjectSpec, name: str, frames: int) -> ObjectSpec:
+    style = STYLES[name]
+    motion = style.motion if style.motion and frames > 1 else item.motion
+    return replace(item, shape=style.shape or item.shape, fill=style.fill, motion=motion)
+
+
+def _sample_background(rng, colours: list[str]) -> tuple[str, str, str]:
+    pattern = _one_of(rng, PATTERNS)
+    while True:
+        background = _one_of(rng, tuple(BACKGROUNDS))
+        second = "" if pattern == "plain" else _one_of(rng, tuple(BACKGROUNDS))
+        if background != second and all(stands_out(c, pattern, background, second) for c in colours):
+            return pattern, background, second
+
+
+def _one_of(rng: np.random.Generator, values: tuple[str, ...]) -> str:
+    return values[rng.integers(len(values))]
+
+
+def _unit(rng: np.random.Generator) -> float:
+    return round(float(rng.random()), 4)  # few digits, so that the record in JSON is the clip to the byte
