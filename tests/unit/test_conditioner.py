@@ -1,0 +1,415 @@
+"""The conditioner and the T5 embedder: sorting, dropout, file layouts, damaged files, number types, truncated texts."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sgm.modules import GeneralConditioner
+from sgm.modules.conditioner import AbstractEmbModel, ConditionerError, drop_samples
+from sgm.modules.encoders import t5_files
+from sgm.modules.encoders.modules import FrozenT5Embedder, NonFiniteEmbeddingError
+from sgm.modules.encoders.t5_files import EncoderFilesError, wanted_files
+from sgm.weights import WeightsError
+
+LAST_BLOCK = "encoder.block.1.layer.1.DenseReluDense.wo.weight"
+
+
+@pytest.fixture(scope="module")
+def release(golden: Path) -> Path:
+    return golden / "t5_tiny"
+
+
+@pytest.fixture
+def folder(release: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(release, tmp_path / "t5"))
+
+
+@pytest.fixture(scope="module")
+def embedder(release: Path) -> FrozenT5Embedder:
+    return FrozenT5Embedder(str(release), max_length=12)
+
+
+def load(folder: Path, **params) -> FrozenT5Embedder:
+    return FrozenT5Embedder(str(folder), max_length=12, **params)
+
+
+def same_weights(a: FrozenT5Embedder, b: FrozenT5Embedder) -> bool:
+    ours, theirs = a.state_dict(), b.state_dict()
+    return list(ours) == list(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def shard(folder: Path) -> None:
+    """Rewrite the single file as two shards with an index, the release's form."""
+    state = load_file(folder / "model.safetensors")
+    names = sorted(state)
+    parts = {f"model-0000{k + 1}-of-00002.safetensors": names[k::2] for k in range(2)}
+    for file, part in parts.items():
+        save_file({name: state[name] for name in part}, folder / file)
+    index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors").unlink()
+
+
+def rewrite(folder: Path, change) -> None:
+    state = load_file(folder / "model.safetensors")
+    change(state)
+    save_file(state, folder / "model.safetensors")
+
+
+# --- conditioner ------------------------------------------------------------------------------------------------------
+
+
+class Constant(AbstractEmbModel):
+    """Ones of a shape, b times the batch entry's number."""
+
+    def __init__(self, shape: list[int]) -> None:
+        super().__init__()
+        self.shape = shape
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, *values):
+        return self.weight * sum(v.view(-1, *[1] * len(self.shape)) for v in values) * torch.ones(self.shape)
+
+
+@pytest.fixture
+def constants(monkeypatch):
+    """Conditioners of `Constant` embedders, which stand outside the packages that a YAML may name."""
+    def build(*entries):
+        monkeypatch.setattr("sgm.modules.conditioner.instantiate_from_config", lambda c: Constant(**c["params"]))
+        return GeneralConditioner([{"target": "Constant", **entry} for entry in entries])
+
+    return build
+
+
+def entry(shape, **more):
+    return {"params": {"shape": shape}, "input_key": "n", **more}
+
+
+BATCH = {"n": torch.tensor([2.0, 3.0]), "m": torch.tensor([10.0, 20.0])}
+
+
+def test_outputs_are_sorted_by_rank(constants):
+    out = constants(entry([4]), entry([5, 6]), entry([3, 7, 2, 2]))(BATCH)
+    assert {key: tuple(value.shape) for key, value in out.items()} == {
+        "vector": (2, 4), "crossattn": (2, 5, 6), "concat": (2, 3, 7, 2, 2),
+    }
+
+
+def test_outputs_of_one_kind_are_joined(constants):
+    kinds = ([4], [5, 6], [3, 7, 2, 2])
+    out = constants(*(entry(shape) for shape in kinds), *(entry(shape) for shape in kinds))(BATCH)
+    assert [tuple(out[key].shape) for key in ("vector", "crossattn", "concat")] == [
+        (2, 8), (2, 5, 12), (2, 3, 14, 2, 2),
+    ]
+
+
+def test_several_inputs(constants):
+    out = constants({"params": {"shape": [1]}, "input_keys": ["n", "m"]})(BATCH)
+    assert out["vector"].flatten().tolist() == [12.0, 23.0]
+
+
+def test_forced_zeros_are_by_input_key(constants):
+    conditioner = constants(entry([1]), entry([1, 1], input_key="m"))
+    cond, uncond = conditioner.get_unconditional_conditioning(BATCH, force_uc_zero_embeddings=["n"])
+    assert cond["vector"].any() and not uncond["vector"].any() and uncond["crossattn"].any()
+
+
+def test_dropout_zeroes_whole_samples_without_rescaling():
+    embedding = torch.randn(1000, 3, 2)
+    out = drop_samples(embedding, 0.25)
+    kept = out.flatten(1).any(1)
+    assert torch.equal(out[kept], embedding[kept])
+    assert 0.68 < kept.float().mean().item() < 0.82
+    assert drop_samples(embedding.half(), 0.25).dtype == torch.float16
+
+
+def test_rates_are_restored_after_an_error(constants):
+    conditioner = constants(entry([1], ucg_rate=0.3))
+    with pytest.raises(ConditionerError, match="needs n from the batch, which holds txt"):
+        conditioner.get_unconditional_conditioning({"txt": 1})
+    assert conditioner.embedders[0].ucg_rate == 0.3
+
+
+def test_guidance_is_without_dropout(constants):
+    conditioner = constants(entry([1], ucg_rate=1.0))
+    assert not conditioner(BATCH)["vector"].any()
+    assert all(part["vector"].all() for part in conditioner.get_unconditional_conditioning(BATCH))
+
+
+def test_frozen_embedders_stay_in_eval_without_gradients(constants):
+    frozen, trained = constants(entry([1]), entry([1], is_trainable=True)).train().embedders
+    assert not frozen.training and not frozen.weight.requires_grad
+    assert trained.training and trained.weight.requires_grad
+    out = constants(entry([1], is_trainable=True))(BATCH)
+    assert out["vector"].requires_grad
+
+
+@pytest.mark.parametrize(("config", "message"), [
+    ({"params": {"shape": [1]}}, "set input_key"),
+    (entry([1], ucg_rate=1.5), "ucg_rate is a probability, not 1.5"),
+    (entry([1], legacy_ucg_value=""), "unknown legacy_ucg_value"),
+])
+def test_entries_are_checked(constants, config, message):
+    with pytest.raises(ConditionerError, match=message):
+        constants(config)
+
+
+def test_only_embedders_can_embed():
+    with pytest.raises(ConditionerError, match="torch.nn.Identity is no embedder"):
+        GeneralConditioner([{"target": "torch.nn.Identity", "input_key": "txt"}])
+
+
+def test_useless_rank(constants):
+    with pytest.raises(ConditionerError, match="gave shape"):
+        constants(entry([]))(BATCH)
+
+
+# --- file layouts -----------------------------------------------------------------------------------------------------
+
+
+def test_shards(folder, embedder):
+    shard(folder)
+    assert same_weights(load(folder), embedder)
+
+
+def test_diffusers_layout(folder, embedder, tmp_path):
+    for sub, names in (("text_encoder", ["config.json", "model.safetensors"]),
+                       ("tokenizer", ["spiece.model", "tokenizer_config.json", "special_tokens_map.json"])):
+        (tmp_path / "repo" / sub).mkdir(parents=True)
+        for name in names:
+            shutil.move(folder / name, tmp_path / "repo" / sub / name)
+    assert same_weights(load(tmp_path / "repo"), embedder)
+
+
+def test_pickled_weights(folder, embedder):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    assert same_weights(load(folder), embedder)
+
+
+@pytest.mark.parametrize("name", ["shared.weight", "encoder.embed_tokens.weight"])
+def test_one_name_of_the_embedding_is_enough(folder, embedder, name):
+    def keep_one(state):
+        table = state.pop("shared.weight", None)
+        other = state.pop("encoder.embed_tokens.weight", None)
+        state[name] = other if table is None else table
+
+    rewrite(folder, keep_one)
+    loaded = load(folder)
+    assert same_weights(loaded, embedder)
+    assert loaded.transformer.shared.weight is loaded.transformer.encoder.embed_tokens.weight
+
+
+def test_decoder_of_a_full_checkpoint_is_left_out(folder, embedder):
+    rewrite(folder, lambda state: state.update({"decoder.final_layer_norm.weight": torch.ones(32),
+                                                "lm_head.weight": torch.ones(4, 32)}))
+    assert same_weights(load(folder), embedder)
+
+
+def test_loading_is_silent_and_offline(release):
+    code = ("import sys; from sgm.modules.encoders.modules import FrozenT5Embedder; "
+            "e = FrozenT5Embedder(sys.argv[1], max_length=12); e(['a cat ' * 600])")
+    env = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    done = subprocess.run([sys.executable, "-c", code, str(release)], capture_output=True, text=True, env=env,
+                          cwd=Path(__file__).parents[2], timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+# --- damaged or incomplete folders ------------------------------------------------------------------------------------
+
+
+def test_absent_folder():
+    with pytest.raises(EncoderFilesError, match=r"folder ./no/such/t5 does not exist.*text_encoder/ and tokenizer/"):
+        FrozenT5Embedder("./no/such/t5")
+
+
+def test_everything_missing_is_listed_at_once(tmp_path):
+    with pytest.raises(FileNotFoundError) as caught:
+        load(tmp_path)
+    for part in ("config.json", "spiece.model", "model.safetensors", "To get the folder"):
+        assert part in str(caught.value)
+
+
+def test_missing_vocabulary(folder):
+    (folder / "spiece.model").unlink()
+    with pytest.raises(EncoderFilesError, match="missing: .*spiece.model"):
+        load(folder)
+
+
+def test_missing_shard(folder):
+    shard(folder)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(EncoderFilesError, match=r"model-00002-of-00002.safetensors \(named in model.safetensors.index"):
+        load(folder)
+
+
+def test_unreadable_index(folder):
+    shard(folder)
+    (folder / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(WeightsError, match="no index of weight shards"):
+        load(folder)
+
+
+def test_truncated_weights(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(WeightsError, match="model.safetensors cannot be read"):
+        load(folder)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda state: state.pop(LAST_BLOCK), "missing from the file"),
+    (lambda state: state.update({"stray": torch.ones(1)}), "not of this model"),
+    (lambda state: state.update({LAST_BLOCK: torch.ones(3, 3)}), "wrong shape"),
+])
+def test_weights_that_do_not_fit(folder, change, message):
+    rewrite(folder, change)
+    with pytest.raises(WeightsError, match=message):
+        load(folder)
+
+
+def test_code_in_a_pickle_is_not_run(folder):
+    (folder / "model.safetensors").unlink()
+    torch.save({"x": Path}, folder / "pytorch_model.bin")
+    with pytest.raises(WeightsError, match="was not loaded"):
+        load(folder)
+
+
+# --- hub --------------------------------------------------------------------------------------------------------------
+
+
+def test_hub_without_network_or_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(EncoderFilesError, match=r"'google/t5-v1_1-xxl' is neither.*text_encoder/ and tokenizer/"):
+        FrozenT5Embedder("google/t5-v1_1-xxl", cache_dir=str(tmp_path))
+
+
+def test_hub_cache_is_used_without_network(release, embedder, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    repo = tmp_path / "models--someone--t5"
+    shutil.copytree(release, repo / "snapshots" / "abc123")
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("abc123")
+    found = FrozenT5Embedder("someone/t5", max_length=12, cache_dir=str(tmp_path))
+    assert same_weights(found, embedder)
+
+
+@pytest.mark.parametrize(("names", "wanted"), [
+    (["config.json", "spiece.model", "pytorch_model.bin", "tf_model.h5", "README.md"],
+     ["config.json", "pytorch_model.bin", "spiece.model"]),
+    (["model_index.json", "text_encoder/config.json", "text_encoder/model.safetensors.index.json",
+      "text_encoder/model-00001-of-00002.safetensors", "text_encoder/model-00002-of-00002.safetensors",
+      "tokenizer/spiece.model", "tokenizer/added_tokens.json", "transformer/diffusion_pytorch_model.safetensors"],
+     ["text_encoder/config.json", "text_encoder/model-00001-of-00002.safetensors",
+      "text_encoder/model-00002-of-00002.safetensors", "text_encoder/model.safetensors.index.json",
+      "tokenizer/added_tokens.json", "tokenizer/spiece.model"]),
+    (["config.json", "model.safetensors", "pytorch_model.bin", "spiece.model"],
+     ["config.json", "model.safetensors", "spiece.model"]),
+])
+def test_only_what_is_needed_is_downloaded(names, wanted):
+    assert wanted_files(names) == wanted
+
+
+# --- embedder ---------------------------------------------------------------------------------------------------------
+
+
+def test_meta_construction_reads_no_weights(release, embedder, monkeypatch):
+    monkeypatch.setattr(t5_files.T5Files, "read_weights", lambda self: pytest.fail("weights were read"))
+    with torch.device("meta"):
+        empty = load(release)
+    assert all(p.is_meta for p in empty.parameters()) and empty.state_dict().keys() == embedder.state_dict().keys()
+    with pytest.raises(ValueError, match="holds no weights yet"):
+        empty(["a cat"])
+    monkeypatch.undo()
+    empty.load_weights(dtype=torch.float32)
+    assert not any(p.is_meta for p in empty.parameters()) and not empty.training
+    assert not any(p.requires_grad for p in empty.parameters())
+    assert torch.equal(empty(["a cat"]), load(release).float()(["a cat"]))
+
+
+def test_types(release, embedder):
+    assert {p.dtype for p in embedder.parameters()} == {torch.float16}  # the file's own
+    with torch.device("meta"):
+        brain = load(release)
+    brain.load_weights(dtype=torch.bfloat16)
+    assert {p.dtype for p in brain.parameters()} == {torch.bfloat16}
+    out = brain(["a small cat"])
+    assert out.dtype == torch.bfloat16
+    reference = load(release).float()(["a small cat"])
+    assert (out.float() - reference).abs().max() < 0.1 * reference.abs().max()
+
+
+def test_reloading_repairs_changed_weights(release, embedder):
+    other = load(release).float()
+    with torch.no_grad():
+        other.transformer.shared.weight.zero_()
+    other.load_weights()
+    assert other.transformer.shared.weight.dtype == torch.float32
+    assert torch.equal(other.transformer.shared.weight, embedder.transformer.shared.weight.float())
+
+
+def test_inf_in_the_embedding_is_an_error(release):
+    broken = load(release).float()
+    broken.transformer.encoder.final_layer_norm.weight = torch.nn.Parameter(torch.full((32,), torch.inf))
+    with pytest.raises(NonFiniteEmbeddingError, match="bf16"):
+        broken(["a cat"])
+
+
+def test_truncation_is_told(embedder):
+    long = "A small red boat drifts across a quiet lake."
+    tokens = embedder.tokenize(["A cat.", long, ""])
+    assert tokens.ids.shape == (3, 12) and tokens.ids.dtype == torch.int64
+    assert tokens.truncated[0] == tokens.truncated[2] == ""
+    assert tokens.truncated[1] and long.endswith(tokens.truncated[1].strip())
+    assert tokens.ids[1, -1] == 1 and tokens.ids[2].tolist() == [1] + [0] * 11
+
+
+def test_exact_fit_is_not_truncated(embedder):
+    text = "a a a a"
+    count = len(embedder.tokenizer(text).input_ids)
+    fitting, short = (FrozenT5Embedder(str(embedder.files.tokenizer), max_length=k) for k in (count, count - 1))
+    assert fitting.tokenize([text]).truncated == [""] and fitting.tokenize([text]).ids.shape == (1, count)
+    assert short.tokenize([text]).truncated != [""] and short.tokenize([text]).ids[0, -1] == 1
+
+
+def test_one_string_is_one_text(embedder):
+    assert torch.equal(embedder("a cat"), embedder(["a cat"]))
+
+
+def test_blocks_are_the_encoders_in_order(embedder):
+    seen = []
+    handles = [block.register_forward_hook(lambda *_, k=k: seen.append(k)) for k, block in enumerate(embedder.blocks())]
+    embedder(["a cat"])
+    for handle in handles:
+        handle.remove()
+    assert seen == [0, 1]
+
+
+def test_frozen_by_default_trainable_on_request(release):
+    assert not load(release).train().training and not load(release)(["a cat"]).requires_grad
+    free = load(release, freeze=False).float()
+    assert free(["a cat"]).requires_grad
+
+
+def test_bad_length(release):
+    with pytest.raises(ValueError, match="max_length must be at least 1"):
+        FrozenT5Embedder(str(release), max_length=0)
+
+
+def test_no_warnings(release, caplog):
+    with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
+        warnings.simplefilter("error")
+        load(release)(["a cat"])
+    assert not caplog.records
