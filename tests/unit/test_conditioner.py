@@ -193,6 +193,26 @@ def test_diffusers_layout(folder, embedder, tmp_path):
     assert same_weights(load(tmp_path / "repo"), embedder)
 
 
+def test_tokenizer_files_of_the_release(folder, embedder):
+    """The release's folder also lists T5's 100 sentinel tokens, in three files; nothing changes by that."""
+    sentinels = {f"<extra_id_{k}>": 459 - k for k in range(100)}
+    special = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    special["additional_special_tokens"] = list(sentinels)
+    flags = {"lstrip": True, "normalized": False, "rstrip": True, "single_word": False, "special": True}
+    plain = {**flags, "lstrip": False, "rstrip": False}
+    decoder = {str(k): {"content": token, **plain} for k, token in enumerate(("<pad>", "</s>", "<unk>"))}
+    decoder |= {str(k): {"content": token, **flags} for token, k in sentinels.items()}
+    config = {**special, "added_tokens_decoder": decoder, "extra_ids": 100, "legacy": True, "model_max_length": 512,
+              "clean_up_tokenization_spaces": True, "sp_model_kwargs": {}, "tokenizer_class": "T5Tokenizer"}
+    for name, content in (("added_tokens.json", sentinels), ("special_tokens_map.json", special),
+                          ("tokenizer_config.json", config)):
+        (folder / name).write_text(json.dumps(content))
+    shard(folder)
+    assert len(list(folder.iterdir())) == 8
+    texts = ["A small red boat.", "", "  two   spaces ", "end <extra_id_0>", "left </s> right <pad>", "a cat " * 20]
+    assert torch.equal(load(folder).tokenize(texts).ids, embedder.tokenize(texts).ids)
+
+
 def test_pickled_weights(folder, embedder):
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()

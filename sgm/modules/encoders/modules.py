@@ -72,11 +72,9 @@ class FrozenT5Embedder(AbstractEmbModel):
         super().__init__()
         if max_length < 1:
             raise ValueError(f"max_length must be at least 1 (226 for CogVideoX), not {max_length}.")
-        from transformers import T5Tokenizer  # seconds to import
-
         self.max_length = max_length
         self.files = t5_files.resolve(str(model_dir), cache_dir)
-        self.tokenizer = T5Tokenizer.from_pretrained(str(self.files.tokenizer), local_files_only=True)
+        self.tokenizer = _tokenizer(self.files)
         self.transformer = _build_encoder(self.files)
         self.frozen = freeze
         if freeze:
@@ -165,6 +163,15 @@ class FrozenT5Embedder(AbstractEmbModel):
     def forward(self, texts: str | Sequence[str]) -> Tensor:
         """Same as `encode`."""
         return self.encode(texts)
+
+
+def _tokenizer(files: t5_files.T5Files) -> Any:
+    """The sentencepiece tokenizer; T5's own class, since the automatic choice fails on the release's folder."""
+    from transformers import T5Tokenizer  # seconds to import
+
+    # `legacy`: of the two ways that transformers 4 has around special tokens, the original's (and transformers 5's).
+    options = {"legacy": True, "clean_up_tokenization_spaces": False}
+    return T5Tokenizer.from_pretrained(str(files.tokenizer), local_files_only=True, **options)
 
 
 def _build_encoder(files: t5_files.T5Files) -> Any:

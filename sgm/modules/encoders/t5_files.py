@@ -130,7 +130,8 @@ def _from_hub(repo: str, cache_dir: str | None) -> Path:
     from huggingface_hub import HfApi, snapshot_download
 
     try:
-        names = wanted_files(HfApi().list_repo_files(repo))
+        listing = HfApi().model_info(repo, timeout=20).siblings or []
+        names = wanted_files([file.rfilename for file in listing])
         return Path(snapshot_download(repo, cache_dir=cache_dir, allow_patterns=names))
     except Exception as error:  # the hub's HTTP library, which its versions choose, has errors of its own
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -143,7 +144,7 @@ def _from_hub(repo: str, cache_dir: str | None) -> Path:
 def _complete_snapshot(repo: str, cache_dir: str | None) -> Path | None:
     """The cached snapshot, if it has every file; no network."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.utils import LocalEntryNotFoundError
 
     try:
         snapshot = Path(snapshot_download(repo, cache_dir=cache_dir, local_files_only=True))
