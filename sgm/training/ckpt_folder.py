@@ -122,13 +122,22 @@ def restore_replaced(place: Path) -> None:
 
 
 def publish(run: Path, staging: Path, iteration: int) -> Path:
-    """Move what is staged to its places: `ema` and `merged` where there are such, then `main`, whose name counts."""
-    place = run / str(iteration)
-    _take_place(staging / "ema", run / f"{iteration}-ema")
-    if (staging / MERGED).is_dir():
-        (run / MERGED).mkdir(exist_ok=True)
-    _take_place(staging / MERGED, run / MERGED / str(iteration))
-    _take_place(staging / "main", place)
+    """Move what is staged to its places: `ema` and `merged` where there are such, then `main`, whose name counts.
+
+    If a move fails, those before it are undone.
+    """
+    place, averaged, merged = run / str(iteration), run / f"{iteration}-ema", run / MERGED / str(iteration)
+    new = [target for target in (averaged, merged) if not target.exists()]
+    try:
+        for source, target in ((staging / "ema", averaged), (staging / MERGED, merged), (staging / "main", place)):
+            _take_place(source, target)
+    except OSError:
+        if (staging / "main").exists():
+            for target in (averaged, merged):
+                if target in new or _aside(target).exists():
+                    remove(target)
+        settle(run)
+        raise
     staging.rmdir()
     settle(run)
     return place
@@ -145,13 +154,19 @@ def announce(run: Path, iteration: int, model_class: str, parts: int) -> None:
 
 def _take_place(source: Path, target: Path) -> None:
     """Rename `source` to `target`; an earlier `target` goes, also where there is no `source`."""
+    aside = _aside(target)
     if target.exists():
-        target.rename(target.with_name(_REPLACED + target.name))
+        target.rename(aside)
     if source.is_dir():
+        target.parent.mkdir(exist_ok=True)
         source.rename(target)
         sync_folder(target.parent)
-    else:
-        remove(target.with_name(_REPLACED + target.name))
+    elif aside.exists():
+        remove(aside)
+
+
+def _aside(target: Path) -> Path:
+    return target.with_name(_REPLACED + target.name)
 
 
 def prune(run: Path, keep_last: int, newest: int) -> None:

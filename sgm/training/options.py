@@ -17,7 +17,7 @@ RECOMMENDED_LR = {"full": 1e-5, "lora": 1e-3}
 
 # What may change between a run and its continuation: it decides when things are written, not what is learnt.
 RESUME_MAY_CHANGE = frozenset(
-    """resume save save_interval keep_last log_interval eval_interval eval_iters eval_batch_size strict_eval
+    """resume save save_interval keep_last lora_only save_merged save_frozen log_interval eval_interval eval_iters eval_batch_size strict_eval
     only_log_video_latents log_image num_workers prefetch_factor exit_interval device max_skipped_steps no_load_rng
     checkpoint_activations""".split()
 )
@@ -45,7 +45,9 @@ class TrainArgs:
     save: str | None = option(None, "folder for runs; nothing is saved without it")
     save_interval: int | None = option(None, "iterations between checkpoints; the last one is always saved", at_least=1)
     keep_last: int | None = option(None, "how many checkpoints to keep; default: all", at_least=1)
-    lora_only: bool = option(False, "save the adapter alone (a small file) instead of a whole SAT checkpoint")
+    lora_only: bool = option(False, "LoRA: save the adapter alone (a small file) instead of a whole network")
+    save_merged: bool = option(False, "LoRA: also save the network with the adapter folded in, under merged/")
+    save_frozen: bool = option(False, "save text encoder and VAE as well, as the original does (10 GB more at 2B)")
     log_interval: int = option(50, "iterations between progress lines", at_least=1)
     train_data: list[str] = option([], "training folders, each with videos/ and labels/")
     train_data_weights: list[float] | None = option(None, "share of each training folder; default: its size")
@@ -148,8 +150,9 @@ def training_advice(args: TrainArgs, model: Mapping[str, Any], lr: float) -> lis
             f"{schedule.hold_rate:.0%} of the learning rate as in the original; for a short run --set "
             "args.auto_warmup_steps=0"
         )
-    if args.lora_only and kind == "full":
-        advice.append("warning: args.lora_only has no effect: this run trains all of the network")
+    idle = [name for name in ("lora_only", "save_merged") if getattr(args, name) and kind == "full"]
+    if idle:
+        advice.append(f"warning: args.{' and args.'.join(idle)} without effect: this run trains the network, no adapter")
     if not args.save:
         advice.append("warning: args.save is not set: this run keeps nothing")
     return advice

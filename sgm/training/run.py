@@ -24,14 +24,14 @@ from sgm.data.loader import create_loader
 from sgm.distributed import DistInfo
 from sgm.inference.preflight import check_paths, placeholders_in
 from sgm.models.diffusion import SATVideoDiffusionEngine
-from sgm.training.checkpoint import find_resume
+from sgm.training.checkpoint import find_resume, resume_hash
 from sgm.training.deepspeed_setup import DeepSpeedPlan, plan_deepspeed, start_engine
 from sgm.training.evaluate import Evaluation, evaluation_batches
 from sgm.training.faults import SkipGuard, TrainingStopped, out_of_memory_advice
 from sgm.training.memory import MemoryNeeds, free_memory
 from sgm.training.metrics import RunLog
 from sgm.training.optimizer import count, parameter_groups
-from sgm.training.options import RESUME_MAY_CHANGE, TrainArgs, training_advice, trains_lora
+from sgm.training.options import TrainArgs, training_advice, trains_lora
 from sgm.training.saver import Saver, resume
 from sgm.training.schedule import LearningRate
 from sgm.training.setup import (
@@ -112,7 +112,7 @@ def _prepare(
     log = stack.enter_context(RunLog(folder, args.train_iters, sys.stdout if info.rank == 0 else None))
     trainer = Trainer(ds_engine, loader, schedule, args, log, SkipGuard(args.max_skipped_steps))
     trainer.dtype, trainer.clipping = plan.dtype, plan.clipping
-    trainer.saver = Saver(folder, config, args.lora_only and trains_lora(config.model)) if folder else None
+    trainer.saver = Saver(folder, config, trains_lora(config.model)) if folder else None
     trainer.evaluation = _evaluation(config, plan, valid_sets, folder)
     seed_all(args.seed + distributed.data_parallel_rank())
     if found:
@@ -146,11 +146,6 @@ def _check_places(config: RunConfig[TrainArgs]) -> None:
         raise ConfigError(
             "\n".join([*problems, "A data folder holds videos/NAME.mp4 and labels/NAME.txt (README, 'Fine-tuning')."])
         )
-
-
-def resume_hash(config: RunConfig[TrainArgs]) -> str:
-    """Identity of what a run learns: equal for a run and its continuation."""
-    return config.hash(("args", "model", "data", "deepspeed"), ignore=RESUME_MAY_CHANGE)
 
 
 def _find_resume(config: RunConfig[TrainArgs], say: Callable[..., None]) -> Path | None:
@@ -308,4 +303,4 @@ def exit_quietly(code: int) -> None:
     sys.exit(code)
 
 
-__all__ = ["exit_quietly", "from_first", "resume_hash", "seed_all", "train"]
+__all__ = ["exit_quietly", "from_first", "seed_all", "train"]

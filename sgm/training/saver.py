@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sgm.config import RunConfig
-from sgm.training.checkpoint import capture_rng, load_state, restore_rng, save_checkpoint
+from sgm.training.checkpoint import load_state, save_checkpoint
 from sgm.training.options import TrainArgs
 from sgm.training.partitions import (
     ema_state,
@@ -17,7 +17,7 @@ from sgm.training.partitions import (
     optimizer_state,
     scaler_state,
 )
-from sgm.training.state import TrainState
+from sgm.training.state import TrainState, capture_rng, restore_rng
 
 if TYPE_CHECKING:
     from sgm.training.trainer import Trainer
@@ -29,12 +29,12 @@ class Saver:
 
     Attributes:
         folder: run folder, the same on every rank.
-        lora_only: adapter alone in place of a whole SAT checkpoint.
+        lora: the run trains an adapter, which can be saved alone or folded in.
     """
 
     folder: Path
     config: RunConfig[TrainArgs]
-    lora_only: bool
+    lora: bool
 
     def save(self, trainer: Trainer, consumed_samples: int) -> Path:
         """Write a checkpoint; collective. Returns the iteration's folder.
@@ -42,13 +42,16 @@ class Saver:
         Raises:
             CheckpointError: it cannot be written (raised on every rank).
         """
+        args = self.config.args
         return save_checkpoint(
             self.folder,
             trainer.ds_engine,
             snapshot(trainer, consumed_samples),
             config=self.config,
-            lora_only=self.lora_only,
-            keep_last=self.config.args.keep_last,
+            lora_only=self.lora and args.lora_only,
+            keep_last=args.keep_last,
+            full_merged=self.lora and args.save_merged,
+            save_frozen=args.save_frozen,
         )
 
 
@@ -76,7 +79,7 @@ def resume(trainer: Trainer, path: Path) -> None:
         OptimizerStateError: it is of another run set-up.
         ValueError: its data position is of other data.
     """
-    state = load_state(path)
+    state = load_state(path, zero_stage=int(trainer.ds_engine.zero_optimization_stage()))
     load_optimizer_state(trainer.ds_engine, state.optimizer)
     load_ema_state(trainer.ds_engine, state.ema)
     load_scaler_state(trainer.ds_engine, state.scaler)

@@ -56,7 +56,9 @@ def training_step(
 ) -> StepOutcome:
     """Draw the micro-batches of one optimizer step and take it, unless loss or gradient are not finite on some rank.
 
-    `clipping`: largest gradient norm (0: none) where DeepSpeed does not clip, see `DeepSpeedPlan.clipping`. A skipped step leaves weights, optimizer and, unless the gradient overflowed in float16, the loss scale as they
+    `clipping`: largest gradient norm (0: none) where DeepSpeed does not clip, see `DeepSpeedPlan.clipping`.
+
+    A skipped step leaves weights, optimizer and, unless the gradient overflowed in float16, the loss scale as they
     were.
     """
     losses: list[float] = []

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sgm.data.loader import ClipLoader
-from sgm.training.checkpoint import CheckpointError
 from sgm.training.evaluate import Evaluation
 from sgm.training.faults import SkipGuard, StopSignal
 from sgm.training.metrics import RunLog
@@ -15,6 +14,7 @@ from sgm.training.options import TrainArgs
 from sgm.training.partitions import scaler_state
 from sgm.training.saver import Saver
 from sgm.training.schedule import LearningRate
+from sgm.training.state import CheckpointError
 from sgm.training.step import StepOutcome, training_step
 
 

@@ -105,7 +105,7 @@ def _what_lies_in(folder: Path) -> str:
         return "it holds a diffusers model; convert it with tools/convert_weight_hf2sat.py."
     iterations = [n for n in names if _iteration_of(n) is not None]
     if iterations:
-        return f"it has no `latest` file; name one of its iterations ({', '.join(iterations)}) or write one to `latest`."
+        return f"no `latest` file in it; name one of its iterations ({', '.join(iterations)}) or write it to `latest`."
     return f"no `latest` and no mp_rank_00_model_states.pt in it (found: {', '.join(names[:8]) or 'nothing'})."
 
 

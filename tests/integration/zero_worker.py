@@ -1,4 +1,4 @@
-"""Run by test_training_zero.py on several ranks: a toy model through every ZeRO stage; prints one JSON line on rank 0."""
+"""Run by test_training_zero.py on several ranks: a toy model through every ZeRO stage; prints JSON."""
 
 from __future__ import annotations
 

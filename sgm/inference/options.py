@@ -1,0 +1,71 @@
+"""The `args:` section of a sampling run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sgm.config import ConfigError, option
+
+MULTIPLE = 16  # pixels: 8 of the first stage times 2 of the patch
+
+
+@dataclass(frozen=True)
+class SampleArgs:
+    """Options of `sample_video.py`; names and meanings of the original where it has them."""
+
+    mode: str = option("inference", "what the configuration is for", choices=("inference",))
+    load: str | None = option(None, "transformer weights: release folder, iteration folder or file")
+    fp16: bool = option(False, "weights and activations in float16")
+    bf16: bool = option(False, "weights and activations in bfloat16 (default: float32)")
+    device: str | None = option(None, "cpu, cuda or cuda:N; default: the GPU if there is one")
+    seed: int = option(42, "base seed; noise depends on (seed, prompt index, sample index) only", at_least=0)
+    seed_mode: str = option(
+        "sample", "`upstream`: one random stream for the whole run, as the original", choices=("sample", "upstream")
+    )
+    input_type: str = option("txt", "txt: prompts from input_file; cli: ask for them", choices=("txt", "cli"))
+    input_file: str | None = option(None, "one prompt a line; looked for from the current folder, then beside the YAML")
+    prompts: list[str] = option([], "prompts given directly; they replace input_type and input_file")
+    negative_prompt: str = option("", "what to steer away from; empty means zeros in place of an embedding")
+    batch_size: int = option(1, "samples per prompt", at_least=1)
+    max_batch: int = option(4, "samples of a prompt that run together; halved when memory runs out", at_least=1)
+    sampling_num_frames: int = option(13, "latent frames, odd; 13 give 49 pixel frames, 1 gives an image", at_least=1)
+    sampling_image_size: list[int] | None = option(None, "[height, width] in pixels; default: the network's own size")
+    sampling_fps: int = option(8, "frames per second of the written video", at_least=1)
+    num_steps: int | None = option(None, "sampling steps; default: the sampler's setting", at_least=2)
+    guidance_scale: float | None = option(None, "guidance scale; default: the guider's setting")
+    output_dir: str = option("outputs/", "folder for results")
+    only_save_latents: bool = option(False, "write latents instead of videos; decode them later with --decode-latents")
+    decode_latents: str | None = option(None, "decode latents that an earlier run saved: a file, or a folder of them")
+    skip_done: bool = option(False, "leave out samples whose video and JSON are there already")
+    placement: str = option(
+        "stages",
+        "all: every part stays on the device; stages: one at a time; lean: parts are streamed through layer by layer",
+        choices=("all", "stages", "lean"),
+    )
+    lora: list[str] = option([], "adapter checkpoints, PATH or PATH:SCALE")
+    merge_lora: bool = option(False, "fold adapters into the weights before sampling")
+    force_inference: bool = option(False, "accept a transformer file without the computed position table")
+    latent_channels: int | None = option(None, "checked against the network's input channels if given")
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.fp16 and self.bf16:
+            problems.append("args.fp16 and args.bf16 are both true; choose one")
+        if self.sampling_num_frames % 2 == 0:
+            below = self.sampling_num_frames - 1
+            problems.append(
+                f"args.sampling_num_frames is {self.sampling_num_frames} latent frames; the number must be odd "
+                f"(t latent frames decode to 4t-3 frames): choose {below} or {below + 2}"
+            )
+        size = self.sampling_image_size
+        if size is not None and (len(size) != 2 or any(s <= 0 or s % MULTIPLE for s in size)):
+            problems.append(
+                f"args.sampling_image_size is {size}; it must be [height, width], both positive multiples of {MULTIPLE}"
+            )
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+    @property
+    def dtype(self) -> str:
+        """Name of the weights' type: fp16, bf16 or fp32."""
+        return "fp16" if self.fp16 else "bf16" if self.bf16 else "fp32"

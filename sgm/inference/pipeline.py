@@ -1,0 +1,222 @@
+"""Text to video with an engine whose parts are loaded when they are first needed and placed as the run asks.
+
+`TextToVideo` knows tensors, not files of results; `sgm.inference.runner` goes through prompts and writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sgm.config import RunConfig
+from sgm.inference.noise import SampleId, StackedNoise
+from sgm.inference.options import SampleArgs
+from sgm.inference.placement import Placement
+from sgm.inference.writer import to_uint8
+from sgm.models.diffusion import Cond, SATVideoDiffusionEngine
+from sgm.models.loading import Adapter, LoadedNetwork, load_first_stage, load_network, load_text_encoder
+
+_ENCODE_BATCH = 8  # prompts a text-encoder pass
+
+
+class SamplingError(ValueError):
+    """The model cannot give this sample; the message says why and what to change."""
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """Conditioning of one prompt and of its negative (CPU, (1, l, d) each), and the text that did not fit."""
+
+    cond: Cond
+    uncond: Cond
+    cut: str
+
+
+@dataclass
+class WeightFacts:
+    """Which weights a run used, for its records."""
+
+    network: LoadedNetwork | None = None
+    first_stage: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+class TextToVideo:
+    """The engine of a run configuration on one device.
+
+    Latents: (b, t, c, h, w), scaled; frames: uint8 (f, height, width, 3).
+    """
+
+    def __init__(self, config: RunConfig[SampleArgs], device: torch.device):
+        self.args = config.args
+        self.device = device
+        self.placement = Placement(self.args.placement, device)
+        with torch.device("meta"):
+            self.engine = SATVideoDiffusionEngine(**_for_inference(config.model), dtype=self.args.dtype)
+        self.engine.eval().requires_grad_(False)
+        self.facts = WeightFacts()
+        self._loaded: set[str] = set()
+        self._check_channels()
+
+    # --- sizes ----------------------------------------------------------------------------------------------------
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        given = self.args.sampling_image_size
+        network = self.engine.network
+        return (given[0], given[1]) if given else (network.latent_height * 8, network.latent_width * 8)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """(t, c, h, w) of one sample."""
+        height, width = self.image_size
+        return self.args.sampling_num_frames, self.engine.network.out_channels, height // 8, width // 8
+
+    @property
+    def num_steps(self) -> int:
+        return self.args.num_steps or self.engine.sampler.num_steps
+
+    def _check_channels(self) -> None:
+        channels = self.engine.network.in_channels
+        if self.args.latent_channels not in (None, channels):
+            raise SamplingError(f"args.latent_channels is {self.args.latent_channels}, the network takes {channels}.")
+
+    # --- loading --------------------------------------------------------------------------------------------------
+
+    def load(self, part: str) -> None:
+        """Read a part's weights ("conditioner", "network" or "first_stage") unless they are there."""
+        if part in self._loaded:
+            return
+        to = {"device": self.placement.load_device, "dtype": self.engine.dtype}
+        if part == "conditioner":
+            load_text_encoder(self.engine.conditioner, **to)
+        elif part == "first_stage":
+            self.facts.first_stage = load_first_stage(self.engine.first_stage_model, **to)
+            self.engine.first_stage_model.set_low_memory(self.placement.kind == "lean")
+        else:
+            self.facts.network = self._load_network(to)
+            self.facts.notes += self.facts.network.notes
+        self._loaded.add(part)
+
+    def _load_network(self, to: dict[str, Any]) -> LoadedNetwork:
+        if not self.args.load:
+            raise SamplingError("args.load is not set: give the transformer weights (release folder or file).")
+        adapters = [Adapter.parse(text) for text in self.args.lora]
+        return load_network(
+            self.engine.network,
+            self.args.load,
+            allow_absent=self.args.force_inference,
+            adapters=adapters,
+            merge=self.args.merge_lora,
+            **to,
+        )
+
+    def drop_text_encoder(self) -> None:
+        """Free the text encoder when no further prompt will come."""
+        if "conditioner" in self._loaded:
+            self.placement.forget(self.engine.conditioner)
+            self.engine.conditioner.to("meta")
+            self._loaded.discard("conditioner")
+
+    # --- the three stages -----------------------------------------------------------------------------------------
+
+    def encode(self, prompts: Sequence[str], negative: str = "") -> list[EncodedPrompt]:
+        """Conditioning of each prompt, on the CPU.
+
+        Raises:
+            SamplingError: the text encoder gives NaN or infinity.
+        """
+        self.load("conditioner")
+        embedder = self.engine.conditioner.embedders[0]
+        cut = embedder.tokenize(list(prompts)).truncated
+        encoded: list[EncodedPrompt] = []
+        with self.placement.use(self.engine.conditioner, [[block] for block in embedder.blocks()]):
+            for start in range(0, len(prompts), _ENCODE_BATCH):
+                batch = list(prompts[start : start + _ENCODE_BATCH])
+                c, uc = self.engine.condition(batch, [negative] * len(batch))
+                encoded += [EncodedPrompt(_row(c, k), _row(uc, k), cut[start + k]) for k in range(len(batch))]
+        return encoded
+
+    def sample(
+        self,
+        prompt: EncodedPrompt,
+        samples: Sequence[SampleId],
+        steps: Callable[[int], AbstractContextManager[Callable[..., None]]],
+    ) -> Tensor:
+        """Latents (b, t, c, h, w) on the CPU, one per entry of `samples`.
+
+        `steps(total)` gives a context with the sampler's callback. With seed_mode `upstream` the process's global
+        random stream is used, as the original does.
+
+        Raises:
+            SamplingError: the latents are not finite.
+        """
+        self.load("network")
+        noise = None if self.args.seed_mode == "upstream" else StackedNoise(samples)
+        cond = {k: v.expand(len(samples), *v.shape[1:]).to(self.device) for k, v in prompt.cond.items()}
+        uncond = {k: v.expand(len(samples), *v.shape[1:]).to(self.device) for k, v in prompt.uncond.items()}
+        network = self.engine.network
+        with (
+            self.placement.use(self.engine.model, network.streamable_blocks(), pin=True),
+            steps(self.num_steps) as callback,
+        ):
+            latents = self.engine.sample(
+                cond,
+                uncond,
+                batch_size=len(samples),
+                shape=self.latent_shape,
+                noise=noise.start(self.latent_shape) if noise else None,
+                noise_sampler=noise.like if noise else None,
+                num_steps=self.args.num_steps,
+                scale=self.args.guidance_scale,
+                callback=callback,
+            ).cpu()
+        _demand_finite(latents, "latents", self.args.dtype)
+        return latents
+
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """Latents of one sample (t, c, h, w), scaled, to frames (f, height, width, 3).
+
+        Raises:
+            SamplingError: the decoded pixels are not finite.
+        """
+        self.load("first_stage")
+        stage = self.engine.first_stage_model
+        z = latents.to(self.device, torch.float32)[None].transpose(1, 2) / self.engine.scale_factor
+        frames: list[np.ndarray] = []
+        with torch.no_grad(), self.placement.use(stage):
+            for pixels in stage.decode_chunks(z.to(self.engine.dtype)):
+                _demand_finite(pixels, "pixels", self.args.dtype)
+                frames.append(to_uint8(pixels)[0].cpu().numpy())
+        return np.concatenate(frames)
+
+
+def _for_inference(model: dict[str, Any]) -> dict[str, Any]:
+    """The model section with what the original's sampling script sets: no loss, no activation checkpoints, one rank."""
+    model = {k: v for k, v in model.items() if k != "loss_fn_config"}
+    network = dict(model["network_config"])
+    params = dict(network.get("params") or {})
+    transformer = dict(params.get("transformer_args") or {})
+    params["transformer_args"] = transformer | {"checkpoint_activations": False, "model_parallel_size": 1}
+    return model | {"network_config": network | {"params": params | {"defer_lora": True}}}
+
+
+def _row(cond: Cond, k: int) -> Cond:
+    return {name: value[k : k + 1].cpu() for name, value in cond.items()}
+
+
+def _demand_finite(x: Tensor, what: str, dtype: str) -> None:
+    if not bool(torch.isfinite(x).all()):
+        advice = {
+            "fp16": "float16 overflowed; use --set args.fp16=false args.bf16=true, or float32",
+            "bf16": "use float32 (--set args.bf16=false) to see whether the weights are at fault",
+            "fp32": "the weights are damaged or belong to another configuration",
+        }[dtype]
+        raise SamplingError(f"the {what} contain NaN or infinity, so no video was written: {advice}.")

@@ -1,0 +1,107 @@
+"""Before anything heavy: which configuration runs, are its paths edited, do they exist."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sgm.config import ConfigError, merge_yaml
+from sgm.weights.release import HOW_TO_GET
+
+REPO = Path(__file__).resolve().parents[2]
+SHIPPED_T5 = "google/t5-v1_1-xxl"
+_PLACEHOLDER = re.compile(r"\{your_[^}]*\}|^your .* path$")
+HOW_TO_GET_T5 = (
+    "The text encoder is one folder with what text_encoder/ and tokenizer/ of the diffusers release hold (config.json, "
+    "two safetensors shards with their index, spiece.model and three small JSON files)."
+)
+
+
+class PathError(ConfigError):
+    """A path in the configuration is unedited or wrong; the message names each and says how to get the weights."""
+
+
+def weight_paths(model: Mapping[str, Any], load: str | None) -> dict[str, str]:
+    """Place in the YAML -> value, for the three kinds of weights a configuration names."""
+    found = {"args.load": load} if load else {}
+    stage = (model.get("first_stage_config") or {}).get("params") or {}
+    if stage.get("ckpt_path"):
+        found["model.first_stage_config.params.ckpt_path"] = str(stage["ckpt_path"])
+    conditioner = (model.get("conditioner_config") or {}).get("params") or {}
+    for k, embedder in enumerate(conditioner.get("emb_models") or []):
+        folder = ((embedder or {}).get("params") or {}).get("model_dir")
+        if folder:
+            found[f"model.conditioner_config.params.emb_models.{k}.params.model_dir"] = str(folder)
+    return found
+
+
+def unedited(paths: Mapping[str, str]) -> list[str]:
+    """Places that still hold what the shipped file says, including the text encoder's hub name if it is not cached."""
+    return [
+        place
+        for place, value in paths.items()
+        if _PLACEHOLDER.search(value) or (value == SHIPPED_T5 and not Path(value).exists() and not _cached(value))
+    ]
+
+
+def _cached(repository: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(repository, "config.json"), str)
+
+
+def choose_config(default: Path, fallback: Path) -> tuple[Path, str | None]:
+    """(configuration to run when none is named, line that explains a fallback).
+
+    The shipped file with all its placeholders unedited means a first trial: then the demo runs. With some edited it
+    is the user's file, and `check_paths` speaks of the rest.
+    """
+    content = merge_yaml([default])
+    paths = weight_paths(content.get("model") or {}, (content.get("args") or {}).get("load"))
+    if paths and len(unedited(paths)) == len(paths):
+        shown = os.path.relpath(default), os.path.relpath(fallback)
+        return fallback, (
+            f"{shown[0]} still has its placeholder paths, so the bundled demo runs ({shown[1]}). "
+            f"To run CogVideoX-2B, edit these: {', '.join(paths)}."
+        )
+    return default, None
+
+
+def check_paths(model: Mapping[str, Any], load: str | None) -> None:
+    """Demand that every weight path is edited and exists.
+
+    Raises:
+        PathError: naming every offending place.
+    """
+    paths = weight_paths(model, load)
+    left = unedited(paths)
+    problems = [f"{place} is still the placeholder {paths[place]!r}" for place in left]
+    problems += [
+        f"{place}: {value} does not exist"
+        for place, value in paths.items()
+        if place not in left and not Path(value).expanduser().exists() and not _is_hub_name(value)
+    ]
+    if problems:
+        title = f"{len(problems)} weight path{'s' if len(problems) > 1 else ''} to set:"
+        raise PathError("\n".join([title, *(f"  - {p}" for p in problems), HOW_TO_GET, HOW_TO_GET_T5]))
+
+
+def _is_hub_name(value: str) -> bool:
+    """`owner/name` that is no path here: the text encoder may be fetched by such a name."""
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", value)) and not value.startswith(".") and not Path(value).exists() \
+        and not value.endswith((".pt", ".safetensors")) and not Path(value).parent.exists()  # fmt: skip
+
+
+def placeholders_in(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
+    """(place, text) of every placeholder below a configuration node (data paths of training files)."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from placeholders_in(inner, f"{place}.{key}" if place else str(key))
+    elif isinstance(value, list | tuple):
+        for k, inner in enumerate(value):
+            yield from placeholders_in(inner, f"{place}.{k}")
+    elif isinstance(value, str) and _PLACEHOLDER.search(value):
+        yield place, value

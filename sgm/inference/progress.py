@@ -1,0 +1,65 @@
+"""What a person watching sees: a line per stage, one bar over prompts, one over steps (both on standard error)."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from sgm.inference.placement import peak_memory
+
+
+@dataclass
+class StageTimes:
+    """Seconds and peak memory (bytes) by stage name; a stage that runs several times adds up."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_bytes: dict[str, int] = field(default_factory=dict)
+
+    def add(self, name: str, seconds: float, peak: int) -> None:
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        self.peak_bytes[name] = max(self.peak_bytes.get(name, 0), peak)
+
+
+class Progress:
+    """Reports to one process's standard error; silent where `shown` is false (other ranks)."""
+
+    def __init__(self, shown: bool, device: torch.device):
+        self.shown = shown
+        self.device = device
+
+    def line(self, text: str) -> None:
+        if self.shown:
+            from tqdm import tqdm
+
+            tqdm.write(text, file=sys.stderr)
+
+    def bar(self, total: int, title: str, unit: str):
+        from tqdm import tqdm
+
+        return tqdm(total=total, desc=title, unit=unit, disable=not self.shown, file=sys.stderr, dynamic_ncols=True,
+                    leave=False)  # fmt: skip
+
+    @contextmanager
+    def steps(self, total: int) -> Iterator[Callable[..., None]]:
+        """A sampler callback that moves a bar with the estimated time left."""
+        with self.bar(total, "sampling", "step") as bar:
+            yield lambda *_: bar.update(1)
+
+    @contextmanager
+    def stage(self, name: str, times: StageTimes, what: str = "") -> Iterator[None]:
+        """Measures a stage and prints its line when it is over."""
+        cuda = self.device.type == "cuda"
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        start = time.perf_counter()
+        yield
+        if cuda:
+            torch.cuda.synchronize(self.device)
+        seconds, peak = time.perf_counter() - start, peak_memory(self.device)
+        times.add(name, seconds, peak)
+        self.line(f"{name:>8}: {seconds:7.2f} s, peak {peak / 2**30:.2f} GiB" + (f"  ({what})" if what else ""))

@@ -1,0 +1,98 @@
+"""Where prompts come from, and their names on disk."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+_NAME_CHARACTERS = 120  # of the prompt, as the original
+_NAME_BYTES = 200  # file systems allow 255 bytes a name; emoji and CJK text take up to 4 a character
+_UNSAFE = re.compile(r'[\x00-\x1f\x7f\\<>:"|?*]')
+
+
+class PromptError(ValueError):
+    """Prompts cannot be read; the message says where."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt and its index: the line number (from 0) in its file, which names its folder and seeds its noise."""
+
+    index: int
+    text: str
+
+    @property
+    def folder(self) -> str:
+        return f"{self.index}_{safe_name(self.text)}"
+
+
+def safe_name(text: str) -> str:
+    """The original's folder name (spaces to `_`, `/` removed, 120 characters), safe on every file system.
+
+    Plain prompts give the original's name to the letter; control characters, backslashes and characters that Windows
+    forbids go, and the name is cut at 200 bytes.
+    """
+    name = _UNSAFE.sub("", text.strip().replace(" ", "_").replace("/", ""))[:_NAME_CHARACTERS]
+    name = name.encode("utf-8", "ignore")[:_NAME_BYTES].decode("utf-8", "ignore").rstrip(". ")
+    return name or "prompt"
+
+
+def read_prompt_file(path: Path) -> tuple[list[Prompt], int]:
+    """(prompts, number of blank lines left out) of a UTF-8 text file with one prompt a line.
+
+    Raises:
+        PromptError: not UTF-8 (names line and byte), or no prompt in it.
+    """
+    prompts: list[Prompt] = []
+    blank = 0
+    for number, raw in enumerate(path.read_bytes().splitlines()):
+        try:
+            text = raw.decode("utf-8-sig").strip()
+        except UnicodeDecodeError as error:
+            raise PromptError(
+                f"{path}, line {number + 1}: byte {error.start + 1} (0x{raw[error.start]:02x}) is not UTF-8. "
+                "Save the file as UTF-8."
+            ) from error
+        if text:
+            prompts.append(Prompt(number, text))
+        else:
+            blank += 1
+    if not prompts:
+        raise PromptError(f"{path} holds no prompt ({blank} blank lines). Write one prompt a line.")
+    return prompts, blank
+
+
+def find_prompt_file(name: str, config_files: Sequence[Path]) -> Path:
+    """`name` from the current folder, then beside the YAML files, then in a `configs` folder beside them.
+
+    Raises:
+        PromptError: not found; lists the places tried.
+    """
+    folders = [Path(), *(f.resolve().parent for f in reversed(config_files))]
+    tried = [folder / name for folder in folders]
+    for path in tried:
+        if path.is_file():
+            return path
+    raise PromptError(f"no prompt file {name!r}; looked at {', '.join(str(p) for p in dict.fromkeys(tried))}")
+
+
+def share(prompts: Sequence[Prompt], rank: int, world_size: int) -> list[Prompt]:
+    """This process's prompts: line k belongs to rank k % world_size, as in the original."""
+    return [p for p in prompts if p.index % world_size == rank]
+
+
+def ask(read_line: Callable[[], str] | None = None, out=sys.stderr) -> Iterator[Prompt]:
+    """Prompts typed by a person, until end of input (Ctrl-D). Empty answers are asked again."""
+    index = 0
+    while True:
+        print("Prompt (Ctrl-D quits): ", end="", file=out, flush=True)
+        line = read_line() if read_line else sys.stdin.readline()
+        if not line:
+            print(file=out)
+            return
+        if line.strip():
+            yield Prompt(index, line.strip())
+            index += 1

@@ -1,0 +1,277 @@
+"""Goes through the prompts of a run: encode once, then per prompt sample, decode and write."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import sgm
+from sgm.config import ConfigError, RunConfig
+from sgm.inference.noise import SampleId
+from sgm.inference.options import SampleArgs
+from sgm.inference.pipeline import EncodedPrompt, TextToVideo
+from sgm.inference.progress import Progress, StageTimes
+from sgm.inference.prompts import Prompt, ask, find_prompt_file, read_prompt_file, share
+from sgm.inference.writer import (
+    SampleFiles,
+    check_writable,
+    find_latents,
+    latents_digest,
+    read_latents,
+    write_contact_sheet,
+    write_json,
+    write_latents,
+    write_video,
+)
+
+
+@dataclass
+class Runner:
+    """One process's work: `config`, its `pipeline`, where to report, and its place among the processes."""
+
+    config: RunConfig[SampleArgs]
+    pipeline: TextToVideo
+    progress: Progress
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        self.args = self.config.args
+        self.out = Path(self.args.output_dir)
+        self.load_times = StageTimes()
+
+    # --- what to run ----------------------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        """Do what the configuration asks; returns the number of samples written."""
+        check_writable(self.out)
+        if self.args.seed_mode == "upstream":
+            torch.manual_seed(self.args.seed + self.rank)
+        if self.args.decode_latents:
+            return self._decode_saved(Path(self.args.decode_latents))
+        if self.args.input_type == "cli" and not self.args.prompts:
+            return self._converse()
+        return self._run_list(share(self._prompts(), self.rank, self.world_size))
+
+    def _prompts(self) -> list[Prompt]:
+        if self.args.prompts:
+            return [Prompt(k, text.strip()) for k, text in enumerate(self.args.prompts) if text.strip()]
+        if not self.args.input_file:
+            raise ConfigError("args.input_file is not set: name a file with one prompt a line, or give --prompt.")
+        path = find_prompt_file(self.args.input_file, self.config.files)
+        prompts, blank = read_prompt_file(path)
+        self.progress.line(f"{len(prompts)} prompts from {path}" + (f", {blank} blank lines left out" if blank else ""))
+        return prompts
+
+    def _converse(self) -> int:
+        """Ask for prompts; one that fails does not end the session."""
+        if self.world_size > 1:
+            raise ConfigError("input_type cli asks a person and runs in one process; use txt for several processes.")
+        written = 0
+        for prompt in ask():
+            try:
+                written += self._run_prompt(prompt, self._encode([prompt])[0])
+            except (ValueError, torch.OutOfMemoryError) as error:
+                print(f"error: {error}", file=sys.stderr)
+        return written
+
+    def _run_list(self, prompts: Sequence[Prompt]) -> int:
+        todo = [p for p in prompts if self._missing(p)]
+        if len(todo) < len(prompts):
+            self.progress.line(f"{len(prompts) - len(todo)} of {len(prompts)} prompts are done already")
+        if not todo:
+            return 0
+        encoded = self._encode(todo)
+        if self.args.placement != "all":
+            self.pipeline.drop_text_encoder()
+        written = 0
+        with self.progress.bar(len(todo), "prompts", "prompt") as bar:
+            for prompt, conditioning in zip(todo, encoded):
+                written += self._run_prompt(prompt, conditioning)
+                bar.update(1)
+        return written
+
+    # --- one prompt -----------------------------------------------------------------------------------------------
+
+    def files(self, prompt: Prompt, sample: int) -> SampleFiles:
+        return SampleFiles(self.out / prompt.folder / str(sample))
+
+    def _missing(self, prompt: Prompt) -> list[int]:
+        """Samples of a prompt that have to be made."""
+        latents_only = self.args.only_save_latents
+        skip = self.args.skip_done
+        return [k for k in range(self.args.batch_size) if not (skip and self.files(prompt, k).done(latents_only))]
+
+    def _encode(self, prompts: Sequence[Prompt]) -> list[EncodedPrompt]:
+        self._load("conditioner")
+        with self._stage("encode", self.load_times, f"{len(prompts)} prompts"):
+            encoded = self.pipeline.encode([p.text for p in prompts], self.args.negative_prompt)
+        for prompt, conditioning in zip(prompts, encoded):
+            if conditioning.cut:
+                self.progress.line(
+                    f"warning: prompt {prompt.index} is longer than the text encoder reads; left out: "
+                    f"{_shorten(conditioning.cut)!r}"
+                )
+        return encoded
+
+    def _run_prompt(self, prompt: Prompt, conditioning: EncodedPrompt) -> int:
+        self._load("network")
+        missing = self._missing(prompt)
+        size = 1 if self.args.seed_mode == "upstream" else self.args.max_batch
+        while missing:
+            batch = missing[:size]
+            times = StageTimes()
+            try:
+                latents = self._sample(prompt, conditioning, batch, times)
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise
+                size = len(batch) // 2
+                torch.cuda.empty_cache()
+                self.progress.line(f"not enough memory for {len(batch)} samples at once; trying {size}")
+                continue
+            for k, sample in enumerate(batch):
+                self._finish(prompt, sample, latents[k], times)
+            missing = missing[len(batch) :]
+        return self.args.batch_size
+
+    def _sample(self, prompt: Prompt, conditioning: EncodedPrompt, batch: Sequence[int], times: StageTimes) -> Tensor:
+        ids = [SampleId(self.args.seed, prompt.index, k) for k in batch]
+        what = f"{self.pipeline.num_steps} steps, batch {len(batch)}"
+        with self._stage("sample", times, what):
+            return self.pipeline.sample(conditioning, ids, self.progress.steps)
+
+    def _finish(self, prompt: Prompt, sample: int, latents: Tensor, times: StageTimes) -> None:
+        """Decode and write one sample; its record comes last and marks it as done."""
+        files = self.files(prompt, sample)
+        record = self._record(prompt, sample, latents)
+        if self.args.only_save_latents:
+            write_latents(files.latents, latents, record)
+        else:
+            self._write_frames(files, latents, times)
+        write_json(files.record, record | self._measured(times))
+        self.progress.line(f"  {files.latents if self.args.only_save_latents else files.video}")
+
+    def _write_frames(self, files: SampleFiles, latents: Tensor, times: StageTimes) -> None:
+        self._load("first_stage")
+        with self._stage("decode", times):
+            frames = self.pipeline.decode(latents)
+        with self._stage("write", times):
+            write_video(files.video, frames, self.args.sampling_fps)
+            write_contact_sheet(files.sheet, frames)
+
+    def _decode_saved(self, path: Path) -> int:
+        found = find_latents(path)
+        for file in found[self.rank :: self.world_size]:
+            latents, facts = read_latents(file)
+            times = StageTimes()
+            files = SampleFiles(file.parent)
+            self._write_frames(files, latents, times)
+            write_json(files.record, facts | {"decoded_from": file.name} | self._measured(times))
+            self.progress.line(f"  {files.video}")
+        return len(found)
+
+    # --- loading, measuring, recording ----------------------------------------------------------------------------
+
+    def _load(self, part: str) -> None:
+        if part not in self.pipeline._loaded:
+            with self._stage(f"load {part.split('_')[0]}", self.load_times):
+                self.pipeline.load(part)
+            while self.pipeline.facts.notes:
+                self.progress.line(f"note: {self.pipeline.facts.notes.pop(0)}")
+
+    def _stage(self, name: str, times: StageTimes, what: str = ""):
+        return self.progress.stage(name, times, what)
+
+    def _record(self, prompt: Prompt, sample: int, latents: Tensor) -> dict[str, Any]:
+        sampler = self.pipeline.engine.sampler
+        network = self.pipeline.facts.network
+        height, width = self.pipeline.image_size
+        return {
+            "prompt": prompt.text,
+            "negative_prompt": self.args.negative_prompt,
+            "prompt_index": prompt.index,
+            "sample_index": sample,
+            "seed": self.args.seed,
+            "seed_mode": self.args.seed_mode,
+            "sampler": type(sampler).__name__,
+            "num_steps": self.pipeline.num_steps,
+            "guidance": {"guider": type(sampler.guider).__name__, "scale": self._guidance_scale()},
+            "latent_frames": self.args.sampling_num_frames,
+            "size": [height, width],
+            "fps": self.args.sampling_fps,
+            "dtype": self.args.dtype,
+            "latents_sha256": latents_digest(latents),
+            "weights": {
+                "transformer": network.fingerprint if network else None,
+                "transformer_file": network.source if network else None,
+                "adapters": network.adapters if network else [],
+            },
+            "config_files": [str(f) for f in self.config.files],
+            "config_hash": self.config.hash(("model", "args")),
+        }
+
+    def _guidance_scale(self) -> Any:
+        guider = self.pipeline.engine.sampler.guider
+        return self.args.guidance_scale or getattr(guider, "scale", None)
+
+    def _measured(self, times: StageTimes) -> dict[str, Any]:
+        device = self.pipeline.device
+        return {
+            "first_stage_weights": self.pipeline.facts.first_stage,
+            "seconds": {k: round(v, 3) for k, v in {**self.load_times.seconds, **times.seconds}.items()},
+            "peak_memory_bytes": {**self.load_times.peak_bytes, **times.peak_bytes},
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+            "placement": self.args.placement,
+            "versions": versions(),
+        }
+
+
+def versions() -> dict[str, str]:
+    """Versions that can change numbers."""
+    from importlib.metadata import version
+
+    packages = ("torch", "transformers", "SwissArmyTransformer", "safetensors")
+    return {"cogvideox-sat": sgm.__version__, "python": platform.python_version(), **{p: version(p) for p in packages}}
+
+
+def _shorten(text: str, limit: int = 200) -> str:
+    return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"
+
+
+def out_of_memory_advice(placement: str, samples: int) -> str:
+    """What to change when a GPU is too small."""
+    smaller = {"all": "--placement stages (one part on the GPU at a time) or lean", "stages": "--placement lean"}
+    advice = [smaller[placement]] if placement in smaller else []
+    advice += ["--max-batch 1"] if samples > 1 else []
+    advice += ["fewer latent frames (--set args.sampling_num_frames=9)", "a smaller --image-size"]
+    return f"the GPU ran out of memory with --placement {placement}. Try " + "; ".join(advice) + "."
+
+
+def describe(config: RunConfig[SampleArgs], pipeline: TextToVideo, prompts: Iterable[Prompt] | None = None) -> str:
+    """The plan that --dry-run prints: sizes, steps, devices and what each part needs."""
+    height, width = pipeline.image_size
+    t = config.args.sampling_num_frames
+    sizes = {name: _bytes_of(module) for name, module in pipeline.engine.named_children()
+             if name in ("conditioner", "model", "first_stage_model")}  # fmt: skip
+    lines = [
+        f"device {pipeline.device}, {config.args.dtype}, placement {config.args.placement}",
+        f"{4 * t - 3} frames of {width}x{height} ({t} latent frames), {pipeline.num_steps} steps, "
+        f"{config.args.batch_size} sample(s) a prompt",
+        *(f"weights of {name}: {size / 2**30:.2f} GiB" for name, size in sizes.items()),
+    ]
+    if prompts is not None:
+        lines += [f"prompt {p.index}: {_shorten(p.text, 100)}" for p in prompts]
+    return "\n".join(lines)
+
+
+def _bytes_of(module: torch.nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+

@@ -1,0 +1,171 @@
+"""Files of a sample: mp4, JSON beside it, PNG contact sheet, latents. A file appears complete or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class OutputError(ValueError):
+    """A result cannot be written; the message says where and why."""
+
+
+@dataclass(frozen=True)
+class SampleFiles:
+    """The original's layout: `OUT/{index}_{prompt}/{sample}/000000.mp4`, and what we put beside it."""
+
+    folder: Path
+
+    @property
+    def video(self) -> Path:
+        return self.folder / "000000.mp4"
+
+    @property
+    def record(self) -> Path:
+        return self.folder / "000000.json"
+
+    @property
+    def sheet(self) -> Path:
+        return self.folder / "000000.png"
+
+    @property
+    def latents(self) -> Path:
+        return self.folder / "latents.safetensors"
+
+    def done(self, latents_only: bool) -> bool:
+        """Whether the results are there (the record is written last)."""
+        return self.record.is_file() and (self.latents if latents_only else self.video).is_file()
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` (same suffix) that becomes `path` if the block succeeds and vanishes otherwise."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=".partial-", suffix=path.suffix, dir=path.parent)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}. Choose another --output-dir.") from error
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def check_writable(folder: Path) -> None:
+    """Fail before an hour of sampling, not after it.
+
+    Raises:
+        OutputError: the folder cannot be made or written to.
+    """
+    with replacing(folder / ".write-test") as temporary:
+        temporary.write_text("")
+    (folder / ".write-test").unlink()
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Pixels (b, 3, f, h, w) in [-1, 1] to uint8 (b, f, h, w, 3): clamp((x+1)/2, 0, 1) * 255, truncated as the
+    original does."""
+    scaled = ((x.float() + 1.0) / 2.0).clamp_(0.0, 1.0).mul_(255.0)
+    return scaled.to(torch.uint8).permute(0, 2, 3, 4, 1).contiguous()
+
+
+def write_video(path: Path, frames: np.ndarray, fps: int) -> None:
+    """H.264 mp4 of uint8 frames (f, h, w, 3), h and w even.
+
+    Raises:
+        OutputError: the folder or the encoder refuses.
+    """
+    import imageio.v2 as imageio
+
+    with replacing(path) as temporary:
+        try:
+            with imageio.get_writer(temporary, fps=fps, codec="libx264", quality=8, macro_block_size=2) as writer:
+                for frame in frames:
+                    writer.append_data(frame)
+        except (OSError, RuntimeError) as error:
+            raise OutputError(f"cannot encode {path}: {error}") from error
+
+
+def write_contact_sheet(path: Path, frames: np.ndarray, count: int = 8, columns: int = 4, width: int = 240) -> None:
+    """PNG with up to `count` evenly spaced frames of (f, h, w, 3) in rows of `columns`, each at most `width` wide."""
+    from PIL import Image
+
+    picked = frames[np.unique(np.linspace(0, len(frames) - 1, min(count, len(frames))).round().astype(int))]
+    height_in, width_in = frames.shape[1:3]
+    scale = min(1.0, width / width_in)
+    cell = (max(1, round(width_in * scale)), max(1, round(height_in * scale)))
+    columns = min(columns, len(picked))
+    sheet = Image.new("RGB", (columns * cell[0], math.ceil(len(picked) / columns) * cell[1]))
+    for k, frame in enumerate(picked):
+        sheet.paste(Image.fromarray(frame).resize(cell), ((k % columns) * cell[0], (k // columns) * cell[1]))
+    with replacing(path) as temporary:
+        sheet.save(temporary)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_latents(path: Path, latents: Tensor, facts: Mapping[str, Any]) -> None:
+    """Scaled latents (t, c, h, w) of one sample; `facts` go into the header as JSON text."""
+    from safetensors.torch import save_file
+
+    with replacing(path) as temporary:
+        save_file({"latents": latents.cpu().contiguous()}, str(temporary), {"facts": json.dumps(facts)})
+
+
+def read_latents(path: Path) -> tuple[Tensor, dict[str, Any]]:
+    """(scaled latents (t, c, h, w), facts) that `write_latents` stored.
+
+    Raises:
+        OutputError: not such a file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor("latents"), json.loads((file.metadata() or {}).get("facts", "{}"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise OutputError(f"{path} holds no saved latents: {error}") from error
+
+
+def latents_digest(latents: Tensor) -> str:
+    """SHA-256 (16 hex digits) of latents as float32 bytes; equal seeds give equal digests."""
+    return hashlib.sha256(latents.detach().cpu().float().contiguous().numpy().tobytes()).hexdigest()[:16]
+
+
+def find_latents(path: Path) -> Sequence[Path]:
+    """Latent files named by `path`: itself, or all below the folder.
+
+    Raises:
+        OutputError: none.
+    """
+    found = [path] if path.is_file() else sorted(path.rglob("latents.safetensors"))
+    if not found:
+        raise OutputError(f"no latents.safetensors at or below {path}; save some with --only-save-latents.")
+    return found

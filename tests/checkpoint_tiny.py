@@ -1,0 +1,90 @@
+"""A toy engine, its state and its configuration, for the checkpoint tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from sgm.config import RunConfig
+from sgm.training.optimizer import FusedEmaAdam
+from sgm.training.partitions import ema_state, load_ema_state, load_optimizer_state, optimizer_state
+from sgm.training.state import TrainState, capture_rng
+
+
+@dataclass(frozen=True)
+class Args:
+    experiment_name: str = "toy"
+    seed: int = 1
+    load: str | None = None
+    train_iters: int = 10
+    epochs: int | None = None
+    save: str = "runs"
+    keep_last: int | None = None
+
+
+def configuration(**args: Any) -> RunConfig[Args]:
+    return RunConfig(Args(**args), {"scale_factor": 1.0}, None, {"zero_optimization": {"stage": 0}}, {}, (), ())
+
+
+class ToyEngine(nn.Module):
+    """The parts and names of the real engine."""
+
+    def __init__(self, seed: int = 0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.model = nn.Module()
+        self.model.diffusion_model = nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), nn.Linear(5, 3))
+        self.model.diffusion_model.register_buffer("table", torch.arange(4.0))
+        self.conditioner = nn.Linear(2, 2).requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.model.diffusion_model(x) - x).square().mean()
+
+
+def toy_run(seed: int = 0) -> Any:
+    """What `sgm.training.partitions` needs of a DeepSpeed engine, without DeepSpeed: stage 0 in float32."""
+    module = ToyEngine(seed)
+    optimizer = FusedEmaAdam([p for p in module.parameters() if p.requires_grad], lr=0.01)
+    return SimpleNamespace(
+        module=module, optimizer=optimizer, basic_optimizer=optimizer, zero_optimization_stage=lambda: 0,
+        dp_world_size=1, global_steps=0, global_samples=0, micro_steps=0, skipped_steps=0,
+    )  # fmt: skip
+
+
+def step(run: Any) -> float:
+    """One optimizer step on a random batch."""
+    loss = run.module(torch.randn(4, 3))
+    loss.backward()
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    run.global_steps += 1
+    return loss.item()
+
+
+def state_of(run: Any, iteration: int) -> TrainState:
+    return TrainState(
+        iteration=iteration,
+        consumed_samples=4 * iteration,
+        sampler={"epoch": 1, "position": iteration, "weights": [0.5, 0.5]},
+        schedule={"steps": iteration},
+        scaler=None,
+        skipped_steps=0,
+        optimizer=optimizer_state(run),
+        ema=ema_state(run),
+        rng=capture_rng(),
+    )
+
+
+def put_back(run: Any, state: TrainState) -> None:
+    load_optimizer_state(run, state.optimizer)
+    load_ema_state(run, state.ema)
+
+
+def leftovers(folder: Path) -> list[str]:
+    """Unfinished or displaced files and folders."""
+    return sorted(str(p) for p in folder.rglob("*") if p.name.startswith((".partial-", ".replaced-")))

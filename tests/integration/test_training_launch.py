@@ -1,0 +1,164 @@
+"""Training as it is started: command line, several processes, two nodes, no compiler, signals, a dying rank."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.training_tiny import (
+    REPO,
+    command,
+    configuration,
+    environment,
+    train,
+    write_clips,
+    write_release,
+    write_yaml,
+)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> tuple[Path, Path]:
+    """(release folder, data folder)"""
+    root = tmp_path_factory.mktemp("tiny")
+    return write_release(root / "release"), write_clips(root / "clips", 4)
+
+
+@pytest.fixture
+def config(tiny, tmp_path):
+    """Writes a configuration that saves under `tmp_path / "save"`."""
+
+    def write(lora: int | None = None, stage: int = 0, **args) -> Path:
+        content = configuration(*tiny, tmp_path / "save", lora=lora, **args)
+        content["deepspeed"]["zero_optimization"]["stage"] = stage
+        return write_yaml(tmp_path / "config.yaml", content)
+
+    return write
+
+
+def losses(folder: Path) -> list[float]:
+    (found,) = folder.glob("tiny-*")
+    lines = [json.loads(line) for line in (found / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if line["kind"] == "train"]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_two_ranks_stop_and_resume_exactly(config, tmp_path):
+    path = config(lora=4, stage=2)
+    done = train(path, "--set", f"args.save={tmp_path}/whole", ranks=2, port=free_port())
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("iteration 4/4") == 1  # one rank speaks
+    for arguments in (["--set", "args.exit_interval=3"], ["--resume"]):
+        done = train(path, *arguments, ranks=2, port=free_port())
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert "at iteration 3" in done.stdout
+    assert losses(tmp_path / "save") == losses(tmp_path / "whole")
+
+
+def test_tensor_parallel_run_equals_one_process(config, tmp_path):
+    path = config(train_iters=2)
+    for name, ranks in (("one", 1), ("two", 2)):
+        overrides = [f"args.save={tmp_path}/{name}", f"args.model_parallel_size={ranks}"]
+        done = train(path, *(word for text in overrides for word in ("--set", text)), ranks=ranks, port=free_port())
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+
+
+def test_two_nodes_without_a_compiler(config, tmp_path):
+    """finetune.sh twice with NNODES=2, on a PATH that has no C++ compiler."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("bash", "dirname", "env", "uname", "cat", "ls", "which"):
+        found = next(p for p in (Path("/usr/bin", name), Path("/bin", name)) if p.exists())
+        (tools / name).symlink_to(found)
+    port = free_port()
+    shared = dict(PATH=str(tools), PYTHON=sys.executable, NNODES="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    path = config(lora=4, stage=1, train_iters=2)
+    nodes = [
+        subprocess.Popen(
+            ["/bin/bash", str(REPO / "finetune.sh"), str(path)], env=environment(**shared, NODE_RANK=str(node)),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path,
+        )  # fmt: skip
+        for node in (0, 1)
+    ]
+    outputs = [node.communicate(timeout=240)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
+    assert "2 processes" in outputs[0] and len(losses(tmp_path / "save")) == 2
+
+
+def wait_for(text: str, process: subprocess.Popen, log: Path, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while text not in log.read_text():
+        assert process.poll() is None and time.monotonic() < end, log.read_text()[-3000:]
+        time.sleep(0.1)
+
+
+def children(pid: int) -> list[int]:
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(p) for p in found if b"train_video" in Path(f"/proc/{p}/cmdline").read_bytes()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads /proc for the ranks' process ids")
+def test_a_dying_rank_ends_the_job(config, tmp_path):
+    log = tmp_path / "log.txt"
+    with log.open("w") as out:
+        launch = command(config(train_iters=100_000), ranks=2, port=free_port())
+        job = subprocess.Popen(launch, env=environment(), stdout=out, stderr=out, cwd=REPO)
+    try:
+        wait_for("iteration 2/", job, log)
+        victim = children(job.pid)[-1]
+        os.kill(victim, signal.SIGKILL)
+        assert job.wait(timeout=60) != 0
+    finally:
+        if job.poll() is None:
+            job.terminate()
+            job.wait(timeout=60)
+
+
+def test_sigterm_saves_and_leaves(config, tmp_path):
+    log = tmp_path / "log.txt"
+    with log.open("w") as out:
+        job = subprocess.Popen(command(config(train_iters=100_000)), env=environment(), stdout=out, stderr=out, cwd=REPO)
+    try:
+        wait_for("iteration 2/", job, log)
+        job.terminate()
+        assert job.wait(timeout=60) == 128 + signal.SIGTERM
+    finally:
+        if job.poll() is None:
+            job.kill()
+    assert "SIGTERM: saving at iteration" in log.read_text()
+    (folder,) = (tmp_path / "save").iterdir()
+    last = int((folder / "latest").read_text())
+    assert last >= 2 and (folder / str(last) / "mp_rank_00_model_states.pt").is_file()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--set", "args.trian_iters=3"], "did you mean `train_iters`?"),
+        (["--set", "deepspeed.fp16.enabled=true"], "--set deepspeed.bf16.enabled=true"),
+        (["--resume", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_errors_are_one_message_and_exit_code_2(config, arguments, message):
+    done = train(config(), *arguments)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_help_is_quick_and_whole():
+    done = subprocess.run(command("--help"), capture_output=True, text=True, timeout=30, cwd=REPO)
+    assert done.returncode == 0
+    assert all(flag in done.stdout for flag in ("--base", "--set", "--dry-run", "--resume", "--device", "--seed"))

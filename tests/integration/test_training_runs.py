@@ -1,0 +1,220 @@
+"""Whole training runs of a tiny model in this process: learning, evaluation, refusals, what is written."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from sgm.config import load_run_config
+from sgm.data.report import DatasetError
+from sgm.training import trainer
+from sgm.training.faults import TrainingStopped
+from sgm.training.options import TrainArgs
+from sgm.training.run import train
+from sgm.weights import read_checkpoint
+from sgm.weights.release import read_transformer
+from tests.training_tiny import configuration, write_clips, write_release, write_yaml
+
+EVERYWHERE = {"targets": ["attention", "mlp", "adaln"]}
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory) -> Path:
+    return write_release(tmp_path_factory.mktemp("release"))
+
+
+@pytest.fixture(scope="module")
+def one_clip(tmp_path_factory) -> Path:
+    return write_clips(tmp_path_factory.mktemp("one"), 1)
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory) -> Path:
+    return write_clips(tmp_path_factory.mktemp("four"), 4)
+
+
+def run(content: dict, folder: Path, *overrides: str) -> Path:
+    """Train in this process; the run's folder."""
+    path = write_yaml(folder / "config.yaml", content)
+    assert train(load_run_config([path], TrainArgs, overrides=overrides)) == 0
+    (found,) = (folder / "save").iterdir()
+    return found
+
+
+def records(folder: Path, kind: str) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def evaluated(release: Path, clips: Path, folder: Path, lora: int | None, **args) -> dict:
+    """A configuration that evaluates at its end: 8 batches, and a sample's latents."""
+    iterations = args["train_iters"]
+    content = configuration(
+        release, clips, folder / "save", lora=lora, valid_data=[str(clips)], eval_iters=8, eval_interval=iterations,
+        only_log_video_latents=True, log_image=True, lr_decay_style="constant", warmup=0.0, **args,
+    )  # fmt: skip
+    if lora:
+        content["model"]["network_config"]["params"]["modules"]["lora_config"]["params"] |= EVERYWHERE
+    return content
+
+
+def sample_of(folder: Path, iteration: int) -> torch.Tensor:
+    path = folder / "video" / "latents" / f"latents_gs-{iteration:06d}" / "latent.pt"
+    return torch.load(path, weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def untrained(release, one_clip, tmp_path_factory) -> Path:
+    """A run at learning rate 0."""
+    folder = tmp_path_factory.mktemp("untrained")
+    content = evaluated(release, one_clip, folder, None, train_iters=2)
+    return run(content, folder, "deepspeed.optimizer.params.lr=0")
+
+
+def test_learning_rate_0_changes_nothing(untrained, release):
+    before = read_transformer(release / "transformer").network
+    after = read_transformer(untrained).network
+    for name, value in before.items():
+        assert torch.equal(after[name], value), name
+
+
+@pytest.mark.parametrize("lora, rate, iterations", [(None, 5e-3, 80), (16, 2e-2, 130)])
+def test_one_clip_is_learnt_by_heart(untrained, release, one_clip, tmp_path, lora, rate, iterations):
+    content = evaluated(release, one_clip, tmp_path, lora, train_iters=iterations)
+    folder = run(content, tmp_path, f"deepspeed.optimizer.params.lr={rate}", "deepspeed.gradient_clipping=0")
+    before, after = records(untrained, "valid")[-1]["loss"], records(folder, "valid")[-1]["loss"]
+    assert after < before / 2  # same clip, noise and timesteps
+    assert not torch.allclose(sample_of(folder, iterations), sample_of(untrained, 2), atol=0.1)
+
+
+def test_a_run_writes_the_originals_layout(release, clips, tmp_path):
+    content = configuration(
+        release, clips, tmp_path / "save", valid_data=[str(clips)], eval_iters=1, eval_interval=2, log_image=True,
+        save_interval=2, experiment_name="my-run",
+    )  # fmt: skip
+    folder = run(content, tmp_path)
+    assert folder.name.startswith("my-run-") and len(folder.name.split("-")) == 6
+    for name in ("inputs", "reconstructions", "samples"):
+        assert (folder / "video" / f"{name}_gs-000002" / "000000.mp4").stat().st_size > 0
+    assert (folder / "video_texts" / "00000004").read_text() == "clip number 0 of a moving gradient\n"
+    assert yaml.safe_load((folder / "training_config.yaml").read_text())["args"]["train_iters"] == 4
+    assert (folder / "latest").read_text().strip() == "4" and (folder / "2").is_dir()
+    steps = records(folder, "train")
+    assert [line["iteration"] for line in steps] == [1, 2, 3, 4]
+    assert all(line["loss"] > 0 and line["grad_norm"] > 0 and line["seconds_per_step"] > 0 for line in steps)
+    assert [line["samples"] for line in steps] == [1, 2, 3, 4]
+    assert records(folder, "valid")[0]["loss"] != records(folder, "valid")[1]["loss"]
+
+
+def test_epochs_replace_iterations(release, clips, tmp_path):
+    content = configuration(release, clips, tmp_path / "save", epochs=2, log_image=False)
+    content["deepspeed"]["gradient_accumulation_steps"] = 2
+    folder = run(content, tmp_path)
+    assert [line["iteration"] for line in records(folder, "saved")] == [2, 4]  # 4 clips, 2 a step: 2 an epoch
+    assert records(folder, "train")[-1]["samples"] == 8
+
+
+def test_activation_checkpointing_changes_no_loss(release, clips, tmp_path):
+    losses = []
+    for switch in ("false", "true"):
+        folder = tmp_path / switch
+        folder.mkdir()
+        found = run(configuration(release, clips, folder / "save"), folder, f"args.checkpoint_activations={switch}")
+        losses.append([line["loss"] for line in records(found, "train")])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_runs_without_a_finite_loss_stop_with_a_reason(release, clips, tmp_path):
+    state = read_checkpoint(release / "transformer" / "1000" / "mp_rank_00_model_states.pt")
+    state["module"]["model.diffusion_model.time_embed.0.bias"] = torch.full((32,), float("nan"))
+    torch.save(state, tmp_path / "bad.pt")
+    content = configuration(release, clips, None, train_iters=50, max_skipped_steps=3)
+    content["args"]["load"] = str(tmp_path / "bad.pt")
+    path = write_yaml(tmp_path / "config.yaml", content)
+    with pytest.raises(TrainingStopped, match="3 steps in a row were skipped up to iteration 3"):
+        train(load_run_config([path], TrainArgs))
+
+
+def test_a_signal_saves_and_leaves(release, clips, tmp_path, monkeypatch):
+    step, handler = trainer.training_step, signal.getsignal(signal.SIGTERM)
+    calls = []
+
+    def interrupted(*args):
+        calls.append(signal.raise_signal(signal.SIGTERM) if len(calls) == 1 else None)  # during the second step
+        return step(*args)
+
+    monkeypatch.setattr(trainer, "training_step", interrupted)
+    path = write_yaml(tmp_path / "config.yaml", configuration(release, clips, tmp_path / "save", train_iters=50))
+    assert train(load_run_config([path], TrainArgs)) == 128 + signal.SIGTERM
+    (folder,) = (tmp_path / "save").iterdir()
+    assert (folder / "latest").read_text().strip() == "3"  # seen before the third, which is finished
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_unusable_data_is_an_error_before_training(release, tmp_path):
+    (tmp_path / "data" / "videos").mkdir(parents=True)
+    (tmp_path / "data" / "videos" / "broken.mp4").write_bytes(b"no video")
+    path = write_yaml(tmp_path / "config.yaml", configuration(release, tmp_path / "data", tmp_path / "save"))
+    with pytest.raises(DatasetError, match="usable"):
+        train(load_run_config([path], TrainArgs))
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("args.load='{your_CogVideoX-2b-sat_path}/transformer'", "args.load is still the placeholder"),
+        ("args.train_data=['your train data path']", "args.train_data.0 is still the placeholder"),
+        ("args.train_data=[/nowhere/at/all]", "no folder /nowhere/at/all"),
+        ("model.not_trainable_prefixes=[all]", "leaves nothing to train"),
+        ("deepspeed.fp16.enabled=true", "--set deepspeed.fp16.enabled=false"),
+        ("data.params.fsp=8", "fps"),
+    ],
+)
+def test_wrong_configurations_are_refused(release, clips, tmp_path, override, message):
+    path = write_yaml(tmp_path / "config.yaml", configuration(release, clips, None))
+    with pytest.raises(ValueError, match=message):
+        train(load_run_config([path], TrainArgs, overrides=[override]))
+
+
+def test_dry_run_prints_configuration_plan_and_memory(release, clips, tmp_path, capsys):
+    path = write_yaml(tmp_path / "config.yaml", configuration(release, clips, tmp_path / "save", lora=4))
+    assert train(load_run_config([path], TrainArgs), dry_run=True) == 0
+    shown = capsys.readouterr().out
+    assert "experiment_name: tiny" in shown and "plan: 4 iterations of 1 clips" in shown and "memory estimate" in shown
+    assert not (tmp_path / "save").exists()
+
+
+@pytest.mark.parametrize("lora", [None, 4])
+def test_a_resumed_run_goes_on_bit_for_bit(release, clips, tmp_path, lora):
+    def content(folder: Path) -> dict:
+        made = configuration(release, clips, folder / "save", lora=lora, save_interval=2)
+        made["deepspeed"]["gradient_accumulation_steps"] = 2
+        return made
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir(), parts.mkdir()
+    expected = run(content(whole), whole)
+    stopped = run(content(parts), parts, "args.exit_interval=2")
+    assert len(records(stopped, "train")) == 2
+    resumed = run(content(parts), parts, "args.resume=auto")
+    assert resumed == stopped
+    assert [line["loss"] for line in records(resumed, "train")] == [line["loss"] for line in records(expected, "train")]
+    for part in ("4", "4-ema"):
+        first, second = (read_checkpoint(f / part / "mp_rank_00_model_states.pt")["module"] for f in (expected, resumed))
+        assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first), part
+
+
+def test_lora_saves_alone_and_folded_in(release, clips, tmp_path):
+    content = configuration(release, clips, tmp_path / "save", lora=4, lora_only=True, save_merged=True)
+    folder = run(content, tmp_path, "deepspeed.optimizer.params.lr=0.01")
+    saved = read_checkpoint(folder / "4" / "mp_rank_00_model_states.pt")["module"]
+    assert saved and all("matrix_" in name for name in saved)
+    merged = read_transformer(folder / "merged").network
+    base = read_transformer(release / "transformer").network
+    changed = {name for name, value in base.items() if not torch.equal(merged[name], value)}
+    assert changed == {f"transformer.layers.{i}.attention.{n}.weight" for i in (0, 1) for n in ("dense", "query_key_value")}

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# All tests: bash tests/run.sh [pytest arguments]. Sets up the environment when needed.
+set -euo pipefail
+repo="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+cd "$repo"
+EXTRA_REQUIREMENTS="$repo/tests/requirements.txt"
+EXTRA_IMPORTS="pytest, ruff, diffusers"
+# shellcheck source=tools/setup_env.sh
+source "$repo/tools/setup_env.sh"
+"$PYTHON" -m ruff check .
+exec "$PYTHON" -m pytest "$@"

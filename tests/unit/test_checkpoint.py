@@ -1,0 +1,299 @@
+"""Checkpoints of one process: layout, exact continuation, search, refusals, full disks, keep_last."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import random
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from sgm.training.checkpoint import (
+    CheckpointError,
+    capture_rng,
+    find_resume,
+    load_module,
+    load_state,
+    restore_rng,
+    resume_hash,
+    save_checkpoint,
+)
+from sgm.weights import WeightsError
+from sgm.weights.release import locate
+from tests.checkpoint_tiny import configuration, leftovers, put_back, state_of, step, toy_run
+
+CONFIG = configuration()
+HASH = resume_hash(CONFIG)
+NETWORK = "model.diffusion_model."
+
+
+@pytest.fixture
+def run():
+    run = toy_run()
+    step(run)
+    return run
+
+
+def save(folder, run, iteration, **options):
+    options = {"config": CONFIG, **options}
+    return save_checkpoint(folder, run, state_of(run, iteration), **options)
+
+
+def test_layout_is_sats_and_files_hold_plain_values_only(tmp_path, run):
+    assert save(tmp_path, run, 3) == tmp_path / "3"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["3", "3-ema", "latest", "model_config.json"]
+    assert sorted(p.name for p in (tmp_path / "3").iterdir()) == ["mp_rank_00_model_states.pt", "resume", "run.json"]
+    assert (tmp_path / "latest").read_text() == "3"
+    assert json.loads((tmp_path / "model_config.json").read_text()) == {
+        "model_class": "ToyEngine",
+        "model_parallel_size": 1,
+    }
+    content = torch.load(tmp_path / "3" / "mp_rank_00_model_states.pt")  # torch's own, safe default
+    assert content["iteration"] == 3 and content["global_samples"] == 12
+    assert locate(tmp_path) == ([tmp_path / "3" / "mp_rank_00_model_states.pt"], 3)
+
+
+def test_weights_are_the_networks_or_the_whole_engines(tmp_path, run):
+    expected = run.module.state_dict()
+    save(tmp_path, run, 1)
+    network = load_module(tmp_path / "1")
+    assert set(network) == {n for n in expected if n.startswith(NETWORK)} and f"{NETWORK}table" in network
+    save(tmp_path, run, 2, save_frozen=True)
+    whole = load_module(tmp_path)
+    assert set(whole) == set(expected) and "conditioner.weight" in whole
+    for name, value in whole.items():
+        assert torch.equal(value, expected[name])
+
+
+def test_averaged_weights_are_saved_and_the_models_own_come_back(tmp_path, run):
+    before = {n: t.clone() for n, t in run.module.state_dict().items()}
+    shadows = [run.optimizer.state[p]["shadow"].clone() for p in run.optimizer.param_groups[0]["params"]]
+    save(tmp_path, run, 3)
+    averaged = load_module(tmp_path / "3-ema")
+    trained = [n for n, p in run.module.named_parameters() if p.requires_grad]
+    for name, shadow in zip(trained, shadows, strict=True):
+        assert torch.equal(averaged[name], shadow)
+        assert not torch.equal(averaged[name], before[name])
+    for name, value in run.module.state_dict().items():
+        assert torch.equal(value, before[name])
+    resumed = load_state(tmp_path / "3")
+    assert all(torch.equal(a, b) for a, b in zip(resumed.ema.values(), shadows, strict=True))
+
+
+def test_continuation_is_bit_for_bit_the_uninterrupted_run(tmp_path, run):
+    losses = [step(run) for _ in range(2)]
+    save(tmp_path, run, 3)
+    uninterrupted = [step(run) for _ in range(4)]
+
+    other = toy_run(seed=5)
+    torch.manual_seed(77)
+    state = load_state(tmp_path / "3")
+    put_back(other, state)
+    restore_rng(state.rng)
+    assert [step(other) for _ in range(4)] == uninterrupted and losses != uninterrupted[:2]
+    assert state.iteration == 3 and state.sampler == {"epoch": 1, "position": 3, "weights": [0.5, 0.5]}
+
+
+def test_every_generator_goes_on_where_it_was():
+    from deepspeed.runtime.activation_checkpointing.checkpointing import get_cuda_rng_tracker
+
+    tracker = get_cuda_rng_tracker()
+    tracker.reset()
+    tracker.add("model-parallel-rng", 1234)
+
+    def draw():
+        with tracker.fork():
+            tracked = torch.rand(3).tolist()
+        return [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.randn(3).tolist()] + [
+            tracked
+        ]
+
+    try:
+        random.gauss(0, 1), np.random.randn()  # leaves half a pair cached in both
+        state = capture_rng()
+        expected = [draw(), draw()]
+        restore_rng(state)
+        assert [draw(), draw()] == expected
+        restore_rng(state)
+        assert [draw(), draw()] == expected
+        with pytest.raises(CheckpointError, match="damaged"):
+            restore_rng({**state, "numpy": {"keys": torch.zeros(3)}})
+    finally:
+        tracker.reset()
+
+
+# --- choosing what to resume -------------------------------------------------------------------------------------
+
+
+def test_the_newest_complete_checkpoint_of_the_same_configuration_is_found(tmp_path, run, caplog):
+    assert find_resume(tmp_path, "toy", HASH) is None
+    save(tmp_path / "toy-01-01-00-00", run, 8)
+    save(tmp_path / "toy-01-02-00-00", run, 2)
+    newest = save(tmp_path / "toy-01-02-00-00", run, 4)
+    save(tmp_path / "toy-01-03-00-00", run, 9, config=configuration(seed=2))
+    save(tmp_path / "other-01-04-00-00", run, 9, config=configuration(experiment_name="other"))
+    assert find_resume(tmp_path, "toy", HASH) == newest
+    (newest / "resume" / "rank_00000.pt").unlink()
+    assert find_resume(tmp_path, "toy", HASH) == tmp_path / "toy-01-02-00-00" / "2"
+    assert "rank_00000.pt is missing" in caplog.text
+    (tmp_path / "toy-01-02-00-00" / "2" / "run.json").write_text("{")
+    assert find_resume(tmp_path, "toy", HASH) == tmp_path / "toy-01-01-00-00" / "8"
+    with (tmp_path / "toy-01-01-00-00" / "8" / "mp_rank_00_model_states.pt").open("r+b") as file:
+        file.truncate(100)
+    assert find_resume(tmp_path, "toy", HASH) is None
+    assert "100 bytes long" in caplog.text
+
+
+def test_a_folder_that_was_named_is_taken_or_refused_with_a_reason(tmp_path, run):
+    save(tmp_path / "r", run, 2)
+    last = save(tmp_path / "r", run, 4)
+    assert find_resume(tmp_path / "r", None, HASH) == last
+    assert find_resume(tmp_path / "r" / "2", None, HASH) == tmp_path / "r" / "2"
+    with pytest.raises(CheckpointError, match="another configuration.*training_config.yaml.*args.load"):
+        find_resume(tmp_path / "r", None, "0" * 12)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        find_resume(tmp_path / "none", None, HASH)
+    (last / "run.json").unlink()
+    with pytest.raises(CheckpointError, match="no run.json"):
+        find_resume(last, None, HASH)
+    assert find_resume(tmp_path / "r", None, HASH) == tmp_path / "r" / "2"
+
+
+def test_the_hash_counts_what_is_learnt_only():
+    assert HASH == resume_hash(configuration(save="elsewhere", keep_last=3))
+    assert HASH != resume_hash(configuration(seed=2)) and HASH != resume_hash(configuration(train_iters=11))
+    epochs = resume_hash(configuration(epochs=2))
+    assert epochs == resume_hash(configuration(epochs=2, train_iters=400)) != resume_hash(configuration(epochs=3))
+
+
+# --- refusals ----------------------------------------------------------------------------------------------------
+
+
+def test_another_set_up_is_a_clear_error(tmp_path, run):
+    path = save(tmp_path, run, 2)
+    with pytest.raises(CheckpointError, match=r"world_size 1 \(now 4\).*same set-up.*args.load"):
+        load_state(path, 0, 4)
+    with pytest.raises(CheckpointError, match=r"zero_stage 0 \(now 2\)"):
+        load_state(path, zero_stage=2)
+    with pytest.raises(CheckpointError, match="no run.json"):
+        load_state(tmp_path)
+
+
+def _rewrite(path, file, content):
+    """Replace a file by a valid archive of something else, its size recorded."""
+    torch.save(content, path / file)
+    record = json.loads((path / "run.json").read_text())
+    record["files"][file] = (path / file).stat().st_size
+    (path / "run.json").write_text(json.dumps(record))
+
+
+class Harmful:
+    def __reduce__(self):
+        return os.system, ("touch harm-was-done",)
+
+
+def test_a_file_that_would_run_code_is_refused(tmp_path, run, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = save(tmp_path, run, 2)
+    _rewrite(path, "resume/rank_00000.pt", {**state_of(run, 2).as_dict(), "sampler": Harmful()})
+    with pytest.raises(CheckpointError, match="system"):
+        load_state(path)
+    _rewrite(path, "mp_rank_00_model_states.pt", {"module": Harmful()})
+    with pytest.raises(WeightsError, match="system"):
+        load_module(path)
+    assert not (tmp_path / "harm-was-done").exists()
+
+
+def test_a_state_of_another_shape_is_refused(tmp_path, run):
+    path = save(tmp_path, run, 2)
+    content = state_of(run, 2).as_dict()
+    for wrong in ({**content, "extra": 1}, {**content, "sampler": 3}, {**content, "iteration": 3}):
+        _rewrite(path, "resume/rank_00000.pt", wrong)
+        with pytest.raises(CheckpointError, match="extra|sampler|iteration 3"):
+            load_state(path)
+
+
+def test_what_cannot_be_stored_plainly_stops_the_save(tmp_path, run):
+    state = dataclasses.replace(state_of(run, 2), sampler={"position": np.int64(3)})
+    with pytest.raises(CheckpointError, match=r"\['sampler'\]\['position'\] is a numpy.int64"):
+        save_checkpoint(tmp_path, run, state, config=CONFIG)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_that_is_not_there_cannot_be_saved(tmp_path, run):
+    with pytest.raises(CheckpointError, match="no LoRA matrices"):
+        save(tmp_path, run, 2, lora_only=True)
+    with pytest.raises(CheckpointError, match="no LoRA adapter to merge"):
+        save(tmp_path, run, 2, full_merged=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- disks -------------------------------------------------------------------------------------------------------
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_a_disk_without_room_is_noticed_before_anything_is_written(tmp_path, run, monkeypatch):
+    save(tmp_path, run, 2)
+    before = contents(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(100, 100, 0))
+    with pytest.raises(CheckpointError, match="not enough room"):
+        save(tmp_path, run, 4)
+    assert contents(tmp_path) == before and not leftovers(tmp_path)
+
+
+def test_a_disk_that_fills_up_at_any_point_leaves_the_last_good_checkpoint(tmp_path, run, monkeypatch):
+    save(tmp_path, run, 2)
+    before = contents(tmp_path)
+    sync, calls = os.fsync, 0
+    for failing in range(1, 100):
+        calls = 0
+
+        def full(handle, failing=failing):
+            nonlocal calls
+            calls += 1
+            if calls == failing:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            sync(handle)
+
+        monkeypatch.setattr(os, "fsync", full)
+        if (tmp_path / "4").exists():
+            break  # from here on the new checkpoint is in place
+        try:
+            save(tmp_path, run, 4)
+        except CheckpointError as error:
+            assert "No space left" in str(error) or "the disk is full" in str(error)
+        monkeypatch.setattr(os, "fsync", sync)
+        assert not leftovers(tmp_path)
+        if not (tmp_path / "4").exists():
+            assert contents(tmp_path) == before
+            assert find_resume(tmp_path, None, HASH) == tmp_path / "2"
+    assert failing > 8
+    assert find_resume(tmp_path, None, HASH) == tmp_path / "4"
+    assert torch.equal(load_state(tmp_path / "4").optimizer["masters"][0], state_of(run, 4).optimizer["masters"][0])
+
+
+def test_keep_last_deletes_old_complete_ones_only_and_after_the_new_is_there(tmp_path, run):
+    (tmp_path / "1").mkdir()  # somebody else's, or incomplete
+    for iteration in (2, 4, 6):
+        save(tmp_path, run, iteration)
+    save(tmp_path, run, 8, keep_last=2)
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["1", "6", "6-ema", "8", "8-ema"]
+    save(tmp_path, run, 5, keep_last=1)  # went back: the one just written stays, whatever its number
+    assert (tmp_path / "5").is_dir() and (tmp_path / "latest").read_text() == "5"
+
+
+def test_saving_an_iteration_again_replaces_it(tmp_path, run):
+    save(tmp_path, run, 2)
+    step(run)
+    save(tmp_path, run, 2)
+    name = f"{NETWORK}0.weight"
+    assert torch.equal(load_module(tmp_path / "2")[name], run.module.state_dict()[name])
+    assert not leftovers(tmp_path)
