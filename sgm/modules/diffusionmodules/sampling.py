@@ -68,13 +68,13 @@ def extrapolate_2m(denoised: Tensor, previous: Tensor | None, a_prev: float, a: 
 
 
 def dpmpp_ode_step(x: Tensor, estimate: Tensor, a: float, a_next: float) -> Tensor:
-    """DPM-Solver++ in data prediction (Lu et al. 2022, eq. 9 and Algorithm 2): (sigma'/sigma) x - a' expm1(-h) D."""
+    """DPM-Solver++(2M), data prediction (Lu et al. 2022, Algorithm 2): (sigma'/sigma) x - a' expm1(-h) D."""
     h = half_log_snr(a_next) - half_log_snr(a)
     return noise_ratio(a, a_next) * x - a_next * math.expm1(-h) * estimate
 
 
 def dpmpp_sde_step(x: Tensor, estimate: Tensor, noise: Tensor, a: float, a_next: float) -> Tensor:
-    """SDE-DPM-Solver++ (Lu et al. 2022, section 5 and appendix on SDE solvers).
+    """SDE-DPM-Solver++(2M), the same paper's solver of the diffusion SDE (Lu et al. 2022).
 
     x' = (sigma'/sigma) e^-h x - a' expm1(-2h) D + sigma' sqrt(1 - e^-2h) eps. From a = 0 (h = inf) x drops out.
     """
