@@ -23,6 +23,7 @@ from sgm.weights import save as writers  # noqa: E402
 from tests.checkpoint_tiny import configuration, leftovers, state_of, step, toy_run  # noqa: E402
 
 CONFIG = configuration()
+WRITES = 40  # of the many small writes, every so-manieth is a point to die at
 CALLS = ("fsync", "replace", "rename", "unlink", "mkdir", "rmdir")
 NAME = "model.diffusion_model.0.weight"
 
@@ -35,7 +36,7 @@ class Mortal:
     """Kills the process at the `fatal`-th call of a file-system function; half of the data of a fatal write arrives."""
 
     def __init__(self, fatal: int):
-        self.fatal, self.calls = fatal, 0
+        self.fatal, self.calls, self.writes = fatal, 0, 0
         for name in CALLS:
             setattr(os, name, self.wrapped(getattr(os, name)))
         self.write = writers._Sink.write
@@ -54,7 +55,8 @@ class Mortal:
         return call
 
     def torn_write(self, sink, data):
-        if self.count():
+        self.writes += 1
+        if self.writes % WRITES == 1 and self.count():
             half = bytes(data)[: len(data) // 2]
             self.write(sink, half)
             sink.flush()
@@ -137,6 +139,7 @@ def stall(folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    os.fsync = lambda handle: None  # a dead process loses nothing that it wrote, only a power cut would
     if len(sys.argv) > 1:
         stall(Path(sys.argv[1]))
     else:
