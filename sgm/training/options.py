@@ -17,9 +17,9 @@ RECOMMENDED_LR = {"full": 1e-5, "lora": 1e-3}
 
 # What may change between a run and its continuation: it decides when things are written, not what is learnt.
 RESUME_MAY_CHANGE = frozenset(
-    """resume save save_interval keep_last lora_only save_merged save_frozen log_interval eval_interval eval_iters eval_batch_size strict_eval
-    only_log_video_latents log_image num_workers prefetch_factor exit_interval device max_skipped_steps no_load_rng
-    checkpoint_activations""".split()
+    """resume save save_interval keep_last lora_only save_merged save_frozen log_interval eval_interval eval_iters
+    eval_batch_size strict_eval only_log_video_latents log_image num_workers prefetch_factor exit_interval device
+    max_skipped_steps no_load_rng checkpoint_activations""".split()
 )
 
 
@@ -152,7 +152,7 @@ def training_advice(args: TrainArgs, model: Mapping[str, Any], lr: float) -> lis
         )
     idle = [name for name in ("lora_only", "save_merged") if getattr(args, name) and kind == "full"]
     if idle:
-        advice.append(f"warning: args.{' and args.'.join(idle)} without effect: this run trains the network, no adapter")
+        advice.append(f"warning: {' and '.join(idle)} (args) without effect: this run trains the network, no adapter")
     if not args.save:
         advice.append("warning: args.save is not set: this run keeps nothing")
     return advice

@@ -205,7 +205,8 @@ def test_a_resumed_run_goes_on_bit_for_bit(release, clips, tmp_path, lora):
     assert resumed == stopped
     assert [line["loss"] for line in records(resumed, "train")] == [line["loss"] for line in records(expected, "train")]
     for part in ("4", "4-ema"):
-        first, second = (read_checkpoint(f / part / "mp_rank_00_model_states.pt")["module"] for f in (expected, resumed))
+        files = [folder / part / "mp_rank_00_model_states.pt" for folder in (expected, resumed)]
+        first, second = (read_checkpoint(file)["module"] for file in files)
         assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first), part
 
 
@@ -217,4 +218,5 @@ def test_lora_saves_alone_and_folded_in(release, clips, tmp_path):
     merged = read_transformer(folder / "merged").network
     base = read_transformer(release / "transformer").network
     changed = {name for name, value in base.items() if not torch.equal(merged[name], value)}
-    assert changed == {f"transformer.layers.{i}.attention.{n}.weight" for i in (0, 1) for n in ("dense", "query_key_value")}
+    adapted = ("attention.dense.weight", "attention.query_key_value.weight")
+    assert changed == {f"transformer.layers.{i}.{name}" for i in (0, 1) for name in adapted}
