@@ -60,6 +60,7 @@ class TextToVideo:
         with torch.device("meta"):
             self.engine = SATVideoDiffusionEngine(**_for_inference(config.model), dtype=self.args.dtype)
         self.engine.eval().requires_grad_(False)
+        self.engine.sampler.verbose = False  # the caller shows progress
         self.facts = WeightFacts()
         self._loaded: set[str] = set()
         self._check_channels()

@@ -133,6 +133,8 @@ class DiffusionTransformer(BaseModel):
             # SAT leaves process groups and seeds alone when it is handed a transformer.
             super().__init__(None, transformer=_trunk(args, offers, num_attention_heads, parallel_output, dtype))
             self.hidden_size, self.num_layers, self.patch = hidden_size, num_layers, patch
+            self.in_channels, self.out_channels = in_channels, out_channels
+            self.latent_height, self.latent_width = latent_height, latent_width
             self._build(modules or {}, offers, ofs_embed_dim)
             self.to(DTYPES[dtype])
             self._share_whole_parameters(args.model_parallel_size)

@@ -1,0 +1,193 @@
+"""A complete release folder with random weights, for any configuration from tiny to full size.
+
+Same files, names, shapes and types as a real release: `transformer/latest`, `transformer/1000/mp_rank_00_model_states.pt`
+(the transformer alone, without the computed position table, as published), `vae/3d-vae.pt` and a text-encoder folder.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sgm.util import instantiate_from_config
+from sgm.weights.files import WeightsError
+from sgm.weights.release import NETWORK_PREFIX
+from sgm.weights.save import save_pt, save_safetensors, save_text
+
+logger = logging.getLogger(__name__)
+
+DEMO_FOLDER = "demo/random"
+ITERATION = 1000
+_SHARDS = 2
+_REPO = Path(__file__).resolve().parents[2]
+
+
+def write_random_release(
+    model: Mapping[str, Any],
+    out: Path,
+    *,
+    dtype: torch.dtype = torch.float16,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    t5_name: str = "t5",
+) -> None:
+    """Write `out/transformer`, `out/vae/3d-vae.pt` (float32) and `out/{t5_name}` for a `model:` section.
+
+    Values are scaled so that activations keep a sensible size in half precision at every depth.
+
+    Raises:
+        WeightsError: `out/transformer` exists already.
+    """
+    if (out / "transformer").exists():
+        raise WeightsError(f"{out / 'transformer'} exists already; choose another folder or remove it.")
+    generator = torch.Generator(device).manual_seed(seed)
+    _write_text_encoder(model, out / t5_name, dtype, generator)
+    vae = _meta(model["first_stage_config"])
+    save_pt(_made(out / "vae") / "3d-vae.pt", {"state_dict": _random_state(vae, torch.float32, generator)})
+    network = _meta(model["network_config"])
+    absent = set(network.computed_state())
+    state = _random_state(network, dtype, generator, leave_out=absent)
+    folder = _made(out / "transformer" / str(ITERATION))
+    save_pt(folder / "mp_rank_00_model_states.pt", {"module": {NETWORK_PREFIX + n: t for n, t in state.items()}})
+    save_text(out / "transformer" / "latest", str(ITERATION))
+
+
+def ensure_demo_weights(model: Mapping[str, Any]) -> None:
+    """Make the demo's random weights unless they are there, and say that they are random."""
+    print(
+        "note: the demo model has random weights (trained ones are not bundled yet): its videos are coloured noise, "
+        "which shows that the whole path works.",
+        file=sys.stderr,
+        flush=True,
+    )
+    folder = Path(DEMO_FOLDER)
+    if not (folder / "transformer" / "latest").is_file():
+        write_random_release(model, folder, dtype=torch.float32)
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _meta(config: Mapping[str, Any]) -> Any:
+    with torch.device("meta"):
+        return instantiate_from_config(config)
+
+
+def _random_state(
+    module: nn.Module, dtype: torch.dtype, generator: torch.Generator, leave_out: Iterable[str] = ()
+) -> dict[str, Tensor]:
+    skipped = set(leave_out)
+    return {
+        name: random_tensor(name, tuple(t.shape), generator).to(dtype).cpu()
+        for name, t in module.state_dict().items()
+        if name not in skipped
+    }
+
+
+def random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Weights with variance 1/fan-in (He-like sizes keep), gains near one, small biases."""
+    values = torch.randn(shape, generator=generator, device=generator.device)
+    if name.endswith("bias") and len(shape) == 1:
+        return values * 0.02
+    if len(shape) == 1:
+        return 1.0 + values * 0.02
+    return values * (torch.Size(shape[1:]).numel() ** -0.5)
+
+
+# --- text encoder ------------------------------------------------------------------------------------------------
+
+
+def _write_text_encoder(
+    model: Mapping[str, Any], folder: Path, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    from transformers import T5EncoderModel
+
+    _made(folder)
+    width = model["network_config"]["params"]["modules"]["patch_embed_config"]["params"]["text_hidden_size"]
+    spiece = train_sentencepiece(_corpus())
+    config = _t5_config(width, _pieces(spiece) + 100)
+    with torch.device("meta"):
+        shapes = {n: tuple(p.shape) for n, p in T5EncoderModel(config).named_parameters()}
+    names = list(shapes)
+    index: dict[str, str] = {}
+    for k in range(_SHARDS):
+        file = f"model-{k + 1:05d}-of-{_SHARDS:05d}.safetensors"
+        part = names[k * len(names) // _SHARDS : (k + 1) * len(names) // _SHARDS]
+        tensors = {n: _t5_tensor(n, shapes[n], generator).to(dtype).cpu() for n in part}
+        save_safetensors(folder / file, tensors, {"format": "pt"})
+        index |= dict.fromkeys(part, file)
+    total = sum(torch.Size(s).numel() for s in shapes.values()) * dtype.itemsize
+    content = {"metadata": {"total_size": total}, "weight_map": index}
+    save_text(folder / "model.safetensors.index.json", json.dumps(content, indent=1))
+    save_text(folder / "config.json", json.dumps(config.to_dict(), indent=1, default=str))
+    (folder / "spiece.model").write_bytes(spiece)
+    special = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    save_text(folder / "special_tokens_map.json", json.dumps(special, indent=1))
+    extra = {f"<extra_id_{i}>": _pieces(spiece) + 99 - i for i in range(100)}
+    save_text(folder / "added_tokens.json", json.dumps(extra, indent=1))
+    tokenizer = {"tokenizer_class": "T5Tokenizer", "extra_ids": 100, "model_max_length": 226, **special}
+    save_text(folder / "tokenizer_config.json", json.dumps(tokenizer, indent=1))
+
+
+def _t5_config(width: int, vocabulary: int) -> Any:
+    """T5 v1.1 XXL's sizes for width 4096, small ones otherwise."""
+    from transformers import T5Config
+
+    xxl = width == 4096
+    return T5Config(
+        vocab_size=32128 if xxl else vocabulary,
+        d_model=width,
+        d_kv=64 if xxl else max(8, width // 4),
+        d_ff=10240 if xxl else width * 5 // 2,
+        num_layers=24 if xxl else 2,
+        num_heads=64 if xxl else 4,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+        is_encoder_decoder=True,
+        architectures=["T5EncoderModel"],
+        decoder_start_token_id=0,
+    )
+
+
+def _t5_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    values = random_tensor(name, shape, generator)
+    if name.endswith(".q.weight"):  # T5 does not divide scores by sqrt(d_kv)
+        return values * 8**-0.5
+    if "shared" in name or "relative_attention_bias" in name:
+        return torch.randn(shape, generator=generator, device=generator.device)
+    return values
+
+
+def _corpus() -> list[str]:
+    from string import ascii_letters, digits, punctuation
+
+    text = (_REPO / "configs" / "test.txt").read_text(encoding="utf-8").splitlines()
+    return [*text, *(" ".join(ascii_letters + digits + punctuation) for _ in range(2))]
+
+
+def train_sentencepiece(lines: Iterable[str], vocabulary: int = 400) -> bytes:
+    """A unigram model with T5's special ids (pad 0, eos 1, unk 2, no bos), as the bytes of a spiece.model."""
+    import sentencepiece
+
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=written, vocab_size=vocabulary, model_type="unigram",
+        hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2, num_threads=1,
+    )  # fmt: skip
+    return written.getvalue()
+
+
+def _pieces(spiece: bytes) -> int:
+    import sentencepiece
+
+    return sentencepiece.SentencePieceProcessor(model_proto=spiece).get_piece_size()

@@ -1,0 +1,43 @@
+"""Write a complete release folder with random weights: `python tools/make_weights.py --config C.yaml --out DIR`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", required=True, help="YAML with the model section")
+    parser.add_argument("--out", required=True, type=Path, help="folder to write")
+    parser.add_argument("--dtype", default="fp16", choices=("fp32", "fp16", "bf16"), help="transformer and T5")
+    parser.add_argument("--device", default="cpu", help="where values are drawn; a GPU is faster")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--t5-name", default="t5", help="name of the text encoder's folder")
+    options = parser.parse_args(arguments)
+
+    from sgm.config import merge_yaml
+    from sgm.models.diffusion import DTYPES
+    from sgm.weights.random_release import write_random_release
+
+    try:
+        model = merge_yaml([options.config]).get("model") or {}
+        write_random_release(
+            model, options.out, dtype=DTYPES[options.dtype], device=options.device, seed=options.seed,
+            t5_name=options.t5_name,
+        )  # fmt: skip
+    except (ValueError, FileNotFoundError) as error:
+        if not type(error).__module__.startswith("sgm."):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"random weights in {options.out}: args.load {options.out / 'transformer'}, "
+          f"ckpt_path {options.out / 'vae' / '3d-vae.pt'}, model_dir {options.out / options.t5_name}")  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
