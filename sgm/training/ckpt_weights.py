@@ -95,9 +95,9 @@ def _gathered(parameters: list[Tensor]) -> list[Tensor]:
     """The whole parameters; collective over data-parallel ranks where they are spread."""
     if not any(_is_spread(p) for p in parameters):
         return [p.detach() for p in parameters]
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    with GatheredParameters(parameters):
+    with deepspeed.zero.GatheredParameters(parameters):
         return [p.detach().clone() for p in parameters]
 
 

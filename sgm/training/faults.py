@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,12 +56,18 @@ class SkipGuard:
 
 
 class StopSignal:
-    """Remembers SIGTERM or SIGINT, so that the loop can save and leave between two steps. A second one is immediate."""
+    """Remembers SIGTERM or SIGINT, so that the loop can save and leave between two steps.
+
+    One that comes `patience` seconds later or more ends the process at once. (Ctrl-C reaches a process twice when a
+    launcher stands between: from the terminal and from the launcher.)
+    """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-    def __init__(self) -> None:
+    def __init__(self, patience: float = 5.0) -> None:
         self.received: int | None = None
+        self.patience = patience
+        self._since = 0.0
 
     @contextmanager
     def watch(self) -> Iterator[StopSignal]:
@@ -73,10 +80,11 @@ class StopSignal:
                 signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
+        if self.received is None:
+            self.received, self._since = number, time.monotonic()
+        elif time.monotonic() - self._since >= self.patience:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self.received = number
 
     @property
     def name(self) -> str:

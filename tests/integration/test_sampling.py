@@ -92,7 +92,7 @@ def test_prompt_file_blank_lines_and_skip_done(release, tmp_path):
         (["--image-size", "100", "192"], ["multiples of 16"]),
         (["--set", "args.sampling_fsp=3"], ["sampling_fsp", "sampling_fps"]),
         (["--set", "args.batch_size=many"], ["batch_size", "many"]),
-        (["--set", "model.sampler_config.target=sat.helpers.os.system"], ["not allowed"]),
+        (["--set", "model.sampler_config.target=sat.helpers.os.system"], ["sat.helpers.os.system"]),
         (["--set", "model.sampler_config.params.num_stepz=3"], ["num_stepz", "num_steps"]),
         (["--input-file", "no-such-file.txt"], ["no-such-file.txt"]),
         (["--set", "args.fp16=true", "--set", "args.bf16=true"], ["choose one"]),
