@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -31,16 +32,17 @@ def main(arguments: list[str]) -> int:
     options = parse(arguments)
     try:
         return run(options)
+    except KeyboardInterrupt:
+        print("\nstopped before training began", file=sys.stderr, flush=True)
+        return 130
     except (ValueError, FileNotFoundError) as error:
-        if isinstance(error, ValueError) and not type(error).__module__.startswith("sgm."):
+        if not type(error).__module__.startswith("sgm."):
             raise  # not one of ours: a bug, which keeps its traceback
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
 
 
 def run(options: argparse.Namespace) -> int:
-    import os
-
     from sgm.config import load_run_config
     from sgm.inference.preflight import choose_config
     from sgm.training.options import TrainArgs
@@ -55,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
         chosen, why = choose_config(SHIPPED, DEMO)
         files = [chosen]
         if why and os.environ.get("RANK", "0") == "0":
-            print(why, flush=True)
+            print(why, file=sys.stderr, flush=True)
     flags = {"resume": options.resume, "device": options.device, "seed": options.seed}
     config = load_run_config(files, TrainArgs, overrides=options.set, flags=flags)
 
@@ -66,7 +68,6 @@ def run(options: argparse.Namespace) -> int:
 
 if __name__ == "__main__":
     code = main(sys.argv[1:])
-    if code or "torch" in sys.modules:
-        from sgm.training.run import exit_quietly
+    from sgm.training.run import exit_quietly
 
-        exit_quietly(code)
+    exit_quietly(code)

@@ -191,6 +191,7 @@ class _Job:
             if self.rank == 0:
                 with suppress(OSError):  # the next save tries again
                     remove(self.staging)
+            _gather(None)  # nobody goes on before that
             raise CheckpointError(told[0]) from failure
 
     def size(self, tensors: Tensors, merged: Tensors | None, state: TrainState) -> int:

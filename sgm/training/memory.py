@@ -16,8 +16,8 @@ BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 # Tensors of (tokens, width) that one layer keeps for its backward pass: norms, q k v with their norms, attention
 # output, MLP (two of four times the width), modulated copies and residuals.
 KEPT_PER_LAYER = 24
-# Copies of the widest feature map that are alive together while the first stage encodes.
-VAE_LIVE_MAPS = 4
+# Copies of the widest feature map that are alive together while the first stage encodes; in its low-memory form.
+VAE_LIVE_MAPS, VAE_LOW_MEMORY_MAPS = 4.0, 2.5
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class MemoryNeeds:
     offload: bool
     optimizer_values: int
     checkpointing: bool
+    vae_low_memory: bool = False
 
     @property
     def weights(self) -> int:
@@ -75,7 +76,8 @@ class MemoryNeeds:
         sequence = self.tokens * self.width * BYTES[self.dtype] * self.micro_batch
         layers_kept = 1 if self.checkpointing else self.layers
         network = sequence * KEPT_PER_LAYER * layers_kept + (sequence * self.layers if self.checkpointing else 0)
-        encoding = VAE_LIVE_MAPS * self.vae_values * BYTES[self.dtype] * self.micro_batch
+        maps = VAE_LOW_MEMORY_MAPS if self.vae_low_memory else VAE_LIVE_MAPS
+        encoding = int(maps * self.vae_values) * BYTES[self.dtype] * self.micro_batch
         return max(network, encoding)
 
     @property
@@ -93,6 +95,7 @@ class MemoryNeeds:
                 self, offload=True, stage=max(1, self.stage)
             ),
             "--set deepspeed.zero_optimization.stage=3": replace(self, stage=3),
+            "--set args.vae_low_memory=true": replace(self, vae_low_memory=True),
             "--set deepspeed.train_micro_batch_size_per_gpu=1": replace(self, micro_batch=1),
             "LoRA instead of full fine-tuning (see the comments in configs/cogvideox_2b_sft.yaml)": replace(
                 self, trained=min(self.trained, self.trained // 25), frozen=self.frozen + self.trained

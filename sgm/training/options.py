@@ -19,7 +19,7 @@ RECOMMENDED_LR = {"full": 1e-5, "lora": 1e-3}
 RESUME_MAY_CHANGE = frozenset(
     """resume save save_interval keep_last lora_only save_merged save_frozen log_interval eval_interval eval_iters
     eval_batch_size strict_eval only_log_video_latents log_image num_workers prefetch_factor exit_interval device
-    max_skipped_steps no_load_rng checkpoint_activations""".split()
+    max_skipped_steps no_load_rng checkpoint_activations vae_low_memory""".split()
 )
 
 
@@ -64,6 +64,7 @@ class TrainArgs:
     log_image: bool = option(True, "evaluation samples a video (or its latents), and writes it")
     experiment_name: str = option("MyModel", "name of the run folder, which also gets the date")
     checkpoint_activations: bool = option(False, "recompute activations in the backward pass: less memory, 1/3 slower")
+    vae_low_memory: bool = option(False, "encode clips a few frames at a time: the same result, less memory, slower")
     model_parallel_size: int = option(1, "processes that share each layer (tensor parallelism)", at_least=1)
     seed: int = option(42, "base seed; each data-parallel rank adds its number", at_least=0)
     device: str | None = option(None, "cpu or cuda; default: the GPU if there is one")

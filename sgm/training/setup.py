@@ -67,6 +67,7 @@ def load_engine(
         network.to(device, engine.dtype)
     if engine.first_stage_model is not None:
         load_first_stage(engine.first_stage_model, **to)
+        engine.first_stage_model.set_low_memory(args.vae_low_memory)
     if engine.conditioner is not None:
         load_text_encoder(engine.conditioner, **to)
     if not engine.freeze_untrained():
@@ -149,6 +150,7 @@ def memory_needs(
         width=network.hidden_size,
         layers=network.num_layers,
         vae_values=_widest_map(config.model, frames, height, width),
+        vae_low_memory=config.args.vae_low_memory,
         micro_batch=plan.micro_batch,
         dtype=plan.dtype,
         ranks=data_parallel_size,

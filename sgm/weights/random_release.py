@@ -1,7 +1,8 @@
 """A complete release folder with random weights, for any configuration from tiny to full size.
 
-Same files, names, shapes and types as a real release: `transformer/latest`, `transformer/1000/mp_rank_00_model_states.pt`
-(the transformer alone, without the computed position table, as published), `vae/3d-vae.pt` and a text-encoder folder.
+Same files, names, shapes and types as a real release: `transformer/latest` and
+`transformer/1000/mp_rank_00_model_states.pt` (the transformer alone, without the computed position table, as
+published), `vae/3d-vae.pt` and a text-encoder folder.
 """
 
 from __future__ import annotations

@@ -224,7 +224,7 @@ def searching(folder: Path) -> dict[str, Any]:
 def zero(folder: Path) -> dict[str, Any]:
     distributed.ensure_groups(1)
     results = {}
-    for stage, lora in ((0, 4), (2, None), (2, 4), (3, None), (3, 4)):
+    for stage, lora in ((0, None), (2, 4), (3, None), (3, 4)):
         name = f"{stage} {'lora' if lora else 'full'}"
         results[name] = zero_case(folder / name, stage, lora)
     results["failing"] = failing_disks(folder / "failing")
