@@ -182,7 +182,7 @@ class SATVideoDiffusionEngine(nn.Module):
         Args:
             shape: (t, c, h, w) of one sample; the start is then `torch.randn` on the CPU, as in the original.
             noise: the start (b, t, c, h, w) itself, in place of `batch_size` and `shape`.
-            prefix: clean latents (b, k, c, h, w) that replace the first k frames of the start (`fixed_frames`).
+            prefix: clean latents (b, k, c, h, w) that are kept as the first k frames (the samplers' `fixed_frames`).
             noise_sampler: replaces `torch.randn_like` inside stochastic samplers.
             callback: called by the sampler after each step.
         """
@@ -197,7 +197,15 @@ class SATVideoDiffusionEngine(nn.Module):
         x = _broadcast(x)
         denoiser = partial(_denoise, self.denoiser, self.model, network_inputs)
         samples = self.sampler(
-            denoiser, x, cond, uc=uc, num_steps=num_steps, scale=scale, noise_sampler=noise_sampler, callback=callback
+            denoiser,
+            x,
+            cond,
+            uc=uc,
+            num_steps=num_steps,
+            scale=scale,
+            noise_sampler=noise_sampler,
+            callback=callback,
+            fixed_frames=None if prefix is None else prefix.shape[1],
         )
         return samples.to(self.dtype)
 
