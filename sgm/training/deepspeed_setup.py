@@ -96,7 +96,7 @@ def plan_deepspeed(
     _quiet_defaults(config)
     idle = [name for name, value in (config.get("activation_checkpointing") or {}).items() if value]
     if idle:
-        notes.append(f"deepspeed.activation_checkpointing.{', '.join(idle)} without effect: torch recomputes each layer")
+        notes.append(f"deepspeed.activation_checkpointing.{', '.join(idle)}: no effect, torch recomputes each layer")
     return DeepSpeedPlan(
         config, optimizer, dtype, int(zero["stage"]), offload, micro, accumulation, float(clipping), tuple(notes)
     )

@@ -1,11 +1,13 @@
 """How often generated clips show what their captions say: colour, shape, size, motion, background.
 
-    python tools/demo/score.py FOLDER                     a data set (videos/, labels/), or sampled clips with their JSON
+    python tools/demo/score.py FOLDER                     a data set (videos/, labels/), or sampled clips with their
+JSON
     python tools/demo/score.py --pairs FILE.jsonl         lines {"file": mp4 beside FILE, "caption" or "prompt": text}
     python tools/demo/score.py FOLDER --shuffled          every clip against another one's caption: what chance gives
 
 Captions must be of the demo's grammar (`tools/demo/captions.py`). Each named shape is one count for colour, shape,
-size and motion; each clip one for the number of shapes, the background's pattern and its colours. "all" asks that a clip
+size and motion; each clip one for the number of shapes, the background's pattern and its colours. "all" asks that a
+clip
 has everything right. The last column is what guessing evenly would give.
 """
 
