@@ -200,6 +200,8 @@ def _datasets(config: RunConfig[TrainArgs], reports: Path) -> tuple[list[Any], l
     train_sets = build_datasets(config.data, args.train_data, reports, "train_data")
     if not args.eval_interval and not args.epochs:
         return train_sets, []
+    if args.valid_data == args.train_data:
+        return train_sets, train_sets
     if args.valid_data:
         return train_sets, build_datasets(config.data, args.valid_data, reports, "valid_data")
     return split_validation(train_sets, args.split, args.seed)

@@ -78,8 +78,14 @@ def training_step(
     applied = ds_engine.was_step_applied() and norm is not None and math.isfinite(norm)
     if bad_loss:
         load_scaler_state(ds_engine, scaler)
-    reason = "" if applied else "the loss is not finite" if bad_loss else "the gradient is not finite"
+    reason = "" if applied else _reason(bad_loss, scaler is not None)
     return StepOutcome(sum(losses) / len(losses), norm if applied else None, applied, reason, stop)
+
+
+def _reason(bad_loss: bool, scaled: bool) -> str:
+    if bad_loss:
+        return "the loss is not finite"
+    return "the gradient left float16's range, the loss scale is lowered" if scaled else "the gradient is not finite"
 
 
 def _agree(loss: Tensor, stop: bool) -> tuple[float, bool]:

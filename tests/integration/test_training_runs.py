@@ -55,8 +55,8 @@ def evaluated(release: Path, clips: Path, folder: Path, lora: int | None, **args
     """A configuration that evaluates at its end: 8 batches, and a sample's latents."""
     iterations = args["train_iters"]
     content = configuration(
-        release, clips, folder / "save", lora=lora, valid_data=[str(clips)], eval_iters=8, eval_interval=iterations,
-        only_log_video_latents=True, log_image=True, lr_decay_style="constant", warmup=0.0, **args,
+        release, clips, folder / "save", lora=lora, valid_data=[str(clips)], eval_iters=8, lr_decay_style="constant",
+        only_log_video_latents=True, log_image=True, warmup=0.0, **{"eval_interval": iterations, **args},
     )  # fmt: skip
     if lora:
         content["model"]["network_config"]["params"]["modules"]["lora_config"]["params"] |= EVERYWHERE
@@ -72,7 +72,7 @@ def sample_of(folder: Path, iteration: int) -> torch.Tensor:
 def untrained(release, one_clip, tmp_path_factory) -> Path:
     """A run at learning rate 0."""
     folder = tmp_path_factory.mktemp("untrained")
-    content = evaluated(release, one_clip, folder, None, train_iters=2)
+    content = evaluated(release, one_clip, folder, None, train_iters=2, eval_interval=1)
     return run(content, folder, "deepspeed.optimizer.params.lr=0")
 
 
@@ -81,6 +81,8 @@ def test_learning_rate_0_changes_nothing(untrained, release):
     after = read_transformer(untrained).network
     for name, value in before.items():
         assert torch.equal(after[name], value), name
+    assert torch.equal(sample_of(untrained, 1), sample_of(untrained, 2))
+    assert len({line["loss"] for line in records(untrained, "valid")}) == 1
 
 
 @pytest.mark.parametrize("lora, rate, iterations", [(None, 5e-3, 80), (16, 2e-2, 130)])
