@@ -195,6 +195,7 @@ def failing_disks(folder: Path) -> dict[str, Any]:
         if rank == 0:
             ckpt_weights.Deferred.on_cpu = whole
     intact = load_state(folder / "1").iteration == 1 and not (folder / "2").exists() and not leftovers(folder)
+    torch.distributed.barrier()
     path = save_checkpoint(folder, engine, state_of(engine, 3), config=CONFIG, lora_only=True)
     return {"told": told, "intact": intact, "next": load_state(path).iteration}
 
