@@ -115,7 +115,11 @@ def _assign_base(
         )
     if absent:
         loaded.notes.append(f"computed from the configuration: {', '.join(absent)}")
-    state = {**{name: computed[name] for name in absent}, **base}
+    from sgm.distributed import model_parallel_rank, model_parallel_world_size
+    from sgm.modules.transformer.tensor_parallel import partition_state
+
+    whole = {**{name: computed[name] for name in absent}, **base}
+    state = partition_state(whole, model_parallel_rank(), model_parallel_world_size())
     assign_state(network, state, source=checkpoint.source, device=device, dtype=dtype, hint=_hint(base))
 
 

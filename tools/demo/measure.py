@@ -103,8 +103,17 @@ def _masks(frames: np.ndarray, colours: list[str]) -> list[np.ndarray]:
 
 
 def _dilated(mask: np.ndarray, steps: int = 1) -> np.ndarray:
-    grown = F.max_pool2d(torch.from_numpy(mask)[:, None].float(), 2 * steps + 1, 1, steps)
-    return grown[:, 0].numpy() > 0.5
+    """Every pixel that has one of the mask's within `steps` rows and columns."""
+    for axis in (1, 2):
+        grown = mask.copy()
+        for step in range(1, steps + 1):
+            cut = [slice(None)] * 3
+            ahead, behind = list(cut), list(cut)
+            ahead[axis], behind[axis] = slice(step, None), slice(None, -step)
+            grown[tuple(ahead)] |= mask[tuple(behind)]
+            grown[tuple(behind)] |= mask[tuple(ahead)]
+        mask = grown
+    return mask
 
 
 def _eroded(mask: np.ndarray, steps: int = 1) -> np.ndarray:

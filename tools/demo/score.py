@@ -31,12 +31,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from sgm.data.clips import CaptionError, list_videos, read_caption  # noqa: E402
 from sgm.data.video_io import VideoError, probe, read_frames  # noqa: E402
-from tools.demo.attributes import BACKGROUNDS, COLOURS, MOTIONS, PATTERNS, SHAPES, SIZES  # noqa: E402
+from tools.demo.attributes import COLOURS, MOTIONS, PATTERNS, SHAPES, SIZES  # noqa: E402
 from tools.demo.captions import Said, parse  # noqa: E402
 from tools.demo.measure import SeenGround, SeenShape, measure  # noqa: E402
 
+# Choices that a guess has; None where these differ from clip to clip.
 OF_SHAPE = {"colour": len(COLOURS), "shape": len(SHAPES), "size": len(SIZES), "motion": len(MOTIONS)}
-OF_CLIP = {"number": 2, "pattern": len(PATTERNS), "background": len(BACKGROUNDS), "all": None}
+OF_CLIP = {"number": 2, "pattern": len(PATTERNS), "background": None, "all": None}
 EITHER_WAY = ("horizontal stripes", "vertical stripes", "checker")  # patterns whose two colours have no order
 
 
