@@ -47,6 +47,7 @@ class DeepSpeedPlan:
         clipping: largest norm of the gradient; 0 for none. Applied by DeepSpeed, or by `sgm.training.step` where the
             gradient is not wrapped (float32 without ZeRO).
         notes: what was translated, or has no effect.
+        time_phases: `wall_clock_breakdown` was asked for; the run times its phases itself (`sgm.training.timing`).
     """
 
     config: dict[str, Any]
@@ -58,6 +59,7 @@ class DeepSpeedPlan:
     accumulation: int
     clipping: float
     notes: tuple[str, ...]
+    time_phases: bool = False
 
 
 def plan_deepspeed(
@@ -94,12 +96,15 @@ def plan_deepspeed(
     offload = "offload_optimizer" in zero
     _allow_own_optimizer(config, zero, optimizer, notes)
     _quiet_defaults(config)
+    time_phases = bool(config.get("wall_clock_breakdown"))
+    config["wall_clock_breakdown"] = False  # DeepSpeed's own knows neither VAE nor text encoder
     idle = [name for name, value in (config.get("activation_checkpointing") or {}).items() if value]
     if idle:
         notes.append(f"deepspeed.activation_checkpointing.{', '.join(idle)}: no effect, torch recomputes each layer")
     return DeepSpeedPlan(
-        config, optimizer, dtype, int(zero["stage"]), offload, micro, accumulation, float(clipping), tuple(notes)
-    )
+        config, optimizer, dtype, int(zero["stage"]), offload, micro, accumulation, float(clipping), tuple(notes),
+        time_phases,
+    )  # fmt: skip
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

@@ -73,10 +73,22 @@ class RunLog:
             stamped = {"kind": kind, "time": round(time.time(), 3), **_jsonable(values)}
             self._file.write(json.dumps(stamped) + "\n")
 
-    def train(self, iteration: int, lr: float, scale: float | None, samples: int) -> None:
-        """Progress line over the iterations since the last one."""
+    def train(
+        self,
+        iteration: int,
+        lr: float,
+        scale: float | None,
+        samples: int,
+        phases: Mapping[str, float] | None = None,
+        peak: int | None = None,
+    ) -> None:
+        """Progress line over the iterations since the last one.
+
+        `phases`: seconds by phase in these iterations; `peak`: most bytes on the GPU so far.
+        """
         means = self.interval.means()
         skipped = self.interval.skipped
+        phases = {name: seconds / max(1, self.interval.iterations) for name, seconds in (phases or {}).items()}
         self.interval = Interval()
         left = (self.total - iteration) * (means["seconds_per_step"] or 0.0)
         text = f"iteration {iteration:>{len(str(self.total))}}/{self.total} | loss {_shown(means['loss'], '.4f')}"
@@ -84,8 +96,14 @@ class RunLog:
         text += f" | {means['seconds_per_step']:.2f} s/step | ETA {duration(left)}"
         text += f" | loss scale {scale:g}" if scale is not None else ""
         text += f" | {skipped} skipped" if skipped else ""
+        text += f" | peak {peak / 2**30:.2f} GiB" if peak is not None else ""
         self.line(text)
-        self.record("train", iteration=iteration, lr=lr, loss_scale=scale, samples=samples, skipped=skipped, **means)
+        if phases:
+            self.line("  seconds a step: " + ", ".join(f"{name} {seconds:.3f}" for name, seconds in phases.items()))
+        extra = ({"phases": phases} if phases else {}) | ({"peak_bytes": peak} if peak is not None else {})
+        self.record(
+            "train", iteration=iteration, lr=lr, loss_scale=scale, samples=samples, skipped=skipped, **means, **extra
+        )
 
 
 def duration(seconds: float) -> str:

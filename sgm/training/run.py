@@ -42,6 +42,7 @@ from sgm.training.setup import (
     split_validation,
     training_model_section,
 )
+from sgm.training.timing import PhaseClock, phases_of_step
 from sgm.training.trainer import Trainer
 
 T = TypeVar("T")
@@ -112,6 +113,7 @@ def _prepare(
     log = stack.enter_context(RunLog(folder, args.train_iters, sys.stdout if info.rank == 0 else None))
     trainer = Trainer(ds_engine, loader, schedule, args, log, SkipGuard(args.max_skipped_steps))
     trainer.dtype, trainer.clipping = plan.dtype, plan.clipping
+    trainer.clock = phases_of_step(PhaseClock(plan.time_phases, info.device), engine)
     trainer.saver = Saver(folder, config, trains_lora(config.model)) if folder else None
     trainer.evaluation = _evaluation(config, plan, valid_sets, folder)
     seed_all(args.seed + distributed.data_parallel_rank())

@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from sgm.training.partitions import basic_optimizer, load_scaler_state, scaler_state
+from sgm.training.timing import PhaseClock
 
 
 @dataclass(frozen=True)
@@ -45,34 +46,47 @@ def batch_latents(engine: Any, batch: Mapping[str, Any], device: torch.device) -
     return rearrange(engine.encode_first_stage(x), "b c t h w -> b t c h w").contiguous()
 
 
-def batch_loss(ds_engine: Any, batch: Mapping[str, Any]) -> Tensor:
+def batch_loss(ds_engine: Any, batch: Mapping[str, Any], clock: PhaseClock) -> Tensor:
     """Loss of a batch, scalar. DeepSpeed's own forward is used, which prepares the backward pass."""
-    loss, _ = ds_engine(batch_latents(ds_engine.module, batch, ds_engine.device), batch)
+    with clock.phase("vae"):
+        z = batch_latents(ds_engine.module, batch, ds_engine.device)
+    with clock.phase("forward"):
+        loss, _ = ds_engine(z, batch)
     return loss
 
 
 def training_step(
-    ds_engine: Any, batches: Iterator[Mapping[str, Any]], clipping: float = 0.0, stop_requested: bool = False
+    ds_engine: Any,
+    batches: Iterator[Mapping[str, Any]],
+    clipping: float = 0.0,
+    stop_requested: bool = False,
+    clock: PhaseClock | None = None,
 ) -> StepOutcome:
     """Draw the micro-batches of one optimizer step and take it, unless loss or gradient are not finite on some rank.
 
-    `clipping`: largest gradient norm (0: none) where DeepSpeed does not clip, see `DeepSpeedPlan.clipping`.
+    `clipping`: largest gradient norm (0: none) where DeepSpeed does not clip, see `DeepSpeedPlan.clipping`. `clock`
+    learns how long each phase took.
 
     A skipped step leaves weights, optimizer and, unless the gradient overflowed in float16, the loss scale as they
     were.
     """
+    clock = clock or PhaseClock()
     losses: list[float] = []
     stop = stop_requested
     scaler = scaler_state(ds_engine)
     for _ in range(ds_engine.gradient_accumulation_steps()):
-        loss = batch_loss(ds_engine, next(batches))
+        with clock.phase("data"):
+            batch = next(batches)
+        loss = batch_loss(ds_engine, batch, clock)
         mean, stop = _agree(loss, stop)
         losses.append(mean)
         bad_loss = not math.isfinite(sum(losses))
         # A gradient that is NaN throughout makes DeepSpeed drop what has been accumulated, in every ZeRO stage.
-        ds_engine.backward(loss * math.nan if bad_loss else loss)
-        norm = _finish_unwrapped(ds_engine, clipping)
-        ds_engine.step()
+        with clock.phase("backward"):
+            ds_engine.backward(loss * math.nan if bad_loss else loss)
+        with clock.phase("optimizer"):
+            norm = _finish_unwrapped(ds_engine, clipping)
+            ds_engine.step()
     if norm is None:
         norm = _reported_norm(ds_engine)
     applied = ds_engine.was_step_applied() and norm is not None and math.isfinite(norm)

@@ -16,6 +16,7 @@ from sgm.training.saver import Saver
 from sgm.training.schedule import LearningRate
 from sgm.training.state import CheckpointError
 from sgm.training.step import StepOutcome, training_step
+from sgm.training.timing import PhaseClock, peak_memory
 
 
 @dataclass
@@ -25,7 +26,7 @@ class Trainer:
     Attributes:
         saver: None saves nothing; evaluation: None evaluates nothing.
         iteration: optimizer steps taken or skipped so far.
-        dtype: of the weights, for messages. clipping: see `training_step`.
+        dtype: of the weights, for messages. clipping, clock: see `training_step`.
     """
 
     ds_engine: Any
@@ -39,6 +40,7 @@ class Trainer:
     iteration: int = 0
     dtype: str = "fp32"
     clipping: float = 0.0
+    clock: PhaseClock = field(default_factory=PhaseClock)
     stop: StopSignal = field(default_factory=StopSignal)
     _saved: int = -1
 
@@ -53,7 +55,8 @@ class Trainer:
         with self.stop.watch():
             while self.iteration < self.args.train_iters:
                 lr = self.schedule.current
-                outcome = training_step(self.ds_engine, self.loader, self.clipping, self.stop.received is not None)
+                stop_wanted = self.stop.received is not None
+                outcome = training_step(self.ds_engine, self.loader, self.clipping, stop_wanted, self.clock)
                 self.iteration += 1
                 self._account(outcome)
                 self._at_intervals(lr)
@@ -79,7 +82,8 @@ class Trainer:
         if self.iteration % self.args.log_interval == 0:
             scaler = scaler_state(self.ds_engine)
             scale = scaler["cur_scale"] if scaler else None
-            self.log.train(self.iteration, lr, scale, self._samples())
+            peak = peak_memory(self.ds_engine.device)
+            self.log.train(self.iteration, lr, scale, self._samples(), self.clock.take(), peak)
         if self.saver and self.args.save_interval and self.iteration % self.args.save_interval == 0:
             self._save_or_warn()
         if self.evaluation and self.args.eval_interval and self.iteration % self.args.eval_interval == 0:

@@ -16,6 +16,7 @@ from sgm.training import trainer
 from sgm.training.faults import TrainingStopped
 from sgm.training.options import TrainArgs
 from sgm.training.run import train
+from sgm.training.timing import PHASES
 from sgm.weights import read_checkpoint
 from sgm.weights.release import read_transformer
 from tests.training_tiny import configuration, write_clips, write_release, write_yaml
@@ -115,8 +116,10 @@ def test_a_run_writes_the_originals_layout(release, clips, tmp_path):
 
 def test_epochs_replace_iterations(release, clips, tmp_path):
     content = configuration(release, clips, tmp_path / "save", epochs=2, log_image=False)
-    content["deepspeed"]["gradient_accumulation_steps"] = 2
+    content["deepspeed"] |= {"gradient_accumulation_steps": 2, "wall_clock_breakdown": True}
     folder = run(content, tmp_path)
+    phases = [line["phases"] for line in records(folder, "train")]
+    assert all(set(p) == set(PHASES) and min(p.values()) > 0 for p in phases)
     assert [line["iteration"] for line in records(folder, "saved")] == [2, 4]  # 4 clips, 2 a step: 2 an epoch
     assert records(folder, "train")[-1]["samples"] == 8
 

@@ -54,8 +54,8 @@ class ClipPass:
     Attributes:
         cache: frames before this chunk; None: the clip is whole.
         last: no further chunk follows, so nothing is kept.
-        slice_bytes: bound on the input of a convolution (its temporary copies are as large); longer ones are cut along
-            time, with the same result.
+        slice_bytes: bound on the input and on the result of a convolution (its temporary copies are as large); longer
+            ones are cut along time, with the same result.
     """
 
     cache: CausalCache | None = field(default=None)
@@ -89,7 +89,7 @@ class CausalConv3d(nn.Module):
         front = run.cache.take(self, x) if run.cache is not None and self.front else None
         spans = [(0, x.shape[2])]
         if not torch.is_grad_enabled():
-            spans = frame_spans(x.shape[2], frame_bytes(x), run.slice_bytes)
+            spans = frame_spans(x.shape[2], self._frame_bytes(x), run.slice_bytes)
         if len(spans) == 1:
             staged = stage_frames(x, norm, front, self.front, self.conv.weight)
             result = self.conv(staged)
@@ -115,6 +115,15 @@ class CausalConv3d(nn.Module):
             result[:, :, start:stop] = self.conv(staged)
             front = self._tail(staged)
         return result, front
+
+    def _frame_bytes(self, x: Tensor) -> int:
+        """Bytes of one frame of x or of the result, whichever is larger.
+
+        The first convolution makes 128 channels of 3: at 49 x 480 x 720 its result in one go has more than 2^31
+        values, which not every version of cuDNN can address.
+        """
+        widths = (self.conv.in_channels, self.conv.out_channels)
+        return frame_bytes(x) * max(widths) // widths[0]
 
     def _tail(self, staged: Tensor) -> Tensor:
         """The last k - 1 staged frames; a copy, so that the staged frames can go (with gradients: a view)."""

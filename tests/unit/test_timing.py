@@ -1,0 +1,50 @@
+"""Time by phase of a training iteration."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from sgm.training import timing
+from sgm.training.timing import PhaseClock
+
+
+@pytest.fixture
+def ticking(monkeypatch):
+    """Each look at the clock finds it a second later."""
+    now = iter(range(1000))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(now)))
+
+
+def test_an_inner_phase_is_not_part_of_the_outer_one(ticking):
+    clock = PhaseClock(enabled=True)
+    encoder = nn.Identity()
+    clock.watch(encoder, "text")
+    with clock.phase("data"):
+        pass
+    with clock.phase("forward"):
+        encoder(torch.zeros(1))
+    assert clock.take() == {"data": 1.0, "text": 1.0, "forward": 2.0}  # forward: before and after the text
+    assert clock.take() == {}
+
+
+def test_a_failing_phase_is_left(ticking):
+    clock = PhaseClock(enabled=True)
+    broken = nn.Bilinear(1, 1, 1)
+    clock.watch(broken, "text")
+    with pytest.raises(TypeError), clock.phase("forward"):
+        broken(1)
+    with clock.phase("data"):
+        pass
+    assert list(clock.take()) == ["data", "text", "forward"]
+    assert clock._running == []
+
+
+def test_a_clock_that_is_off_counts_nothing():
+    clock = PhaseClock()
+    module = nn.Identity()
+    clock.watch(module, "text")
+    with clock.phase("data"):
+        module(torch.zeros(1))
+    assert clock.take() == {} and not module._forward_hooks
