@@ -50,15 +50,19 @@ class WeightFacts:
 class TextToVideo:
     """The engine of a run configuration on one device.
 
-    Latents: (b, t, c, h, w), scaled; frames: uint8 (f, height, width, 3).
+    Latents: (b, t, c, h, w), scaled; frames: uint8 (f, height, width, 3). Its text encoder's files are looked up at
+    once (not read), unless it is built `with_text_encoder=False`, to plan or to decode latents only.
     """
 
-    def __init__(self, config: RunConfig[SampleArgs], device: torch.device):
+    def __init__(self, config: RunConfig[SampleArgs], device: torch.device, *, with_text_encoder: bool = True):
         self.args = config.args
         self.device = device
         self.placement = Placement(self.args.placement, device)
+        model = _for_inference(config.model)
+        if not with_text_encoder:
+            del model["conditioner_config"]
         with torch.device("meta"):
-            self.engine = SATVideoDiffusionEngine(**_for_inference(config.model), dtype=self.args.dtype)
+            self.engine = SATVideoDiffusionEngine(**model, dtype=self.args.dtype)
         self.engine.eval().requires_grad_(False)
         self.engine.sampler.verbose = False  # the caller shows progress
         self.facts = WeightFacts()

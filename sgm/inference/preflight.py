@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sgm.config import ConfigError, merge_yaml
+from sgm.config import ConfigError, RunConfig, merge_yaml
+from sgm.inference.options import SampleArgs
 from sgm.weights.release import HOW_TO_GET
 
 REPO = Path(__file__).resolve().parents[2]
+BUNDLED = "demo/"  # made at first use, so it need not exist
 SHIPPED_T5 = "google/t5-v1_1-xxl"
 _PLACEHOLDER = re.compile(r"\{your_[^}]*\}|^your .* path$")
 HOW_TO_GET_T5 = (
@@ -36,6 +40,27 @@ def weight_paths(model: Mapping[str, Any], load: str | None) -> dict[str, str]:
         if folder:
             found[f"model.conditioner_config.params.emb_models.{k}.params.model_dir"] = str(folder)
     return found
+
+
+def with_found_paths(config: RunConfig[SampleArgs]) -> RunConfig[SampleArgs]:
+    """`config` with relative weight paths that do not exist from the current folder taken from the project's."""
+    model = copy.deepcopy(config.model)
+    for place, value in weight_paths(model, None).items():
+        *parents, leaf = place.removeprefix("model.").split(".")
+        node: Any = model
+        for key in parents:
+            node = node[int(key)] if isinstance(node, list) else node[key]
+        node[leaf] = found_path(value)
+    load = found_path(config.args.load) if config.args.load else config.args.load
+    return replace(config, model=model, args=replace(config.args, load=load))
+
+
+def found_path(value: str) -> str:
+    """`value`, or the same below the project's folder where only that exists or lies in the bundled demo."""
+    below = REPO / value
+    if Path(value).expanduser().exists() or not (below.exists() or value.startswith(BUNDLED)):
+        return value
+    return str(below)
 
 
 def unedited(paths: Mapping[str, str]) -> list[str]:

@@ -66,7 +66,7 @@ def read_prompt_file(path: Path) -> tuple[list[Prompt], int]:
 
 
 def find_prompt_file(name: str, config_files: Sequence[Path]) -> Path:
-    """`name` from the current folder, then beside the YAML files, then in a `configs` folder beside them.
+    """`name` from the current folder, then beside the YAML files (the last one first).
 
     Raises:
         PromptError: not found; lists the places tried.
@@ -77,6 +77,26 @@ def find_prompt_file(name: str, config_files: Sequence[Path]) -> Path:
         if path.is_file():
             return path
     raise PromptError(f"no prompt file {name!r}; looked at {', '.join(str(p) for p in dict.fromkeys(tried))}")
+
+
+def gather(
+    given: Sequence[str], input_file: str | None, config_files: Sequence[Path]
+) -> tuple[list[Prompt], str | None]:
+    """(prompts, a line that says where they are from) of a run: `given` ones, or else those of `input_file`.
+
+    Raises:
+        PromptError: none given and no file named, or the file is missing, unreadable or empty.
+    """
+    if given:
+        prompts = [Prompt(k, text.strip()) for k, text in enumerate(given) if text.strip()]
+        if not prompts:
+            raise PromptError("the prompts given are blank; write some text behind --prompt.")
+        return prompts, None
+    if not input_file:
+        raise PromptError("args.input_file is not set: name a file with one prompt a line, or give --prompt.")
+    path = find_prompt_file(input_file, config_files)
+    prompts, blank = read_prompt_file(path)
+    return prompts, f"{len(prompts)} prompts from {path}" + (f", {blank} blank lines left out" if blank else "")
 
 
 def share(prompts: Sequence[Prompt], rank: int, world_size: int) -> list[Prompt]:

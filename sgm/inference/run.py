@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import sys
+import os
+from typing import Any
 
 import torch
 
 from sgm.config import ConfigError, RunConfig, check_model_section
+from sgm.distributed import DistInfo, init_distributed, shutdown
 from sgm.inference.options import SampleArgs
 from sgm.inference.pipeline import SamplingError, TextToVideo
-from sgm.inference.preflight import check_paths
+from sgm.inference.plan import report, text_encoder_is_local
+from sgm.inference.preflight import check_paths, with_found_paths
 from sgm.inference.progress import Progress
-from sgm.inference.runner import Runner, describe, out_of_memory_advice
+from sgm.inference.prompts import gather
+from sgm.inference.runner import Runner, out_of_memory_advice
+from sgm.weights.random_release import ensure_demo_weights, uses_random_demo
 
 
 def sample(config: RunConfig[SampleArgs], *, dry_run: bool = False) -> int:
@@ -20,29 +25,37 @@ def sample(config: RunConfig[SampleArgs], *, dry_run: bool = False) -> int:
     Raises:
         ValueError subclasses of this package: bad configuration, weights, prompts or output, each with its remedy.
     """
-    from sgm.distributed import init_distributed, shutdown
     from sgm.models.diffusion import SATVideoDiffusionEngine
 
     check_model_section(config.model, SATVideoDiffusionEngine)
-    if not dry_run:
-        _ensure_demo(config)
-        check_paths(config.model, config.args.load)
-    info = init_distributed(_device_type(config.args.device))
+    config = with_found_paths(config)
+    random_demo = uses_random_demo(config.args.load)
+    if not dry_run and not random_demo:
+        check_paths(_needed(config), config.args.load)
+    info = init_distributed(_device_type(config.args.device, several=int(os.environ.get("WORLD_SIZE", "1")) > 1))
     try:
-        device = torch.device(config.args.device) if _names_one_gpu(config.args.device) else info.device
+        device = _own_device(config.args.device, info)
         progress = Progress(info.rank == 0, device)
         for note in config.notes:
             progress.line(f"note: {note}")
-        pipeline = TextToVideo(config, device)
         if dry_run:
-            _print_plan(config, pipeline, info.rank)
+            _print_plan(config, device, info.rank, random_demo)
             return 0
+        if random_demo:
+            _make_demo(config, info)
+        pipeline = TextToVideo(config, device, with_text_encoder=config.args.decode_latents is None)
         _run(Runner(config, pipeline, progress, info.rank, info.world_size))
         if info.world_size > 1:
             torch.distributed.barrier()
     finally:
         shutdown()
     return 0
+
+
+def _needed(config: RunConfig[SampleArgs]) -> dict[str, Any]:
+    """The model section without what this run does not read."""
+    unread = {"conditioner_config"} if config.args.decode_latents else set()
+    return {name: value for name, value in config.model.items() if name not in unread}
 
 
 def _run(runner: Runner) -> None:
@@ -52,38 +65,50 @@ def _run(runner: Runner) -> None:
         raise SamplingError(out_of_memory_advice(runner.args.placement, runner.args.batch_size)) from error
 
 
-def _print_plan(config: RunConfig[SampleArgs], pipeline: TextToVideo, rank: int) -> None:
-    if rank == 0:
-        print(config.as_yaml())
-        print(describe(config, pipeline), file=sys.stdout, flush=True)
+def _print_plan(config: RunConfig[SampleArgs], device: torch.device, rank: int, random_demo: bool) -> None:
+    if rank != 0:
+        return
+    args = config.args
+    asks = args.decode_latents or (args.input_type == "cli" and not args.prompts)
+    prompts = [] if asks else gather(args.prompts, args.input_file, config.files)[0]
+    pipeline = TextToVideo(config, device, with_text_encoder=text_encoder_is_local(config.model))
+    print(report(config, pipeline, prompts, random_demo), flush=True)
 
 
-def _device_type(device: str | None) -> str | None:
+def _make_demo(config: RunConfig[SampleArgs], info: DistInfo) -> None:
+    """The demo configuration's random weights, made by the first process of a machine while the others wait."""
+    if info.local_rank == 0:
+        ensure_demo_weights(config.model)
+    if info.world_size > 1:
+        torch.distributed.barrier()
+
+
+def _device_type(device: str | None, several: bool) -> str | None:
     if device is None:
         return None
-    kind = torch.device(_normal(device)).type
+    kind = _parsed(device).type
     if kind not in ("cpu", "cuda"):
         raise ConfigError(f"args.device is {device!r}; choose cpu, cuda or cuda:N.")
     if kind == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"args.device is {device!r}, but PyTorch sees no GPU; use --device cpu.")
+    if several and kind == "cuda" and _parsed(device).index is not None:
+        raise ConfigError(f"args.device is {device!r}, but each of several processes takes its own GPU: use cuda.")
     return kind
 
 
-def _normal(device: str) -> str:
+def _parsed(device: str) -> torch.device:
     try:
-        torch.device(device)
+        return torch.device(device)
     except RuntimeError as error:
         raise ConfigError(f"args.device is {device!r}; choose cpu, cuda or cuda:N.") from error
+
+
+def _own_device(wanted: str | None, info: DistInfo) -> torch.device:
+    """The process's device, made the current one: kernels are launched on that."""
+    device = _parsed(wanted) if wanted is not None else info.device
+    if device.type != "cuda" or device.index is None:
+        return info.device
+    if device.index >= torch.cuda.device_count():
+        raise ConfigError(f"args.device is {wanted!r}, but this machine shows {torch.cuda.device_count()} GPU(s).")
+    torch.cuda.set_device(device)
     return device
-
-
-def _names_one_gpu(device: str | None) -> bool:
-    return device is not None and ":" in device
-
-
-def _ensure_demo(config: RunConfig[SampleArgs]) -> None:
-    """The demo configuration has no trained weights yet: make random ones at first use, and say so."""
-    from sgm.weights.random_release import DEMO_FOLDER, ensure_demo_weights
-
-    if config.args.load and config.args.load.startswith(DEMO_FOLDER):
-        ensure_demo_weights(config.model)

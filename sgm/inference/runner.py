@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from sgm.inference.noise import SampleId
 from sgm.inference.options import SampleArgs
 from sgm.inference.pipeline import EncodedPrompt, TextToVideo
 from sgm.inference.progress import Progress, StageTimes
-from sgm.inference.prompts import Prompt, ask, find_prompt_file, read_prompt_file, share
+from sgm.inference.prompts import Prompt, ask, gather, share
 from sgm.inference.writer import (
     SampleFiles,
     check_writable,
@@ -61,13 +61,9 @@ class Runner:
         return self._run_list(share(self._prompts(), self.rank, self.world_size))
 
     def _prompts(self) -> list[Prompt]:
-        if self.args.prompts:
-            return [Prompt(k, text.strip()) for k, text in enumerate(self.args.prompts) if text.strip()]
-        if not self.args.input_file:
-            raise ConfigError("args.input_file is not set: name a file with one prompt a line, or give --prompt.")
-        path = find_prompt_file(self.args.input_file, self.config.files)
-        prompts, blank = read_prompt_file(path)
-        self.progress.line(f"{len(prompts)} prompts from {path}" + (f", {blank} blank lines left out" if blank else ""))
+        prompts, note = gather(self.args.prompts, self.args.input_file, self.config.files)
+        if note:
+            self.progress.line(note)
         return prompts
 
     def _converse(self) -> int:
@@ -253,25 +249,3 @@ def out_of_memory_advice(placement: str, samples: int) -> str:
     advice += ["--max-batch 1"] if samples > 1 else []
     advice += ["fewer latent frames (--set args.sampling_num_frames=9)", "a smaller --image-size"]
     return f"the GPU ran out of memory with --placement {placement}. Try " + "; ".join(advice) + "."
-
-
-def describe(config: RunConfig[SampleArgs], pipeline: TextToVideo, prompts: Iterable[Prompt] | None = None) -> str:
-    """The plan that --dry-run prints: sizes, steps, devices and what each part needs."""
-    height, width = pipeline.image_size
-    t = config.args.sampling_num_frames
-    sizes = {name: _bytes_of(module) for name, module in pipeline.engine.named_children()
-             if name in ("conditioner", "model", "first_stage_model")}  # fmt: skip
-    lines = [
-        f"device {pipeline.device}, {config.args.dtype}, placement {config.args.placement}",
-        f"{4 * t - 3} frames of {width}x{height} ({t} latent frames), {pipeline.num_steps} steps, "
-        f"{config.args.batch_size} sample(s) a prompt",
-        *(f"weights of {name}: {size / 2**30:.2f} GiB" for name, size in sizes.items()),
-    ]
-    if prompts is not None:
-        lines += [f"prompt {p.index}: {_shorten(p.text, 100)}" for p in prompts]
-    return "\n".join(lines)
-
-
-def _bytes_of(module: torch.nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in module.parameters())
-

@@ -10,7 +10,9 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import sys
+import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -61,17 +63,33 @@ def write_random_release(
     save_text(out / "transformer" / "latest", str(ITERATION))
 
 
+def uses_random_demo(load: str | None) -> bool:
+    """Whether the transformer's path is the demo's folder of random weights."""
+    return load is not None and Path(load).expanduser().absolute().parent == _REPO / DEMO_FOLDER
+
+
 def ensure_demo_weights(model: Mapping[str, Any]) -> None:
-    """Make the demo's random weights unless they are there, and say that they are random."""
+    """Make the demo's random weights unless they are there, whole, and say that they are random.
+
+    Raises:
+        WeightsError: the folder cannot be written.
+    """
     print(
         "note: the demo model has random weights (trained ones are not bundled yet): its videos are coloured noise, "
         "which shows that the whole path works.",
         file=sys.stderr,
         flush=True,
     )
-    folder = Path(DEMO_FOLDER)
-    if not (folder / "transformer" / "latest").is_file():
-        write_random_release(model, folder, dtype=torch.float32)
+    folder = _REPO / DEMO_FOLDER
+    if folder.exists():
+        return
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder.parent) as temporary:
+            write_random_release(model, Path(temporary) / "made", dtype=torch.float32)
+            os.replace(Path(temporary) / "made", folder)
+    except OSError as error:
+        raise WeightsError(f"cannot make the demo's random weights in {folder}: {error.strerror or error}.") from error
 
 
 def _made(folder: Path) -> Path:

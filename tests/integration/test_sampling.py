@@ -34,11 +34,10 @@ def settings(release: Path) -> list[str]:
     ]
 
 
-def sample(*arguments: str, **kwargs) -> subprocess.CompletedProcess:
+def sample(*arguments: str, cwd: Path = REPO, **kwargs) -> subprocess.CompletedProcess:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "sample_video.py", *arguments], cwd=REPO, capture_output=True, text=True, env=environment, **kwargs
-    )
+    command = [sys.executable, str(REPO / "sample_video.py"), *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment, timeout=300, **kwargs)
 
 
 def test_writes_video_record_and_sheet_and_repeats_with_the_seed(release, tmp_path):
@@ -119,6 +118,11 @@ def test_shipped_file_with_some_paths_edited_names_the_rest(tmp_path):
     assert done.returncode == 2 and "ckpt_path" in done.stderr and "args.load" not in done.stderr
 
 
-def test_dry_run_prints_configuration_and_plan(tmp_path):
-    done = sample(str(DEMO), "--dry-run", "--device", "cpu")
-    assert done.returncode == 0 and "sampler_config" in done.stdout and "latent frames" in done.stdout, done.stderr
+@pytest.mark.parametrize("folder", [REPO, None])
+def test_dry_run_prints_configuration_and_plan_and_makes_nothing(tmp_path, folder):
+    before = set((REPO / "demo").rglob("*"))
+    done = sample("--dry-run", "--device", "cpu", cwd=folder or tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "sampler_config" in done.stdout and "5 latent frames" in done.stdout and "prompt 2:" in done.stdout
+    assert "args.load" in done.stdout and "demo/" in done.stdout
+    assert set((REPO / "demo").rglob("*")) == before and not list(tmp_path.iterdir())

@@ -20,6 +20,7 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
 )
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 TOKENIZER_EXTRAS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 HOW_TO_GET = (
@@ -63,9 +64,16 @@ def resolve(model_dir: str, cache_dir: str | None = None) -> T5Files:
     folder = Path(model_dir).expanduser()
     if folder.is_dir():
         return files_in(folder)
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model_dir):
+    if not _HUB_ID.fullmatch(model_dir):
         raise EncoderFilesError(f"the text encoder's folder {model_dir} does not exist. {HOW_TO_GET}")
     return files_in(_from_hub(model_dir, cache_dir))
+
+
+def is_local(model_dir: str, cache_dir: str | None = None) -> bool:
+    """Whether `resolve` would need no network: a folder (whole or not), or a hub id that the cache holds whole."""
+    return Path(model_dir).expanduser().is_dir() or (
+        _HUB_ID.fullmatch(model_dir) is not None and _complete_snapshot(model_dir, cache_dir) is not None
+    )
 
 
 def files_in(folder: Path) -> T5Files:

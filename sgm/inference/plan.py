@@ -1,0 +1,89 @@
+"""What a run would do, found without weights, network or files written: what `--dry-run` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sgm.config import RunConfig
+from sgm.inference.options import SampleArgs
+from sgm.inference.pipeline import TextToVideo
+from sgm.inference.preflight import unedited, weight_paths
+from sgm.inference.prompts import Prompt
+
+_SHOWN_PROMPTS = 20
+_PARTS = {"conditioner": "text encoder", "model": "transformer", "first_stage_model": "VAE"}
+
+
+def text_encoder_is_local(model: Mapping[str, Any]) -> bool:
+    """Whether every embedder's folder can be read here and now; nothing is fetched."""
+    from sgm.modules.encoders.t5_files import is_local
+
+    folders = [v for place, v in weight_paths(model, None).items() if place.endswith("model_dir")]
+    return bool(folders) and all(is_local(folder) for folder in folders)
+
+
+def weight_lines(model: Mapping[str, Any], load: str | None, made_at_first_use: bool) -> list[str]:
+    """A line for each weight path: there, or what is to be done."""
+    paths = weight_paths(model, load)
+    left = unedited(paths)
+
+    def state(place: str, value: str) -> str:
+        if place in left:
+            return "a placeholder, to be edited"
+        if Path(value).expanduser().exists():
+            return "found"
+        return "made at first use, random values" if made_at_first_use else "not found"
+
+    return [f"{place}: {value} ({state(place, value)})" for place, value in paths.items()]
+
+
+def describe(pipeline: TextToVideo, prompts: Sequence[Prompt]) -> list[str]:
+    """Sizes, steps, device, prompts, and how much memory the weights of each placement take on it."""
+    args = pipeline.args
+    height, width = pipeline.image_size
+    t = args.sampling_num_frames
+    listed = [f"prompt {p.index}: {p.text if len(p.text) <= 100 else p.text[:100] + '...'}" for p in prompts]
+    more = len(listed) - _SHOWN_PROMPTS
+    return [
+        f"device {pipeline.device}, {args.dtype}, placement {args.placement}",
+        f"{4 * t - 3} frames of {width}x{height} ({t} latent frames), {pipeline.num_steps} steps, "
+        f"{args.batch_size} sample(s) a prompt",
+        *_memory_lines(pipeline),
+        *listed[:_SHOWN_PROMPTS],
+        *([f"... and {more} more prompts"] if more > 0 else []),
+    ]
+
+
+def _memory_lines(pipeline: TextToVideo) -> list[str]:
+    children = dict(pipeline.engine.named_children())
+    sizes = {title: _bytes_of(children[name]) for name, title in _PARTS.items() if name in children}
+    lines = [f"weights of the {title}: {_size(size)}" for title, size in sizes.items()]
+    if "text encoder" not in sizes:
+        lines.append("weights of the text encoder: unknown until its folder is there")
+    held = {"all": sum(sizes.values()), "stages": max(sizes.values())}.get(pipeline.args.placement)
+    if held is not None and len(sizes) == len(_PARTS):
+        lines.append(f"at most {_size(held)} of weights on the device at a time, activations beside them")
+    return lines
+
+
+def _size(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.1f} MiB"
+
+
+def _bytes_of(module: torch.nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+def report(
+    config: RunConfig[SampleArgs], pipeline: TextToVideo, prompts: Sequence[Prompt], made_at_first_use: bool
+) -> str:
+    """The resolved configuration, then the plan as YAML comments, so that the whole is a configuration file again."""
+    plan = [
+        *describe(pipeline, prompts),
+        *weight_lines(config.model, config.args.load, made_at_first_use),
+    ]
+    return config.as_yaml() + "\n" + "\n".join(f"# {line}" for line in plan)
