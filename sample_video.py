@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -36,6 +37,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--seed-mode", choices=("sample", "upstream"), help="sample: per-sample noise; upstream: one stream")
     add("--placement", choices=("all", "stages", "lean"), help="what lies on the GPU at a time")
     add("--device", help="cpu, cuda or cuda:N")
+    add("--vae-tiling", action="store_true", default=None, help="decode in tiles: approximate, needs less memory")
     add("--skip-done", action="store_true", default=None, help="leave out samples that are there already")
     add("--only-save-latents", action="store_true", default=None, help="write latents, no videos")
     add("--decode-latents", metavar="PATH", help="decode latents of an earlier run (file or folder)")
@@ -59,6 +61,10 @@ def main(arguments: list[str]) -> int:
             raise  # not one of ours: a bug, which keeps its traceback
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def run(options: argparse.Namespace) -> int:
@@ -86,4 +92,5 @@ def run(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _interrupt)  # so that a launcher's stop also leaves no half-written file
     sys.exit(main(sys.argv[1:]))

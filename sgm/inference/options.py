@@ -32,7 +32,7 @@ class SampleArgs:
     sampling_image_size: list[int] | None = option(None, "[height, width] in pixels; default: the network's own size")
     sampling_fps: int = option(8, "frames per second of the written video", at_least=1)
     num_steps: int | None = option(None, "sampling steps; default: the sampler's setting", at_least=2)
-    guidance_scale: float | None = option(None, "guidance scale; default: the guider's setting")
+    guidance_scale: float | None = option(None, "in place of the guider's configured scale")
     output_dir: str = option("outputs/", "folder for results")
     only_save_latents: bool = option(False, "write latents instead of videos; decode them later with --decode-latents")
     decode_latents: str | None = option(None, "decode latents that an earlier run saved: a file, or a folder of them")
@@ -42,6 +42,7 @@ class SampleArgs:
         "all: every part stays on the device; stages: one at a time; lean: parts are streamed through layer by layer",
         choices=("all", "stages", "lean"),
     )
+    vae_tiling: bool = option(False, "decode in overlapping tiles: approximate, for GPUs too small otherwise")
     lora: list[str] = option([], "adapter checkpoints, PATH or PATH:SCALE")
     merge_lora: bool = option(False, "fold adapters into the weights before sampling")
     force_inference: bool = option(False, "accept a transformer file without the computed position table")

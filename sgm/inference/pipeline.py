@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sgm.config import RunConfig
+from sgm.inference.fit import SamplingError, check_fit, check_latents
 from sgm.inference.noise import SampleId, StackedNoise
 from sgm.inference.options import SampleArgs
 from sgm.inference.placement import Placement
@@ -25,13 +26,9 @@ from sgm.models.loading import Adapter, LoadedNetwork, load_first_stage, load_ne
 _ENCODE_BATCH = 8  # prompts a text-encoder pass
 
 
-class SamplingError(ValueError):
-    """The model cannot give this sample; the message says why and what to change."""
-
-
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """Conditioning of one prompt and of its negative (CPU, (1, l, d) each), and the text that did not fit."""
+    """Conditioning of one prompt and of its negative (CPU, (1, l, d) each), and the end of the prompt that was cut."""
 
     cond: Cond
     uncond: Cond
@@ -64,10 +61,13 @@ class TextToVideo:
         with torch.device("meta"):
             self.engine = SATVideoDiffusionEngine(**model, dtype=self.args.dtype)
         self.engine.eval().requires_grad_(False)
-        self.engine.sampler.verbose = False  # the caller shows progress
         self.facts = WeightFacts()
         self._loaded: set[str] = set()
-        self._check_channels()
+        check_fit(self.engine, self.args, self.image_size)
+        self.engine.sampler.verbose = False  # the caller shows progress
+        if self.args.guidance_scale is not None:
+            # Set on the guider: the release's one ignores a scale that is given to a call, as in the original.
+            self.engine.sampler.guider.scale = self.args.guidance_scale
 
     # --- sizes ----------------------------------------------------------------------------------------------------
 
@@ -88,11 +88,6 @@ class TextToVideo:
     def num_steps(self) -> int:
         return self.args.num_steps or self.engine.sampler.num_steps
 
-    def _check_channels(self) -> None:
-        channels = self.engine.network.in_channels
-        if self.args.latent_channels not in (None, channels):
-            raise SamplingError(f"args.latent_channels is {self.args.latent_channels}, the network takes {channels}.")
-
     # --- loading --------------------------------------------------------------------------------------------------
 
     def load(self, part: str) -> None:
@@ -104,7 +99,10 @@ class TextToVideo:
             load_text_encoder(self.engine.conditioner, **to)
         elif part == "first_stage":
             self.facts.first_stage = load_first_stage(self.engine.first_stage_model, **to)
-            self.engine.first_stage_model.set_low_memory(self.placement.kind == "lean")
+            lean = self.placement.kind == "lean"
+            self.engine.first_stage_model.set_low_memory(lean, cache_on_cpu=lean)
+            if self.args.vae_tiling:
+                self.engine.first_stage_model.set_tiling()
         else:
             self.facts.network = self._load_network(to)
             self.facts.notes += self.facts.network.notes
@@ -122,6 +120,9 @@ class TextToVideo:
             merge=self.args.merge_lora,
             **to,
         )
+
+    def is_loaded(self, part: str) -> bool:
+        return part in self._loaded
 
     def drop_text_encoder(self) -> None:
         """Free the text encoder when no further prompt will come."""
@@ -148,6 +149,10 @@ class TextToVideo:
                 c, uc = self.engine.condition(batch, [negative] * len(batch))
                 encoded += [EncodedPrompt(_row(c, k), _row(uc, k), cut[start + k]) for k in range(len(batch))]
         return encoded
+
+    def cut_off(self, prompt: str) -> str:
+        """The end of a prompt that the text encoder does not read."""
+        return self.engine.conditioner.embedders[0].tokenize([prompt]).truncated[0]
 
     def sample(
         self,
@@ -180,7 +185,6 @@ class TextToVideo:
                 noise=noise.start(self.latent_shape) if noise else None,
                 noise_sampler=noise.like if noise else None,
                 num_steps=self.args.num_steps,
-                scale=self.args.guidance_scale,
                 callback=callback,
             ).cpu()
         _demand_finite(latents, "latents", self.args.dtype)
@@ -190,8 +194,9 @@ class TextToVideo:
         """Latents of one sample (t, c, h, w), scaled, to frames (f, height, width, 3).
 
         Raises:
-            SamplingError: the decoded pixels are not finite.
+            SamplingError: latents of another model, or the decoded pixels are not finite.
         """
+        check_latents(self.engine, latents)
         self.load("first_stage")
         stage = self.engine.first_stage_model
         z = latents.to(self.device, torch.float32)[None].transpose(1, 2) / self.engine.scale_factor

@@ -6,39 +6,86 @@ Weights never change while sampling, so a part is moved off the device by droppi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 PLACEMENTS = ("all", "stages", "lean")
+_ALIGN = 512  # bytes; where tensors start in a block's buffer, as the CUDA allocator aligns them
 
 
 class Resident:
-    """Moves one module between its host tensors and a device."""
+    """Moves one module between its host tensors and a device (a copy, also where the device is the CPU)."""
 
     def __init__(self, module: nn.Module, device: torch.device):
         self.module = module
         self.device = device
-        self._host: dict[int, tuple[Tensor, Tensor]] = {}
+        self._moved: list[tuple[Tensor, Tensor]] = []
 
     def enter(self) -> None:
         for tensor in _tensors(self.module):
-            if tensor.device != self.device:
-                self._host[id(tensor)] = (tensor, tensor.data)
-                tensor.data = tensor.data.to(self.device, non_blocking=True)
+            host = tensor.data
+            tensor.data = host.to(self.device, copy=True)
+            self._moved.append((tensor, host))
 
     def leave(self) -> None:
-        for tensor, host in self._host.values():
+        for tensor, host in self._moved:
             tensor.data = host
-        self._host.clear()
+        self._moved.clear()
+
+
+@dataclass(frozen=True)
+class HostBlock:
+    """A block's tensors, their values on the host, and where each starts in a device buffer of `size` bytes.
+
+    `flat` is the pinned image of that buffer, which `host` then views; None: the tensors lie where they were loaded.
+    """
+
+    tensors: list[Tensor]
+    host: list[Tensor]
+    offsets: list[int]
+    size: int
+    flat: Tensor | None
+
+    @classmethod
+    def of(cls, tensors: list[Tensor], pin: bool) -> HostBlock:
+        host = [t.data for t in tensors]
+        offsets, size = [], 0
+        for value in host:
+            offsets.append(size)
+            size += -(-value.nbytes // _ALIGN) * _ALIGN
+        if not pin:
+            return cls(tensors, host, offsets, size, None)
+        flat = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        views = [_view(flat, offset, value) for offset, value in zip(offsets, host)]
+        for view, value in zip(views, host):
+            view.copy_(value)
+        return cls(tensors, views, offsets, size, flat)
+
+    def upload(self, buffer: Tensor) -> None:
+        """Copy into a device buffer, in order with the current stream."""
+        if self.flat is not None:
+            buffer[: self.size].copy_(self.flat, non_blocking=True)
+            return
+        for offset, value in zip(self.offsets, self.host):
+            _view(buffer, offset, value).copy_(value, non_blocking=True)
+
+    def point_at(self, buffer: Tensor | None) -> None:
+        """Let the block's tensors be those of a device buffer, or the host's."""
+        for tensor, offset, value in zip(self.tensors, self.offsets, self.host):
+            tensor.data = value if buffer is None else _view(buffer, offset, value)
 
 
 class BlockStreamer:
     """Keeps a module's blocks on the host and brings each to the device for the time of its forward.
 
-    While block k computes, block k+1 is copied on a second stream (host memory is pinned for that, if `pin`).
+    The device holds two buffers, each as large as the largest block. While block k computes from one, block k+1 is
+    copied into the other on a second stream (host memory is pinned for that, if `pin`). A copy waits until the block
+    that last used its buffer is done, however far the host has run ahead, so memory never grows past the two.
     What lies outside the blocks goes to the device as a whole.
 
     Args:
@@ -47,55 +94,114 @@ class BlockStreamer:
 
     def __init__(self, module: nn.Module, blocks: Sequence[Sequence[nn.Module]], device: torch.device, pin: bool):
         self.device = device
-        self.blocks = [_unique(t for part in block for t in _tensors(part)) for block in blocks]
-        streamed = {id(t) for block in self.blocks for t in block}
-        self.resident = [t for t in _tensors(module) if id(t) not in streamed]
-        self.host = [[t.data.pin_memory() if pin else t.data for t in block] for block in self.blocks]
-        self.rest = [t.data for t in self.resident]
+        parts = [_unique(t for part in block for t in _tensors(part)) for block in blocks]
+        _demand_disjoint(parts)
+        streamed = {id(t) for block in parts for t in block}
+        self.rest = [t for t in _tensors(module) if id(t) not in streamed]
+        self.blocks = [HostBlock.of(block, pin) for block in parts]
+        for block in self.blocks:
+            block.point_at(None)  # a pinned copy replaces what was loaded
         self.triggers = [block[0] for block in blocks]
-        self.copies = torch.cuda.Stream(device)
-        self.ready: list[tuple[list[Tensor], torch.cuda.Event] | None] = [None] * len(self.blocks)
-        self.hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self.streams = CudaStreams(device) if device.type == "cuda" else Streams()
+        self.buffers: list[Tensor] = []
+        self._rest_host: list[Tensor] = []
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._next = 0  # buffer that the next copy goes to
+        self._using = 0  # buffer of the block that is computing
+        self._waiting: tuple[int, int] | None = None  # (block, buffer) copied ahead
 
     def enter(self) -> None:
-        for tensor, host in zip(self.resident, self.rest):
-            tensor.data = host.to(self.device, non_blocking=True)
+        size = max(block.size for block in self.blocks)
+        self.buffers = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(2)]
+        self.streams.start()
+        self._rest_host = [t.data for t in self.rest]
+        for tensor, host in zip(self.rest, self._rest_host):
+            tensor.data = host.to(self.device, copy=True)
         for k, trigger in enumerate(self.triggers):
-            self.hooks.append(trigger.register_forward_pre_hook(lambda *_, k=k: self._bring(k)))
-            self.hooks.append(trigger.register_forward_hook(lambda *_, k=k: self._drop(k)))
+            self._hooks.append(trigger.register_forward_pre_hook(lambda *_, k=k: self._bring(k)))
+            self._hooks.append(trigger.register_forward_hook(lambda *_, k=k: self._drop(k)))
 
     def leave(self) -> None:
-        for hook in self.hooks:
+        for hook in self._hooks:
             hook.remove()
-        self.hooks.clear()
-        self.ready = [None] * len(self.blocks)
-        for tensor, host in zip(self.resident, self.rest):
+        self._hooks.clear()
+        for tensor, host in zip(self.rest, self._rest_host):
             tensor.data = host
-        for k in range(len(self.blocks)):
-            self._drop(k)
+        for block in self.blocks:
+            block.point_at(None)
+        self.streams.finish()
+        self._rest_host, self.buffers, self._waiting = [], [], None
 
-    def _copy(self, k: int) -> None:
-        if self.ready[k] is None:
-            with torch.cuda.stream(self.copies):
-                copies = [host.to(self.device, non_blocking=True) for host in self.host[k]]
-                self.ready[k] = (copies, self.copies.record_event())
+    def _copy(self, k: int) -> int:
+        """Start the copy of block k; returns its buffer."""
+        slot, self._next = self._next, 1 - self._next
+        self.streams.copy(slot, partial(self.blocks[k].upload, self.buffers[slot]))
+        return slot
 
     def _bring(self, k: int) -> None:
-        self._copy(k)
-        copies, event = self.ready[k]  # type: ignore[misc]
-        current = torch.cuda.current_stream(self.device)
-        current.wait_event(event)
-        for tensor, copy in zip(self.blocks[k], copies):
-            copy.record_stream(current)  # its memory is reused only after this stream is done with it
-            tensor.data = copy
-        self.ready[k] = None
-        # The next copy may start only when the block before this one is done: two blocks on the device at most.
-        self.copies.wait_stream(current)
-        self._copy((k + 1) % len(self.blocks))
+        block, slot = self._waiting or (-1, -1)
+        if block != k:
+            slot = self._copy(k)
+        self._waiting = None
+        self.streams.await_copy(slot)
+        self.blocks[k].point_at(self.buffers[slot])
+        self._using = slot
+        following = (k + 1) % len(self.blocks)
+        self._waiting = (following, self._copy(following))
 
     def _drop(self, k: int) -> None:
-        for tensor, host in zip(self.blocks[k], self.host[k]):
-            tensor.data = host
+        self.blocks[k].point_at(None)
+        self.streams.used(self._using)
+
+
+class Streams:
+    """Order between the stream that computes and the one that copies, for two buffers. On the CPU all is in order."""
+
+    def start(self) -> None:
+        """The buffers were just allocated, from memory that the computing stream may still be working on."""
+
+    def finish(self) -> None:
+        """Wait for both streams, so that the buffers can go back to the allocator."""
+
+    def copy(self, slot: int, upload: Callable[[], None]) -> None:
+        """Queue a copy into a buffer, behind the last use of that buffer."""
+        upload()
+
+    def await_copy(self, slot: int) -> None:
+        """What is computed from here on sees the last copy into a buffer."""
+
+    def used(self, slot: int) -> None:
+        """All that was computed so far comes before the next copy into this buffer."""
+
+
+class CudaStreams(Streams):
+    """The computing stream is the current one; copies have a stream of their own."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.copies = torch.cuda.Stream(device)
+        self.copied = [torch.cuda.Event() for _ in range(2)]
+        self.free = [torch.cuda.Event() for _ in range(2)]
+
+    def start(self) -> None:
+        for slot in range(2):
+            self.used(slot)
+
+    def finish(self) -> None:
+        self.copies.synchronize()
+        torch.cuda.current_stream(self.device).synchronize()
+
+    def copy(self, slot: int, upload: Callable[[], None]) -> None:
+        self.copies.wait_event(self.free[slot])
+        with torch.cuda.stream(self.copies):
+            upload()
+        self.copied[slot].record(self.copies)
+
+    def await_copy(self, slot: int) -> None:
+        torch.cuda.current_stream(self.device).wait_event(self.copied[slot])
+
+    def used(self, slot: int) -> None:
+        self.free[slot].record(torch.cuda.current_stream(self.device))
 
 
 class Placement:
@@ -125,8 +231,8 @@ class Placement:
             stream = self.kind == "lean" and len(blocks) > 1
             mover = BlockStreamer(part, blocks, self.device, pin) if stream else Resident(part, self.device)
             self._movers[id(part)] = mover
-        mover.enter()
         try:
+            mover.enter()
             yield
         finally:
             mover.leave()
@@ -137,11 +243,24 @@ class Placement:
         self._movers.pop(id(part), None)
 
 
+def _view(buffer: Tensor, offset: int, like: Tensor) -> Tensor:
+    """The part of a byte buffer from `offset` on, as a contiguous tensor of `like`'s type and shape."""
+    return buffer[offset : offset + like.nbytes].view(like.dtype).view(like.shape)
+
+
+def _demand_disjoint(blocks: Sequence[Sequence[Tensor]]) -> None:
+    seen: set[int] = set()
+    for block in blocks:
+        if any(id(t) in seen for t in block):
+            raise ValueError("two blocks share a tensor; it must lie outside the blocks to be streamed")
+        seen.update(id(t) for t in block)
+
+
 def _tensors(module: nn.Module) -> list[Tensor]:
     return _unique([*module.parameters(), *module.buffers()])
 
 
-def _unique(tensors) -> list[Tensor]:
+def _unique(tensors: Iterable[Tensor]) -> list[Tensor]:
     return list({id(t): t for t in tensors}.values())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,7 @@ def choose_config(default: Path, fallback: Path) -> tuple[Path, str | None]:
     return default, None
 
 
-def check_paths(model: Mapping[str, Any], load: str | None) -> None:
+def check_paths(model: Mapping[str, Any], load: str | None, lora: Sequence[str] = ()) -> None:
     """Demand that every weight path is edited and exists.
 
     Raises:
@@ -109,9 +109,16 @@ def check_paths(model: Mapping[str, Any], load: str | None) -> None:
         for place, value in paths.items()
         if place not in left and not Path(value).expanduser().exists() and not _is_hub_name(value)
     ]
+    problems += [f"args.lora: {path} does not exist" for path in map(adapter_path, lora) if not path.exists()]
     if problems:
         title = f"{len(problems)} weight path{'s' if len(problems) > 1 else ''} to set:"
         raise PathError("\n".join([title, *(f"  - {p}" for p in problems), HOW_TO_GET, HOW_TO_GET_T5]))
+
+
+def adapter_path(text: str) -> Path:
+    """The path in `PATH` or `PATH:SCALE`."""
+    path, colon, _ = text.rpartition(":")
+    return Path(path if colon and not Path(text).expanduser().exists() else text).expanduser()
 
 
 def _is_hub_name(value: str) -> bool:

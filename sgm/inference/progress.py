@@ -38,6 +38,12 @@ class Progress:
 
             tqdm.write(text, file=sys.stderr)
 
+    def warn(self, text: str) -> None:
+        """A line that must be seen, whichever process it comes from."""
+        from tqdm import tqdm
+
+        tqdm.write(f"warning: {text}", file=sys.stderr)
+
     def bar(self, total: int, title: str, unit: str):
         from tqdm import tqdm
 

@@ -9,8 +9,9 @@ import torch
 
 from sgm.config import ConfigError, RunConfig, check_model_section
 from sgm.distributed import DistInfo, init_distributed, shutdown
+from sgm.inference.fit import SamplingError
 from sgm.inference.options import SampleArgs
-from sgm.inference.pipeline import SamplingError, TextToVideo
+from sgm.inference.pipeline import TextToVideo
 from sgm.inference.plan import report, text_encoder_is_local
 from sgm.inference.preflight import check_paths, with_found_paths
 from sgm.inference.progress import Progress
@@ -31,7 +32,7 @@ def sample(config: RunConfig[SampleArgs], *, dry_run: bool = False) -> int:
     config = with_found_paths(config)
     random_demo = uses_random_demo(config.args.load)
     if not dry_run and not random_demo:
-        check_paths(_needed(config), config.args.load)
+        check_paths(*_needed(config))
     info = init_distributed(_device_type(config.args.device, several=int(os.environ.get("WORLD_SIZE", "1")) > 1))
     try:
         device = _own_device(config.args.device, info)
@@ -52,17 +53,18 @@ def sample(config: RunConfig[SampleArgs], *, dry_run: bool = False) -> int:
     return 0
 
 
-def _needed(config: RunConfig[SampleArgs]) -> dict[str, Any]:
-    """The model section without what this run does not read."""
-    unread = {"conditioner_config"} if config.args.decode_latents else set()
-    return {name: value for name, value in config.model.items() if name not in unread}
+def _needed(config: RunConfig[SampleArgs]) -> tuple[dict[str, Any], str | None, list[str]]:
+    """Of a configuration what this run reads: parts of the model section, transformer, adapters."""
+    if not config.args.decode_latents:
+        return config.model, config.args.load, config.args.lora
+    return {"first_stage_config": config.model.get("first_stage_config")}, None, []
 
 
 def _run(runner: Runner) -> None:
     try:
         runner.run()
     except torch.OutOfMemoryError as error:
-        raise SamplingError(out_of_memory_advice(runner.args.placement, runner.args.batch_size)) from error
+        raise SamplingError(out_of_memory_advice(runner.args)) from error
 
 
 def _print_plan(config: RunConfig[SampleArgs], device: torch.device, rank: int, random_demo: bool) -> None:

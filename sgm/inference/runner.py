@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,11 @@ class Runner:
         for prompt in ask():
             try:
                 written += self._run_prompt(prompt, self._encode([prompt])[0])
-            except (ValueError, torch.OutOfMemoryError) as error:
+            except torch.OutOfMemoryError:
+                print(f"error: {out_of_memory_advice(self.args)}", file=sys.stderr)
+            except ValueError as error:
+                if not type(error).__module__.startswith("sgm."):
+                    traceback.print_exc()  # a bug, to be seen whole
                 print(f"error: {error}", file=sys.stderr)
         return written
 
@@ -111,32 +116,44 @@ class Runner:
             encoded = self.pipeline.encode([p.text for p in prompts], self.args.negative_prompt)
         for prompt, conditioning in zip(prompts, encoded):
             if conditioning.cut:
-                self.progress.line(
-                    f"warning: prompt {prompt.index} is longer than the text encoder reads; left out: "
-                    f"{_shorten(conditioning.cut)!r}"
-                )
+                self._warn_of_cut(f"prompt {prompt.index}", conditioning.cut)
+        if prompts and self.args.negative_prompt:
+            cut = self.pipeline.cut_off(self.args.negative_prompt)
+            if cut:
+                self._warn_of_cut("the negative prompt", cut)
         return encoded
+
+    def _warn_of_cut(self, what: str, cut: str) -> None:
+        self.progress.warn(f"{what} is longer than the text encoder reads; left out: {_shorten(cut)!r}")
 
     def _run_prompt(self, prompt: Prompt, conditioning: EncodedPrompt) -> int:
         self._load("network")
         missing = self._missing(prompt)
+        written = 0
         size = 1 if self.args.seed_mode == "upstream" else self.args.max_batch
-        while missing:
-            batch = missing[:size]
+        while written < len(missing):
+            batch = missing[written : written + size]
             times = StageTimes()
-            try:
-                latents = self._sample(prompt, conditioning, batch, times)
-            except torch.OutOfMemoryError:
-                if len(batch) == 1:
-                    raise
+            latents = self._sample_if_it_fits(prompt, conditioning, batch, times)
+            if latents is None:
                 size = len(batch) // 2
-                torch.cuda.empty_cache()
                 self.progress.line(f"not enough memory for {len(batch)} samples at once; trying {size}")
                 continue
             for k, sample in enumerate(batch):
                 self._finish(prompt, sample, latents[k], times)
-            missing = missing[len(batch) :]
-        return self.args.batch_size
+            written += len(batch)
+        return written
+
+    def _sample_if_it_fits(
+        self, prompt: Prompt, conditioning: EncodedPrompt, batch: Sequence[int], times: StageTimes
+    ) -> Tensor | None:
+        """Latents of a batch, or None where memory is short and a smaller batch may fit."""
+        try:
+            return self._sample(prompt, conditioning, batch, times)
+        except torch.OutOfMemoryError:
+            if len(batch) == 1:
+                raise
+        return None
 
     def _sample(self, prompt: Prompt, conditioning: EncodedPrompt, batch: Sequence[int], times: StageTimes) -> Tensor:
         ids = [SampleId(self.args.seed, prompt.index, k) for k in batch]
@@ -177,7 +194,7 @@ class Runner:
     # --- loading, measuring, recording ----------------------------------------------------------------------------
 
     def _load(self, part: str) -> None:
-        if part not in self.pipeline._loaded:
+        if not self.pipeline.is_loaded(part):
             with self._stage(f"load {part.split('_')[0]}", self.load_times):
                 self.pipeline.load(part)
             while self.pipeline.facts.notes:
@@ -215,8 +232,7 @@ class Runner:
         }
 
     def _guidance_scale(self) -> Any:
-        guider = self.pipeline.engine.sampler.guider
-        return self.args.guidance_scale or getattr(guider, "scale", None)
+        return getattr(self.pipeline.engine.sampler.guider, "scale", None)
 
     def _measured(self, times: StageTimes) -> dict[str, Any]:
         device = self.pipeline.device
@@ -242,10 +258,11 @@ def _shorten(text: str, limit: int = 200) -> str:
     return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"
 
 
-def out_of_memory_advice(placement: str, samples: int) -> str:
+def out_of_memory_advice(args: SampleArgs) -> str:
     """What to change when a GPU is too small."""
     smaller = {"all": "--placement stages (one part on the GPU at a time) or lean", "stages": "--placement lean"}
-    advice = [smaller[placement]] if placement in smaller else []
-    advice += ["--max-batch 1"] if samples > 1 else []
-    advice += ["fewer latent frames (--set args.sampling_num_frames=9)", "a smaller --image-size"]
-    return f"the GPU ran out of memory with --placement {placement}. Try " + "; ".join(advice) + "."
+    advice = [smaller[args.placement]] if args.placement in smaller else []
+    advice += ["--max-batch 1"] if min(args.batch_size, args.max_batch) > 1 else []
+    advice += ["--vae-tiling, if decoding failed (approximate)"] if not args.vae_tiling else []
+    advice += ["fewer latent frames (--num-frames 9)", "a smaller --image-size"]
+    return f"the GPU ran out of memory with --placement {args.placement}. Try " + "; ".join(advice) + "."

@@ -106,6 +106,14 @@ class PositionMixin(BaseMixin):
                 if not own[name].is_meta:
                     own[name].copy_(table)
 
+    def check_grid(self, grid: TokenGrid) -> None:
+        """Whether this model has positions for a grid.
+
+        Raises:
+            ValueError: too many frames, or another height or width than a learned table has.
+        """
+        self._check_frames(grid)
+
     def _is_configured(self, grid: TokenGrid) -> bool:
         return grid[1:] == self.grid[1:]
 
@@ -236,6 +244,11 @@ class Rotary3DPositionEmbeddingMixin(PositionMixin):
             return {}
         table = self._table(self.grid)
         return {"freqs_sin": table.sin, "freqs_cos": table.cos}
+
+    def check_grid(self, grid: TokenGrid) -> None:
+        super().check_grid(grid)
+        if self.pos_embedding is not None:
+            self._check_learned(grid)
 
     def position_embedding_forward(self, position_ids: Any, *, inputs: NetworkInputs, **_: Any) -> Tensor | None:
         """SAT hook: the learned table's rows (1, l + t*h*w, d), or None."""

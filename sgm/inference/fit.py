@@ -1,0 +1,98 @@
+"""Do the options of a run fit the model, and its parts each other? Asked before any weights are read."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from sgm.inference.options import SampleArgs
+from sgm.models.diffusion import SATVideoDiffusionEngine
+
+
+class SamplingError(ValueError):
+    """The model cannot give this sample; the message says why and what to change."""
+
+
+def check_fit(engine: SATVideoDiffusionEngine, args: SampleArgs, size: tuple[int, int]) -> None:
+    """Check an engine (also one on the meta device) for a run of `size` (height, width) pixels.
+
+    Raises:
+        SamplingError: lists everything that does not fit.
+    """
+    problems = [
+        *_channel_problems(engine, args.latent_channels),
+        *_grid_problems(engine.network, args.sampling_num_frames, size),
+        *_text_problems(engine),
+        *_sampler_problems(engine, args),
+    ]
+    if problems:
+        raise SamplingError("\n  - ".join(["the options do not fit the model:", *problems]))
+
+
+def check_latents(engine: SATVideoDiffusionEngine, latents: Tensor, source: str = "the latents") -> None:
+    """Check saved latents (t, c, h, w) before they are decoded.
+
+    Raises:
+        SamplingError: not four axes, other channels than the first stage's, or an even t.
+    """
+    channels = engine.first_stage_model.decoder.z_channels
+    shape = tuple(latents.shape)
+    if len(shape) != 4 or shape[1] != channels or shape[0] % 2 == 0 or 0 in shape:
+        raise SamplingError(f"{source} have shape {shape}; this VAE decodes (t, {channels}, h, w) with an odd t.")
+
+
+def _channel_problems(engine: SATVideoDiffusionEngine, stated: int | None) -> list[str]:
+    network, stage = engine.network, engine.first_stage_model
+    problems = []
+    if stated not in (None, network.in_channels):
+        problems.append(f"args.latent_channels is {stated}, the network takes {network.in_channels}")
+    if network.in_channels != network.out_channels:
+        problems.append(
+            f"the network takes {network.in_channels} channels and gives {network.out_channels}: it is an "
+            "image-to-video model, which this command does not run"
+        )
+    if stage is not None and stage.decoder.z_channels != network.out_channels:
+        theirs = stage.decoder.z_channels
+        problems.append(f"the VAE decodes {theirs} channels, the network gives {network.out_channels}")
+    return problems
+
+
+def _grid_problems(network: nn.Module, frames: int, size: tuple[int, int]) -> list[str]:
+    try:
+        grid = network.patch.grid(frames, size[0] // 8, size[1] // 8)
+        network.mixins.pos_embed.check_grid(grid)
+    except ValueError as error:
+        return [f"{frames} latent frames of {size[1]}x{size[0]} pixels: {error}"]
+    return []
+
+
+def _text_problems(engine: SATVideoDiffusionEngine) -> list[str]:
+    if engine.conditioner is None:
+        return []
+    embedder, mixins = engine.conditioner.embedders[0], engine.network.mixins
+    length, width = mixins.pos_embed.text_length, mixins.patch_embed.text_hidden_size
+    problems = []
+    if getattr(embedder, "max_length", length) != length:
+        problems.append(f"the text encoder's max_length is {embedder.max_length}, the network's text_length {length}")
+    encoder = getattr(embedder, "transformer", None)
+    if encoder is not None and encoder.config.d_model != width:
+        problems.append(
+            f"the text encoder in {embedder.files.config.parent} gives embeddings of width {encoder.config.d_model}, "
+            f"the network takes {width} (text_hidden_size); set model_dir to the encoder of this model"
+        )
+    return problems
+
+
+def _sampler_problems(engine: SATVideoDiffusionEngine, args: SampleArgs) -> list[str]:
+    if engine.sampler is None:
+        return ["the model section has no sampler_config"]
+    problems = []
+    try:
+        engine.sampler.schedule(args.num_steps)
+    except ValueError as error:
+        problems.append(str(error))
+    if args.guidance_scale is not None and not hasattr(engine.sampler.guider, "scale"):
+        problems.append(
+            f"args.guidance_scale is {args.guidance_scale}, but {type(engine.sampler.guider).__name__} has no scale; "
+            "set sampler_config.params.guider_config to VanillaCFG or DynamicCFG"
+        )
+    return problems
