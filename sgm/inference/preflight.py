@@ -20,7 +20,8 @@ SHIPPED_T5 = "google/t5-v1_1-xxl"
 _PLACEHOLDER = re.compile(r"\{your_[^}]*\}|^your .* path$")
 HOW_TO_GET_T5 = (
     "The text encoder is one folder with what text_encoder/ and tokenizer/ of the diffusers release hold (config.json, "
-    "two safetensors shards with their index, spiece.model and three small JSON files)."
+    "two safetensors shards with their index, spiece.model and three small JSON files), or a hub id that lies in the "
+    f"Hugging Face cache (`hf download {SHIPPED_T5}`; about 45 GB, since that repository holds the decoder too)."
 )
 
 
@@ -107,7 +108,9 @@ def check_paths(model: Mapping[str, Any], load: str | None, lora: Sequence[str] 
     problems += [
         f"{place}: {value} does not exist"
         for place, value in paths.items()
-        if place not in left and not Path(value).expanduser().exists() and not _is_hub_name(value)
+        if place not in left
+        and not Path(value).expanduser().exists()
+        and not (place.endswith("model_dir") and _is_hub_name(value))
     ]
     problems += [f"args.lora: {path} does not exist" for path in map(adapter_path, lora) if not path.exists()]
     if problems:

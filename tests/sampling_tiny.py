@@ -1,0 +1,46 @@
+"""A tiny model in the release's layout and a sampling configuration for it; `sample_video.main` in this process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import sample_video
+from tests.training_tiny import HEIGHT, REPO, WIDTH, model_section, write_release, write_yaml
+
+__all__ = ["HEIGHT", "REPO", "WIDTH", "configuration", "environment", "main", "start", "write_release", "write_yaml"]
+
+
+def configuration(release: Path, **args: Any) -> dict[str, Any]:
+    """A sampling configuration of two steps and one latent frame in float32; `args` go into its `args:` section."""
+    model = model_section(release)
+    model["sampler_config"]["params"]["num_steps"] = 2
+    return {
+        "args": {
+            "mode": "inference", "load": str(release / "transformer"), "batch_size": 1, "input_type": "txt",
+            "input_file": "prompts.txt", "sampling_num_frames": 1, "sampling_fps": 8, "force_inference": True,
+            "device": "cpu", **args,
+        },
+        "model": model,
+    }  # fmt: skip
+
+
+def main(*arguments: Any) -> int:
+    """The command in this process; returns its exit status."""
+    return sample_video.main([str(a) for a in arguments])
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+
+
+def start(*arguments: Any, ranks: int = 1, **options: Any) -> subprocess.Popen[str]:
+    """The command as a process of its own, or several under torchrun."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    line = [sys.executable, *launcher, str(REPO / "sample_video.py"), *map(str, arguments)]
+    return subprocess.Popen(
+        line, cwd=REPO, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
+    )
