@@ -15,6 +15,7 @@ from torch import Tensor
 
 import sgm
 from sgm.config import ConfigError, RunConfig
+from sgm.inference.fit import SamplingError
 from sgm.inference.noise import SampleId
 from sgm.inference.options import SampleArgs
 from sgm.inference.pipeline import EncodedPrompt, TextToVideo
@@ -71,6 +72,7 @@ class Runner:
         """Ask for prompts; one that fails does not end the session."""
         if self.world_size > 1:
             raise ConfigError("input_type cli asks a person and runs in one process; use txt for several processes.")
+        self._load_what_samples_need()
         written = 0
         for prompt in ask():
             try:
@@ -89,6 +91,7 @@ class Runner:
             self.progress.line(f"{len(prompts) - len(todo)} of {len(prompts)} prompts are done already")
         if not todo:
             return 0
+        self._load_what_samples_need()  # a bad file shows before an hour of sampling
         encoded = self._encode(todo)
         if self.args.placement != "all":
             self.pipeline.drop_text_encoder()
@@ -127,7 +130,6 @@ class Runner:
         self.progress.warn(f"{what} is longer than the text encoder reads; left out: {_shorten(cut)!r}")
 
     def _run_prompt(self, prompt: Prompt, conditioning: EncodedPrompt) -> int:
-        self._load("network")
         missing = self._missing(prompt)
         written = 0
         size = 1 if self.args.seed_mode == "upstream" else self.args.max_batch
@@ -168,9 +170,20 @@ class Runner:
         if self.args.only_save_latents:
             write_latents(files.latents, latents, record)
         else:
-            self._write_frames(files, latents, times)
+            self._write_frames_or_latents(files, latents, times, record)
         write_json(files.record, record | self._measured(times))
         self.progress.line(f"  {files.latents if self.args.only_save_latents else files.video}")
+
+    def _write_frames_or_latents(
+        self, files: SampleFiles, latents: Tensor, times: StageTimes, record: dict[str, Any]
+    ) -> None:
+        """Where decoding fails, keep what sampling has made."""
+        try:
+            self._write_frames(files, latents, times)
+        except (SamplingError, torch.OutOfMemoryError):
+            write_latents(files.latents, latents, record)
+            self.progress.warn(f"decoding failed; the latents are in {files.latents} (--decode-latents reads them)")
+            raise
 
     def _write_frames(self, files: SampleFiles, latents: Tensor, times: StageTimes) -> None:
         self._load("first_stage")
@@ -192,6 +205,11 @@ class Runner:
         return len(found)
 
     # --- loading, measuring, recording ----------------------------------------------------------------------------
+
+    def _load_what_samples_need(self) -> None:
+        self._load("network")
+        if not self.args.only_save_latents:
+            self._load("first_stage")
 
     def _load(self, part: str) -> None:
         if not self.pipeline.is_loaded(part):

@@ -103,8 +103,9 @@ def _starts_like_zip(path: Path) -> bool:
 
 
 def _refused_global(error: pickle.UnpicklingError) -> str | None:
-    found = re.search(r"(?:GLOBAL|global:?|function|type|class) `?([\w.]+\.[\w.]+|builtins [\w.]+)", str(error))
-    return found.group(1) if found else None
+    """Name of the object that torch's restricted unpickler would not make, from its message."""
+    found = re.search(r"GLOBAL `?([\w.]+)|(?:function|type|class) `?([\w.]+\.[\w.]+)", str(error))
+    return (found.group(1) or found.group(2)) if found else None
 
 
 def _damaged(path: Path, why: object) -> WeightsError:

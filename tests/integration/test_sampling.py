@@ -1,128 +1,433 @@
-"""The sampling command as a user runs it: real subprocesses, tiny random release folders, real mp4 files."""
+"""The sampling command on a tiny model: real weight files, real mp4 files. In this process, save where that cannot be."""
 
 from __future__ import annotations
 
 import json
-import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import decord
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-REPO = Path(__file__).resolve().parents[2]
+from tests.sampling_tiny import REPO, configuration, environment, main, start, write_release, write_yaml
+
 DEMO = REPO / "configs" / "demo_infer.yaml"
 
 
 @pytest.fixture(scope="module")
 def release(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("release") / "w"
-    done = subprocess.run(
-        [sys.executable, "tools/make_weights.py", "--config", str(DEMO), "--out", str(out), "--dtype", "fp32"],
-        cwd=REPO, capture_output=True, text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return out
+    return write_release(tmp_path_factory.mktemp("release"))
 
 
-def settings(release: Path) -> list[str]:
-    return [
-        "--device", "cpu", "--steps", "2", "--num-frames", "1", "--load", str(release / "transformer"),
-        "--set", f"model.first_stage_config.params.ckpt_path={release / 'vae' / '3d-vae.pt'}",
-        "--set", f"model.conditioner_config.params.emb_models.0.params.model_dir={release / 't5'}",
-    ]
+@pytest.fixture
+def config(release, tmp_path) -> Path:
+    return write_yaml(tmp_path / "c.yaml", configuration(release, output_dir=str(tmp_path / "out")))
 
 
-def sample(*arguments: str, cwd: Path = REPO, **kwargs) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(REPO / "sample_video.py"), *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment, timeout=300, **kwargs)
+def records(out: Path) -> dict[str, dict]:
+    return {str(p.parent.relative_to(out)): json.loads(p.read_text()) for p in sorted(out.rglob("*.json"))}
 
 
-def test_writes_video_record_and_sheet_and_repeats_with_the_seed(release, tmp_path):
-    digests = []
+def network_file(release: Path) -> Path:
+    return release / "transformer" / "1000" / "mp_rank_00_model_states.pt"
+
+
+def changed(release: Path, target: Path, change) -> Path:
+    """A copy of the transformer's file with `change` applied to its content."""
+    content = torch.load(network_file(release), weights_only=True)
+    content = change(content) or content
+    torch.save(content, target)
+    return target
+
+
+# --- results -----------------------------------------------------------------------------------------------------
+
+
+def test_writes_video_record_and_sheet_and_repeats_with_the_seed(config, tmp_path):
     for name in ("a", "b"):
         out = tmp_path / name
-        done = sample(str(DEMO), *settings(release), "--prompt", "a/../red 'ball' 😀", "--output-dir", str(out), "--num-frames", "3")
-        assert done.returncode == 0, done.stderr
-        (record,) = out.rglob("000000.json")
-        facts = json.loads(record.read_text())
-        digests.append(facts["latents_sha256"])
-        assert facts["num_steps"] == 2 and facts["prompt"] == "a/../red 'ball' 😀"
-        assert record.with_suffix(".png").stat().st_size > 0
-        assert record.parent.parent.parent == out  # nothing escapes the output folder
-        import decord
+        code = main(config, "--output-dir", out, "--prompt", "a/../red 'ball' 😀", "--prompt", "..", "--set",
+                    "args.sampling_num_frames=1", "--set", "model.network_config.params.num_frames=9",
+                    "--num-frames", 3, "--seed", 7)  # fmt: skip
+        assert code == 0
+        assert {p.relative_to(out).parts[0] for p in out.rglob("*.mp4")} == {"0_a..red_'ball'_😀", "1_prompt"}
+        assert not list(tmp_path.rglob(".partial*"))
+    first, second = records(tmp_path / "a"), records(tmp_path / "b")
+    for name, facts in first.items():
+        assert facts["latents_sha256"] == second[name]["latents_sha256"]
+        folder = tmp_path / "a" / name
+        video = decord.VideoReader(str(folder / "000000.mp4"))
+        assert len(video) == 9 and video[0].shape == (16, 32, 3) and round(video.get_avg_fps()) == 8
+        assert Image.open(folder / "000000.png").size == (4 * 32, 2 * 16)
+    facts = first["0_a..red_'ball'_😀/0"]
+    assert facts["prompt"] == "a/../red 'ball' 😀" and facts["seed"] == 7 and facts["num_steps"] == 2
+    assert facts["guidance"] == {"guider": "DynamicCFG", "scale": 6} and facts["dtype"] == "fp32"
+    assert {"load network", "encode", "sample", "decode", "write"} <= set(facts["seconds"])
+    assert {"torch", "python", "cogvideox-sat"} <= set(facts["versions"]) and facts["weights"]["transformer"]
+    assert facts["config_hash"] and facts["peak_memory_bytes"]["sample"] > 0
+    assert len({facts["latents_sha256"] for facts in first.values()}) == 2
 
-        video = decord.VideoReader(str(record.with_suffix(".mp4")))
-        assert len(video) == 9 and video[0].shape == (128, 192, 3) and round(video.get_avg_fps()) == 8
-    assert digests[0] == digests[1]
+
+def test_noise_depends_on_seed_prompt_and_sample_only(config, tmp_path):
+    """Whatever the batching: one at a time, together, and a sample made again on its own."""
+    common = [config, "--prompt", "one", "--prompt", "two", "--batch-size", 3]
+    assert main(*common, "--output-dir", tmp_path / "a", "--max-batch", 1, "--only-save-latents") == 0
+    assert main(*common, "--output-dir", tmp_path / "b", "--max-batch", 2, "--only-save-latents") == 0
+    from sgm.inference.writer import read_latents
+
+    latents = {}
+    for name in ("a", "b"):
+        files = sorted((tmp_path / name).rglob("latents.safetensors"))
+        latents[name] = torch.stack([read_latents(f)[0] for f in files])
+    assert latents["a"].shape == (6, 1, 16, 2, 4)
+    torch.testing.assert_close(latents["a"], latents["b"], rtol=0, atol=1e-5)
+    assert len({x.sum().item() for x in latents["a"]}) == 6
+    shutil.rmtree(tmp_path / "b" / "1_two" / "1")
+    assert main(*common, "--output-dir", tmp_path / "b", "--skip-done", "--only-save-latents") == 0
+    again, _ = read_latents(tmp_path / "b" / "1_two" / "1" / "latents.safetensors")
+    torch.testing.assert_close(again, latents["a"][4], rtol=0, atol=1e-5)
 
 
-def test_saved_latents_decode_to_the_same_frames(release, tmp_path):
-    common = [str(DEMO), *settings(release), "--prompt", "a blue square"]
-    assert sample(*common, "--output-dir", str(tmp_path / "direct")).returncode == 0
-    assert sample(*common, "--output-dir", str(tmp_path / "later"), "--only-save-latents").returncode == 0
+def test_saved_latents_decode_to_the_same_frames_without_the_other_weights(config, release, tmp_path):
+    assert main(config, "--output-dir", tmp_path / "direct", "--prompt", "x") == 0
+    assert main(config, "--output-dir", tmp_path / "later", "--prompt", "x", "--only-save-latents") == 0
     assert not list((tmp_path / "later").rglob("*.mp4"))
-    done = sample(*common, "--output-dir", str(tmp_path / "later"), "--decode-latents", str(tmp_path / "later"))
-    assert done.returncode == 0, done.stderr
+    absent = ["--load", "/nowhere", "--set", "model.conditioner_config.params.emb_models.0.params.model_dir=/nowhere"]
+    assert main(config, *absent, "--output-dir", tmp_path / "later", "--decode-latents", tmp_path / "later") == 0
     (direct,), (later,) = ((tmp_path / n).rglob("000000.png") for n in ("direct", "later"))
     assert direct.read_bytes() == later.read_bytes()
+    assert records(tmp_path / "later")["0_x/0"]["decoded_from"] == "latents.safetensors"
 
 
-def test_prompt_file_blank_lines_and_skip_done(release, tmp_path):
-    prompts = tmp_path / "p.txt"
-    prompts.write_text("one red ball\n\n a ring \n", encoding="utf-8")
-    common = [str(DEMO), *settings(release), "--input-file", str(prompts), "--output-dir", str(tmp_path / "out"), "--skip-done"]
-    first = sample(*common)
-    assert first.returncode == 0 and "1 blank lines left out" in first.stderr, first.stderr
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["0_one_red_ball", "2_a_ring"]
-    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.mp4")}
-    again = sample(*common)
-    assert again.returncode == 0 and "done already" in again.stderr
-    assert stamps == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.mp4")}
+def test_prompt_file_blank_lines_skip_done_and_long_prompts(config, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text(f"one red ball\n\n a ring \n{'very long ' * 1000}end\n", encoding="utf-8")
+    assert main(config, "--skip-done") == 0  # found beside the YAML
+    err = capsys.readouterr().err
+    assert "1 blank lines left out" in err and "warning: prompt 3 is longer" in err and "long very" in err
+    out = tmp_path / "out"
+    assert sorted(p.name[:14] for p in out.iterdir()) == ["0_one_red_ball", "2_a_ring", "3_very_long_ve"]
+    assert all(len(p.name) < 130 for p in out.iterdir())
+    stamps = {p: p.stat().st_mtime_ns for p in out.rglob("*.mp4")}
+    next(iter(out.glob("2_*/0/000000.mp4"))).unlink()
+    assert main(config, "--skip-done") == 0
+    assert "2 of 3 prompts are done already" in capsys.readouterr().err
+    made = {p: p.stat().st_mtime_ns for p in out.rglob("*.mp4")}
+    assert made.keys() == stamps.keys() and sum(made[p] != stamps[p] for p in made) == 1
+
+
+def test_guidance_scale_and_negative_prompt_have_their_effect(config, tmp_path):
+    digests = []
+    for k, extra in enumerate(([], ["--guidance-scale", 2], ["--negative-prompt", "blurry"], ["--seed", 5])):
+        assert main(config, "--prompt", "x", "--output-dir", tmp_path / str(k), "--only-save-latents", *extra) == 0
+        (facts,) = records(tmp_path / str(k)).values()
+        digests.append(facts["latents_sha256"])
+        assert facts["guidance"]["scale"] == (2 if k == 1 else 6)
+    assert len(set(digests)) == 4
+
+
+def test_single_stream_of_the_original_draws_as_the_engine_does(config, release, tmp_path):
+    """seed_mode upstream: the global stream, seeded once; two prompts in a row."""
+    assert main(config, "--seed-mode", "upstream", "--seed", 3, "--prompt", "a", "--prompt", "b", "--only-save-latents") == 0
+    from sgm.config import load_run_config
+    from sgm.inference.options import SampleArgs
+    from sgm.inference.pipeline import TextToVideo
+    from sgm.inference.writer import read_latents
+
+    pipeline = TextToVideo(load_run_config([config], SampleArgs), torch.device("cpu"))
+    pipeline.load("network")
+    encoded = pipeline.encode(["a", "b"])
+    torch.manual_seed(3)
+    for prompt, name in zip(encoded, ("0_a", "1_b")):
+        expected = pipeline.engine.sample(prompt.cond, prompt.uncond, shape=(1, 16, 2, 4))
+        found, _ = read_latents(tmp_path / "out" / name / "0" / "latents.safetensors")
+        torch.testing.assert_close(found, expected[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("placement", ["all", "stages", "lean"])
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_precision_and_every_placement(config, release, tmp_path, precision, placement):
+    assert main(config, "--prompt", "x", "--set", f"args.{precision}=true", "--placement", placement) == 0
+    (facts,) = records(tmp_path / "out").values()
+    assert facts["dtype"] == precision and facts["placement"] == placement
+
+
+def test_adapters_act_and_are_recorded(config, release, tmp_path, capsys):
+    from tests.training_tiny import network_section
+
+    def adapter(content):
+        draw = torch.Generator().manual_seed(3)
+        state = {}
+        width = network_section()["params"]["hidden_size"]
+        for layer in range(2):
+            for name, parts in (("dense", 1), ("query_key_value", 3)):
+                for part in range(parts):
+                    stem = f"model.diffusion_model.transformer.layers.{layer}.attention.{name}"
+                    state[f"{stem}.matrix_A.{part}"] = torch.randn(4, width, generator=draw)
+                    state[f"{stem}.matrix_B.{part}"] = torch.randn(width, 4, generator=draw) * 0.3
+        return {"module": state}
+
+    lora = changed(release, tmp_path / "lora.pt", adapter)
+    digests = {}
+    for k, extra in enumerate(([], ["--lora", lora], ["--lora", lora, "--merge-lora"], ["--lora", f"{lora}:0.0"])):
+        assert main(config, "--prompt", "x", "--output-dir", tmp_path / str(k), "--only-save-latents", *extra) == 0
+        (facts,) = records(tmp_path / str(k)).values()
+        from sgm.inference.writer import read_latents
+
+        digests[k] = read_latents(next((tmp_path / str(k)).rglob("latents.safetensors")))[0]
+        assert (str(lora) in str(facts["weights"]["adapters"])) == (k > 0)
+    assert (digests[1] - digests[0]).abs().max() > 1e-3
+    torch.testing.assert_close(digests[1], digests[2], rtol=0, atol=1e-4)
+    torch.testing.assert_close(digests[3], digests[0], rtol=0, atol=1e-5)
+    assert main(config, "--prompt", "x", "--lora", network_file(release)) == 2
+    assert "holds no LoRA matrices" in capsys.readouterr().err
+
+
+def test_questions_are_asked_and_a_failed_prompt_does_not_end_it(config, tmp_path, monkeypatch, capsys):
+    import io
+
+    from sgm.inference.fit import SamplingError
+    from sgm.inference.pipeline import TextToVideo
+
+    sample = TextToVideo.sample
+
+    def fragile(self, prompt, samples, steps):
+        if samples[0].prompt_index == 1:
+            raise SamplingError("this one fails")
+        return sample(self, prompt, samples, steps)
+
+    monkeypatch.setattr(TextToVideo, "sample", fragile)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("first\n\n  \nsecond\nthird\n"))
+    assert main(config, "--set", "args.input_type=cli") == 0
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["0_first", "2_third"]
+    assert "error: this one fails" in capsys.readouterr().err
+
+
+# --- bad input ---------------------------------------------------------------------------------------------------
+
+MODEL_DIR = "model.conditioner_config.params.emb_models.0.params.model_dir"
+VAE = "model.first_stage_config.params.ckpt_path"
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--load", "/nowhere/transformer"], ["/nowhere/transformer", "does not exist"]),
+        (["--load", "/nowhere/transformer"], ["args.load: /nowhere/transformer does not exist", "make_weights"]),
+        (["--load", "nowhere/transformer"], ["args.load: nowhere/transformer does not exist"]),
+        (["--set", f"{VAE}=/nowhere/vae.pt"], ["/nowhere/vae.pt does not exist"]),
+        (["--set", f"{MODEL_DIR}=/nowhere/t5"], ["/nowhere/t5 does not exist", "spiece.model"]),
+        (["--lora", "/nowhere/lora.pt:0.5"], ["args.lora: /nowhere/lora.pt does not exist"]),
         (["--num-frames", "4"], ["odd", "3 or 5"]),
+        (["--num-frames", "5"], ["5 latent frames", "more than the 2"]),
         (["--image-size", "100", "192"], ["multiples of 16"]),
-        (["--set", "args.sampling_fsp=3"], ["sampling_fsp", "sampling_fps"]),
-        (["--set", "args.batch_size=many"], ["batch_size", "many"]),
-        (["--set", "model.sampler_config.target=sat.helpers.os.system"], ["sat.helpers.os.system"]),
+        (["--set", "args.sampling_fsp=3"], ["sampling_fsp", "did you mean `sampling_fps`"]),
+        (["--set", "modle.scale_factor=3"], ["modle", "did you mean `model`"]),
+        (["--set", "args.batch_size=many"], ["batch_size", "whole number", "many"]),
+        (["--set", "args.fp16=yes please"], ["args.fp16", "true or false"]),
+        (["--set", "args.load"], ["KEY=VALUE"]),
+        (["--set", "model.sampler_config.target=sat.helpers.os.system"], ["sampler_config", "'sat.helpers.os.system'"]),
+        (["--set", "model.sampler_config.target=os.system"], ["os.system", "--allow-target"]),
+        (["--set", "model.sampler_config.target=sgm.modules.diffusionmodules.sampling.VPSDEDPMP2MSampler"],
+         ["unknown target", "did you mean", "VPSDEDPMPP2MSampler"]),
         (["--set", "model.sampler_config.params.num_stepz=3"], ["num_stepz", "num_steps"]),
+        (["--set", "model.network_config.params.modules.pos_embed_config.params.text_length=13"], ["max_length", "13"]),
+        (["--set", "args.latent_channels=8"], ["latent_channels is 8", "16"]),
         (["--input-file", "no-such-file.txt"], ["no-such-file.txt"]),
+        (["--prompt", "  "], ["blank"]),
         (["--set", "args.fp16=true", "--set", "args.bf16=true"], ["choose one"]),
+        (["--steps", "1001"], ["num_steps must be 1 to 1000"]),
+        (["--device", "tpu"], ["tpu", "cpu, cuda or cuda:N"]),
+        (["--decode-latents", "/nowhere"], ["latents.safetensors", "/nowhere"]),
     ],
-)
-def test_bad_input_is_one_clear_error(release, tmp_path, arguments, words):
-    done = sample(str(DEMO), *settings(release), "--output-dir", str(tmp_path), *arguments)
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert all(word in done.stderr for word in words), done.stderr
+    ids=lambda value: " ".join(value)[-40:] if isinstance(value, list) else None,
+)  # fmt: skip
+def test_bad_input_is_one_clear_error(config, tmp_path, capsys, arguments, words):
+    assert main(config, *arguments) == 2
+    err = capsys.readouterr().err
+    assert all(word in err for word in words), err
+    assert err.count("error: ") == 1 and not list((tmp_path / "out").rglob("*.mp4"))
 
 
-def test_missing_keys_are_listed(release, tmp_path):
-    content = torch.load(release / "transformer/1000/mp_rank_00_model_states.pt", weights_only=True)
-    del content["module"]["model.diffusion_model.time_embed.0.bias"]
-    file = tmp_path / "cut.pt"
-    torch.save(content, file)
-    done = sample(str(DEMO), *settings(release), "--load", str(file), "--prompt", "x", "--output-dir", str(tmp_path))
-    assert done.returncode == 2 and "time_embed.0.bias" in done.stderr and "missing" in done.stderr
+def test_bad_prompt_files(config, tmp_path, capsys):
+    file = tmp_path / "prompts.txt"
+    for content, words in [(b"", "holds no prompt"), (b"\n \n", "2 blank lines"), (b"good\nbad \xff\n", "line 2: byte 5")]:
+        file.write_bytes(content)
+        assert main(config) == 2
+        assert words in capsys.readouterr().err
 
 
-def test_shipped_file_with_some_paths_edited_names_the_rest(tmp_path):
+def test_output_folder_that_cannot_be_written(config, tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    assert main(config, "--prompt", "x", "--output-dir", tmp_path / "file" / "below") == 2
+    assert "--output-dir" in capsys.readouterr().err
+
+
+class RunsCode:
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
+
+
+def test_bad_transformer_files(config, release, tmp_path, capsys):
+    """Hostile, truncated, of another size, with a key too few, of another kind: said before anything is written."""
+    mark = tmp_path / "ran"
+    hostile = changed(release, tmp_path / "hostile.pt", lambda c: c | {"extra": RunsCode(mark)})
+    cut = tmp_path / "cut.pt"
+    cut.write_bytes(network_file(release).read_bytes()[:-3000])
+    lacking = changed(release, tmp_path / "lacking.pt", lambda c: {"module": {
+        k: v for k, v in c["module"].items() if "time_embed.0.bias" not in k}})
+    wide = changed(release, tmp_path / "wide.pt", lambda c: {"module": {k: torch.cat([v, v]) for k, v in c["module"].items()}})
+    for file, words in [
+        (hostile, ["hostile.pt was not loaded", "run code"]),
+        (cut, ["cut.pt", "truncated"]),
+        (lacking, ["missing", "time_embed.0.bias"]),
+        (wide, ["wrong shape", "width 128"]),
+        (release / "vae" / "3d-vae.pt", ["3D VAE"]),
+    ]:
+        assert main(config, "--prompt", "x", "--load", file) == 2
+        err = capsys.readouterr().err
+        assert all(word in err for word in words) and "Traceback" not in err, err
+    assert not mark.exists() and not list((tmp_path / "out").rglob("*.mp4"))
+
+
+def test_whole_engine_file_with_random_state_loads_as_the_published_one_does(config, release, tmp_path):
+    """What the original's fine-tuning saves: text encoder, VAE and NumPy's random state beside the transformer."""
+
+    def whole(content):
+        stage = torch.load(release / "vae" / "3d-vae.pt", weights_only=True)["state_dict"]
+        content["module"] |= {f"first_stage_model.{k}": v for k, v in stage.items()}
+        content["module"]["conditioner.embedders.0.transformer.shared.weight"] = torch.zeros(3, 3)
+        return content | {"np_rng_state": np.random.get_state(), "random_rng_state": (3, (1, 2), None), "iteration": 7}
+
+    file = changed(release, tmp_path / "whole.pt", whole)
+    assert main(config, "--prompt", "x", "--only-save-latents") == 0
+    assert main(config, "--prompt", "x", "--only-save-latents", "--load", file, "--output-dir", tmp_path / "b") == 0
+    (one,), (other,) = records(tmp_path / "out").values(), records(tmp_path / "b").values()
+    assert one["latents_sha256"] == other["latents_sha256"]
+
+
+def test_nan_gives_an_error_and_no_video(config, release, tmp_path, capsys):
+    def poison(content):
+        content["module"]["model.diffusion_model.time_embed.0.bias"][0] = float("nan")
+
+    file = changed(release, tmp_path / "nan.pt", poison)
+    assert main(config, "--prompt", "x", "--load", file, "--set", "args.fp16=true") == 2
+    err = capsys.readouterr().err
+    assert "NaN" in err and "no video was written" in err and "bf16" in err
+    assert not [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
+
+
+def test_a_decoder_that_fails_loses_no_latents(config, release, tmp_path, capsys):
+    content = torch.load(release / "vae" / "3d-vae.pt", weights_only=True)
+    content["state_dict"]["decoder.conv_out.conv.bias"][0] = float("inf")
+    torch.save(content, tmp_path / "vae.pt")
+    assert main(config, "--prompt", "x", "--set", f"{VAE}={tmp_path / 'vae.pt'}") == 2
+    assert "the pixels contain NaN or infinity" in capsys.readouterr().err
+    assert {p.name for p in (tmp_path / "out").rglob("*") if p.is_file()} == {"latents.safetensors"}
+    assert main(config, "--decode-latents", tmp_path / "out") == 0
+    (facts,) = records(tmp_path / "out").values()
+    assert facts["prompt"] == "x" and facts["decoded_from"] == "latents.safetensors"
+
+
+def test_the_guides_slip_under_log_keys_is_a_warning(config, tmp_path, capsys):
+    slip = tmp_path / "slip.yaml"
+    slip.write_text("model:\n  log_keys:\n    - txt'\n")
+    assert main(config, slip, "--prompt", "x", "--only-save-latents") == 0
+    assert "stray quote" in capsys.readouterr().err
+
+
+def test_out_of_memory_names_ways_out(config, tmp_path, monkeypatch, capsys):
+    from sgm.inference.pipeline import TextToVideo
+
+    sizes = []
+
+    def greedy(self, prompt, samples, steps):
+        sizes.append(len(samples))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(TextToVideo, "sample", greedy)
+    assert main(config, "--prompt", "x", "--batch-size", 4, "--placement", "stages") == 2
+    err = capsys.readouterr().err
+    assert sizes == [4, 2, 1] and "--placement lean" in err and "--vae-tiling" in err and "--max-batch 1" in err
+
+
+def test_shipped_file_with_some_paths_edited_names_the_rest(tmp_path, capsys):
     (tmp_path / "t").mkdir()
-    done = sample("configs/cogvideox_2b_infer.yaml", "--load", str(tmp_path / "t"), "--output-dir", str(tmp_path))
-    assert done.returncode == 2 and "ckpt_path" in done.stderr and "args.load" not in done.stderr
+    assert main(REPO / "configs" / "cogvideox_2b_infer.yaml", "--load", tmp_path / "t") == 2
+    err = capsys.readouterr().err
+    assert "ckpt_path" in err and "model_dir" in err and "args.load" not in err
 
 
-@pytest.mark.parametrize("folder", [REPO, None])
-def test_dry_run_prints_configuration_and_plan_and_makes_nothing(tmp_path, folder):
+# --- dry run -----------------------------------------------------------------------------------------------------
+
+
+def test_dry_run_prints_configuration_and_plan_and_makes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     before = set((REPO / "demo").rglob("*"))
-    done = sample("--dry-run", "--device", "cpu", cwd=folder or tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "sampler_config" in done.stdout and "5 latent frames" in done.stdout and "prompt 2:" in done.stdout
-    assert "args.load" in done.stdout and "demo/" in done.stdout
+    assert main("--dry-run", "--device", "cpu") == 0
+    shown = capsys.readouterr().out
+    assert "sampler_config" in shown and "5 latent frames" in shown and "prompt 2:" in shown and "demo/" in shown
     assert set((REPO / "demo").rglob("*")) == before and not list(tmp_path.iterdir())
+    (tmp_path / "resolved.yaml").write_text(shown)  # what is printed is a configuration again
+    assert main(tmp_path / "resolved.yaml", "--dry-run", "--prompt", "x") == 0
+
+
+def test_dry_run_of_the_full_size_without_weights(capsys):
+    assert main(REPO / "configs" / "cogvideox_2b_infer.yaml", "--dry-run", "--device", "cpu", "--prompt", "x") == 0
+    shown = capsys.readouterr().out
+    assert "49 frames of 720x480" in shown and "weights of the transformer: 3.22 GiB" in shown and "placeholder" in shown
+
+
+# --- processes ---------------------------------------------------------------------------------------------------
+
+
+def test_prompts_are_shared_over_two_processes(config, tmp_path):
+    (tmp_path / "prompts.txt").write_text("zero\none\n\nthree\n", encoding="utf-8")
+    run = start(config, "--only-save-latents", ranks=2)
+    _, err = run.communicate(timeout=240)
+    assert run.returncode == 0, err
+    assert main(config, "--only-save-latents", "--output-dir", tmp_path / "one") == 0
+    together, alone = records(tmp_path / "out"), records(tmp_path / "one")
+    assert together.keys() == alone.keys() and len(alone) == 3
+    assert all(together[k]["latents_sha256"] == alone[k]["latents_sha256"] for k in alone)
+    assert err.count("3 prompts from") == 1  # only the first process talks
+
+
+def test_a_failing_process_fails_the_job(config, tmp_path):
+    """Line 1 belongs to the second process, whose folder cannot be made."""
+    (tmp_path / "prompts.txt").write_text("zero\none\n", encoding="utf-8")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "1_one").write_text("in the way")
+    run = start(config, "--only-save-latents", ranks=2)
+    _, err = run.communicate(timeout=240)
+    assert run.returncode != 0 and "1_one" in err
+
+
+def test_interrupt_keeps_finished_videos(config, tmp_path):
+    (tmp_path / "prompts.txt").write_text("".join(f"number {k}\n" for k in range(500)), encoding="utf-8")
+    run = start(config, "--steps", 30)
+    deadline = time.monotonic() + 200
+    while not list((tmp_path / "out").rglob("*.json")) and time.monotonic() < deadline and run.poll() is None:
+        time.sleep(0.05)
+    run.send_signal(signal.SIGINT)
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == 130 and "--skip-done" in err and "Traceback" not in err, err
+    out = tmp_path / "out"
+    assert not list(out.rglob(".partial*"))
+    done = list(out.rglob("*.json"))
+    assert done and all(len(decord.VideoReader(str(p.with_suffix(".mp4")))) == 1 for p in done)
+
+
+def test_help_is_quick_and_light():
+    code = "import sys, sample_video\ntry: sample_video.main(['--help'])\nexcept SystemExit: pass\n" \
+           "assert 'torch' not in sys.modules and 'omegaconf' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, env=environment())
+    assert done.returncode == 0 and "--prompt" in done.stdout, done.stderr
