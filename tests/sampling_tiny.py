@@ -11,7 +11,8 @@ from typing import Any
 import sample_video
 from tests.training_tiny import HEIGHT, REPO, WIDTH, model_section, write_release, write_yaml
 
-__all__ = ["HEIGHT", "REPO", "WIDTH", "configuration", "environment", "main", "start", "write_release", "write_yaml"]
+__all__ = ["HEIGHT", "REPO", "WIDTH", "configuration", "environment", "main", "model_section", "start",
+           "write_release", "write_yaml"]  # fmt: skip
 
 
 def configuration(release: Path, **args: Any) -> dict[str, Any]:
