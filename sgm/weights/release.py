@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,22 +120,35 @@ def read_transformer(path: str | Path) -> Checkpoint:
     Raises:
         WeightsError: as `locate` and `read_checkpoint`; or entries that belong to no part of the engine.
     """
-    files, iteration = locate(path)
-    contents = [read_checkpoint(file) for file in files]
-    states = [_split(tensors_of(_weights_entry(c)), file) for c, file in zip(contents, files)]
-    network = [s[0] for s in states]
+    parts = read_parts(path)
+    network = [part.network for part in parts]
     if len(network) > 1:
         from sgm.modules.transformer.tensor_parallel import merge_partitions
 
         network = [merge_partitions(network)]
-    stored = contents[0].get("iteration")
-    lora = contents[0].get("lora")
+    return replace(parts[0], files=[file for part in parts for file in part.files], network=network[0])
+
+
+def read_parts(path: str | Path) -> list[Checkpoint]:
+    """Read a transformer checkpoint (see `locate`), its tensor-parallel parts one by one, in rank order.
+
+    Raises:
+        WeightsError: as `locate` and `read_checkpoint`; or entries that belong to no part of the engine.
+    """
+    files, iteration = locate(path)
+    return [_read_part(file, iteration) for file in files]
+
+
+def _read_part(file: Path, iteration: int | None) -> Checkpoint:
+    content = read_checkpoint(file)
+    network, others = _split(tensors_of(_weights_entry(content)), file)
+    stored, lora = content.get("iteration"), content.get("lora")
     return Checkpoint(
-        files,
-        network[0],
-        states[0][1],
+        [file],
+        network,
+        others,
         iteration if iteration is not None else (stored if isinstance(stored, int) else None),
-        dict(lora) if isinstance(lora, Mapping) else _metadata(files[0]),
+        dict(lora) if isinstance(lora, Mapping) else _metadata(file),
     )
 
 

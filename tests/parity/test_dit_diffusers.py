@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sgm.convert import dit_keys
+from sgm.convert import dit_keys, dit_sizes, lora_keys
 from tests.dit_tiny import random_inputs, tiny_config, tiny_network
 
 diffusers = pytest.importorskip("diffusers")
@@ -40,7 +40,7 @@ def counterpart(config: dict[str, Any], state: dict[str, Tensor], eps_as_sat: bo
     """diffusers' model with these weights; its `norm_out` eps, 1e-5 as published, is 1e-6 in SAT."""
     from diffusers import CogVideoXTransformer3DModel
 
-    model = CogVideoXTransformer3DModel(**dit_keys.hf_config(config["params"])).eval()
+    model = CogVideoXTransformer3DModel(**dit_sizes.hf_config(config["params"])).eval()
     result = model.load_state_dict(state, strict=True)
     assert not result.missing_keys and not result.unexpected_keys
     if eps_as_sat:
@@ -116,7 +116,7 @@ def test_names_of_the_reference_map(shared_golden: Path) -> None:
         if expected != "dropped":
             assert dit_keys.hf_names(name.removeprefix(dit_keys.NETWORK_PREFIX)) == expected
     matrices = {name: torch.zeros(3, 3) for name in facts["lora_key_map_layer0"]}
-    exported = dit_keys.lora_sat_to_hf(matrices, prefix="")
+    exported = lora_keys.lora_sat_to_hf(matrices, prefix="")
     assert set(exported) == set(facts["lora_key_map_layer0"].values())
 
 
@@ -138,14 +138,14 @@ def test_exported_lora(targets: tuple[str, ...]) -> None:
 
     network = randomised(lora={"r": 4, "lora_alpha": 2, "targets": list(targets)})
     base, lora = split_lora(network.state_dict())
-    exported = dit_keys.lora_sat_to_hf(lora, scaling=2 / 4, prefix="")
+    exported = lora_keys.lora_sat_to_hf(lora, scaling=2 / 4, prefix="")
     state = dit_keys.sat_to_hf(base)
     for name in [n for n in exported if ".lora_A." in n]:
         module = name.removesuffix(".lora_A.weight")
         state[f"{module}.weight"] = state[f"{module}.weight"] + exported[f"{module}.lora_B.weight"] @ exported[name]
     ours, theirs = both(network, counterpart(tiny_config(), state), random_inputs())
     torch.testing.assert_close(ours, theirs, rtol=0, atol=5e-6)
-    back = dit_keys.lora_hf_to_sat({f"transformer.{n}": t for n, t in exported.items()}, scaling=2 / 4)
+    back = lora_keys.lora_hf_to_sat({f"transformer.{n}": t for n, t in exported.items()}, scaling=2 / 4)
     assert back.keys() == lora.keys()
     assert all(torch.allclose(back[name], value, rtol=1e-6, atol=0) for name, value in lora.items())
     merge_lora(network)

@@ -76,8 +76,10 @@ def is_local(model_dir: str, cache_dir: str | None = None) -> bool:
     )
 
 
-def files_in(folder: Path) -> T5Files:
+def files_in(folder: Path, need_weights: bool = True) -> T5Files:
     """The files in a folder: all together (the SAT release), or in text_encoder/ and tokenizer/ (diffusers).
+
+    Without `need_weights` a folder with configuration and tokenizer alone will do; `weights` is empty then.
 
     Raises:
         EncoderFilesError: lists everything that is missing.
@@ -88,7 +90,7 @@ def files_in(folder: Path) -> T5Files:
     missing = [str(path) for path in (encoder / CONFIG, tokenizer / VOCABULARY) if not path.is_file()]
     found = next((encoder / name for name in WEIGHT_FILES if (encoder / name).is_file()), None)
     weights = () if found is None else _shards(found)
-    if found is None:
+    if found is None and need_weights:
         missing.append(f"weights (one of {', '.join(WEIGHT_FILES)}) in {encoder}")
     missing += [f"{path} (named in {found.name})" for path in weights if found and not path.is_file()]
     if missing:

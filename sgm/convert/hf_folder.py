@@ -1,0 +1,128 @@
+"""A diffusers pipeline folder: its components with their weights read lazily, and the small JSON files around them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sgm.convert.lazy import ConvertError, Deferred, deferred
+from sgm.weights.files import WeightsError, WeightsNotFoundError, read_checkpoint, tensors_of
+
+DIFFUSION_STEM, ENCODER_STEM = "diffusion_pytorch_model", "model"
+TOKENIZER_FILES = ("spiece.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_VERSION = "0.30.3"  # first stable form of these classes' configurations
+SCHEDULERS = {"dpm": "CogVideoXDPMScheduler", "ddim": "CogVideoXDDIMScheduler"}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        WeightsNotFoundError: no such file.
+        WeightsError: unreadable.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise WeightsNotFoundError(f"{path} is missing; the folder is no complete diffusers component.") from None
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path} is unreadable: {error}. Copy or download it again.") from error
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path} holds no JSON object; copy or download it again.")
+    return content
+
+
+def read_component(folder: Path, stem: str) -> dict[str, Deferred]:
+    """Every tensor of a component, lazily, from one file or the shards that an index names.
+
+    Raises:
+        WeightsNotFoundError: no weights, or shards that are not there (all listed).
+        WeightsError: damaged, or an index that does not fit the shards.
+    """
+    names = [f"{stem}{end}" for end in (".safetensors.index.json", ".safetensors", ".bin.index.json", ".bin")]
+    found = next((folder / name for name in names if (folder / name).is_file()), None)
+    if found is None:
+        raise WeightsNotFoundError(f"no weights in {folder}: none of {', '.join(names)} is there.")
+    if found.suffix != ".json":
+        return {name: deferred(value) for name, value in tensors_of(read_checkpoint(found)).items()}
+    placed = read_json(found).get("weight_map")
+    if not isinstance(placed, dict) or not all(isinstance(name, str) for name in placed.values()):
+        raise WeightsError(f"{found} names no shards (weight_map); copy or download it again.")
+    files = sorted(set(placed.values()))
+    missing = [name for name in files if not (folder / name).is_file()]
+    if missing:
+        raise WeightsNotFoundError(f"{folder} lacks {len(missing)} of {len(files)} shards: {', '.join(missing)}.")
+    return _from_shards(folder, found, placed, files)
+
+
+def _from_shards(folder: Path, index: Path, placed: Mapping[str, str], files: list[str]) -> dict[str, Deferred]:
+    state: dict[str, Tensor] = {}
+    for name in files:
+        if Path(name).name != name:
+            raise WeightsError(f"{index} names the shard {name!r}, which lies outside its folder; not read.")
+        state |= tensors_of(read_checkpoint(folder / name))
+    odd = sorted(state.keys() ^ placed.keys())
+    if odd:
+        raise WeightsError(f"{index} and its shards disagree on {len(odd)} tensors: {', '.join(odd[:5])}.")
+    return {name: deferred(value) for name, value in state.items()}
+
+
+# --- what a pipeline folder says ------------------------------------------------------------------------------------
+
+
+def model_index(takes_image: bool, scheduler: str) -> dict[str, Any]:
+    """`model_index.json`."""
+    return {
+        "_class_name": "CogVideoXImageToVideoPipeline" if takes_image else "CogVideoXPipeline",
+        "_diffusers_version": _VERSION,
+        "scheduler": ["diffusers", SCHEDULERS[scheduler]],
+        "text_encoder": ["transformers", "T5EncoderModel"],
+        "tokenizer": ["transformers", "T5Tokenizer"],
+        "transformer": ["diffusers", "CogVideoXTransformer3DModel"],
+        "vae": ["diffusers", "AutoencoderKLCogVideoX"],
+    }
+
+
+def scheduler_config(shift_scale: float, scheduler: str) -> dict[str, Any]:
+    """`scheduler_config.json` of the noise schedule that CogVideoX was trained with.
+
+    With trailing spacing diffusers' timesteps are SAT's.
+    """
+    return {
+        "_class_name": SCHEDULERS[scheduler],
+        "_diffusers_version": _VERSION,
+        "num_train_timesteps": 1000,
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "trained_betas": None,
+        "clip_sample": False,
+        "clip_sample_range": 1.0,
+        "sample_max_value": 1.0,
+        "set_alpha_to_one": True,
+        "steps_offset": 0,
+        "prediction_type": "v_prediction",
+        "timestep_spacing": "trailing",
+        "rescale_betas_zero_snr": True,
+        "snr_shift_scale": shift_scale,
+    }
+
+
+def with_class(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A component's `config.json`."""
+    return {"_class_name": name, "_diffusers_version": _VERSION, **config}
+
+
+def expect_class(folder: Path, config: Mapping[str, Any], name: str) -> None:
+    """Refuse a component of another class.
+
+    Raises:
+        ConvertError: naming both.
+    """
+    found = config.get("_class_name")
+    if found is not None and found != name:
+        raise ConvertError(f"{folder / 'config.json'} is of a {found}, not of a {name}; it is another kind of model.")

@@ -1,0 +1,99 @@
+"""Tensors that are made when their turn to be written comes: slices, stacks, casts and sums of `Deferred`.
+
+A conversion is a mapping of names to `Deferred`; nothing is read before it is written, so memory holds one tensor at a
+time beside the mapped files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from sgm.weights.save import Deferred
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class ConvertError(ValueError):
+    """A conversion is not possible as asked; the message says what is wrong, where, and what to do."""
+
+
+def deferred(value: Tensor | Deferred) -> Deferred:
+    """A tensor (mapped from a file, as a rule) as a `Deferred`; one that is deferred already stays as it is."""
+    return value if isinstance(value, Deferred) else Deferred.of(value)
+
+
+def all_deferred(state: Mapping[str, Tensor] | Mapping[str, Deferred]) -> dict[str, Deferred]:
+    return {name: deferred(value) for name, value in state.items()}
+
+
+def made(plan: Mapping[str, Deferred]) -> dict[str, Tensor]:
+    """Every tensor of a plan, now; for small ones."""
+    return {name: source.on_cpu() for name, source in plan.items()}
+
+
+def row_parts(source: Deferred, parts: int, takes: Sequence[int]) -> Deferred:
+    """Of `parts` equal blocks of rows those numbered `takes`, stacked in that order."""
+    if parts == 1:
+        return source
+    size = source.shape[0] // parts
+
+    def make() -> Tensor:
+        blocks = source.make().split(size)
+        return blocks[takes[0]] if len(takes) == 1 else torch.cat([blocks[k] for k in takes])
+
+    return Deferred((size * len(takes), *source.shape[1:]), source.dtype, make)
+
+
+def stacked(pieces: Sequence[Deferred]) -> Deferred:
+    """Row blocks of one shape and type, one under the other."""
+    first = pieces[0]
+    if len(pieces) == 1:
+        return first
+    rows = sum(piece.shape[0] for piece in pieces)
+    return Deferred((rows, *first.shape[1:]), first.dtype, lambda: torch.cat([piece.make() for piece in pieces]))
+
+
+def reshaped(source: Deferred, shape: Sequence[int]) -> Deferred:
+    """The same values in another shape."""
+    return Deferred(tuple(shape), source.dtype, lambda: source.make().reshape(tuple(shape)))
+
+
+def cast(name: str, source: Deferred, dtype: torch.dtype | None) -> Deferred:
+    """Floating-point values in `dtype` (None: as they are); a value that does not fit its range is an error.
+
+    Raises:
+        ConvertError: when the tensor is made: finite values became infinite, or the source held inf or nan.
+    """
+    if dtype is None or dtype == source.dtype or not source.dtype.is_floating_point:
+        return source
+
+    def make() -> Tensor:
+        value = source.make()
+        result = value.to(dtype)
+        if not bool(torch.isfinite(result).all()):
+            raise ConvertError(_overflow(name, value, dtype))
+        return result
+
+    return Deferred(source.shape, dtype, make)
+
+
+def _overflow(name: str, value: Tensor, dtype: torch.dtype) -> str:
+    if not bool(torch.isfinite(value).all()):
+        return f"{name} holds inf or nan in the input file already; the file is damaged or its training diverged."
+    largest = value.abs().max().item()
+    return (
+        f"{name} does not fit into {dtype}: its largest value is {largest:g}, the limit {torch.finfo(dtype).max:g}. "
+        "Convert to bf16 or fp32 (--bf16, --fp32)."
+    )
+
+
+def added(source: Deferred, delta: Callable[[], Tensor]) -> Deferred:
+    """`source` + `delta()` (same shape, float32), as float32."""
+    return Deferred(source.shape, torch.float32, lambda: source.make().float() + delta())
+
+
+def summed_bytes(plan: Mapping[str, Deferred]) -> int:
+    return sum(source.nbytes for source in plan.values())

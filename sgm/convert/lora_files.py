@@ -1,0 +1,221 @@
+"""LoRA files: SAT's matrices as `pytorch_lora_weights.safetensors` with rank and alpha in it, and back.
+
+Scaling, stated once: the adapter adds scaling * B A with scaling = alpha / r (alpha / sqrt(r) if rank-stabilised). SAT
+has alpha 1 unless told otherwise. PEFT and diffusers take alpha from the file's metadata; where it is silent they take
+alpha = r, that is scaling 1.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sgm.convert.lazy import ConvertError, Deferred, added, cast, deferred
+from sgm.convert.lora_keys import lora_hf_to_sat, lora_sat_to_hf
+from sgm.convert.sat_source import open_sat
+from sgm.modules.transformer.lora_state import LoraSpec, collect_pairs, lora_scaling, lora_spec_of
+from sgm.weights.files import WeightsError, WeightsNotFoundError, read_checkpoint, tensors_of
+from sgm.weights.save import save_safetensors
+
+FILE = "pytorch_lora_weights.safetensors"
+FILES = (FILE, "adapter_model.safetensors", "lora.safetensors")
+_METADATA = "lora_adapter_metadata"  # diffusers' name for LoraConfig's fields in a header
+_DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter to fold in: file or folder, and a factor on its contribution."""
+
+    path: str
+    scale: float = 1.0
+
+
+def adapter_file(text: str) -> AdapterFile:
+    """`PATH` or `PATH:SCALE`; a path that exists as it stands is never cut.
+
+    Raises:
+        ConvertError: the part behind the last colon is no number.
+    """
+    path, colon, tail = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return AdapterFile(text)
+    try:
+        return AdapterFile(path, float(tail))
+    except ValueError:
+        raise ConvertError(f"--lora {text!r}: expected PATH or PATH:SCALE, {tail!r} is no number.") from None
+
+
+@dataclass(frozen=True)
+class HfAdapter:
+    """An adapter under diffusers' names (without `transformer.`): matrices, and the factor alpha / r on them."""
+
+    matrices: dict[str, Tensor]
+    rank: int
+    alpha: float
+    rank_stabilised: bool
+    source: str
+
+    @property
+    def scaling(self) -> float:
+        return lora_scaling(self.rank, self.alpha, self.rank_stabilised)
+
+    @property
+    def modules(self) -> list[str]:
+        return sorted(name.removesuffix(_DOWN) for name in self.matrices if name.endswith(_DOWN))
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def write_peft(folder: Path, adapter: HfAdapter, dtype: torch.dtype | None, fold_scale: bool) -> Path:
+    """Write `pytorch_lora_weights.safetensors`; matrices bit for bit unless `dtype` or `fold_scale` change them.
+
+    Args:
+        fold_scale: put alpha / r into B and state alpha = r, for readers that ignore a file's metadata.
+    """
+    factor = adapter.scaling if fold_scale else 1.0
+    tensors = {
+        f"transformer.{name}": cast(name, deferred(t * factor if factor != 1.0 and name.endswith(_UP) else t), dtype)
+        for name, t in adapter.matrices.items()
+    }
+    alpha = float(adapter.rank) if fold_scale else adapter.alpha
+    stabilised = adapter.rank_stabilised and not fold_scale
+    config = {"r": adapter.rank, "lora_alpha": alpha, "use_rslora": stabilised, "target_modules": adapter.modules}
+    metadata = {
+        "format": "pt",
+        "rank": str(adapter.rank),
+        "alpha": str(alpha),
+        "rank_stabilised": str(stabilised),
+        _METADATA: json.dumps({f"transformer.{name}": value for name, value in config.items()}),
+    }
+    return save_safetensors(folder / FILE, tensors, metadata)
+
+
+def adapter_of_sat(matrices: Mapping[str, Tensor], spec: LoraSpec, source: str) -> HfAdapter:
+    """A SAT adapter under diffusers' names."""
+    named = lora_sat_to_hf(matrices, prefix="")
+    return HfAdapter(named, spec.rank, spec.alpha, spec.rank_stabilised, source)
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def open_adapter(path: str | Path, alpha: float | None = None) -> HfAdapter:
+    """An adapter in SAT's or PEFT's layout.
+
+    Args:
+        path: a file, or a folder with one of `FILES` or a SAT checkpoint.
+        alpha: overrides what the file says.
+    Raises:
+        WeightsError: no adapter there, or an unreadable one.
+        ConvertError: ranks that do not fit each other.
+    """
+    path = Path(path).expanduser()
+    peft = _peft_file(path)
+    return _open_sat_adapter(path, alpha) if peft is None else _open_peft(peft, alpha)
+
+
+def _peft_file(path: Path) -> Path | None:
+    """The PEFT file that `path` is or holds; None where it is something else."""
+    found = path if path.is_file() else next((path / name for name in FILES if (path / name).is_file()), None)
+    if found is None or found.suffix != ".safetensors":
+        return None
+    names = read_checkpoint(found)
+    return found if any(".lora_A." in n or ".lora_B." in n for n in names) else None
+
+
+def _open_sat_adapter(path: Path, alpha: float | None) -> HfAdapter:
+    if not path.exists():
+        raise WeightsNotFoundError(f"no adapter at {path}: no such file or folder.")
+    weights = open_sat(path)
+    spec = weights.spec(alpha)
+    if spec is None:
+        raise WeightsError(f"{weights.source} holds no LoRA matrices (matrix_A, matrix_B, lora_A, lora_B).")
+    return adapter_of_sat(weights.lora, spec, weights.source)
+
+
+def _open_peft(file: Path, alpha: float | None) -> HfAdapter:
+    sat = lora_hf_to_sat(tensors_of(read_checkpoint(file)))  # refuses foreign names and lonely matrices
+    stated = _stated(file)
+    ranks = {name: _rank(name, a, b) for name, (a, b) in collect_pairs(sat).items()}
+    if len(set(ranks.values())) != 1:
+        raise ConvertError(f"{file} mixes LoRA ranks {sorted(set(ranks.values()))}; SAT has one rank for all linears.")
+    rank = next(iter(ranks.values()))
+    if stated.get("r", rank) != rank:
+        raise ConvertError(f"{file} states LoRA rank {stated['r']}, but its matrices have rank {rank}.")
+    if stated.get("alpha_pattern") or stated.get("rank_pattern"):
+        raise ConvertError(f"{file} has its own alpha or rank for some modules; SAT has one for all.")
+    given = stated.get("lora_alpha", rank) if alpha is None else alpha
+    return HfAdapter(lora_sat_to_hf(sat, prefix=""), rank, float(given), bool(stated.get("use_rslora")), str(file))
+
+
+def _rank(name: str, a: Sequence[Tensor], b: Sequence[Tensor]) -> int:
+    ranks = {m.shape[0] for m in a} | {m.shape[1] for m in b}
+    if len(ranks) > 1:
+        raise ConvertError(f"{name}: A and B have ranks {sorted(ranks)}; they do not belong together.")
+    return ranks.pop()
+
+
+def _stated(file: Path) -> dict[str, Any]:
+    """LoraConfig's fields from the header, or from `adapter_config.json` beside the file."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata() or {}
+    beside = file.with_name("adapter_config.json")
+    try:
+        if _METADATA in metadata:
+            fields = json.loads(metadata[_METADATA])
+            return {name.removeprefix("transformer."): value for name, value in fields.items()}
+        return dict(json.loads(beside.read_text(encoding="utf-8"))) if beside.is_file() else {}
+    except (ValueError, AttributeError, TypeError) as error:
+        raise WeightsError(f"{file}: what it says of its LoRA settings is unreadable: {error}") from error
+
+
+def sat_matrices(adapter: HfAdapter, alpha: float | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(matrices under SAT's names without prefix, facts for the file).
+
+    Args:
+        alpha: make the adapter right for this alpha, by a factor in B (upstream's SAT knows alpha 1 unless its YAML
+            says otherwise); None keeps the matrices and states the adapter's own alpha.
+    """
+    target = adapter.alpha if alpha is None else alpha
+    stabilised = adapter.rank_stabilised and alpha is None
+    factor = lora_scaling(adapter.rank, target, stabilised) / adapter.scaling if alpha is not None else 1.0
+    matrices = lora_hf_to_sat(adapter.matrices, scaling=factor)
+    spec = lora_spec_of(matrices)
+    facts = {"rank": adapter.rank, "alpha": target, "rank_stabilised": stabilised,
+             "targets": list(spec.targets) if spec else [], "base_path": "", "base_hash": ""}  # fmt: skip
+    return matrices, facts
+
+
+# --- merging ---------------------------------------------------------------------------------------------------------
+
+
+def merged(plan: Mapping[str, Deferred], adapter: HfAdapter, scale: float = 1.0) -> dict[str, Deferred]:
+    """diffusers' weights W with W + scale * scaling * B A in place of each adapted one, in float32.
+
+    Raises:
+        ConvertError: an adapted module that `plan` lacks or that has another shape.
+    """
+    result = dict(plan)
+    factor = scale * adapter.scaling
+    for module in adapter.modules:
+        down, up = adapter.matrices[module + _DOWN], adapter.matrices[module + _UP]
+        weight = plan.get(f"{module}.weight")
+        if weight is None:
+            raise ConvertError(f"{adapter.source} adapts {module}, which the base lacks; it is for a larger one.")
+        if tuple(weight.shape) != (up.shape[0], down.shape[1]):
+            raise ConvertError(
+                f"{adapter.source} adapts {module} as {[up.shape[0], down.shape[1]]}, the base has "
+                f"{list(weight.shape)}; it belongs to another model."
+            )
+        result[f"{module}.weight"] = added(weight, lambda a=down, b=up: factor * (b.float() @ a.float()))
+    return result

@@ -1,0 +1,105 @@
+"""LoRA matrices under SAT's names and under PEFT's, as diffusers' `load_lora_weights` reads them, both ways.
+
+They follow the linears of `dit_keys.RULES`. Where PEFT adapts the parts of one SAT linear one by one (q, k, v), SAT has
+a pair for each; where SAT has one pair for all parts (modulations), PEFT's share A and take their rows of B.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from sgm.convert.dit_keys import RULES, Rule, TransformerKeyError, at_layer, match_rule, network_entries, refuse_unknown
+
+_SAT_LORA = r"\.matrix_(?P<kind>[AB])\.(?P<part>\d+)$"
+_PEFT_PREFIX = r"^(?:base_model\.model\.)?(?:transformer\.)?"
+_HF_LORA = r"\.lora_(?P<kind>[AB])(?:\.default)?\.weight$"
+
+
+def lora_sat_to_hf(
+    state: Mapping[str, Tensor], scaling: float = 1.0, prefix: str = "transformer."
+) -> dict[str, Tensor]:
+    """SAT's LoRA matrices under PEFT's names, as `load_lora_weights` of diffusers' pipelines takes them.
+
+    Args:
+        state: matrices, with or without `model.diffusion_model.`; other entries are left out.
+        scaling: factor put into B. Files do not carry SAT's alpha / r; given here, the adapter is right at PEFT's
+            scale 1. With 1.0 the matrices stay as they are, and the user has to set the scale alpha / r.
+        prefix: in front of every name; "" for `CogVideoXTransformer3DModel` itself.
+    Raises:
+        TransformerKeyError: matrices on modules that diffusers does not have.
+    """
+    out, unknown = {}, []
+    matrices = {n: t for n, t in network_entries(state).items() if re.search(_SAT_LORA, n)}
+    for name, value in matrices.items():
+        match = match_rule(name, _SAT_LORA, [rule.sat for rule in RULES])
+        if match is None:
+            unknown.append(name)
+            continue
+        rule, layer, groups = match
+        pairs = sum(n.startswith(name.rpartition(".")[0] + ".") for n in matrices)
+        value = value * scaling if groups["kind"] == "B" and scaling != 1.0 else value
+        for module, piece in _share_out(rule, value, groups["kind"], int(groups["part"]), pairs):
+            out[f"{prefix}{at_layer(module, layer)}.lora_{groups['kind']}.weight"] = piece
+    refuse_unknown(unknown, len(matrices), "SAT")
+    return out
+
+
+def _share_out(rule: Rule, value: Tensor, kind: str, part: int, pairs: int) -> list[tuple[str, Tensor]]:
+    """A SAT matrix for each diffusers module: a pair for each, or one pair with the rows of B shared out."""
+    if pairs == len(rule.hf):
+        return [(rule.hf[part], value)]
+    if kind == "A":
+        return [(module, value) for module in rule.hf]
+    chunks = value.chunk(rule.parts)
+    return [(m, _stack([chunks[p] for p in parts])) for m, parts in zip(rule.hf, rule.takes, strict=True)]
+
+
+def lora_hf_to_sat(state: Mapping[str, Tensor], scaling: float = 1.0) -> dict[str, Tensor]:
+    """PEFT's names to SAT's (without `model.diffusion_model.`); B is divided by `scaling`, SAT's alpha / r.
+
+    Raises:
+        TransformerKeyError: names that are not LoRA of this network, or modulations of one layer with different A.
+    """
+    found: dict[str, dict[str, Tensor]] = {"A": {}, "B": {}}
+    unknown, rule_of = [], {}
+    for name, value in state.items():
+        match = match_rule(re.sub(_PEFT_PREFIX, "", name), _HF_LORA, [module for rule in RULES for module in rule.hf])
+        if match is None:
+            unknown.append(name)
+            continue
+        rule, layer, groups = match
+        sat = at_layer(rule.sat, layer)
+        rule_of[sat] = rule
+        found[groups["kind"]][f"{sat} {rule.hf.index(groups['template'])}"] = (
+            value / scaling if groups["kind"] == "B" and scaling != 1.0 else value
+        )
+    refuse_unknown(unknown, len(state), "PEFT")
+    out: dict[str, Tensor] = {}
+    for sat, rule in rule_of.items():
+        places = [f"{sat} {k}" for k in range(len(rule.hf))]
+        if not all(place in found[kind] for kind in "AB" for place in places):
+            raise TransformerKeyError(f"{sat}: SAT adapts all of {', '.join(rule.hf)} or none; some are missing.")
+        downs, ups = ([found[kind][place] for place in places] for kind in "AB")
+        out |= _gather(sat, rule, downs, ups)
+    return out
+
+
+def _gather(sat: str, rule: Rule, downs: Sequence[Tensor], ups: Sequence[Tensor]) -> dict[str, Tensor]:
+    if all(len(parts) == 1 for parts in rule.takes):
+        return {f"{sat}.matrix_A.{k}": t for k, t in enumerate(downs)} | {
+            f"{sat}.matrix_B.{k}": t for k, t in enumerate(ups)
+        }
+    if not all(torch.equal(down, downs[0]) for down in downs[1:]):
+        raise TransformerKeyError(f"{sat}: {', '.join(rule.hf)} have different lora_A, SAT has one for them all.")
+    rows: dict[int, Tensor] = {}
+    for parts, up in zip(rule.takes, ups, strict=True):
+        rows.update(zip(parts, up.chunk(len(parts)), strict=True))
+    return {f"{sat}.matrix_A.0": downs[0], f"{sat}.matrix_B.0": _stack([rows[p] for p in range(rule.parts)])}
+
+
+def _stack(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0].contiguous() if len(parts) == 1 else torch.cat(list(parts))

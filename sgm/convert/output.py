@@ -1,0 +1,132 @@
+"""Folders that appear whole or not at all, and weights in shards."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sgm.convert.lazy import ConvertError, Deferred, summed_bytes
+from sgm.weights.save import PARTIAL, SaveError, remove, require_space, save_safetensors, save_text, write_failed
+
+SHARD_BYTES = 5 << 30
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+
+
+@contextmanager
+def whole_folder(target: Path, *, overwrite: bool, inputs: Mapping[str, Path], needed: int = 0) -> Iterator[Path]:
+    """A folder to fill, which becomes `target` when the block ends without an error, and is deleted otherwise.
+
+    It grows beside `target` as `.partial-NAME`; a process that is killed leaves that name behind, and the next run
+    with the same target deletes it.
+
+    Args:
+        overwrite: an existing target is replaced (at the end, in one step) instead of refused.
+        inputs: what is read, by the option that names it; none may lie in an existing target.
+        needed: bytes that are going to be written.
+    Raises:
+        ConvertError: `target` is there, or holds an input.
+        SaveError: no room, no permission.
+    """
+    target = target.expanduser().absolute()
+    _refuse_existing(target, overwrite, inputs)
+    staging = target.with_name(PARTIAL + target.name)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove(staging)
+        require_space(target.parent, needed)
+        staging.mkdir()
+    except OSError as error:
+        raise write_failed(target, error) from error
+    try:
+        yield staging
+        _take_place(staging, target)
+    except OSError as error:
+        raise write_failed(target, error) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _refuse_existing(target: Path, overwrite: bool, inputs: Mapping[str, Path]) -> None:
+    for name, path in inputs.items():
+        if path.expanduser().resolve().is_relative_to(target.resolve()):
+            raise ConvertError(f"{name} {path} lies in the output folder {target}; choose another output folder.")
+    if target.is_dir() and not any(target.iterdir()):
+        return
+    if target.exists() and not overwrite:
+        raise ConvertError(f"{target} exists already; choose another folder, or replace it with --overwrite.")
+
+
+def _take_place(staging: Path, target: Path) -> None:
+    aside = target.with_name(f"{PARTIAL}old-{target.name}")
+    remove(aside)
+    if target.exists():
+        target.rename(aside)
+    try:
+        staging.rename(target)
+    except OSError:
+        if aside.exists():
+            aside.rename(target)
+        raise
+    remove(aside)
+
+
+# --- weights in shards -----------------------------------------------------------------------------------------------
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `5GB`, `200MB`, `1GiB` or a plain number.
+
+    Raises:
+        ConvertError: not a positive size.
+    """
+    word = text.strip().upper()
+    unit = next((u for u in sorted(_UNITS, key=len, reverse=True) if word.endswith(u)), "")
+    try:
+        size = int(float(word.removesuffix(unit)) * _UNITS.get(unit, 1))
+    except ValueError:
+        size = 0
+    if size <= 0:
+        raise ConvertError(f"--max_shard_size {text!r} is no size; write for example 5GB or 500MB.")
+    return size
+
+
+def write_shards(folder: Path, stem: str, plan: Mapping[str, Deferred], limit: int) -> list[Path]:
+    """Write `stem.safetensors`, or `stem-00001-of-0000N.safetensors` and their index, one tensor in memory at a time.
+
+    A shard holds at most `limit` bytes, or a single tensor that is larger.
+    """
+    shards = _shards(plan, limit)
+    names = [f"{stem}.safetensors"] if len(shards) == 1 else [
+        f"{stem}-{k + 1:05d}-of-{len(shards):05d}.safetensors" for k in range(len(shards))]  # fmt: skip
+    written = [
+        save_safetensors(folder / name, {n: plan[n] for n in shard}, {"format": "pt"})
+        for name, shard in zip(names, shards)
+    ]
+    if len(shards) > 1:
+        placed = {tensor: name for name, shard in zip(names, shards) for tensor in shard}
+        content = {"metadata": {"total_size": summed_bytes(plan)}, "weight_map": placed}
+        written.append(save_text(folder / f"{stem}.safetensors.index.json", json.dumps(content, indent=2)))
+    return written
+
+
+def _shards(plan: Mapping[str, Deferred], limit: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    room = limit
+    for name, source in plan.items():
+        if shards[-1] and source.nbytes > room:
+            shards.append([])
+            room = limit
+        shards[-1].append(name)
+        room -= source.nbytes
+    return shards
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    save_text(path, json.dumps(content, indent=2) + "\n")
+
+
+__all__ = ["SHARD_BYTES", "SaveError", "parse_size", "whole_folder", "write_json", "write_shards"]

@@ -1,0 +1,57 @@
+"""The YAML file that runs a converted release: the shipped one with this model's network, schedule and paths."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sgm.config import merge_yaml
+from sgm.convert.dit_sizes import Sizes
+
+SHIPPED = Path(__file__).resolve().parents[2] / "configs" / "cogvideox_2b_infer.yaml"
+
+
+def run_file(
+    release: Path, sizes: Sizes, vae_params: Mapping[str, Any], factor: float, shift_scale: float, dtype: torch.dtype
+) -> str:
+    """Text of a YAML file for `sample_video.py`.
+
+    Args:
+        release: folder that the converter writes; the paths in the file are absolute.
+        vae_params: `params` of the first stage's encoder and decoder.
+        factor: scale factor of latents.
+        shift_scale: shift of the noise schedule.
+        dtype: of the transformer's weights; the run has it, too.
+    """
+    from omegaconf import OmegaConf
+
+    release = release.expanduser().absolute()
+    content = merge_yaml([SHIPPED])
+    args, model = content["args"], content["model"]
+    args |= {"load": str(release / "transformer"), "fp16": dtype == torch.float16, "bf16": dtype == torch.bfloat16}
+    args |= {"sampling_num_frames": (sizes.frames - 1) // 4 + 1, "latent_channels": sizes.out_channels}
+    model["scale_factor"] = factor
+    model["network_config"]["params"] = sizes.sat_params()
+    stage = model["first_stage_config"]["params"]
+    stage["ckpt_path"] = str(release / "vae" / "3d-vae.pt")
+    for part in ("encoder_config", "decoder_config"):
+        stage[part]["params"] |= vae_params
+    embedder = model["conditioner_config"]["params"]["emb_models"][0]["params"]
+    embedder |= {"model_dir": str(release / "t5-v1_1-xxl"), "max_length": sizes.text_length}
+    _set_shift(model, shift_scale)
+    return f"# {sizes.name}, written by tools/convert_weight_hf2sat.py\n" + OmegaConf.to_yaml(OmegaConf.create(content))
+
+
+def _set_shift(node: Any, shift_scale: float) -> None:
+    """Every discretization in the model section gets the same shift."""
+    if isinstance(node, dict):
+        for name, inner in node.items():
+            if name == "discretization_config":
+                inner["params"]["shift_scale"] = shift_scale
+            _set_shift(inner, shift_scale)
+    elif isinstance(node, list):
+        for inner in node:
+            _set_shift(inner, shift_scale)

@@ -1,0 +1,136 @@
+"""A SAT checkpoint as lazy tensors: parts of tensor-parallel ranks joined, adapter apart, other models beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sgm.convert.lazy import ConvertError, Deferred, all_deferred, deferred
+from sgm.modules.transformer.lora_state import LoraSpec, lora_spec_of, split_lora
+from sgm.modules.transformer.tensor_parallel import PartitionError, cut_of
+from sgm.weights.files import read_checkpoint, tensors_of
+from sgm.weights.release import Checkpoint, read_parts
+
+TEXT_ENCODER = "conditioner.embedders.0.transformer."
+FIRST_STAGE = "first_stage_model."
+
+
+@dataclass(frozen=True)
+class SatWeights:
+    """What a checkpoint holds.
+
+    Attributes:
+        source: the file, for messages.
+        parts: tensor-parallel parts.
+        network: the transformer's base weights, without prefix.
+        lora: adapter matrices (small, mapped), without prefix.
+        facts: what the file says of the adapter.
+        text_encoder, first_stage: those parts' entries, without prefix.
+        iteration: of the checkpoint, if known.
+    """
+
+    source: str
+    parts: int
+    network: dict[str, Deferred]
+    lora: dict[str, Tensor]
+    facts: Mapping[str, Any]
+    text_encoder: dict[str, Deferred]
+    first_stage: dict[str, Deferred]
+    iteration: int | None
+
+    def spec(self, alpha: float | None = None) -> LoraSpec | None:
+        """Rank, alpha and targets of the adapter; `alpha` overrides the file's, which overrides SAT's 1.
+
+        Raises:
+            ConvertError: the file states another rank than its matrices have.
+            LoraError: incomplete pairs or several ranks.
+        """
+        facts = dict(self.facts) | ({} if alpha is None else {"alpha": alpha})
+        spec = lora_spec_of(self.lora, facts)
+        stated = self.facts.get("rank")
+        if spec is not None and stated is not None and int(stated) != spec.rank:
+            raise ConvertError(f"{self.source} states LoRA rank {stated}, but its matrices have rank {spec.rank}.")
+        return spec
+
+
+def open_sat(path: str | Path, *, allow_drift: bool = False) -> SatWeights:
+    """Open a checkpoint (file, iteration folder or release folder) without reading its values.
+
+    Args:
+        allow_drift: tensors that every tensor-parallel part holds whole may differ between parts (the original's
+            training lets q/k norms drift apart); the first part's are taken.
+    Raises:
+        WeightsError: unreadable, or not a SAT transformer checkpoint.
+        PartitionError: parts that do not belong together.
+    """
+    parts = read_parts(path)
+    state = all_deferred(parts[0].network) if len(parts) == 1 else _joined(parts, allow_drift)
+    base, lora = split_lora(state)  # type: ignore[arg-type]
+    others = parts[0].others
+    return SatWeights(
+        source=str(parts[0].files[0]) + (f" (and {len(parts) - 1} more parts)" if len(parts) > 1 else ""),
+        parts=len(parts),
+        network=base,  # type: ignore[arg-type]
+        lora={name: value.make() for name, value in lora.items()},  # type: ignore[attr-defined]
+        facts=parts[0].lora,
+        text_encoder=_under(others, TEXT_ENCODER),
+        first_stage=_under(others, FIRST_STAGE),
+        iteration=parts[0].iteration,
+    )
+
+
+def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Deferred]:
+    return {name.removeprefix(prefix): deferred(t) for name, t in state.items() if name.startswith(prefix)}
+
+
+def _joined(parts: list[Checkpoint], allow_drift: bool) -> dict[str, Deferred]:
+    first = parts[0].network
+    for rank, part in enumerate(parts):
+        if part.network.keys() != first.keys():
+            odd = sorted(part.network.keys() ^ first.keys())
+            raise PartitionError(f"part {rank} and part 0 differ in their names: {', '.join(odd[:6])}.")
+    return {name: _join(name, [part.network[name] for part in parts], allow_drift) for name in first}
+
+
+def _join(name: str, pieces: list[Tensor], allow_drift: bool) -> Deferred:
+    cut = cut_of(name)
+    first = pieces[0]
+    if cut is not None:
+        shape = list(first.shape)
+        shape[cut.dim] *= len(pieces)
+
+        def make() -> Tensor:
+            blocks = zip(*(piece.chunk(cut.blocks, dim=cut.dim) for piece in pieces), strict=True)
+            return torch.cat([piece for block in blocks for piece in block], dim=cut.dim)
+
+        return Deferred(tuple(shape), first.dtype, make)
+
+    def whole() -> Tensor:
+        if not allow_drift and not all(torch.equal(piece, first) for piece in pieces[1:]):
+            raise PartitionError(
+                f"{name} is whole on every rank but differs between the parts: they are of different checkpoints, or "
+                "drifted apart in the original's training (then take the first part's with --allow_drift)."
+            )
+        return first
+
+    return Deferred(tuple(first.shape), first.dtype, whole)
+
+
+def open_vae(path: str | Path) -> tuple[dict[str, Deferred], int]:
+    """(the autoencoder's tensors, number of `loss.*` entries left out) of a `3d-vae.pt`.
+
+    Raises:
+        WeightsError: unreadable.
+        ConvertError: no tensors in it.
+    """
+    content = read_checkpoint(path)
+    state = tensors_of(content["state_dict"] if isinstance(content.get("state_dict"), Mapping) else content)
+    kept = {name: deferred(value) for name, value in state.items() if not name.startswith("loss.")}
+    if not kept:
+        raise ConvertError(f"{path} holds no tensors of an autoencoder.")
+    return kept, len(state) - len(kept)

@@ -1,0 +1,288 @@
+"""SAT's release layout into a diffusers pipeline folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sgm.convert import hf_folder as hf
+from sgm.convert import vae_keys, vae_sizes
+from sgm.convert.dit_keys import NOT_IN_HF, POSITIONS, hf_plan
+from sgm.convert.dit_sizes import Sizes, sizes_of_params, sizes_of_sat
+from sgm.convert.lazy import ConvertError, Deferred, all_deferred, cast, reshaped, summed_bytes
+from sgm.convert.lora_files import AdapterFile, adapter_of_sat, merged, open_adapter, write_peft
+from sgm.convert.output import SHARD_BYTES, whole_folder, write_json, write_shards
+from sgm.convert.sat_source import SatWeights, open_sat, open_vae
+from sgm.convert.sine_table import read_sine_table
+from sgm.convert.t5_keys import encoder_plan
+from sgm.modules.encoders import t5_files
+from sgm.weights.save import readable
+
+_PATCH_HF = "patch_embed.proj.weight"
+
+
+@dataclass(frozen=True)
+class ToHf:
+    """What to convert, from where, and how.
+
+    Attributes:
+        output: folder to write.
+        transformer: SAT checkpoint: file, iteration folder or release folder.
+        vae: `3d-vae.pt`; None takes the one in the transformer's checkpoint, if it carries one.
+        text_encoder: folder or hub id of the T5; its weights may be missing if the checkpoint carries them.
+        cache_dir: the hub's cache.
+        dtype: of all weights; None means float16, or bfloat16 where the transformer has it.
+        adapters: LoRA files to fold in, beside the checkpoint's own.
+        lora_alpha: alpha of the checkpoint's own adapter; None believes the file, then SAT's 1.
+        config: YAML whose network section replaces what the tensors say.
+        scheduler: "dpm" (the counterpart of SAT's sampler) or "ddim".
+        shard_bytes: largest weight file.
+        partial: write the components that there are, without a pipeline around them.
+        allow_drift: see `open_sat`.
+        overwrite: replace an existing output folder.
+    """
+
+    output: Path
+    transformer: Path | None = None
+    vae: Path | None = None
+    text_encoder: str | None = None
+    cache_dir: str | None = None
+    dtype: torch.dtype | None = None
+    adapters: Sequence[AdapterFile] = ()
+    lora_alpha: float | None = None
+    config: Path | None = None
+    scheduler: str = "dpm"
+    shard_bytes: int = SHARD_BYTES
+    partial: bool = False
+    allow_drift: bool = False
+    overwrite: bool = False
+
+    def inputs(self) -> dict[str, Path]:
+        named = {"--transformer_ckpt_path": self.transformer, "--vae_ckpt_path": self.vae, "--config": self.config}
+        named |= {f"--lora {a.path}": Path(a.path) for a in self.adapters}
+        if self.text_encoder and Path(self.text_encoder).exists():
+            named["--text_encoder_path"] = Path(self.text_encoder)
+        return {name: path for name, path in named.items() if path is not None}
+
+
+@dataclass
+class Component:
+    """One folder of the pipeline: tensors to write, `config.json`, and lines for the report."""
+
+    name: str
+    stem: str
+    plan: dict[str, Deferred]
+    config: dict[str, Any]
+    lines: list[str] = field(default_factory=list)
+    files: Mapping[str, Path] = field(default_factory=dict)
+
+    def described(self) -> list[str]:
+        kinds = ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in self.plan.values()}))
+        size = readable(summed_bytes(self.plan))
+        return [f"{self.name}: {len(self.plan)} tensors, {kinds}, {size}", *(f"  {line}" for line in self.lines)]
+
+
+def convert(request: ToHf) -> list[str]:
+    """Write the folder; returns the report.
+
+    Raises:
+        ConvertError, WeightsError, SaveError, ...: what is wrong; nothing is left in `output` then.
+    """
+    weights = None if request.transformer is None else open_sat(request.transformer, allow_drift=request.allow_drift)
+    parts, sizes = _components(request, weights)
+    missing = [name for name in ("transformer", "vae", "text_encoder") if name not in {p.name for p in parts}]
+    if missing and not request.partial:
+        options = {"transformer": "--transformer_ckpt_path", "vae": "--vae_ckpt_path",
+                   "text_encoder": "--text_encoder_path"}  # fmt: skip
+        raise ConvertError(
+            f"a pipeline needs {', '.join(missing)}, too: give {', '.join(options[m] for m in missing)}, or convert "
+            "the parts alone with --partial."
+        )
+    if not parts:
+        raise ConvertError("nothing to convert: give --transformer_ckpt_path, --vae_ckpt_path or --text_encoder_path.")
+    needed = sum(summed_bytes(part.plan) for part in parts)
+    with whole_folder(
+        request.output, overwrite=request.overwrite, inputs=request.inputs(), needed=needed
+    ) as folder:
+        for part in parts:
+            _write(folder, part, request.shard_bytes)
+        if not missing and sizes is not None:
+            _write_pipeline(folder, sizes, request.scheduler)
+    lines = [line for part in parts for line in part.described()]
+    absent = f" (no pipeline: {', '.join(missing)} absent)" if missing else ""
+    return [*lines, f"written: {request.output}{absent}"]
+
+
+def export_lora(request: ToHf, fold_scale: bool = False) -> list[str]:
+    """Write the adapter of `request.transformer` alone, as `pytorch_lora_weights.safetensors`; returns the report.
+
+    Raises:
+        ConvertError: no checkpoint given, or one without adapter.
+    """
+    if request.transformer is None:
+        raise ConvertError("--lora_only needs --transformer_ckpt_path, a checkpoint with an adapter.")
+    adapter = open_adapter(request.transformer, request.lora_alpha)
+    with whole_folder(request.output, overwrite=request.overwrite, inputs=request.inputs()) as folder:
+        file = write_peft(folder, adapter, request.dtype, fold_scale)
+    how = "alpha / r is in lora_B" if fold_scale else "alpha is in the file's metadata, the matrices are unchanged"
+    return [
+        f"adapter: rank {adapter.rank}, alpha {adapter.alpha:g}, scaling {adapter.scaling:g}, "
+        f"{len(adapter.modules)} linears ({how})",
+        f"written: {request.output / file.name}",
+    ]
+
+
+# --- components ------------------------------------------------------------------------------------------------------
+
+
+def _components(request: ToHf, weights: SatWeights | None) -> tuple[list[Component], Sizes | None]:
+    transformer, sizes = (None, None) if weights is None else _transformer(request, weights)
+    dtype = request.dtype or _usual_dtype(weights)
+    vae = _vae(request, weights, sizes)
+    text = _text_encoder(request, weights, sizes)
+    parts = [part for part in (transformer, vae, text) if part is not None]
+    for part in parts:
+        part.plan = {name: cast(f"{part.name}: {name}", value, dtype) for name, value in part.plan.items()}
+        if part is text:
+            part.config["torch_dtype"] = str(dtype).removeprefix("torch.")
+    return parts, sizes
+
+
+def _usual_dtype(weights: SatWeights | None) -> torch.dtype:
+    kinds = set() if weights is None else {value.dtype for value in weights.network.values()}
+    return torch.bfloat16 if torch.bfloat16 in kinds else torch.float16
+
+
+def _transformer(request: ToHf, weights: SatWeights) -> tuple[Component, Sizes]:
+    if not weights.network:
+        raise ConvertError(
+            f"{weights.source} holds a LoRA adapter without base weights. Give the base as --transformer_ckpt_path and "
+            "this file as --lora, or export the adapter alone with --lora_only."
+        )
+    sizes = _sizes(request, weights)
+    sizes.check(weights.network, weights.source)
+    plan = hf_plan(weights.network, learned_positions=sizes.learned_positions)
+    lines = [f"{sizes.name} from {weights.source}, {len(weights.network)} tensors"]
+    lines += [f"assumed: {sizes.assumed}"] if sizes.assumed else []
+    left_out = [n for n in (*NOT_IN_HF, POSITIONS[0]) if n in weights.network]
+    left_out = [n for n in left_out if n != POSITIONS[0] or not sizes.learned_positions]
+    lines += [f"left out, computed or never read by diffusers: {', '.join(left_out)}"] if left_out else []
+    if sizes.linear_patches and sizes.patch[0] == 1:
+        plan[_PATCH_HF] = reshaped(plan[_PATCH_HF], (sizes.width, sizes.in_channels, *sizes.patch[1:]))
+    spec = weights.spec(request.lora_alpha)
+    own = [] if spec is None else [(adapter_of_sat(weights.lora, spec, weights.source), 1.0)]
+    for adapter, scale in [*own, *((open_adapter(a.path), a.scale) for a in request.adapters)]:
+        plan = merged(plan, adapter, scale)
+        factor = scale * adapter.scaling
+        lines.append(f"merged: {adapter.source}, rank {adapter.rank}, alpha {adapter.alpha:g}, factor {factor:g}")
+    config = hf.with_class("CogVideoXTransformer3DModel", sizes.hf_config())
+    return Component("transformer", hf.DIFFUSION_STEM, plan, config, lines), sizes
+
+
+def _sizes(request: ToHf, weights: SatWeights) -> Sizes:
+    if request.config is None:
+        return sizes_of_sat(weights.network)
+    sizes = sizes_of_params(_network_params(request.config))
+    table = weights.network.get(POSITIONS[0])
+    if table is not None and not sizes.learned_positions:
+        read_sine_table(table.make()[0])  # diffusers computes it: it must be the computed one
+    return sizes
+
+
+def _network_params(path: Path) -> Mapping[str, Any]:
+    from sgm.config import merge_yaml
+
+    try:
+        return merge_yaml([path])["model"]["network_config"]["params"]
+    except (KeyError, TypeError) as error:
+        raise ConvertError(f"--config {path} has no model.network_config.params.") from error
+
+
+def _vae(request: ToHf, weights: SatWeights | None, sizes: Sizes | None) -> Component | None:
+    if request.vae is not None:
+        state, left_out = open_vae(request.vae)
+        source = str(request.vae)
+    elif weights is not None and weights.first_stage:
+        state = {n: t for n, t in weights.first_stage.items() if not n.startswith("loss.")}
+        source, left_out = weights.source, len(weights.first_stage) - len(state)
+    else:
+        return None
+    params = vae_sizes.params_of(state, source)
+    vae_sizes.check(state, params, source)
+    factor = 1.15258426 if sizes is None else sizes.scale_factor
+    config = vae_keys.hf_config(params, factor)
+    if sizes is not None and sizes.patch[0] > 1:
+        config["invert_scale_latents"] = True
+    lines = [f"from {source}, scaling factor {factor}"]
+    lines += [f"left out: {left_out} entries of the training loss"] if left_out else []
+    lines += _unused(weights.first_stage if weights is not None and request.vae is not None else {})
+    return Component(
+        "vae", hf.DIFFUSION_STEM, vae_keys.sat_to_hf(state), hf.with_class("AutoencoderKLCogVideoX", config), lines
+    )
+
+
+def _text_encoder(request: ToHf, weights: SatWeights | None, sizes: Sizes | None) -> Component | None:
+    carried = weights.text_encoder if weights is not None else {}
+    if request.text_encoder is None:
+        if carried and not request.partial:
+            raise ConvertError(
+                "the checkpoint carries the text encoder's weights, but not its configuration and tokenizer: give "
+                "--text_encoder_path, a folder with config.json and spiece.model."
+            )
+        return None
+    folder = Path(request.text_encoder).expanduser()
+    if folder.is_dir():
+        files = t5_files.files_in(folder, need_weights=not carried)
+    else:
+        files = t5_files.resolve(request.text_encoder, request.cache_dir)
+    config = hf.read_json(files.config)
+    state = all_deferred(files.read_weights()) if files.weights else carried
+    source = str(files.config.parent) if files.weights else f"{weights.source if weights else ''} (text encoder)"
+    plan, left_out = encoder_plan(state, config, source)
+    if sizes is not None and config["d_model"] != sizes.text_width:
+        raise ConvertError(
+            f"{source} gives text embeddings of width {config['d_model']}, the transformer takes {sizes.text_width}; "
+            "the published models use T5 v1.1 XXL (4096)."
+        )
+    lines = [f"from {source}"] + ([f"left out: {left_out} decoder tensors"] if left_out else [])
+    lines += _unused(carried if files.weights else {})
+    tokenizer = {n: files.tokenizer / n for n in hf.TOKENIZER_FILES if (files.tokenizer / n).is_file()}
+    return Component("text_encoder", hf.ENCODER_STEM, plan, config | {"architectures": ["T5EncoderModel"]}, lines,
+                     tokenizer)  # fmt: skip
+
+
+def _unused(carried: Mapping[str, Deferred]) -> list[str]:
+    return [f"left out: {len(carried)} tensors of it in the transformer's checkpoint"] if carried else []
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def _write(folder: Path, part: Component, limit: int) -> None:
+    place = folder / part.name
+    place.mkdir()
+    write_shards(place, part.stem, part.plan, limit)
+    write_json(place / "config.json", part.config)
+    if part.files:
+        write_tokenizer(folder / "tokenizer", part.files)
+
+
+def write_tokenizer(place: Path, files: Mapping[str, Path]) -> None:
+    """Copy the tokenizer's files; the settings file is made where there is none."""
+    place.mkdir(exist_ok=True)
+    for name, path in files.items():
+        (place / name).write_bytes(path.read_bytes())
+    if "tokenizer_config.json" not in files:
+        special = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>", "extra_ids": 100}
+        write_json(place / "tokenizer_config.json", {"tokenizer_class": "T5Tokenizer", **special})
+
+
+def _write_pipeline(folder: Path, sizes: Sizes, scheduler: str) -> None:
+    write_json(folder / "model_index.json", hf.model_index(sizes.takes_image, scheduler))
+    (folder / "scheduler").mkdir()
+    config = hf.scheduler_config(sizes.shift_scale, scheduler)
+    write_json(folder / "scheduler" / "scheduler_config.json", config)

@@ -1,0 +1,249 @@
+"""A diffusers pipeline folder into SAT's release layout, with a YAML file that runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sgm.convert import hf_folder as hf
+from sgm.convert import vae_keys, vae_sizes
+from sgm.convert.dit_keys import NETWORK_PREFIX, sat_plan
+from sgm.convert.dit_sizes import Sizes, sizes_of_hf
+from sgm.convert.lazy import ConvertError, Deferred, all_deferred, cast, reshaped, summed_bytes
+from sgm.convert.lora_files import AdapterFile, merged, open_adapter, sat_matrices
+from sgm.convert.output import SHARD_BYTES, whole_folder, write_json, write_shards
+from sgm.convert.run_file import run_file
+from sgm.convert.t5_keys import encoder_plan
+from sgm.modules.encoders import t5_files
+from sgm.weights.release import locate
+from sgm.weights.save import readable, save_pt, save_text
+
+ITERATION = 1000
+TEXT_ENCODER = "t5-v1_1-xxl"
+RUN_FILE = "infer.yaml"
+_PATCH = "mixins.patch_embed.proj.weight"
+
+
+@dataclass(frozen=True)
+class ToSat:
+    """What to convert, from where, and how.
+
+    Attributes:
+        source: pipeline folder, a transformer's own folder, or (for `import_lora`) an adapter.
+        output: folder to write.
+        dtype: of all weights; None keeps the files'.
+        adapters: LoRA files to fold in.
+        lora_alpha: for `import_lora`: alpha that the SAT adapter shall have; None states the file's own.
+        linear_patches: write the patch embedding as SAT's later code has it, for one-frame patches.
+        partial: convert the components that there are.
+        shard_bytes: largest weight file of the text encoder.
+        overwrite: replace an existing output folder.
+    """
+
+    source: Path
+    output: Path
+    dtype: torch.dtype | None = None
+    adapters: Sequence[AdapterFile] = ()
+    lora_alpha: float | None = None
+    linear_patches: bool = False
+    partial: bool = False
+    shard_bytes: int = SHARD_BYTES
+    overwrite: bool = False
+
+    def inputs(self) -> dict[str, Path]:
+        return {"--input_path": self.source, **{f"--lora {a.path}": Path(a.path) for a in self.adapters}}
+
+
+@dataclass(frozen=True)
+class Transformer:
+    plan: dict[str, Deferred]
+    sizes: Sizes
+    lines: list[str]
+
+
+@dataclass(frozen=True)
+class Vae:
+    plan: dict[str, Deferred]
+    params: dict[str, Any]
+    factor: float
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    plan: dict[str, Deferred]
+    config: dict[str, Any]
+    tokenizer: dict[str, Path]
+    left_out: int
+
+
+def convert(request: ToSat) -> list[str]:
+    """Write the release folder; returns the report.
+
+    Raises:
+        ConvertError, WeightsError, SaveError, ...: what is wrong; nothing is left in `output` then.
+    """
+    folders = _folders(request)
+    transformer = _transformer(request, folders["transformer"]) if "transformer" in folders else None
+    vae = _vae(request, folders["vae"]) if "vae" in folders else None
+    text = _text_encoder(request, transformer) if "text_encoder" in folders else None
+    plans = [part.plan for part in (transformer, vae, text) if part is not None]
+    with whole_folder(
+        request.output, overwrite=request.overwrite, inputs=request.inputs(), needed=sum(map(summed_bytes, plans))
+    ) as out:
+        if transformer is not None:
+            _write_network(out / "transformer", {NETWORK_PREFIX + n: t for n, t in transformer.plan.items()})
+        if vae is not None:
+            (out / "vae").mkdir()
+            save_pt(out / "vae" / "3d-vae.pt", {"state_dict": vae.plan})
+        if text is not None:
+            _write_text_encoder(out / TEXT_ENCODER, text, request.shard_bytes)
+        if transformer is not None and vae is not None and text is not None:
+            shift = _shift_scale(request.source, transformer.sizes)
+            dtype = transformer.plan[_PATCH].dtype
+            save_text(out / RUN_FILE, run_file(request.output, transformer.sizes, vae.params, vae.factor, shift, dtype))
+    return _report(request, transformer, vae, text)
+
+
+def import_lora(request: ToSat) -> list[str]:
+    """Write a PEFT adapter in SAT's checkpoint layout; returns the report."""
+    adapter = open_adapter(request.source)
+    matrices, facts = sat_matrices(adapter, request.lora_alpha)
+    plan = {NETWORK_PREFIX + n: cast(n, t, request.dtype) for n, t in all_deferred(matrices).items()}
+    with whole_folder(request.output, overwrite=request.overwrite, inputs=request.inputs()) as out:
+        _write_network(out, plan, {"lora": facts})
+    how = "stated in the file" if request.lora_alpha is None else "the matrices are scaled for it"
+    return [
+        f"adapter: {adapter.source}, rank {adapter.rank}, alpha {facts['alpha']:g} ({how}), {len(plan)} matrices",
+        f"written: {request.output} (for --lora {request.output}, or args.load in training)",
+    ]
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def _folders(request: ToSat) -> dict[str, Path]:
+    """Component folders by name.
+
+    Raises:
+        ConvertError: not there, no diffusers folder, or not all of a pipeline (unless `partial`).
+    """
+    source = request.source
+    if not source.is_dir():
+        raise ConvertError(f"--input_path {source} is no folder; it must be a local copy of a diffusers repository.")
+    if (source / "config.json").is_file() and not (source / "model_index.json").is_file():
+        kinds = {"CogVideoXTransformer3DModel": "transformer", "AutoencoderKLCogVideoX": "vae"}
+        kind = kinds.get(hf.read_json(source / "config.json").get("_class_name", ""))
+        if kind and request.partial:
+            return {kind: source}
+        if kind:
+            raise ConvertError(f"{source} holds a {kind} alone; convert it with --partial, or give the whole pipeline.")
+    wanted = ("transformer", "vae", "text_encoder", "tokenizer")
+    found = {name: source / name for name in wanted if (source / name).is_dir()}
+    missing = [name for name in wanted if name not in found]
+    if not found or (missing and not request.partial):
+        hint = "Download the whole repository, or convert what there is with --partial."
+        hint = "It is a SAT checkpoint already." if _is_sat(source) else hint
+        raise ConvertError(f"{source} is not a whole diffusers pipeline: no {', '.join(missing)} in it. {hint}")
+    if "tokenizer" not in found and "text_encoder" in found:
+        raise ConvertError(f"{source} has a text_encoder but no tokenizer; both make SAT's text encoder folder.")
+    return found
+
+
+def _is_sat(folder: Path) -> bool:
+    try:
+        return bool(locate(folder))
+    except ValueError:
+        return False
+
+
+def _transformer(request: ToSat, folder: Path) -> Transformer:
+    config = hf.read_json(folder / "config.json")
+    hf.expect_class(folder, config, "CogVideoXTransformer3DModel")
+    sizes = sizes_of_hf(config)
+    state = hf.read_component(folder, hf.DIFFUSION_STEM)
+    lines = [f"transformer: {sizes.name} from {folder}, {len(state)} tensors"]
+    kinds = {name: value.dtype for name, value in state.items()}
+    plan = state
+    for file in request.adapters:
+        adapter = open_adapter(file.path)
+        plan = merged(plan, adapter, file.scale)
+        lines.append(f"  merged: {adapter.source}, rank {adapter.rank}, factor {file.scale * adapter.scaling:g}")
+    plan = {n: cast(n, t, request.dtype or kinds[n]) for n, t in plan.items()}  # sums come in float32
+    plan = sat_plan(plan)
+    sizes.check(plan, str(folder))
+    if request.linear_patches and not sizes.linear_patches:
+        sizes = replace(sizes, linear_patches=True)
+        plan[_PATCH] = reshaped(plan[_PATCH], sizes.sat_shapes()[_PATCH])
+    return Transformer(plan, sizes, lines)
+
+
+def _vae(request: ToSat, folder: Path) -> Vae:
+    config = hf.read_json(folder / "config.json")
+    hf.expect_class(folder, config, "AutoencoderKLCogVideoX")
+    plan = vae_keys.hf_to_sat(hf.read_component(folder, hf.DIFFUSION_STEM))
+    params = vae_sizes.params_of(plan, str(folder))
+    vae_sizes.check(plan, params, str(folder))
+    vae_keys.sat_params(config)  # refuses what SAT's layout cannot express
+    plan = {name: cast(name, value, request.dtype) for name, value in plan.items()}
+    return Vae(plan, params, float(config.get("scaling_factor", 1.15258426)))
+
+
+def _text_encoder(request: ToSat, transformer: Transformer | None) -> TextEncoder:
+    files = t5_files.files_in(request.source)
+    config = hf.read_json(files.config)
+    plan, left_out = encoder_plan(all_deferred(files.read_weights()), config, str(files.config.parent))
+    if transformer is not None and config["d_model"] != transformer.sizes.text_width:
+        raise ConvertError(
+            f"the text encoder gives embeddings of width {config['d_model']}, the transformer takes "
+            f"{transformer.sizes.text_width}; the components are of different models."
+        )
+    plan = {name: cast(name, value, request.dtype) for name, value in plan.items()}
+    tokenizer = {n: files.tokenizer / n for n in hf.TOKENIZER_FILES if (files.tokenizer / n).is_file()}
+    return TextEncoder(plan, config, tokenizer, left_out)
+
+
+def _shift_scale(source: Path, sizes: Sizes) -> float:
+    file = source / "scheduler" / "scheduler_config.json"
+    return float(hf.read_json(file).get("snr_shift_scale", 3.0)) if file.is_file() else sizes.shift_scale
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def _write_network(folder: Path, plan: Mapping[str, Deferred], more: Mapping[str, Any] | None = None) -> None:
+    place = folder / str(ITERATION)
+    place.mkdir(parents=True)
+    save_pt(place / "mp_rank_00_model_states.pt", {"module": dict(plan), **(more or {})})
+    save_text(folder / "latest", str(ITERATION))
+
+
+def _write_text_encoder(folder: Path, text: TextEncoder, limit: int) -> None:
+    from sgm.convert.to_hf import write_tokenizer
+
+    folder.mkdir()
+    write_shards(folder, hf.ENCODER_STEM, text.plan, limit)
+    write_json(folder / "config.json", text.config)
+    write_tokenizer(folder, text.tokenizer)
+
+
+def _report(request: ToSat, transformer: Transformer | None, vae: Vae | None, text: TextEncoder | None) -> list[str]:
+    lines: list[str] = []
+    if transformer is not None:
+        lines += [*transformer.lines, f"  written: {_counted(transformer.plan)}"]
+    if vae is not None:
+        lines.append(f"vae: {_counted(vae.plan)}, scale factor {vae.factor}")
+    if text is not None:
+        left_out = f", left out: {text.left_out} decoder tensors" if text.left_out else ""
+        lines.append(f"text encoder: {_counted(text.plan)}{left_out}")
+    lines.append(f"written: {request.output}")
+    whole = transformer is not None and vae is not None and text is not None
+    return [*lines, f"to sample: python sample_video.py {request.output / RUN_FILE}"] if whole else lines
+
+
+def _counted(plan: Mapping[str, Deferred]) -> str:
+    kinds = ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in plan.values()}))
+    return f"{len(plan)} tensors, {kinds}, {readable(summed_bytes(plan))}"

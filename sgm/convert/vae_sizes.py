@@ -1,0 +1,114 @@
+"""Sizes of the 3D VAE read from its tensors (SAT's names), and the tensors that such a VAE must have."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from sgm.convert.lazy import ConvertError, Deferred
+
+Shapes = dict[str, tuple[int, ...]]
+_CONV_IN, _LATENT_IN, _CONV_OUT = "encoder.conv_in.conv.weight", "decoder.conv_in.conv.weight", "decoder.conv_out.conv"
+_BLOCK = re.compile(r"encoder\.down\.(\d+)\.block\.(\d+)\.conv1\.conv\.weight$")
+
+
+def params_of(state: Mapping[str, Tensor | Deferred], source: str) -> dict[str, Any]:
+    """The `params` of SAT's encoder and decoder (as in a YAML file) for these tensors.
+
+    Raises:
+        ConvertError: no CogVideoX VAE.
+    """
+    blocks = {(int(m[1]), int(m[2])): name for name in state if (m := _BLOCK.match(name))}
+    missing = [name for name in (_CONV_IN, _LATENT_IN, f"{_CONV_OUT}.weight") if name not in state]
+    if missing or not blocks:
+        raise ConvertError(f"{source} holds no CogVideoX autoencoder: {', '.join(missing) or 'its blocks'} missing.")
+    ch = state[_CONV_IN].shape[0]
+    levels = max(level for level, _ in blocks) + 1
+    try:
+        widths = [state[blocks[level, 0]].shape[0] for level in range(levels)]
+    except KeyError as error:
+        raise ConvertError(f"{source}: the encoder's level {error} has no block 0; it is incomplete.") from None
+    return {
+        "double_z": True,
+        "z_channels": state[_LATENT_IN].shape[1],
+        "resolution": 256,
+        "in_channels": state[_CONV_IN].shape[1],
+        "out_ch": state[f"{_CONV_OUT}.weight"].shape[0],
+        "ch": ch,
+        "ch_mult": [width // ch for width in widths],
+        "attn_resolutions": [],
+        "num_res_blocks": max(block for _, block in blocks) + 1,
+        "dropout": 0.0,
+    }
+
+
+def sat_shapes(params: Mapping[str, Any]) -> Shapes:
+    """Every tensor of a VAE with these `params` and its shape."""
+    z = params["z_channels"]
+    widths = [params["ch"] * factor for factor in params["ch_mult"]]
+    last, blocks = widths[-1], params["num_res_blocks"]
+    shapes = _conv("encoder.conv_in.conv", widths[0], params["in_channels"])
+    before = widths[0]
+    for level, width in enumerate(widths):
+        for k in range(blocks):
+            shapes |= _residual(f"encoder.down.{level}.block.{k}", before, width)
+            before = width
+        if level < len(widths) - 1:
+            shapes |= _tensor(f"encoder.down.{level}.downsample.conv", (width, width, 3, 3))
+    shapes |= _tensor("encoder.norm_out", (last,)) | _conv("encoder.conv_out.conv", 2 * z, last)
+    shapes |= _conv("decoder.conv_in.conv", last, z)
+    for side, latent in (("encoder", None), ("decoder", z)):
+        for k in (1, 2):
+            shapes |= _residual(f"{side}.mid.block_{k}", last, last, latent)
+    before = last
+    for level in reversed(range(len(widths))):
+        for k in range(blocks + 1):
+            shapes |= _residual(f"decoder.up.{level}.block.{k}", before, widths[level], z)
+            before = widths[level]
+        if level > 0:
+            shapes |= _tensor(f"decoder.up.{level}.upsample.conv", (before, before, 3, 3))
+    return shapes | _spatial_norm("decoder.norm_out", before, z) | _conv(_CONV_OUT, params["out_ch"], before)
+
+
+def check(state: Mapping[str, Tensor | Deferred], params: Mapping[str, Any], source: str) -> None:
+    """Demand every tensor in its shape, and no other.
+
+    Raises:
+        ConvertError: lists what is missing, unknown, or misshapen.
+    """
+    wanted = sat_shapes(params)
+    problems = [f"missing {name}" for name in wanted if name not in state]
+    problems += [f"unknown {name}" for name in state if name not in wanted]
+    problems += [
+        f"{name} is {list(state[name].shape)}, not {list(shape)}"
+        for name, shape in wanted.items()
+        if name in state and tuple(state[name].shape) != shape
+    ]
+    if problems:
+        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise ConvertError(f"{source} is not a whole CogVideoX autoencoder: {shown}.")
+
+
+def _tensor(name: str, weight: tuple[int, ...]) -> Shapes:
+    return {f"{name}.weight": weight, f"{name}.bias": weight[:1]}
+
+
+def _conv(name: str, rows: int, columns: int, kernel: int = 3) -> Shapes:
+    return _tensor(name, (rows, columns, kernel, kernel, kernel))
+
+
+def _residual(name: str, before: int, after: int, latent: int | None = None) -> Shapes:
+    """A residual block; `latent`: its norms are modulated by so many latent channels."""
+    shapes = _conv(f"{name}.conv1.conv", after, before) | _conv(f"{name}.conv2.conv", after, after)
+    for norm, width in (("norm1", before), ("norm2", after)):
+        plain = latent is None
+        shapes |= _tensor(f"{name}.{norm}", (width,)) if plain else _spatial_norm(f"{name}.{norm}", width, latent or 0)
+    return shapes | (_conv(f"{name}.nin_shortcut", after, before, 1) if before != after else {})
+
+
+def _spatial_norm(name: str, width: int, latent: int) -> Shapes:
+    convs = _conv(f"{name}.conv_y.conv", width, latent, 1) | _conv(f"{name}.conv_b.conv", width, latent, 1)
+    return _tensor(f"{name}.norm_layer", (width,)) | convs

@@ -1,0 +1,292 @@
+"""Converters on tiny releases: bit-exact round trips, all variants, every kind of checkpoint, memory-lean output."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sgm.convert import vae_sizes
+from sgm.convert.dit_sizes import hf_config, sizes_of_hf, sizes_of_params, sizes_of_sat
+from sgm.convert.lazy import all_deferred
+from sgm.convert.output import parse_size, write_shards
+from sgm.convert.to_hf import ToHf, convert, export_lora
+from sgm.convert.to_sat import ToSat, import_lora
+from sgm.convert.to_sat import convert as convert_back
+from sgm.modules.transformer.tensor_parallel import partition_state
+from sgm.weights import read_checkpoint
+from sgm.weights.files import tensors_of
+from sgm.weights.release import NETWORK_PREFIX, read_transformer
+from sgm.weights.save import save_pt, save_safetensors
+from tests.convert_tiny import VAE_PARAMS, adapter_matrices, make_release, model_section, rewrite
+from tests.dit_tiny import tiny_config, tiny_network
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "2b": {},
+    "5b": {"rotary": True},
+    "5b-head": {"rotary": True, "patch_size": [1, 2, 2]},
+    "5b-i2v": {"rotary": True, "learned": True, "in_channels": 32},
+    "1.5": {"rotary": True, "patch_size": [2, 2, 2]},
+    "1.5-i2v": {"rotary": True, "patch_size": [2, 2, 2], "in_channels": 32, "ofs_embed_dim": 24},
+}
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_release(tmp_path_factory.mktemp("convert") / "sat")
+
+
+@pytest.fixture(scope="module")
+def yaml(release: Path) -> Path:
+    return yaml_of(release / "tiny.yaml", model_section(release))
+
+
+@pytest.fixture(scope="module")
+def hf(release: Path, yaml: Path) -> Path:
+    convert(whole(release, release.parent / "hf", config=yaml, shard_bytes=500_000))
+    return release.parent / "hf"
+
+
+def yaml_of(file: Path, model: dict[str, Any]) -> Path:
+    from omegaconf import OmegaConf
+
+    OmegaConf.save(OmegaConf.create({"model": model}), file)
+    return file
+
+
+def whole(release: Path, out: Path, **options: Any) -> ToHf:
+    options = {"dtype": torch.float32} | options
+    return ToHf(out, release / "transformer", release / "vae" / "3d-vae.pt", str(release / "t5"), **options)
+
+
+def component(folder: Path) -> dict[str, Tensor]:
+    return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
+
+
+def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
+
+
+# --- there and back --------------------------------------------------------------------------------------------------
+
+
+def test_round_trip_of_a_whole_release_is_bit_exact_and_runs(release: Path, hf: Path, tmp_path: Path) -> None:
+    lines = convert_back(ToSat(hf, tmp_path / "back"))
+    back = tmp_path / "back"
+    same(read_transformer(back / "transformer").network, read_transformer(release / "transformer").network)
+    vae = Path("vae", "3d-vae.pt")
+    same(read_checkpoint(back / vae)["state_dict"], read_checkpoint(release / vae)["state_dict"])
+    same(component(back / "t5-v1_1-xxl"), component(release / "t5"))
+    for name in ("spiece.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        assert (back / "t5-v1_1-xxl" / name).read_bytes() == (release / "t5" / name).read_bytes()
+    assert any("infer.yaml" in line for line in lines)
+    import sample_video
+
+    arguments = ["--prompt", "x", "--device", "cpu", "--steps", "2", "--num-frames", "1"]
+    assert sample_video.main([str(back / "infer.yaml"), *arguments, "--output-dir", str(tmp_path / "out")]) == 0
+    assert list((tmp_path / "out").rglob("*.mp4"))
+
+
+def test_files_of_a_pipeline(hf: Path) -> None:
+    index = json.loads((hf / "model_index.json").read_text())
+    assert index["_class_name"] == "CogVideoXPipeline" and index["vae"] == ["diffusers", "AutoencoderKLCogVideoX"]
+    assert json.loads((hf / "scheduler" / "scheduler_config.json").read_text())["snr_shift_scale"] == 3.0
+    shards = sorted((hf / "transformer").glob("diffusion_pytorch_model-*.safetensors"))
+    assert len(shards) > 3 and shards[0].name == f"diffusion_pytorch_model-00001-of-{len(shards):05d}.safetensors"
+    placed = json.loads((hf / "transformer" / "diffusion_pytorch_model.safetensors.index.json").read_text())
+    assert placed["weight_map"].keys() == component(hf / "transformer").keys()
+    assert not [p for p in hf.parent.iterdir() if p.name.startswith(".partial-")]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_are_read_from_the_tensors(variant: str, tmp_path: Path) -> None:
+    """No configuration: structure from names and shapes; there and back gives the same tensors."""
+    options = VARIANTS[variant]
+    network = tiny_network(**options)
+    with torch.no_grad():
+        for k, parameter in enumerate(p for p in network.parameters() if p.requires_grad):
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(k)))
+    state = {NETWORK_PREFIX + name: t for name, t in network.state_dict().items()}
+    save_pt(tmp_path / "w.pt", {"module": state})
+    config = None
+    if variant == "5b-i2v":  # a learned table does not say what grid it is for
+        config = yaml_of(tmp_path / "c.yaml", {"network_config": tiny_config(**options)})
+    convert(ToHf(tmp_path / "hf", tmp_path / "w.pt", dtype=torch.float32, partial=True, config=config))
+    written = json.loads((tmp_path / "hf" / "transformer" / "config.json").read_text())
+    expected = hf_config(tiny_config(**options)["params"])
+    told = set(expected) if variant in ("2b", "5b-i2v") else {
+        name for name in expected if not name.startswith(("sample_", "max_text", "spatial_"))}  # fmt: skip
+    assert {name: written[name] for name in told} == {name: expected[name] for name in told}
+    convert_back(ToSat(tmp_path / "hf", tmp_path / "sat", partial=True, linear_patches=variant == "5b-head"))
+    kept = {n: t for n, t in network.state_dict().items()
+            if n not in network.dead_keys() and n not in network.computed_state()}  # fmt: skip
+    same(read_transformer(tmp_path / "sat" / "transformer").network, {n: t.detach() for n, t in kept.items()})
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_sizes_agree_in_all_their_forms(variant: str) -> None:
+    params = tiny_config(**VARIANTS[variant])["params"]
+    sizes = sizes_of_params(params)
+    again = sizes_of_hf(sizes.hf_config())
+    assert again.hf_config() == sizes.hf_config() == sizes_of_params(sizes.sat_params()).hf_config()
+    network = tiny_network(**VARIANTS[variant])
+    named = {name: tuple(t.shape) for name, t in network.state_dict().items()}
+    computed = {*network.dead_keys(), *network.computed_state()}
+    assert sizes.sat_shapes() == {name: shape for name, shape in named.items() if name not in computed}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_stored_sine_table_tells_text_length_grid_and_spacing(dtype: torch.dtype) -> None:
+    params = tiny_config()["params"]
+    state = {name: t.to(dtype) for name, t in tiny_network().state_dict().items()}
+    assert sizes_of_sat(all_deferred(state)) == sizes_of_params(params)
+    del state["mixins.pos_embed.pos_embedding"]
+    assumed = sizes_of_sat(all_deferred(state))
+    assert assumed.text_length == 226 and not assumed.rotary and "226 text tokens" in assumed.assumed
+
+
+def test_vae_sizes_and_names() -> None:
+    from sgm.util import instantiate_from_config
+
+    section = model_section(Path("x"))["first_stage_config"]
+    with torch.device("meta"):
+        state = instantiate_from_config(section).state_dict()
+    assert vae_sizes.params_of(state, "vae") == VAE_PARAMS
+    assert vae_sizes.sat_shapes(VAE_PARAMS) == {name: tuple(t.shape) for name, t in state.items()}
+
+
+# --- kinds of checkpoints --------------------------------------------------------------------------------------------
+
+
+def transformer_of(checkpoint: Path, out: Path, **options: Any) -> dict[str, Tensor]:
+    convert(ToHf(out, checkpoint, dtype=torch.float32, partial=True, **options))
+    return component(out / "transformer")
+
+
+def test_tensor_parallel_parts_and_averaged_weights(release: Path, hf: Path, tmp_path: Path) -> None:
+    whole_state = {NETWORK_PREFIX + n: t for n, t in read_transformer(release / "transformer").network.items()}
+    folder = tmp_path / "run" / "5-ema"
+    folder.mkdir(parents=True)
+    for rank in range(2):
+        part = partition_state(whole_state, rank, 2)
+        if rank == 1:
+            drifted = NETWORK_PREFIX + "mixins.adaln_layer.query_layernorm_list.0.weight"
+            part_drifted = part | {drifted: part[drifted] + 1}
+        save_pt(folder / f"mp_rank_0{rank}_model_states.pt", {"module": part})
+    expected = component(hf / "transformer")
+    same(transformer_of(folder, tmp_path / "a"), expected)
+    with pytest.raises(ValueError, match="wrong shape.*name the folder, not one mp_rank file"):
+        transformer_of(folder / "mp_rank_00_model_states.pt", tmp_path / "b")
+    save_pt(folder / "mp_rank_01_model_states.pt", {"module": part_drifted})
+    with pytest.raises(ValueError, match="query_layernorm_list.0.weight.*--allow_drift"):
+        transformer_of(folder, tmp_path / "b")
+    assert not (tmp_path / "b").exists() and not list(tmp_path.glob(".partial*"))
+    same(transformer_of(folder, tmp_path / "b", allow_drift=True), expected)
+
+
+def test_whole_engine_save_gives_all_parts(release: Path, hf: Path, yaml: Path, tmp_path: Path) -> None:
+    """A fine-tuning save with text encoder, VAE and position table in it; only T5's small files come from elsewhere."""
+    vae = read_checkpoint(release / "vae" / "3d-vae.pt")["state_dict"]
+    text = component(release / "t5")
+    text["encoder.embed_tokens.weight"] = text["shared.weight"]
+
+    def add(module: dict[str, Tensor]) -> None:
+        module[NETWORK_PREFIX + "mixins.pos_embed.pos_embedding"] = tiny_network().state_dict()["mixins.pos_embed.pos_embedding"]
+        module.update({f"first_stage_model.{n}": t for n, t in vae.items()})
+        module.update({f"conditioner.embedders.0.transformer.{n}": t for n, t in text.items()})
+
+    checkpoint = rewrite(release / "transformer", tmp_path / "7" / "mp_rank_00_model_states.pt", add)
+    small = tmp_path / "t5"
+    small.mkdir()
+    for name in ("config.json", "spiece.model"):
+        (small / name).write_bytes((release / "t5" / name).read_bytes())
+    lines = convert(ToHf(tmp_path / "hf", checkpoint, text_encoder=str(small), dtype=torch.float32))
+    for name in ("transformer", "vae", "text_encoder"):
+        same(component(tmp_path / "hf" / name), component(hf / name))
+        assert json.loads((tmp_path / "hf" / name / "config.json").read_text()) == json.loads((hf / name / "config.json").read_text())
+    assert any("left out" in line and "pos_embedding" in line for line in lines)
+    assert (tmp_path / "hf" / "model_index.json").is_file()
+
+
+def test_default_type_is_half_and_bfloat16_stays(release: Path, tmp_path: Path) -> None:
+    convert(whole(release, tmp_path / "half", dtype=None))
+    kinds = {t.dtype for part in ("transformer", "vae", "text_encoder") for t in component(tmp_path / "half" / part).values()}
+    assert kinds == {torch.float16}
+    bf16 = rewrite(release / "transformer", tmp_path / "b.pt", lambda m: {n: t.bfloat16() for n, t in m.items()})
+    convert(ToHf(tmp_path / "bf", bf16, partial=True))
+    assert {t.dtype for t in component(tmp_path / "bf" / "transformer").values()} == {torch.bfloat16}
+
+
+def test_shards_hold_at_most_their_size(tmp_path: Path) -> None:
+    plan = all_deferred({f"t{k}": torch.full((k + 1,), float(k)) for k in range(10)})
+    files = write_shards(tmp_path, "w", plan, limit=40)
+    sizes = [sum(t.nbytes for t in load_file(f).values()) for f in files if f.suffix == ".safetensors"]
+    assert sum(sizes) == 220 and all(size <= 40 for size in sizes) and len(sizes) == 7
+    assert [parse_size(t) for t in ("5GB", "1.5 MiB", "1000", "2kb")] == [5 * 10**9, 3 << 19, 1000, 2000]
+
+
+# --- adapters --------------------------------------------------------------------------------------------------------
+
+
+def test_adapter_there_and_back_is_bit_exact(tmp_path: Path) -> None:
+    matrices = {name: t.half() for name, t in adapter_matrices(rank=3, layers=5).items()}
+    save_pt(tmp_path / "a.pt", {"module": matrices, "lora": {"rank": 3, "alpha": 1.0}})
+    export_lora(ToHf(tmp_path / "hf", tmp_path / "a.pt"))
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "hf" / "pytorch_lora_weights.safetensors", "pt") as file:
+        facts = file.metadata()
+        assert len(file.keys()) == 5 * 8
+    assert facts["rank"] == "3" and float(facts["alpha"]) == 1.0
+    stated = json.loads(facts["lora_adapter_metadata"])
+    assert stated["transformer.r"] == 3 and stated["transformer.lora_alpha"] == 1.0
+    lines = import_lora(ToSat(tmp_path / "hf", tmp_path / "sat"))
+    back = torch.load(tmp_path / "sat" / "1000" / "mp_rank_00_model_states.pt", weights_only=True)
+    same(back["module"], matrices)
+    assert back["lora"]["alpha"] == 1.0 and back["lora"]["rank"] == 3 and "alpha 1 " in lines[0]
+
+
+def test_adapter_of_peft_for_upstreams_alpha(tmp_path: Path) -> None:
+    """A file that says nothing has PEFT's scaling 1; written for alpha 1, SAT's 1 / r must give the same product."""
+    save_pt(tmp_path / "a.pt", {"module": adapter_matrices(rank=4)})
+    export_lora(ToHf(tmp_path / "hf", tmp_path / "a.pt"))
+    silent = load_file(tmp_path / "hf" / "pytorch_lora_weights.safetensors")
+    save_safetensors(tmp_path / "silent.safetensors", silent)
+    import_lora(ToSat(tmp_path / "silent.safetensors", tmp_path / "sat", lora_alpha=1.0))
+    stored = read_transformer(tmp_path / "sat")
+    assert stored.lora["alpha"] == 1.0
+    name = "transformer.layers.1.attention.dense.matrix_{}.0"
+    product = stored.network[name.format("B")] @ stored.network[name.format("A")] / 4
+    peft = "transformer.transformer_blocks.1.attn1.to_out.0.lora_{}.weight"
+    torch.testing.assert_close(product, silent[peft.format("B")] @ silent[peft.format("A")])
+
+
+def test_stabilised_scaling_and_stated_alpha_go_along(tmp_path: Path) -> None:
+    facts = {"rank": 4, "alpha": 8.0, "rank_stabilised": True}
+    save_pt(tmp_path / "a.pt", {"module": adapter_matrices(rank=4), "lora": facts})
+    lines = export_lora(ToHf(tmp_path / "hf", tmp_path / "a.pt"))
+    assert "scaling 4," in lines[0]
+    import_lora(ToSat(tmp_path / "hf", tmp_path / "sat"))
+    stored = read_transformer(tmp_path / "sat").lora
+    assert (stored["alpha"], stored["rank_stabilised"]) == (8.0, True)
+
+
+def test_tensors_of_a_checkpoint_are_all_accounted_for(release: Path, tmp_path: Path) -> None:
+    """An unknown name is refused, it never vanishes."""
+    odd = rewrite(release / "transformer", tmp_path / "o.pt", lambda m: m.update({NETWORK_PREFIX + "extra.weight": torch.zeros(1)}))
+    with pytest.raises(ValueError, match="extra.weight"):
+        transformer_of(odd, tmp_path / "x")
+    vae = tensors_of(read_checkpoint(release / "vae" / "3d-vae.pt")["state_dict"])
+    save_pt(tmp_path / "v.pt", {"state_dict": vae | {"loss.logvar": torch.zeros(1)}})
+    lines = convert(ToHf(tmp_path / "v", vae=tmp_path / "v.pt", partial=True))
+    assert any("left out: 1 entries of the training loss" in line for line in lines)
+    save_pt(tmp_path / "v.pt", {"state_dict": vae | {"decoder.odd.weight": torch.zeros(1)}})
+    with pytest.raises(ValueError, match="unknown decoder.odd.weight"):
+        convert(ToHf(tmp_path / "w", vae=tmp_path / "v.pt", partial=True))

@@ -1,0 +1,88 @@
+"""SAT weights into a diffusers pipeline folder, or a SAT LoRA into `pytorch_lora_weights.safetensors`.
+
+python tools/convert_weight_sat2hf.py --transformer_ckpt_path W/transformer --vae_ckpt_path W/vae/3d-vae.pt \\
+    --text_encoder_path W/t5-v1_1-xxl --output_path OUT
+python tools/convert_weight_sat2hf.py --transformer_ckpt_path ckpts/run --lora_only --output_path OUT
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--transformer_ckpt_path", type=Path, help="checkpoint: file, iteration folder, release or training folder")
+    add("--vae_ckpt_path", type=Path, help="3d-vae.pt; default: the VAE in the transformer's checkpoint")
+    add("--text_encoder_path", help="T5 folder (config.json, weights, spiece.model) or hub id")
+    add("--text_encoder_cache_dir", help="the hub's cache folder")
+    add("--output_path", type=Path, required=True, help="folder to write")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--fp16", dest="dtype", action="store_const", const="fp16", help="default but for bf16 files")
+    kinds.add_argument("--bf16", dest="dtype", action="store_const", const="bf16", help="default for bf16 files")
+    kinds.add_argument("--fp32", dest="dtype", action="store_const", const="fp32")
+    add("--push_to_hub", action="store_true", help="upload afterwards, to a repository named as the output folder")
+    add("--lora", action="append", default=[], metavar="PATH[:SCALE]", help="fold in an adapter; may be repeated")
+    add("--lora_alpha", type=float, help="alpha of the checkpoint's adapter, if the file does not say (SAT: 1)")
+    add("--lora_only", action="store_true", help="write the checkpoint's adapter alone")
+    add("--fold_scale", action="store_true", help="with --lora_only: alpha / r goes into the matrices (old diffusers)")
+    add("--config", type=Path, help="YAML of the network, where the tensors do not say enough")
+    add("--scheduler", choices=("dpm", "ddim"), default="dpm")
+    add("--max_shard_size", default="5GiB", help="largest weight file (5GiB, 500MB)")
+    add("--partial", action="store_true", help="convert what is given, without a pipeline around it")
+    add("--allow_drift", action="store_true", help="tensor-parallel parts: take part 0's where whole tensors differ")
+    add("--overwrite", action="store_true", help="replace an existing output folder")
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> None:
+    from sgm.convert.lazy import DTYPES
+    from sgm.convert.lora_files import adapter_file
+    from sgm.convert.output import parse_size
+    from sgm.convert.to_hf import ToHf, convert, export_lora
+    from sgm.convert.upload import push_to_hub
+
+    request = ToHf(
+        output=options.output_path,
+        transformer=options.transformer_ckpt_path,
+        vae=options.vae_ckpt_path,
+        text_encoder=options.text_encoder_path,
+        cache_dir=options.text_encoder_cache_dir,
+        dtype=DTYPES.get(options.dtype),
+        adapters=[adapter_file(text) for text in options.lora],
+        lora_alpha=options.lora_alpha,
+        config=options.config,
+        scheduler=options.scheduler,
+        shard_bytes=parse_size(options.max_shard_size),
+        partial=options.partial,
+        allow_drift=options.allow_drift,
+        overwrite=options.overwrite,
+    )
+    lines = export_lora(request, options.fold_scale) if options.lora_only else convert(request)
+    print("\n".join(lines))
+    if options.push_to_hub:
+        print(push_to_hub(options.output_path))
+
+
+def main(arguments: list[str]) -> int:
+    options = parse(arguments)
+    try:
+        run(options)
+    except KeyboardInterrupt:
+        print("stopped; nothing was written", file=sys.stderr)
+        return 130
+    except (ValueError, FileNotFoundError) as error:
+        if not type(error).__module__.startswith("sgm."):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
