@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sgm.training.adam8bit import AdamW8bit
+from sgm.training.averaging import EMA_LIMIT, ShadowSettings, ema_decay
+from sgm.training.log_codes import BLOCK
 from sgm.training.partitions import (
     ema_state,
     ema_weights,
@@ -24,6 +27,7 @@ from sgm.training.partitions import (
 from sgm.util import TargetError, check_params, get_obj_from_str
 
 __all__ = [
+    "AdamW8bit",
     "FusedEmaAdam",
     "OptimizerError",
     "OptimizerSpec",
@@ -36,16 +40,8 @@ __all__ = [
     "parameter_groups",
 ]
 
-EMA_LIMIT = 0.9999
-
-
 class OptimizerError(ValueError):
     """The `optimizer:` section cannot be used. The message says which entry and what is possible."""
-
-
-def ema_decay(updates: int, limit: float = EMA_LIMIT) -> float:
-    """Decay of the averaged weights after `updates` optimizer steps: min(limit, (1 + k)/(10 + k))."""
-    return min(limit, (1 + updates) / (10 + updates))
 
 
 class FusedEmaAdam(torch.optim.AdamW):
@@ -56,6 +52,7 @@ class FusedEmaAdam(torch.optim.AdamW):
     shadow <- d shadow + (1 - d) p with d from `ema_decay`. The shadow starts as the parameter before its first update.
 
     Args:
+        ema: False keeps no average: 4 bytes a value less, and no `-ema` checkpoints.
         bias_correction, adam_w_mode, amsgrad, set_grad_none: names of the original; only its defaults are available.
         ema_decay: limit of the decay.
         use_num_upates: let the decay rise with the number of updates (the original's spelling); False: `ema_decay`.
@@ -72,6 +69,7 @@ class FusedEmaAdam(torch.optim.AdamW):
         weight_decay: float = 0.0,
         amsgrad: bool = False,
         set_grad_none: bool = True,
+        ema: bool = True,
         ema_decay: float = EMA_LIMIT,
         use_num_upates: bool = True,
     ):
@@ -80,24 +78,21 @@ class FusedEmaAdam(torch.optim.AdamW):
                 "FusedEmaAdam is AdamW with bias correction; bias_correction: false, adam_w_mode: false and amsgrad: "
                 "true are not available. Use optimizer.type torch.optim.Adam for L2 decay or amsgrad (no EMA)."
             )
-        if not 0 <= ema_decay <= 1:
-            raise OptimizerError(f"ema_decay {ema_decay} must lie in [0, 1]")
         super().__init__(params, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, fused=True)
-        self.ema_limit, self.ema_grows = ema_decay, use_num_upates
+        self.shadows = ShadowSettings(ema, ema_decay, use_num_upates)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        updated = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        every = [p for group in self.param_groups for p in group["params"]] if self.shadows.kept else []
+        updated = [p for p in every if p.grad is not None]
         # torch initialises a parameter's state only while it is empty, so new shadows are put there afterwards
-        first = {p: p.detach().clone() for p in updated if "shadow" not in self.state.get(p, ())}
+        first: dict[Tensor, dict[str, Any]] = {p: {} for p in updated if "shadow" not in self.state.get(p, ())}
+        for p, state in first.items():
+            self.shadows.begin(p, state)
         result = super().step(closure)
         for p in updated:
-            state = self.state[p]
-            if p in first:
-                state["shadow"], state["updates"] = first[p], 0
-            state["updates"] += 1
-            decay = ema_decay(state["updates"], self.ema_limit) if self.ema_grows else self.ema_limit
-            state["shadow"].lerp_(p, 1.0 - decay)
+            self.state[p].update(first.get(p, ()))
+            self.shadows.follow(p, self.state[p])
         return result
 
 
@@ -193,7 +188,19 @@ class OptimizerSpec:
 
     @property
     def keeps_ema(self) -> bool:
-        return self.target is not None and issubclass(self.target, FusedEmaAdam)
+        kinds = {FusedEmaAdam: True, AdamW8bit: False}  # and what each does unless told
+        return any(self.target is kind and self.params.get("ema", usual) for kind, usual in kinds.items())
+
+    @property
+    def state_bytes(self) -> float:
+        """Bytes of state that a trained value has in the optimizer, without its float32 master."""
+        if self.target is AdamW8bit:
+            moments = 2 * (1 + 2 / BLOCK)
+        elif self.target is torch.optim.SGD:
+            moments = 4.0 if self.params.get("momentum") else 0.0
+        else:
+            moments = 8.0
+        return moments + 4.0 * self.keeps_ema
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """The optimizer over parameter groups; their `lr` stays as the groups say.
@@ -211,6 +218,8 @@ class OptimizerSpec:
 
 def _resolve(name: str, params: dict[str, Any]) -> tuple[type, dict[str, Any], tuple[str, ...]]:
     """(class, its params, notes) of any optimizer that torch builds."""
+    if name == AdamW8bit.__name__:
+        return AdamW8bit, params, ()
     if name.lower() in _ADAMW_NAMES:
         # DeepSpeed's "Adam" is AdamW unless adam_w_mode says otherwise; its compiled kernels are not needed
         kept = {k: v for k, v in params.items() if k not in _DEEPSPEED_ADAM_SWITCHES}
@@ -224,8 +233,8 @@ def _resolve(name: str, params: dict[str, Any]) -> tuple[type, dict[str, Any], t
         raise OptimizerError(f"deepspeed.optimizer: {error}") from error
     if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
         raise OptimizerError(
-            f"deepspeed.optimizer.type {name!r} is no optimizer; choose sat.ops.FusedEmaAdam, AdamW, another class of "
-            f"torch.optim, or one of DeepSpeed's: {', '.join(sorted(DEEPSPEED_NATIVE))}"
+            f"deepspeed.optimizer.type {name!r} is no optimizer; choose sat.ops.FusedEmaAdam, AdamW, AdamW8bit, "
+            f"another class of torch.optim, or one of DeepSpeed's: {', '.join(sorted(DEEPSPEED_NATIVE))}"
         )
     return found, params, ()
 

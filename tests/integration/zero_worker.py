@@ -1,4 +1,5 @@
-"""Run by test_training_zero.py on several ranks: a toy model through every ZeRO stage; prints JSON."""
+"""Run by test_training_zero.py on several ranks: a toy model through the cases named "STAGE TYPE [offload] [8bit]";
+prints JSON."""
 
 from __future__ import annotations
 
@@ -53,14 +54,20 @@ class Toy(nn.Module):
         return loss, {"loss": loss.detach()}
 
 
-def build(stage: int, precision: str, ranks: int, offload: bool = False):
+OPTIMIZERS = {
+    "": {"type": "sat.ops.FusedEmaAdam", "params": {"lr": 1e-2, "betas": [0.9, 0.95]}},
+    "8bit": {"type": "AdamW8bit", "params": {"lr": 1e-2, "betas": [0.9, 0.95], "ema": True}},
+}
+
+
+def build(stage: int, precision: str, ranks: int, offload: bool, optimizer: str):
     section = {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": ACCUMULATION,
         "gradient_clipping": CLIPPING,
         "zero_optimization": {"stage": stage, "cpu_offload": offload, "contiguous_gradients": False},
         "bf16": {"enabled": precision == "bf16"},
-        "optimizer": {"type": "sat.ops.FusedEmaAdam", "params": {"lr": 1e-2, "betas": [0.9, 0.95]}},
+        "optimizer": OPTIMIZERS[optimizer],
     }
     plan = plan_deepspeed(section, device_type="cpu", data_parallel_size=ranks)
     model = Toy({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
@@ -100,8 +107,8 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def case(rank: int, ranks: int, stage: int, precision: str, offload: bool = False) -> dict:
-    engine, schedule = build(stage, precision, ranks, offload)
+def case(rank: int, ranks: int, stage: int, precision: str, offload: bool, optimizer: str) -> dict:
+    engine, schedule = build(stage, precision, ranks, offload, optimizer)
     frozen = engine.module.frozen.weight.detach().clone() if stage < 3 else None
     losses = steps(engine, schedule, batches(rank), 3)
 
@@ -119,10 +126,10 @@ def case(rank: int, ranks: int, stage: int, precision: str, offload: bool = Fals
     unharmed = same(before, weights(engine)) and schedule.steps == 3
     losses_after = steps(engine, schedule, source, 2)
 
-    again, schedule_again = build(stage, precision, ranks, offload)
+    again, schedule_again = build(stage, precision, ranks, offload, optimizer)
     stored.seek(0)
-    optimizer, ema, rate = torch.load(stored, weights_only=True)
-    load_optimizer_state(again, optimizer)
+    moments, ema, rate = torch.load(stored, weights_only=True)
+    load_optimizer_state(again, moments)
     load_ema_state(again, ema)
     schedule_again.load_state_dict(rate)
     restored = same(before, weights(again))
@@ -147,13 +154,14 @@ def main() -> None:
     torch.set_num_threads(1)
     info = init_distributed("cpu")
     ensure_groups(1)
-    wanted = [(s, p, False) for s in range(4) for p in ("fp32", "bf16")] + [(2, "fp32", True), (3, "fp32", True)]
     results = {}
-    for stage, precision, offload in wanted:
-        found = case(info.rank, info.world_size, stage, precision, offload)
+    for name in sys.argv[1:]:
+        stage, precision, *more = name.split()
+        optimizer = "8bit" if "8bit" in more else ""
+        found = case(info.rank, info.world_size, int(stage), precision, "offload" in more, optimizer)
         gathered: list = [None] * info.world_size
         torch.distributed.all_gather_object(gathered, found)
-        results[f"{stage} {precision}{' offload' if offload else ''}"] = gathered
+        results[name] = gathered
     if info.rank == 0:
         print("RESULT " + json.dumps(results), flush=True)
 
