@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from sgm.modules.ops.recompute import MODES
+
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -21,7 +23,8 @@ class TransformerArgs:
     """YAML's `transformer_args`.
 
     Attributes:
-        checkpoint_activations: recompute each layer in the backward pass instead of keeping its activations.
+        checkpoint_activations: recompute each layer in the backward pass instead of keeping its activations;
+            "selective" recomputes all but the attention products.
         model_parallel_size: number of processes that share each layer's weights.
         max_sequence_length: rows of SAT's own position table, which only rotary models keep (unused) in their files.
         skip_init: leave the big linears uninitialised, for weights that are read right afterwards.
@@ -29,7 +32,7 @@ class TransformerArgs:
         layernorm_order, is_decoder: fixed by the architecture; other values are refused.
     """
 
-    checkpoint_activations: bool = False
+    checkpoint_activations: bool | str = False
     model_parallel_size: int = 1
     max_sequence_length: int = 64
     skip_init: bool = False
@@ -50,6 +53,11 @@ class TransformerArgs:
             if name not in known:
                 raise NetworkConfigError(f"transformer_args takes no {name!r}; it takes {', '.join(known)}.")
         args = cls(**given)
+        if args.checkpoint_activations not in MODES:
+            raise NetworkConfigError(
+                f"transformer_args.checkpoint_activations is {args.checkpoint_activations!r}; choose true, false or "
+                "selective."
+            )
         for name in ("layernorm_order", "is_decoder"):
             if getattr(args, name) != getattr(cls, name):
                 raise NetworkConfigError(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sgm.config import ConfigError, option
+from sgm.modules.ops.recompute import MODES
 from sgm.training.schedule import STYLES, ScheduleError, ScheduleSettings
 
 # The rates that suit each mode with this optimizer, in steps of the weights: outside of them a run is warned.
@@ -63,7 +64,11 @@ class TrainArgs:
     only_log_video_latents: bool = option(False, "evaluation writes sampled latents, decodes no video")
     log_image: bool = option(True, "evaluation samples a video (or its latents), and writes it")
     experiment_name: str = option("MyModel", "name of the run folder, which also gets the date")
-    checkpoint_activations: bool = option(False, "recompute activations in the backward pass: less memory, 1/3 slower")
+    checkpoint_activations: bool | str = option(
+        False,
+        "true: recompute activations in the backward pass, less memory, 1/3 slower; selective: all but attention",
+        choices=MODES,
+    )
     vae_low_memory: bool = option(False, "encode clips a few frames at a time: the same result, less memory, slower")
     model_parallel_size: int = option(1, "processes that share each layer (tensor parallelism)", at_least=1)
     seed: int = option(42, "base seed; each data-parallel rank adds its number", at_least=0)

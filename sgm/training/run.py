@@ -36,6 +36,7 @@ from sgm.training.saver import Saver, resume
 from sgm.training.schedule import LearningRate
 from sgm.training.setup import (
     build_datasets,
+    checkpointing_mode,
     load_engine,
     memory_needs,
     meta_engine,
@@ -268,9 +269,11 @@ def seed_all(seed: int) -> None:
 
 def _activation_note(config: RunConfig[TrainArgs]) -> list[str]:
     switches = config.model["network_config"]["params"].get("transformer_args") or {}
-    if bool(switches.get("checkpoint_activations")) == config.args.checkpoint_activations:
+    inner, outer = switches.get("checkpoint_activations", False), config.args.checkpoint_activations
+    if inner == outer:
         return []
-    return ["checkpoint_activations is true in one of its two places (args, transformer_args): that is enough here"]
+    mode = checkpointing_mode(config.model, config.args)
+    return [f"checkpoint_activations is {outer} in args and {inner} in transformer_args: {mode} holds"]
 
 
 def _dry_run(config: RunConfig[TrainArgs], plan: DeepSpeedPlan, info: DistInfo, say: Callable[..., None]) -> int:

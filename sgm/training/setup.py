@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, Subset
 from sgm.config import ConfigError, RunConfig
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.models.loading import LoadedNetwork, load_first_stage, load_network, load_text_encoder
+from sgm.modules.ops.recompute import MODES, stronger_mode
 from sgm.training.deepspeed_setup import DeepSpeedPlan
 from sgm.training.memory import MemoryNeeds
 from sgm.training.optimizer import FusedEmaAdam
@@ -30,9 +31,24 @@ def training_model_section(model: Mapping[str, Any], args: TrainArgs) -> dict[st
     params = model["network_config"].setdefault("params", {})
     params["defer_lora"] = True
     switches = params.setdefault("transformer_args", {})
-    switches["checkpoint_activations"] = bool(switches.get("checkpoint_activations")) or args.checkpoint_activations
+    switches["checkpoint_activations"] = checkpointing_mode(model, args)
     switches["model_parallel_size"] = args.model_parallel_size
     return model
+
+
+def checkpointing_mode(model: Mapping[str, Any], args: TrainArgs) -> bool | str:
+    """What the two places of `checkpoint_activations` ask for together.
+
+    Raises:
+        ConfigError: a value that is none of the choices.
+    """
+    switches = model["network_config"].get("params", {}).get("transformer_args") or {}
+    inner = switches.get("checkpoint_activations", False)
+    if inner not in MODES:
+        raise ConfigError(
+            f"transformer_args.checkpoint_activations is {inner!r}; choose true, false or selective"
+        )
+    return stronger_mode(inner, args.checkpoint_activations)
 
 
 def meta_engine(model: Mapping[str, Any], dtype: str) -> SATVideoDiffusionEngine:

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import random
 import tracemalloc
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sgm.models.network import DiffusionTransformer
 from sgm.models.network_args import NetworkConfigError
@@ -171,17 +173,31 @@ def test_another_size_gives_what_a_network_configured_for_it_gives(rotary: bool)
         assert torch.equal(small(**inputs), meant(**inputs))
 
 
-def test_activation_checkpointing_changes_no_gradient() -> None:
-    def gradients(checkpointing: bool) -> list[Tensor]:
-        network = load_tiny(tiny_network(transformer_args={"checkpoint_activations": checkpointing})).train()
-        calls = []
-        network.transformer.layers[0].register_forward_pre_hook(lambda *_: calls.append(0))
-        network(**random_inputs()).square().sum().backward()
-        assert len(calls) == (2 if checkpointing else 1)  # once more in the backward pass
-        return [p.grad for p in network.parameters() if p.grad is not None]
+class OpCounter(TorchDispatchMode):
+    """Counts the operations that are really carried out, by name."""
 
-    for kept, recomputed in zip(gradients(False), gradients(True), strict=True):
-        assert torch.equal(kept, recomputed)
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count["attention" if "scaled_dot_product" in str(op) else str(op)] += "backward" not in str(op)
+        return op(*args, **(kwargs or {}))
+
+
+def test_activation_checkpointing_changes_no_gradient() -> None:
+    def gradients(mode: bool | str) -> tuple[list[Tensor], Counter[str]]:
+        network = load_tiny(tiny_network(transformer_args={"checkpoint_activations": mode})).train()
+        with OpCounter() as operations:
+            network(**random_inputs()).square().sum().backward()
+        return [p.grad for p in network.parameters() if p.grad is not None], operations.count
+
+    expected, kept = gradients(False)
+    for mode in (True, "selective"):
+        found, again = gradients(mode)
+        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+        assert again["attention"] == kept["attention"] * (2 if mode is True else 1)
+        assert again["aten.native_layer_norm.default"] > kept["aten.native_layer_norm.default"]
 
 
 def test_every_trainable_parameter_gets_a_gradient() -> None:

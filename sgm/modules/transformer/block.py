@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from sgm.modules.ops.attention import attention
 from sgm.modules.ops.modulation import BlockModulation, RotaryTable, gated_residual, head_norm_rotate, norm_modulate
+from sgm.modules.ops.recompute import run_layer
 from sgm.modules.transformer.sat_base import (
     BaseTransformer,
     BaseTransformerLayer,
@@ -132,7 +132,7 @@ class DiTTransformer(BaseTransformer):
         num_attention_heads: int,
         max_sequence_length: int,
         elementwise_affine: bool,
-        checkpoint_activations: bool,
+        checkpoint_activations: bool | str,
         parallel_output: bool,
         model_parallel_size: int,
         skip_init: bool,
@@ -205,6 +205,5 @@ class DiTTransformer(BaseTransformer):
         return [self.hooks["final_forward"](features, parallel_output=self.parallel_output, **kwargs), *per_layer]
 
     def _run_layer(self, layer: DiTLayer, hidden: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
-        if self.checkpoint_activations and self.training and torch.is_grad_enabled():
-            return checkpoint(layer, hidden, mask, use_reentrant=False, **kwargs)
-        return layer(hidden, mask, **kwargs)
+        recording = self.training and torch.is_grad_enabled()
+        return run_layer(self.checkpoint_activations if recording else False, layer, hidden, mask, **kwargs)
