@@ -19,6 +19,7 @@ from sgm.modules.autoencoding.causal_conv import WHOLE_CLIP, CausalConv3d, ClipP
 from sgm.modules.ops.vae import (
     AffineField,
     apply_field,
+    double_frames,
     doubled_frames,
     frame_bytes,
     frame_spans,
@@ -173,7 +174,7 @@ def _conv_frames(
 
     if torch.is_grad_enabled():
         y = convolve(x)
-        return y if len(sources) == y.shape[2] else y[:, :, sources]
+        return y if len(sources) == y.shape[2] else double_frames(y)
     shape = (x.shape[0], conv.out_channels, len(sources), *size)
     result = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout_of(x))
     grown = frame_bytes(x) * max(1, size[0] * size[1] // (x.shape[3] * x.shape[4]))

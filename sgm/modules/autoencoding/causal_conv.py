@@ -140,8 +140,9 @@ def stage_frames(x: Tensor, norm: AffineField | None, front: Tensor | None, coun
         return x
     if torch.is_grad_enabled():
         body = x if norm is None else apply_field(x, norm, swish=True)
-        before = body[:, :, :1].expand(-1, -1, count, -1, -1) if front is None else front
-        return torch.cat([before, body], dim=2)
+        # slices and not an expanded view, which would make `cat` forget the memory format
+        before = [body[:, :, :1]] * count if front is None else [front]
+        return torch.cat([*before, body], dim=2)
     b, c, t, h, w = x.shape
     staged = torch.empty((b, c, count + t, h, w), dtype=x.dtype, device=x.device, memory_format=layout_of(weight))
     body = staged[:, :, count:]

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from einops import repeat
 from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ def group_moments(x: Tensor, groups: int, budget: int) -> tuple[Tensor, Tensor]:
     Runs of frames within `budget` bytes are reduced alone and merged by Chan et al. 1979 (pairwise update), which
     keeps full precision where sums of squares would cancel.
     """
+    if _is_lean(x):
+        return lean_moments(x, groups)
     kind = torch.promote_types(x.dtype, torch.float32)
     seen, mean, square = 0, x.new_zeros((), dtype=kind), x.new_zeros((), dtype=kind)
     for start, stop in frame_spans(x.shape[2], frame_bytes(x, kind.itemsize), budget):
@@ -108,6 +112,8 @@ def apply_field(x: Tensor, field: AffineField, *, swish: bool, out: Tensor | Non
 
     `out` receives the result (no gradients then); it may be a view, and x itself.
     """
+    if out is None and _is_lean(x):
+        return lean_field(x, field, swish=swish)
     rows, cols = field.scale.shape[3:]
     scale, shift = field.scale[:, :, :, :, None, :, None], field.shift[:, :, :, :, None, :, None]
     blocks = _blocks(x, rows, cols)
@@ -133,6 +139,96 @@ def pool_frames(x: Tensor) -> Tensor:
     return torch.cat([kept, means], dim=2) if t % 2 else means
 
 
+def double_frames(x: Tensor) -> Tensor:
+    """Each frame of x (b, c, t, h, w) twice, but the first one once where t is odd: as `doubled_frames` says."""
+    kept, rest = x[:, :, : x.shape[2] % 2], x[:, :, x.shape[2] % 2 :]
+    # by broadcasting, whose gradient is a plain sum where that of an index scatters
+    if x.is_contiguous(memory_format=torch.channels_last_3d):
+        twice = repeat(rest, "b c t h w -> b (t 2) h w c").movedim(-1, 1)
+    else:
+        twice = repeat(rest, "b c t h w -> b c (t 2) h w")
+    return torch.cat([kept, twice], dim=2) if kept.shape[2] else twice
+
+
 def doubled_frames(t: int) -> list[int]:
     """Source frame of each frame after doubling time: an odd number leaves frame 0 single (1 -> 1, 3 -> 5, 2 -> 4)."""
     return [k for k in range(t) for _ in range(1 if t % 2 and k == 0 else 2)]
+
+
+# --- training in half precision ----------------------------------------------------------------------------------
+#
+# Autograd would keep float32 copies of every activation and pass over them some forty times. These two operations
+# keep the half-precision activation alone, calculate in float32 within each kernel, and recompute in the backward
+# pass. They have first derivatives only.
+
+
+def _is_lean(x: Tensor) -> bool:
+    return torch.is_grad_enabled() and x.dtype in (torch.bfloat16, torch.float16)
+
+
+def lean_moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance as `group_moments` gives them, by sums in float32 (or wider)."""
+    return _Moments.apply(x, groups)
+
+
+def lean_field(x: Tensor, field: AffineField, *, swish: bool) -> Tensor:
+    """`apply_field` with gradients for x and the field."""
+    return _Field.apply(x, field.scale, field.shift, swish)
+
+
+class _Moments(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+        kind = torch.promote_types(x.dtype, torch.float32)
+        dims, parts = (2, 3, 4, 5), x.unflatten(1, (groups, -1))  # b g c/g t h w
+        count = x[0].numel() // groups
+        mean = parts.sum(dims, dtype=kind) / count
+        square = torch.linalg.vector_norm(parts, dim=dims, dtype=kind).square() / count
+        ctx.save_for_backward(x, mean)
+        return mean, (square - mean.square()).clamp_min(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, to_mean: Tensor, to_variance: Tensor) -> tuple[Tensor, None]:
+        x, mean = ctx.saved_tensors
+        groups = mean.shape[1]
+        count = x[0].numel() // groups
+        slope = 2 / count * to_variance
+        offset = to_mean / count - slope * mean
+        slope, offset = (part[:, :, None, None, None, None] for part in (slope, offset))
+        result = torch.empty_like(x)
+        torch.addcmul(offset, x.unflatten(1, (groups, -1)), slope, out=result.unflatten(1, (groups, -1)))
+        return result, None
+
+
+class _Field(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, scale: Tensor, shift: Tensor, swish: bool) -> Tensor:
+        ctx.save_for_backward(x, scale, shift)
+        ctx.swish = swish
+        result = _affine(x, scale, shift)
+        return F.silu(result, inplace=True) if swish else result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, scale, shift = ctx.saved_tensors
+        if ctx.swish:
+            grad = torch.ops.aten.silu_backward(grad, _affine(x, scale, shift))
+        rows, cols = scale.shape[3:]
+        to_x, blocks = torch.empty_like(x), _blocks(grad, rows, cols)
+        torch.mul(blocks, scale[:, :, :, :, None, :, None], out=_blocks(to_x, rows, cols))
+        # sums over what the field is constant on; in time only where it has one frame for all
+        dims = (4, 6) if shift.shape[2] == x.shape[2] else (2, 4, 6)
+        to_shift = blocks.sum(dims, dtype=shift.dtype).reshape(shift.shape)
+        to_scale = (blocks * _blocks(x, rows, cols)).sum(dims, dtype=scale.dtype).reshape(scale.shape)
+        return to_x, to_scale, to_shift, None
+
+
+def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """x * scale + shift in the type and layout of x."""
+    rows, cols = scale.shape[3:]
+    result = torch.empty_like(x)
+    scale, shift = scale[:, :, :, :, None, :, None], shift[:, :, :, :, None, :, None]
+    torch.addcmul(shift, _blocks(x, rows, cols), scale, out=_blocks(result, rows, cols))
+    return result
