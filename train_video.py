@@ -62,8 +62,9 @@ def run(options: argparse.Namespace) -> int:
     config = load_run_config(files, TrainArgs, overrides=options.set, flags=flags)
 
     from sgm.training.run import train
+    from tools.demo.clips import make_demo_clips
 
-    return train(config, dry_run=options.dry_run)
+    return train(config, dry_run=options.dry_run, make_data=make_demo_clips)
 
 
 if __name__ == "__main__":

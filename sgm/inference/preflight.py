@@ -8,12 +8,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sgm.config import ConfigError, RunConfig, merge_yaml
-from sgm.inference.options import SampleArgs
-from sgm.weights.release import HOW_TO_GET
+from sgm.weights.release import HOW_TO_GET, newest_run
 
+Args = TypeVar("Args")
 REPO = Path(__file__).resolve().parents[2]
 BUNDLED = "demo/"  # made at first use, so it need not exist
 SHIPPED_T5 = "google/t5-v1_1-xxl"
@@ -43,8 +43,11 @@ def weight_paths(model: Mapping[str, Any], load: str | None) -> dict[str, str]:
     return found
 
 
-def with_found_paths(config: RunConfig[SampleArgs]) -> RunConfig[SampleArgs]:
-    """`config` with relative weight paths that do not exist from the current folder taken from the project's."""
+def with_found_paths(config: RunConfig[Args]) -> RunConfig[Args]:
+    """`config` with relative weight paths that do not exist from the current folder taken from the project's.
+
+    A training run's folder may be given without its date: the newest run is taken.
+    """
     model = copy.deepcopy(config.model)
     for place, value in weight_paths(model, None).items():
         *parents, leaf = place.removeprefix("model.").split(".")
@@ -52,7 +55,9 @@ def with_found_paths(config: RunConfig[SampleArgs]) -> RunConfig[SampleArgs]:
         for key in parents:
             node = node[int(key)] if isinstance(node, list) else node[key]
         node[leaf] = found_path(value)
-    load = found_path(config.args.load) if config.args.load else config.args.load
+    load = config.args.load and found_path(config.args.load)
+    if load and not Path(load).expanduser().exists():
+        load = str(newest_run(Path(load).expanduser()) or load)
     return replace(config, model=model, args=replace(config.args, load=load))
 
 
@@ -62,6 +67,11 @@ def found_path(value: str) -> str:
     if Path(value).expanduser().exists() or not (below.exists() or value.startswith(BUNDLED)):
         return value
     return str(below)
+
+
+def lies_in_demo(path: str) -> bool:
+    """Whether a path is below the project's demo folder, where things are made at first use."""
+    return (REPO / BUNDLED) in Path(path).expanduser().absolute().parents
 
 
 def unedited(paths: Mapping[str, str]) -> list[str]:

@@ -11,10 +11,10 @@ from sgm.config import ConfigError, option
 from sgm.modules.ops.recompute import MODES
 from sgm.training.schedule import STYLES, ScheduleError, ScheduleSettings
 
-# The rates that suit each mode with this optimizer, in steps of the weights: outside of them a run is warned.
-# LoRA at the original's scale alpha/r = 1/r turns a step of the matrices into a small one of the weights.
-SENSIBLE_LR = {"full": (1e-7, 1e-4), "lora": (1e-5, 1e-2)}
-RECOMMENDED_LR = {"full": 1e-5, "lora": 1e-3}
+# (lowest, recommended, highest) rates with Adam; a run outside is warned. See `sensible_rates`.
+PUBLISHED_WIDTH = 1920  # of CogVideoX-2B, for which FULL_RATES are meant
+FULL_RATES = (1e-7, 1e-5, 1e-4)
+LORA_RATES = (1e-4, 1e-3, 3e-2)
 
 # What may change between a run and its continuation: it decides when things are written, not what is learnt.
 RESUME_MAY_CHANGE = frozenset(
@@ -138,16 +138,35 @@ def trains_lora(model: Mapping[str, Any]) -> bool:
     return "all" in (model.get("not_trainable_prefixes") or ())
 
 
+def sensible_rates(model: Mapping[str, Any]) -> tuple[float, float, float]:
+    """(lowest, recommended, highest) learning rate for fine-tuning what the `model:` section trains.
+
+    Under Adam every weight moves by about the rate in a step, so the output of a linear of d inputs moves by about
+    d times the rate: the rates for whole networks go with 1/width (Yang et al. 2022, arXiv:2203.03466, table 3). An
+    adapter's B starts at zero and adds (1/r) B A x, a mean over r terms, which moves by about the rate whatever r and
+    the width are; a larger alpha makes it faster.
+    """
+    network = (model.get("network_config") or {}).get("params") or {}
+    rates = FULL_RATES
+    factor = PUBLISHED_WIDTH / (network.get("hidden_size") or PUBLISHED_WIDTH)
+    if trains_lora(model):
+        lora = ((network.get("modules") or {}).get("lora_config") or {}).get("params") or {}
+        root = math.sqrt(lora.get("r") or 1) if lora.get("rank_stabilised") else 1.0
+        rates, factor = LORA_RATES, 1 / (root * (lora.get("lora_alpha") or 1.0))
+    low, good, high = (float(f"{rate * factor:.1g}") for rate in rates)
+    return low, good, high
+
+
 def training_advice(args: TrainArgs, model: Mapping[str, Any], lr: float) -> list[str]:
     """What is allowed, but probably not meant."""
     advice = []
     kind = "lora" if trains_lora(model) else "full"
-    low, high = SENSIBLE_LR[kind]
-    if lr and not low <= lr <= high:
+    low, good, high = sensible_rates(model)
+    if lr and args.mode == "finetune" and not low <= lr <= high:
         advice.append(
             f"warning: learning rate {lr:g} is far outside {low:g} to {high:g}, the range for "
-            f"{'LoRA' if kind == 'lora' else 'full fine-tuning'}; try --set deepspeed.optimizer.params.lr="
-            f"{RECOMMENDED_LR[kind]:g}"
+            f"{'LoRA' if kind == 'lora' else 'full fine-tuning'} of this model; try --set "
+            f"deepspeed.optimizer.params.lr={good:g}"
         )
     schedule = args.schedule(lr)
     if schedule.hold_steps >= args.train_iters:

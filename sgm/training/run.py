@@ -22,7 +22,8 @@ from sgm import distributed
 from sgm.config import ConfigError, RunConfig, check_model_section
 from sgm.data.loader import create_loader
 from sgm.distributed import DistInfo
-from sgm.inference.preflight import check_paths, placeholders_in
+from sgm.inference.plan import text_encoder_is_local
+from sgm.inference.preflight import check_paths, found_path, lies_in_demo, placeholders_in, with_found_paths
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.training.checkpoint import find_resume, resume_hash
 from sgm.training.deepspeed_setup import DeepSpeedPlan, plan_deepspeed, start_engine
@@ -45,21 +46,30 @@ from sgm.training.setup import (
 )
 from sgm.training.timing import PhaseClock, phases_of_step
 from sgm.training.trainer import Trainer
+from sgm.weights.random_release import ensure_demo_weights, uses_random_demo
 
 T = TypeVar("T")
 
 
-def train(config: RunConfig[TrainArgs], *, dry_run: bool = False) -> int:
+def train(
+    config: RunConfig[TrainArgs], *, dry_run: bool = False, make_data: Callable[[Path], bool] | None = None
+) -> int:
     """Train as configured, over all processes of the launch. Returns the exit code.
 
+    Args:
+        dry_run: print the resolved configuration and the plan, make nothing.
+        make_data: called for a data folder that is not there, on one process a machine; true if it made the folder.
     Raises:
         ConfigError, WeightsError, DatasetError, CheckpointError, TrainingStopped: with what to change.
     """
     args = config.args
     check_model_section(config.model, SATVideoDiffusionEngine)
-    _check_places(config)
+    config = _with_found_places(config)
     kind = (args.device or ("cuda" if torch.cuda.is_available() else "cpu")).split(":")[0]
     info = distributed.init_distributed(kind)
+    if not dry_run:
+        _make_what_is_missing(config, info, make_data)
+    _check_places(config, dry_run)
     distributed.ensure_groups(args.model_parallel_size)
     plan = plan_deepspeed(
         config.deepspeed, device_type=kind, data_parallel_size=distributed.data_parallel_world_size()
@@ -130,20 +140,50 @@ def _prepare(
 # --- places -------------------------------------------------------------------------------------------------------
 
 
-def _check_places(config: RunConfig[TrainArgs]) -> None:
-    """Every path edited and there.
+def _with_found_places(config: RunConfig[TrainArgs]) -> RunConfig[TrainArgs]:
+    """Relative paths that are not below the current folder are looked for in the project's."""
+    args = config.args
+    valid = args.valid_data and [found_path(folder) for folder in args.valid_data]
+    train_data = [found_path(folder) for folder in args.train_data]
+    return with_found_paths(
+        dataclasses.replace(config, args=dataclasses.replace(args, train_data=train_data, valid_data=valid))
+    )
+
+
+def _make_what_is_missing(
+    config: RunConfig[TrainArgs], info: DistInfo, make_data: Callable[[Path], bool] | None
+) -> None:
+    """The demo's random weights and clips, by the first process of a machine while the others wait."""
+    if info.local_rank == 0:
+        if uses_random_demo(config.args.load):
+            ensure_demo_weights(config.model)
+        for folder in _data_folders(config.args) if make_data else ():
+            if not folder.exists():
+                make_data(folder)
+    if info.world_size > 1:
+        dist.barrier()
+
+
+def _data_folders(args: TrainArgs) -> list[Path]:
+    """Each data folder once."""
+    return [Path(path).expanduser() for path in dict.fromkeys([*args.train_data, *(args.valid_data or [])])]
+
+
+def _check_places(config: RunConfig[TrainArgs], dry_run: bool) -> None:
+    """Every path edited and there; a dry run has made nothing, so the demo's may be absent.
 
     Raises:
         ConfigError: names each that is not.
     """
-    check_paths(config.model, config.args.load)
+    if not (dry_run and uses_random_demo(config.args.load)):
+        check_paths(config.model, config.args.load)
     folders = {"train_data": config.args.train_data, "valid_data": config.args.valid_data or []}
     problems = [f"args.{place} is still the placeholder {text!r}" for place, text in placeholders_in(folders)]
     problems += [
         f"args.{name}: no folder {path}"
         for name, paths in folders.items()
         for path in paths
-        if not problems and not Path(path).expanduser().is_dir()
+        if not problems and not Path(path).expanduser().is_dir() and not (dry_run and lies_in_demo(path))
     ]
     if problems:
         raise ConfigError(
@@ -279,7 +319,11 @@ def _activation_note(config: RunConfig[TrainArgs]) -> list[str]:
 def _dry_run(config: RunConfig[TrainArgs], plan: DeepSpeedPlan, info: DistInfo, say: Callable[..., None]) -> int:
     args = config.args
     say(config.as_yaml())
-    engine = meta_engine(training_model_section(config.model, args), plan.dtype)
+    model = training_model_section(config.model, args)
+    if not text_encoder_is_local(model):
+        say("note: the text encoder is not on this machine yet: the estimate below leaves it out")
+        model["conditioner_config"] = None
+    engine = meta_engine(model, plan.dtype)
     if engine.network.has_lora_config:
         with torch.device("meta"):
             engine.network.attach_lora()

@@ -19,6 +19,7 @@ from sgm.weights.files import WeightsError, WeightsNotFoundError, read_checkpoin
 NETWORK_PREFIX = "model.diffusion_model."
 FROZEN_PREFIXES = ("conditioner.", "first_stage_model.")
 _PART = re.compile(r"mp_rank_(\d+)_model_states\.(?:pt|safetensors)$")
+_DATE = re.compile(r"(-\d\d){4}(-\d+)?$")
 _NETWORK_ROOTS = ("mixins.", "transformer.", "time_embed.", "ofs_embed.")
 
 HOW_TO_GET = (
@@ -54,11 +55,15 @@ class Checkpoint:
 def locate(path: str | Path) -> tuple[list[Path], int | None]:
     """The file or files of a checkpoint given as file, iteration folder or release folder; and its iteration.
 
+    A training run's folder may be given without its date, see `newest_run`.
+
     Raises:
         WeightsNotFoundError: nothing there, or `latest` names a folder that is not there.
         WeightsError: `latest` is unreadable, or the folder holds something else.
     """
     path = Path(path).expanduser()
+    if not path.exists():
+        path = newest_run(path) or path
     if path.is_file():
         return [path], _iteration_of(path.parent.name)
     if not path.is_dir():
@@ -69,6 +74,16 @@ def locate(path: str | Path) -> tuple[list[Path], int | None]:
     if parts:
         return parts, _iteration_of(path.name)
     raise WeightsError(f"{path} is not a SAT checkpoint folder: {_what_lies_in(path)}")
+
+
+def newest_run(path: Path) -> Path | None:
+    """Of the training runs `path`-MM-DD-HH-MM the one that saved last; None where there is none."""
+    if not path.parent.is_dir():
+        return None
+    dated = (p for p in path.parent.iterdir() if p.name.startswith(path.name))
+    runs = [p for p in dated if _DATE.match(p.name, len(path.name))]
+    saved = [(marker.stat().st_mtime, run) for run in runs if (marker := run / "latest").is_file()]
+    return max(saved)[1] if saved else None
 
 
 def _follow_latest(path: Path) -> tuple[list[Path], int | None]:

@@ -10,7 +10,7 @@ from sgm.config import ConfigError, load_run_config
 from sgm.training.deepspeed_setup import plan_deepspeed
 from sgm.training.faults import SkipGuard, TrainingStopped, out_of_memory_advice
 from sgm.training.memory import MemoryNeeds
-from sgm.training.options import TrainArgs, split_shares, training_advice
+from sgm.training.options import TrainArgs, sensible_rates, split_shares, training_advice
 from tests.conftest import REPO
 
 SHIPPED = REPO / "configs" / "cogvideox_2b_sft.yaml"
@@ -72,6 +72,28 @@ def test_contradictions_are_refused(change, message):
 def test_split_shares():
     assert split_shares("1,0,0") == (1.0, 0.0, 0.0)
     assert split_shares("8,1,1") == pytest.approx((0.8, 0.1, 0.1))
+
+
+def test_sensible_rates_follow_the_model():
+    full = {"network_config": {"params": {"hidden_size": 1920}}}
+    low, good, high = sensible_rates(full)
+    assert (low, good) == (1e-7, 1e-5) and low < good < high
+    narrow = {"network_config": {"params": {"hidden_size": 192}}}
+    assert sensible_rates(narrow) == pytest.approx([10 * r for r in (low, good, high)])
+
+    def lora(**params):
+        modules = {"lora_config": {"params": {"r": 16, **params}}}
+        return {"not_trainable_prefixes": ["all"], "network_config": {"params": {"hidden_size": 192, "modules": modules}}}
+
+    plain = sensible_rates(lora())
+    assert plain == sensible_rates(lora(r=128)) and plain[0] <= 2e-4 < plain[1]  # the original's rate is slow
+    assert sensible_rates(lora(lora_alpha=10)) == pytest.approx([r / 10 for r in plain])
+    assert sensible_rates(lora(rank_stabilised=True))[1] == pytest.approx(plain[1] / 4, rel=0.3)
+
+
+def test_pretraining_is_not_warned_of_its_rate():
+    config = load_run_config([SHIPPED], TrainArgs, overrides=["args.mode=pretrain"])
+    assert not [line for line in training_advice(config.args, config.model, 1e-2) if "rate" in line]
 
 
 def test_short_runs_are_warned_of_the_held_start():
