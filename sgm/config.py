@@ -122,6 +122,7 @@ def merge_yaml(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> di
     """The plain mapping that the files and overrides give together."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     merged = OmegaConf.create({})
     for file in files:
@@ -132,7 +133,7 @@ def merge_yaml(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> di
             raise ConfigError(f"--set {text!r}: expected KEY=VALUE, for example --set args.seed=7")
         try:
             OmegaConf.update(merged, key.strip(), OmegaConf.create(f"v: {value}").v, merge=False)
-        except (OmegaConfBaseException, ValueError, TypeError, IndexError, AttributeError) as error:
+        except (OmegaConfBaseException, YAMLError, ValueError, TypeError, IndexError, AttributeError) as error:
             raise ConfigError(f"--set {text!r}: {str(error).splitlines()[0]}") from error
     try:
         plain = OmegaConf.to_container(merged, resolve=True)

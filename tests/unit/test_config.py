@@ -1,0 +1,198 @@
+"""Configuration files and `target:` names: precedence, types, typos, and that a YAML file runs no code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from sgm import util
+from sgm.config import ConfigError, coerce, load_run_config, merge_yaml, option
+from sgm.inference.options import SampleArgs
+from sgm.util import TargetError, check_tree, get_obj_from_str, instantiate_from_config
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Args:
+    count: int = option(1, "a number", at_least=1)
+    rate: float = option(0.5, "another")
+    name: str | None = option(None, "a name", choices=("x", "y"))
+    active: bool = option(False, "a switch")
+    many: list[str] = option([], "names")
+
+
+def write(folder: Path, name: str, text: str) -> Path:
+    (folder / name).write_text(text)
+    return folder / name
+
+
+def test_precedence(tmp_path):
+    files = [write(tmp_path, "a.yaml", "args: {count: 2, rate: 1e-8, name: x}\nmodel: {k: {a: 1, b: 2}}"),
+             write(tmp_path, "b.yaml", "args: {count: 3}\nmodel: {k: {b: 5}}")]  # fmt: skip
+    config = load_run_config(files, Args, overrides=["args.count=4", "args.many=[p, q]"], flags={"count": 5, "name": None})
+    assert config.args == Args(5, 1e-8, "x", False, ["p", "q"]) and config.model == {"k": {"a": 1, "b": 5}}
+    assert load_run_config(files, Args, overrides=["args.count=4"]).args.count == 4
+    assert load_run_config(files, Args).args.count == 3
+    assert config.hash(("args",)) != load_run_config(files, Args).hash(("args",))
+    assert config.hash() == load_run_config(files, Args).hash()
+
+
+def test_all_problems_at_once(tmp_path):
+    file = write(tmp_path, "a.yaml", "args: {cuont: 2, active: 'False', name: z, count: 0}\nmodle: {}\n")
+    with pytest.raises(ConfigError) as error:
+        load_run_config([file], Args)
+    text = str(error.value)
+    assert text.startswith(f"6 problems in {file}")
+    for words in ("args.cuont; did you mean `count`", "args.active: expected true or false, got 'False'", "no `model:`",
+                  "'z' is not one of 'x', 'y'", "must be at least 1, got 0", "`modle`; did you mean `model`"):  # fmt: skip
+        assert words in text
+
+
+def test_names_of_the_original_without_use_here_are_named_once(tmp_path):
+    file = write(tmp_path, "a.yaml", "args: {count: 2, block_size: 7}\nmodel: {a: 1}\ndeepspeed: {x: 1}\n")
+    config = load_run_config([file], Args)
+    assert config.notes == ("args.block_size has no effect here",) and config.deepspeed == {"x": 1}
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "expected"),
+    [("1e-8", float, 1e-8), (3, float, 3.0), ("7", int, 7), (2.0, int, 2), (5, str, "5"), ("x", list[str], ["x"]),
+     ([1, 2], list[int], [1, 2]), (None, int | None, None), (True, bool, True), (10**20, int, 10**20)],
+)  # fmt: skip
+def test_values_become_their_type(value, kind, expected):
+    assert coerce(value, kind) == expected and type(coerce(value, kind)) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [("x", int), (1.5, int), (True, int), ("1", bool), (0, bool), (None, str), ({}, str), ({}, list[int]), ("inf", int),
+     (["a"], list[int])],
+)  # fmt: skip
+def test_values_of_another_type_are_refused(value, kind):
+    with pytest.raises(ValueError, match="expected|got"):
+        coerce(value, kind)
+
+
+def test_unreadable_files(tmp_path):
+    with pytest.raises(ConfigError, match=r"no configuration file at .*absent\.yaml; there are: .*a\.yaml"):
+        write(tmp_path, "a.yaml", "args: [")
+        merge_yaml([tmp_path / "absent.yaml"])
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        merge_yaml([tmp_path / "a.yaml"])
+    with pytest.raises(ConfigError, match="must hold a mapping"):
+        merge_yaml([write(tmp_path, "b.yaml", "- 1\n- 2\n")])
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        (tmp_path / "c.yaml").write_bytes(b"args: \xff\xfe")
+        merge_yaml([tmp_path / "c.yaml"])
+    with pytest.raises(ConfigError, match="nowhere"):
+        merge_yaml([write(tmp_path, "d.yaml", "a: ${nowhere.to.be.found}")])
+
+
+@pytest.mark.parametrize("text", ["args.count", "=3", "args.count=[", "args.many.x.y=1"])
+def test_bad_overrides_are_quoted(tmp_path, text):
+    with pytest.raises(ConfigError, match="--set"):
+        merge_yaml([write(tmp_path, "a.yaml", "args: {many: [a]}")], [text])
+
+
+def test_stray_quote_of_the_guide(tmp_path):
+    file = write(tmp_path, "a.yaml", "model: {log_keys: [\"txt'\"]}")
+    config = load_run_config([file], Args)
+    assert config.model["log_keys"] == ["txt"] and "stray quote" in config.notes[0]
+
+
+# --- targets -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("dit_video_concat.DiffusionTransformer", "sgm.models.network"),
+        ("sgm.modules.GeneralConditioner", "sgm.modules.conditioner"),
+        ("vae_modules.autoencoder.VideoAutoencoderInferenceWrapper", "sgm.models.autoencoder"),
+        ("sgm.models.autoencoder.VideoAutoencoderInferenceWrapper", "sgm.models.autoencoder"),
+        ("diffusion_video.SATVideoDiffusionEngine", "sgm.models.diffusion"),
+        ("data_video.SFTDataset", "sgm.data.dataset"),
+        ("torch.nn.Identity", "torch.nn.modules.linear"),
+    ],
+)
+def test_names_of_the_original_resolve(name, found):
+    assert get_obj_from_str(name).__module__ == found
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["os.system", "builtins.eval", "subprocess.Popen", "sat.helpers.os.system", "sgm.util.importlib.import_module",
+     "deepspeed.ops.op_builder.builder.subprocess.check_output", "torch.nn.functional.relu", "torch.hub.load",
+     "sgm.config.json.loads", "sgm.modules.encoders.t5_files.Path", "sgm.util.allow_target", "", "sgm", "sgm.config"],
+)  # fmt: skip
+def test_what_is_no_class_of_ours_is_refused(name):
+    with pytest.raises(TargetError, match=r"not allowed|unknown target"):
+        get_obj_from_str(name)
+
+
+def test_typo_in_a_target_is_met_with_the_nearest():
+    with pytest.raises(TargetError, match=r"did you mean 'sgm\.modules\.diffusionmodules\.guiders\.DynamicCFG'"):
+        get_obj_from_str("sgm.modules.diffusionmodules.guiders.DynamicCfg")
+
+
+def test_own_packages_can_be_allowed(tmp_path, monkeypatch):
+    (tmp_path / "my_nets.py").write_text("class Net:\n    def __init__(self, size=1): self.size = size\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(util, "ALLOWED_PREFIXES", list(util.ALLOWED_PREFIXES))
+    with pytest.raises(TargetError, match="--allow-target my_nets"):
+        get_obj_from_str("my_nets.Net")
+    util.allow_target("my_nets")
+    assert instantiate_from_config({"target": "my_nets.Net", "params": {"size": 3}}).size == 3
+
+
+def test_params_are_checked():
+    scale = "sgm.modules.diffusionmodules.guiders.VanillaCFG"
+    assert instantiate_from_config({"target": scale, "params": {"scale": 2}}).scale == 2
+    assert instantiate_from_config({"target": scale}, scale=4).scale == 4
+    with pytest.raises(TargetError, match="no parameter `scal`; did you mean `scale`"):
+        instantiate_from_config({"target": scale, "params": {"scal": 2}})
+    with pytest.raises(TargetError, match="scale stands beside `target:`"):
+        instantiate_from_config({"target": scale, "scale": 2})
+    for config in ({}, "x", {"params": {}}, None):
+        with pytest.raises(TargetError, match="expected a mapping with `target:`"):
+            instantiate_from_config(config)
+
+
+def test_trees_are_checked_without_building():
+    tree = {"a": {"target": "nowhere.X"}, "b": [{"target": "torch.nn.Identity"}, {"target": "torch.nn.Linear",
+            "params": {"in_featurez": 3}}]}  # fmt: skip
+    first, second = check_tree(tree)
+    assert first.startswith("model.a: ") and second.startswith("model.b[1]: ") and "in_features" in second
+
+
+def test_names_without_effect_are_said_once(caplog):
+    util._warned_no_effect.clear()
+    config = {"adm_in_channels": 256}
+    cls = get_obj_from_str("dit_video_concat.DiffusionTransformer")
+    with caplog.at_level("INFO", logger="sgm.util"):
+        for _ in range(2):
+            assert util.check_params("dit_video_concat.DiffusionTransformer", cls, config) == {}
+    assert caplog.text.count("adm_in_channels") == 1
+
+
+# --- shipped files -------------------------------------------------------------------------------------------------
+
+
+def test_shipped_inference_file_has_the_originals_keys_and_values():
+    """Facts of the original's file; placeholders in the guide's form."""
+    config = load_run_config([REPO / "configs" / "cogvideox_2b_infer.yaml"], SampleArgs)
+    args, model = config.args, config.model
+    assert (args.batch_size, args.input_type, args.input_file, args.sampling_num_frames) == (1, "txt", "test.txt", 13)
+    assert args.fp16 and args.force_inference and args.sampling_fps == 8 and args.latent_channels == 16
+    assert args.load == "{your_CogVideoX-2b-sat_path}/transformer"
+    assert model["first_stage_config"]["params"]["ckpt_path"] == "{your_CogVideoX-2b-sat_path}/vae/3d-vae.pt"
+    (embedder,) = model["conditioner_config"]["params"]["emb_models"]
+    assert embedder["params"] == {"model_dir": "google/t5-v1_1-xxl", "max_length": 226} and embedder["ucg_rate"] == 0.1
+    assert model["scale_factor"] == 1.15258426 and model["log_keys"] == ["txt"]
+    network = model["network_config"]["params"]
+    assert (network["hidden_size"], network["num_layers"], network["adm_in_channels"]) == (1920, 30, 256)
+    assert model["sampler_config"]["params"]["guider_config"]["params"] == {"scale": 6, "exp": 5, "num_steps": 50}
+    assert not config.notes
