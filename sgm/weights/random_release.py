@@ -14,6 +14,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,13 @@ from torch import Tensor, nn
 from sgm.util import instantiate_from_config
 from sgm.weights.files import WeightsError
 from sgm.weights.release import NETWORK_PREFIX
-from sgm.weights.save import save_pt, save_safetensors, save_text
+from sgm.weights.save import Deferred, atomic_write, save_pt, save_safetensors, save_text
 
 logger = logging.getLogger(__name__)
 
 DEMO_FOLDER = "demo/random"
 ITERATION = 1000
+EXTRA_IDS = 100  # of T5, at the vocabulary's end
 _SHARDS = 2
 _REPO = Path(__file__).resolve().parents[2]
 
@@ -131,30 +133,50 @@ def _write_text_encoder(
 ) -> None:
     from transformers import T5EncoderModel
 
-    _made(folder)
     width = model["network_config"]["params"]["modules"]["patch_embed_config"]["params"]["text_hidden_size"]
     spiece = train_sentencepiece(_corpus())
-    config = _t5_config(width, _pieces(spiece) + 100)
+    config = _t5_config(width, piece_count(spiece) + EXTRA_IDS)
     with torch.device("meta"):
         shapes = {n: tuple(p.shape) for n, p in T5EncoderModel(config).named_parameters()}
-    names = list(shapes)
+
+    def make(name: str) -> Tensor:
+        return _t5_tensor(name, shapes[name], generator).to(dtype).cpu()
+
+    tensors = {n: Deferred(shape, dtype, partial(make, n)) for n, shape in shapes.items()}
+    write_text_encoder(folder, config, spiece, tensors, max_length=226)
+
+
+def write_text_encoder(
+    folder: Path, config: Any, spiece: bytes, tensors: Mapping[str, Tensor | Deferred], *, max_length: int
+) -> None:
+    """Write a T5 encoder as the release has it: two shards with their index, config, spiece.model, tokenizer's JSON.
+
+    Args:
+        config: a `T5Config` with `vocab_size` = pieces + EXTRA_IDS.
+        spiece: the bytes of a sentencepiece model.
+        tensors: by the names of `T5EncoderModel`, the tied embedding once as `shared.weight`.
+        max_length: tokens of a caption, as told to others who load the tokenizer.
+    Raises:
+        SaveError: a file cannot be written.
+    """
+    _made(folder)
+    names = list(tensors)
     index: dict[str, str] = {}
     for k in range(_SHARDS):
         file = f"model-{k + 1:05d}-of-{_SHARDS:05d}.safetensors"
         part = names[k * len(names) // _SHARDS : (k + 1) * len(names) // _SHARDS]
-        tensors = {n: _t5_tensor(n, shapes[n], generator).to(dtype).cpu() for n in part}
-        save_safetensors(folder / file, tensors, {"format": "pt"})
+        save_safetensors(folder / file, {n: tensors[n] for n in part}, {"format": "pt"})
         index |= dict.fromkeys(part, file)
-    total = sum(torch.Size(s).numel() for s in shapes.values()) * dtype.itemsize
+    total = sum(torch.Size(t.shape).numel() * t.dtype.itemsize for t in tensors.values())
     content = {"metadata": {"total_size": total}, "weight_map": index}
     save_text(folder / "model.safetensors.index.json", json.dumps(content, indent=1))
     save_text(folder / "config.json", json.dumps(config.to_dict(), indent=1, default=str))
-    (folder / "spiece.model").write_bytes(spiece)
+    atomic_write(folder / "spiece.model", lambda file: file.write(spiece) and None)
     special = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
     save_text(folder / "special_tokens_map.json", json.dumps(special, indent=1))
-    extra = {f"<extra_id_{i}>": _pieces(spiece) + 99 - i for i in range(100)}
+    extra = {f"<extra_id_{i}>": piece_count(spiece) + EXTRA_IDS - 1 - i for i in range(EXTRA_IDS)}
     save_text(folder / "added_tokens.json", json.dumps(extra, indent=1))
-    tokenizer = {"tokenizer_class": "T5Tokenizer", "extra_ids": 100, "model_max_length": 226, **special}
+    tokenizer = {"tokenizer_class": "T5Tokenizer", "extra_ids": EXTRA_IDS, "model_max_length": max_length, **special}
     save_text(folder / "tokenizer_config.json", json.dumps(tokenizer, indent=1))
 
 
@@ -194,19 +216,24 @@ def _corpus() -> list[str]:
     return [*text, *(" ".join(ascii_letters + digits + punctuation) for _ in range(2))]
 
 
-def train_sentencepiece(lines: Iterable[str], vocabulary: int = 400) -> bytes:
-    """A unigram model with T5's special ids (pad 0, eos 1, unk 2, no bos), as the bytes of a spiece.model."""
+def train_sentencepiece(lines: Iterable[str], vocabulary: int = 400, *, fold_case: bool = False) -> bytes:
+    """A unigram model with T5's special ids (pad 0, eos 1, unk 2, no bos), as the bytes of a spiece.model.
+
+    `fold_case`: capitals are read as small letters, which T5's own vocabulary does not do.
+    """
     import sentencepiece
 
     written = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_writer=written, vocab_size=vocabulary, model_type="unigram",
         hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2, num_threads=1,
+        normalization_rule_name="nmt_nfkc_cf" if fold_case else "nmt_nfkc",
     )  # fmt: skip
     return written.getvalue()
 
 
-def _pieces(spiece: bytes) -> int:
+def piece_count(spiece: bytes) -> int:
+    """The vocabulary of a spiece.model's bytes."""
     import sentencepiece
 
     return sentencepiece.SentencePieceProcessor(model_proto=spiece).get_piece_size()
