@@ -1,0 +1,272 @@
+"""The small parts of a sampling run: prompts and their names, noise, written files, options, paths, the plan."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import decord
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sgm.config import ConfigError, merge_yaml
+from sgm.inference import writer
+from sgm.inference.noise import SampleId, StackedNoise
+from sgm.inference.options import SampleArgs
+from sgm.inference.preflight import PathError, check_paths, choose_config, found_path, unedited, weight_paths
+from sgm.inference.prompts import Prompt, PromptError, ask, find_prompt_file, gather, read_prompt_file, safe_name, share
+from sgm.inference.writer import OutputError, SampleFiles
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+# --- prompts -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("A red ball, rolling.", "A_red_ball,_rolling"),  # as the original, but no dot at the end
+        ("a/b/../c", "ab..c"),
+        ("../../etc/passwd", "....etcpasswd"),
+        ("..", "prompt"),
+        ("///", "prompt"),
+        ("say \"hi\" <now>?", "say_hi_now"),
+        ("tab\tnew\x00line", "tabnewline"),
+        ("C:\\temp", "Ctemp"),
+        ("x" * 300, "x" * 120),
+        ("😀" * 120, "😀" * 50),  # 200 bytes
+        ("汉" * 120, "汉" * 66),
+        ("\ud800x", "x"),  # half a surrogate pair cannot be encoded
+    ],
+)
+def test_names_on_disk_are_safe(text, name, tmp_path):
+    assert safe_name(text) == name
+    (tmp_path / Prompt(3, text).folder).mkdir()
+    assert [p.name for p in tmp_path.iterdir()] == [f"3_{name}"]
+
+
+def test_prompt_files(tmp_path):
+    file = tmp_path / "p.txt"
+    file.write_bytes("\ufeffone\r\n\r\n  two \n\tthree\n\n".encode())
+    prompts, blank = read_prompt_file(file)
+    assert prompts == [Prompt(0, "one"), Prompt(2, "two"), Prompt(3, "three")] and blank == 2
+    file.write_bytes("good\nna\u00efve\n".encode("latin-1"))
+    with pytest.raises(PromptError, match=r"p\.txt, line 2: byte 3 \(0xef\) is not UTF-8"):
+        read_prompt_file(file)
+
+
+def test_prompt_files_are_looked_for_here_then_beside_the_yaml(tmp_path, monkeypatch):
+    here, beside = tmp_path / "here", tmp_path / "beside"
+    here.mkdir(), beside.mkdir()
+    monkeypatch.chdir(here)
+    (beside / "p.txt").write_text("b\n")
+    config = beside / "c.yaml"
+    assert find_prompt_file("p.txt", [config]) == beside / "p.txt"
+    assert gather([], "p.txt", [config])[0] == [Prompt(0, "b")]
+    (here / "p.txt").write_text("a\n")
+    assert find_prompt_file("p.txt", [config]).resolve() == here / "p.txt"
+    with pytest.raises(PromptError, match=r"no prompt file 'q.txt'; looked at q.txt, .*beside/q.txt"):
+        find_prompt_file("q.txt", [config])
+
+
+def test_given_prompts_come_before_the_file():
+    assert gather([" a ", "", "b"], "absent.txt", []) == ([Prompt(0, "a"), Prompt(2, "b")], None)
+    for given, file, words in ((["  "], None, "blank"), ([], None, "input_file is not set")):
+        with pytest.raises(PromptError, match=words):
+            gather(given, file, [])
+
+
+def test_line_k_belongs_to_rank_k_modulo_world_size():
+    prompts = [Prompt(k, str(k)) for k in (0, 1, 3, 4, 5)]  # line 2 was blank
+    assert [[p.index for p in share(prompts, rank, 3)] for rank in range(3)] == [[0, 3], [1, 4], [5]]
+
+
+def test_asking_until_the_end_of_input():
+    answers = iter(["one\n", "  \n", "two\n", ""])
+    out = io.StringIO()
+    assert list(ask(lambda: next(answers), out)) == [Prompt(0, "one"), Prompt(1, "two")]
+    assert out.getvalue().count("Ctrl-D") == 4
+
+
+# --- noise -------------------------------------------------------------------------------------------------------
+
+
+def test_noise_of_a_sample_does_not_depend_on_its_company():
+    ids = [SampleId(1, 0, k) for k in range(3)]
+    together, alone = StackedNoise(ids), StackedNoise(ids[1:2])
+    x = torch.zeros(3, 2, 4)
+    for _ in range(3):
+        a, b = together.like(x), alone.like(x[:1])
+        assert a.shape == x.shape and torch.equal(a[1], b[0]) and not torch.equal(a[0], a[1])
+    draws = [StackedNoise([SampleId(*i)]).start((50,)).sum().item() for i in [(1, 0, 0), (1, 0, 1), (1, 1, 0), (2, 0, 0), (11, 0, 0)]]
+    assert len(set(draws)) == 5
+    normal = StackedNoise([SampleId(0, 0, 0)]).start((100_000,))
+    assert abs(normal.mean()) < 0.02 and abs(normal.std() - 1) < 0.02
+    with pytest.raises(ValueError, match="batch of 2 was asked of 3"):
+        together.like(x[:2])
+
+
+# --- written files -------------------------------------------------------------------------------------------------
+
+
+def frames(count: int = 5, height: int = 32, width: int = 64) -> np.ndarray:
+    grey = np.linspace(0, 255, count).astype(np.uint8)
+    return np.broadcast_to(grey[:, None, None, None], (count, height, width, 3)).copy()
+
+
+def test_pixels_are_clamped_and_truncated_as_the_original_does():
+    x = torch.tensor([-2.0, -1.0, 0.0, 0.5, 0.999, 1.0, 3.0]).view(1, 1, 7, 1, 1).expand(1, 3, 7, 1, 1)
+    assert writer.to_uint8(x)[0, :, 0, 0, 0].tolist() == [0, 0, 127, 191, 254, 255, 255]
+    assert writer.to_uint8(x.half()).dtype == torch.uint8 and writer.to_uint8(x).shape == (1, 7, 1, 1, 3)
+
+
+def test_video_and_contact_sheet(tmp_path):
+    files = SampleFiles(tmp_path / "0_x" / "0")
+    writer.write_video(files.video, frames(9), 8)
+    video = decord.VideoReader(str(files.video))
+    assert len(video) == 9 and video[0].shape == (32, 64, 3) and round(video.get_avg_fps()) == 8
+    assert abs(int(video[4].asnumpy().mean()) - 127) < 6
+    writer.write_contact_sheet(files.sheet, frames(9))
+    assert Image.open(files.sheet).size == (4 * 64, 2 * 32)
+    writer.write_contact_sheet(files.sheet, frames(1, 480, 720))
+    assert Image.open(files.sheet).size == (240, 160)
+    assert not files.done(latents_only=False)
+    writer.write_json(files.record, {"prompt": "été"})
+    assert files.done(latents_only=False) and not files.done(latents_only=True)
+    assert json.loads(files.record.read_text(encoding="utf-8")) == {"prompt": "été"}
+    assert {p.name for p in files.folder.iterdir()} == {"000000.mp4", "000000.png", "000000.json"}
+
+
+def test_latents_keep_values_and_facts(tmp_path):
+    latents = torch.randn(1, 16, 2, 4).half()
+    writer.write_latents(tmp_path / "a" / "latents.safetensors", latents, {"prompt": "x"})
+    read, facts = writer.read_latents(tmp_path / "a" / "latents.safetensors")
+    assert torch.equal(read, latents) and facts == {"prompt": "x"}
+    assert writer.find_latents(tmp_path) == [tmp_path / "a" / "latents.safetensors"]
+    assert writer.latents_digest(latents) == writer.latents_digest(read.float()) != writer.latents_digest(-latents)
+    (tmp_path / "bad.safetensors").write_text("no")
+    with pytest.raises(OutputError, match="bad.safetensors holds no saved latents"):
+        writer.read_latents(tmp_path / "bad.safetensors")
+    with pytest.raises(OutputError, match="--only-save-latents"):
+        writer.find_latents(tmp_path / "nothing")
+
+
+def test_a_writer_that_fails_leaves_nothing_new(tmp_path, monkeypatch):
+    target = tmp_path / "x.json"
+    target.write_text("before")
+    with pytest.raises(KeyboardInterrupt), writer.replacing(target) as temporary:
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+    assert target.read_text() == "before" and list(tmp_path.iterdir()) == [target]
+    monkeypatch.setattr("imageio_ffmpeg._io.get_ffmpeg_exe", lambda: "/bin/false")
+    with pytest.raises(OutputError, match=r"cannot encode .*v\.mp4"):
+        writer.write_video(tmp_path / "v.mp4", frames(200), 8)
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_folders_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "sub", Path("/proc/none")):
+        with pytest.raises(OutputError, match="--output-dir"):
+            writer.check_writable(folder)
+    writer.check_writable(tmp_path / "new")
+    assert not list((tmp_path / "new").iterdir())
+
+
+# --- options and paths -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"sampling_num_frames": 12}, "choose 11 or 13"),
+        ({"sampling_image_size": [480, 721]}, "multiples of 16"),
+        ({"sampling_image_size": [480]}, "multiples of 16"),
+        ({"sampling_image_size": [0, 16]}, "multiples of 16"),
+        ({"fp16": True, "bf16": True}, "choose one"),
+    ],
+)
+def test_options_that_cannot_be(options, words):
+    with pytest.raises(ConfigError, match=words):
+        SampleArgs(**options)
+
+
+def test_precision_by_name():
+    assert [SampleArgs(fp16=a, bf16=b).dtype for a, b in ((0, 0), (1, 0), (0, 1))] == ["fp32", "fp16", "bf16"]
+
+
+@pytest.fixture
+def shipped(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    content = merge_yaml([REPO / "configs" / "cogvideox_2b_infer.yaml"])
+    return content["model"], content["args"]["load"]
+
+
+def test_first_trial_runs_the_demo_and_says_so():
+    chosen, why = choose_config(REPO / "configs" / "cogvideox_2b_infer.yaml", REPO / "configs" / "demo_infer.yaml")
+    assert chosen.name == "demo_infer.yaml" and "placeholder" in why and "args.load" in why and "model_dir" in why
+
+
+def test_edited_paths(shipped, tmp_path):
+    model, load = shipped
+    assert len(unedited(weight_paths(model, load))) == 3
+    stage, embedder = model["first_stage_config"]["params"], model["conditioner_config"]["params"]["emb_models"][0]["params"]
+    for name in ("transformer", "t5"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(PathError) as error:
+        check_paths(model, str(tmp_path / "transformer"))
+    assert "2 weight paths to set" in str(error.value) and "ckpt_path is still the placeholder" in str(error.value)
+    assert "args.load" not in str(error.value)
+    stage["ckpt_path"], embedder["model_dir"] = str(tmp_path / "vae.pt"), str(tmp_path / "t5")
+    with pytest.raises(PathError, match=r"(?s)vae\.pt does not exist.*make_weights"):
+        check_paths(model, str(tmp_path / "transformer"))
+    (tmp_path / "vae.pt").touch()
+    check_paths(model, str(tmp_path / "transformer"))
+    check_paths(model, str(tmp_path / "transformer"), [f"{tmp_path / 'vae.pt'}:0.5"])
+    with pytest.raises(PathError, match="args.lora: /nowhere does not exist"):
+        check_paths(model, str(tmp_path / "transformer"), ["/nowhere:2"])
+    embedder["model_dir"] = "someone/some-t5"  # a hub id is asked for later
+    check_paths(model, str(tmp_path / "transformer"))
+    with pytest.raises(PathError, match="args.load: someone/transformer does not exist"):
+        check_paths(model, "someone/transformer")
+
+
+def test_relative_paths_from_here_or_from_the_project(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert found_path("configs/test.txt") == str(REPO / "configs/test.txt")
+    assert found_path("demo/transformer") == str(REPO / "demo/transformer")  # whether it is made already or not
+    assert found_path("somewhere/else") == "somewhere/else" and found_path("/abs") == "/abs"
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "test.txt").touch()
+    assert found_path("configs/test.txt") == "configs/test.txt"
+
+
+def test_random_demo_weights_are_made_whole_once(tmp_path, monkeypatch, capsys):
+    from sgm.weights import random_release
+    from tests.training_tiny import model_section
+
+    monkeypatch.setattr(random_release, "_REPO", tmp_path)
+    made = []
+
+    def write(model, out, **options):
+        made.append(out)
+        (out / "transformer").mkdir(parents=True)
+        if len(made) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(random_release, "write_random_release", write)
+    model = model_section(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        random_release.ensure_demo_weights(model)
+    assert list((tmp_path / "demo").iterdir()) == []  # nothing half-made that would be taken for whole
+    for _ in range(2):
+        random_release.ensure_demo_weights(model)
+    assert len(made) == 2 and (tmp_path / "demo" / "random" / "transformer").is_dir()
+    assert "random weights" in capsys.readouterr().err
+    assert random_release.uses_random_demo(str(tmp_path / "demo" / "random" / "transformer"))
+    assert not random_release.uses_random_demo(str(tmp_path / "demo" / "transformer"))
+    assert not random_release.uses_random_demo(None)
