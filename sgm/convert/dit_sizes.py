@@ -72,7 +72,7 @@ class Sizes:
                  (3072, 42, True, 2): "CogVideoX1.5-5B"}  # fmt: skip
         found = known.get((self.width, self.layers, self.rotary, self.patch[0]))
         kind = "rotary" if self.rotary else "sine positions"
-        found = found or f"a CogVideoX transformer of width {self.width} with {self.layers} layers ({kind})"
+        found = found or f"CogVideoX transformer of width {self.width} with {self.layers} layers ({kind})"
         return found + ("-I2V" if self.takes_image else "")
 
     @property

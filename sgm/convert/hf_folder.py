@@ -29,7 +29,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise WeightsNotFoundError(f"{path} is missing; the folder is no complete diffusers component.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"{path} is unreadable: {error}. Copy or download it again.") from error
     if not isinstance(content, dict):
         raise WeightsError(f"{path} holds no JSON object; copy or download it again.")
@@ -49,26 +49,34 @@ def read_component(folder: Path, stem: str) -> dict[str, Deferred]:
         raise WeightsNotFoundError(f"no weights in {folder}: none of {', '.join(names)} is there.")
     if found.suffix != ".json":
         return {name: deferred(value) for name, value in tensors_of(read_checkpoint(found)).items()}
-    placed = read_json(found).get("weight_map")
-    if not isinstance(placed, dict) or not all(isinstance(name, str) for name in placed.values()):
-        raise WeightsError(f"{found} names no shards (weight_map); copy or download it again.")
-    files = sorted(set(placed.values()))
-    missing = [name for name in files if not (folder / name).is_file()]
-    if missing:
-        raise WeightsNotFoundError(f"{folder} lacks {len(missing)} of {len(files)} shards: {', '.join(missing)}.")
-    return _from_shards(folder, found, placed, files)
-
-
-def _from_shards(folder: Path, index: Path, placed: Mapping[str, str], files: list[str]) -> dict[str, Deferred]:
+    placed, shards = shards_of(found)
     state: dict[str, Tensor] = {}
-    for name in files:
-        if Path(name).name != name:
-            raise WeightsError(f"{index} names the shard {name!r}, which lies outside its folder; not read.")
-        state |= tensors_of(read_checkpoint(folder / name))
+    for shard in shards:
+        state |= tensors_of(read_checkpoint(shard))
     odd = sorted(state.keys() ^ placed.keys())
     if odd:
-        raise WeightsError(f"{index} and its shards disagree on {len(odd)} tensors: {', '.join(odd[:5])}.")
+        raise WeightsError(f"{found} and its shards disagree on {len(odd)} tensors: {', '.join(odd[:5])}.")
     return {name: deferred(value) for name, value in state.items()}
+
+
+def shards_of(index: Path) -> tuple[dict[str, str], list[Path]]:
+    """(tensor name -> file name, the files) of an index of shards.
+
+    Raises:
+        WeightsNotFoundError: shards that are not there (all listed).
+        WeightsError: no such index, or one that names files elsewhere.
+    """
+    placed = read_json(index).get("weight_map")
+    if not isinstance(placed, dict) or not all(isinstance(name, str) for name in placed.values()):
+        raise WeightsError(f"{index} names no shards (weight_map); copy or download it again.")
+    names = sorted(set(placed.values()))
+    outside = [name for name in names if Path(name).name != name]
+    if outside:
+        raise WeightsError(f"{index} names the shard {outside[0]!r}, which lies outside its folder; not read.")
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise WeightsNotFoundError(f"{index.parent} lacks {len(missing)} of {len(names)} shards: {', '.join(missing)}.")
+    return placed, [index.parent / name for name in names]
 
 
 # --- what a pipeline folder says ------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from sgm.convert.lazy import ConvertError, Deferred, all_deferred, deferred
 from sgm.modules.transformer.lora_state import LoraSpec, lora_spec_of, split_lora
 from sgm.modules.transformer.tensor_parallel import PartitionError, cut_of
 from sgm.weights.files import read_checkpoint, tensors_of
-from sgm.weights.release import Checkpoint, read_parts
+from sgm.weights.release import read_parts, weights_entry
 
 TEXT_ENCODER = "conditioner.embedders.0.transformer."
 FIRST_STAGE = "first_stage_model."
@@ -69,7 +69,7 @@ def open_sat(path: str | Path, *, allow_drift: bool = False) -> SatWeights:
         PartitionError: parts that do not belong together.
     """
     parts = read_parts(path)
-    state = all_deferred(parts[0].network) if len(parts) == 1 else _joined(parts, allow_drift)
+    state = joined([part.network for part in parts], allow_drift)
     base, lora = split_lora(state)  # type: ignore[arg-type]
     others = parts[0].others
     return SatWeights(
@@ -88,13 +88,20 @@ def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Deferred]:
     return {name.removeprefix(prefix): deferred(t) for name, t in state.items() if name.startswith(prefix)}
 
 
-def _joined(parts: list[Checkpoint], allow_drift: bool) -> dict[str, Deferred]:
-    first = parts[0].network
-    for rank, part in enumerate(parts):
-        if part.network.keys() != first.keys():
-            odd = sorted(part.network.keys() ^ first.keys())
+def joined(states: Sequence[Mapping[str, Tensor]], allow_drift: bool) -> dict[str, Deferred]:
+    """The whole state dict of all tensor-parallel parts' (in rank order); a single one as it is.
+
+    Raises:
+        PartitionError: parts with different names; when a tensor is made, parts that disagree (see `open_sat`).
+    """
+    first = states[0]
+    if len(states) == 1:
+        return all_deferred(first)
+    for rank, state in enumerate(states):
+        if state.keys() != first.keys():
+            odd = sorted(state.keys() ^ first.keys())
             raise PartitionError(f"part {rank} and part 0 differ in their names: {', '.join(odd[:6])}.")
-    return {name: _join(name, [part.network[name] for part in parts], allow_drift) for name in first}
+    return {name: _join(name, [state[name] for state in states], allow_drift) for name in first}
 
 
 def _join(name: str, pieces: list[Tensor], allow_drift: bool) -> Deferred:
@@ -128,8 +135,7 @@ def open_vae(path: str | Path) -> tuple[dict[str, Deferred], int]:
         WeightsError: unreadable.
         ConvertError: no tensors in it.
     """
-    content = read_checkpoint(path)
-    state = tensors_of(content["state_dict"] if isinstance(content.get("state_dict"), Mapping) else content)
+    state = tensors_of(weights_entry(read_checkpoint(path)))
     kept = {name: deferred(value) for name, value in state.items() if not name.startswith("loss.")}
     if not kept:
         raise ConvertError(f"{path} holds no tensors of an autoencoder.")

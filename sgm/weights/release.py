@@ -156,7 +156,7 @@ def read_parts(path: str | Path) -> list[Checkpoint]:
 
 def _read_part(file: Path, iteration: int | None) -> Checkpoint:
     content = read_checkpoint(file)
-    network, others = _split(tensors_of(_weights_entry(content)), file)
+    network, others = _split(tensors_of(weights_entry(content)), file)
     stored, lora = content.get("iteration"), content.get("lora")
     return Checkpoint(
         [file],
@@ -167,7 +167,8 @@ def _read_part(file: Path, iteration: int | None) -> Checkpoint:
     )
 
 
-def _weights_entry(content: Mapping[str, Any]) -> Mapping[str, Any]:
+def weights_entry(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The mapping of names to tensors inside a checkpoint's content, which may be the content itself."""
     for name in ("module", "state_dict", "model"):
         if isinstance(content.get(name), Mapping):
             return content[name]

@@ -1,0 +1,302 @@
+"""What is this file? A description of weights in any of the layouts around CogVideoX, from headers and names.
+
+Hostile files are safe to look at: nothing is unpickled but tensors and plain values, tensors stay mapped, and values
+are read only for the hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sgm.convert import vae_keys, vae_sizes
+from sgm.convert.dit_keys import NETWORK_PREFIX, NOT_IN_HF, POSITIONS, RULES, sat_plan
+from sgm.convert.dit_sizes import Sizes, sizes_of_sat
+from sgm.convert.hf_folder import shards_of
+from sgm.convert.lazy import Deferred, all_deferred
+from sgm.convert.sat_source import FIRST_STAGE, TEXT_ENCODER, joined
+from sgm.convert.t5_keys import DECODER
+from sgm.modules.transformer.lora_state import lora_spec_of, split_lora
+from sgm.weights.files import WeightsError, WeightsNotFoundError, read_checkpoint, tensors_of
+from sgm.weights.release import locate, weights_entry
+from sgm.weights.save import readable
+
+_BLOCK_BYTES = 1 << 22
+_PEFT = re.compile(r"\.lora_[AB](\.default)?\.weight$")
+_WEIGHT_SUFFIXES = (".pt", ".bin", ".ckpt", ".pth", ".safetensors")
+
+
+@dataclass
+class Found:
+    """One thing in the file: what it is, how large, and what is odd about it."""
+
+    what: str
+    tensors: int
+    values: int
+    dtypes: list[str]
+    facts: list[str] = field(default_factory=list)
+    foreign: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        lines = [f"  {self.what}: {self.tensors} tensors, {self.values:,} values, {', '.join(self.dtypes)}"]
+        lines += [f"    {fact}" for fact in self.facts]
+        lines += [f"    missing ({len(self.missing)}): {_shown(self.missing)}"] if self.missing else []
+        return lines + ([f"    does not belong ({len(self.foreign)}): {_shown(self.foreign)}"] if self.foreign else [])
+
+
+@dataclass
+class Report:
+    """Everything about one file or set of parts."""
+
+    files: list[Path]
+    iteration: int | None
+    found: list[Found]
+    others: list[str]
+    digest: str | None
+
+    def lines(self) -> list[str]:
+        size = readable(sum(file.stat().st_size for file in self.files))
+        lines = [f"{self.files[0]}" + (f" and {len(self.files) - 1} more parts" if len(self.files) > 1 else "")]
+        lines.append(f"  {size}" + ("" if self.iteration is None else f", iteration {self.iteration}"))
+        lines += [line for part in self.found for line in part.lines()]
+        lines += [f"  beside the weights: {', '.join(self.others)}"] if self.others else []
+        return lines + ([f"  sha256 {self.digest}"] if self.digest else [])
+
+
+def inspect(path: str | Path, *, with_hash: bool = True) -> list[Report]:
+    """Describe a file, a SAT checkpoint folder, a release folder or a diffusers folder.
+
+    Raises:
+        WeightsError: nothing there, no weights in it, or a damaged or unsafe file.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise WeightsNotFoundError(f"no file or folder at {path}.")
+    groups = [([path], None)] if path.is_file() else _groups(path)
+    if not groups:
+        raise WeightsError(f"{path} holds no weight files ({', '.join(_WEIGHT_SUFFIXES)}).")
+    return [_report(files, iteration, with_hash) for files, iteration in groups]
+
+
+def _groups(folder: Path, depth: int = 3) -> list[tuple[list[Path], int | None]]:
+    """Weight files in a folder that belong together: parts of ranks, shards of an index, or single files."""
+    if (folder / "latest").is_file() or any(folder.glob("mp_rank_*")):
+        return [locate(folder)]
+    groups: list[tuple[list[Path], int | None]] = []
+    taken: set[Path] = set()
+    for index in sorted(folder.glob("*.index.json")):
+        shards = shards_of(index)[1]
+        groups.append((shards, None))
+        taken |= set(shards)
+    files = sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in _WEIGHT_SUFFIXES and p not in taken)
+    groups += [([file], None) for file in files]
+    inner = [p for p in folder.iterdir() if p.is_dir() and not p.is_symlink() and not p.name.startswith(".")]
+    for place in sorted(inner) if depth > 1 else []:
+        groups += _groups(place, depth - 1)
+    return groups
+
+
+def _report(files: list[Path], iteration: int | None, with_hash: bool) -> Report:
+    contents = [read_checkpoint(file) for file in files]
+    entries = [tensors_of(weights_entry(content)) for content in contents]
+    parts = files[0].name.startswith("mp_rank_") and len(files) > 1
+    state = joined(entries, True) if parts else all_deferred({n: t for entry in entries for n, t in entry.items()})
+    first = contents[0]
+    stored = first.get("iteration")
+    flat = weights_entry(first) is first
+    others = [] if flat else sorted(str(name) for name in first if first[name] is not weights_entry(first))
+    facts = first.get("lora") if isinstance(first.get("lora"), Mapping) else _header(files[0])
+    return Report(
+        files,
+        stored if isinstance(stored, int) else iteration,
+        describe(state, facts or {}),
+        others,
+        _digest(files) if with_hash else None,
+    )
+
+
+def _header(file: Path) -> dict[str, Any]:
+    if file.suffix != ".safetensors":
+        return {}
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as opened:
+        return dict(opened.metadata() or {})
+
+
+def _digest(files: Iterable[Path]) -> str:
+    """SHA-256 over all bytes of the files, in order."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as opened:
+            while block := opened.read(_BLOCK_BYTES):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+# --- kinds -----------------------------------------------------------------------------------------------------------
+
+
+def describe(state: Mapping[str, Deferred], facts: Mapping[str, Any]) -> list[Found]:
+    """What a state dict holds, part by part.
+
+    Args:
+        facts: what the file says of an adapter ("rank", "alpha").
+    """
+    parts = {"network": NETWORK_PREFIX, "text": TEXT_ENCODER, "vae": FIRST_STAGE}
+    groups: dict[str, dict[str, Deferred]] = {name: {} for name in (*parts, "rest")}
+    for name, value in state.items():
+        kind = next((k for k, prefix in parts.items() if name.startswith(prefix)), "rest")
+        groups[kind][name.removeprefix(parts.get(kind, ""))] = value
+    found = _network(groups["network"], facts) if groups["network"] else []
+    found += [_vae(groups["vae"], "VAE")] if groups["vae"] else []
+    found += [_text(groups["text"])] if groups["text"] else []
+    return found + (_bare(groups["rest"], facts, alone=not found) if groups["rest"] else [])
+
+
+def _bare(state: dict[str, Deferred], facts: Mapping[str, Any], alone: bool) -> list[Found]:
+    """A state dict without the engine's prefixes: one of the models in one of the layouts."""
+    names = list(state)
+    if not alone:
+        return [_found("entries of no known part", state, foreign=names)]
+    if any(_PEFT.search(name) for name in names):
+        return [_peft(state, facts)]
+    if any(name.startswith("transformer_blocks.") for name in names):
+        return [_hf_network(state)]
+    if any(name.startswith(("encoder.down_blocks.", "decoder.up_blocks.")) for name in names):
+        return [_hf_vae(state)]
+    if any(name.startswith(("encoder.down.", "decoder.up.")) for name in names):
+        return [_vae(state, "VAE in SAT's layout")]
+    if any(name.startswith(("encoder.block.", "shared.")) for name in names):
+        return [_text(state)]
+    if any(name.startswith(("transformer.layers.", "mixins.")) for name in names):
+        return _network(state, facts)
+    return [_found("unknown tensors", state, foreign=names)]
+
+
+def _network(state: Mapping[str, Deferred], facts: Mapping[str, Any]) -> list[Found]:
+    base, lora = split_lora(state)
+    found = []
+    if base:
+        sizes, problem = _sizes(base)
+        known = set() if sizes is None else {*sizes.sat_shapes(), *NOT_IN_HF, POSITIONS[0]}
+        part = _found("transformer in SAT's layout" if sizes is None else f"{sizes.name} in SAT's layout", base)
+        part.facts = [problem] if sizes is None else _size_facts(sizes)
+        if sizes is not None:
+            part.missing = [name for name in sizes.sat_shapes() if name not in base]
+            part.foreign = [name for name in base if name not in known]
+        found.append(part)
+    if lora:
+        found.append(_lora("LoRA adapter in SAT's layout", lora, facts))
+    return found
+
+
+def _sizes(base: Mapping[str, Deferred]) -> tuple[Sizes | None, str]:
+    try:
+        return sizes_of_sat(base), ""
+    except ValueError as error:
+        return None, str(error)
+
+
+def _size_facts(sizes: Sizes) -> list[str]:
+    facts = [
+        f"width {sizes.width}, {sizes.layers} layers, {sizes.heads} heads, latent channels {sizes.in_channels} in, "
+        f"{sizes.out_channels} out, patch {'x'.join(map(str, sizes.patch))}"
+    ]
+    return facts + ([f"assumed: {sizes.assumed}"] if sizes.assumed else [])
+
+
+def _lora(what: str, matrices: Mapping[str, Any], facts: Mapping[str, Any]) -> Found:
+    part = _found(what, matrices)
+    try:
+        spec = lora_spec_of(matrices, facts)
+    except ValueError as error:
+        part.facts = [str(error)]
+        return part
+    if spec is not None:
+        said = "" if "alpha" in facts else " (SAT's default, the file does not say)"
+        part.facts = [f"rank {spec.rank}, alpha {spec.alpha:g}{said}, on {', '.join(spec.targets)} of "
+                      f"{len(spec.layers)} layers"]  # fmt: skip
+    return part
+
+
+def _peft(state: dict[str, Deferred], facts: Mapping[str, Any]) -> Found:
+    from sgm.convert.lora_keys import lora_hf_to_sat
+
+    part = _found("LoRA adapter in PEFT's layout", state)
+    part.foreign = [name for name in state if not _PEFT.search(name)]
+    try:
+        matrices = lora_hf_to_sat({n: t.make() for n, t in state.items() if n not in part.foreign})
+        rank = next(t.shape[0] for n, t in matrices.items() if ".matrix_A." in n)
+        found = _lora("", matrices, facts if "alpha" in facts else {"alpha": rank})
+        part.facts = [f.replace("in SAT's layout", "") for f in found.facts]
+        part.facts += [] if "alpha" in facts else ["the file states no alpha; PEFT takes alpha = rank"]
+    except ValueError as error:
+        part.facts = [str(error)]
+    return part
+
+
+def _hf_network(state: dict[str, Deferred]) -> Found:
+    known = {module for rule in RULES for module in rule.hf}
+    stems = {name: re.sub(r"(?<=transformer_blocks\.)\d+", "{i}", name.rpartition(".")[0]) for name in state}
+    foreign = [name for name, stem in stems.items() if stem not in known and name != POSITIONS[1]]
+    kept = {name: t for name, t in state.items() if name not in foreign}
+    part = _found("transformer in diffusers' layout", state, foreign=foreign)
+    try:
+        base = sat_plan(kept)
+        sizes = sizes_of_sat(base)
+    except ValueError as error:
+        part.facts = [str(error)]
+        return part
+    part.what, part.facts = f"{sizes.name} in diffusers' layout", _size_facts(sizes)[:1]
+    part.missing = [name for name in sizes.sat_shapes() if name not in base]
+    return part
+
+
+def _hf_vae(state: dict[str, Deferred]) -> Found:
+    try:
+        return _vae(vae_keys.hf_to_sat(state), "VAE in diffusers' layout")
+    except ValueError as error:
+        return _found("VAE in diffusers' layout", state, facts=[str(error)])
+
+
+def _vae(state: Mapping[str, Deferred], what: str) -> Found:
+    try:
+        params = vae_sizes.params_of(state, "it")
+        wanted = vae_sizes.sat_shapes(params)
+    except ValueError as error:
+        return _found(what, state, facts=[str(error)])
+    part = _found(what, state, foreign=[name for name in state if name not in wanted])
+    part.missing = [name for name in wanted if name not in state]
+    part.facts = [f"{params['z_channels']} latent channels, width {params['ch']} x {params['ch_mult']}, "
+                  f"{params['num_res_blocks']} blocks a level"]  # fmt: skip
+    return part
+
+
+def _text(state: Mapping[str, Deferred]) -> Found:
+    part = _found("T5 text encoder", state)
+    shared = next((state[n] for n in ("shared.weight", "encoder.embed_tokens.weight") if n in state), None)
+    layers = {int(m[1]) for name in state if (m := re.match(r"encoder\.block\.(\d+)\.", name))}
+    part.facts = [f"{len(layers)} layers" + ("" if shared is None else f", width {shared.shape[1]}, "
+                  f"vocabulary {shared.shape[0]}")]  # fmt: skip
+    part.facts += ["with its decoder"] if any(name.startswith(DECODER) for name in state) else []
+    part.foreign = [name for name in state if not name.startswith(("encoder.", "shared.", *DECODER))]
+    return part
+
+
+def _found(what: str, state: Mapping[str, Any], **more: Any) -> Found:
+    kinds = sorted({str(t.dtype).removeprefix("torch.") for t in state.values()})
+    return Found(what, len(state), sum(math.prod(t.shape) for t in state.values()), kinds, **more)
+
+
+def _shown(names: list[str], limit: int = 6) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+__all__ = ["Found", "Report", "describe", "inspect"]
