@@ -62,10 +62,10 @@ def train(
     Raises:
         ConfigError, WeightsError, DatasetError, CheckpointError, TrainingStopped: with what to change.
     """
-    args = config.args
     check_model_section(config.model, SATVideoDiffusionEngine)
     config = _with_found_places(config)
-    kind = (args.device or ("cuda" if torch.cuda.is_available() else "cpu")).split(":")[0]
+    args = config.args
+    kind = _device_type(args.device)
     info = distributed.init_distributed(kind)
     if not dry_run:
         _make_what_is_missing(config, info, make_data)
@@ -135,6 +135,20 @@ def _prepare(
         (folder / "training_config.yaml").write_text(config.as_yaml(), encoding="utf-8")
         say(f"run folder {folder}", flush=True)
     return trainer
+
+
+def _device_type(wanted: str | None) -> str:
+    """ "cpu" or "cuda"; raises ConfigError."""
+    if wanted is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted not in ("cpu", "cuda"):
+        raise ConfigError(
+            f"args.device is {wanted!r}; choose cpu or cuda. Each process takes the GPU of its local rank; to use "
+            "another one, set CUDA_VISIBLE_DEVICES."
+        )
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("args.device is cuda, but PyTorch sees no GPU; use --device cpu.")
+    return wanted
 
 
 # --- places -------------------------------------------------------------------------------------------------------

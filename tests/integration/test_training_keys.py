@@ -1,0 +1,155 @@
+"""Every key of a training file reaches the part that it is meant for: runs prepared in this process, up to training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sgm.config import ConfigError, load_run_config
+from sgm.training import trainer as trainer_module
+from sgm.training.faults import SkipGuard, TrainingStopped
+from sgm.training.options import TrainArgs
+from sgm.training.run import train
+from sgm.training.step import StepOutcome
+from sgm.training.trainer import Trainer
+from sgm.weights import WeightsError
+from tests.training_tiny import configuration, write_clips, write_release, write_yaml
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory) -> tuple[Path, Path, Path]:
+    """(release, two clips, one clip)"""
+    root = tmp_path_factory.mktemp("parts")
+    return write_release(root / "release"), write_clips(root / "two", 2), write_clips(root / "one", 1)
+
+
+@pytest.fixture
+def prepared(parts, tmp_path, monkeypatch):
+    """The trainer of a configuration, just before its first iteration."""
+    release, two, _ = parts
+    caught: list[Trainer] = []
+    monkeypatch.setattr(Trainer, "fit", lambda self: caught.append(self) or 0)
+
+    def prepare(*overrides: str, **args) -> Trainer:
+        path = write_yaml(tmp_path / "config.yaml", configuration(release, two, None, **args))
+        assert train(load_run_config([path], TrainArgs, overrides=overrides)) == 0
+        return caught[-1]
+
+    return prepare
+
+
+def test_data_keys(prepared, parts):
+    _, two, one = parts
+    run = prepared(
+        "deepspeed.train_micro_batch_size_per_gpu=2", train_data=[str(two), str(one)], train_data_weights=[1.0, 3.0],
+        data_order="sequential", num_workers=2, prefetch_factor=3, seed=11,
+    )  # fmt: skip
+    sampler, loader = run.loader.sampler, run.loader._build.keywords
+    assert (sampler.sizes, sampler.weights, sampler.order, sampler.seed) == ([2, 1], [1.0, 3.0], "sequential", 11)
+    assert (loader["batch_size"], loader["num_workers"], loader["prefetch_factor"]) == (2, 2, 3)
+    assert torch.initial_seed() == 11
+
+
+def test_evaluation_keys(prepared, parts):
+    _, two, one = parts
+    common = dict(valid_data=[str(one), str(two)], eval_interval=5, only_log_video_latents=True, log_image=True)
+    some = prepared(**common, eval_iters=4, eval_batch_size=2).evaluation
+    assert (some.batches, some.batch_size, some.latents_only, some.log_video) == (4, 2, True, True)
+    assert [len(d) for d in some.datasets] == [1, 2]
+    every = prepared(**common, strict_eval=True).evaluation
+    assert (every.batches, every.batch_size) == (3, 1)  # three clips, one a batch
+
+
+def test_split_is_for_runs_without_validation_data(prepared):
+    held = prepared(eval_interval=5, split="1,1,0")
+    assert held.loader.sampler.sizes == [1] and [len(d) for d in held.evaluation.datasets] == [1]
+    whole = prepared(eval_interval=5, split="1,0,0")
+    assert whole.loader.sampler.sizes == [2] and whole.evaluation is None
+
+
+def test_optimizer_and_schedule_keys(prepared):
+    run = prepared(
+        "deepspeed.optimizer={type: AdamW, params: {lr: 0.02, betas: [0.8, 0.9], eps: '1e-7', weight_decay: 0.5}}",
+        "deepspeed.gradient_accumulation_steps=3", "deepspeed.gradient_clipping=0.7", warmup=0.5, lr_decay_ratio=0.2,
+        lr_decay_style="cosine", lr_decay_iters=40, auto_warmup_steps=7, auto_warmup_rate=0.3, max_skipped_steps=9,
+    )  # fmt: skip
+    asked, optimizer = run.schedule.settings, run.ds_engine.basic_optimizer
+    assert type(optimizer) is torch.optim.AdamW and optimizer.defaults["eps"] == 1e-7
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.5, 0.0]
+    assert (asked.base_lr, asked.total_steps, asked.warmup, asked.style) == (0.02, 40, 0.5, "cosine")
+    assert (asked.decay_ratio, asked.hold_steps, asked.hold_rate) == (0.2, 7, 0.3)
+    assert (run.guard.limit, run.clipping, run.ds_engine.gradient_accumulation_steps()) == (9, 0.7, 3)
+    assert prepared(mode="pretrain", auto_warmup_steps=7).schedule.settings.hold_steps == 0
+
+
+def test_memory_keys(prepared):
+    plain = prepared().ds_engine.module
+    assert not plain.network.transformer.checkpoint_activations
+    lean = prepared(vae_low_memory=True, checkpoint_activations=True).ds_engine.module
+    assert lean.first_stage_model.memory.slice_bytes < plain.first_stage_model.memory.slice_bytes
+    assert lean.network.transformer.checkpoint_activations
+    place = "model.network_config.params.transformer_args.checkpoint_activations=true"
+    assert prepared(place).ds_engine.module.network.transformer.checkpoint_activations
+
+
+def test_force_train_permits_only_what_the_configuration_determines(prepared, parts, tmp_path):
+    release, _, _ = parts  # without the position table, as published
+    with pytest.raises(WeightsError, match="args.force_train: True"):
+        prepared(force_train=False)
+    assert prepared(force_train=True)
+    content = torch.load(release / "transformer" / "1000" / "mp_rank_00_model_states.pt", weights_only=True)
+    del content["module"]["model.diffusion_model.time_embed.0.bias"]
+    torch.save(content, tmp_path / "lacking.pt")
+    with pytest.raises(WeightsError, match="time_embed.0.bias"):
+        prepared(f"args.load={tmp_path / 'lacking.pt'}", force_train=True)
+
+
+def test_pretraining_needs_no_weights(prepared):
+    drawn = prepared("args.load=null", mode="pretrain", seed=5).ds_engine.module.network.state_dict()
+    again = prepared("args.load=null", mode="pretrain", seed=5).ds_engine.module.network.state_dict()
+    assert all(torch.equal(drawn[name], again[name]) for name in drawn)
+
+
+@pytest.mark.parametrize("device", ["cuda:1", "gpu"])
+def test_a_device_is_cpu_or_cuda(prepared, device):
+    with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES"):
+        prepared(device=device)
+
+
+def test_full_memory_names_the_switches_that_help(parts, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(trainer_module, "training_step", full)
+    path = write_yaml(tmp_path / "config.yaml", configuration(parts[0], parts[1], None))
+    with pytest.raises(TrainingStopped, match=r"ran out of memory(.|\n)*offload_optimizer.device=cpu: saves about"):
+        train(load_run_config([path], TrainArgs))
+
+
+# --- what the loop does at which iteration -------------------------------------------------------------------------
+
+
+class Recorder(SimpleNamespace):
+    """Stands for log, saver and evaluation; `calls` lists what happened."""
+
+    def __getattr__(self, name):
+        return lambda *values, **named: self.calls.append((name, values, named)) or 0.5
+
+
+def test_intervals(monkeypatch):
+    monkeypatch.setattr(trainer_module, "training_step", lambda *_: StepOutcome(1.0, 1.0, True))
+    log, saver, evaluation = Recorder(calls=[], interval=Recorder(calls=[])), Recorder(calls=[]), Recorder(calls=[])
+    engine = SimpleNamespace(train=lambda: None, device=torch.device("cpu"), fp16_enabled=lambda: False)
+    loader = SimpleNamespace(state_dict=lambda: {"epoch": 0, "position": 0}, sampler=SimpleNamespace(length=1))
+    args = TrainArgs(
+        train_data=["x"], load="x", train_iters=9, log_interval=2, save_interval=3, eval_interval=4, exit_interval=7
+    )
+    schedule = SimpleNamespace(current=0.1, step=lambda: None)
+    run = Trainer(engine, loader, schedule, args, log, SkipGuard(3), saver=saver, evaluation=evaluation)
+    assert run.fit() == 0
+    assert [values[0] for name, values, _ in log.calls if name == "train"] == [2, 4, 6]
+    assert [values[1] for _, values, _ in evaluation.calls] == [4]
+    assert len(saver.calls) == 3 and run._saved == run.iteration == 7  # 3, 6, and where it stopped
