@@ -11,7 +11,7 @@ import queue
 import time
 import traceback
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from multiprocessing.sharedctypes import RawArray
 
@@ -59,7 +59,7 @@ def make_batch(index: int, shape: BatchShape, seed: int, withheld: Withheld) -> 
     for k in range(shape.pieces):
         if k % each == 0:
             spec = sample_spec(rng, *CLIP, withheld=withheld)
-            clip = _recoloured(render_clip(spec), rng)
+            clip = _recoloured(_filled(render_clip(spec), rng, withheld), rng)
         batch[k] = cut_piece(clip, shape, rng)
     return batch
 
@@ -79,6 +79,18 @@ def cut_piece(clip: np.ndarray, shape: BatchShape, rng: np.random.Generator) -> 
 def _activity(piece: np.ndarray) -> int:
     middle, last = piece[len(piece) // 2], piece[-1]
     return int(np.count_nonzero(middle != piece[0]) + np.count_nonzero(last != piece[0]))
+
+
+def _filled(clip: np.ndarray, rng: np.random.Generator, withheld: Withheld) -> np.ndarray:
+    """One clip in eight with a textured shape in it: a codec should not know plain fills only."""
+    if rng.random() >= 0.125:
+        return clip
+    window, texture = (sample_spec(rng, *CLIP, two=0, withheld=withheld) for _ in range(2))
+    shown = render_clip(replace(window, pattern="plain", background="black", second="")).max(axis=-1, keepdims=True)
+    alpha = np.clip((shown.astype(np.float32) - 24) / 136, 0, 1)  # no colour is darker than 160, black is 18
+    still = render_clip(replace(texture, frames=1))[0, ::4, ::4]  # a quarter as large, so that it is fine
+    paint = np.tile(still, (4, 4, 1))[: CLIP[1], : CLIP[2]].astype(np.float32)
+    return (clip + alpha * (paint - clip) + 0.5).astype(np.uint8)
 
 
 def _recoloured(clip: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -132,6 +144,11 @@ class ClipFeed:
         """Batches that may still be asked for before one is taken."""
         return self._limit - len(self._asked)
 
+    @property
+    def pending(self) -> int:
+        """Batches that were asked for and not taken."""
+        return len(self._asked)
+
     def ask(self, shape: BatchShape) -> None:
         """Order the next batch. Raises FeedError where there is no room, or the batch is too large for a slot."""
         if not self.room:
@@ -160,6 +177,8 @@ class ClipFeed:
 
     def close(self) -> None:
         """End the workers."""
+        if self._workers:
+            self._tasks.cancel_join_thread()  # nobody will read what is still in it
         for worker in self._workers:
             worker.terminate()
         for worker in self._workers:

@@ -120,7 +120,10 @@ def _steps(x: Tensor) -> Tensor:
 
 
 def border_ratio(steps: np.ndarray, latent_frames: int) -> float:
-    """Mean frame difference at chunk borders over the median elsewhere, of steps (clips, f - 1) averaged over clips."""
+    """Mean frame difference at chunk borders over the median elsewhere, of steps (clips, f - 1) averaged over clips.
+
+    `latent_frames` is at least 5: fewer are one chunk.
+    """
     frames_before = [4 * start - 3 for start, _ in chunk_bounds(latent_frames)[1:]]
     at_border = np.zeros(steps.shape[1], bool)
     at_border[[frames - 1 for frames in frames_before]] = True
@@ -133,7 +136,7 @@ def report(scores: Sequence[ClipScore], latents: LatentStatistics, scale: float)
     made, source, error = (
         np.array([getattr(score, name) for score in scores]) for name in ("made_steps", "source_steps", "error_steps")
     )
-    t = (made.shape[1] + 1 - 1) // 4 + 1
+    t = made.shape[1] // 4 + 1
     psnr = [score.psnr for score in scores]
     return {
         "clips": len(scores),

@@ -166,7 +166,10 @@ def training_pass(vae: VideoAutoencoder, x: Tensor, settings: Settings) -> dict[
 
 
 class Averages:
-    """An exponential mean of a model's parameters, which follows quickly at first."""
+    """A mean of a model's parameters over about the last twentieth of the steps (at most 1 / (1 - decay) steps).
+
+    The power function's average of Karras et al. 2023 (EDM2), which needs no length of the run in advance.
+    """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay, self.count = decay, 0
@@ -175,7 +178,7 @@ class Averages:
 
     def update(self) -> None:
         self.count += 1
-        decay = min(self.decay, (1 + self.count) / (10 + self.count))
+        decay = min(self.decay, (1 - 1 / self.count) ** 17)
         torch._foreach_lerp_(self.values, [p.detach() for p in self.source], 1 - decay)
 
     def copy_to(self, model: nn.Module) -> None:
@@ -227,7 +230,7 @@ def named_values(vae: nn.Module, averages: Averages) -> dict[str, Tensor]:
 def _next_batch(feed: ClipFeed, clock: _Clock, settings: Settings) -> np.ndarray:
     """The next batch, with as many as there is room for ordered after it."""
     while feed.room:
-        feed.ask(phase_at(clock.part, settings.phases).batch)
+        feed.ask(phase_at(clock.part_after(feed.pending), settings.phases).batch)
     return feed.take()
 
 
@@ -254,6 +257,12 @@ class _Clock:
         if self.settings.steps is not None:
             return min(1.0, self.steps / self.settings.steps)
         return min(1.0, self.seconds / self.settings.seconds)
+
+    def part_after(self, steps: int) -> float:
+        """`part` when `steps` more have been done, as far as one can tell."""
+        if self.settings.steps is not None:
+            return min(1.0, (self.steps + steps) / self.settings.steps)
+        return min(1.0, self.part * (1 + steps / max(self.steps, 1)))
 
     @property
     def over(self) -> bool:

@@ -141,6 +141,8 @@ def pool_frames(x: Tensor) -> Tensor:
 
 def double_frames(x: Tensor) -> Tensor:
     """Each frame of x (b, c, t, h, w) twice, but the first one once where t is odd: as `doubled_frames` says."""
+    if x.shape[2] == 1:
+        return x
     kept, rest = x[:, :, : x.shape[2] % 2], x[:, :, x.shape[2] % 2 :]
     # by broadcasting, whose gradient is a plain sum where that of an index scatters
     if x.is_contiguous(memory_format=torch.channels_last_3d):
