@@ -17,10 +17,12 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.utils.data import Subset
 
 from sgm import distributed
 from sgm.config import ConfigError, RunConfig, check_model_section
 from sgm.data.loader import create_loader
+from sgm.data.report import first_reasons
 from sgm.distributed import DistInfo
 from sgm.inference.plan import text_encoder_is_local
 from sgm.inference.preflight import check_paths, found_path, lies_in_demo, placeholders_in, with_found_paths
@@ -115,6 +117,8 @@ def _prepare(
 
     reports = folder or Path(from_first(lambda: stack.enter_context(_temporary_folder())))
     train_sets, valid_sets = _datasets(config, reports)
+    for line in left_out([*train_sets, *valid_sets]):
+        say(line, flush=True)
     loader = stack.enter_context(_loader(config.args, plan, train_sets))
     config = _with_epochs(config, plan, sum(map(len, train_sets)))  # type: ignore[arg-type]
     args = config.args
@@ -262,6 +266,20 @@ def _datasets(config: RunConfig[TrainArgs], reports: Path) -> tuple[list[Any], l
     if args.valid_data:
         return train_sets, build_datasets(config.data, args.valid_data, reports, "valid_data")
     return split_validation(train_sets, args.split, args.seed)
+
+
+def left_out(datasets: list[Any]) -> list[str]:
+    """A warning for each data set that cannot use all videos of its folder."""
+    lines = []
+    for dataset in datasets:
+        whole = dataset.dataset if isinstance(dataset, Subset) else dataset
+        rejected = whole.report.rejected if hasattr(whole, "report") else []
+        if rejected:
+            lines.append(
+                f"warning: {whole.data_dir}: {len(rejected)} of {len(rejected) + len(whole)} videos are left out, all "
+                f"named in {whole.report_path} (first: {first_reasons(rejected, 1)})"
+            )
+    return list(dict.fromkeys(lines))
 
 
 def _loader(args: TrainArgs, plan: DeepSpeedPlan, datasets: list[Any]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -33,8 +34,8 @@ def prepared(parts, tmp_path, monkeypatch):
     caught: list[Trainer] = []
     monkeypatch.setattr(Trainer, "fit", lambda self: caught.append(self) or 0)
 
-    def prepare(*overrides: str, **args) -> Trainer:
-        path = write_yaml(tmp_path / "config.yaml", configuration(release, two, None, **args))
+    def prepare(*overrides: str, **args: Any) -> Trainer:
+        path = write_yaml(tmp_path / "config.yaml", configuration(release, two, args.pop("save", None), **args))
         assert train(load_run_config([path], TrainArgs, overrides=overrides)) == 0
         return caught[-1]
 
@@ -51,6 +52,17 @@ def test_data_keys(prepared, parts):
     assert (sampler.sizes, sampler.weights, sampler.order, sampler.seed) == ([2, 1], [1.0, 3.0], "sequential", 11)
     assert (loader["batch_size"], loader["num_workers"], loader["prefetch_factor"]) == (2, 2, 3)
     assert torch.initial_seed() == 11
+
+
+def test_videos_left_out_are_counted_and_named(prepared, tmp_path, capsys):
+    folder = write_clips(tmp_path / "clips", 2)
+    (folder / "videos" / "broken.mp4").write_bytes(b"no video")
+    (folder / "labels" / "1.txt").unlink()
+    prepared(train_data=[str(folder)], save=str(tmp_path / "save"))
+    (report,) = (tmp_path / "save").glob("tiny-*/train_data_0.jsonl")
+    shown = capsys.readouterr().out
+    assert f"warning: {folder}: 2 of 3 videos are left out, all named in {report}" in shown
+    assert "broken.mp4" in report.read_text() and "1.mp4" in report.read_text()
 
 
 def test_evaluation_keys(prepared, parts):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
+import yaml
 
 import train_video
 from sgm.config import load_run_config, merge_yaml
@@ -15,6 +16,7 @@ from sgm.training.options import TrainArgs, training_advice, trains_lora
 from sgm.weights.release import locate, newest_run
 from tests.conftest import REPO
 from tools.demo import clips
+from tools.demo.sync_configs import synced
 
 INFER = REPO / "configs" / "demo_infer.yaml"
 LORA, SFT = REPO / "configs" / "demo_lora.yaml", REPO / "configs" / "demo_sft.yaml"
@@ -27,8 +29,20 @@ def test_model_section_is_the_sampling_demos(path):
         assert found["model"].pop("not_trainable_prefixes") == ["all"]
         lora = found["model"]["network_config"]["params"]["modules"].pop("lora_config")
         assert lora["target"] == "sat.model.finetune.lora2.LoraMixin"
-    assert found["model"] == expected["model"]
+    assert found["model"] == expected["model"], "run python tools/demo/sync_configs.py"
     assert found["args"]["load"] == expected["args"]["load"]
+
+
+@pytest.mark.parametrize("path", [LORA, SFT], ids=lambda p: p.stem)
+def test_syncing_follows_the_sampling_demo(path):
+    own, infer = path.read_text(), INFER.read_text()
+    assert synced(own, infer) == own
+    changed = infer.replace("max_sequence_length: 64", "max_sequence_length: 65").replace("  load: ", "  load: elsewhere/")
+    found, expected = yaml.safe_load(synced(own, changed)), yaml.safe_load(own)
+    assert found["args"].pop("load") == "elsewhere/" + expected["args"].pop("load")
+    trunk = [content["model"]["network_config"]["params"]["transformer_args"] for content in (found, expected)]
+    assert [part.pop("max_sequence_length") for part in trunk] == [65, 64]
+    assert found == expected  # the adapter with them
 
 
 @pytest.mark.parametrize("path", [LORA, SFT], ids=lambda p: p.stem)
