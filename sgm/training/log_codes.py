@@ -17,6 +17,7 @@ from torch import Tensor
 
 BLOCK = 256
 MOST_BLOCKS = 1 << 14  # of one call of `encode`
+BYTES_A_MOMENT = 1 + 2 / BLOCK  # a code a value, a top a block
 PER_OCTAVE = 8
 STEP = 2.0 ** (1 / PER_OCTAVE)
 SMALLEST = 2.0**-100  # anything below counts as this (unsigned) or as 0 (signed)

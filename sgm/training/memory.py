@@ -1,7 +1,7 @@
 """How much memory training will take, before it starts: estimated from parameter counts and the clip's size.
 
-Weights, optimizer and gradients are exact; activations are a model of the layers' intermediate tensors, meant to be
-right within about a quarter.
+Weights, gradients and optimizer state are counted exactly; activations from what a layer keeps for its backward pass
+(measured in the tests); the first stage from its widest feature map, which is right within about a quarter.
 """
 
 from __future__ import annotations
@@ -11,11 +11,15 @@ from pathlib import Path
 
 import torch
 
+from sgm.training.log_codes import BYTES_A_MOMENT
+
 GIB = 2**30
+EIGHT_BIT_MOMENTS = 2 * BYTES_A_MOMENT
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
-# Tensors of (tokens, width) that one layer keeps for its backward pass: norms, q k v with their norms, attention
-# output, MLP (two of four times the width), modulated copies and residuals.
-KEPT_PER_LAYER = 24
+# Tensors of (tokens, width) that one layer keeps for its backward pass: where all of it learns, and where only an
+# adapter does (frozen linears need no inputs); and what a backward pass has in hand besides.
+KEPT_PER_LAYER, KEPT_WITH_ADAPTER = 22.2, 14.5
+BACKWARD_TENSORS = 9
 # Copies of the widest feature map that are alive together while the first stage encodes; in its low-memory form.
 VAE_LIVE_MAPS, VAE_LOW_MEMORY_MAPS = 4.0, 2.5
 
@@ -26,14 +30,16 @@ class MemoryNeeds:
 
     Attributes:
         trained, frozen: values of the network that learn, and all others of the three parts.
+        encoder_values: of `frozen`, those of VAE and text encoder, which a run from a cache does not load.
         tokens: sequence length of one clip, text included.
         width, layers: of the transformer.
         vae_values: values of the widest feature map while one clip is encoded; 0 where no VAE runs.
         micro_batch: clips at a time.
         ranks: data-parallel ranks.
         stage: ZeRO stage; `offload`: masters and optimizer state in CPU memory.
-        optimizer_values: float32 values a trained value has in the optimizer (moments, averaged weights).
-        checkpointing: activations are recomputed.
+        moment_bytes: of a trained value's moments in the optimizer. ema: it also has an average, in float32.
+        checkpointing: activations are recomputed: False, True, or "selective" (all but attention products).
+        bucket: values of DeepSpeed's buffers for reducing gradients.
     """
 
     trained: int
@@ -47,9 +53,14 @@ class MemoryNeeds:
     ranks: int
     stage: int
     offload: bool
-    optimizer_values: int
-    checkpointing: bool
+    moment_bytes: float
+    ema: bool
+    checkpointing: bool | str
     vae_low_memory: bool = False
+    encoder_values: int = 0
+    bucket: int = 0
+
+    # --- what stays ---------------------------------------------------------------------------------------------------
 
     @property
     def weights(self) -> int:
@@ -57,67 +68,119 @@ class MemoryNeeds:
         return (self.trained + self.frozen) * BYTES[self.dtype] // share
 
     @property
-    def gradients(self) -> int:
-        """Kept gradients, and a float32 copy for the update."""
-        share = self.ranks if self.stage >= 2 else 1
-        update = 0 if self.offload else self.trained * 4 // (self.ranks if self.stage >= 1 else 1)
-        return self.trained * BYTES[self.dtype] // share + update
-
-    @property
     def optimizer_state(self) -> int:
         """Masters and the optimizer's own tensors, wherever they lie."""
-        share = self.ranks if self.stage >= 1 else 1
         has_masters = self.stage >= 1 or self.dtype != "fp32"
-        return self.trained * 4 * (self.optimizer_values + has_masters) // share
+        return int(self.trained * (self.moment_bytes + 4 * self.ema + 4 * has_masters)) // self._update_share
+
+    @property
+    def _resident(self) -> int:
+        return self.weights + (0 if self.offload else self.optimizer_state)
+
+    @property
+    def _update_share(self) -> int:
+        return self.ranks if self.stage >= 1 else 1
+
+    # --- what comes and goes ------------------------------------------------------------------------------------------
+
+    @property
+    def gradients(self) -> int:
+        """Kept gradients at the end of a backward pass. Offloaded ones leave the device bucket by bucket."""
+        share = self.ranks if self.stage >= 2 else 1
+        kept = 0 if self.offload and self.stage >= 2 else self.trained * BYTES[self.dtype] // share
+        return kept + self.bucket * BYTES[self.dtype]
+
+    @property
+    def update(self) -> int:
+        """What an update has beside weights and state: gradients, and their copies as one float32 tensor."""
+        if self.offload or (self.stage == 0 and self.dtype == "fp32"):
+            return self.gradients
+        flat = self.trained * (BYTES[self.dtype] + 4) // self._update_share
+        return self.gradients + flat
 
     @property
     def activations(self) -> int:
-        """The larger of a network pass and the first stage's encoding, which do not overlap."""
+        """At the start of the network's backward pass, when all layers' are there."""
         sequence = self.tokens * self.width * BYTES[self.dtype] * self.micro_batch
-        layers_kept = 1 if self.checkpointing else self.layers
-        network = sequence * KEPT_PER_LAYER * layers_kept + (sequence * self.layers if self.checkpointing else 0)
+        in_layer = KEPT_WITH_ADAPTER if self.trains_adapter else KEPT_PER_LAYER
+        between = {False: in_layer, True: 1, "selective": 2}[self.checkpointing] * self.layers
+        return int(sequence * (between + in_layer * bool(self.checkpointing) + BACKWARD_TENSORS))
+
+    @property
+    def encoding(self) -> int:
+        """While the first stage encodes."""
         maps = VAE_LOW_MEMORY_MAPS if self.vae_low_memory else VAE_LIVE_MAPS
-        encoding = int(maps * self.vae_values) * BYTES[self.dtype] * self.micro_batch
-        return max(network, encoding)
+        return int(maps * self.vae_values) * BYTES[self.dtype] * self.micro_batch
+
+    @property
+    def trains_adapter(self) -> bool:
+        return self.trained * 5 < self.frozen - self.encoder_values
+
+    # --- sums ---------------------------------------------------------------------------------------------------------
 
     @property
     def total(self) -> int:
-        """Bytes on the device."""
-        return self.weights + self.gradients + self.activations + (0 if self.offload else self.optimizer_state)
+        """Most bytes on the device: while encoding, in the backward pass, or in the update, whichever needs most."""
+        return self._resident + max(self.encoding, self.gradients + self.activations, self.update)
 
-    def switches(self) -> list[tuple[str, int]]:
-        """What would lower the need, with the bytes it saves here, largest first."""
-        variants = {
-            "--set model.network_config.params.transformer_args.checkpoint_activations=true": replace(
-                self, checkpointing=True
-            ),
-            "--set deepspeed.zero_optimization.offload_optimizer.device=cpu": replace(
-                self, offload=True, stage=max(1, self.stage)
-            ),
+    @property
+    def on_cpu(self) -> int:
+        """Bytes of CPU memory that the offloaded optimizer takes: state, float32 gradients, weights on their way."""
+        if not self.offload:
+            return 0
+        return self.optimizer_state + self.trained * (4 + BYTES[self.dtype]) // self._update_share
+
+    def cached(self) -> MemoryNeeds:
+        """The same run on cached latents and embeddings."""
+        return replace(self, vae_values=0, frozen=self.frozen - self.encoder_values, encoder_values=0)
+
+    def variants(self) -> dict[str, MemoryNeeds]:
+        """The same run with one thing changed, by how to change it."""
+        offload = "--set deepspeed.zero_optimization.offload_optimizer.device=cpu"
+        found = {
+            "--set args.checkpoint_activations=true": replace(self, checkpointing=True),
+            "--set args.checkpoint_activations=selective": replace(self, checkpointing="selective"),
+            offload: replace(self, offload=True, stage=max(1, self.stage)),
             "--set deepspeed.zero_optimization.stage=3": replace(self, stage=3),
+            "--set deepspeed.zero_optimization.reduce_bucket_size=20000000": replace(
+                self, bucket=min(self.bucket, 40_000_000)
+            ),
+            "--set deepspeed.optimizer.params.ema=false": replace(self, ema=False),
+            "--set deepspeed.optimizer.type=AdamW8bit": replace(
+                self, moment_bytes=min(self.moment_bytes, EIGHT_BIT_MOMENTS), ema=False
+            ),
             "--set args.vae_low_memory=true": replace(self, vae_low_memory=True),
+            "--set args.cache_dir=FOLDER": self.cached(),
             "--set deepspeed.train_micro_batch_size_per_gpu=1": replace(self, micro_batch=1),
             "LoRA instead of full fine-tuning (see the comments in configs/cogvideox_2b_sft.yaml)": replace(
-                self, trained=min(self.trained, self.trained // 25), frozen=self.frozen + self.trained
+                self, trained=self.trained // 25, frozen=self.frozen + self.trained
             ),
             "half the frames (--set data.params.max_num_frames=25)": replace(
                 self, tokens=self.tokens * 25 // 49, vae_values=self.vae_values * 25 // 49
             ),
         }
-        if self.trained * 5 < self.frozen:
-            variants = {k: v for k, v in variants.items() if not k.startswith("LoRA")}
-        return sorted(((name, self.total - v.total) for name, v in variants.items()), key=lambda item: -item[1])
+        if self.trains_adapter:
+            found = {how: needs for how, needs in found.items() if not how.startswith("LoRA")}
+        return found
+
+    def switches(self) -> list[tuple[str, int]]:
+        """What would lower the need, with the bytes it saves here, largest first."""
+        return sorted(((how, self.total - v.total) for how, v in self.variants().items()), key=lambda item: -item[1])
 
     def report(self, free: int | None) -> list[str]:
         """Lines for the log: the estimate by part, next to what is free."""
         parts = {
             "weights": self.weights,
             "gradients": self.gradients,
+            "update": self.update,
             "optimizer" + (" (CPU)" if self.offload else ""): self.optimizer_state,
             "activations": self.activations,
+            "VAE": self.encoding,
         }
-        listed = ", ".join(f"{name} {gib(size)}" for name, size in parts.items())
-        lines = [f"memory estimate: {gib(self.total)} a rank ({listed})" + (f"; free: {gib(free)}" if free else "")]
+        listed = ", ".join(f"{name} {gib(size)}" for name, size in parts.items() if size)
+        cpu = f" and {gib(self.on_cpu)} of CPU memory" if self.offload else ""
+        beside = f"; free: {gib(free)}" if free else ""
+        lines = [f"memory estimate: {gib(self.total)}{cpu} a rank ({listed}){beside}"]
         if free and self.total > free:
             helpful = [f"{name} (about -{gib(saved)})" for name, saved in self.switches() if saved > 0]
             lines.append("warning: that is more than what is free; what helps: " + "; ".join(helpful[:4]))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sgm.training.adam8bit import AdamW8bit
 from sgm.training.averaging import EMA_LIMIT, ShadowSettings, ema_decay
-from sgm.training.log_codes import BLOCK
+from sgm.training.log_codes import BYTES_A_MOMENT
 from sgm.training.partitions import (
     ema_state,
     ema_weights,
@@ -192,15 +192,13 @@ class OptimizerSpec:
         return any(self.target is kind and self.params.get("ema", usual) for kind, usual in kinds.items())
 
     @property
-    def state_bytes(self) -> float:
-        """Bytes of state that a trained value has in the optimizer, without its float32 master."""
+    def moment_bytes(self) -> float:
+        """Bytes of a trained value's moments."""
         if self.target is AdamW8bit:
-            moments = 2 * (1 + 2 / BLOCK)
-        elif self.target is torch.optim.SGD:
-            moments = 4.0 if self.params.get("momentum") else 0.0
-        else:
-            moments = 8.0
-        return moments + 4.0 * self.keeps_ema
+            return 2 * BYTES_A_MOMENT
+        if self.target is torch.optim.SGD:
+            return 4.0 if self.params.get("momentum") else 0.0
+        return 8.0
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """The optimizer over parameter groups; their `lr` stays as the groups say.

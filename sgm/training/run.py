@@ -24,7 +24,6 @@ from sgm.config import ConfigError, RunConfig, check_model_section
 from sgm.data.loader import create_loader
 from sgm.data.report import first_reasons
 from sgm.distributed import DistInfo
-from sgm.inference.plan import text_encoder_is_local
 from sgm.inference.preflight import check_paths, found_path, lies_in_demo, placeholders_in, with_found_paths
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.training.checkpoint import find_resume, resume_hash
@@ -42,9 +41,8 @@ from sgm.training.setup import (
     checkpointing_mode,
     load_engine,
     memory_needs,
-    meta_engine,
+    planned_needs,
     split_validation,
-    training_model_section,
 )
 from sgm.training.timing import PhaseClock, phases_of_step
 from sgm.training.trainer import Trainer
@@ -351,22 +349,13 @@ def _activation_note(config: RunConfig[TrainArgs]) -> list[str]:
 def _dry_run(config: RunConfig[TrainArgs], plan: DeepSpeedPlan, info: DistInfo, say: Callable[..., None]) -> int:
     args = config.args
     say(config.as_yaml())
-    model = training_model_section(config.model, args)
-    if not text_encoder_is_local(model):
-        say("note: the text encoder is not on this machine yet: the estimate below leaves it out")
-        model["conditioner_config"] = None
-    engine = meta_engine(model, plan.dtype)
-    if engine.network.has_lora_config:
-        with torch.device("meta"):
-            engine.network.attach_lora()
-    engine.freeze_untrained()
     ranks = distributed.data_parallel_world_size()
     batch = plan.micro_batch * plan.accumulation * ranks
     extent = f"{args.epochs} epochs" if args.epochs else f"{args.train_iters} iterations"
     say(f"plan: {extent} of {batch} clips ({plan.micro_batch} x {plan.accumulation} accumulation x {ranks} ranks) on "
         f"{info.device}, {plan.dtype}, ZeRO {plan.stage}{' with CPU offload' if plan.offload else ''}, optimizer "
         f"{plan.optimizer.name} at {plan.optimizer.lr:g}")  # fmt: skip
-    say("\n".join(memory_needs(engine, config, plan, ranks).report(free_memory(info.device))))
+    say("\n".join(planned_needs(config, plan, ranks).report(free_memory(info.device))))
     return 0
 
 

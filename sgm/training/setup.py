@@ -5,22 +5,27 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.utils.data import Dataset, Subset
 
 from sgm.config import ConfigError, RunConfig
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.models.loading import LoadedNetwork, load_first_stage, load_network, load_text_encoder
+from sgm.modules.encoders import t5_files
+from sgm.modules.encoders.modules import FrozenT5Embedder
 from sgm.modules.ops.recompute import MODES, stronger_mode
 from sgm.training.deepspeed_setup import DeepSpeedPlan
 from sgm.training.memory import MemoryNeeds
-from sgm.training.optimizer import FusedEmaAdam
 from sgm.training.options import TrainArgs, split_shares
 from sgm.util import check_params, get_obj_from_str, instantiate_from_config, split_config
+
+T5_XXL, T5_XXL_VALUES = "google/t5-v1_1-xxl", 4_762_310_656
 
 # --- the engine ---------------------------------------------------------------------------------------------------
 
@@ -165,16 +170,41 @@ def memory_needs(
         tokens=network.mixins.pos_embed.text_length + grid.tokens,
         width=network.hidden_size,
         layers=network.num_layers,
-        vae_values=_widest_map(config.model, frames, height, width),
+        vae_values=_widest_map(engine, config.model, frames, height, width),
         vae_low_memory=config.args.vae_low_memory,
         micro_batch=plan.micro_batch,
         dtype=plan.dtype,
         ranks=data_parallel_size,
         stage=plan.stage,
         offload=plan.offload,
-        optimizer_values=_state_values(plan),
+        moment_bytes=plan.optimizer.moment_bytes,
+        ema=plan.optimizer.keeps_ema,
+        encoder_values=_values(engine.first_stage_model) + _values(engine.conditioner),
+        bucket=_bucket_values(plan, trained),
         checkpointing=network.transformer.checkpoint_activations,
     )
+
+
+def planned_needs(config: RunConfig[TrainArgs], plan: DeepSpeedPlan, data_parallel_size: int) -> MemoryNeeds:
+    """`memory_needs` before anything is loaded. A text encoder whose files are not here counts as T5 XXL."""
+    model = training_model_section(config.model, config.args)
+    absent = 0 if _text_encoder_is_here(model) else T5_XXL_VALUES
+    if absent:
+        model["conditioner_config"] = None
+    engine = meta_engine(model, plan.dtype)
+    if engine.network.has_lora_config:
+        with torch.device("meta"):
+            engine.network.attach_lora()
+    engine.freeze_untrained()
+    needs = memory_needs(engine, config, plan, data_parallel_size)
+    return replace(needs, frozen=needs.frozen + absent, encoder_values=needs.encoder_values + absent)
+
+
+def _text_encoder_is_here(model: Mapping[str, Any]) -> bool:
+    embedders = ((model.get("conditioner_config") or {}).get("params") or {}).get("emb_models") or []
+    texts = [e for e in embedders if issubclass(get_obj_from_str(e["target"]), FrozenT5Embedder)]
+    params = [{"model_dir": T5_XXL, **(e.get("params") or {})} for e in texts]
+    return all(t5_files.is_local(str(p["model_dir"]), p.get("cache_dir")) for p in params)
 
 
 def _clip_size(config: RunConfig[TrainArgs]) -> tuple[int, int, int]:
@@ -185,19 +215,26 @@ def _clip_size(config: RunConfig[TrainArgs]) -> tuple[int, int, int]:
     return int(params.get("max_num_frames") or network["num_frames"]), int(height), int(width)
 
 
-def _widest_map(model: Mapping[str, Any], frames: int, height: int, width: int) -> int:
+def _widest_map(
+    engine: SATVideoDiffusionEngine, model: Mapping[str, Any], frames: int, height: int, width: int
+) -> int:
     """Values of the first stage's largest feature map: its first level at full resolution."""
-    stage = model.get("first_stage_config")
-    if not stage or model.get("latent_input"):
+    if not hasattr(engine.first_stage_model, "encoder") or model.get("latent_input"):
         return 0
-    channels = stage["params"]["encoder_config"]["params"]["ch"]
+    channels = model["first_stage_config"]["params"]["encoder_config"]["params"]["ch"]
     return int(channels) * frames * height * width
 
 
-def _state_values(plan: DeepSpeedPlan) -> int:
-    target = plan.optimizer.target
-    if target is not None and issubclass(target, FusedEmaAdam):
-        return 3
-    if target is torch.optim.SGD:
-        return 1 if plan.optimizer.params.get("momentum") else 0
-    return 2
+def _values(part: nn.Module | None) -> int:
+    return sum(p.numel() for p in part.parameters()) if part is not None else 0
+
+
+def _bucket_values(plan: DeepSpeedPlan, trained: int) -> int:
+    """Values in the buffers through which ZeRO 1 and 2 reduce gradients; DeepSpeed's defaults where nothing is said."""
+    if plan.stage not in (1, 2):
+        return 0
+    zero = plan.config["zero_optimization"]
+    size = int(zero.get("reduce_bucket_size", 5e8))
+    if not plan.offload and not zero.get("contiguous_gradients", True):
+        return min(size, trained)  # a flat copy of a bucket's gradients; else buffers of full size, whatever is trained
+    return size * (2 if zero.get("overlap_comm") else 1)

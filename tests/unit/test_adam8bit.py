@@ -126,7 +126,7 @@ def test_state_is_as_small_as_the_estimate_says():
     optimizer = spec.build([{"params": [p]}])
     optimizer.step()
     held = sum(v.numel() * v.element_size() for v in optimizer.state[p].values() if torch.is_tensor(v))
-    assert held == spec.state_bytes * p.numel() and spec.state_bytes < 2.1 and not spec.keeps_ema
+    assert held == spec.moment_bytes * p.numel() and spec.moment_bytes < 2.1 and not spec.keeps_ema
 
 
 def test_without_an_average_fused_ema_adam_is_adamw():
@@ -136,9 +136,9 @@ def test_without_an_average_fused_ema_adam_is_adamw():
     optimizer = spec.build([{"params": list(model.parameters())}])
     train(model, optimizer, x, y, 3)
     assert all(set(state) == {"step", "exp_avg", "exp_avg_sq"} for state in optimizer.state.values())
-    assert spec.state_bytes == 8 and not spec.keeps_ema
+    assert spec.moment_bytes == 8 and not spec.keeps_ema
     usual = OptimizerSpec.parse({"type": "sat.ops.FusedEmaAdam", "params": {"lr": 1e-2}})
-    assert usual.state_bytes == 12 and usual.keeps_ema and usual.target is FusedEmaAdam
+    assert usual.moment_bytes == 8 and usual.keeps_ema and usual.target is FusedEmaAdam
 
 
 def test_wrong_settings_are_refused():

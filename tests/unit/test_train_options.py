@@ -1,4 +1,4 @@
-"""Options of training, the `deepspeed:` section, advice, memory estimate."""
+"""Options of training, the `deepspeed:` section, advice."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import pytest
 
 from sgm.config import ConfigError, load_run_config
 from sgm.training.deepspeed_setup import plan_deepspeed
-from sgm.training.faults import SkipGuard, TrainingStopped, out_of_memory_advice
-from sgm.training.memory import MemoryNeeds
+from sgm.training.faults import SkipGuard, TrainingStopped
 from sgm.training.options import TrainArgs, sensible_rates, split_shares, training_advice
 from tests.conftest import REPO
 
@@ -171,34 +170,3 @@ def test_skips_in_a_row_end_a_run_with_a_reason():
     with pytest.raises(TrainingStopped, match=r"3 steps in a row(.|\n)*deepspeed.bf16.enabled=true"):
         guard.skipped("the gradient is not finite", 6, "fp16")
     assert guard.total == 5
-
-
-def needs(**changes) -> MemoryNeeds:
-    base = dict(
-        trained=1_693_783_872, frozen=5_000_000_000, tokens=17_776, width=1920, layers=30,
-        vae_values=128 * 49 * 480 * 720, micro_batch=1, dtype="fp16", ranks=1, stage=2, offload=False,
-        optimizer_values=3, checkpointing=True,
-    )  # fmt: skip
-    return MemoryNeeds(**{**base, **changes})
-
-
-def test_memory_estimate_counts_exactly_what_is_exact():
-    full = needs()
-    assert full.weights == (full.trained + full.frozen) * 2
-    assert full.optimizer_state == full.trained * 16  # master, two moments, average: 4 bytes each
-    assert needs(ranks=8).optimizer_state == full.trained * 2
-    assert needs(stage=3, ranks=8).weights == full.weights // 8
-    assert needs(offload=True).total < full.total - full.optimizer_state + 1
-    assert needs(checkpointing=False, vae_values=0).activations > 5 * needs(vae_values=0).activations
-
-
-def test_memory_advice_is_ordered_by_effect():
-    advice = out_of_memory_advice(needs(checkpointing=False))
-    saved = [float(line.split("saves about ")[1].split()[0]) for line in advice.splitlines() if "saves about" in line]
-    assert len(saved) >= 4 and saved == sorted(saved, reverse=True)
-    assert all(name in advice for name in ("checkpoint_activations", "offload_optimizer", "LoRA"))
-
-
-def test_report_warns_only_when_it_will_not_fit():
-    assert len(needs().report(free=200 * 2**30)) == 1
-    assert "what helps" in needs().report(free=10 * 2**30)[1]

@@ -1,0 +1,139 @@
+"""The memory estimate: exact where it can be, measured where not; the tool; what the shipped settings add up to."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from sgm.training.adam8bit import AdamW8bit
+from sgm.training.faults import out_of_memory_advice
+from sgm.training.memory import BACKWARD_TENSORS, GIB, MemoryNeeds
+from tests.conftest import REPO
+from tests.dit_tiny import random_inputs, tiny_network
+from tools import estimate_memory
+
+SFT, LORA, LOW = (REPO / "configs" / f"{name}.yaml" for name in ("cogvideox_2b_sft", "lora", "low_memory"))
+
+
+def needs(**changes) -> MemoryNeeds:
+    base = dict(
+        trained=1_693_783_872, frozen=5_000_000_000, tokens=17_776, width=1920, layers=30,
+        vae_values=128 * 49 * 480 * 720, micro_batch=1, dtype="fp16", ranks=1, stage=2, offload=False,
+        moment_bytes=8.0, ema=True, checkpointing=True, encoder_values=4_970_000_000, bucket=1_000_000_000,
+    )  # fmt: skip
+    return MemoryNeeds(**{**base, **changes})
+
+
+def test_estimate_counts_exactly_what_is_exact():
+    full = needs()
+    assert full.weights == (full.trained + full.frozen) * 2
+    assert full.optimizer_state == full.trained * 16  # master, two moments, average: 4 bytes each
+    assert needs(ema=False).optimizer_state == full.trained * 12
+    assert needs(ranks=8).optimizer_state == full.trained * 2
+    assert needs(stage=3, ranks=8).weights == full.weights // 8
+    assert full.gradients == full.trained * 2 + 2 * 10**9
+    assert full.update - full.gradients == full.trained * 6  # flat, and in float32
+    offloaded = needs(offload=True)
+    assert offloaded.gradients == 2 * 10**9 and offloaded.on_cpu == full.trained * (16 + 4 + 2)
+    assert needs().cached().weights == (full.trained + 30_000_000) * 2
+
+
+def test_only_one_of_three_moments_counts():
+    """Encoding, backward pass and update follow each other."""
+    full = needs(offload=True)
+    assert full.total == full.weights + max(full.encoding, full.gradients + full.activations)
+    assert full.encoding > full.activations > 0 and full.cached().encoding == 0
+    plain = needs(stage=0, dtype="fp32", checkpointing=False)
+    assert plain.total == plain.weights + plain.optimizer_state + plain.gradients + plain.activations
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 4}])
+def test_activations_are_what_autograd_keeps(lora):
+    """Without checkpointing, per layer, on a real network; the estimate adds what the backward pass has in hand."""
+
+    def kept(layers: int) -> int:
+        network = tiny_network(num_layers=layers, lora=lora, latent_width=20, latent_height=16, dtype="bf16").train()
+        for name, p in network.named_parameters():
+            p.requires_grad_(p.requires_grad and (lora is None or "matrix_" in name))
+        weights = {p.untyped_storage().data_ptr() for p in network.parameters()}
+        found: dict[int, torch.Tensor] = {}
+
+        def note(t: torch.Tensor) -> torch.Tensor:
+            found[t.untyped_storage().data_ptr()] = t  # and keeps it, so that no address comes twice
+            return t
+
+        with saved_tensors_hooks(note, lambda t: t):
+            network(**random_inputs(1, 3, 16, 20))
+        return sum(t.untyped_storage().nbytes() for at, t in found.items() if at not in weights)
+
+    tokens, width = 12 + 3 * 8 * 10, 192
+    trained, frozen = (10, 1000) if lora else (1000, 10)
+    estimate = needs(
+        trained=trained, frozen=frozen, encoder_values=0, tokens=tokens, width=width, layers=2, dtype="bf16",
+        checkpointing=False,
+    ).activations  # fmt: skip
+    assert kept(3) - kept(1) == pytest.approx(estimate - BACKWARD_TENSORS * tokens * width * 2, rel=0.1)
+
+
+def test_recomputing_keeps_an_input_and_perhaps_a_product_a_layer():
+    sequence = 17_776 * 1920 * 2
+    kept, full, selective = (needs(checkpointing=mode).activations for mode in (False, True, "selective"))
+    assert selective - full == 30 * sequence and kept > 9 * full
+
+
+def test_advice_is_ordered_by_effect():
+    advice = out_of_memory_advice(needs(checkpointing=False))
+    saved = [float(line.split("saves about ")[1].split()[0]) for line in advice.splitlines() if "saves about" in line]
+    assert len(saved) >= 4 and saved == sorted(saved, reverse=True)
+    assert all(name in advice for name in ("checkpoint_activations", "offload_optimizer", "cache_dir", "AdamW8bit"))
+    assert all("LoRA" not in how for how in needs(trained=58_982_400, frozen=6_700_000_000).variants())
+
+
+def test_report_warns_only_when_it_will_not_fit():
+    assert len(needs().report(free=200 * GIB)) == 1
+    assert "what helps" in needs().report(free=10 * GIB)[1]
+
+
+# --- the tool and the shipped settings ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("configs, most", [([SFT, LOW], 13.0), ([SFT, LORA, LOW], 10.0), ([SFT, LORA], 10.0)])
+def test_shipped_settings_reach_the_goals_with_a_cache(configs, most):
+    """Full size, 49x480x720, one clip at a time: 13 GiB for full fine-tuning, 10 GiB for LoRA."""
+    found = estimate_memory.needs_of(configs, [], 1, "cuda")
+    assert found.tokens == 17_776 and found.trains_adapter == (LORA in configs)
+    assert found.trained == (58_982_400 if LORA in configs else 1_693_783_872)
+    assert found.cached().total < (most - 0.5) * GIB  # the driver takes some
+    assert found.checkpointing is True
+    if LOW in configs:  # there is room to recompute less
+        assert replace(found.cached(), checkpointing="selective").total < (most - 0.5) * GIB
+
+
+def test_tool_prints_a_row_for_each_switch(capsys):
+    assert estimate_memory.main([str(SFT), "--set", "deepspeed.zero_optimization.stage=1", "--gpus", "4"]) == 0
+    shown = capsys.readouterr().out
+    assert "1,693,783,872 trained" in shown and "fp16, ZeRO 1 over 4 GPUs" in shown
+    rows = [line.split(maxsplit=2) for line in shown.splitlines() if line[:10].strip().replace(".", "").isdigit()]
+    assert rows[0][2] == "as configured" and any("AdamW8bit" in row[2] for row in rows)
+    sizes = [float(row[0]) for row in rows[1:]]
+    assert sizes == sorted(sizes, reverse=True) and "low_memory.yaml and args.cache_dir" in rows[-1][2]
+
+
+def test_tool_names_what_is_wrong(capsys):
+    assert estimate_memory.main([str(SFT), "--set", "deepspeed.zero_optimization.stage=7"]) == 2
+    assert "stage must be 0, 1, 2 or 3" in capsys.readouterr().err
+
+
+def test_overlays_change_what_they_say():
+    from sgm.config import load_run_config
+    from sgm.training.deepspeed_setup import plan_deepspeed
+    from sgm.training.options import TrainArgs
+
+    config = load_run_config([SFT, LORA, LOW], TrainArgs, overrides=["deepspeed.optimizer.type=AdamW8bit"])
+    plan = plan_deepspeed(config.deepspeed, device_type="cuda")
+    assert plan.offload and plan.optimizer.target is AdamW8bit and not plan.optimizer.keeps_ema
+    assert plan.config["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
+    assert config.model["not_trainable_prefixes"] == ["all"] and plan.optimizer.lr == 1e-3
