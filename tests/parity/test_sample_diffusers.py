@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sgm.convert import dit_keys, vae_keys
+from sgm.convert import dit_keys, dit_sizes, vae_keys
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from tests.dit_tiny import TEXT_LENGTH, TEXT_WIDTH, tiny_config
 from tests.training_tiny import DISCRETIZATION, MODULES, model_section
@@ -50,7 +50,7 @@ def theirs(engine) -> Any:
     coder = model_section(Path("nowhere"))["first_stage_config"]["params"]["decoder_config"]["params"]
     vae = diffusers.AutoencoderKLCogVideoX(**vae_keys.hf_config(coder, scale_factor=SCALE)).eval()
     vae.load_state_dict(vae_keys.sat_to_hf(engine.first_stage_model.state_dict()), strict=True)
-    transformer = diffusers.CogVideoXTransformer3DModel(**dit_keys.hf_config(tiny_config()["params"])).eval()
+    transformer = diffusers.CogVideoXTransformer3DModel(**dit_sizes.hf_config(tiny_config()["params"])).eval()
     transformer.load_state_dict(dit_keys.sat_to_hf(engine.network.state_dict()), strict=True)
     transformer.norm_out.norm.eps = 1e-6
     pipeline = diffusers.CogVideoXPipeline(None, None, vae, transformer, diffusers.CogVideoXDPMScheduler(**SCHEDULE))
