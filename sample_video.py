@@ -22,6 +22,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--dry-run", action="store_true", help="print the resolved configuration and the plan, then stop")
     add("--prompt", dest="prompts", action="append", metavar="TEXT", help="a prompt; may be repeated")
     add("--negative-prompt", metavar="TEXT", help="what to steer away from")
+    add("--refine", action="store_true", default=None, help="let a language model write out each prompt first")
+    add("--refine-model", metavar="NAME", help="that language model (OPENAI_API_KEY, OPENAI_BASE_URL say where)")
     add("--input-file", metavar="FILE", help="one prompt a line")
     add("--output-dir", metavar="DIR", help="folder for results")
     add("--load", metavar="PATH", help="transformer weights")

@@ -26,6 +26,8 @@ class SampleArgs:
     input_file: str | None = option(None, "one prompt a line; looked for from the current folder, then beside the YAML")
     prompts: list[str] = option([], "prompts given directly; they replace input_type and input_file")
     negative_prompt: str = option("", "what to steer away from; empty means zeros in place of an embedding")
+    refine: bool = option(False, "let a language model write each prompt out first (OPENAI_API_KEY, OPENAI_BASE_URL)")
+    refine_model: str | None = option(None, "name of that language model; default: gpt-4o")
     batch_size: int = option(1, "samples per prompt", at_least=1)
     max_batch: int = option(4, "samples of a prompt that run together; halved when memory runs out", at_least=1)
     sampling_num_frames: int = option(13, "latent frames, odd; 13 give 49 pixel frames, 1 gives an image", at_least=1)

@@ -19,10 +19,19 @@ class PromptError(ValueError):
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt and its index: the line number (from 0) in its file, which names its folder and seeds its noise."""
+    """A prompt and its index: the line number (from 0) in its file, which names its folder and seeds its noise.
+
+    `refined` is a language model's caption of it, "" without; the folder keeps the prompt's own name.
+    """
 
     index: int
     text: str
+    refined: str = ""
+
+    @property
+    def wording(self) -> str:
+        """What the text encoder reads."""
+        return self.refined or self.text
 
     @property
     def folder(self) -> str:

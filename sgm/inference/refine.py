@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
+from sgm.inference.prompts import Prompt
+
 DEFAULT_URL = "https://api.openai.com/v1"
 DEFAULT_MODEL = "gpt-4o"
 LONG_WORDS = 165  # about 226 tokens of T5, what the text encoder reads
@@ -123,6 +125,14 @@ def refine(prompt: str, endpoint: Endpoint, sleep: Callable[[float], None] = tim
     raise RefineError(
         f"{endpoint.url} gave no caption in {endpoint.attempts} attempts; the last one: {failure}", failure.fatal
     ) from failure
+
+
+def refine_prompt(prompt: Prompt, endpoint: Endpoint) -> str:
+    """`refine` with errors that name the prompt."""
+    try:
+        return refine(prompt.text, endpoint)
+    except RefineError as error:
+        raise RefineError(f"prompt {prompt.index} could not be refined: {error}", error.fatal) from error
 
 
 # --- protocol --------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import platform
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,14 @@ from sgm.inference.options import SampleArgs
 from sgm.inference.pipeline import EncodedPrompt, TextToVideo
 from sgm.inference.progress import Progress, StageTimes
 from sgm.inference.prompts import Prompt, ask, gather, share
+from sgm.inference.refine import Endpoint, refine_prompt
 from sgm.inference.writer import (
     SampleFiles,
     check_writable,
     find_latents,
     latents_digest,
     read_latents,
+    read_record,
     write_contact_sheet,
     write_json,
     write_latents,
@@ -76,6 +78,7 @@ class Runner:
         written = 0
         for prompt in ask():
             try:
+                prompt = self._refined([prompt])[0]
                 written += self._run_prompt(prompt, self._encode([prompt])[0])
             except torch.OutOfMemoryError:
                 print(f"error: {out_of_memory_advice(self.args)}", file=sys.stderr)
@@ -91,6 +94,7 @@ class Runner:
             self.progress.line(f"{len(prompts) - len(todo)} of {len(prompts)} prompts are done already")
         if not todo:
             return 0
+        todo = self._refined(todo)
         self._load_what_samples_need()  # a bad file shows before an hour of sampling
         encoded = self._encode(todo)
         if self.args.placement != "all":
@@ -101,6 +105,33 @@ class Runner:
                 written += self._run_prompt(prompt, conditioning)
                 bar.update(1)
         return written
+
+    def _refined(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """The prompts with their captions, if they are to be refined; a caption of an earlier run is kept.
+
+        Raises:
+            RefineError: naming the first prompt that cannot be refined.
+        """
+        if not self.args.refine:
+            return list(prompts)
+        endpoint = Endpoint.from_environment(self.args.refine_model)
+        refined = []
+        for prompt in prompts:
+            caption = self._earlier_caption(prompt)
+            if not caption:
+                with self._stage("refine", self.load_times, f"prompt {prompt.index}"):
+                    caption = refine_prompt(prompt, endpoint)
+            self.progress.line(f"prompt {prompt.index}: {caption}")
+            refined.append(replace(prompt, refined=caption))
+        return refined
+
+    def _earlier_caption(self, prompt: Prompt) -> str:
+        """The caption that a sample of this prompt was made with, so that its other samples get the same."""
+        for k in range(self.args.batch_size if self.args.skip_done else 0):
+            facts = read_record(self.files(prompt, k).record)
+            if facts.get("prompt") == prompt.text and facts.get("refined_prompt"):
+                return str(facts["refined_prompt"])
+        return ""
 
     # --- one prompt -----------------------------------------------------------------------------------------------
 
@@ -116,7 +147,7 @@ class Runner:
     def _encode(self, prompts: Sequence[Prompt]) -> list[EncodedPrompt]:
         self._load("conditioner")
         with self._stage("encode", self.load_times, f"{len(prompts)} prompts"):
-            encoded = self.pipeline.encode([p.text for p in prompts], self.args.negative_prompt)
+            encoded = self.pipeline.encode([p.wording for p in prompts], self.args.negative_prompt)
         for prompt, conditioning in zip(prompts, encoded):
             if conditioning.cut:
                 self._warn_of_cut(f"prompt {prompt.index}", conditioning.cut)
@@ -227,6 +258,7 @@ class Runner:
         height, width = self.pipeline.image_size
         return {
             "prompt": prompt.text,
+            "refined_prompt": prompt.refined or None,
             "negative_prompt": self.args.negative_prompt,
             "prompt_index": prompt.index,
             "sample_index": sample,

@@ -131,6 +131,15 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def read_record(path: Path) -> dict[str, Any]:
+    """The facts that a sample's JSON holds; nothing where there is no readable one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def write_latents(path: Path, latents: Tensor, facts: Mapping[str, Any]) -> None:
     """Scaled latents (t, c, h, w) of one sample; `facts` go into the header as JSON text."""
     from safetensors.torch import save_file

@@ -296,3 +296,46 @@ def test_the_command(server: Server, wishes: Path, tmp_path: Path, capsys: Any) 
     (tmp_path / "bytes.txt").write_bytes(b"ok\n\xff\xfe\n")
     bad = ["--input-file", str(tmp_path / "bytes.txt"), "--output-file", str(tmp_path / "d.txt")]
     assert convert_demo.main(bad) == 2 and "not UTF-8" in capsys.readouterr().err
+
+
+# --- while sampling --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sampling(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Arguments that sample a tiny release."""
+    import torch
+
+    from sgm.convert.dit_sizes import sizes_of_params
+    from sgm.convert.run_file import run_file
+    from sgm.weights.random_release import write_random_release
+    from tests.convert_tiny import VAE_PARAMS, model_section
+    from tests.dit_tiny import tiny_config
+
+    folder = tmp_path_factory.mktemp("refine") / "w"
+    write_random_release(model_section(folder), folder, dtype=torch.float32, t5_name="t5-v1_1-xxl")
+    sizes = sizes_of_params(tiny_config()["params"])
+    (folder / "infer.yaml").write_text(run_file(folder, sizes, VAE_PARAMS, 1.0, 3.0, torch.float32))
+    return [str(folder / "infer.yaml"), "--device", "cpu", "--steps", "2", "--num-frames", "1", "--only-save-latents"]
+
+
+def test_refine_while_sampling(server: Server, sampling: list[str], tmp_path: Path, capsys: Any) -> None:
+    import sample_video
+
+    wish = ["--prompt", "a fox", "--output-dir", str(tmp_path)]
+    assert sample_video.main([*sampling, *wish]) == 0 and not server.asked
+    plain = json.loads((tmp_path / "0_a_fox" / "0" / "000000.json").read_text())
+    server.script = [says("A red fox walks over snow."), says("something else")]
+    assert sample_video.main([*sampling, *wish, "--refine", "--refine-model", "m"]) == 0
+    facts = json.loads((tmp_path / "0_a_fox" / "0" / "000000.json").read_text())
+    assert (facts["prompt"], facts["refined_prompt"]) == ("a fox", "A red fox walks over snow.")
+    assert plain["refined_prompt"] is None and facts["latents_sha256"] != plain["latents_sha256"]
+    assert [asked["model"] for asked in server.asked] == ["m"]
+    more = [*sampling, *wish, "--refine", "--skip-done", "--batch-size", "2"]  # the second sample gets the same caption
+    assert sample_video.main(more) == 0 and len(server.asked) == 1
+    second = json.loads((tmp_path / "0_a_fox" / "1" / "000000.json").read_text())
+    assert second["refined_prompt"] == "A red fox walks over snow."
+    server.script = [status(401)]
+    capsys.readouterr()
+    assert sample_video.main([*sampling, "--prompt", "a cat", "--output-dir", str(tmp_path / "n"), "--refine"]) == 2
+    assert "prompt 0 could not be refined" in capsys.readouterr().err and not list((tmp_path / "n").rglob("*.json"))
