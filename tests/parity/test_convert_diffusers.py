@@ -173,6 +173,36 @@ def test_a_whole_sample(release: Path, pipeline: Any) -> None:
     torch.testing.assert_close(pipeline.decode_latents(found), pixels, rtol=0, atol=1e-3)
 
 
+@torch.no_grad()
+def test_stock_scheduler_is_near_and_not_equal(
+    release: Path, pipeline_folder: Path, pipeline: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scheduler that is written, with our noise: apart by what the README says, in the order of a percent."""
+    from diffusers.schedulers import scheduling_dpm_cogvideox as stock
+
+    steps = 50
+    draw = torch.Generator().manual_seed(4)
+    start = torch.randn(1, 3, 16, 6, 10, generator=draw)
+    noises = [torch.randn(start.shape, generator=draw) for _ in range(2 * steps)]
+    prompt = torch.randn(1, TEXT_LENGTH, TEXT_WIDTH, generator=draw)
+    ask = dict(prompt_embeds=prompt, negative_prompt_embeds=torch.zeros_like(prompt), height=48, width=80, num_frames=9,
+               num_inference_steps=steps, guidance_scale=GUIDANCE, use_dynamic_cfg=True, output_type="latent")  # fmt: skip
+    disc = instantiate_from_config(
+        {"target": "sgm.modules.diffusionmodules.discretizer.ZeroSNRDDPMDiscretization", "params": {"shift_scale": 3.0}}
+    )
+    levels, timesteps = disc(steps, do_append_zero=False, return_idx=True)
+    levels, table = torch.cat([levels, levels.new_ones(1)]), disc(1000, do_append_zero=False, flip=True)
+    pipeline.scheduler = OurSchedule(levels, torch.as_tensor(timesteps).flip(0), table, noises)
+    ours_ = pipeline(latents=start.clone(), **ask).frames
+    queue = list(noises)
+    monkeypatch.setattr(stock, "randn_tensor", lambda *_, **__: queue.pop(0))
+    pipeline.scheduler = diffusers.CogVideoXDPMScheduler.from_pretrained(pipeline_folder / "scheduler")
+    stock_ = pipeline(latents=start.clone(), **ask).frames
+    assert list(pipeline.scheduler.timesteps) == list(torch.as_tensor(timesteps).flip(0))
+    apart = ((stock_ - ours_).square().mean() / ours_.square().mean()).sqrt().item()
+    assert 5e-4 < apart < 0.03, apart
+
+
 # --- adapters --------------------------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ from sgm.weights.save import save_pt, save_safetensors
 from tests.convert_tiny import VAE_PARAMS, adapter_matrices, make_release, model_section, rewrite
 from tests.dit_tiny import tiny_config, tiny_network
 
+REPO = Path(__file__).resolve().parents[2]
 VARIANTS: dict[str, dict[str, Any]] = {
     "2b": {},
     "5b": {"rotary": True},
@@ -234,6 +236,27 @@ def test_shards_hold_at_most_their_size(tmp_path: Path) -> None:
     sizes = [sum(t.nbytes for t in load_file(f).values()) for f in files if f.suffix == ".safetensors"]
     assert sum(sizes) == 220 and all(size <= 40 for size in sizes) and len(sizes) == 7
     assert [parse_size(t) for t in ("5GB", "1.5 MiB", "1000", "2kb")] == [5 * 10**9, 3 << 19, 1000, 2000]
+
+
+def test_commands_of_the_readme(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Every command of its section, in order, in a folder that holds what they name."""
+    from tools import convert_weight_hf2sat, convert_weight_sat2hf, inspect_weights
+
+    tools = {f"tools/{t.__name__.rpartition('.')[2]}.py": t for t in (convert_weight_hf2sat, convert_weight_sat2hf, inspect_weights)}
+    section = (REPO / "README.md").read_text().split("## Converting weights")[1].split("\n## ")[0]
+    block = section.split("```shell")[1].split("```")[0].replace("\\\n", " ")
+    commands = [shlex.split(line, comments=True) for line in block.splitlines() if line.startswith("python ")]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "CogVideoX-2b").symlink_to(hf)
+    (tmp_path / "ckpts" / "lora-disney" / "7").mkdir(parents=True)
+    save_pt(tmp_path / "ckpts/lora-disney/7/mp_rank_00_model_states.pt", {"module": adapter_matrices()})
+    (tmp_path / "ckpts" / "lora-disney" / "latest").write_text("7")
+    assert len(commands) == 5
+    for _, tool, *arguments in commands:
+        assert tools[tool].main(arguments) == 0, (tool, arguments, capsys.readouterr().err)
+    printed = capsys.readouterr().out
+    assert "to sample: python sample_video.py CogVideoX-2b-sat/infer.yaml" in printed and "rank 4" in printed
+    same(component(tmp_path / "hf" / "transformer"), {n: t.half() for n, t in component(hf / "transformer").items()})
 
 
 # --- adapters --------------------------------------------------------------------------------------------------------
