@@ -50,6 +50,23 @@ def option(default: Any, help: str, *, choices: Sequence[Any] = (), at_least: fl
 
 
 @dataclass(frozen=True)
+class AccelerateArgs:
+    """The `accelerate:` section: faster ways to the same result."""
+
+    kernels: str = option(
+        "plain",
+        "operations between the matrix products: plain (PyTorch), triton (fused, needs an NVIDIA GPU), auto (triton "
+        "on a GPU, else plain)",
+        choices=("auto", "plain", "triton"),
+    )
+    attention: str = option(
+        "default",
+        "implementation of attention that is tried first: default (PyTorch chooses), cudnn, flash",
+        choices=("default", "cudnn", "flash"),
+    )
+
+
+@dataclass(frozen=True)
 class RunConfig(Generic[Args]):
     """One run's resolved configuration. `args` is typed; the other sections are plain mappings (None when absent)."""
 
@@ -57,13 +74,13 @@ class RunConfig(Generic[Args]):
     model: dict[str, Any]
     data: dict[str, Any] | None
     deepspeed: dict[str, Any] | None
-    accelerate: dict[str, Any]
+    accelerate: AccelerateArgs
     files: tuple[Path, ...]
     notes: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
         sections = {"args": dataclasses.asdict(self.args), "model": self.model, "data": self.data}  # type: ignore[call-overload]
-        sections |= {"deepspeed": self.deepspeed, "accelerate": self.accelerate or None}
+        sections |= {"deepspeed": self.deepspeed, "accelerate": dataclasses.asdict(self.accelerate)}
         return {name: value for name, value in sections.items() if value is not None}
 
     def as_yaml(self) -> str:
@@ -106,14 +123,15 @@ def load_run_config(
     given = dict(sections["args"] or {})
     given.update({k: v for k, v in (flags or {}).items() if v is not None})
     args = build_args(args_type, given, problems, notes)
+    accelerate = build_args(AccelerateArgs, sections["accelerate"] or {}, problems, notes, "accelerate")
     model = sections["model"] or {}
     _mend_log_keys(model, notes)
     if not model:
         problems.append("the configuration has no `model:` section")
-    if problems or args is None:
+    if problems or args is None or accelerate is None:
         raise ConfigError(_listing(problems, files))
     return RunConfig(
-        args, model, sections["data"], sections["deepspeed"], sections["accelerate"] or {},
+        args, model, sections["data"], sections["deepspeed"], accelerate,
         tuple(Path(f) for f in files), tuple(notes),
     )  # fmt: skip
 
@@ -187,24 +205,24 @@ def _mend_log_keys(model: dict[str, Any], notes: list[str]) -> None:
 
 
 def build_args(
-    args_type: type[Args], given: Mapping[str, Any], problems: list[str], notes: list[str]
+    args_type: type[Args], given: Mapping[str, Any], problems: list[str], notes: list[str], section: str = "args"
 ) -> Args | None:
-    """Fill the record `args_type`; problems and notes are appended. None when a value could not be used."""
+    """Fill the record `args_type` of a `section`; problems and notes are appended. None when a value has no use."""
     fields = {f.name: f for f in dataclasses.fields(args_type)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(args_type)
     values: dict[str, Any] = {}
     before = len(problems)
     for name, raw in given.items():
         if name not in fields:
-            if name in UPSTREAM_ARGS:
+            if section == "args" and name in UPSTREAM_ARGS:
                 notes.append(f"args.{name} has no effect here")
             else:
-                problems.append(f"unknown key args.{name}{_nearest(name, fields)}")
+                problems.append(f"unknown key {section}.{name}{_nearest(name, fields)}")
             continue
         try:
             values[name] = _checked(coerce(raw, hints[name]), fields[name].metadata)
         except ValueError as error:
-            problems.append(f"args.{name}: {error}")
+            problems.append(f"{section}.{name}: {error}")
     if len(problems) > before:
         return None
     try:

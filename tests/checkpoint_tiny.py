@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sgm.config import RunConfig
+from sgm.config import AccelerateArgs, RunConfig
 from sgm.training.optimizer import FusedEmaAdam
 from sgm.training.partitions import ema_state, load_ema_state, load_optimizer_state, optimizer_state
 from sgm.training.state import TrainState, capture_rng
@@ -28,7 +28,7 @@ class Args:
 
 
 def configuration(**args: Any) -> RunConfig[Args]:
-    return RunConfig(Args(**args), {"scale_factor": 1.0}, None, {"zero_optimization": {"stage": 0}}, {}, (), ())
+    return RunConfig(Args(**args), {"scale_factor": 1.0}, None, {"zero_optimization": {"stage": 0}}, AccelerateArgs(), (), ())
 
 
 class ToyEngine(nn.Module):

@@ -22,6 +22,7 @@ from sgm.inference.placement import Placement
 from sgm.inference.writer import to_uint8
 from sgm.models.diffusion import Cond, SATVideoDiffusionEngine
 from sgm.models.loading import Adapter, LoadedNetwork, load_first_stage, load_network, load_text_encoder
+from sgm.modules.ops.choice import choose_kernels
 
 _ENCODE_BATCH = 8  # prompts a text-encoder pass
 
@@ -61,6 +62,8 @@ class TextToVideo:
         with torch.device("meta"):
             self.engine = SATVideoDiffusionEngine(**model, dtype=self.args.dtype)
         self.engine.eval().requires_grad_(False)
+        self.kernels = choose_kernels(config.accelerate.kernels, config.accelerate.attention, device)
+        self.engine.use_kernels(self.kernels)
         self.facts = WeightFacts()
         self._loaded: set[str] = set()
         check_fit(self.engine, self.args, self.image_size)
@@ -99,6 +102,8 @@ class TextToVideo:
             load_text_encoder(self.engine.conditioner, **to)
         elif part == "first_stage":
             self.facts.first_stage = load_first_stage(self.engine.first_stage_model, **to)
+            if self.kernels.fused:
+                self.engine.first_stage_model.set_channels_last()
             lean = self.placement.kind == "lean"
             self.engine.first_stage_model.set_low_memory(lean, cache_on_cpu=lean)
             if self.args.vae_tiling:

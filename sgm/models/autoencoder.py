@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sgm.modules.autoencoding.causal_conv import SLICE_BYTES, CausalCache, ClipPass
 from sgm.modules.autoencoding.tiling import Tiling, blend_tiles
+from sgm.modules.ops.vae import PLAIN, VaeOps
 from sgm.util import instantiate_from_config
 from sgm.weights import assign_state, read_checkpoint
 
@@ -68,6 +69,7 @@ class VideoAutoencoder(nn.Module):
     """
 
     frozen = False
+    ops: VaeOps = PLAIN  # implementation of the coders' operations
 
     def __init__(
         self,
@@ -178,6 +180,10 @@ class VideoAutoencoder(nn.Module):
             raise ValueError(f"tile {tile} and overlap {overlap} must be multiples of {factor} pixels.")
         self.memory = replace(self.memory, tiling=Tiling(tile[0] // factor, tile[1] // factor, overlap // factor))
 
+    def use_ops(self, ops: VaeOps) -> None:
+        """Run both coders with this implementation of their operations."""
+        self.ops = ops
+
     def set_channels_last(self) -> None:
         """Store convolution weights channels-last, in which cuDNN runs 3D convolutions in half precision faster."""
         for part in self.modules():
@@ -211,7 +217,7 @@ class VideoAutoencoder(nn.Module):
         )
 
     def _moments(self, x: Tensor) -> Tensor:
-        run = ClipPass(slice_bytes=self.memory.slice_bytes)
+        run = ClipPass(slice_bytes=self.memory.slice_bytes, ops=self.ops)
         tiling, factor = self.memory.tiling, self.encoder.space_factor
         if tiling is None:
             return self.encoder(x, run)
@@ -250,7 +256,7 @@ class VideoAutoencoder(nn.Module):
             # entered anew for each piece: a `with` held across a yield would change the caller's mode
             with self._grad_mode(z):
                 chunk, is_last = z[:, :, start:stop].to(self.dtype), stop == bounds[-1][1]
-                runs = [ClipPass(cache, is_last, self.memory.slice_bytes) for cache in caches]
+                runs = [ClipPass(cache, is_last, self.memory.slice_bytes, self.ops) for cache in caches]
                 piece = self._decode_chunk(chunk, boxes, runs)
             yield piece
             del piece

@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
+from sgm.modules.ops.choice import Kernels
 from sgm.util import get_obj_from_str, instantiate_from_config
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -79,6 +80,12 @@ class SATVideoDiffusionEngine(nn.Module):
     def network(self) -> nn.Module:
         """The transformer."""
         return self.model.diffusion_model
+
+    def use_kernels(self, kernels: Kernels) -> None:
+        """Run network and first stage with these implementations of their operations."""
+        self.network.use_ops(kernels.block)
+        if self.first_stage_model is not None:
+            self.first_stage_model.use_ops(kernels.vae)
 
     # --- pixels <-> latents ---------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from sgm.distributed import (
 )
 from sgm.models.network_args import DTYPES, NetworkConfigError, TransformerArgs, check_sizes, refuse_unavailable
 from sgm.modules.diffusionmodules.util import timestep_embedding
+from sgm.modules.ops.block_ops import BlockOps
 from sgm.modules.transformer.block import DiTTransformer, NetworkInputs
 from sgm.modules.transformer.lora import LoraMixin
 from sgm.modules.transformer.patch_embed import PatchSize
@@ -297,6 +298,10 @@ class DiffusionTransformer(BaseModel):
     def dead_keys(self) -> list[str]:
         """Entries of the state dict that nothing reads; files may lack them."""
         return [name for name in self.state_dict() if name.startswith("transformer.position_embeddings.")]
+
+    def use_ops(self, ops: BlockOps) -> None:
+        """Run the blocks with this implementation of their operations."""
+        self.mixins.adaln_layer.ops = ops
 
     def streamable_blocks(self) -> list[list[nn.Module]]:
         """For each layer, the modules it needs: the layer itself first (the one that is called), then the mixins'."""

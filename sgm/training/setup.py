@@ -19,6 +19,7 @@ from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.models.loading import LoadedNetwork, load_first_stage, load_network, load_text_encoder
 from sgm.modules.encoders import t5_files
 from sgm.modules.encoders.modules import FrozenT5Embedder
+from sgm.modules.ops.choice import choose_kernels
 from sgm.modules.ops.recompute import MODES, stronger_mode
 from sgm.training.deepspeed_setup import DeepSpeedPlan
 from sgm.training.memory import MemoryNeeds
@@ -70,8 +71,10 @@ def load_engine(
     Raises:
         WeightsError: weights are missing or do not fit.
         ConfigError: the configuration trains nothing.
+        KernelError: `accelerate.kernels` do not run on `device`.
     """
     args = config.args
+    kernels = choose_kernels(config.accelerate.kernels, config.accelerate.attention, device)
     model = training_model_section(config.model, args)
     engine = meta_engine(model, plan.dtype)
     to = {"device": device, "dtype": engine.dtype}
@@ -89,8 +92,11 @@ def load_engine(
     if engine.first_stage_model is not None:
         load_first_stage(engine.first_stage_model, **to)
         engine.first_stage_model.set_low_memory(args.vae_low_memory)
+        if kernels.fused:
+            engine.first_stage_model.set_channels_last()
     if engine.conditioner is not None:
         load_text_encoder(engine.conditioner, **to)
+    engine.use_kernels(kernels)
     if not engine.freeze_untrained():
         raise ConfigError(
             f"model.not_trainable_prefixes {list(engine.not_trainable_prefixes)} leaves nothing to train; "

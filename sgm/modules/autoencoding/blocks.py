@@ -23,7 +23,6 @@ from sgm.modules.ops.vae import (
     doubled_frames,
     frame_bytes,
     frame_spans,
-    group_moments,
     norm_field,
     pool_frames,
     resize_latent,
@@ -48,7 +47,7 @@ class ClipNorm(nn.Module):
     ) -> AffineField:
         """The normalisation of x (b, c, t, h, w), optionally modulated, as scale and shift."""
         budget = x.numel() * 8 if torch.is_grad_enabled() else run.slice_bytes  # with gradients: in one go
-        return norm_field(group_moments(x, self.groups, budget), self.weight, self.bias, EPS, modulation)
+        return norm_field(run.ops.group_moments(x, self.groups, budget), self.weight, self.bias, EPS, modulation)
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, c, t, h, w) -> the same shape."""
@@ -102,7 +101,7 @@ class ResnetBlock3D(nn.Module):
         h = self.conv1(x, run, norm=norm_of(self.norm1, x, zq, run))
         norm2 = norm_of(self.norm2, h, zq, run)
         if self.training and self.dropout.p > 0:
-            h = self.conv2(self.dropout(apply_field(h, norm2, swish=True)), run)
+            h = self.conv2(self.dropout(run.ops.apply_field(h, norm2, swish=True)), run)
         else:
             h = self.conv2(h, run, norm=norm2, overwrite=True)
         return self._add_shortcut(h, x, run)
@@ -110,11 +109,11 @@ class ResnetBlock3D(nn.Module):
     def _add_shortcut(self, h: Tensor, x: Tensor, run: ClipPass) -> Tensor:
         shortcut = getattr(self, "nin_shortcut", None)
         if torch.is_grad_enabled():
-            return h + (x if shortcut is None else shortcut(x))
+            return h + (x if shortcut is None else run.ops.convolve(shortcut, x))
         if shortcut is None:
             return h.add_(x)
         for start, stop in frame_spans(x.shape[2], frame_bytes(x), run.slice_bytes):
-            h[:, :, start:stop] += shortcut(x[:, :, start:stop])
+            h[:, :, start:stop] += run.ops.convolve(shortcut, x[:, :, start:stop])
         return h
 
 
@@ -169,7 +168,7 @@ def _conv_frames(
     """
 
     def convolve(part: Tensor) -> Tensor:
-        y = conv(prepare(rearrange(part, "b c t h w -> (b t) c h w")))
+        y = run.ops.convolve(conv, prepare(rearrange(part, "b c t h w -> (b t) c h w")))
         return rearrange(y, "(b t) c h w -> b c t h w", b=part.shape[0])
 
     if torch.is_grad_enabled():

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from sgm.modules.ops.vae import AffineField, apply_field, frame_bytes, frame_spans
+from sgm.modules.ops.vae import PLAIN, AffineField, VaeOps, frame_bytes, frame_spans
 
 # A convolution whose input is larger is cut along time. 2 GiB is where the original cuts; the result is the same.
 SLICE_BYTES = 2 << 30
@@ -56,11 +56,13 @@ class ClipPass:
         last: no further chunk follows, so nothing is kept.
         slice_bytes: bound on the input and on the result of a convolution (its temporary copies are as large); longer
             ones are cut along time, with the same result.
+        ops: implementation of the element-wise operations and reductions.
     """
 
     cache: CausalCache | None = field(default=None)
     last: bool = True
     slice_bytes: int = SLICE_BYTES
+    ops: VaeOps = PLAIN
 
 
 WHOLE_CLIP = ClipPass()
@@ -91,17 +93,23 @@ class CausalConv3d(nn.Module):
         if not torch.is_grad_enabled():
             spans = frame_spans(x.shape[2], self._frame_bytes(x), run.slice_bytes)
         if len(spans) == 1:
-            staged = stage_frames(x, norm, front, self.front, self.conv.weight)
-            result = self.conv(staged)
+            staged = stage_frames(x, norm, front, self.front, self.conv.weight, run.ops)
+            result = run.ops.convolve(self.conv, staged)
             front = self._tail(staged)
         else:
-            result, front = self._forward_cut(x, norm, front, spans, overwrite)
+            result, front = self._forward_cut(x, norm, front, spans, overwrite, run.ops)
         if run.cache is not None and self.front and not run.last:
             run.cache.keep(self, front)
         return result
 
     def _forward_cut(
-        self, x: Tensor, norm: AffineField | None, front: Tensor | None, spans: list[tuple[int, int]], overwrite: bool
+        self,
+        x: Tensor,
+        norm: AffineField | None,
+        front: Tensor | None,
+        spans: list[tuple[int, int]],
+        overwrite: bool,
+        ops: VaeOps,
     ) -> tuple[Tensor, Tensor]:
         """Runs of frames one after the other, each with the end of the one before in front. No gradients."""
         shape = (x.shape[0], self.conv.out_channels, *x.shape[2:])
@@ -111,8 +119,8 @@ class CausalConv3d(nn.Module):
             result = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout_of(self.conv.weight))
         for start, stop in spans:
             part_norm = None if norm is None else norm.frames(start, stop)
-            staged = stage_frames(x[:, :, start:stop], part_norm, front, self.front, self.conv.weight)
-            result[:, :, start:stop] = self.conv(staged)
+            staged = stage_frames(x[:, :, start:stop], part_norm, front, self.front, self.conv.weight, ops)
+            result[:, :, start:stop] = ops.convolve(self.conv, staged)
             front = self._tail(staged)
         return result, front
 
@@ -131,7 +139,9 @@ class CausalConv3d(nn.Module):
         return tail if torch.is_grad_enabled() else tail.clone()
 
 
-def stage_frames(x: Tensor, norm: AffineField | None, front: Tensor | None, count: int, weight: Tensor) -> Tensor:
+def stage_frames(
+    x: Tensor, norm: AffineField | None, front: Tensor | None, count: int, weight: Tensor, ops: VaeOps = PLAIN
+) -> Tensor:
     """[`count` frames of `front`, or of frame 0 repeated; then x or swish(norm(x))] along time, in one tensor.
 
     Without gradients the normalised frames are written straight to their place; `weight` gives the memory format.
@@ -139,7 +149,7 @@ def stage_frames(x: Tensor, norm: AffineField | None, front: Tensor | None, coun
     if count == 0 and norm is None:
         return x
     if torch.is_grad_enabled():
-        body = x if norm is None else apply_field(x, norm, swish=True)
+        body = x if norm is None else ops.apply_field(x, norm, swish=True)
         # slices and not an expanded view, which would make `cat` forget the memory format
         before = [body[:, :, :1]] * count if front is None else [front]
         return torch.cat([*before, body], dim=2)
@@ -149,7 +159,7 @@ def stage_frames(x: Tensor, norm: AffineField | None, front: Tensor | None, coun
     if norm is None:
         body.copy_(x)
     else:
-        apply_field(x, norm, swish=True, out=body)
+        ops.apply_field(x, norm, swish=True, out=body)
     staged[:, :, :count] = body[:, :, :1] if front is None else front
     return staged
 

@@ -10,12 +10,14 @@ Axes: b batch, c channels, t frames, h w pixels of the activation; h' w' pixels 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import repeat
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 
@@ -157,6 +159,11 @@ def doubled_frames(t: int) -> list[int]:
     return [k for k in range(t) for _ in range(1 if t % 2 and k == 0 else 2)]
 
 
+def convolve(conv: nn.Module, x: Tensor) -> Tensor:
+    """conv(x): a convolution of one frame each, (n, c, h, w), or of a clip, (b, c, t, h, w)."""
+    return conv(x)
+
+
 # --- training in half precision ----------------------------------------------------------------------------------
 #
 # Autograd would keep float32 copies of every activation and pass over them some forty times. These two operations
@@ -234,3 +241,17 @@ def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     scale, shift = scale[:, :, :, :, None, :, None], shift[:, :, :, :, None, :, None]
     torch.addcmul(shift, _blocks(x, rows, cols), scale, out=_blocks(result, rows, cols))
     return result
+
+
+# --- choice --------------------------------------------------------------------------------------------------------
+
+
+class VaeOps(NamedTuple):
+    """One implementation of each operation that has several; `sgm.modules.ops.fused_vae` has those for GPUs."""
+
+    group_moments: Callable[..., tuple[Tensor, Tensor]] = group_moments
+    apply_field: Callable[..., Tensor] = apply_field
+    convolve: Callable[[nn.Module, Tensor], Tensor] = convolve
+
+
+PLAIN = VaeOps()

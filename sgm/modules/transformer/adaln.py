@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sgm.distributed import model_parallel_world_size
-from sgm.modules.ops.attention import attention
+from sgm.modules.ops.block_ops import PLAIN, BlockOps
 from sgm.modules.ops.modulation import split_modulation
 from sgm.modules.transformer.block import Attend, NetworkInputs, dit_block
 from sgm.modules.transformer.sat_base import HOOKS_DEFAULT, BaseMixin, copy_to_model_parallel_region
@@ -41,6 +41,8 @@ class AdaLNMixin(BaseMixin):
         qk_ln: normalise q and k per head before the product (Dehghani et al. 2023, arXiv:2302.05442, 2.1).
         elementwise_affine: whether those norms have weights.
     """
+
+    ops: BlockOps = PLAIN  # implementation of the blocks' operations
 
     def __init__(
         self,
@@ -84,6 +86,7 @@ class AdaLNMixin(BaseMixin):
             inputs.rotary,
             inputs.text_length,
             self._attend(hidden_states, layer_id, inputs),
+            self.ops,
         )
 
     def layer_parts(self, layer_id: int) -> list[nn.Module]:
@@ -93,10 +96,10 @@ class AdaLNMixin(BaseMixin):
             parts += [self.query_layernorm_list[layer_id], self.key_layernorm_list[layer_id]]
         return parts
 
-    def _attend(self, hidden: Tensor, layer_id: int, inputs: NetworkInputs) -> Attend:
-        """The attention product; a further mixin may put its own around it or in its place (SAT's `attention_fn`)."""
+    def _attend(self, hidden: Tensor, layer_id: int, inputs: NetworkInputs) -> Attend | None:
+        """What a further mixin puts around attention or in its place (SAT's `attention_fn`), else None."""
         hook = self.transformer.hooks.get("attention_fn")
         if hook is None or hook is HOOKS_DEFAULT["attention_fn"]:
-            return attention
+            return None
         full = hidden.new_ones(1, 1)  # SAT's mark for attention without a mask
         return lambda query, key, value: hook(query, key, value, full, None, layer_id=layer_id, inputs=inputs)

@@ -11,11 +11,10 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sgm.modules.ops.attention import attention
-from sgm.modules.ops.modulation import BlockModulation, RotaryTable, gated_residual, head_norm_rotate, norm_modulate
+from sgm.modules.ops.block_ops import PLAIN, BlockOps
+from sgm.modules.ops.modulation import BlockModulation, RotaryTable
 from sgm.modules.ops.recompute import run_layer
 from sgm.modules.transformer.sat_base import (
     BaseTransformer,
@@ -68,23 +67,24 @@ def dit_block(
     modulation: BlockModulation,
     rotary: RotaryTable | None,
     text_length: int,
-    attend: Attend = attention,
+    attend: Attend | None = None,
+    ops: BlockOps = PLAIN,
 ) -> Tensor:
     """One block on the joint sequence: modulated attention, then modulated MLP, each behind a gate; (b, n, d).
 
     (Peebles and Xie 2023, arXiv:2212.09748, adaLN-Zero block, with separate modulations for text and video.)
-    `attend` takes query, key, value (b, h, n, hd). `layer` supplies norms and linears; they are called as modules, so
-    that adapters, quantised linears and sharded weights fit in their place.
+    `attend` takes query, key, value (b, h, n, hd) and replaces `ops.attention`. `layer` supplies norms and linears;
+    they are called as modules, so that adapters, quantised linears and sharded weights fit in their place.
     """
     text, video = modulation.text_attention, modulation.video_attention
-    x = norm_modulate(hidden, layer.input_layernorm, text, video, text_length)
-    x = joint_attention(x, layer.attention, query_norm, key_norm, rotary, text_length, attend)
-    hidden = gated_residual(hidden, x, text.gate, video.gate, text_length)
+    x = ops.norm_modulate(hidden, layer.input_layernorm, text, video, text_length)
+    x = joint_attention(x, layer.attention, query_norm, key_norm, rotary, text_length, attend, ops)
+    gates, norm = (text.gate, video.gate), layer.post_attention_layernorm
 
     text, video = modulation.text_mlp, modulation.video_mlp
-    x = norm_modulate(hidden, layer.post_attention_layernorm, text, video, text_length)
-    x = layer.mlp.dense_4h_to_h(F.gelu(layer.mlp.dense_h_to_4h(x), approximate="tanh"))
-    return gated_residual(hidden, x, text.gate, video.gate, text_length)
+    hidden, x = ops.residual_norm(hidden, x, *gates, norm, text, video, text_length)
+    x = layer.mlp.dense_4h_to_h(ops.linear_gelu(layer.mlp.dense_h_to_4h, x))
+    return ops.gated_residual(hidden, x, text.gate, video.gate, text_length)
 
 
 def joint_attention(
@@ -94,17 +94,16 @@ def joint_attention(
     key_norm: nn.Module | None,
     rotary: RotaryTable | None,
     text_length: int,
-    attend: Attend = attention,
+    attend: Attend | None = None,
+    ops: BlockOps = PLAIN,
 ) -> Tensor:
     """Self-attention of text and video together, (b, n, d) -> (b, n, d), with SAT's `query_key_value` and `dense`.
 
     The rows of `query_key_value` are the thirds q, k, v, each with its heads one after the other.
     """
     head_width = module.hidden_size_per_attention_head
-    query, key, value = module.query_key_value(x).unflatten(-1, (3, -1, head_width)).unbind(2)  # (b, n, h, hd)
-    query = head_norm_rotate(query, query_norm, rotary, text_length)
-    key = head_norm_rotate(key, key_norm, rotary, text_length)
-    mixed = attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+    heads = ops.split_heads(module.query_key_value(x), head_width, query_norm, key_norm, rotary, text_length)
+    mixed = (attend or ops.attention)(*(part.transpose(1, 2) for part in heads))  # (b, h, n, hd)
     return module.dense(mixed.transpose(1, 2).flatten(2))
 
 

@@ -1,0 +1,176 @@
+"""Triton kernels of a transformer block. Each is one pass over its tensors; arithmetic is float32 throughout.
+
+Axes: b batch, l text tokens, n all tokens (text first), d width, h heads, hd width of a head.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sgm.modules.ops.modulation import Modulation, RotaryTable
+
+_TILE = 8192  # values a program of `_residual_norm_kernel` holds
+_HEAD_TILE = 4096
+
+
+@triton.jit
+def _row_vector(text, video, is_text, at, inside):
+    """`at` of the text's vector or of the video's, as float32."""
+    if is_text:
+        value = tl.load(text + at, mask=inside, other=0.0).to(tl.float32)
+    else:
+        value = tl.load(video + at, mask=inside, other=0.0).to(tl.float32)
+    return value[None, :]
+
+
+@triton.jit
+def _residual_norm_kernel(
+    hidden, update, text_gate, video_gate, weight, bias,
+    text_shift, text_scale, video_shift, video_scale, summed, normed,
+    n, text_length, d, vector_stride, eps,
+    RESIDUAL: tl.constexpr, NORM: tl.constexpr, AFFINE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """A program takes ROWS tokens of one sample, all text or all video, so that it reads one set of vectors."""
+    block, sample = tl.program_id(0), tl.program_id(1)
+    text_blocks = tl.cdiv(text_length, ROWS)
+    is_text = block < text_blocks
+    first = tl.where(is_text, block * ROWS, text_length + (block - text_blocks) * ROWS)
+    rows = first + tl.arange(0, ROWS)
+    cols = tl.arange(0, COLS)
+    col_inside = cols < d
+    inside = (rows < tl.where(is_text, text_length, n))[:, None] & col_inside[None, :]
+    at = (sample.to(tl.int64) * n + rows)[:, None] * d + cols[None, :]
+    vector = sample.to(tl.int64) * vector_stride + cols
+    x = tl.load(hidden + at, mask=inside, other=0.0).to(tl.float32)
+    if RESIDUAL:
+        step = tl.load(update + at, mask=inside, other=0.0).to(tl.float32)
+        rounded = (x + _row_vector(text_gate, video_gate, is_text, vector, col_inside) * step).to(
+            summed.dtype.element_ty
+        )
+        tl.store(summed + at, rounded, mask=inside)
+        x = rounded.to(tl.float32)
+    if NORM:
+        centred = tl.where(inside, x - (tl.sum(x, axis=1) / d)[:, None], 0.0)
+        variance = tl.sum(centred * centred, axis=1) / d
+        y = centred * (1.0 / tl.sqrt(variance + eps))[:, None]
+        if AFFINE:
+            y = y * tl.load(weight + cols, mask=col_inside, other=0.0).to(tl.float32)[None, :]
+            y += tl.load(bias + cols, mask=col_inside, other=0.0).to(tl.float32)[None, :]
+        scale = _row_vector(text_scale, video_scale, is_text, vector, col_inside)
+        shift = _row_vector(text_shift, video_shift, is_text, vector, col_inside)
+        tl.store(normed + at, (y * (1.0 + scale) + shift).to(normed.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _head_norm_rotate_kernel(
+    qkv, query_weight, query_bias, key_weight, key_bias, cos, sin,
+    total, n, text_length, heads, query_eps, key_eps,
+    NORM: tl.constexpr, AFFINE: tl.constexpr, ROTATE: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """A program takes ROWS heads, queries and keys alike, out of (b, n, 3, heads, WIDTH), and overwrites them."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    token, head = row // (2 * heads), row % (2 * heads)
+    is_key = (head >= heads)[:, None]
+    cols = tl.arange(0, COLS)
+    col_inside = cols < WIDTH
+    inside = (row < total)[:, None] & col_inside[None, :]
+    at = (token * (3 * heads) + head)[:, None] * WIDTH + cols[None, :]
+    x = tl.load(qkv + at, mask=inside, other=0.0).to(tl.float32)
+    if NORM:
+        centred = tl.where(inside, x - (tl.sum(x, axis=1) / WIDTH)[:, None], 0.0)
+        eps = tl.where(is_key, key_eps, query_eps)
+        x = centred * (1.0 / tl.sqrt((tl.sum(centred * centred, axis=1) / WIDTH)[:, None] + eps))
+        if AFFINE:
+            query_w = tl.load(query_weight + cols, mask=col_inside, other=0.0).to(tl.float32)[None, :]
+            key_w = tl.load(key_weight + cols, mask=col_inside, other=0.0).to(tl.float32)[None, :]
+            query_b = tl.load(query_bias + cols, mask=col_inside, other=0.0).to(tl.float32)[None, :]
+            key_b = tl.load(key_bias + cols, mask=col_inside, other=0.0).to(tl.float32)[None, :]
+            x = x * tl.where(is_key, key_w, query_w) + tl.where(is_key, key_b, query_b)
+    if ROTATE:
+        place = token % n - text_length
+        turns = (place >= 0)[:, None] & inside
+        angle = place[:, None] * WIDTH + cols[None, :]
+        c = tl.load(cos + angle, mask=turns, other=1.0).to(tl.float32)
+        s = tl.load(sin + angle, mask=turns, other=0.0).to(tl.float32)
+        even, odd = tl.split(tl.reshape(x, (ROWS, COLS // 2, 2)))
+        x = x * c + tl.reshape(tl.join(-odd, even), (ROWS, COLS)) * s
+    tl.store(qkv + at, x.to(qkv.dtype.element_ty), mask=inside)
+
+
+def launch_residual_norm(
+    hidden: Tensor,
+    text_length: int,
+    residual: tuple[Tensor, Tensor, Tensor] | None,
+    norm: tuple[Tensor | None, Tensor | None, float, Modulation, Modulation] | None,
+) -> tuple[Tensor, Tensor]:
+    """(hidden + gate * update, modulated norm of that); an absent half is not computed and its result is `hidden`.
+
+    Args:
+        hidden: (b, n, d), contiguous.
+        residual: update (b, n, d), text gate, video gate (b, 1, d).
+        norm: weight and bias (d,) or None, eps, modulation of text and of video.
+    """
+    b, n, d = hidden.shape
+    cols = triton.next_power_of_2(d)
+    rows = max(1, _TILE // cols)
+    update, *gates = residual or (hidden, hidden, hidden)
+    weight, bias, eps, text, video = norm or (None, None, 0.0, None, None)
+    vectors = (*(gates if residual else ()), *((text.shift, text.scale, video.shift, video.scale) if norm else ()))
+    vectors, stride = _aligned(vectors, b, d)
+    gates = vectors[:2] if residual else (hidden, hidden)
+    modulations = vectors[-4:] if norm else (hidden,) * 4
+    summed = torch.empty_like(hidden) if residual else hidden
+    normed = torch.empty_like(hidden) if norm else hidden
+    blocks = triton.cdiv(text_length, rows) + triton.cdiv(n - text_length, rows)
+    with torch.cuda.device_of(hidden):
+        _residual_norm_kernel[(blocks, b)](
+            hidden, update, *gates, _or(weight, hidden), _or(bias, hidden), *modulations, summed, normed,
+            n, text_length, d, stride, eps,
+            RESIDUAL=residual is not None, NORM=norm is not None, AFFINE=weight is not None, ROWS=rows, COLS=cols,
+            num_warps=8,
+        )  # fmt: skip
+    return summed, normed
+
+
+def launch_head_norm_rotate(
+    qkv: Tensor,
+    head_width: int,
+    norms: tuple[tuple[Tensor | None, Tensor | None, float], tuple[Tensor | None, Tensor | None, float]] | None,
+    rotary: RotaryTable | None,
+    text_length: int,
+) -> None:
+    """Normalise and rotate queries and keys within qkv (b, n, 3 h hd), contiguous.
+
+    `norms` are weight (hd,), bias (hd,) and eps of the queries' norm and of the keys'; both have weights or neither.
+    """
+    b, n, width = qkv.shape
+    heads = width // (3 * head_width)
+    total = b * n * 2 * heads
+    cols = triton.next_power_of_2(head_width)
+    rows = max(1, _HEAD_TILE // cols)
+    (query_w, query_b, query_eps), (key_w, key_b, key_eps) = norms or ((None, None, 0.0), (None, None, 0.0))
+    cos, sin = (qkv, qkv) if rotary is None else (rotary.cos.contiguous(), rotary.sin.contiguous())
+    with torch.cuda.device_of(qkv):
+        _head_norm_rotate_kernel[(triton.cdiv(total, rows),)](
+            qkv, *(_or(part, qkv) for part in (query_w, query_b, key_w, key_b)), cos, sin,
+            total, n, text_length, heads, query_eps, key_eps,
+            NORM=norms is not None, AFFINE=query_w is not None, ROTATE=rotary is not None,
+            ROWS=rows, WIDTH=head_width, COLS=cols, num_warps=4,
+        )  # fmt: skip
+
+
+def _aligned(vectors: tuple[Tensor, ...], b: int, d: int) -> tuple[tuple[Tensor, ...], int]:
+    """The vectors (b, 1, d) as (b, d) with unit stride along d and one common stride along b, and that stride."""
+    flat = tuple(v.expand(b, 1, d).squeeze(1) for v in vectors)
+    if len({v.stride(0) for v in flat}) > 1 or any(v.stride(1) != 1 for v in flat):
+        flat = tuple(v.contiguous() for v in flat)
+    return flat, flat[0].stride(0)
+
+
+def _or(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
+    """A kernel's pointer arguments must be tensors also where they are not read."""
+    return stand_in if tensor is None else tensor

@@ -1,0 +1,92 @@
+"""Fused kernels against the plain PyTorch that defines them, on random shapes, under Triton's interpreter.
+
+Run by `tests/unit/test_kernels.py` in a process of its own: Triton reads TRITON_INTERPRET when a kernel is defined.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sgm.modules.ops import block_ops, fused_block, fused_vae, vae
+from sgm.modules.ops.modulation import RotaryTable, split_modulation
+from sgm.modules.ops.vae import AffineField
+
+TYPES = [torch.float32, torch.bfloat16]
+# (b, l, n, heads, hd): programs that are partly filled; no text at all
+SEQUENCES = [(2, 5, 23, 3, 64), (1, 0, 9, 2, 16)]
+# (b, c, t, h, w), field's (t, h, w), groups
+CLIPS = [((2, 96, 2, 6, 20), (2, 3, 5), 32), ((1, 32, 5, 6, 40), (1, 1, 1), 8)]
+LAST = torch.channels_last_3d
+
+
+def close(got: Tensor, expected: Tensor) -> None:
+    """Within the rounding of the type; the interpreter truncates to bfloat16, which doubles its error."""
+    limit = {torch.float32: 1e-6, torch.bfloat16: 1e-2}[expected.dtype]
+    error = (got.double() - expected.double()).norm() / expected.double().norm()
+    assert got.dtype == expected.dtype and got.shape == expected.shape and error < limit
+
+
+def random_norm(width: int, eps: float, dtype: torch.dtype) -> nn.LayerNorm:
+    norm = nn.LayerNorm(width, eps=eps, dtype=dtype).requires_grad_(False)
+    norm.weight.normal_()
+    norm.bias.normal_()
+    return norm
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("size", SEQUENCES)
+def test_residual_and_norm(size, dtype):
+    b, length, n, heads, width = size
+    d = heads * width
+    hidden, update = torch.randn(2, b, n, d).to(dtype)
+    modulation = split_modulation(torch.randn(b, 12 * d).to(dtype))
+    text, video = modulation.text_mlp, modulation.video_mlp
+    for norm in (random_norm(d, 1e-5, dtype), nn.LayerNorm(d, elementwise_affine=False)):
+        gates = (modulation.text_attention.gate, modulation.video_attention.gate)
+        args = (hidden, update, *gates, norm, text, video, length)
+        for got, expected in zip(fused_block.residual_norm(*args), block_ops.residual_norm(*args)):
+            close(got, expected)
+        args = (hidden, norm, text, video, length)
+        close(fused_block.norm_modulate(*args), block_ops.norm_modulate(*args))
+        args = (hidden, update, *gates, length)
+        close(fused_block.gated_residual(*args), block_ops.gated_residual(*args))
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("size", SEQUENCES)
+def test_split_heads(size, dtype):
+    b, length, n, heads, width = size
+    qkv = torch.randn(b, n, 3 * heads * width).to(dtype)
+    norms = random_norm(width, 1e-6, dtype), random_norm(width, 1e-2, dtype)
+    table = RotaryTable(torch.randn(n - length, width), torch.randn(n - length, width))
+    for pair, rotary in ((norms, table), (norms, None), ((None, None), table)):
+        buffer = qkv.clone()
+        got = fused_block.split_heads(buffer, width, *pair, rotary, length)
+        assert got[0].data_ptr() == buffer.data_ptr()  # no copy
+        for a, b in zip(got, block_ops.split_heads(qkv, width, *pair, rotary, length)):
+            close(a, b)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("shape, grid, groups", CLIPS)
+def test_group_moments(shape, grid, groups, dtype):
+    offsets = 5 * torch.randn(shape[1])[:, None, None, None]
+    x = (torch.randn(shape) + offsets).to(dtype).contiguous(memory_format=LAST)
+    expected = vae.group_moments(x.double(), groups, 1 << 30)
+    for got, want in zip(fused_vae.group_moments(x, groups, 1), expected):
+        close(got, want.float())
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("shape, grid, groups", CLIPS)
+def test_apply_field(shape, grid, groups, dtype):
+    x = torch.randn(shape).to(dtype).contiguous(memory_format=LAST)
+    field = AffineField(*(torch.randn(*shape[:2], *grid) for _ in range(2)))
+    b, c, t, h, w = shape
+    staged = torch.full((b, c, t + 2, h, w), float("nan"), dtype=dtype).contiguous(memory_format=LAST)
+    fused_vae.apply_field(x, field, swish=True, out=staged[:, :, 2:])
+    close(staged[:, :, 2:], vae.apply_field(x.float(), field, swish=True).to(dtype))
+    assert staged[:, :, :2].isnan().all()  # what lies in front is left alone
+    close(fused_vae.apply_field(x, field, swish=False), vae.apply_field(x.float(), field, swish=False).to(dtype))

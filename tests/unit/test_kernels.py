@@ -1,0 +1,93 @@
+"""Choice of kernels, their checks on the CPU, and what happens where they do not apply."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from sgm.config import AccelerateArgs, ConfigError, load_run_config
+from sgm.inference.options import SampleArgs
+from sgm.modules.ops import block_ops, vae
+from sgm.modules.ops.choice import KernelError, choose_kernels
+from sgm.modules.ops.modulation import split_modulation
+from sgm.util import instantiate_from_config
+from tests.dit_tiny import TEXT_LENGTH, TEXT_WIDTH, tiny_config
+
+REPO = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+
+
+def test_kernels_under_the_interpreter():
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/kernels_interpreted.py"]
+    done = subprocess.run(
+        command, cwd=REPO, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+
+
+def test_choice():
+    assert choose_kernels("plain", "default", CPU).block == block_ops.PLAIN
+    assert choose_kernels("auto", "default", CPU).vae == vae.PLAIN
+    with pytest.raises(KernelError, match="cpu.*auto or plain"):
+        choose_kernels("triton", "default", CPU)
+    with pytest.raises(KernelError, match="accelerate.attention is 'fast'.*cudnn"):
+        choose_kernels("plain", "fast", CPU)
+
+
+def test_section_is_read_and_checked(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("model: {a: 1}\naccelerate: {kernels: auto}\n")
+    config = load_run_config([file], SampleArgs, overrides=["accelerate.attention=cudnn"])
+    assert config.accelerate == AccelerateArgs(kernels="auto", attention="cudnn")
+    assert config.as_dict()["accelerate"] == {"kernels": "auto", "attention": "cudnn"}
+    file.write_text("model: {a: 1}\naccelerate: {kernel: auto, attention: fast}\n")
+    with pytest.raises(ConfigError, match=r"accelerate.kernel; did you mean `kernels`(.|\n)*accelerate.attention"):
+        load_run_config([file], SampleArgs)
+
+
+@pytest.mark.parametrize("attention", ["cudnn", "flash"])
+def test_attention_order_falls_back(attention):
+    query, key, value = torch.randn(3, 1, 2, 7, 16)
+    attend = choose_kernels("plain", attention, CPU).block.attention
+    torch.testing.assert_close(attend(query, key, value), block_ops.attention(query, key, value))
+
+
+def test_fused_operations_off_the_gpu_are_the_plain_ones():
+    """Without a GPU, with gradients or with hooks, the fused forms give the twin's result and its gradients."""
+    pytest.importorskip("triton")
+    from sgm.modules.ops import fused_block
+
+    d, norm = 32, nn.LayerNorm(32)
+    hidden, update = torch.randn(2, 2, 7, d)
+    hidden.requires_grad_()
+    modulation = split_modulation(torch.randn(2, 12 * d))
+    args = (hidden, update, modulation.text_mlp.gate, modulation.video_mlp.gate)
+    args += (norm, modulation.text_mlp, modulation.video_mlp, 3)
+    grads = []
+    for ops in (fused_block, block_ops):
+        summed, normed = ops.residual_norm(*args)
+        grads.append(torch.autograd.grad((summed * normed).sum(), hidden)[0])
+    torch.testing.assert_close(*grads)
+    linear = nn.Linear(d, 8)
+    torch.testing.assert_close(fused_block.linear_gelu(linear, hidden), block_ops.linear_gelu(linear, hidden))
+
+
+def test_network_uses_the_operations_it_is_given():
+    network = instantiate_from_config(tiny_config())
+    calls = []
+
+    def attend(*heads):
+        calls.append(heads[0].shape)
+        return block_ops.attention(*heads)
+
+    network.use_ops(block_ops.PLAIN._replace(attention=attend))
+    with torch.no_grad():
+        network(torch.randn(1, 3, 16, 6, 10), torch.tensor([7]), torch.randn(1, TEXT_LENGTH, TEXT_WIDTH))
+    assert len(calls) == network.num_layers

@@ -1,0 +1,207 @@
+"""Speed and memory on one GPU: `python tools/bench/gpu.py`. Prints JSON lines.
+
+Each part times this project's plain path, its fused path (checked against the plain one) and, where it can be imported,
+diffusers at the same sizes, and names the limit: the part's arithmetic at the rate of a large matrix product, measured
+in the same run. Weights and inputs are random; only times and errors mean anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from torch import Tensor, nn
+
+from sgm.modules.ops.choice import Kernels, choose_kernels
+from tools.bench import blocks, models
+from tools.bench.flops import conv_flops, network_flops
+from tools.bench.measure import Ceilings, emit, measure_ceilings, relative_error, time_runs, top_kernels
+
+CONFIG = Path(__file__).resolve().parents[2] / "configs" / "cogvideox_2b_infer.yaml"
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every part needs."""
+
+    config: str
+    dtype: str
+    device: torch.device
+    ceilings: Ceilings
+    seconds: float
+    frames: int
+    diffusers: bool
+    profile: bool
+    plain: Kernels
+    fused: Kernels
+
+    def report(
+        self, part: str, variant: str, run: Callable[[], Tensor], flops: float, expected: Tensor | None = None
+    ) -> Tensor:
+        """Time one variant of a part, print its line, and give its result back."""
+        timing = time_runs(run, self.device, self.seconds)
+        result = timing.result
+        limit = self.ceilings.limit_ms(flops)
+        emit(
+            part=part,
+            variant=variant,
+            dtype=self.dtype,
+            ms=timing.ms,
+            runs=timing.runs,
+            tflops=flops / timing.ms / 1e9,
+            limit_ms=limit,
+            share_of_limit=limit / timing.ms,
+            peak_gib=timing.peak_bytes / 2**30 if timing.peak_bytes else None,
+            error_to_plain=None if expected is None else relative_error(result, expected),
+            finite=bool(result.isfinite().all()),
+        )
+        if self.profile:
+            emit(part=part, variant=variant, kernels_ms=top_kernels(run))
+        return result
+
+
+def bench_dit(bench: Bench) -> None:
+    """The transformer's forward on a guidance pair."""
+    flops, (x, steps, text) = _our_dit(bench)
+    with reference(bench, "dit", models.diffusers_network) as theirs:
+        if theirs is not None:
+
+            def run() -> Tensor:
+                return theirs(hidden_states=x, encoder_hidden_states=text, timestep=steps, return_dict=False)[0]
+
+            bench.report("dit", "diffusers", run, flops)
+
+
+def _our_dit(bench: Bench) -> tuple[float, tuple[Tensor, ...]]:
+    network = models.our_network(bench.config, bench.dtype, bench.device)
+    inputs = models.network_inputs(network, bench.frames, bench.device)
+    flops = network_flops(network, models.token_count(network, bench.frames))
+    expected = bench.report("dit", "plain", lambda: network(*inputs), flops)
+    network.use_ops(bench.fused.block)
+    bench.report("dit", "fused", lambda: network(*inputs), flops, expected)
+    return flops, inputs
+
+
+def bench_block(bench: Bench) -> None:
+    """The operations of one transformer block, one by one."""
+    network = models.our_network(bench.config, bench.dtype, bench.device)
+    blocks.bench_parts(network, bench.frames, bench.device, bench.ceilings, (bench.plain.block, bench.fused.block))
+
+
+def bench_decode(bench: Bench) -> None:
+    """Latents to pixels, in the chunks that sampling uses."""
+    z = torch.randn(1, 16, bench.frames, 60, 90, device=bench.device, dtype=models.TYPES[bench.dtype])
+    flops = _our_first_stage(bench, "vae_decode", lambda stage: stage.decode(z))
+    with reference(bench, "vae_decode", models.diffusers_first_stage) as theirs:
+        if theirs is not None:
+            bench.report("vae_decode", "diffusers", lambda: theirs.decode(z, return_dict=False)[0], flops)
+
+
+def bench_encode(bench: Bench) -> None:
+    """Pixels to the posterior's moments."""
+    size = (1, 3, 4 * bench.frames - 3, 480, 720)
+    x = torch.rand(size, device=bench.device, dtype=models.TYPES[bench.dtype]) * 2 - 1
+    flops = _our_first_stage(bench, "vae_encode", lambda stage: stage.encode(x, unregularized=True)[0])
+    with reference(bench, "vae_encode", models.diffusers_first_stage) as theirs:
+        if theirs is not None:
+            bench.report("vae_encode", "diffusers", lambda: theirs.encode(x).latent_dist.parameters, flops)
+
+
+def _our_first_stage(bench: Bench, part: str, work: Callable[[nn.Module], Tensor]) -> float:
+    """Both variants of `work` on our VAE; gives its FLOPs."""
+    stage = models.our_first_stage(bench.config, bench.dtype, bench.device)
+    flops = conv_flops(stage, lambda: work(stage))
+    expected = bench.report(part, "plain", lambda: work(stage), flops)
+    stage.use_ops(bench.fused.vae)
+    stage.set_channels_last()
+    bench.report(part, "fused", lambda: work(stage), flops, expected)
+    return flops
+
+
+PARTS = {"dit": bench_dit, "block": bench_block, "vae_decode": bench_decode, "vae_encode": bench_encode}
+
+
+@contextmanager
+def reference(bench: Bench, part: str, build: Callable[[str, torch.device], Any]) -> Iterator[Any]:
+    """diffusers' model, or None (with a line that says why) where it is not wanted or cannot be had."""
+    release()
+    if not bench.diffusers:
+        yield None
+        return
+    try:
+        model = build(bench.dtype, bench.device)
+    except (ImportError, RuntimeError) as error:
+        emit(part=part, variant="diffusers", skipped=str(error).splitlines()[0][:200])
+        model = None
+    yield model
+
+
+def release() -> None:
+    """Give freed memory back, so that the next part's peak is its own."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(PARTS), help=f"parts, out of {','.join(PARTS)}")
+    parser.add_argument("--seconds", type=float, default=1.5, help="time for the runs of each variant of a part")
+    parser.add_argument("--dtype", default="bf16", choices=("bf16", "fp16"))
+    parser.add_argument("--config", default=str(CONFIG), help="YAML with the model section")
+    parser.add_argument("--frames", type=int, default=13, help="latent frames, odd")
+    parser.add_argument("--attention", default="cudnn", help="accelerate.attention of the fused path")
+    parser.add_argument("--no-diffusers", action="store_true", help="leave the comparison out")
+    parser.add_argument("--cudnn-benchmark", action="store_true", help="let cuDNN try its convolutions (slow start)")
+    parser.add_argument("--profile", action="store_true", help="also list the kernels that take longest")
+    options = parser.parse_args(arguments)
+    unknown = [part for part in options.only.split(",") if part not in PARTS]
+    if unknown:
+        parser.error(f"--only: unknown part {unknown[0]!r}; choose from {', '.join(PARTS)}")
+    return options
+
+
+def main(arguments: list[str]) -> int:
+    options = parse(arguments)
+    if not torch.cuda.is_available():
+        print("error: PyTorch sees no GPU; tools/bench/cpu.py measures the CPU.", file=sys.stderr)
+        return 2
+    began, device = time.perf_counter(), torch.device("cuda")
+    ceilings = measure_ceilings(device, models.TYPES[options.dtype])
+    bench = Bench(
+        config=options.config,
+        dtype=options.dtype,
+        device=device,
+        ceilings=ceilings,
+        seconds=options.seconds,
+        frames=options.frames,
+        diffusers=not options.no_diffusers,
+        profile=options.profile,
+        plain=choose_kernels("plain", "default", device),
+        fused=choose_kernels("triton", options.attention, device),
+    )
+    emit(
+        device=torch.cuda.get_device_name(device),
+        torch=torch.__version__,
+        matmul_tflops=ceilings.flops / 1e12,
+        copy_tb_s=ceilings.bandwidth / 1e12,
+    )
+    torch.backends.cudnn.benchmark = options.cudnn_benchmark
+    for part in options.only.split(","):
+        release()
+        PARTS[part](bench)
+        emit(part=part, done_after_s=time.perf_counter() - began)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

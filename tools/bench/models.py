@@ -1,0 +1,85 @@
+"""Models for the benchmarks: ours from a YAML file and diffusers' of the same sizes, with random weights."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sgm.config import merge_yaml
+from sgm.util import instantiate_from_config
+
+TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def our_network(config: str, dtype: str, device: torch.device) -> nn.Module:
+    """The `network_config` of a YAML file, in eval mode."""
+    node = copy.deepcopy(merge_yaml([config])["model"]["network_config"])
+    with torch.device("meta"):
+        network = instantiate_from_config(node, dtype=dtype)
+    fill_randomly(network.to_empty(device=device))
+    with torch.no_grad():
+        for name, value in network.computed_state().items():
+            network.get_parameter(name).copy_(value)
+    return network.eval().requires_grad_(False)
+
+
+def our_first_stage(config: str, dtype: str, device: torch.device) -> nn.Module:
+    """The `first_stage_config` of a YAML file."""
+    node = copy.deepcopy(merge_yaml([config])["model"]["first_stage_config"])
+    node["params"]["ckpt_path"] = None
+    with torch.device("meta"):
+        stage = instantiate_from_config(node)
+    fill_randomly(stage.to(TYPES[dtype]).to_empty(device=device))
+    return stage
+
+
+def fill_randomly(module: nn.Module, seed: int = 0) -> None:
+    """Weights that keep activations near unit size: matrices and filters by fan-in, norms near 1, small biases."""
+    generator = torch.Generator(device=next(module.parameters()).device).manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in module.named_parameters():
+            if weight.ndim > 1:
+                weight.normal_(0.0, weight[0].numel() ** -0.5, generator=generator)
+            elif name.endswith("weight"):
+                weight.normal_(1.0, 0.1, generator=generator)
+            else:
+                # the modulation's factor on the norm is conv_y of the latent: near 1, as in a trained model
+                weight.normal_(1.0 if name.endswith("conv_y.conv.bias") else 0.0, 0.1, generator=generator)
+
+
+def token_count(network: nn.Module, frames: int) -> int:
+    """Text and video tokens of a clip of `frames` latent frames at the configured size."""
+    grid = network.patch.grid(frames, network.latent_height, network.latent_width)
+    return network.mixins.pos_embed.text_length + grid.tokens
+
+
+def network_inputs(network: nn.Module, frames: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Random latents (2, t, c, h, w), timesteps (2,) and text embeddings (2, l, width): a guidance pair."""
+    size = (2, frames, network.in_channels, network.latent_height, network.latent_width)
+    text = (2, network.mixins.pos_embed.text_length, network.mixins.patch_embed.text_hidden_size)
+    x = torch.randn(size, device=device, dtype=network.dtype)
+    return x, torch.tensor([500, 500], device=device), torch.randn(text, device=device, dtype=network.dtype)
+
+
+def diffusers_network(dtype: str, device: torch.device) -> nn.Module:
+    """The 2B transformer of diffusers. ImportError where diffusers is not installed."""
+    from diffusers import CogVideoXTransformer3DModel
+
+    return _build_in(dtype, device, lambda: CogVideoXTransformer3DModel())
+
+
+def diffusers_first_stage(dtype: str, device: torch.device) -> nn.Module:
+    """The 2B VAE of diffusers. ImportError where diffusers is not installed."""
+    from diffusers import AutoencoderKLCogVideoX
+
+    kinds = {"down_block_types": ("CogVideoXDownBlock3D",) * 4, "up_block_types": ("CogVideoXUpBlock3D",) * 4}
+    return _build_in(dtype, device, lambda: AutoencoderKLCogVideoX(**kinds))
+
+
+def _build_in(dtype: str, device: torch.device, build: Any) -> nn.Module:
+    with torch.device(device):
+        model = build()
+    return model.to(TYPES[dtype]).eval().requires_grad_(False)
