@@ -242,10 +242,29 @@ def test_clips_depend_on_seed_and_number_only(tmp_path):
     assert make_clip(1, Options(seed=3)) != make_clip(1, Options(seed=4))
 
 
+def test_labels_in_other_words_keep_their_captions(tmp_path):
+    size = ("--count", 12, "--workers", 1, "--frames", 1, "--height", 32, "--width", 32)
+    run(tmp_path / "plain", *size)
+    run(tmp_path / "other", *size, "--other-words", 0.5)
+    run(tmp_path / "held", *size, "--other-words", 1, "--held-out-words")
+    lines = {
+        name: [json.loads(line) for line in (tmp_path / name / "meta.jsonl").read_text().splitlines()]
+        for name in ("plain", "other", "held")
+    }
+    for plain, other, held in zip(*lines.values()):
+        assert plain["caption"] == other["caption"] == held["caption"] and plain["spec"] == other["spec"]
+        assert "prompt" not in plain and held["prompt"] not in (held["caption"], other.get("prompt"))
+        label = tmp_path / "other" / other["file"].replace("videos", "labels").replace("mp4", "txt")
+        assert label.read_text().strip() == other.get("prompt", other["caption"])
+    assert 0 < sum("prompt" in line for line in lines["other"]) < 12
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
         [],
+        ["out", "--other-words", "2"],
+        ["out", "--held-out-words"],
         ["out", "--frames", "48"],
         ["out", "--only-withheld"],
         ["out", "--height", "63"],

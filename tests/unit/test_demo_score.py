@@ -9,7 +9,18 @@ from tools.demo.attributes import COLOURS, MOTIONS, SHAPES, SIZES
 from tools.demo.captions import caption, parse
 from tools.demo.make_dataset import main as make_dataset
 from tools.demo.measure import measure
-from tools.demo.score import Pair, ScoreError, compare, find_pairs, main, read_pairs, score_pairs, shuffled, summarize
+from tools.demo.score import (
+    Pair,
+    ScoreError,
+    compare,
+    find_pairs,
+    main,
+    read_pairs,
+    score_pairs,
+    shuffled,
+    summarize,
+    translated,
+)
 from tools.demo.shapes import ClipSpec, ObjectSpec, render_clip, sample_spec
 
 
@@ -176,3 +187,14 @@ def test_what_cannot_be_scored_is_an_error(written, tmp_path, capsys):
 def test_results_are_plain_records(written):
     result = score_pairs(find_pairs(written)[:1])[0]
     assert json.loads(json.dumps(asdict(result)))["right"]["colour"]
+
+
+def test_prompts_in_other_words_are_scored_by_what_they_mean(tmp_path):
+    meant = tmp_path / "meant.jsonl"
+    meant.write_text('{"prompt": "star goes left", "caption": "a red star moves left over a white background"}\n')
+    assert translated([Pair("a.mp4", "star goes left")], meant)[0].caption.startswith("a red star")
+    with pytest.raises(ScoreError, match="star goes up"):
+        translated([Pair("a.mp4", "star goes up")], meant)
+    meant.write_text('{"prompt": "star goes left"}\n')
+    with pytest.raises(ScoreError, match="line 1"):
+        translated([], meant)

@@ -4,7 +4,8 @@
 
 gives OUT/videos/000000.mp4 ..., OUT/labels/000000.txt ..., and OUT/meta.jsonl, one line a clip: file, caption, and
 every attribute (`ClipSpec.from_dict(line["spec"])` renders it again). Clip i depends on the seed, i and the options
-only, so a longer set begins with the shorter one.
+only, so a longer set begins with the shorter one. With --other-words SHARE that share of the labels is worded more
+freely than captions are (tools/demo/wordings.py); meta.jsonl then has the label as "prompt" beside the caption.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -27,13 +29,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tools.demo.attributes import STYLES, read_withheld, write_withheld  # noqa: E402
 from tools.demo.shapes import ClipSpec, caption, render_clip, sample_spec  # noqa: E402
+from tools.demo.wordings import HELD_OUT, TRAINING, reword  # noqa: E402
 
 FRAME_COUNTS = (1, 17, 33, 49)
 
 
 @dataclass(frozen=True)
 class Options:
-    """What decides a clip beside its number. Fields as in `sample_spec`."""
+    """What decides a clip and its caption beside its number. Fields as in `sample_spec`."""
 
     seed: int = 0
     frames: int = 49
@@ -44,6 +47,14 @@ class Options:
     withheld: frozenset[tuple[str, str, str]] = frozenset()
     only_withheld: bool = False
     style: str | None = None
+
+
+@dataclass(frozen=True)
+class Words:
+    """Which labels are worded freely. `held_out`: as the text encoder's training never sees them."""
+
+    share: float = 0.0
+    held_out: bool = False
 
 
 def make_clip(index: int, options: Options) -> tuple[ClipSpec, str]:
@@ -73,20 +84,32 @@ def write_video(path: Path, frames: np.ndarray, fps: float, crf: int = 8) -> Non
     temporary.replace(path)
 
 
-def write_clip(index: int, out: Path, options: Options, crf: int) -> str:
-    """Write one clip and its caption; returns its line of meta.jsonl."""
+def other_words(index: int, spec: ClipSpec, seed: int, words: Words) -> str | None:
+    """A free wording of clip number `index`, for the share of clips that get one."""
+    rng = random.Random(f"{seed}/{index}")
+    if rng.random() >= words.share:
+        return None
+    return reword(spec, rng, HELD_OUT if words.held_out else TRAINING)
+
+
+def write_clip(index: int, out: Path, options: Options, crf: int, words: Words) -> str:
+    """Write one clip and its label; returns its line of meta.jsonl."""
     spec, text = make_clip(index, options)
+    other = other_words(index, spec, options.seed, words)
     name = f"{index:06d}"
     write_video(out / "videos" / f"{name}.mp4", render_clip(spec), spec.fps, crf)
-    (out / "labels" / f"{name}.txt").write_text(text + "\n", encoding="utf-8")
-    return json.dumps({"file": f"videos/{name}.mp4", "caption": text, "spec": asdict(spec)})
+    (out / "labels" / f"{name}.txt").write_text((other or text) + "\n", encoding="utf-8")
+    line = {"file": f"videos/{name}.mp4", "caption": text} | ({"prompt": other} if other else {})
+    return json.dumps(line | {"spec": asdict(spec)})
 
 
-def write_dataset(out: Path, count: int, options: Options, workers: int = 1, crf: int = 8) -> Iterator[int]:
+def write_dataset(
+    out: Path, count: int, options: Options, workers: int = 1, crf: int = 8, words: Words | None = None
+) -> Iterator[int]:
     """Write a data set; yields the number of clips done."""
     for folder in ("videos", "labels"):
         (out / folder).mkdir(parents=True, exist_ok=True)
-    task = partial(write_clip, out=out, options=options, crf=crf)
+    task = partial(write_clip, out=out, options=options, crf=crf, words=words or Words())
     temporary = out / ".meta.jsonl"
     with temporary.open("w", encoding="utf-8") as meta:
         if workers == 1:
@@ -117,6 +140,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--withheld", type=Path, help="list of (shape, colour, motion) to leave out")
     parser.add_argument("--only-withheld", action="store_true", help="make clips of the withheld list only")
     parser.add_argument("--style", choices=tuple(STYLES), help="a look that clips never have otherwise")
+    parser.add_argument("--other-words", type=float, default=0.0, metavar="SHARE", help="share of freely worded labels")
+    parser.add_argument("--held-out-words", action="store_true", help="of these, forms that no training text has")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--crf", type=int, default=8, help="H.264 quality, lower is better (8)")
     parser.add_argument("--write-withheld", type=Path, metavar="FILE", help="write the withheld list and stop")
@@ -129,6 +154,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--count and --workers must be positive, --height and --width even and at least 32")
     if args.seed < 0 or not 0 <= args.two <= 1 or not args.fps > 0:
         parser.error("--seed must not be negative, --two lie in 0 to 1, --fps be positive")
+    if not 0 <= args.other_words <= 1 or (args.held_out_words and not args.other_words):
+        parser.error("--other-words must lie in 0 to 1, and be above 0 for --held-out-words")
     return args
 
 
@@ -144,7 +171,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     fields = (args.seed, args.frames, args.height, args.width, args.fps, args.two)
     options = Options(*fields, withheld, args.only_withheld, args.style)
-    for done in write_dataset(args.out, args.count, options, min(args.workers, args.count), args.crf):
+    words = Words(args.other_words, args.held_out_words)
+    for done in write_dataset(args.out, args.count, options, min(args.workers, args.count), args.crf, words):
         if done % 100 == 0 or done == args.count:
             print(f"{done} of {args.count} clips", flush=True)
     return 0

@@ -1,14 +1,15 @@
 """How often generated clips show what their captions say: colour, shape, size, motion, background.
 
-    python tools/demo/score.py FOLDER                     a data set (videos/, labels/), or sampled clips with their
-JSON
+    python tools/demo/score.py FOLDER                     a data set (videos/, labels/), or sampled clips with JSON
     python tools/demo/score.py --pairs FILE.jsonl         lines {"file": mp4 beside FILE, "caption" or "prompt": text}
     python tools/demo/score.py FOLDER --shuffled          every clip against another one's caption: what chance gives
+    python tools/demo/score.py FOLDER --meant tools/demo/other_words.jsonl
+                                                          prompts in other words: lines {"prompt", "caption"} say what
+                                                          they mean; a data set's meta.jsonl has such lines as well
 
 Captions must be of the demo's grammar (`tools/demo/captions.py`). Each named shape is one count for colour, shape,
 size and motion; each clip one for the number of shapes, the background's pattern and its colours. "all" asks that a
-clip
-has everything right. The last column is what guessing evenly would give.
+clip has everything right. The last column is what guessing evenly would give.
 """
 
 from __future__ import annotations
@@ -150,6 +151,21 @@ def read_pairs(path: Path) -> list[Pair]:
     return pairs
 
 
+def translated(pairs: Sequence[Pair], path: Path) -> list[Pair]:
+    """The clips with captions of the demo's grammar in place of prompts in other words, as the lines of `path` say."""
+    meant = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            fields = json.loads(line)
+            meant[fields.get("prompt", fields["caption"])] = fields["caption"]
+        except (json.JSONDecodeError, KeyError, AttributeError) as error:
+            raise ScoreError(f"{path}, line {number}: needs 'prompt' and 'caption' ({error!r})") from error
+    unknown = [pair.caption for pair in pairs if pair.caption not in meant]
+    if unknown:
+        raise ScoreError(f"{path} does not say what {len(unknown)} of the prompts mean, such as {unknown[0]!r}")
+    return [Pair(pair.file, meant[pair.caption]) for pair in pairs]
+
+
 def shuffled(pairs: Sequence[Pair], seed: int = 0) -> list[Pair]:
     """The clips with captions of other clips, none with its own."""
     if len(pairs) < 2:
@@ -200,6 +216,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", help="data set, or folder of sampled clips")
     parser.add_argument("--pairs", type=Path, help="JSON Lines with clips and captions, instead of a folder")
+    parser.add_argument("--meant", type=Path, help="JSON Lines with a caption for each prompt in other words")
     parser.add_argument("--shuffled", action="store_true", help="score against the captions of other clips")
     parser.add_argument("--json", type=Path, help="write the summary and every clip's result here")
     parser.add_argument("--wrong", type=int, default=0, metavar="N", help="list the first N clips with a fault")
@@ -214,6 +231,8 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     try:
         pairs = read_pairs(args.pairs) if args.pairs else find_pairs(args.folder)
+        if args.meant:
+            pairs = translated(pairs, args.meant)
         if args.shuffled:
             pairs = shuffled(pairs)
         results = score_pairs(pairs, max(1, min(args.workers, len(pairs))))

@@ -68,6 +68,10 @@ QUESTIONS: dict[str, tuple] = {
 }
 CHOICES = [len(choices) for choices in QUESTIONS.values()]
 NOT_ASKED = -100
+# At first the output is little more than each token's own embedding, whose mean already tells the words: with T5's own
+# start the layers' noise hides them, and nothing is learned for hundreds of steps.
+EMBEDDING_SCALE, BRANCH_SCALE = 0.5, 0.1
+EVERY = 25
 SPREAD = 4  # positions of a sentence that are asked in a step, beside the mean of all
 logger = logging.getLogger("train_text")
 
@@ -101,7 +105,7 @@ class Settings:
 
 @dataclass
 class Record:
-    """What training was like: [step, loss] now and then, steps and seconds in all."""
+    """What training was like: [step, mean loss of the EVERY steps before], steps and seconds in all."""
 
     loss: list[list[float]] = field(default_factory=list)
     steps: int = 0
@@ -187,7 +191,10 @@ def new_encoder(folder: Path, spiece: bytes, settings: Settings) -> FrozenT5Embe
     torch.manual_seed(settings.seed)
     model = T5EncoderModel(config)
     with torch.no_grad():
-        model.shared.weight.mul_(0.2)  # small ones learn faster: Adam's steps have a fixed size
+        model.shared.weight.mul_(EMBEDDING_SCALE)
+        for name, p in model.named_parameters():
+            if name.endswith((".o.weight", ".wo.weight")):
+                p.mul_(BRANCH_SCALE)
     write_text_encoder(folder, config, spiece, dict(model.named_parameters()), max_length=LENGTH)
     return FrozenT5Embedder(str(folder), max_length=LENGTH, freeze=False)
 
@@ -207,9 +214,35 @@ def save_encoder(embedder: FrozenT5Embedder, out: Path, spiece: bytes) -> None:
         made.replace(out)
 
 
-def read_out(heads: nn.Linear, features: Tensor) -> tuple[Tensor, ...]:
-    """Logits for each question from features (..., d)."""
-    return heads(features).split(CHOICES, dim=-1)
+class Readers(nn.Module):
+    """Linear maps from an encoder's output to the answers, thrown away after training.
+
+    `mean` reads the mean over a sentence, each value of which is first brought to the same spread: single words hardly
+    move it at first. `place` reads any single position. `word` lets the position that is surest of an answer give it,
+    which finds the meaning of single words long before the encoder has learned to spread it.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.mean = nn.Sequential(nn.BatchNorm1d(width, affine=False), nn.Linear(width, sum(CHOICES)))
+        self.place = nn.Linear(width, sum(CHOICES))
+        self.word = nn.Linear(width, sum(CHOICES))
+
+    def read_mean(self, embedding: Tensor) -> tuple[Tensor, ...]:
+        """Logits (b, choices) of each question from embeddings (b, l, d)."""
+        return self.mean(embedding.mean(1)).split(CHOICES, dim=-1)
+
+    def loss(self, embedding: Tensor, rows: Tensor) -> Tensor:
+        """Mean loss of the three readers; embeddings (b, l, d), right answers (b, q)."""
+        places = torch.rand(embedding.shape[:2], device=embedding.device).topk(SPREAD).indices
+        some = embedding.gather(1, places[..., None].expand(-1, -1, embedding.shape[-1]))  # (b, SPREAD, d)
+        repeated = rows[:, None].expand(-1, places.shape[1], -1)
+        losses = (
+            question_loss(self.read_mean(embedding), rows),
+            question_loss(self.place(some).split(CHOICES, dim=-1), repeated),
+            question_loss(self.word(embedding).logsumexp(1).split(CHOICES, dim=-1), rows),
+        )
+        return sum(losses) / len(losses)
 
 
 def question_loss(logits: Iterable[Tensor], rows: Tensor) -> Tensor:
@@ -221,43 +254,47 @@ def question_loss(logits: Iterable[Tensor], rows: Tensor) -> Tensor:
     return torch.stack(losses).nanmean()
 
 
-def step_loss(embedding: Tensor, rows: Tensor, heads: nn.Linear, agreement: float) -> Tensor:
-    """Loss of embeddings (b, l, d) whose rows 2i and 2i + 1 mean the same."""
+def disagreement(embedding: Tensor) -> Tensor:
+    """How far two wordings are apart, by the spread of all. Embeddings (b, l, d); rows 2i, 2i + 1 mean one thing."""
     mean = embedding.mean(1)
-    places = torch.rand(embedding.shape[:2], device=embedding.device).topk(SPREAD).indices[..., None]
-    some = embedding.gather(1, places.expand(-1, -1, embedding.shape[-1]))  # (b, SPREAD, d)
-    loss = question_loss(read_out(heads, mean), rows)
-    loss = loss + question_loss(read_out(heads, some), rows[:, None].expand(-1, SPREAD, -1))
-    apart = (mean[0::2] - mean[1::2]).square().mean() / mean.detach().var(0).mean().clamp_min(1e-6)
-    return loss / 2 + agreement * apart
+    spread = mean.detach().var(0).mean().clamp_min(1e-6)
+    return (mean[0::2] - mean[1::2]).square().mean() / spread
 
 
-def train(embedder: FrozenT5Embedder, heads: nn.Linear, spiece: bytes, settings: Settings, workers: int) -> Record:
+def train(embedder: FrozenT5Embedder, readers: Readers, spiece: bytes, settings: Settings, workers: int) -> Record:
     """Train both in place until the steps or the seconds are over."""
-    device = heads.weight.device
-    parameters = [*embedder.parameters(), *heads.parameters()]
-    optimizer = torch.optim.Adam(parameters, lr=settings.lr, betas=(0.9, 0.98))
+    device = embedder.device
+    parameters = [*embedder.parameters(), *readers.parameters()]
+    groups = [
+        {"params": list(embedder.parameters()), "speed": 1.0},
+        {"params": list(readers.parameters()), "speed": 3.0},
+    ]
+    optimizer = torch.optim.Adam(groups, lr=settings.lr, betas=(0.9, 0.98))
     loader = DataLoader(Batches(spiece, settings), batch_size=None, shuffle=False, num_workers=workers)
     torch.manual_seed(settings.seed)
-    record, begin = Record(), time.monotonic()
+    record, recent, begin = Record(), [], time.monotonic()
     embedder.train()
+    readers.train()
     for step, (ids, rows) in enumerate(loader):
         record.seconds = time.monotonic() - begin
         done = max(step / (settings.steps or math.inf), record.seconds / (settings.seconds or math.inf))
         if done >= 1:
             break
         for group in optimizer.param_groups:
-            group["lr"] = settings.lr * min(1, (step + 1) / 50) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
+            group["lr"] = group["speed"] * settings.lr * min(1, (step + 1) / 50) * (1.01 + math.cos(math.pi * done)) / 2
         embedding = embedder.transformer(input_ids=ids.to(device)).last_hidden_state
-        loss = step_loss(embedding, rows.to(device), heads, settings.agreement)
+        loss = readers.loss(embedding, rows.to(device))
+        total = loss + settings.agreement * min(1, 2 * done) * disagreement(embedding)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        total.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         record.steps = step + 1
-        if step % 50 == 0:
-            record.loss.append([step, round(loss.item(), 4)])
-            logger.info("step %d, %.0f s, loss %.4f", step, record.seconds, record.loss[-1][1])
+        recent.append(loss.detach())
+        if len(recent) == EVERY:
+            record.loss.append([record.steps, round(torch.stack(recent).mean().item(), 4)])
+            logger.info("step %d, %.0f s, loss %.4f", record.steps, record.seconds, record.loss[-1][1])
+            recent.clear()
     record.seconds = round(time.monotonic() - begin, 1)
     return record
 
@@ -266,12 +303,12 @@ def train(embedder: FrozenT5Embedder, heads: nn.Linear, spiece: bytes, settings:
 
 
 @torch.no_grad()
-def read(embedder: FrozenT5Embedder, heads: nn.Linear, texts: list[str]) -> Tensor:
+def read(embedder: FrozenT5Embedder, readers: Readers, texts: list[str]) -> Tensor:
     """The choices (b, q) that the mean of each text's embedding tells."""
     rows = []
     for start in range(0, len(texts), 256):
-        mean = embedder.encode(texts[start : start + 256]).float().mean(1)
-        rows.append(torch.stack([logits.argmax(-1) for logits in read_out(heads, mean)], dim=-1))
+        logits = readers.read_mean(embedder.encode(texts[start : start + 256]).float())
+        rows.append(torch.stack([each.argmax(-1) for each in logits], dim=-1))
     return torch.cat(rows).cpu()
 
 
@@ -302,10 +339,11 @@ def faults(found: Tensor, rows: Tensor, texts: Sequence[str], limit: int) -> lis
     return lines[:limit]
 
 
-def evaluate(out: Path, heads: nn.Linear, count: int) -> dict:
+def evaluate(out: Path, readers: Readers, count: int) -> dict:
     """Scores of the written folder on texts of four kinds that training did not draw, and faults in the last two."""
-    embedder = FrozenT5Embedder(str(out), max_length=LENGTH, device=heads.weight.device)
+    embedder = FrozenT5Embedder(str(out), max_length=LENGTH, device=readers.word.weight.device)
     embedder.to(torch.float32)
+    readers.eval()
     sets = {
         "captions": sentences("captions", count, Chances(caption=1.0)),
         "wordings": sentences("wordings", count, Chances(caption=0.0)),
@@ -314,7 +352,7 @@ def evaluate(out: Path, heads: nn.Linear, count: int) -> dict:
     }
     scores, wrong = {}, {}
     for name, (texts, rows) in sets.items():
-        found = read(embedder, heads, texts)
+        found = read(embedder, readers, texts)
         scores[name] = score(found, rows)
         if name in ("held_out", "by_hand"):
             wrong[name] = faults(found, rows, texts, 40)
@@ -361,12 +399,12 @@ def run(settings: Settings, out: Path, device: str = "cpu", workers: int = 0, te
     spiece = train_sentencepiece(corpus(settings), settings.vocabulary, fold_case=True)
     with tempfile.TemporaryDirectory() as temporary:
         embedder = new_encoder(Path(temporary), spiece, settings).to(device)
-        heads = nn.Linear(settings.width, sum(CHOICES)).to(device)
-        record = train(embedder, heads, spiece, settings, workers)
+        readers = Readers(settings.width).to(device)
+        record = train(embedder, readers, spiece, settings, workers)
         save_encoder(embedder, out, spiece)
     size = sum(p.numel() for p in embedder.parameters())
     about = {"settings": asdict(settings), "device": device, "parameters": size, **asdict(record)}
-    return about | evaluate(out, heads, test_texts)
+    return about | evaluate(out, readers, test_texts)
 
 
 def main(arguments: list[str] | None = None) -> int:

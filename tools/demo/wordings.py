@@ -86,7 +86,11 @@ def reword(spec: ClipSpec, rng: random.Random, chances: Chances = TRAINING) -> s
     """One of the many texts that say what a clip shows."""
     if rng.random() < chances.caption:
         return caption(spec, np.random.default_rng(rng.getrandbits(32)))
-    return _Writer(rng, chances).text(spec)
+    while True:
+        writer = _Writer(rng, chances)
+        text = writer.text(spec)
+        if writer.used_held or not chances.held:
+            return text
 
 
 def pick(rng: random.Random, values: Sequence[T]) -> T:
@@ -98,13 +102,18 @@ class _Writer:
 
     def __init__(self, rng: random.Random, chances: Chances):
         self.rng, self.chances = rng, chances
+        self.used_held = False
 
     def maybe(self, chance: float) -> bool:
         return self.rng.random() < chance
 
     def one(self, values: Sequence[T], held: Sequence[T] = ()) -> T:
         """One of the values, or at the chance for it one of those that training never sees."""
-        return pick(self.rng, held if held and self.maybe(self.chances.held) else values)
+        if held and self.maybe(self.chances.held):
+            chosen = pick(self.rng, held)
+            self.used_held = self.used_held or chosen not in values
+            return chosen
+        return pick(self.rng, values)
 
     def frame(self, name: str) -> str:
         return self.one(getattr(words.TRAINED, name), getattr(words.HELD, name))
@@ -128,11 +137,12 @@ class _Writer:
         left, right = spec.objects
         if (left.motion, left.speed) == (right.motion, right.speed) and self.maybe(0.6):
             return self.frame("both").format(m=self.moves(left)[2], a=self.noun(left), b=self.noun(right))
-        parts = [self.shape(left), self.shape(right)]
         if self.maybe(self.chances.sides):
             parts = [self.shape(left, self.side("left")), self.shape(right, self.side("right"))]
             if self.maybe(0.5):
                 parts.reverse()
+        else:
+            parts = [self.shape(left), self.shape(right)]
         return self.frame("links").join(parts)
 
     def side(self, name: str) -> str:
@@ -141,9 +151,10 @@ class _Writer:
     def place(self, scene: str, spec: ClipSpec) -> str:
         """A scene with its background."""
         ground = self.ground(spec)
-        where = f"{self.frame('prepositions')} {ground}"
-        sentence = self.frame("ground_sentences").format(n=ground)
-        return self.frame("scenes").format(scene=scene, ground=ground, where=where, sentence=sentence)
+        form = self.frame("scenes")
+        where = f"{self.frame('prepositions')} {ground}" if "{where}" in form else ""
+        sentence = self.frame("ground_sentences").format(n=ground) if "{sentence}" in form else ""
+        return form.format(scene=scene, ground=ground, where=where, sentence=sentence)
 
     def ground(self, spec: ClipSpec) -> str:
         a, b = (self.one(words.GROUND_COLOURS[c]) if c else "" for c in (spec.background, spec.second))
@@ -239,30 +250,33 @@ class _Writer:
     def action(self, item: ObjectSpec) -> tuple[tuple[str, str, str], str]:
         """Forms of the motion, and words for the speed, "" where the verb says it."""
         motion = item.motion
-        speed = self.one(words.SPEEDS[item.speed], words.HELD_SPEEDS[item.speed]) if motion != "still" else ""
         if motion == "still" and self.maybe(0.4):
             return self.one(words.STILL_SENTENCES, words.HELD_STILL), ""
         if motion not in DIRECTIONS:
-            return words.inflect(self.one(words.DO[motion], words.HELD_DO[motion])), speed
+            forms = words.inflect(self.one(words.DO[motion], words.HELD_DO[motion]))
+            return forms, "" if motion == "still" else self.speed(item.speed)
         vertical, _, side = motion.partition(" ")
         if vertical in words.RISE and self.maybe(0.2):
             rest = f" {self.one(words.ways(side, False))}" if side else ""
-            return words.inflect(self.one(words.RISE[vertical]) + rest), speed
-        verb, speed = self.verb(item.speed, speed)
+            return words.inflect(self.one(words.RISE[vertical]) + rest), self.speed(item.speed)
+        verb, speed = self.verb(item.speed)
         way = self.one(words.ways(motion, False), words.ways(motion, True))
         forms = words.inflect(f"{verb} {way}")
         if verb == "travel" and self.maybe(0.5):
             forms = (forms[0], forms[1].replace("travelling", "traveling"), forms[2])
         return forms, speed
 
-    def verb(self, pace: str, speed: str) -> tuple[str, str]:
+    def speed(self, pace: str) -> str:
+        return self.one(words.SPEEDS[pace], words.HELD_SPEEDS[pace])
+
+    def verb(self, pace: str) -> tuple[str, str]:
         """A verb of going, and the words for the speed that it still needs."""
         quick = {"fast": words.GO_FAST, "slow": words.GO_SLOW}.get(pace)
         if quick and self.maybe(0.15):
-            return self.one(quick), speed if self.maybe(0.3) else ""
+            return self.one(quick), self.speed(pace) if self.maybe(0.3) else ""
         if self.maybe(self.chances.unknown_verb):
-            return self.made_up(), speed
-        return self.one(words.GO, words.HELD_GO), speed
+            return self.made_up(), self.speed(pace)
+        return self.one(words.GO, words.HELD_GO), self.speed(pace)
 
     def made_up(self) -> str:
         """A word that does not exist."""
