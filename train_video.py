@@ -21,6 +21,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--resume", nargs="?", const="auto", metavar="FOLDER",
                         help="go on exactly: the newest run of this configuration, or the run in FOLDER")  # fmt: skip
     parser.add_argument("--device", help="cpu or cuda; default: the GPU if there is one")
+    parser.add_argument("--cache-dir", metavar="DIR", help="train from encoded clips in DIR; fills it where needed")
     parser.add_argument("--seed", type=int, help="base seed")
     parser.add_argument("--allow-target", action="append", default=[], metavar="PREFIX",
                         help="also accept classes of your own package as YAML targets")  # fmt: skip
@@ -58,7 +59,8 @@ def run(options: argparse.Namespace) -> int:
         files = [chosen]
         if why and os.environ.get("RANK", "0") == "0":
             print(why, file=sys.stderr, flush=True)
-    flags = {"resume": options.resume, "device": options.device, "seed": options.seed}
+    flags = {"resume": options.resume, "device": options.device, "seed": options.seed,
+             "cache_dir": options.cache_dir}  # fmt: skip
     config = load_run_config(files, TrainArgs, overrides=options.set, flags=flags)
 
     from sgm.training.run import train

@@ -9,13 +9,16 @@ import logging
 import os
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 class DistributedError(ValueError):
@@ -140,6 +143,14 @@ def model_parallel_world_size() -> int:
     """Into how many parts the weights are split; 1 where nothing is initialised."""
     groups = _sat_groups()
     return groups.get_model_parallel_world_size() if groups is not None else 1
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What rank 0 makes, on every rank."""
+    held = [make() if torch.distributed.get_rank() == 0 else None]
+    if torch.distributed.get_world_size() > 1:
+        torch.distributed.broadcast_object_list(held)
+    return held[0]  # type: ignore[return-value]
 
 
 def broadcast_in_model_parallel(tensor: Tensor) -> Tensor:

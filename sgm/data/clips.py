@@ -149,6 +149,19 @@ def load_clip(video: Path, settings: ClipSettings) -> tuple[Tensor, str]:
         VideoError, ClipError, CaptionError: the clip cannot be had.
     """
     caption = read_caption(video, settings.missing_caption)
+    return to_unit_range(load_frames(video, settings)), caption
+
+
+def load_frames(video: str | Path, settings: ClipSettings) -> Tensor:
+    """The clip's frames, uint8 (f, 3, h, w).
+
+    Raises:
+        VideoError, ClipError: the clip cannot be had.
+    """
     indices = settings.indices(probe(video, settings.decode_timeout))
-    frames = resize_crop(read_frames(video, indices, settings.decode_timeout), settings.video_size)
-    return frames.to(torch.float32).sub_(127.5).div_(127.5), caption
+    return resize_crop(read_frames(video, indices, settings.decode_timeout), settings.video_size)
+
+
+def to_unit_range(frames: Tensor) -> Tensor:
+    """uint8 to float32 in [-1, 1]."""
+    return frames.to(torch.float32).sub_(127.5).div_(127.5)

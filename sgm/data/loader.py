@@ -19,15 +19,17 @@ class CollateError(ValueError):
 
 
 def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Stack clips: `mp4` (b, f, 3, h, w), `num_frames` and `fps` (b,), texts as lists.
+    """Stack clips: `mp4` (b, f, 3, h, w) or `moments` (b, t, 2c, h, w), `num_frames` and `fps` (b,), texts as lists.
 
     Raises:
         CollateError: clips of different sizes; names them.
     """
-    shapes = [tuple(item["mp4"].shape) for item in items]
+    kind = "mp4" if "mp4" in items[0] else "moments"
+    shapes = [tuple(item[kind].shape) for item in items]
     if len(set(shapes)) > 1:
+        of = "" if kind == "mp4" else "encoded "
         listed = ", ".join(
-            f"{item.get('path', f'clip {i}')} has {shape[0]} frames of {shape[-2]}x{shape[-1]}"
+            f"{item.get('path', f'clip {i}')} has {shape[0]} {of}frames of {shape[-2]}x{shape[-1]}"
             for i, (item, shape) in enumerate(zip(items, shapes, strict=True))
         )
         raise CollateError(

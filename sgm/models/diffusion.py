@@ -133,6 +133,11 @@ class SATVideoDiffusionEngine(nn.Module):
             force_uc_zero_embeddings=None if any(negatives) else ["txt"],
         )
 
+    @torch.no_grad()
+    def condition_batch(self, batch: Mapping[str, Any]) -> tuple[Cond, Cond]:
+        """Conditioning of a training batch without dropout, and zeros of the same shapes to steer away from."""
+        return self._part("conditioner").get_unconditional_conditioning(batch, force_uc_zero_embeddings=["txt"])
+
     # --- training -------------------------------------------------------------------------------------------------
 
     def shared_step(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -93,7 +93,7 @@ class Evaluation:
         if not self.log_video:
             return
         latents = batch_latents(engine, batch, device)[:1]
-        cond, uncond = engine.condition(batch["txt"][:1])
+        cond, uncond = engine.condition_batch({name: values[:1] for name, values in batch.items()})
         samples = engine.sample(cond, uncond, batch_size=1, shape=latents.shape[1:])
         if self.latents_only:
             if writes:

@@ -20,7 +20,7 @@ LORA_RATES = (1e-4, 1e-3, 3e-2)
 RESUME_MAY_CHANGE = frozenset(
     """resume save save_interval keep_last lora_only save_merged save_frozen log_interval eval_interval eval_iters
     eval_batch_size strict_eval only_log_video_latents log_image num_workers prefetch_factor exit_interval device
-    max_skipped_steps no_load_rng checkpoint_activations vae_low_memory""".split()
+    max_skipped_steps no_load_rng checkpoint_activations vae_low_memory cache_dir cache_fill cache_dtype""".split()
 )
 
 
@@ -61,6 +61,9 @@ class TrainArgs:
     )
     num_workers: int = option(1, "decoding processes a rank", at_least=0)
     prefetch_factor: int = option(4, "batches that each worker reads ahead", at_least=1)
+    cache_dir: str | None = option(None, "folder of encoded clips: VAE and text encoder are not loaded once it is full")
+    cache_fill: bool = option(True, "encode what the cache lacks before training; false refuses")
+    cache_dtype: str = option("fp16", "type of a new cache's values", choices=("fp16", "bf16", "fp32"))
     only_log_video_latents: bool = option(False, "evaluation writes sampled latents, decodes no video")
     log_image: bool = option(True, "evaluation samples a video (or its latents), and writes it")
     experiment_name: str = option("MyModel", "name of the run folder, which also gets the date")
@@ -96,6 +99,8 @@ class TrainArgs:
             )
         if self.mode == "finetune" and not self.load:
             problems.append("args.load is not set: fine-tuning starts from transformer weights (or set mode: pretrain)")
+        if self.cache_dir and self.save_frozen:
+            problems.append("args.save_frozen needs VAE and text encoder, which a run with args.cache_dir never loads")
         try:
             split_shares(self.split)
             self.schedule(lr=1.0)

@@ -11,8 +11,9 @@ import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from datetime import datetime
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from sgm import distributed
 from sgm.config import ConfigError, RunConfig, check_model_section
 from sgm.data.loader import create_loader
 from sgm.data.report import first_reasons
-from sgm.distributed import DistInfo
+from sgm.distributed import DistInfo, from_first
 from sgm.inference.preflight import check_paths, found_path, lies_in_demo, placeholders_in, with_found_paths
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.training.checkpoint import find_resume, resume_hash
@@ -34,6 +35,7 @@ from sgm.training.memory import MemoryNeeds, free_memory
 from sgm.training.metrics import RunLog
 from sgm.training.optimizer import count, parameter_groups
 from sgm.training.options import TrainArgs, training_advice, trains_lora
+from sgm.training.ready_cache import ReadyCache, ready_cache
 from sgm.training.saver import Saver, resume
 from sgm.training.schedule import LearningRate
 from sgm.training.setup import (
@@ -48,8 +50,6 @@ from sgm.training.timing import PhaseClock, phases_of_step
 from sgm.training.trainer import Trainer
 from sgm.weights.random_release import ensure_demo_weights, uses_random_demo
 
-T = TypeVar("T")
-
 
 def train(
     config: RunConfig[TrainArgs], *, dry_run: bool = False, make_data: Callable[[Path], bool] | None = None
@@ -63,9 +63,9 @@ def train(
         ConfigError, WeightsError, DatasetError, CheckpointError, TrainingStopped: with what to change.
     """
     check_model_section(config.model, SATVideoDiffusionEngine)
-    config = _with_found_places(config)
+    config = with_found_places(config)
     args = config.args
-    kind = _device_type(args.device)
+    kind = device_type(args.device)
     info = distributed.init_distributed(kind)
     if not dry_run:
         _make_what_is_missing(config, info, make_data)
@@ -101,6 +101,7 @@ def _prepare(
 ) -> Trainer:
     """Everything up to the first iteration; what must be closed goes onto `stack`."""
     found = _find_resume(config, say)
+    cache = ready_cache(config, plan.dtype, info, say) if config.args.cache_dir else None
     folder = found.parent if found else _run_folder(config.args)
     seed_all(config.args.seed)  # the same on all ranks, for what is initialised at random
     engine, loaded = load_engine(config, plan, info.device)
@@ -114,7 +115,7 @@ def _prepare(
     say("\n".join(needs[0].report(free_memory(info.device))), flush=True)
 
     reports = folder or Path(from_first(lambda: stack.enter_context(_temporary_folder())))
-    train_sets, valid_sets = _datasets(config, reports)
+    train_sets, valid_sets = _datasets(config, reports, cache)
     for line in left_out([*train_sets, *valid_sets]):
         say(line, flush=True)
     loader = stack.enter_context(_loader(config.args, plan, train_sets))
@@ -139,7 +140,7 @@ def _prepare(
     return trainer
 
 
-def _device_type(wanted: str | None) -> str:
+def device_type(wanted: str | None) -> str:
     """ "cpu" or "cuda"; raises ConfigError."""
     if wanted is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -156,7 +157,7 @@ def _device_type(wanted: str | None) -> str:
 # --- places -------------------------------------------------------------------------------------------------------
 
 
-def _with_found_places(config: RunConfig[TrainArgs]) -> RunConfig[TrainArgs]:
+def with_found_places(config: RunConfig[TrainArgs]) -> RunConfig[TrainArgs]:
     """Relative paths that are not below the current folder are looked for in the project's."""
     args = config.args
     valid = args.valid_data and [found_path(folder) for folder in args.valid_data]
@@ -191,8 +192,9 @@ def _check_places(config: RunConfig[TrainArgs], dry_run: bool) -> None:
     Raises:
         ConfigError: names each that is not.
     """
+    # With a cache only what is missing from it needs the encoders, whose absence is noticed then.
     if not (dry_run and uses_random_demo(config.args.load)):
-        check_paths(config.model, config.args.load)
+        check_paths({} if config.args.cache_dir else config.model, config.args.load)
     folders = {"train_data": config.args.train_data, "valid_data": config.args.valid_data or []}
     problems = [f"args.{place} is still the placeholder {text!r}" for place, text in placeholders_in(folders)]
     problems += [
@@ -238,14 +240,6 @@ def _run_folder(args: TrainArgs) -> Path | None:
     return Path(from_first(choose))
 
 
-def from_first(make: Callable[[], T]) -> T:
-    """What rank 0 makes, on every rank."""
-    held = [make() if dist.get_rank() == 0 else None]
-    if dist.get_world_size() > 1:
-        dist.broadcast_object_list(held)
-    return held[0]  # type: ignore[return-value]
-
-
 def _temporary_folder() -> AbstractContextManager[str]:
     return tempfile.TemporaryDirectory(prefix="cogvideox-train-")
 
@@ -253,16 +247,17 @@ def _temporary_folder() -> AbstractContextManager[str]:
 # --- parts --------------------------------------------------------------------------------------------------------
 
 
-def _datasets(config: RunConfig[TrainArgs], reports: Path) -> tuple[list[Any], list[Any]]:
+def _datasets(config: RunConfig[TrainArgs], reports: Path, cache: ReadyCache | None) -> tuple[list[Any], list[Any]]:
     """(training, validation) sets; validation is empty where no evaluation is asked for."""
     args = config.args
-    train_sets = build_datasets(config.data, args.train_data, reports, "train_data")
+    build = cache.datasets if cache else partial(build_datasets, config.data)
+    train_sets = build(args.train_data, reports, "train_data")
     if not args.eval_interval and not args.epochs:
         return train_sets, []
     if args.valid_data == args.train_data:
         return train_sets, train_sets
     if args.valid_data:
-        return train_sets, build_datasets(config.data, args.valid_data, reports, "valid_data")
+        return train_sets, build(args.valid_data, reports, "valid_data")
     return split_validation(train_sets, args.split, args.seed)
 
 
@@ -321,7 +316,7 @@ def _evaluation(
         batches=evaluation_batches(datasets, size, args.eval_iters, args.strict_eval),
         seed=args.seed,
         folder=folder,
-        latents_only=args.only_log_video_latents,
+        latents_only=args.only_log_video_latents or bool(args.cache_dir),
         log_video=args.log_image and "sampler_config" in config.model,
         fps=round(((config.data or {}).get("params") or {}).get("fps", 8)),
     )
@@ -375,4 +370,4 @@ def exit_quietly(code: int) -> None:
     sys.exit(code)
 
 
-__all__ = ["exit_quietly", "from_first", "seed_all", "train"]
+__all__ = ["device_type", "exit_quietly", "from_first", "seed_all", "train", "with_found_places"]

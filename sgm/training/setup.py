@@ -21,6 +21,7 @@ from sgm.modules.encoders import t5_files
 from sgm.modules.encoders.modules import FrozenT5Embedder
 from sgm.modules.ops.choice import choose_kernels
 from sgm.modules.ops.recompute import MODES, stronger_mode
+from sgm.training.cache import cached_model_section
 from sgm.training.deepspeed_setup import DeepSpeedPlan
 from sgm.training.memory import MemoryNeeds
 from sgm.training.options import TrainArgs, split_shares
@@ -33,7 +34,7 @@ T5_XXL, T5_XXL_VALUES = "google/t5-v1_1-xxl", 4_762_310_656
 
 def training_model_section(model: Mapping[str, Any], args: TrainArgs) -> dict[str, Any]:
     """The `model:` section as training builds it: switches of `args` carried into the network, LoRA put off."""
-    model = copy.deepcopy(dict(model))
+    model = cached_model_section(model) if args.cache_dir else copy.deepcopy(dict(model))
     params = model["network_config"].setdefault("params", {})
     params["defer_lora"] = True
     switches = params.setdefault("transformer_args", {})
@@ -89,12 +90,12 @@ def load_engine(
     if network.has_lora_config and "lora" not in network.mixins:
         network.attach_lora()
         network.to(device, engine.dtype)
-    if engine.first_stage_model is not None:
+    if engine.first_stage_model is not None and not args.cache_dir:
         load_first_stage(engine.first_stage_model, **to)
         engine.first_stage_model.set_low_memory(args.vae_low_memory)
         if kernels.fused:
             engine.first_stage_model.set_channels_last()
-    if engine.conditioner is not None:
+    if engine.conditioner is not None and not args.cache_dir:
         load_text_encoder(engine.conditioner, **to)
     engine.use_kernels(kernels)
     if not engine.freeze_untrained():

@@ -1,0 +1,169 @@
+"""Clips out of a cache as a torch data set: no video is opened, no encoder needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from sgm.data.cache_store import CacheStore, Entry, FileStamp, ShardReader, text_key
+from sgm.data.clips import CaptionError, ClipSettings, list_videos, read_caption
+from sgm.data.dataset import PackedStrings
+from sgm.data.report import DatasetError, Rejection, Report, first_reasons
+
+MOMENTS, EMBEDDING = "moments", "txt_embedding"  # entries of a batch
+
+
+@dataclass(frozen=True)
+class CaptionedVideo:
+    """A video with its caption, and the key of its content where that is known."""
+
+    path: str
+    caption: str
+    key: str | None = None
+
+
+@dataclass
+class CacheScan:
+    """What a cache knows of a folder's clips.
+
+    Attributes:
+        usable: both encodings are there. missing: something has to be encoded. rejected: with reasons.
+        changed: how many of `missing` were in the cache, and have changed since.
+    """
+
+    folder: str
+    usable: list[CaptionedVideo] = field(default_factory=list)
+    missing: list[CaptionedVideo] = field(default_factory=list)
+    rejected: list[Rejection] = field(default_factory=list)
+    changed: int = 0
+
+    def shortfall(self) -> str:
+        """What is missing, in a few words."""
+        why = f", of which {self.changed} changed since they were cached" if self.changed else ""
+        return f"{len(self.missing)} of the clips in {self.folder}{why} (first: {self.missing[0].path})"
+
+
+def scan_cached(folder: str | Path, settings: ClipSettings, store: CacheStore, order: str = "sorted") -> CacheScan:
+    """Which clips of a folder the cache holds. Reads captions and file times, opens no video.
+
+    Raises:
+        DatasetError: no such folder, no video in it, or captions missing where `settings.missing_caption` is "error".
+    """
+    folder = Path(folder).expanduser().absolute()
+    if not folder.is_dir():
+        raise DatasetError(f"{folder}: no such folder")
+    scan, unnamed = CacheScan(str(folder)), []
+    for video in list_videos(folder, order):
+        try:
+            caption = read_caption(video, settings.missing_caption)
+        except CaptionError as fault:
+            unnamed.append(Rejection(str(fault.path), fault.reason))
+            scan.rejected.append(Rejection(str(video), str(fault)))
+            continue
+        _sort_in(scan, str(video), caption, store)
+    if unnamed and settings.missing_caption == "error":
+        raise DatasetError(
+            f"{folder}: {len(unnamed)} captions are missing or unreadable: {first_reasons(unnamed)}; add them, or set "
+            "missing_caption to 'skip' or 'empty'"
+        )
+    if not (scan.usable or scan.missing or scan.rejected):
+        raise DatasetError(f"{folder}: no .mp4 files in this folder or below it; expected videos/NAME.mp4")
+    return scan
+
+
+def _sort_in(scan: CacheScan, path: str, caption: str, store: CacheStore) -> None:
+    stamp = FileStamp.of(path)
+    seen = store.seen(stamp)
+    if seen is not None and seen.rejected is not None:
+        scan.rejected.append(Rejection(path, seen.rejected))
+        return
+    key = None if seen is None else seen.key
+    if key is not None and key in store and text_key(caption) in store:
+        scan.usable.append(CaptionedVideo(path, caption, key))
+        return
+    scan.changed += seen is None and store.was_seen_before(path)
+    scan.missing.append(CaptionedVideo(path, caption, key if key in store else None))
+
+
+class CachedClips(Dataset):
+    """Encoded clips of a folder.
+
+    An item holds `moments` (t, 2c, h, w) and `txt_embedding` (l, d) in the cache's type, `txt`, `num_frames` (pixel
+    frames), `fps`, `path` and `index`.
+
+    Args:
+        report: file of `sgm.data.report` that says what is usable and what is not.
+        write_report: write that file (one rank does).
+
+    Raises:
+        DatasetError: nothing usable.
+    """
+
+    def __init__(
+        self,
+        scan: CacheScan,
+        store: CacheStore,
+        settings: ClipSettings,
+        report: str | Path | None = None,
+        write_report: bool = True,
+    ):
+        self.data_dir, self.settings, self.report_path = Path(scan.folder), settings, report
+        self.report = Report(scan.folder, asdict(settings), [c.path for c in scan.usable], scan.rejected)
+        self.report.require_usable()
+        if report is not None and write_report:
+            self.report.write(report)
+        self.report.usable = []
+        self._paths = PackedStrings([clip.path for clip in scan.usable])
+        self._captions = PackedStrings([clip.caption for clip in scan.usable])
+        self._moments = PackedEntries([store.entry(clip.key) for clip in scan.usable])  # type: ignore[arg-type]
+        self._texts = PackedEntries([store.entry(text_key(clip.caption)) for clip in scan.usable])
+        self._reader = ShardReader(store.shards)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Raises IndexError, or CacheError where a shard has gone."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"clip {index} of {len(self)}")
+        index %= len(self)
+        moments = self._reader.read(self._moments[index])
+        return {
+            MOMENTS: moments,
+            EMBEDDING: self._reader.read(self._texts[index]),
+            "txt": self._captions[index],
+            "num_frames": 4 * (len(moments) - 1) + 1,
+            "fps": self.settings.fps,
+            "path": self._paths[index],
+            "index": index,
+        }
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Shape of each clip's moments."""
+        return [self._moments[k].shape for k in range(len(self))]
+
+
+class PackedEntries(Sequence[Entry]):
+    """Entries in arrays, which forked workers share; see `PackedStrings`."""
+
+    def __init__(self, entries: Sequence[Entry]):
+        kinds = list(dict.fromkeys((entry.shape, entry.dtype) for entry in entries))
+        number = {kind: k for k, kind in enumerate(kinds)}
+        self._kinds: list[tuple[tuple[int, ...], torch.dtype]] = kinds
+        self._kind = np.array([number[entry.shape, entry.dtype] for entry in entries], np.int32)
+        self._shard = np.array([entry.shard for entry in entries], np.int32)
+        self._begin = np.array([entry.begin for entry in entries], np.int64)
+
+    def __len__(self) -> int:
+        return len(self._shard)
+
+    def __getitem__(self, index: int) -> Entry:
+        shape, dtype = self._kinds[self._kind[index]]
+        return Entry(int(self._shard[index]), int(self._begin[index]), shape, dtype)

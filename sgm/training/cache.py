@@ -1,0 +1,142 @@
+"""Training from encoded clips: whose cache it is, the model section without encoders, the data sets."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sgm.config import ConfigError
+from sgm.data.cache_store import CacheStore
+from sgm.data.cached import EMBEDDING, MOMENTS, CachedClips, CacheScan, scan_cached
+from sgm.data.clips import ClipSettings
+from sgm.data.dataset import SFTDataset
+from sgm.modules.encoders import t5_files
+from sgm.modules.encoders.modules import FrozenT5Embedder
+from sgm.util import check_params, get_obj_from_str, split_config
+from sgm.weights import weights_fingerprint
+
+_TEXT_KEY = "txt"
+
+
+def clip_settings(data: Mapping[str, Any] | None) -> tuple[ClipSettings, str]:
+    """(how clips are taken, order of files) of a `data:` section.
+
+    Raises:
+        ConfigError: no such section, one of another class, or wrong settings.
+    """
+    if not data:
+        raise ConfigError("a cache needs a `data:` section (target: data_video.SFTDataset and its params)")
+    target, params = split_config(data)
+    cls = get_obj_from_str(target)
+    if cls is not SFTDataset:
+        raise ConfigError(f"args.cache_dir holds clips of data_video.SFTDataset; data.target is {target}")
+    given = dict(check_params(target, cls, params))
+    order = given.pop("file_order", "sorted")
+    for name in ("data_dir", "validate", "report"):
+        given.pop(name, None)
+    if "skip_frms_num" in given:
+        given["skip_frames"] = given.pop("skip_frms_num")
+    if "video_size" in given:
+        given["video_size"] = tuple(given["video_size"])
+    try:
+        return ClipSettings(**given), order
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def cache_identity(model: Mapping[str, Any], settings: ClipSettings) -> dict[str, Any]:
+    """Everything that determines the encodings; None for weights that are not at hand.
+
+    Raises:
+        ConfigError: parts that no cache can stand for.
+    """
+    stage, text = _parts(model)
+    coder_target, coder = split_config(stage["encoder_config"])
+    checkpoint = stage.get("ckpt_path")
+    found = checkpoint and Path(checkpoint).expanduser().is_file()
+    return {
+        "vae weights": weights_fingerprint(Path(checkpoint).expanduser()) if found else None,
+        "vae encoder": json.dumps([get_obj_from_str(coder_target).__qualname__, coder], sort_keys=True),
+        "text encoder weights": _text_fingerprint(text.get("model_dir", "google/t5-v1_1-xxl"), text.get("cache_dir")),
+        "max_length": int(text.get("max_length", 77)),
+        "video_size": list(settings.video_size),
+        "fps": settings.fps,
+        "max_num_frames": settings.max_num_frames,
+        "skip_frms_num": settings.skip_frames,
+        "sampling": settings.sampling,
+    }
+
+
+def cached_model_section(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The `model:` section with stand-ins for VAE and text encoder, which take what the cache holds."""
+    _parts(model)
+    model = copy.deepcopy(dict(model))
+    regularizer = model["first_stage_config"]["params"].get("regularizer_config")
+    model["first_stage_config"] = {
+        "target": "sgm.models.cached_stage.CachedFirstStage",
+        "params": {"regularizer_config": regularizer},
+    }
+    embedder = model["conditioner_config"]["params"]["emb_models"][0]
+    embedder.pop("input_key", None)
+    embedder |= {
+        "target": "sgm.modules.encoders.cached.CachedTextEmbedder",
+        "input_keys": [_TEXT_KEY, EMBEDDING],
+        "params": {},
+    }
+    model["input_key"] = MOMENTS
+    return model
+
+
+def open_store(
+    folder: str, model: Mapping[str, Any], settings: ClipSettings, storage: str, encoded_as: str
+) -> CacheStore:
+    """The cache of a configuration, opened by this process."""
+    return CacheStore(folder, cache_identity(model, settings), storage, encoded_as)
+
+
+def scan_folders(store: CacheStore, data: Mapping[str, Any] | None, folders: Sequence[str]) -> list[CacheScan]:
+    """What the cache knows of each folder; see `scan_cached`."""
+    settings, order = clip_settings(data)
+    return [scan_cached(folder, settings, store, order) for folder in folders]
+
+
+def cached_datasets(
+    scans: Sequence[CacheScan], store: CacheStore, settings: ClipSettings, reports: Path | None, name: str, writes: bool
+) -> list[CachedClips]:
+    """One data set a folder; `reports/NAME_k.jsonl` says what is usable (None: no file), written if this rank does."""
+    files = [reports / f"{name}_{k}.jsonl" if reports else None for k in range(len(scans))]
+    return [CachedClips(scan, store, settings, file, writes) for scan, file in zip(scans, files, strict=True)]
+
+
+def _parts(model: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(parameters of the first stage, of the one text embedder); ConfigError where a cache cannot replace them."""
+    stage = model.get("first_stage_config")
+    embedders = ((model.get("conditioner_config") or {}).get("params") or {}).get("emb_models") or []
+    problems = []
+    if not stage or model.get("latent_input"):
+        problems.append("there is no first stage whose work could be stored")
+    if len(embedders) != 1:
+        problems.append(f"there are {len(embedders)} embedders, it stands for exactly one")
+    for entry in embedders[:1]:
+        keys = [entry["input_key"]] if "input_key" in entry else list(entry.get("input_keys") or [])
+        if not issubclass(get_obj_from_str(entry["target"]), FrozenT5Embedder) or keys != [_TEXT_KEY]:
+            problems.append(f"its embedder must be FrozenT5Embedder with the input_key {_TEXT_KEY}")
+        if entry.get("is_trainable"):
+            problems.append("its text encoder is trained, so embeddings change")
+    if problems:
+        raise ConfigError(f"args.cache_dir does not fit this model section: {'; '.join(problems)}")
+    return split_config(stage)[1], dict(embedders[0].get("params") or {})
+
+
+def _text_fingerprint(model_dir: str, cache_dir: str | None) -> str | None:
+    try:
+        files = t5_files.resolve(model_dir, cache_dir) if t5_files.is_local(model_dir, cache_dir) else None
+    except t5_files.EncoderFilesError:
+        return None
+    if files is None:
+        return None
+    parts = [*files.weights, files.config, files.tokenizer / t5_files.VOCABULARY]
+    return "-".join(weights_fingerprint(path)[:8] for path in parts)

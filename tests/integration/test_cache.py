@@ -1,0 +1,252 @@
+"""Training from a cache of encoded clips: same losses as without, no encoder loaded, refusals, continuation."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from sgm.config import load_run_config
+from sgm.data.cache_store import CacheError
+from sgm.models import loading
+from sgm.models.autoencoder import VideoAutoencoder
+from sgm.modules.encoders.modules import FrozenT5Embedder
+from sgm.training.options import TrainArgs
+from sgm.training.run import train
+from tests.training_tiny import REPO, configuration, write_clips, write_release, write_yaml
+
+
+def load_tool(name: str):
+    spec = importlib.util.spec_from_file_location(name, REPO / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+TOOL = load_tool("precompute_cache")
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory) -> Path:
+    folder = write_release(tmp_path_factory.mktemp("release"))
+    state = torch.load(folder / "vae" / "3d-vae.pt", weights_only=True)
+    state["state_dict"]["encoder.conv_out.conv.bias"][16:] = -1  # a wide posterior: its draw matters
+    torch.save(state, folder / "vae" / "3d-vae.pt")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory) -> Path:
+    return write_clips(tmp_path_factory.mktemp("clips"), 4)
+
+
+def losses(folder: Path) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if line["kind"] in ("train", "valid")]
+
+
+def run(content: dict, folder: Path, *overrides: str) -> Path:
+    path = write_yaml(folder / "config.yaml", content)
+    before = set((folder / "save").glob("*"))
+    assert train(load_run_config([path], TrainArgs, overrides=overrides)) == 0
+    (found,) = set((folder / "save").glob("*")) - before
+    return found
+
+
+def content(release: Path, clips: Path, folder: Path, **args) -> dict:
+    args = {"valid_data": [str(clips)], "eval_iters": 2, "eval_interval": 3, "log_image": True, **args}
+    made = configuration(release, clips, folder / "save", train_iters=6, **args)
+    made["deepspeed"]["train_micro_batch_size_per_gpu"] = 2
+    made["model"]["conditioner_config"]["params"]["emb_models"][0]["ucg_rate"] = 0.5
+    return made
+
+
+def precompute(path: Path, cache: Path, *more: str) -> int:
+    return TOOL.main([str(path), "--cache-dir", str(cache), "--device", "cpu", *more])
+
+
+@pytest.fixture(scope="module")
+def plain(release, clips, tmp_path_factory) -> list[float]:
+    """Losses of a run without a cache."""
+    folder = tmp_path_factory.mktemp("plain")
+    return losses(run(content(release, clips, folder, only_log_video_latents=True), folder))
+
+
+@pytest.fixture(scope="module")
+def cache(release, clips, tmp_path_factory) -> Path:
+    """A full cache in float32."""
+    folder = tmp_path_factory.mktemp("cache")
+    path = write_yaml(folder / "config.yaml", content(release, clips, folder))
+    assert precompute(path, folder / "cache", "--storage", "fp32", "--batch-size", "1") == 0
+    return folder / "cache"
+
+
+def refuse(*_, **__):
+    raise AssertionError("an encoder was used")
+
+
+@pytest.fixture
+def no_encoders(monkeypatch):
+    """Neither VAE nor text encoder can be built, nor a video opened."""
+    monkeypatch.setattr(VideoAutoencoder, "__init__", refuse)
+    monkeypatch.setattr(FrozenT5Embedder, "__init__", refuse)
+    monkeypatch.setattr(loading, "load_first_stage", refuse)
+    monkeypatch.setattr("sgm.data.clips.probe", refuse)
+    monkeypatch.setattr("sgm.data.clips.read_frames", refuse)
+
+
+def test_a_cached_run_gives_the_same_losses_and_loads_no_encoder(plain, cache, release, clips, tmp_path, no_encoders):
+    made = content(release, clips, tmp_path, cache_dir=str(cache), cache_fill=False)
+    folder = run(made, tmp_path)
+    assert len(plain) == 8
+    assert losses(folder) == pytest.approx(plain, rel=1e-5)
+    assert (folder / "video" / "latents" / "latents_gs-000003" / "latent.pt").is_file()
+    usable = [line for line in (folder / "train_data_0.jsonl").read_text().splitlines() if "usable" in line]
+    assert len(usable) == 5  # the head and four clips
+
+
+def test_the_posterior_is_drawn_anew_each_time(cache, release, clips, tmp_path):
+    """Mean and spread over many draws of one clip are those that the moments say."""
+    from sgm.models.cached_stage import CachedFirstStage
+
+    made = content(release, clips, tmp_path, cache_dir=str(cache))
+    config = load_run_config([write_yaml(tmp_path / "config.yaml", made)], TrainArgs)
+    item = cached_items(config, str(clips))[0]
+    mean, logvar = item["moments"].transpose(0, 1).chunk(2)
+    torch.manual_seed(0)
+    moments = item["moments"].transpose(0, 1).expand(4000, -1, -1, -1, -1)
+    draws = CachedFirstStage().encode(moments)
+    assert (logvar.exp() > 0.1).all()  # wide enough for the test to mean something
+    error = (draws.mean(0) - mean).abs() / (logvar / 2).exp()
+    assert error.max() < 5 / 4000**0.5
+    assert torch.allclose(draws.var(0), logvar.exp(), rtol=0.2)
+
+
+def cached_items(config, folder: str):
+    from sgm.training.cache import cached_datasets, clip_settings, open_store, scan_folders
+
+    settings, _ = clip_settings(config.data)
+    store = open_store(config.args.cache_dir, config.model, settings, "fp32", "fp32")
+    (dataset,) = cached_datasets(scan_folders(store, config.data, [folder]), store, settings, None, "x", False)
+    return dataset
+
+
+@pytest.mark.parametrize("storage, bound", [("fp16", 2**-11), ("bf16", 2**-8)])
+def test_storage_types_round_the_values_and_nothing_else(cache, release, clips, tmp_path, storage, bound):
+    path = write_yaml(tmp_path / "config.yaml", content(release, clips, tmp_path, cache_dir=str(tmp_path / "cache")))
+    assert precompute(path, tmp_path / "cache", "--storage", storage, "--batch-size", "1") == 0
+    small = cached_items(load_run_config([path], TrainArgs), str(clips))
+    exact = cached_items(load_run_config([path], TrainArgs, flags={"cache_dir": str(cache)}), str(clips))
+    assert len(small) == len(exact) == 4
+    for k in range(4):
+        for name in ("moments", "txt_embedding"):
+            wanted = exact[k][name]
+            assert ((small[k][name].float() - wanted).abs() <= wanted.abs() * bound + 1e-6).all()
+
+
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        ("data.params.max_num_frames=1", "max_num_frames (cache: 5; this run: 1)"),
+        ("data.params.sampling=timestamps", "sampling (cache: upstream; this run: timestamps)"),
+        ("model.conditioner_config.params.emb_models.0.params.max_length=13", "max_length (cache: 12; this run: 13)"),
+    ],
+)
+def test_a_cache_of_another_configuration_is_refused(cache, release, clips, tmp_path, change, word):
+    path = write_yaml(tmp_path / "config.yaml", content(release, clips, tmp_path, cache_dir=str(cache)))
+    with pytest.raises(CacheError) as error:
+        train(load_run_config([path], TrainArgs, overrides=[change]))
+    assert word in str(error.value) and "another --cache-dir" in str(error.value)
+
+
+def test_a_cache_of_other_weights_is_refused(cache, release, clips, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(release, other)
+    state = torch.load(other / "vae" / "3d-vae.pt", weights_only=True)
+    state["state_dict"]["encoder.conv_in.conv.bias"] += 1
+    torch.save(state, other / "vae" / "3d-vae.pt")
+    path = write_yaml(tmp_path / "config.yaml", content(other, clips, tmp_path))
+    assert precompute(path, cache) == 2
+    assert "vae weights (cache: " in capsys.readouterr().err
+
+
+def test_missing_encoder_files_do_not_matter_to_a_full_cache(cache, release, clips, tmp_path, capsys):
+    moved = tmp_path / "release"
+    shutil.copytree(release, moved)
+    shutil.rmtree(moved / "vae")
+    run(content(moved, clips, tmp_path, cache_dir=str(cache), eval_interval=None), tmp_path, "args.train_iters=1")
+    assert "vae weights cannot be compared" in capsys.readouterr().out
+
+
+def test_changed_and_new_clips_are_refused_or_encoded(cache, release, clips, tmp_path, capsys):
+    data, store = tmp_path / "data", tmp_path / "cache"
+    shutil.copytree(clips, data)
+    shutil.copytree(cache, store)
+    made = content(release, data, tmp_path, cache_dir=str(store), eval_interval=None)
+    path = write_yaml(tmp_path / "config.yaml", made)
+    assert precompute(path, store) == 0  # copied files: looked at again, found in the cache
+    said = capsys.readouterr().out
+    assert "4 of the clips" in said and "4 videos and 4 captions" in said and "captions in" not in said
+    shutil.copy(data / "videos" / "0.mp4", data / "videos" / "3.mp4")
+    (data / "labels" / "2.txt").write_text("a new caption\n")
+    (data / "videos" / "broken.mp4").write_bytes(b"no video")
+    (data / "labels" / "broken.txt").write_text("never seen\n")
+    with pytest.raises(CacheError) as error:
+        train(load_run_config([path], TrainArgs, overrides=["args.cache_fill=false"]))
+    assert "3 of the clips" in str(error.value) and "1 changed since they were cached" in str(error.value)
+    run(made, tmp_path, "args.train_iters=1")
+    said = capsys.readouterr().out
+    assert "4 clips, 1 rejected" in said and "2 captions in" in said
+    run(made, tmp_path, "args.train_iters=1", "args.cache_fill=false")
+    assert "encoding" not in capsys.readouterr().out
+
+
+def test_an_interrupted_filling_goes_on(release, clips, tmp_path, capsys, monkeypatch):
+    path = write_yaml(tmp_path / "config.yaml", content(release, clips, tmp_path))
+    more = ("--workers", "0", "--batch-size", "1")
+    calls = []
+    encode = VideoAutoencoder.encode
+
+    def stop_at_the_third(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return encode(self, *args, **kwargs)
+
+    monkeypatch.setattr(VideoAutoencoder, "encode", stop_at_the_third)
+    assert precompute(path, tmp_path / "cache", *more) == 130
+    assert precompute(path, tmp_path / "cache", *more) == 0
+    assert "4 videos and 4 captions" in capsys.readouterr().out
+    assert 5 <= len(calls) <= 6  # the batch that was under way at the interruption may be lost, no more
+
+
+def test_ranks_share_the_work(release, clips, tmp_path):
+    from sgm.training.cache import clip_settings, open_store, scan_folders
+    from sgm.training.precompute import FillSettings, fill
+
+    made = content(release, clips, tmp_path, cache_dir=str(tmp_path / "cache"))
+    config = load_run_config([write_yaml(tmp_path / "config.yaml", made)], TrainArgs)
+    settings, _ = clip_settings(config.data)
+    stores = [open_store(config.args.cache_dir, config.model, settings, "fp16", "fp32") for _ in range(2)]
+    (scan,) = scan_folders(stores[0], config.data, [str(clips)])
+    for rank, store in enumerate(stores):
+        how = FillSettings(torch.device("cpu"), workers=0, rank=rank, ranks=2)
+        fill(store, config.model, scan.missing, settings, how, lambda line: None)
+        assert len(store.names("video")) == len(store.names("text")) == 2
+    stores[0].refresh()
+    (scan,) = scan_folders(stores[0], config.data, [str(clips)])
+    assert len(scan.usable) == 4 and not scan.missing
+
+
+def test_what_a_cache_cannot_replace_is_named(release, clips, tmp_path):
+    made = content(release, clips, tmp_path, cache_dir=str(tmp_path / "cache"))
+    made["model"]["conditioner_config"]["params"]["emb_models"][0]["is_trainable"] = True
+    path = write_yaml(tmp_path / "config.yaml", made)
+    with pytest.raises(ValueError, match="text encoder is trained"):
+        train(load_run_config([path], TrainArgs))
+    with pytest.raises(ValueError, match="save_frozen"):
+        load_run_config([path], TrainArgs, overrides=["args.save_frozen=true"])

@@ -1,0 +1,91 @@
+"""Encode the clips of a training configuration into a cache: `python tools/precompute_cache.py CONFIG --cache-dir DIR`.
+
+Run again, it goes on where it was interrupted. Several GPUs share the work under torchrun.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("configs", nargs="+", metavar="CONFIG.yaml", help="training configuration; later files win")
+    parser.add_argument("--cache-dir", required=True, metavar="DIR", help="folder to fill, made if absent")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key")
+    parser.add_argument("--data", nargs="+", metavar="FOLDER", help="encode these in place of train_data, valid_data")
+    parser.add_argument("--device", help="cpu or cuda; default: the GPU if there is one")
+    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"),
+                        help="arithmetic of the encoders; default: that of the training")  # fmt: skip
+    parser.add_argument("--storage", choices=("fp32", "fp16", "bf16"), help="type of the stored values; default fp16")
+    parser.add_argument("--workers", type=int, help="decoding processes; default: args.num_workers")
+    parser.add_argument("--batch-size", type=int, help="clips of one shape at a time; default: by their size")
+    parser.add_argument("--allow-target", action="append", default=[], metavar="PREFIX", help="see train_video.py")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        return run(parse(arguments))
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from here", file=sys.stderr, flush=True)
+        return 130
+    except (ValueError, FileNotFoundError) as error:
+        if not type(error).__module__.startswith("sgm."):
+            raise  # not one of ours: a bug, which keeps its traceback
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
+def run(options: argparse.Namespace) -> int:
+    from sgm import distributed
+    from sgm.config import load_run_config
+    from sgm.training.options import TrainArgs
+    from sgm.training.ready_cache import ready_cache
+    from sgm.training.run import device_type, with_found_places
+    from sgm.util import allow_target
+
+    for prefix in options.allow_target:
+        allow_target(prefix)
+    flags = {
+        "cache_dir": options.cache_dir, "cache_dtype": options.storage, "num_workers": options.workers,
+        "device": options.device, "cache_fill": True, "mode": "pretrain", "train_data": options.data,
+        "valid_data": [] if options.data else None,
+    }  # fmt: skip
+    config = with_found_places(load_run_config(options.configs, TrainArgs, overrides=options.set, flags=flags))
+    info = distributed.init_distributed(device_type(config.args.device))
+    dtype = options.dtype or _training_dtype(config.deepspeed or {})
+    ready = ready_cache(config, dtype, info, print if info.rank == 0 else _silent, options.batch_size)
+    if info.rank == 0:
+        _tell(ready)
+    return 0
+
+
+def _training_dtype(deepspeed: dict) -> str:
+    enabled = [name for name in ("fp16", "bf16") if (deepspeed.get(name) or {}).get("enabled")]
+    return enabled[0] if enabled else "fp32"
+
+
+def _tell(ready) -> None:
+    for scan in ready.scans.values():
+        for rejection in scan.rejected[:20]:
+            print(f"rejected: {rejection.path}: {rejection.reason}")
+    store = ready.store
+    size = sum(path.stat().st_size for path in store.shards)
+    print(f"complete: {store.folder}, {len(store.names('video'))} videos and {len(store.names('text'))} captions, "
+          f"{size / 2**30:.2f} GiB in {len(store.shards)} files, {store.storage}; train with --cache-dir {store.folder}", flush=True)  # fmt: skip
+
+
+def _silent(*_: object, **__: object) -> None:
+    """Ranks other than the first say nothing."""
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    from sgm.training.run import exit_quietly
+
+    exit_quietly(code)
