@@ -76,8 +76,9 @@ def _tell(ready) -> None:
             print(f"rejected: {rejection.path}: {rejection.reason}")
     store = ready.store
     size = sum(path.stat().st_size for path in store.shards)
-    print(f"complete: {store.folder}, {len(store.names('video'))} videos and {len(store.names('text'))} captions, "
-          f"{size / 2**30:.2f} GiB in {len(store.shards)} files, {store.storage}; train with --cache-dir {store.folder}", flush=True)  # fmt: skip
+    what = f"{len(store.names('video'))} videos and {len(store.names('text'))} captions"
+    print(f"complete: {store.folder}, {what}, {size / 2**30:.2f} GiB in {len(store.shards)} files, {store.storage}; "
+          f"train with --cache-dir {store.folder}", flush=True)  # fmt: skip
 
 
 def _silent(*_: object, **__: object) -> None:
