@@ -37,6 +37,9 @@ class CachedFirstStage(nn.Module):
         z, _ = self.regularization(moments.contiguous(), sampler)
         return z
 
+    def use_ops(self, ops: Any) -> None:
+        """Nothing here has a choice of implementations."""
+
     def decode(self, z: Tensor, chunked: bool = True) -> Tensor:
         """Raises NotCachedError: there is no decoder."""
         raise NotCachedError(
