@@ -21,6 +21,10 @@ _PATCH = "mixins.patch_embed.proj.weight"
 _LAYER = re.compile(r"^transformer\.layers\.(\d+)\.")
 _SAT_MODULE = "dit_video_concat"
 _5B_WIDTH = 3072
+_COUNTS = (
+    "num_attention_heads", "attention_head_dim", "num_layers", "time_embed_dim", "text_embed_dim", "in_channels",
+    "patch_size", "sample_frames", "sample_height", "sample_width", "max_text_seq_length",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -292,6 +296,9 @@ def sizes_of_hf(config: Mapping[str, Any]) -> Sizes:
         ConvertError: a network that SAT does not have.
     """
     get = config.get
+    odd = [f"{name} {config[name]!r}" for name in _COUNTS if name in config and not _is_count(config[name])]
+    if odd:
+        raise ConvertError(f"the transformer's config.json is damaged: {', '.join(odd)}.")
     heads, head = get("num_attention_heads", 30), get("attention_head_dim", 64)
     refused = {
         "attention_bias": (get("attention_bias", True), True),
@@ -314,6 +321,10 @@ def sizes_of_hf(config: Mapping[str, Any]) -> Sizes:
         text_length=get("max_text_seq_length", 226), spacing=float(get("spatial_interpolation_scale", 1.875)),
         time_spacing=float(get("temporal_interpolation_scale", 1.0)),
     )  # fmt: skip
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 20
 
 
 def sizes_of_params(params: Mapping[str, Any]) -> Sizes:

@@ -153,6 +153,8 @@ def _open_peft(file: Path, alpha: float | None) -> HfAdapter:
     if stated.get("alpha_pattern") or stated.get("rank_pattern"):
         raise ConvertError(f"{file} has its own alpha or rank for some modules; SAT has one for all.")
     given = stated.get("lora_alpha", rank) if alpha is None else alpha
+    if not isinstance(given, int | float):
+        raise ConvertError(f"{file} states lora_alpha {given!r}, which is no number.")
     return HfAdapter(lora_sat_to_hf(sat, prefix=""), rank, float(given), bool(stated.get("use_rslora")), str(file))
 
 

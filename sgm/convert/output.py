@@ -32,10 +32,11 @@ def whole_folder(target: Path, *, overwrite: bool, inputs: Mapping[str, Path], n
         SaveError: no room, no permission.
     """
     target = target.expanduser().absolute()
-    _refuse_existing(target, overwrite, inputs)
     staging = target.with_name(PARTIAL + target.name)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        _restore(target)
+        _refuse_existing(target, overwrite, inputs)
         remove(staging)
         require_space(target.parent, needed)
         staging.mkdir()
@@ -60,8 +61,18 @@ def _refuse_existing(target: Path, overwrite: bool, inputs: Mapping[str, Path]) 
         raise ConvertError(f"{target} exists already; choose another folder, or replace it with --overwrite.")
 
 
+def _aside(target: Path) -> Path:
+    return target.with_name(f"{PARTIAL}old-{target.name}")
+
+
+def _restore(target: Path) -> None:
+    """Bring back what a run that was killed while exchanging folders had moved aside."""
+    if _aside(target).exists() and not target.exists():
+        _aside(target).rename(target)
+
+
 def _take_place(staging: Path, target: Path) -> None:
-    aside = target.with_name(f"{PARTIAL}old-{target.name}")
+    aside = _aside(target)
     remove(aside)
     if target.exists():
         target.rename(aside)

@@ -47,10 +47,13 @@ class SatWeights:
         """Rank, alpha and targets of the adapter; `alpha` overrides the file's, which overrides SAT's 1.
 
         Raises:
-            ConvertError: the file states another rank than its matrices have.
+            ConvertError: the file states another rank than its matrices have, or no numbers.
             LoraError: incomplete pairs or several ranks.
         """
         facts = dict(self.facts) | ({} if alpha is None else {"alpha": alpha})
+        odd = {name: facts[name] for name in ("rank", "alpha") if not isinstance(facts.get(name, 1), int | float)}
+        if odd:
+            raise ConvertError(f"{self.source} states LoRA settings that are no numbers: {odd}.")
         spec = lora_spec_of(self.lora, facts)
         stated = self.facts.get("rank")
         if spec is not None and stated is not None and int(stated) != spec.rank:

@@ -10,6 +10,7 @@ import torch
 from sgm.convert.lazy import ConvertError, Deferred
 
 SHARED, TIED = "shared.weight", "encoder.embed_tokens.weight"
+_COUNTS = ("d_model", "num_heads", "d_kv", "d_ff", "num_layers", "vocab_size")
 DECODER = ("decoder.", "lm_head.")  # the other half of a full T5 checkpoint
 
 
@@ -19,6 +20,9 @@ def t5_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     Raises:
         ConvertError: a field is missing, so it is no T5 configuration.
     """
+    wrong = [n for n in _COUNTS if n in config and not (isinstance(config[n], int) and 0 < config[n] < 1 << 24)]
+    if wrong:
+        raise ConvertError(f"the text encoder's config.json is damaged: {', '.join(wrong)}.")
     try:
         d, inner, wide = config["d_model"], config["num_heads"] * config["d_kv"], config["d_ff"]
         layers, vocabulary, heads = config["num_layers"], config["vocab_size"], config["num_heads"]

@@ -240,8 +240,11 @@ def _report(request: ToSat, transformer: Transformer | None, vae: Vae | None, te
         left_out = f", left out: {text.left_out} decoder tensors" if text.left_out else ""
         lines.append(f"text encoder: {_counted(text.plan)}{left_out}")
     lines.append(f"written: {request.output}")
-    whole = transformer is not None and vae is not None and text is not None
-    return [*lines, f"to sample: python sample_video.py {request.output / RUN_FILE}"] if whole else lines
+    if transformer is None or vae is None or text is None:
+        return lines
+    if transformer.sizes.takes_image or transformer.sizes.patch[0] > 1:
+        return [*lines, f"{RUN_FILE} describes this model; sample_video.py makes text-to-video with 2B and 5B only"]
+    return [*lines, f"to sample: python sample_video.py {request.output / RUN_FILE}"]
 
 
 def _counted(plan: Mapping[str, Deferred]) -> str:

@@ -118,7 +118,8 @@ def _assign_base(
     from sgm.distributed import model_parallel_rank, model_parallel_world_size
     from sgm.modules.transformer.tensor_parallel import partition_state
 
-    whole = {**{name: computed[name] for name in absent}, **base}
+    unused = {name: torch.zeros(network.state_dict()[name].shape) for name in network.dead_keys() if name not in base}
+    whole = {**{name: computed[name] for name in absent}, **unused, **base}
     state = partition_state(whole, model_parallel_rank(), model_parallel_world_size())
     assign_state(network, state, source=checkpoint.source, device=device, dtype=dtype, hint=_hint(base))
 

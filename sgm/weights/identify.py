@@ -55,6 +55,8 @@ def what_is(state: Mapping[str, Tensor]) -> str:
     shape = transformer_shape(state)
     if shape is not None:
         return f"{shape.family} (width {shape.hidden_size}, {shape.num_layers} layers)"
+    if any(".lora_A." in name for name in state):
+        return "a LoRA in diffusers' layout; convert it with tools/convert_weight_hf2sat.py --lora_only"
     if any(name.startswith("transformer_blocks.") for name in state):
         return "a diffusers transformer; convert it with tools/convert_weight_hf2sat.py"
     if any(name.startswith(("encoder.down.", "decoder.up.")) for name in state):

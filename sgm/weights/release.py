@@ -180,7 +180,8 @@ def _split(state: dict[str, Tensor], file: Path) -> tuple[dict[str, Tensor], dic
     network = {n.removeprefix(NETWORK_PREFIX): t for n, t in state.items() if n.startswith(NETWORK_PREFIX)}
     others = {n: t for n, t in state.items() if n.startswith(FROZEN_PREFIXES)}
     rest = {n: t for n, t in state.items() if n not in others and not n.startswith(NETWORK_PREFIX)}
-    if rest and not network and all(n.startswith(_NETWORK_ROOTS) for n in rest):
+    foreign = any(not n.startswith(_NETWORK_ROOTS) or ".lora_" in n for n in rest)
+    if rest and not network and not foreign:
         return rest, others
     if rest or not network:
         from sgm.weights.identify import what_is
@@ -199,4 +200,7 @@ def _metadata(file: Path) -> dict[str, Any]:
     with safe_open(file, framework="pt") as opened:
         stored = opened.metadata() or {}
     numbers = {"rank": int, "alpha": float}
-    return {k: numbers.get(k, str)(v) for k, v in stored.items()}
+    try:
+        return {k: numbers.get(k, str)(v) for k, v in stored.items()}
+    except ValueError as error:
+        raise WeightsError(f"{file}: its header states a LoRA rank or alpha that is no number ({error}).") from error

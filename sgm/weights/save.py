@@ -120,8 +120,8 @@ def write_failed(path: Path, error: OSError) -> SaveError:
     if reason is None:
         return SaveError(f"cannot write {path}: {error.strerror or error}. What was there before is unchanged.")
     return SaveError(
-        f"cannot write {path}: {reason} ({_free(path.parent)} free). What was there before is unchanged. Make room, "
-        "keep fewer checkpoints (args.keep_last), or save elsewhere (args.save)."
+        f"cannot write {path}: {reason} ({_free(path.parent)} free). What was there before is unchanged. Make room or "
+        "choose another place (in training: args.keep_last, args.save)."
     )
 
 
@@ -135,7 +135,7 @@ def require_space(folder: Path, needed: int) -> None:
     if free < needed + _SPARE:
         raise SaveError(
             f"not enough room in {folder}: {readable(needed)} are to be written, {readable(free)} are free. Nothing "
-            "was changed. Make room, keep fewer checkpoints (args.keep_last), or save elsewhere (args.save)."
+            "was changed. Make room or choose another place (in training: args.keep_last, args.save)."
         )
 
 

@@ -23,6 +23,7 @@ from sgm.convert.output import parse_size, write_shards
 from sgm.convert.to_hf import ToHf, convert, export_lora
 from sgm.convert.to_sat import ToSat, import_lora
 from sgm.convert.to_sat import convert as convert_back
+from sgm.models.loading import load_network
 from sgm.modules.transformer.tensor_parallel import partition_state
 from sgm.weights import read_checkpoint
 from sgm.weights.files import tensors_of
@@ -134,6 +135,11 @@ def test_variants_are_read_from_the_tensors(variant: str, tmp_path: Path) -> Non
     kept = {n: t for n, t in network.state_dict().items()
             if n not in network.dead_keys() and n not in network.computed_state()}  # fmt: skip
     same(read_transformer(tmp_path / "sat" / "transformer").network, {n: t.detach() for n, t in kept.items()})
+    with torch.device("meta"):
+        empty = tiny_network(**options)
+    where = {"device": torch.device("cpu"), "dtype": torch.float32}
+    load_network(empty, tmp_path / "sat" / "transformer", allow_absent=True, **where)
+    assert not any(t.is_meta for t in empty.state_dict().values())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import multiprocessing
 import os
 import pickle
 import shutil
-import signal
-import subprocess
-import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,6 @@ from sgm.weights.release import NETWORK_PREFIX
 from sgm.weights.save import SaveError, save_pt, save_safetensors
 from tests.convert_tiny import adapter_matrices, make_release, rewrite
 from tools import convert_weight_hf2sat, convert_weight_sat2hf, inspect_weights
-
-REPO = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +87,9 @@ def test_component_of_another_model(copy: Path, tmp_path: Path, capsys: Any) -> 
     good = json.loads(file.read_text())
     file.write_text(json.dumps(good | {"num_layers": 3}))
     refused(convert_weight_hf2sat.main, arguments, capsys, "missing (18)", "adaLN_modulations.2.")
+    for odd in ("2", -1, 1 << 40, None, True):
+        file.write_text(json.dumps(good | {"num_layers": odd}))
+        refused(convert_weight_hf2sat.main, arguments, capsys, "config.json is damaged", "num_layers")
     file.write_text(json.dumps(good | {"_class_name": "FluxTransformer2DModel"}))
     refused(convert_weight_hf2sat.main, arguments, capsys, "FluxTransformer2DModel", "another kind of model")
     file.write_text(json.dumps(good)[:40])
@@ -177,6 +177,7 @@ def test_adapters_that_do_not_fit(release: Path, tmp_path: Path, capsys: Any) ->
     refused(to_hf, [*base, "--lora", f"{good}:strong"], capsys, "PATH:SCALE", "strong")
     refused(to_hf, [*base, "--lora_only"], capsys, "holds no LoRA matrices")
     refused(to_hf, [*base, "--lora", str(inputs / "none.pt")], capsys, "no adapter at")
+    refused(to_hf, [*base, "--lora", adapter("word.pt", adapter_matrices(), alpha="two")], capsys, "no numbers", "two")
     peft = {f"transformer.transformer_blocks.0.attn1.to_out.0.lora_{k}.weight": torch.zeros(s) for k, s in (("A", (4, 192)), ("B", (192, 3)))}
     save_safetensors(inputs / "peft.safetensors", peft)
     refused(convert_weight_hf2sat.main, ["--lora_only", "--input_path", str(inputs / "peft.safetensors"), *out], capsys, "ranks [3, 4]")
@@ -250,20 +251,29 @@ def test_failing_exchange_keeps_the_earlier_folder(tmp_path: Path, monkeypatch: 
 
 
 def test_killed_run_leaves_nothing_that_looks_finished(tmp_path: Path) -> None:
-    code = (
-        "import sys, time; from pathlib import Path; from sgm.convert.output import whole_folder\n"
-        "with whole_folder(Path(sys.argv[1]), overwrite=False, inputs={}) as f:\n"
-        "    (f / 'config.json').write_text('{}'); print('writing', flush=True); time.sleep(60)\n"
-    )
-    run = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "o")], cwd=REPO, stdout=subprocess.PIPE, text=True)
-    assert run.stdout is not None and run.stdout.readline() == "writing\n"
-    run.send_signal(signal.SIGKILL)
-    run.wait()
-    run.stdout.close()
+    def fill(ready: Any) -> None:
+        with whole_folder(tmp_path / "o", overwrite=False, inputs={}) as folder:
+            (folder / "config.json").write_text("{}")
+            ready.set()
+            time.sleep(60)
+
+    processes = multiprocessing.get_context("fork")
+    ready = processes.Event()
+    run = processes.Process(target=fill, args=(ready,))
+    run.start()
+    assert ready.wait(60)
+    run.kill()
+    run.join()
     assert [p.name for p in tmp_path.iterdir()] == [".partial-o"]
     with whole_folder(tmp_path / "o", overwrite=False, inputs={}) as folder:
         assert not list(folder.iterdir())
+        (folder / "new").write_text("")
     assert [p.name for p in tmp_path.iterdir()] == ["o"]
+    (tmp_path / "o").rename(tmp_path / ".partial-old-o")  # killed while the folders were exchanged: it comes back
+    with pytest.raises(ConvertError, match="--overwrite"):
+        with whole_folder(tmp_path / "o", overwrite=False, inputs={}):
+            pass
+    assert (tmp_path / "o" / "new").is_file() and [p.name for p in tmp_path.iterdir()] == ["o"]
 
 
 def test_bad_sizes_and_configurations(release: Path, tmp_path: Path, capsys: Any) -> None:
