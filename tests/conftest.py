@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
 REPO = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def logs_outlive_captures() -> None:
+    """SAT and DeepSpeed log to what was the standard error (or output) at import: it may have been a test's own."""
+    for name in ("sat", "DeepSpeed"):
+        for handler in logging.getLogger(name).handlers:
+            if getattr(getattr(handler, "stream", None), "closed", False):
+                handler.stream = sys.__stderr__
 
 
 @pytest.fixture(scope="session")

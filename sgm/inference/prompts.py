@@ -42,11 +42,11 @@ def safe_name(text: str) -> str:
     """The original's folder name (spaces to `_`, `/` removed, 120 characters), safe on every file system.
 
     Plain prompts give the original's name to the letter; control characters, backslashes and characters that Windows
-    forbids go, and the name is cut at 200 bytes.
+    forbids go, the name is cut at 200 bytes, and what leaves nothing but dots is called `prompt`.
     """
     name = _UNSAFE.sub("", text.strip().replace(" ", "_").replace("/", ""))[:_NAME_CHARACTERS]
-    name = name.encode("utf-8", "ignore")[:_NAME_BYTES].decode("utf-8", "ignore").rstrip(". ")
-    return name or "prompt"
+    name = name.encode("utf-8", "ignore")[:_NAME_BYTES].decode("utf-8", "ignore")
+    return name if name.strip(".") else "prompt"
 
 
 def read_prompt_file(path: Path) -> tuple[list[Prompt], int]:

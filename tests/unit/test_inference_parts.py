@@ -29,7 +29,7 @@ REPO = Path(__file__).resolve().parents[2]
 @pytest.mark.parametrize(
     ("text", "name"),
     [
-        ("A red ball, rolling.", "A_red_ball,_rolling"),  # as the original, but no dot at the end
+        ("A red ball, rolling.", "A_red_ball,_rolling."),  # to the letter
         ("a/b/../c", "ab..c"),
         ("../../etc/passwd", "....etcpasswd"),
         ("..", "prompt"),
