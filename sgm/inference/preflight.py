@@ -122,7 +122,8 @@ def check_paths(model: Mapping[str, Any], load: str | None, lora: Sequence[str] 
         and not Path(value).expanduser().exists()
         and not (place.endswith("model_dir") and _is_hub_name(value))
     ]
-    problems += [f"args.lora: {path} does not exist" for path in map(adapter_path, lora) if not path.exists()]
+    adapters = map(adapter_path, lora)
+    problems += [f"args.lora: {p} does not exist" for p in adapters if not p.exists() and newest_run(p) is None]
     if problems:
         title = f"{len(problems)} weight path{'s' if len(problems) > 1 else ''} to set:"
         raise PathError("\n".join([title, *(f"  - {p}" for p in problems), HOW_TO_GET, HOW_TO_GET_T5]))

@@ -229,6 +229,9 @@ def test_edited_paths(shipped, tmp_path):
     check_paths(model, str(tmp_path / "transformer"), [f"{tmp_path / 'vae.pt'}:0.5"])
     with pytest.raises(PathError, match="args.lora: /nowhere does not exist"):
         check_paths(model, str(tmp_path / "transformer"), ["/nowhere:2"])
+    (tmp_path / "ckpts" / "fox-01-31-12-00").mkdir(parents=True)
+    (tmp_path / "ckpts" / "fox-01-31-12-00" / "latest").write_text("4")
+    check_paths(model, str(tmp_path / "transformer"), [f"{tmp_path / 'ckpts' / 'fox'}:0.5"])  # its newest run
     embedder["model_dir"] = "someone/some-t5"  # a hub id is asked for later
     check_paths(model, str(tmp_path / "transformer"))
     with pytest.raises(PathError, match="args.load: someone/transformer does not exist"):
