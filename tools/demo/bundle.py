@@ -1,0 +1,107 @@
+"""Put trained parts together as the bundled demo, in the release's layout and half precision, with their hashes.
+
+    python tools/demo/bundle.py --transformer RUN/4000-ema --vae WORK/vae/3d-vae.pt --text WORK/t5 --out demo
+
+writes OUT/transformer/latest, OUT/transformer/ITERATION/mp_rank_00_model_states.pt (without the computed position
+table, as the published file), OUT/vae/3d-vae.pt, OUT/t5 and OUT/SHA256SUMS. What OUT held of these is replaced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from sgm.weights import WeightsError, read_checkpoint  # noqa: E402
+from sgm.weights.files import tensors_of  # noqa: E402
+from sgm.weights.release import NETWORK_PREFIX, read_transformer  # noqa: E402
+from sgm.weights.save import SaveError, save_pt, save_text  # noqa: E402
+
+COMPUTED = ("mixins.pos_embed.pos_embedding",)  # follows from the configuration
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+HASHES = "SHA256SUMS"
+LIMIT = 20 * 2**20  # bytes of the whole bundle
+
+
+def bundle_transformer(source: Path, out: Path, dtype: torch.dtype) -> int:
+    """Write `out/latest` and `out/ITERATION/...` from a checkpoint of the transformer; returns the iteration.
+
+    Raises:
+        WeightsError: unreadable, an adapter alone, without an iteration, or values beyond `dtype`'s range.
+    """
+    checkpoint = read_transformer(source)
+    iteration = checkpoint.iteration
+    if iteration is None:
+        raise WeightsError(f"{source} says no iteration; give an iteration's folder, such as RUN/4000-ema.")
+    state = {name: t for name, t in checkpoint.network.items() if name not in COMPUTED}
+    folder = out / str(iteration)
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = {NETWORK_PREFIX + name: t for name, t in narrowed(state, dtype, source).items()}
+    save_pt(folder / "mp_rank_00_model_states.pt", {"module": entries})
+    save_text(out / "latest", str(iteration))
+    return iteration
+
+
+def bundle_vae(source: Path, out: Path, dtype: torch.dtype) -> None:
+    """Write `out/3d-vae.pt` from such a file. Raises WeightsError."""
+    content = read_checkpoint(source)
+    if "state_dict" not in content:
+        raise WeightsError(f"{source} has no entry `state_dict`, so it is no VAE file of the release.")
+    out.mkdir(parents=True, exist_ok=True)
+    save_pt(out / "3d-vae.pt", {"state_dict": narrowed(tensors_of(content["state_dict"]), dtype, source)})
+
+
+def narrowed(state: Mapping[str, Tensor], dtype: torch.dtype, source: Path) -> dict[str, Tensor]:
+    """The tensors in half precision. Raises WeightsError where a value would become infinite or is not finite."""
+    result = {name: t.to(dtype) for name, t in state.items()}
+    broken = [name for name, t in result.items() if not bool(torch.isfinite(t).all())]
+    if broken:
+        raise WeightsError(f"{source}: {', '.join(broken[:5])} not finite in {dtype}; choose --dtype bf16.")
+    return result
+
+
+def write_hashes(out: Path) -> int:
+    """Write SHA256SUMS over the three parts (as `sha256sum -c` reads it); returns their bytes."""
+    files = sorted(p for part in ("t5", "transformer", "vae") for p in (out / part).rglob("*") if p.is_file())
+    lines = [f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.relative_to(out).as_posix()}" for p in files]
+    save_text(out / HASHES, "\n".join(lines) + "\n")
+    return sum(p.stat().st_size for p in files)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--transformer", type=Path, required=True, help="checkpoint folder; the -ema one is best")
+    parser.add_argument("--vae", type=Path, required=True, help="3d-vae.pt")
+    parser.add_argument("--text", type=Path, required=True, help="folder of the text encoder")
+    parser.add_argument("--out", type=Path, default=Path("demo"))
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp16")
+    args = parser.parse_args(arguments)
+    try:
+        if not (args.text / "spiece.model").is_file():
+            raise WeightsError(f"{args.text} is no text encoder's folder: it has no spiece.model.")
+        for part in ("transformer", "t5"):
+            shutil.rmtree(args.out / part, ignore_errors=True)
+        iteration = bundle_transformer(args.transformer, args.out / "transformer", DTYPES[args.dtype])
+        bundle_vae(args.vae, args.out / "vae", DTYPES[args.dtype])
+        shutil.copytree(args.text, args.out / "t5")
+        size = write_hashes(args.out)
+    except (WeightsError, SaveError, OSError) as error:
+        print(f"bundle.py: {error}", file=sys.stderr)
+        return 2
+    print(f"{args.out}: iteration {iteration}, {size / 2**20:.2f} MiB in {args.dtype}")
+    if size > LIMIT:
+        print(f"bundle.py: that is more than {LIMIT / 2**20:.0f} MiB", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# Trains the bundled demo from nothing on one GPU: bash tools/demo/reproduce.sh WORK
+#
+# WORK gets data, cache, runs, samples and scores (about 12 GB); WORK/demo is what the repository bundles as demo/.
+# Every stage is skipped when its result is there, so the same command goes on after an interruption.
+# Sizes may be set: CLIPS=20000 VAE_SECONDS=170 TEXT_SECONDS=60 ITERATIONS=4000 WORKERS=14 SEEDS=4 DEVICE=cuda.
+set -euo pipefail
+repo="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
+work="${1:?usage: bash tools/demo/reproduce.sh WORK}"
+mkdir -p "$work"
+work="$(cd "$work" && pwd)"
+cd "$repo"
+# shellcheck source=tools/setup_env.sh
+source tools/setup_env.sh
+
+clips="${CLIPS:-20000}" vae_seconds="${VAE_SECONDS:-170}" text_seconds="${TEXT_SECONDS:-60}"
+iterations="${ITERATIONS:-4000}" workers="${WORKERS:-14}" seeds="${SEEDS:-4}" device="${DEVICE:-cuda}"
+weights=(
+    --set "model.first_stage_config.params.ckpt_path=$work/vae/3d-vae.pt"
+    --set "model.conditioner_config.params.emb_models.0.params.model_dir=$work/t5"
+)
+stage() { echo "== $1 ($(date +%T))"; }
+
+if [[ ! -e "$work/clips/meta.jsonl" ]]; then
+    stage "clips"
+    "$PYTHON" tools/demo/make_dataset.py "$work/clips" --count "$clips" --seed 1 --withheld tools/demo/withheld.json \
+        --workers "$workers" &
+    making=$!
+fi
+if [[ ! -e "$work/t5/spiece.model" ]]; then
+    stage "text encoder"
+    "$PYTHON" tools/demo/train_text.py --out "$work/t5" --seconds "$text_seconds" --device "$device"
+fi
+if [[ ! -e "$work/vae/3d-vae.pt" ]]; then
+    stage "VAE"
+    "$PYTHON" tools/demo/train_vae.py --config configs/demo_infer.yaml --out "$work" --seconds "$vae_seconds" \
+        --device "$device" --workers "$workers"
+fi
+if [[ -n "${making:-}" ]]; then wait "$making"; fi
+
+stage "cache"
+"$PYTHON" tools/precompute_cache.py configs/demo_sft.yaml tools/demo/pretrain.yaml --cache-dir "$work/cache" \
+    --device "$device" --set "args.train_data=[$work/clips]" "${weights[@]}"
+
+if [[ ! -e "$work/demo/SHA256SUMS" ]]; then
+    stage "transformer"
+    "$PYTHON" train_video.py configs/demo_sft.yaml tools/demo/pretrain.yaml --cache-dir "$work/cache" \
+        --device "$device" --resume --set "args.train_data=[$work/clips]" --set "args.save=$work/runs" \
+        --set "args.train_iters=$iterations" "${weights[@]}"
+    run="$(ls -td "$work"/runs/*/ | head -1)"
+    "$PYTHON" tools/demo/bundle.py --transformer "$run$iterations-ema" --vae "$work/vae/3d-vae.pt" \
+        --text "$work/t5" --out "$work/demo"
+fi
+
+stage "score"
+"$PYTHON" tools/demo/make_dataset.py "$work/unseen" --count 64 --seed 9 --two 0 --withheld tools/demo/withheld.json \
+    --only-withheld --workers "$workers"
+cat "$work"/unseen/labels/*.txt > "$work/prompts.txt"
+"$PYTHON" sample_video.py configs/demo_infer.yaml --input-file "$work/prompts.txt" --output-dir "$work/samples" \
+    --load "$work/demo/transformer" --batch-size "$seeds" --device "$device" --skip-done \
+    --set "model.first_stage_config.params.ckpt_path=$work/demo/vae/3d-vae.pt" \
+    --set "model.conditioner_config.params.emb_models.0.params.model_dir=$work/demo/t5"
+"$PYTHON" tools/demo/score.py "$work/samples" --json "$work/score.json" --workers "$workers"
