@@ -33,7 +33,7 @@ if [[ ! -e "$work/t5/spiece.model" ]]; then
 fi
 if [[ ! -e "$work/vae/3d-vae.pt" ]]; then
     stage "VAE"
-    "$PYTHON" tools/demo/train_vae.py --config configs/demo_infer.yaml --out "$work" --seconds "$vae_seconds" \
+    "$PYTHON" tools/demo/train_vae.py "$work" --config configs/demo_infer.yaml --seconds "$vae_seconds" \
         --device "$device" --workers "$workers"
 fi
 if [[ -n "${making:-}" ]]; then wait "$making"; fi
