@@ -32,6 +32,7 @@ def run_file(
     content = merge_yaml([SHIPPED])
     args, model = content["args"], content["model"]
     args |= {"load": str(release / "transformer"), "fp16": dtype == torch.float16, "bf16": dtype == torch.bfloat16}
+    args["input_file"] = str(SHIPPED.parent / "test.txt")
     args |= {"sampling_num_frames": (sizes.frames - 1) // 4 + 1, "latent_channels": sizes.out_channels}
     model["scale_factor"] = factor
     model["network_config"]["params"] = sizes.sat_params()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from sgm.convert.lora_files import AdapterFile
 from sgm.convert.to_hf import ToHf, convert, export_lora
 from sgm.util import instantiate_from_config
+from sgm.weights.release import NETWORK_PREFIX, read_transformer
 from sgm.weights.save import save_pt
 from tests.convert_tiny import adapter_matrices, make_release, model_section, network_of, rewrite
 from tests.dit_tiny import TEXT_LENGTH, TEXT_WIDTH, random_inputs
@@ -129,45 +131,66 @@ class OurSchedule:
         return ((first + (1 - e_h**2) * b * mean + ((1 - b**2) * (1 - e_h**2)).sqrt() * noise).float(),)
 
 
+@dataclass(frozen=True)
+class Draw:
+    """What both sides start from: latents, noise on the way, a prompt's embeddings."""
+
+    start: Tensor
+    noises: list[Tensor]
+    prompt: Tensor
+
+    @classmethod
+    def make(cls) -> Draw:
+        draw = torch.Generator().manual_seed(4)
+        start = torch.randn(1, 3, 16, 6, 10, generator=draw)
+        noises = [torch.randn(start.shape, generator=draw) for _ in range(2 * STEPS - 3)]
+        return cls(start, noises, torch.randn(1, TEXT_LENGTH, TEXT_WIDTH, generator=draw))
+
+
+_PARTS = "sgm.modules.diffusionmodules"
+SCHEDULE = {"target": f"{_PARTS}.discretizer.ZeroSNRDDPMDiscretization", "params": {"shift_scale": 3.0}}
+
+
 @torch.no_grad()
-def test_a_whole_sample(release: Path, pipeline: Any) -> None:
-    """Our engine and the pipeline with our schedule, from the same noise and embeddings."""
+def our_sample(network: nn.Module, draw: Draw) -> Tensor:
     from sgm.modules.diffusionmodules.denoiser import DiscreteDenoiser
     from sgm.modules.diffusionmodules.sampling import VPSDEDPMPP2MSampler
     from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
 
-    names = "sgm.modules.diffusionmodules"
-    schedule = {"target": f"{names}.discretizer.ZeroSNRDDPMDiscretization", "params": {"shift_scale": 3.0}}
-    guider = {"target": f"{names}.guiders.DynamicCFG", "params": {"scale": GUIDANCE, "exp": 5, "num_steps": STEPS}}
-    sampler = VPSDEDPMPP2MSampler(discretization_config=schedule, num_steps=STEPS, guider_config=guider, device="cpu")
+    guider = {"target": f"{_PARTS}.guiders.DynamicCFG", "params": {"scale": GUIDANCE, "exp": 5, "num_steps": STEPS}}
+    sampler = VPSDEDPMPP2MSampler(discretization_config=SCHEDULE, num_steps=STEPS, guider_config=guider, device="cpu")
     denoiser = DiscreteDenoiser(
-        weighting_config={"target": f"{names}.denoiser_weighting.EpsWeighting"},
-        scaling_config={"target": f"{names}.denoiser_scaling.VideoScaling"},
-        num_idx=1000, discretization_config=schedule, quantize_c_noise=False,
+        weighting_config={"target": f"{_PARTS}.denoiser_weighting.EpsWeighting"},
+        scaling_config={"target": f"{_PARTS}.denoiser_scaling.VideoScaling"},
+        num_idx=1000, discretization_config=SCHEDULE, quantize_c_noise=False,
     )  # fmt: skip
-    draw = torch.Generator().manual_seed(4)
-    start = torch.randn(1, 3, 16, 6, 10, generator=draw)
-    noises = [torch.randn(start.shape, generator=draw) for _ in range(2 * STEPS - 3)]
-    prompt = torch.randn(1, TEXT_LENGTH, TEXT_WIDTH, generator=draw)
-    cond, uncond = {"crossattn": prompt}, {"crossattn": torch.zeros_like(prompt)}
-    network = OpenAIWrapper(network_of(release / "transformer"))
-    queue = list(noises)
-    expected = sampler(
-        lambda x, sigma, c, **kw: denoiser(network, x, sigma, c, **kw), start.clone(), cond, uc=uncond,
-        noise_sampler=lambda x: queue.pop(0),
+    wrapped, queue = OpenAIWrapper(network), list(draw.noises)
+    result = sampler(
+        lambda x, sigma, c, **kw: denoiser(wrapped, x, sigma, c, **kw), draw.start.clone(), {"crossattn": draw.prompt},
+        uc={"crossattn": torch.zeros_like(draw.prompt)}, noise_sampler=lambda x: queue.pop(0),
     )  # fmt: skip
     assert not queue
-    disc = instantiate_from_config(schedule)
+    return result
+
+
+@torch.no_grad()
+def their_sample(pipeline: Any, draw: Draw) -> Tensor:
+    disc = instantiate_from_config(SCHEDULE)
     levels, timesteps = disc(STEPS, do_append_zero=False, return_idx=True)
-    levels = torch.cat([levels, levels.new_ones(1)])
-    table = disc(1000, do_append_zero=False, flip=True)
-    pipeline.scheduler = OurSchedule(levels, torch.as_tensor(timesteps).flip(0), table, noises)
-    found = pipeline(
-        prompt_embeds=prompt, negative_prompt_embeds=uncond["crossattn"], latents=start.clone(), height=48, width=80,
-        num_frames=9, num_inference_steps=STEPS, guidance_scale=GUIDANCE, use_dynamic_cfg=True, output_type="latent",
+    levels, table = torch.cat([levels, levels.new_ones(1)]), disc(1000, do_append_zero=False, flip=True)
+    pipeline.scheduler = OurSchedule(levels, torch.as_tensor(timesteps).flip(0), table, draw.noises)
+    return pipeline(
+        prompt_embeds=draw.prompt, negative_prompt_embeds=torch.zeros_like(draw.prompt), latents=draw.start.clone(),
+        height=48, width=80, num_frames=9, num_inference_steps=STEPS, guidance_scale=GUIDANCE, use_dynamic_cfg=True,
+        output_type="latent",
     ).frames  # fmt: skip
+
+
+def test_a_whole_sample(release: Path, pipeline: Any) -> None:
+    """Our sampler and the pipeline with our schedule, from the same noise and embeddings."""
+    expected = our_sample(network_of(release / "transformer"), Draw.make())
     assert expected.std() > 0.3
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(their_sample(pipeline, Draw.make()), expected, rtol=0, atol=1e-4)
 
 
 # --- adapters --------------------------------------------------------------------------------------------------------
@@ -175,10 +198,21 @@ def test_a_whole_sample(release: Path, pipeline: Any) -> None:
 
 @pytest.fixture(scope="module")
 def adapter(release: Path) -> Path:
-    """An adapter alone in SAT's layout, as training saves it, with alpha 2."""
+    """An adapter of a short fine-tuning (alpha 2), alone in SAT's layout, as training saves it."""
+    network = network_of(release / "transformer")
+    torch.manual_seed(6)
+    network.attach_lora({"target": "sat.model.finetune.lora2.LoraMixin", "params": {"r": 4, "lora_alpha": 2}})
+    trained = {n: p for n, p in network.named_parameters() if ".matrix_" in n}
+    optimizer = torch.optim.Adam(trained.values(), lr=0.1)
+    inputs = random_inputs(batch=1, seed=8)
+    for _ in range(4):
+        optimizer.zero_grad()
+        (network(**inputs) - inputs["x"]).square().mean().backward()
+        optimizer.step()
     folder = release.parent / "adapter"
     (folder / "7").mkdir(parents=True)
-    save_pt(folder / "7" / "mp_rank_00_model_states.pt", {"module": adapter_matrices(), "lora": {"rank": 4, "alpha": 2.0}})
+    module = {NETWORK_PREFIX + n: p.detach() for n, p in trained.items()}
+    save_pt(folder / "7" / "mp_rank_00_model_states.pt", {"module": module, "lora": {"rank": 4, "alpha": 2.0}})
     (folder / "latest").write_text("7")
     return folder
 
@@ -186,7 +220,6 @@ def adapter(release: Path) -> Path:
 @torch.no_grad()
 def adapted(release: Path, adapter: Path) -> nn.Module:
     from sgm.modules.transformer.lora import apply_adapter
-    from sgm.weights.release import read_transformer
 
     network = network_of(release / "transformer")
     stored = read_transformer(adapter)
@@ -207,6 +240,9 @@ def test_exported_adapter_in_the_pipeline(
     try:
         torch.testing.assert_close(theirs(pipeline.transformer, inputs), expected, rtol=0, atol=5e-6)
         if not fold_scale:
+            sample = our_sample(adapted(release, adapter), Draw.make())
+            assert (sample - our_sample(network_of(release / "transformer"), Draw.make())).abs().max() > 0.05
+            torch.testing.assert_close(their_sample(pipeline, Draw.make()), sample, rtol=0, atol=1e-4)
             pipeline.fuse_lora()
             torch.testing.assert_close(theirs(pipeline.transformer, inputs), expected, rtol=0, atol=5e-6)
             pipeline.unfuse_lora()
@@ -215,8 +251,6 @@ def test_exported_adapter_in_the_pipeline(
 
 
 def test_sampling_names_the_tool_for_a_diffusers_adapter(adapter: Path, tmp_path: Path) -> None:
-    from sgm.weights.release import read_transformer
-
     export_lora(ToHf(tmp_path / "lora", adapter))
     with pytest.raises(ValueError, match="convert_weight_hf2sat.py --lora_only"):
         read_transformer(tmp_path / "lora" / "pytorch_lora_weights.safetensors")
@@ -241,7 +275,7 @@ def test_merged_adapters(release: Path, yaml: Path, adapter: Path, tmp_path: Pat
     network = network_of(release / "transformer")
     plain = {n.removeprefix("model.diffusion_model."): t for n, t in adapter_matrices(rank=2, seed=9).items()}
     apply_adapter(network, plain, merge=True)
-    given = {n.removeprefix("model.diffusion_model."): t for n, t in adapter_matrices().items()}
-    apply_adapter(network, given, facts={"alpha": 2.0}, scale=0.5, merge=True)
+    stored = read_transformer(adapter)
+    apply_adapter(network, stored.network, facts=stored.lora, scale=0.5, merge=True)
     inputs = random_inputs()
     torch.testing.assert_close(theirs(model, inputs), ours(network, inputs), rtol=0, atol=5e-6)
