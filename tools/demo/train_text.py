@@ -22,7 +22,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -72,6 +72,7 @@ NOT_ASKED = -100
 # start the layers' noise hides them, and nothing is learned for hundreds of steps.
 EMBEDDING_SCALE, BRANCH_SCALE = 0.5, 0.1
 EVERY = 25
+TRIES = 50
 SPREAD = 4  # positions of a sentence that are asked in a step, beside the mean of all
 logger = logging.getLogger("train_text")
 
@@ -125,12 +126,21 @@ def answers(objects: Sequence[ObjectSpec | Said], ground: tuple[str, str, str]) 
     return result + [choices.index(value) for choices, value in zip(OF_GROUND.values(), ground, strict=True)]
 
 
-def sentences(seed: str, count: int, chances: Chances = TRAINING) -> tuple[list[str], Tensor]:
-    """Texts about random clips, and the answers (b, q)."""
+def sentences(
+    seed: str, count: int, chances: Chances = TRAINING, fits: Callable[[str], bool] | None = None
+) -> tuple[list[str], Tensor]:
+    """Texts about random clips, and the answers (b, q). What does not fit is worded anew, at most TRIES times."""
     rng = random.Random(seed)
-    specs = [random_spec(rng) for _ in range(count)]
-    rows = [answers(s.objects, (s.pattern, s.background, s.second)) for s in specs]
-    return [reword(spec, rng, chances) for spec in specs], torch.tensor(rows)
+    texts, rows = [], []
+    for _ in range(count):
+        spec = random_spec(rng)
+        for _ in range(TRIES):
+            text = reword(spec, rng, chances)
+            if fits is None or fits(text):
+                break
+        texts.append(text)
+        rows.append(answers(spec.objects, (spec.pattern, spec.background, spec.second)))
+    return texts, torch.tensor(rows)
 
 
 def by_hand() -> tuple[list[str], Tensor]:
@@ -162,7 +172,7 @@ class Batches(Dataset):
 
     def _text(self, spec: ClipSpec, rng: random.Random) -> Tensor:
         """Ids (l,) of a wording that fits, now and then in rarer pieces, as slips of the pen give."""
-        for _ in range(8):
+        for _ in range(TRIES):
             text = reword(spec, rng)
             rare = rng.random() < self.settings.sampled
             how = {"enable_sampling": True, "alpha": 0.3, "nbest_size": -1} if rare else {}
@@ -340,14 +350,21 @@ def faults(found: Tensor, rows: Tensor, texts: Sequence[str], limit: int) -> lis
 
 
 def evaluate(out: Path, readers: Readers, count: int) -> dict:
-    """Scores of the written folder on texts of four kinds that training did not draw, and faults in the last two."""
+    """Scores of the written folder on four kinds of texts that training did not draw, and faults in the last two.
+
+    `count` texts of each kind, all of which fit the length: of a longer one the end would not be seen.
+    """
     embedder = FrozenT5Embedder(str(out), max_length=LENGTH, device=readers.word.weight.device)
     embedder.to(torch.float32)
     readers.eval()
+
+    def fits(text: str) -> bool:
+        return not embedder.tokenize(text).truncated[0]
+
     sets = {
-        "captions": sentences("captions", count, Chances(caption=1.0)),
-        "wordings": sentences("wordings", count, Chances(caption=0.0)),
-        "held_out": sentences("held out", count, HELD_OUT),
+        "captions": sentences("captions", count, Chances(caption=1.0), fits),
+        "wordings": sentences("wordings", count, Chances(caption=0.0), fits),
+        "held_out": sentences("held out", count, HELD_OUT, fits),
         "by_hand": by_hand(),
     }
     scores, wrong = {}, {}
@@ -356,8 +373,7 @@ def evaluate(out: Path, readers: Readers, count: int) -> dict:
         scores[name] = score(found, rows)
         if name in ("held_out", "by_hand"):
             wrong[name] = faults(found, rows, texts, 40)
-    cut = sum(bool(t) for t in embedder.tokenize(sets["wordings"][0]).truncated) / count
-    return {"scores": scores, "texts": count, "truncated_wordings": cut, "faults": wrong}
+    return {"scores": scores, "texts": count, "faults": wrong}
 
 
 # ---- command ----
