@@ -38,7 +38,7 @@ class Journal:
         self._setting = hashlib.sha256(f"{model}\n{SYSTEM_PROMPT}".encode()).hexdigest()[:12]
         self._lock = threading.Lock()
         self.captions: dict[str, str] = {}
-        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        for line in path.read_text("ascii", "replace").split("\n") if path.is_file() else []:
             self._take(line)
 
     def _take(self, line: str) -> None:
@@ -51,8 +51,8 @@ class Journal:
             self.captions[prompt] = caption
 
     def add(self, prompt: str, caption: str) -> None:
-        """Keep a caption; it is on the disk when this returns."""
-        entry = json.dumps({"prompt": prompt, "caption": caption, "setting": self._setting}, ensure_ascii=False)
+        """Keep a caption; it outlives this process when this returns."""
+        entry = json.dumps({"prompt": prompt, "caption": caption, "setting": self._setting})  # ASCII, one line
         with self._lock, self.path.open("a+b") as file:
             if file.tell() and not self._ends_a_line():
                 file.write(b"\n")

@@ -19,6 +19,7 @@ from torch import Tensor
 from sgm.convert import vae_sizes
 from sgm.convert.dit_sizes import hf_config, sizes_of_hf, sizes_of_params, sizes_of_sat
 from sgm.convert.lazy import all_deferred
+from sgm.convert.lora_files import AdapterFile
 from sgm.convert.output import parse_size, write_shards
 from sgm.convert.to_hf import ToHf, convert, export_lora
 from sgm.convert.to_sat import ToSat, import_lora
@@ -225,6 +226,34 @@ def test_whole_engine_save_gives_all_parts(release: Path, hf: Path, yaml: Path, 
         assert json.loads((tmp_path / "hf" / name / "config.json").read_text()) == json.loads((hf / name / "config.json").read_text())
     assert any("left out" in line and "pos_embedding" in line for line in lines)
     assert (tmp_path / "hf" / "model_index.json").is_file()
+
+
+def test_single_components_and_pickled_files(release: Path, hf: Path, tmp_path: Path) -> None:
+    """A transformer's or VAE's own folder, also with a `.bin` file, as older repositories have."""
+    for name in ("transformer", "vae"):
+        old = tmp_path / f"old-{name}"
+        old.mkdir()
+        torch.save(component(hf / name), old / "diffusion_pytorch_model.bin")
+        (old / "config.json").write_bytes((hf / name / "config.json").read_bytes())
+        with pytest.raises(ValueError, match=f"{name} alone; convert it with --partial"):
+            convert_back(ToSat(old, tmp_path / name))
+        convert_back(ToSat(old, tmp_path / name, partial=True))
+    same(read_transformer(tmp_path / "transformer" / "transformer").network, read_transformer(release / "transformer").network)
+    vae = Path("vae", "3d-vae.pt")
+    same(read_checkpoint(tmp_path / "vae" / vae)["state_dict"], read_checkpoint(release / vae)["state_dict"])
+
+
+def test_adapter_folded_in_on_the_way_back(hf: Path, release: Path, tmp_path: Path) -> None:
+    from sgm.modules.transformer.lora import merge_lora_state
+
+    save_pt(tmp_path / "a.pt", {"module": adapter_matrices(), "lora": {"rank": 4, "alpha": 2.0}})
+    convert_back(ToSat(hf, tmp_path / "sat", adapters=[AdapterFile(str(tmp_path / "a.pt"), 0.5)]))
+    matrices = {n.removeprefix(NETWORK_PREFIX): t for n, t in adapter_matrices().items()}
+    expected = merge_lora_state(read_transformer(release / "transformer").network | matrices, 0.5, alpha=2.0)
+    found = read_transformer(tmp_path / "sat" / "transformer").network
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-6)
 
 
 def test_default_type_is_half_and_bfloat16_stays(release: Path, tmp_path: Path) -> None:

@@ -264,11 +264,20 @@ def test_failed_lines_are_named_and_tried_again(wishes: Path, tmp_path: Path) ->
     assert outcome.failures == {3: "refused"} and not target.exists()
     assert [line for line in reports if "failed" in line] == ["line 3: failed: refused"]
     journal = tmp_path / "captions.txt.progress.jsonl"
-    journal.write_text(journal.read_text() + '{"prompt": "two two", "capt')  # killed while writing
+    journal.write_bytes(journal.read_bytes() + b'{"prompt": "two two", "capt\xe9')  # killed while writing
     calls: list[str] = []
     outcome = refine_file(wishes, target, Endpoint(), fake({}, calls))
     assert calls == ["two two"] and outcome.reused == 3 and outcome.asked == 1 and "caption of two two" in target.read_text()
     assert not journal.exists()
+
+
+def test_any_letters_survive_a_restart(tmp_path: Path) -> None:
+    wish = "\u96ea \u2028 \x0b \U0001f98a \x85 end"
+    (tmp_path / "w.txt").write_text(f"{wish}\nbad\n", encoding="utf-8", newline="\n")
+    refine_file(tmp_path / "w.txt", tmp_path / "c.txt", Endpoint(), fake({"bad": RefineError("no")}, []))
+    calls: list[str] = []
+    refine_file(tmp_path / "w.txt", tmp_path / "c.txt", Endpoint(), fake({}, calls))
+    assert calls == ["bad"] and (tmp_path / "c.txt").read_bytes() == f"caption of {wish}\ncaption of bad\n".encode()
 
 
 def test_a_fatal_failure_stops_and_keeps_what_is_done(wishes: Path, tmp_path: Path) -> None:
