@@ -250,6 +250,21 @@ def test_exported_adapter_in_the_pipeline(
         pipeline.unload_lora_weights()
 
 
+def test_the_comparing_tool(release: Path, yaml: Path, pipeline_folder: Path, adapter: Path, tmp_path: Path, capsys: Any) -> None:
+    pytest.importorskip("peft")
+    from tools import compare_diffusers
+
+    common = [str(yaml), "--hf", str(pipeline_folder), "--load", str(release / "transformer")]
+    export_lora(ToHf(tmp_path / "lora", adapter))
+    assert compare_diffusers.main([*common, "--lora", str(adapter), "--hf_lora", str(tmp_path / "lora")]) == 0
+    printed = capsys.readouterr().out
+    assert "the same numbers" in printed and all(part in printed for part in ("transformer", "VAE encoder", "VAE decoder"))
+    other = make_release(tmp_path / "other")
+    changed = rewrite(other / "transformer", tmp_path / "c.pt", lambda m: {n: t * 1.001 for n, t in m.items()})
+    assert compare_diffusers.main([*common[:-1], str(changed)]) == 1
+    assert compare_diffusers.main([*common[:-1], str(tmp_path / "none")]) == 2
+
+
 def test_sampling_names_the_tool_for_a_diffusers_adapter(adapter: Path, tmp_path: Path) -> None:
     export_lora(ToHf(tmp_path / "lora", adapter))
     with pytest.raises(ValueError, match="convert_weight_hf2sat.py --lora_only"):

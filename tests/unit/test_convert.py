@@ -275,9 +275,11 @@ def test_shards_hold_at_most_their_size(tmp_path: Path) -> None:
 
 def test_commands_of_the_readme(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """Every command of its section, in order, in a folder that holds what they name."""
-    from tools import convert_weight_hf2sat, convert_weight_sat2hf, inspect_weights
+    pytest.importorskip("diffusers")
+    from tools import compare_diffusers, convert_weight_hf2sat, convert_weight_sat2hf, inspect_weights
 
-    tools = {f"tools/{t.__name__.rpartition('.')[2]}.py": t for t in (convert_weight_hf2sat, convert_weight_sat2hf, inspect_weights)}
+    named = (compare_diffusers, convert_weight_hf2sat, convert_weight_sat2hf, inspect_weights)
+    tools = {f"tools/{tool.__name__.rpartition('.')[2]}.py": tool for tool in named}
     section = (REPO / "README.md").read_text().split("## Converting weights")[1].split("\n## ")[0]
     block = section.split("```shell")[1].split("```")[0].replace("\\\n", " ")
     commands = [shlex.split(line, comments=True) for line in block.splitlines() if line.startswith("python ")]
@@ -286,7 +288,7 @@ def test_commands_of_the_readme(hf: Path, tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "ckpts" / "lora-disney" / "7").mkdir(parents=True)
     save_pt(tmp_path / "ckpts/lora-disney/7/mp_rank_00_model_states.pt", {"module": adapter_matrices()})
     (tmp_path / "ckpts" / "lora-disney" / "latest").write_text("7")
-    assert len(commands) == 5
+    assert len(commands) == 6
     for _, tool, *arguments in commands:
         assert tools[tool].main(arguments) == 0, (tool, arguments, capsys.readouterr().err)
     printed = capsys.readouterr().out

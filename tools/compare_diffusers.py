@@ -1,0 +1,138 @@
+"""Do a SAT release and its converted diffusers folder give the same numbers? Compares transformer and VAE, one by one.
+
+python tools/compare_diffusers.py infer.yaml --hf HF_FOLDER --device cuda
+python tools/compare_diffusers.py infer.yaml --hf HF_FOLDER --lora SAT_LORA --hf_lora FOLDER    # with the adapter
+Needs diffusers (tests/requirements.txt), for adapters peft. Both run in float32 on the same random inputs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import Tensor
+
+TRANSFORMER, VAE = 5e-6, 5e-5  # largest differences that are rounding, for values of standard deviation 1
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("config", type=Path, help="YAML with the SAT model's section, paths filled in")
+    add("--hf", type=Path, required=True, help="converted pipeline folder")
+    add("--load", help="transformer weights, in place of args.load")
+    add("--lora", help="SAT adapter to attach")
+    add("--hf_lora", type=Path, help="the same adapter, exported")
+    add("--device", default="cpu")
+    add("--frames", type=int, help="latent frames, odd (default: the network's)")
+    add("--tolerance", type=float, default=1.0, help="factor on the allowed differences (5e-6, VAE 5e-5)")
+    options = parser.parse_args(arguments)
+    if (options.lora is None) != (options.hf_lora is None):
+        parser.error("--lora and --hf_lora go together")
+    return options
+
+
+@torch.no_grad()
+def transformer_outputs(options: argparse.Namespace, config: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """(ours, theirs) on the CPU; only one network is on the device at a time."""
+    from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
+
+    from sgm.models.loading import Adapter, load_network
+    from sgm.util import instantiate_from_config
+
+    device = torch.device(options.device)
+    node = config["model"]["network_config"]
+    with torch.device("meta"):
+        network = instantiate_from_config(node, dtype="fp32", defer_lora=True).eval()
+    adapters = [Adapter(options.lora)] if options.lora else []
+    load = options.load or config["args"]["load"]
+    load_network(network, load, device=device, dtype=torch.float32, allow_absent=True, adapters=adapters)
+    inputs = _inputs(node["params"], options.frames)
+    placed = {name: value.to(device) for name, value in inputs.items()}
+    ofs = {"ofs": torch.tensor([2.0], device=device)} if network.ofs_embed_dim else {}
+    ours = network(**placed, **ofs).cpu()
+    frames, height, width = (inputs["x"].shape[k] for k in (1, 3, 4))
+    rotary = network.mixins.pos_embed.rotary(network.patch.grid(frames, height, width), placed["x"])
+    del network
+    model = CogVideoXTransformer3DModel.from_pretrained(options.hf / "transformer", torch_dtype=torch.float32)
+    model = model.to(device).eval()
+    model.norm_out.norm.eps = 1e-6
+    if options.hf_lora:
+        state, metadata = CogVideoXPipeline.lora_state_dict(options.hf_lora, return_lora_metadata=True)
+        CogVideoXPipeline.load_lora_into_transformer(state, model, metadata=metadata)
+    theirs = model(
+        placed["x"], placed["context"], placed["timesteps"], image_rotary_emb=tuple(rotary) if rotary else None,
+        return_dict=False, **ofs,
+    )[0].cpu()  # fmt: skip
+    return ours, theirs
+
+
+def _inputs(params: Mapping[str, Any], frames: int | None) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    length = params["modules"]["pos_embed_config"]["params"]["text_length"]
+    width = params["modules"]["patch_embed_config"]["params"]["text_hidden_size"]
+    frames = frames or (params["num_frames"] - 1) // params["time_compressed_rate"] + 1
+    size = (1, frames, params["in_channels"], params["latent_height"], params["latent_width"])
+    return {
+        "x": torch.randn(size, generator=draw),
+        "timesteps": torch.tensor([499.0]),
+        "context": torch.randn(1, length, width, generator=draw) * 0.3,
+    }
+
+
+@torch.no_grad()
+def vae_outputs(options: argparse.Namespace, config: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
+    """(ours, theirs) of a short clip's moments and of 3 decoded latent frames, an eighth of the picture's area."""
+    from diffusers import AutoencoderKLCogVideoX
+
+    from sgm.util import instantiate_from_config
+
+    device, params = torch.device(options.device), config["model"]["network_config"]["params"]
+    height, width = (max(4, params[f"latent_{side}"] // 3) for side in ("height", "width"))
+    draw = torch.Generator().manual_seed(1)
+    z = torch.randn(1, 16, 3, height, width, generator=draw).to(device)
+    x = torch.rand(1, 3, 9, 8 * height, 8 * width, generator=draw).to(device) * 2 - 1
+    ours = instantiate_from_config(config["model"]["first_stage_config"]).to(device).eval()
+    mine = ours.encode(x, unregularized=True)[0].cpu(), ours.decode(z).cpu()
+    del ours
+    other = AutoencoderKLCogVideoX.from_pretrained(options.hf / "vae", torch_dtype=torch.float32).to(device).eval()
+    theirs = other.encode(x).latent_dist.parameters.cpu(), other.decode(z).sample.cpu()
+    return {"VAE encoder": (mine[0], theirs[0]), "VAE decoder": (mine[1], theirs[1])}
+
+
+def run(options: argparse.Namespace) -> int:
+    from sgm.config import merge_yaml
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    config = merge_yaml([options.config])
+    pairs = {"transformer": transformer_outputs(options, config), **vae_outputs(options, config)}
+    failed = False
+    for name, (ours, theirs) in pairs.items():
+        spread = ours.std().item()
+        apart = (ours - theirs).abs().max().item()
+        allowed = options.tolerance * (VAE if name.startswith("VAE") else TRANSFORMER) * max(1.0, spread)
+        failed |= not apart <= allowed
+        print(f"{name}: {tuple(ours.shape)}, std {spread:.3f}, largest difference {apart:.2e} (allowed {allowed:.2e})")
+    print("different" if failed else "the same numbers")
+    return 1 if failed else 0
+
+
+def main(arguments: list[str]) -> int:
+    options = parse(arguments)
+    try:
+        return run(options)
+    except (ValueError, FileNotFoundError) as error:
+        if not type(error).__module__.startswith("sgm."):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
