@@ -161,10 +161,13 @@ def with_found_places(config: RunConfig[TrainArgs]) -> RunConfig[TrainArgs]:
     """Relative paths that are not below the current folder are looked for in the project's."""
     args = config.args
     valid = args.valid_data and [found_path(folder) for folder in args.valid_data]
-    train_data = [found_path(folder) for folder in args.train_data]
-    return with_found_paths(
-        dataclasses.replace(config, args=dataclasses.replace(args, train_data=train_data, valid_data=valid))
+    args = dataclasses.replace(
+        args,
+        train_data=[found_path(folder) for folder in args.train_data],
+        valid_data=valid,
+        cache_dir=args.cache_dir and found_path(args.cache_dir),
     )
+    return with_found_paths(dataclasses.replace(config, args=args))
 
 
 def _make_what_is_missing(
