@@ -12,9 +12,9 @@ from sgm.modules.ops.recompute import MODES
 from sgm.training.schedule import STYLES, ScheduleError, ScheduleSettings
 
 # (lowest, recommended, highest) rates with Adam; a run outside is warned. See `sensible_rates`.
-PUBLISHED_WIDTH = 1920  # of CogVideoX-2B, for which FULL_RATES are meant
+PUBLISHED_WIDTH = 1920  # of CogVideoX-2B, for which these are meant
 FULL_RATES = (1e-7, 1e-5, 1e-4)
-LORA_RATES = (1e-4, 1e-3, 3e-2)
+LORA_RATES = (1e-4, 1e-3, 1e-2)
 
 # What may change between a run and its continuation: it decides when things are written, not what is learnt.
 RESUME_MAY_CHANGE = frozenset(
@@ -147,17 +147,19 @@ def sensible_rates(model: Mapping[str, Any]) -> tuple[float, float, float]:
     """(lowest, recommended, highest) learning rate for fine-tuning what the `model:` section trains.
 
     Under Adam every weight moves by about the rate in a step, so the output of a linear of d inputs moves by about
-    d times the rate: the rates for whole networks go with 1/width (Yang et al. 2022, arXiv:2203.03466, table 3). An
-    adapter's B starts at zero and adds (1/r) B A x, a mean over r terms, which moves by about the rate whatever r and
-    the width are; a larger alpha makes it faster.
+    d times the rate: the rates for whole networks go with 1/width (Yang et al. 2022, arXiv:2203.03466, table 3). Of an
+    adapter's contribution (alpha/r) B A x, a mean over r terms, B's part moves by about alpha times the rate and A's by
+    as much times the width. Measured on fine-tuning small networks to a style in 150 steps, the best rate was 0.03 at
+    width 64 (0.1 harms) and 0.01 to 0.03 at width 256, 0.001 was slow and 0.0002 learnt next to nothing, and ranks 16
+    and 64 gave the same to 1 %: so the rates go with 1/sqrt(width) and not with the rank.
     """
     network = (model.get("network_config") or {}).get("params") or {}
     rates = FULL_RATES
-    factor = PUBLISHED_WIDTH / (network.get("hidden_size") or PUBLISHED_WIDTH)
+    factor = PUBLISHED_WIDTH / (network.get("hidden_size") or PUBLISHED_WIDTH)  # how much narrower
     if trains_lora(model):
         lora = ((network.get("modules") or {}).get("lora_config") or {}).get("params") or {}
         root = math.sqrt(lora.get("r") or 1) if lora.get("rank_stabilised") else 1.0
-        rates, factor = LORA_RATES, 1 / (root * (lora.get("lora_alpha") or 1.0))
+        rates, factor = LORA_RATES, math.sqrt(factor) / (root * (lora.get("lora_alpha") or 1.0))
     low, good, high = (float(f"{rate * factor:.1g}") for rate in rates)
     return low, good, high
 
