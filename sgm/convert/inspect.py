@@ -189,6 +189,7 @@ def _network(state: Mapping[str, Deferred], facts: Mapping[str, Any]) -> list[Fo
         part = _found("transformer in SAT's layout" if sizes is None else f"{sizes.name} in SAT's layout", base)
         part.facts = [problem] if sizes is None else _size_facts(sizes)
         if sizes is not None:
+            part.facts += _wrong_shapes(sizes, base)
             part.missing = [name for name in sizes.sat_shapes() if name not in base]
             part.foreign = [name for name in base if name not in known]
         found.append(part)
@@ -210,6 +211,16 @@ def _size_facts(sizes: Sizes) -> list[str]:
         f"{sizes.out_channels} out, patch {'x'.join(map(str, sizes.patch))}"
     ]
     return facts + ([f"assumed: {sizes.assumed}"] if sizes.assumed else [])
+
+
+def _wrong_shapes(sizes: Sizes, base: Mapping[str, Deferred]) -> list[str]:
+    wanted = sizes.sat_shapes()
+    wrong = [
+        f"{name} {list(t.shape)} for {list(wanted[name])}"
+        for name, t in base.items()
+        if name in wanted and tuple(t.shape) != wanted[name]
+    ]
+    return [f"wrong shape ({len(wrong)}), as in one part of several: {_shown(wrong, 3)}"] if wrong else []
 
 
 def _lora(what: str, matrices: Mapping[str, Any], facts: Mapping[str, Any]) -> Found:
@@ -255,6 +266,7 @@ def _hf_network(state: dict[str, Deferred]) -> Found:
         part.facts = [str(error)]
         return part
     part.what, part.facts = f"{sizes.name} in diffusers' layout", _size_facts(sizes)[:1]
+    part.facts += _wrong_shapes(sizes, base)
     part.missing = [name for name in sizes.sat_shapes() if name not in base]
     return part
 

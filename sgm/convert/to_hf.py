@@ -38,7 +38,8 @@ class ToHf:
         dtype: of all weights; None means float16, or bfloat16 where the transformer has it.
         adapters: LoRA files to fold in, beside the checkpoint's own.
         lora_alpha: alpha of the checkpoint's own adapter; None believes the file, then SAT's 1.
-        config: YAML whose network section replaces what the tensors say.
+        config: YAML whose network section replaces what the tensors say; its scale factor and the shift of its
+            sampler's schedule replace the published models'.
         scheduler: "dpm" (the counterpart of SAT's sampler) or "ddim".
         shard_bytes: largest weight file.
         partial: write the components that there are, without a pipeline around them.
@@ -111,7 +112,7 @@ def convert(request: ToHf) -> list[str]:
         for part in parts:
             _write(folder, part, request.shard_bytes)
         if not missing and sizes is not None:
-            _write_pipeline(folder, sizes, request.scheduler)
+            _write_pipeline(folder, sizes, _scales(request, sizes)[1], request.scheduler)
     lines = [line for part in parts for line in part.described()]
     absent = f" (no pipeline: {', '.join(missing)} absent)" if missing else ""
     return [*lines, f"written: {request.output}{absent}"]
@@ -194,12 +195,26 @@ def _sizes(request: ToHf, weights: SatWeights) -> Sizes:
 
 
 def _network_params(path: Path) -> Mapping[str, Any]:
-    from sgm.config import merge_yaml
-
     try:
-        return merge_yaml([path])["model"]["network_config"]["params"]
+        return _model_section(path)["network_config"]["params"]
     except (KeyError, TypeError) as error:
         raise ConvertError(f"--config {path} has no model.network_config.params.") from error
+
+
+def _model_section(path: Path) -> Mapping[str, Any]:
+    from sgm.config import merge_yaml
+
+    section = merge_yaml([path]).get("model")
+    return section if isinstance(section, Mapping) else {}
+
+
+def _scales(request: ToHf, sizes: Sizes) -> tuple[float, float]:
+    """(factor on latents, shift of the noise schedule): the YAML's, or the published model's."""
+    node: Any = {} if request.config is None else _model_section(request.config)
+    factor = node.get("scale_factor", sizes.scale_factor)
+    for name in ("sampler_config", "params", "discretization_config", "params"):
+        node = node.get(name) or {}
+    return float(factor), float(node.get("shift_scale", sizes.shift_scale))
 
 
 def _vae(request: ToHf, weights: SatWeights | None, sizes: Sizes | None) -> Component | None:
@@ -213,7 +228,7 @@ def _vae(request: ToHf, weights: SatWeights | None, sizes: Sizes | None) -> Comp
         return None
     params = vae_sizes.params_of(state, source)
     vae_sizes.check(state, params, source)
-    factor = 1.15258426 if sizes is None else sizes.scale_factor
+    factor = 1.15258426 if sizes is None else _scales(request, sizes)[0]
     config = vae_keys.hf_config(params, factor)
     if sizes is not None and sizes.patch[0] > 1:
         config["invert_scale_latents"] = True
@@ -281,8 +296,8 @@ def write_tokenizer(place: Path, files: Mapping[str, Path]) -> None:
         write_json(place / "tokenizer_config.json", {"tokenizer_class": "T5Tokenizer", **special})
 
 
-def _write_pipeline(folder: Path, sizes: Sizes, scheduler: str) -> None:
+def _write_pipeline(folder: Path, sizes: Sizes, shift_scale: float, scheduler: str) -> None:
     write_json(folder / "model_index.json", hf.model_index(sizes.takes_image, scheduler))
     (folder / "scheduler").mkdir()
-    config = hf.scheduler_config(sizes.shift_scale, scheduler)
+    config = hf.scheduler_config(shift_scale, scheduler)
     write_json(folder / "scheduler" / "scheduler_config.json", config)

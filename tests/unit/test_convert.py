@@ -16,8 +16,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from sgm.config import merge_yaml
 from sgm.convert import vae_sizes
 from sgm.convert.dit_sizes import hf_config, sizes_of_hf, sizes_of_params, sizes_of_sat
+from sgm.convert.inspect import inspect
 from sgm.convert.lazy import all_deferred
 from sgm.convert.lora_files import AdapterFile
 from sgm.convert.output import parse_size, write_shards
@@ -113,6 +115,20 @@ def test_files_of_a_pipeline(hf: Path) -> None:
     assert not [p for p in hf.parent.iterdir() if p.name.startswith(".partial-")]
 
 
+def test_scales_of_a_configuration_go_along_both_ways(release: Path, tmp_path: Path) -> None:
+    schedule = {"params": {"discretization_config": {"params": {"shift_scale": 2.5}}}}
+    model = model_section(release) | {"scale_factor": 0.5, "sampler_config": schedule}
+    convert(whole(release, tmp_path / "hf", config=yaml_of(tmp_path / "c.yaml", model), scheduler="ddim"))
+    scheduler = json.loads((tmp_path / "hf" / "scheduler" / "scheduler_config.json").read_text())
+    assert scheduler["snr_shift_scale"] == 2.5 and scheduler["_class_name"] == "CogVideoXDDIMScheduler"
+    assert json.loads((tmp_path / "hf" / "vae" / "config.json").read_text())["scaling_factor"] == 0.5
+    convert_back(ToSat(tmp_path / "hf", tmp_path / "sat"))
+    written = merge_yaml([tmp_path / "sat" / "infer.yaml"])["model"]
+    assert written["scale_factor"] == 0.5
+    shifts = [written["denoiser_config"], written["sampler_config"], written["loss_fn_config"]["params"]["sigma_sampler_config"]]
+    assert [node["params"]["discretization_config"]["params"]["shift_scale"] for node in shifts] == [2.5] * 3
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variants_are_read_from_the_tensors(variant: str, tmp_path: Path) -> None:
     """No configuration: structure from names and shapes; there and back gives the same tensors."""
@@ -195,6 +211,10 @@ def test_tensor_parallel_parts_and_averaged_weights(release: Path, hf: Path, tmp
         save_pt(folder / f"mp_rank_0{rank}_model_states.pt", {"module": part})
     expected = component(hf / "transformer")
     same(transformer_of(folder, tmp_path / "a"), expected)
+    (report,) = inspect(folder)
+    assert len(report.files) == 2 and report.iteration == 5 and not report.found[0].missing
+    (alone,) = inspect(folder / "mp_rank_00_model_states.pt")
+    assert "wrong shape" in "\n".join(alone.lines())
     with pytest.raises(ValueError, match="wrong shape.*name the folder, not one mp_rank file"):
         transformer_of(folder / "mp_rank_00_model_states.pt", tmp_path / "b")
     save_pt(folder / "mp_rank_01_model_states.pt", {"module": part_drifted})
