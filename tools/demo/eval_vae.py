@@ -66,7 +66,8 @@ class LatentStatistics:
 def batches_of(specs: Sequence[ClipSpec], device: torch.device, size: int = 4) -> Iterator[Tensor]:
     """Clips as (b, 3, f, h, w) in [-1, 1]."""
     for start in range(0, len(specs), size):
-        yield to_pixels(np.stack([render_clip(spec) for spec in specs[start : start + size]]), device)
+        clips = np.stack([render_clip(spec) for spec in specs[start : start + size]])
+        yield to_pixels(torch.from_numpy(clips).to(device))
 
 
 @torch.no_grad()

@@ -110,14 +110,10 @@ def rescale_latents(vae: nn.Module, factors: Tensor) -> None:
             layer.conv.weight /= factors[None, :, None, None, None]
 
 
-def to_pixels(batch: np.ndarray, device: torch.device) -> Tensor:
-    """uint8 (b, f, h, w, 3) -> (b, 3, f, h, w) in [-1, 1], float32, on the device; on a GPU channels stay last."""
-    host = torch.from_numpy(batch)
-    if device.type == "cuda":
-        host = host.pin_memory()
-    x = host.to(device, non_blocking=True).movedim(-1, 1)
-    x = x.float() / 127.5 - 1
-    return x if device.type == "cuda" else x.contiguous()
+def to_pixels(x: Tensor) -> Tensor:
+    """uint8 (b, f, h, w, 3) -> (b, 3, f, h, w) in [-1, 1], float32; on a GPU channels stay last in memory."""
+    pixels = x.movedim(-1, 1).float() / 127.5 - 1
+    return pixels if x.is_cuda else pixels.contiguous()
 
 
 # ---- the loss ----
@@ -152,7 +148,9 @@ def training_pass(vae: VideoAutoencoder, x: Tensor, settings: Settings) -> dict[
     Diffusion's samples are never exact, so every piece gets latent noise of its own strength, uniform up to
     `latent_noise` standard deviations of the channel.
     """
-    with torch.autocast(x.device.type, settings.amp or torch.bfloat16, enabled=settings.amp is not None):
+    half = settings.amp or torch.bfloat16
+    # A recorded step must not keep casts of weights from one replay to the next.
+    with torch.autocast(x.device.type, half, enabled=settings.amp is not None, cache_enabled=False):
         moments, _ = vae.encode(x, unregularized=True)
         posterior = DiagonalGaussian.from_moments(moments.float())
         z = posterior.sample(torch.randn_like(posterior.mean))
@@ -163,6 +161,70 @@ def training_pass(vae: VideoAutoencoder, x: Tensor, settings: Settings) -> dict[
 
 
 # ---- the loop ----
+
+
+class TrainingStep:
+    """One optimizer step on a batch, uint8 (b, f, h, w, 3); gives the loss terms and the gradient's norm."""
+
+    def __init__(self, vae: VideoAutoencoder, settings: Settings, device: torch.device) -> None:
+        self.vae, self.settings, self.device = vae, settings, device
+        self.rate: Tensor | float = settings.rate
+        options: dict[str, Any] = {}
+        if device.type == "cuda":
+            self.rate = torch.tensor(settings.rate, device=device)
+            options = {"fused": True, "capturable": True}
+        self.optimizer = torch.optim.AdamW(
+            vae.parameters(), lr=self.rate, betas=(0.9, 0.99), weight_decay=0.0, **options
+        )
+
+    def __call__(self, batch: np.ndarray, rate: float) -> dict[str, Tensor]:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        return self._step(torch.from_numpy(batch).to(self.device))
+
+    def _step(self, batch: Tensor) -> dict[str, Tensor]:
+        self.optimizer.zero_grad(set_to_none=True)
+        terms = training_pass(self.vae, to_pixels(batch), self.settings)
+        terms["total"].backward()
+        norm = nn.utils.clip_grad_norm_(self.vae.parameters(), 1.0)
+        self.optimizer.step()
+        return {name: value.detach() for name, value in terms.items()} | {"gradient": norm}
+
+
+class RecordedStep(TrainingStep):
+    """The same on a GPU, as one CUDA graph for each shape of batch: launched singly, its thousands of small kernels
+    leave the GPU waiting for the host half of the time. The terms are valid until the next step."""
+
+    WARM_UP = 3  # steps before recording, which initialise the optimizer and let cuDNN choose
+
+    def __init__(self, vae: VideoAutoencoder, settings: Settings, device: torch.device) -> None:
+        super().__init__(vae, settings, device)
+        self._input: Tensor | None = None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._terms: dict[str, Tensor] = {}
+
+    def __call__(self, batch: np.ndarray, rate: float) -> dict[str, Tensor]:
+        host = torch.from_numpy(batch).pin_memory()
+        self.rate.fill_(rate)
+        if self._input is None or self._input.shape != host.shape:
+            self._record(host)
+        self._input.copy_(host, non_blocking=True)
+        self._graph.replay()
+        return self._terms
+
+    def _record(self, host: Tensor) -> None:
+        self._graph, self._terms = None, {}  # their memory goes first
+        self._input = host.to(self.device)
+        side = torch.cuda.Stream(self.device)
+        side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(side):
+            for _ in range(self.WARM_UP):
+                self._step(self._input)
+        torch.cuda.current_stream(self.device).wait_stream(side)
+        self.optimizer.zero_grad(set_to_none=True)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._terms = self._step(self._input)
 
 
 class Averages:
@@ -196,22 +258,16 @@ def train(vae: VideoAutoencoder, feed: ClipFeed, settings: Settings, device: tor
     if device.type == "cuda":
         vae.set_channels_last()  # tensor cores want it; CPUs are slower with it
     averages = Averages(vae, settings.ema)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=settings.rate, betas=(0.9, 0.99), weight_decay=0.0)
+    step = (RecordedStep if device.type == "cuda" else TrainingStep)(vae, settings, device)
     clock = _Clock(settings)
     log = _Log(settings, feed, device)
     batch = _next_batch(feed, clock, settings)
     clock.start()
     while not clock.over:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(clock.part, settings.rate)
-        terms = training_pass(vae, to_pixels(batch, device), settings)
-        optimizer.zero_grad(set_to_none=True)
-        terms["total"].backward()
-        norm = nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
+        terms = step(batch, learning_rate(clock.part, settings.rate))
         averages.update()
         clock.step()
-        log.add(terms | {"gradient": norm}, batch, clock)
+        log.add(terms, batch, clock)
         if clock.saves():
             save_pt(out / "checkpoint.pt", {"state_dict": named_values(vae, averages), "step": clock.steps})
         if not clock.over:
@@ -290,8 +346,7 @@ class _Log:
 
     def add(self, terms: Mapping[str, Tensor], batch: np.ndarray, clock: _Clock) -> None:
         for name, value in terms.items():
-            value = value.detach()
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
         self._count += 1
         self._samples += len(batch)
         self._shape = batch.shape[:4]
