@@ -65,15 +65,16 @@ def cast(name: str, source: Deferred, dtype: torch.dtype | None) -> Deferred:
     """Floating-point values in `dtype` (None: as they are); a value that does not fit its range is an error.
 
     Raises:
-        ConvertError: when the tensor is made: finite values became infinite, or the source held inf or nan.
+        ConvertError: when the tensor is made for a type of smaller range: values became, or were, infinite or nan.
     """
     if dtype is None or dtype == source.dtype or not source.dtype.is_floating_point:
         return source
+    narrower = torch.finfo(dtype).max < torch.finfo(source.dtype).max
 
     def make() -> Tensor:
         value = source.make()
         result = value.to(dtype)
-        if not bool(torch.isfinite(result).all()):
+        if narrower and not bool(torch.isfinite(result).all()):
             raise ConvertError(_overflow(name, value, dtype))
         return result
 
