@@ -21,6 +21,7 @@ from sgm.convert.lora_keys import lora_hf_to_sat, lora_sat_to_hf
 from sgm.convert.sat_source import open_sat
 from sgm.modules.transformer.lora_state import LoraSpec, collect_pairs, lora_scaling, lora_spec_of
 from sgm.weights.files import WeightsError, WeightsNotFoundError, read_checkpoint, tensors_of
+from sgm.weights.release import newest_run
 from sgm.weights.save import save_safetensors
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -111,7 +112,7 @@ def open_adapter(path: str | Path, alpha: float | None = None) -> HfAdapter:
     """An adapter in SAT's or PEFT's layout.
 
     Args:
-        path: a file, or a folder with one of `FILES` or a SAT checkpoint.
+        path: a file, a folder with one of `FILES`, a SAT checkpoint, or a training run (also without its date).
         alpha: overrides what the file says.
     Raises:
         WeightsError: no adapter there, or an unreadable one.
@@ -132,7 +133,7 @@ def _peft_file(path: Path) -> Path | None:
 
 
 def _open_sat_adapter(path: Path, alpha: float | None) -> HfAdapter:
-    if not path.exists():
+    if not path.exists() and newest_run(path) is None:
         raise WeightsNotFoundError(f"no adapter at {path}: no such file or folder.")
     weights = open_sat(path)
     spec = weights.spec(alpha)

@@ -305,9 +305,10 @@ def test_commands_of_the_readme(hf: Path, tmp_path: Path, monkeypatch: pytest.Mo
     commands = [shlex.split(line, comments=True) for line in block.splitlines() if line.startswith("python ")]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "CogVideoX-2b").symlink_to(hf)
-    (tmp_path / "ckpts" / "lora-disney" / "7").mkdir(parents=True)
-    save_pt(tmp_path / "ckpts/lora-disney/7/mp_rank_00_model_states.pt", {"module": adapter_matrices()})
-    (tmp_path / "ckpts" / "lora-disney" / "latest").write_text("7")
+    run = tmp_path / "ckpts" / "lora-disney-11-24-16-30"  # named without its date in the command
+    (run / "7").mkdir(parents=True)
+    save_pt(run / "7" / "mp_rank_00_model_states.pt", {"module": adapter_matrices()})
+    (run / "latest").write_text("7")
     assert len(commands) == 6
     for _, tool, *arguments in commands:
         assert tools[tool].main(arguments) == 0, (tool, arguments, capsys.readouterr().err)
