@@ -152,9 +152,18 @@ class SATVideoDiffusionEngine(nn.Module):
         return self(z, batch)
 
     def forward(self, z: Tensor, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of scaled latents z (b, t, c, h, w) under the conditioning of `batch`."""
-        loss = self.loss_fn(self.model, self.denoiser, self.conditioner, z, batch).mean()
-        return loss, {"loss": loss.detach()}
+        """Loss of scaled latents z (b, t, c, h, w) under the conditioning of `batch`: scalar, and what to log.
+
+        That is `loss`, and from a loss function that tells them, per sample (b,) `sample_loss` and `timestep_share`.
+        """
+        detailed = getattr(self.loss_fn, "detailed", None)
+        if detailed is None:
+            loss = self.loss_fn(self.model, self.denoiser, self.conditioner, z, batch).mean()
+            return loss, {"loss": loss.detach()}
+        details = detailed(self.model, self.denoiser, self.conditioner, z, batch)
+        loss = details.loss.mean()
+        logs = {"sample_loss": details.loss.detach(), "timestep_share": details.timestep_share}
+        return loss, {"loss": loss.detach()} | logs
 
     def freeze_untrained(self) -> list[str]:
         """Set requires_grad by `not_trainable_prefixes`; returns the trainable names.

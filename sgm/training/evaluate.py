@@ -1,13 +1,15 @@
-"""Evaluation during training: loss on fixed clips, noise and timesteps; a sampled video in the original's layout."""
+"""Evaluation during training: loss on fixed clips, noise and timesteps; sampled videos in the original's layout."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from einops import rearrange
@@ -16,6 +18,9 @@ from torch.utils.data import Dataset
 
 from sgm.data.loader import collate
 from sgm.distributed import data_parallel_rank, data_parallel_world_size, model_parallel_rank, preserve_rng
+from sgm.inference.writer import OutputError, to_uint8, write_video
+from sgm.training.bins import BINS, bin_means, bin_sums
+from sgm.training.metrics import RunLog
 from sgm.training.step import batch_latents
 
 _SEED_STRIDE = 1_000_003  # between the seeds of evaluation batches
@@ -35,6 +40,7 @@ class Evaluation:
         latents_only: write sampled latents instead of decoded videos.
         log_video: sample at all.
         fps: of written videos.
+        prompts: sampled beside the first clip's caption.
     """
 
     datasets: Sequence[Dataset]
@@ -45,24 +51,27 @@ class Evaluation:
     latents_only: bool
     log_video: bool
     fps: int
+    prompts: Sequence[str] = ()
 
-    def run(self, ds_engine: Any, iteration: int) -> float:
-        """Mean loss over all ranks. Collective."""
+    def run(self, ds_engine: Any, iteration: int, log: RunLog) -> tuple[float, list[float | None]]:
+        """Mean loss over all ranks, and by part of the timesteps (None: none fell there). Collective."""
         engine = ds_engine.module
         ds_engine.eval()
-        total = torch.zeros((), dtype=torch.float64, device=ds_engine.device)
+        total = torch.zeros(1 + 2 * BINS, dtype=torch.float64, device=ds_engine.device)
         try:
             with torch.no_grad(), preserve_rng():
                 for k, batch in enumerate(self._clips()):
                     torch.manual_seed(self.seed + _SEED_STRIDE * self._number(k))
-                    loss, _ = ds_engine(batch_latents(engine, batch, ds_engine.device), batch)
-                    total += loss.double()
+                    loss, logs = ds_engine(batch_latents(engine, batch, ds_engine.device), batch)
+                    total[0] += loss.double()
+                    total[1:] += bin_sums(logs, total.device).flatten()
                     if k == 0 and self.folder is not None:
-                        self._log(engine, batch, iteration, ds_engine.device)
+                        self._log(engine, batch, iteration, ds_engine.device, log)
         finally:
             ds_engine.train()
         dist.all_reduce(total)
-        return float(total) / (self.batches * dist.get_world_size())
+        mean, *bins = total.tolist()
+        return mean / (self.batches * dist.get_world_size()), bin_means(bins[:BINS], bins[BINS:])
 
     def _clips(self) -> Iterator[dict[str, Any]]:
         for k in range(self.batches):
@@ -83,51 +92,97 @@ class Evaluation:
 
     # --- what people look at --------------------------------------------------------------------------------------
 
-    def _log(self, engine: Any, batch: dict[str, Any], iteration: int, device: torch.device) -> None:
-        """Captions, and a sample for the first clip's caption. All ranks sample; the first one writes."""
-        writes = data_parallel_rank() == 0 and model_parallel_rank() == 0
-        if writes:
-            texts = self.folder / "video_texts"
-            texts.mkdir(parents=True, exist_ok=True)
-            (texts / f"{iteration:08d}").write_text("".join(f"{text}\n" for text in batch["txt"]), encoding="utf-8")
+    def _log(self, engine: Any, batch: dict[str, Any], iteration: int, device: torch.device, log: RunLog) -> None:
+        """Captions; input, reconstruction and sample of the first clip; a sample for each of `prompts`.
+
+        All ranks sample; the first one writes, and what cannot be written ends no training.
+        """
+        first = {name: values[:1] for name, values in batch.items()}
+        files = _Files(self.folder, iteration, self.fps, log)  # type: ignore[arg-type]
+        files.text(batch["txt"])
         if not self.log_video:
             return
-        latents = batch_latents(engine, batch, device)[:1]
-        cond, uncond = engine.condition_batch({name: values[:1] for name, values in batch.items()})
-        samples = engine.sample(cond, uncond, batch_size=1, shape=latents.shape[1:])
-        if self.latents_only:
-            if writes:
-                save_latents(self.folder / "video" / "latents" / f"latents_gs-{iteration:06d}" / "latent.pt", samples)
-            return
-        videos = {
-            "inputs": batch[engine.input_key][:1],
-            "reconstructions": decode(engine, latents),
-            "samples": decode(engine, samples),
-        }
-        if writes:
-            for name, video in videos.items():
-                path = self.folder / "video" / f"{name}_gs-{iteration:06d}" / "000000.mp4"
-                write_clip(path, video[0], self.fps)
+        latents = batch_latents(engine, first, device)
+        if not self.latents_only:
+            files.clip("inputs", 0, first[engine.input_key])
+            files.clip("reconstructions", 0, decode(engine, latents))
+        for k in range(1 + len(self.prompts)):
+            cond, uncond = engine.condition_batch(first) if k == 0 else engine.condition([self.prompts[k - 1]])
+            torch.manual_seed(self.seed + k)
+            samples = engine.sample(cond, uncond, batch_size=1, shape=latents.shape[1:])
+            if self.latents_only:
+                files.latents(k, samples)
+            else:
+                files.clip("samples", k, decode(engine, samples))
 
 
 def decode(engine: Any, z: Tensor) -> Tensor:
-    """Latents (b, t, c, h, w) to pixels (b, f, 3, h, w) in one go, as the original logs; an even t loses its last."""
+    """Latents (b, t, c, h, w) to pixels (b, f, 3, h, w) on the CPU, in chunks and with little memory.
+
+    (The original decodes in one go here, which needs more memory than training; see `decode_first_stage`.) An even t
+    loses its last frame.
+    """
     odd = z.shape[1] - (z.shape[1] + 1) % 2
-    pixels = engine.decode_first_stage(rearrange(z[:, :odd], "b t c h w -> b c t h w"), chunked=False)
-    return rearrange(pixels, "b c f h w -> b f c h w")
+    with _low_memory(engine.first_stage_model):
+        pixels = engine.decode_first_stage(rearrange(z[:, :odd], "b t c h w -> b c t h w"), chunked=True)
+    return rearrange(pixels, "b c f h w -> b f c h w").cpu()
 
 
-def save_latents(path: Path, latents: Tensor) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(latents.cpu(), path)
+@contextmanager
+def _low_memory(stage: Any) -> Iterator[None]:
+    """The first stage works in small pieces inside the block."""
+    before = stage.memory
+    stage.set_low_memory(True, cache_on_cpu=True)
+    try:
+        yield
+    finally:
+        stage.memory = before
 
 
-def write_clip(path: Path, pixels: Tensor, fps: int) -> None:
-    """Pixels (f, 3, h, w) in [-1, 1] as an mp4."""
-    from sgm.inference.writer import write_video
+@dataclass(frozen=True)
+class _Files:
+    """What one evaluation leaves in the run's folder, in the original's layout; other ranks' calls do nothing."""
 
-    scaled = ((pixels.float().clamp(-1, 1) + 1) * 127.5).to(torch.uint8)
-    write_video(path, rearrange(scaled, "f c h w -> f h w c").cpu().numpy(), fps)
+    folder: Path
+    iteration: int
+    fps: int
+    log: RunLog
+
+    @property
+    def _writes(self) -> bool:
+        return data_parallel_rank() == 0 and model_parallel_rank() == 0
+
+    @contextmanager
+    def _patiently(self, path: Path) -> Iterator[None]:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield
+        except (OSError, OutputError) as error:
+            self.log.line(f"warning: {path} was not written: {error}")
+
+    def text(self, captions: Sequence[str]) -> None:
+        path = self.folder / "video_texts" / f"{self.iteration:08d}"
+        if self._writes:
+            with self._patiently(path):
+                path.write_text("".join(f"{text}\n" for text in captions), encoding="utf-8")
+
+    def latents(self, number: int, latents: Tensor) -> None:
+        """Sampled latents (1, t, c, h, w)."""
+        name = f"latent_{number:06d}.pt" if number else "latent.pt"
+        path = self.folder / "video" / "latents" / f"latents_gs-{self.iteration:06d}" / name
+        if self._writes:
+            with self._patiently(path):
+                torch.save(latents.cpu(), path)
+
+    def clip(self, kind: str, number: int, pixels: Tensor) -> None:
+        """Pixels (1, f, 3, h, w) in [-1, 1] as an mp4."""
+        path = self.folder / "video" / f"{kind}_gs-{self.iteration:06d}" / f"{number:06d}.mp4"
+        if not self._writes:
+            return
+        frames: np.ndarray = to_uint8(rearrange(pixels, "b f c h w -> b c f h w"))[0].cpu().numpy()
+        with self._patiently(path):
+            write_video(path, frames, self.fps)
+            self.log.video(f"{kind}/{number}", path, frames, self.fps, self.iteration)
 
 
 def evaluation_batches(datasets: Sequence[Dataset], batch_size: int, wanted: int, strict: bool) -> int:

@@ -1,14 +1,27 @@
-"""What a run reports: a progress line for people, `metrics.jsonl` for programs."""
+"""What a run reports: a bar or lines for people, `metrics.jsonl` for programs, boards, and a picture of the loss."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
+
+import numpy as np
+
+from sgm.inference.writer import OutputError
+from sgm.training.bins import BIN_NAMES, BINS, bin_means
+from sgm.training.boards import Board
+from sgm.training.curve import draw_losses, read_records
+from sgm.training.step import StepOutcome
+
+METRICS, CURVE = "metrics.jsonl", "loss.png"
+DRAW_SECONDS = 60.0  # between two drawings of the loss, at least
+AVERAGE_STEPS = 50  # the moving average of the loss: a plain mean so far, then one that forgets 1/50 a step
 
 
 @dataclass
@@ -17,54 +30,142 @@ class Interval:
 
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
+    bin_sums: list[float] = field(default_factory=lambda: [0.0] * BINS)
+    bin_counts: list[float] = field(default_factory=lambda: [0.0] * BINS)
     started: float = field(default_factory=time.monotonic)
+    waited: float = 0.0
     iterations: int = 0
     skipped: int = 0
 
-    def add(self, loss: float, grad_norm: float | None, applied: bool) -> None:
+    def add(self, outcome: StepOutcome) -> None:
         self.iterations += 1
-        self.skipped += not applied
-        if math.isfinite(loss):
-            self.losses.append(loss)
-        if grad_norm is not None and math.isfinite(grad_norm):
-            self.norms.append(grad_norm)
+        self.skipped += not outcome.applied
+        self.waited += outcome.data_wait
+        if math.isfinite(outcome.loss):
+            self.losses.append(outcome.loss)
+        if outcome.grad_norm is not None and math.isfinite(outcome.grad_norm):
+            self.norms.append(outcome.grad_norm)
+        sums, counts = outcome.by_timestep
+        self.bin_sums = [a + b for a, b in zip(self.bin_sums, sums)]
+        self.bin_counts = [a + b for a, b in zip(self.bin_counts, counts)]
 
-    def means(self) -> dict[str, float | None]:
-        """Mean loss and gradient norm of what was finite, and seconds a step."""
-        elapsed = time.monotonic() - self.started
+    def means(self) -> dict[str, Any]:
+        """Of what was finite: mean loss and gradient norm, losses by timestep; seconds a step, also of waiting."""
+        steps = max(1, self.iterations)
         return {
             "loss": _mean(self.losses),
             "grad_norm": _mean(self.norms),
-            "seconds_per_step": elapsed / max(1, self.iterations),
+            "seconds_per_step": (time.monotonic() - self.started) / steps,
+            "data_wait": self.waited / steps,
+            "loss_by_timestep": bin_means(self.bin_sums, self.bin_counts),
         }
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a run stands at a progress line.
+
+    Attributes:
+        lr: learning rate of the last step. scale: loss scale; None where the loss is not scaled.
+        samples: clips used so far by all ranks.
+        phases: seconds by phase since the last line. memory: bytes by name, see `timing.memory_facts`.
+    """
+
+    iteration: int
+    lr: float
+    scale: float | None
+    samples: int
+    phases: Mapping[str, float] = field(default_factory=dict)
+    memory: Mapping[str, int] = field(default_factory=dict)
 
 
 class RunLog:
     """Progress of a run on rank 0; other ranks stay silent. Use as a context manager.
 
+    On a terminal a bar with the time left follows every iteration, and lines appear above it.
+
     Args:
-        folder: run folder for `metrics.jsonl`; None writes no file.
+        folder: run folder for `metrics.jsonl` and `loss.png`; None writes no file.
         total: iterations of the whole run.
-        out: where lines go; None for no lines (other ranks).
+        out: where lines go; None for no lines, files or boards (other ranks).
+        boards: what else is told; closed at the end.
+        show_phases: print the seconds by phase as well (they are recorded in any case).
     """
 
-    def __init__(self, folder: Path | None, total: int, out: TextIO | None):
-        self.total, self.out = total, out
+    def __init__(
+        self,
+        folder: Path | None,
+        total: int,
+        out: TextIO | None,
+        boards: Sequence[Board] = (),
+        show_phases: bool = False,
+    ):
+        self.total, self.out, self.boards, self.show_phases = total, out, list(boards), show_phases
         self.interval = Interval()
-        self._file = None
-        if folder is not None and out is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
+        self.average: float | None = None  # moving average of the loss
+        self._averaged = 0  # losses in it
+        self._samples = 0
+        self._drawn = time.monotonic()
+        self._folder = folder if out is not None else None
+        self._file: TextIO | None = None
+        self._bar: Any = None
+        if self._folder is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._file = _opened(self._folder / METRICS)
 
     def __enter__(self) -> RunLog:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.draw()
+        for board in self.boards:
+            board.close()
+        if self._bar is not None:
+            self._bar.close()
         if self._file is not None:
             self._file.close()
 
+    # --- iterations -----------------------------------------------------------------------------------------------
+
+    def begin(self, iteration: int, samples: int) -> None:
+        """The loop starts after `iteration`; a resumed run's average goes on."""
+        self._samples = samples
+        self.interval = Interval()
+        if iteration and self._folder is not None:
+            past = [r for r in read_records(self._folder / METRICS, "train") if r["iteration"] <= iteration]
+            self.average = past[-1].get("loss_average") if past else None
+            self._averaged = iteration if self.average is not None else 0
+        if self.out is not None and self.out.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=self.total, initial=iteration, unit="step", file=self.out, dynamic_ncols=True, smoothing=0.1
+            )
+
+    def step(self, outcome: StepOutcome, lr: float) -> None:
+        """One iteration is done."""
+        self.interval.add(outcome)
+        if math.isfinite(outcome.loss):
+            self._averaged += 1
+            before = self.average or 0.0
+            self.average = before + (outcome.loss - before) / min(self._averaged, AVERAGE_STEPS)
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {_shown(self.average, '.4f')}, lr {lr:.3g}", refresh=False)
+            self._bar.update()
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Time in the block (evaluation, saving) does not count as the steps'."""
+        since = time.monotonic()
+        try:
+            yield
+        finally:
+            self.interval.started += time.monotonic() - since
+
     def line(self, text: str) -> None:
-        if self.out is not None:
+        if self._bar is not None:
+            self._bar.write(text, file=self.out)
+        elif self.out is not None:
             print(text, file=self.out, flush=True)
 
     def record(self, kind: str, **values: Any) -> None:
@@ -73,37 +174,80 @@ class RunLog:
             stamped = {"kind": kind, "time": round(time.time(), 3), **_jsonable(values)}
             self._file.write(json.dumps(stamped) + "\n")
 
-    def train(
-        self,
-        iteration: int,
-        lr: float,
-        scale: float | None,
-        samples: int,
-        phases: Mapping[str, float] | None = None,
-        peak: int | None = None,
-    ) -> None:
-        """Progress line over the iterations since the last one.
-
-        `phases`: seconds by phase in these iterations; `peak`: most bytes on the GPU so far.
-        """
-        means = self.interval.means()
-        skipped = self.interval.skipped
-        phases = {name: seconds / max(1, self.interval.iterations) for name, seconds in (phases or {}).items()}
-        self.interval = Interval()
-        left = (self.total - iteration) * (means["seconds_per_step"] or 0.0)
-        text = f"iteration {iteration:>{len(str(self.total))}}/{self.total} | loss {_shown(means['loss'], '.4f')}"
-        text += f" | lr {lr:.3g} | grad norm {_shown(means['grad_norm'], '.3g')}"
-        text += f" | {means['seconds_per_step']:.2f} s/step | ETA {duration(left)}"
-        text += f" | loss scale {scale:g}" if scale is not None else ""
-        text += f" | {skipped} skipped" if skipped else ""
-        text += f" | peak {peak / 2**30:.2f} GiB" if peak is not None else ""
-        self.line(text)
-        if phases:
+    def train(self, at: Standing) -> None:
+        """Progress line over the iterations since the last one."""
+        means, skipped, steps = self.interval.means(), self.interval.skipped, max(1, self.interval.iterations)
+        rate = (at.samples - self._samples) / max(1e-9, means["seconds_per_step"] * steps)
+        self._samples, self.interval = at.samples, Interval()
+        phases = {name: seconds / steps for name, seconds in at.phases.items()}
+        self.line(self._progress(at, means, skipped))
+        if phases and self.show_phases:
             self.line("  seconds a step: " + ", ".join(f"{name} {seconds:.3f}" for name, seconds in phases.items()))
-        extra = ({"phases": phases} if phases else {}) | ({"peak_bytes": peak} if peak is not None else {})
-        self.record(
-            "train", iteration=iteration, lr=lr, loss_scale=scale, samples=samples, skipped=skipped, **means, **extra
-        )
+        values = {"lr": at.lr, "loss_scale": at.scale, "samples": at.samples, "samples_per_second": rate}
+        values |= {"skipped": skipped, "loss_average": self.average, **means, "phases": phases, **at.memory}
+        self.record("train", iteration=at.iteration, **values)
+        self._tell(_train_scalars(values), at.iteration)
+        if time.monotonic() - self._drawn > DRAW_SECONDS:
+            self.draw()
+
+    def _progress(self, at: Standing, means: Mapping[str, Any], skipped: int) -> str:
+        left = (self.total - at.iteration) * means["seconds_per_step"]
+        text = f"iteration {at.iteration:>{len(str(self.total))}}/{self.total} | loss {_shown(means['loss'], '.4f')}"
+        text += f" (average {_shown(self.average, '.4f')}) | lr {at.lr:.3g}"
+        text += f" | grad norm {_shown(means['grad_norm'], '.3g')} | {means['seconds_per_step']:.2f} s/step"
+        text += f", {means['data_wait']:.2f} s of it waiting for data" if means["data_wait"] >= 0.005 else ""
+        text += f" | ETA {duration(left)}"
+        text += f" | loss scale {at.scale:g}" if at.scale is not None else ""
+        text += f" | {skipped} skipped" if skipped else ""
+        peak = at.memory.get("peak_bytes")
+        return text + (f" | peak {peak / 2**30:.2f} GiB" if peak is not None else "")
+
+    # --- evaluation -----------------------------------------------------------------------------------------------
+
+    def valid(self, iteration: int, loss: float, by_timestep: Sequence[float | None]) -> None:
+        """Result of an evaluation."""
+        self.line(f"validation loss at iteration {iteration}: {loss:.6f}")
+        self.record("valid", iteration=iteration, loss=loss, loss_by_timestep=list(by_timestep))
+        self._tell({"valid/loss": loss, **_bin_scalars("valid_by_timestep", by_timestep)}, iteration)
+        self.draw()
+
+    def video(self, name: str, path: Path, frames: np.ndarray, fps: int, iteration: int) -> None:
+        """A clip that was written to `path`: uint8 frames (f, h, w, 3)."""
+        if self.out is not None:
+            for board in self.boards:
+                board.video(name, path, frames, fps, iteration)
+
+    def draw(self) -> None:
+        """Bring `loss.png` up to date."""
+        if self._folder is None:
+            return
+        self._drawn = time.monotonic()
+        try:
+            draw_losses(self._folder / METRICS, self._folder / CURVE)
+        except OutputError as error:
+            self.line(f"warning: {error}")
+
+    def _tell(self, values: Mapping[str, float | None], iteration: int) -> None:
+        if self.out is not None:
+            known = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
+            for board in self.boards:
+                board.scalars(known, iteration)
+
+
+def _train_scalars(values: Mapping[str, Any]) -> dict[str, float | None]:
+    """What boards get of a progress record, by group."""
+    groups = {
+        "train": ("loss", "loss_average", "grad_norm", "lr", "loss_scale", "skipped"),
+        "speed": ("seconds_per_step", "samples_per_second", "data_wait"),
+    }
+    found = {f"{group}/{name}": values[name] for group, names in groups.items() for name in names}
+    found |= {f"seconds/{name}": seconds for name, seconds in values["phases"].items()}
+    found |= {f"memory/{n.removesuffix('_bytes')}_gib": v / 2**30 for n, v in values.items() if n.endswith("_bytes")}
+    return found | _bin_scalars("loss_by_timestep", values["loss_by_timestep"])
+
+
+def _bin_scalars(group: str, means: Sequence[float | None]) -> dict[str, float | None]:
+    return {f"{group}/{name}": mean for name, mean in zip(BIN_NAMES, means)}
 
 
 def duration(seconds: float) -> str:
@@ -111,6 +255,15 @@ def duration(seconds: float) -> str:
     whole = int(round(seconds))
     hours, minutes = whole // 3600, whole // 60 % 60
     return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
+
+
+def _opened(path: Path) -> TextIO:
+    """The file, to append lines to; one that a crash cut off is ended first."""
+    cut = path.is_file() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+    file = path.open("a", encoding="utf-8", buffering=1)
+    if cut:
+        file.write("\n")
+    return file
 
 
 def _mean(values: list[float]) -> float | None:

@@ -20,6 +20,7 @@ LORA_RATES = (1e-4, 1e-3, 1e-2)
 RESUME_MAY_CHANGE = frozenset(
     """resume save save_interval keep_last lora_only save_merged save_frozen log_interval eval_interval eval_iters
     eval_batch_size strict_eval only_log_video_latents log_image num_workers prefetch_factor exit_interval device
+    eval_prompts tensorboard summary_dir wandb wandb_project_name
     max_skipped_steps no_load_rng checkpoint_activations vae_low_memory cache_dir cache_fill cache_dtype""".split()
 )
 
@@ -66,6 +67,11 @@ class TrainArgs:
     cache_dtype: str = option("fp16", "type of a new cache's values", choices=("fp16", "bf16", "fp32"))
     only_log_video_latents: bool = option(False, "evaluation writes sampled latents, decodes no video")
     log_image: bool = option(True, "evaluation samples a video (or its latents), and writes it")
+    eval_prompts: list[str] = option([], "prompts that evaluation samples beside the first validation clip's caption")
+    tensorboard: bool = option(True, "write TensorBoard's files into the run folder")
+    summary_dir: str | None = option(None, "another folder for TensorBoard's files")
+    wandb: bool = option(False, "report to Weights & Biases as well (wandb login, or WANDB_MODE=offline)")
+    wandb_project_name: str = option("default_project", "project of the run there")
     experiment_name: str = option("MyModel", "name of the run folder, which also gets the date")
     checkpoint_activations: bool | str = option(
         False,
@@ -101,6 +107,8 @@ class TrainArgs:
             problems.append("args.load is not set: fine-tuning starts from transformer weights (or set mode: pretrain)")
         if self.cache_dir and self.save_frozen:
             problems.append("args.save_frozen needs VAE and text encoder, which a run with args.cache_dir never loads")
+        if self.cache_dir and self.eval_prompts:
+            problems.append("args.eval_prompts needs the text encoder, which a run with args.cache_dir never loads")
         try:
             split_shares(self.split)
             self.schedule(lr=1.0)

@@ -27,6 +27,7 @@ from sgm.data.report import first_reasons
 from sgm.distributed import DistInfo, from_first
 from sgm.inference.preflight import check_paths, found_path, lies_in_demo, placeholders_in, with_found_paths
 from sgm.models.diffusion import SATVideoDiffusionEngine
+from sgm.training.boards import Board, TensorBoard, WeightsAndBiases
 from sgm.training.checkpoint import find_resume, resume_hash
 from sgm.training.deepspeed_setup import DeepSpeedPlan, plan_deepspeed, start_engine
 from sgm.training.evaluate import Evaluation, evaluation_batches
@@ -124,16 +125,19 @@ def _prepare(
 
     ds_engine = start_engine(engine, groups, plan, info.device.type)
     schedule = LearningRate(args.schedule(plan.optimizer.lr), ds_engine.basic_optimizer.param_groups)
-    log = stack.enter_context(RunLog(folder, args.train_iters, sys.stdout if info.rank == 0 else None))
+    out = sys.stdout if info.rank == 0 else None
+    log = stack.enter_context(RunLog(folder, args.train_iters, out, show_phases=plan.time_phases))
     trainer = Trainer(ds_engine, loader, schedule, args, log, SkipGuard(args.max_skipped_steps))
     trainer.dtype, trainer.clipping = plan.dtype, plan.clipping
-    trainer.clock = phases_of_step(PhaseClock(plan.time_phases, info.device), engine)
+    trainer.clock = phases_of_step(PhaseClock(True, info.device), engine)
     trainer.saver = Saver(folder, config, trains_lora(config.model)) if folder else None
     trainer.evaluation = _evaluation(config, plan, valid_sets, folder)
     seed_all(args.seed + distributed.data_parallel_rank())
     if found:
         resume(trainer, found)
         say(f"resumed {found} at iteration {trainer.iteration}", flush=True)
+    if info.rank == 0:
+        log.boards = _boards(config, folder, trainer.iteration)
     if folder and info.rank == 0:
         (folder / "training_config.yaml").write_text(config.as_yaml(), encoding="utf-8")
         say(f"run folder {folder}", flush=True)
@@ -322,7 +326,20 @@ def _evaluation(
         latents_only=args.only_log_video_latents or bool(args.cache_dir),
         log_video=args.log_image and "sampler_config" in config.model,
         fps=round(((config.data or {}).get("params") or {}).get("fps", 8)),
+        prompts=tuple(args.eval_prompts),
     )
+
+
+def _boards(config: RunConfig[TrainArgs], folder: Path | None, iteration: int) -> list[Board]:
+    """What the run reports to, from the first rank."""
+    args = config.args
+    boards: list[Board] = []
+    events = Path(args.summary_dir).expanduser() if args.summary_dir else folder and folder / "tensorboard"
+    if args.tensorboard and events:
+        boards.append(TensorBoard(events, iteration))
+    if args.wandb:
+        boards.append(WeightsAndBiases(folder or Path(args.experiment_name), args.wandb_project_name, config.as_dict()))
+    return boards
 
 
 def seed_all(seed: int) -> None:

@@ -6,6 +6,7 @@ Axes: b batch, f pixel frames, t latent frames, c channels, h w height and width
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor
 
+from sgm.training.bins import BINS, bin_sums
 from sgm.training.partitions import basic_optimizer, load_scaler_state, scaler_state
 from sgm.training.timing import PhaseClock
 
@@ -29,6 +31,8 @@ class StepOutcome:
         applied: the weights were updated.
         reason: why not.
         stop: some rank asks to end the run.
+        by_timestep: for each of `BINS` equal parts of the timesteps, the sum of losses and the number of samples.
+        data_wait: seconds that this rank waited for its micro-batches.
     """
 
     loss: float
@@ -36,6 +40,8 @@ class StepOutcome:
     applied: bool
     reason: str = ""
     stop: bool = False
+    by_timestep: tuple[list[float], list[float]] = ([0.0] * BINS, [0.0] * BINS)
+    data_wait: float = 0.0
 
 
 def batch_latents(engine: Any, batch: Mapping[str, Any], device: torch.device) -> Tensor:
@@ -46,13 +52,12 @@ def batch_latents(engine: Any, batch: Mapping[str, Any], device: torch.device) -
     return rearrange(engine.encode_first_stage(x), "b c t h w -> b t c h w").contiguous()
 
 
-def batch_loss(ds_engine: Any, batch: Mapping[str, Any], clock: PhaseClock) -> Tensor:
-    """Loss of a batch, scalar. DeepSpeed's own forward is used, which prepares the backward pass."""
+def batch_loss(ds_engine: Any, batch: Mapping[str, Any], clock: PhaseClock) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of a batch, scalar, and what the engine logs. DeepSpeed's own forward prepares the backward pass."""
     with clock.phase("vae"):
         z = batch_latents(ds_engine.module, batch, ds_engine.device)
     with clock.phase("forward"):
-        loss, _ = ds_engine(z, batch)
-    return loss
+        return ds_engine(z, batch)
 
 
 def training_step(
@@ -72,14 +77,18 @@ def training_step(
     """
     clock = clock or PhaseClock()
     losses: list[float] = []
+    sums, counts, waited = [0.0] * BINS, [0.0] * BINS, 0.0
     stop = stop_requested
     scaler = scaler_state(ds_engine)
     for _ in range(ds_engine.gradient_accumulation_steps()):
+        asked = time.perf_counter()
         with clock.phase("data"):
             batch = next(batches)
-        loss = batch_loss(ds_engine, batch, clock)
-        mean, stop = _agree(loss, stop)
+        waited += time.perf_counter() - asked
+        loss, logs = batch_loss(ds_engine, batch, clock)
+        mean, stop, bins = _agree(loss, stop, bin_sums(logs, loss.device))
         losses.append(mean)
+        sums, counts = ([a + b for a, b in zip(old, new)] for old, new in zip((sums, counts), bins))
         bad_loss = not math.isfinite(sum(losses))
         # A gradient that is NaN throughout makes DeepSpeed drop what has been accumulated, in every ZeRO stage.
         with clock.phase("backward"):
@@ -93,7 +102,9 @@ def training_step(
     if bad_loss:
         load_scaler_state(ds_engine, scaler)
     reason = "" if applied else _reason(bad_loss, scaler is not None)
-    return StepOutcome(sum(losses) / len(losses), norm if applied else None, applied, reason, stop)
+    return StepOutcome(
+        sum(losses) / len(losses), norm if applied else None, applied, reason, stop, (sums, counts), waited
+    )
 
 
 def _reason(bad_loss: bool, scaled: bool) -> str:
@@ -102,14 +113,16 @@ def _reason(bad_loss: bool, scaled: bool) -> str:
     return "the gradient left float16's range, the loss scale is lowered" if scaled else "the gradient is not finite"
 
 
-def _agree(loss: Tensor, stop: bool) -> tuple[float, bool]:
-    """(mean loss over all ranks, NaN if any is not finite; whether any rank wants to stop)."""
+def _agree(loss: Tensor, stop: bool, bins: Tensor) -> tuple[float, bool, tuple[list[float], list[float]]]:
+    """(mean loss over all ranks, NaN if any is not finite; whether any rank wants to stop; sums and counts by bin)."""
     value = loss.detach().double()
     finite = torch.isfinite(value)
-    shared = torch.stack([torch.where(finite, value, 0.0), (~finite).double(), value.new_tensor(float(stop))])
+    own = torch.stack([torch.where(finite, value, 0.0), (~finite).double(), value.new_tensor(float(stop))])
+    shared = torch.cat([own, bins.flatten()])
     dist.all_reduce(shared)
-    total, bad, wants_stop = shared.tolist()
-    return (math.nan if bad else total / dist.get_world_size()), wants_stop > 0
+    total, bad, wants_stop, *rest = shared.tolist()
+    mean = math.nan if bad else total / dist.get_world_size()
+    return mean, wants_stop > 0, (rest[:BINS], rest[BINS:])
 
 
 def _reported_norm(ds_engine: Any) -> float | None:

@@ -9,14 +9,14 @@ from typing import Any
 from sgm.data.loader import ClipLoader
 from sgm.training.evaluate import Evaluation
 from sgm.training.faults import SkipGuard, StopSignal
-from sgm.training.metrics import RunLog
+from sgm.training.metrics import RunLog, Standing
 from sgm.training.options import TrainArgs
 from sgm.training.partitions import scaler_state
 from sgm.training.saver import Saver
 from sgm.training.schedule import LearningRate
 from sgm.training.state import CheckpointError
 from sgm.training.step import StepOutcome, training_step
-from sgm.training.timing import PhaseClock, peak_memory
+from sgm.training.timing import PhaseClock, memory_facts
 
 
 @dataclass
@@ -52,13 +52,14 @@ class Trainer:
             CheckpointError: the last checkpoint cannot be written.
         """
         self.ds_engine.train()
+        self.log.begin(self.iteration, self._samples())
         with self.stop.watch():
             while self.iteration < self.args.train_iters:
                 lr = self.schedule.current
                 stop_wanted = self.stop.received is not None
                 outcome = training_step(self.ds_engine, self.loader, self.clipping, stop_wanted, self.clock)
                 self.iteration += 1
-                self._account(outcome)
+                self._account(outcome, lr)
                 self._at_intervals(lr)
                 if outcome.stop:
                     return self._leave_on_signal()
@@ -68,8 +69,8 @@ class Trainer:
             self._save_last()
         return 0
 
-    def _account(self, outcome: StepOutcome) -> None:
-        self.log.interval.add(outcome.loss, outcome.grad_norm, outcome.applied)
+    def _account(self, outcome: StepOutcome, lr: float) -> None:
+        self.log.step(outcome, lr)
         if outcome.applied:
             self.schedule.step()
             self.guard.applied()
@@ -82,14 +83,17 @@ class Trainer:
         if self.iteration % self.args.log_interval == 0:
             scaler = scaler_state(self.ds_engine)
             scale = scaler["cur_scale"] if scaler else None
-            peak = peak_memory(self.ds_engine.device)
-            self.log.train(self.iteration, lr, scale, self._samples(), self.clock.take(), peak)
+            memory = memory_facts(self.ds_engine.device)
+            self.log.train(Standing(self.iteration, lr, scale, self._samples(), self.clock.take(), memory))
+        with self.log.aside(), self.clock.paused():
+            self._save_and_evaluate()
+
+    def _save_and_evaluate(self) -> None:
         if self.saver and self.args.save_interval and self.iteration % self.args.save_interval == 0:
             self._save_or_warn()
         if self.evaluation and self.args.eval_interval and self.iteration % self.args.eval_interval == 0:
-            loss = self.evaluation.run(self.ds_engine, self.iteration)
-            self.log.line(f"validation loss at iteration {self.iteration}: {loss:.6f}")
-            self.log.record("valid", iteration=self.iteration, loss=loss)
+            loss, by_timestep = self.evaluation.run(self.ds_engine, self.iteration, self.log)
+            self.log.valid(self.iteration, loss, by_timestep)
 
     def _samples(self) -> int:
         state = self.loader.state_dict()

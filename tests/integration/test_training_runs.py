@@ -83,7 +83,8 @@ def test_learning_rate_0_changes_nothing(untrained, release):
     for name, value in before.items():
         assert torch.equal(after[name], value), name
     assert torch.equal(sample_of(untrained, 1), sample_of(untrained, 2))
-    assert len({line["loss"] for line in records(untrained, "valid")}) == 1
+    first, second = records(untrained, "valid")  # same clips, noise and timesteps
+    assert first["loss"] == second["loss"] and first["loss_by_timestep"] == second["loss_by_timestep"]
 
 
 @pytest.mark.parametrize("lora, rate, iterations", [(None, 5e-3, 80), (16, 2e-2, 130)])
@@ -98,12 +99,15 @@ def test_one_clip_is_learnt_by_heart(untrained, release, one_clip, tmp_path, lor
 def test_a_run_writes_the_originals_layout(release, clips, tmp_path):
     content = configuration(
         release, clips, tmp_path / "save", valid_data=[str(clips)], eval_iters=1, eval_interval=2, log_image=True,
-        save_interval=2, experiment_name="my-run",
+        save_interval=2, experiment_name="my-run", eval_prompts=["a boat", "a fox"],
     )  # fmt: skip
     folder = run(content, tmp_path)
     assert folder.name.startswith("my-run-") and len(folder.name.split("-")) == 6
     for name in ("inputs", "reconstructions", "samples"):
         assert (folder / "video" / f"{name}_gs-000002" / "000000.mp4").stat().st_size > 0
+    assert sorted(p.name for p in (folder / "video" / "samples_gs-000004").iterdir()) == [
+        f"{k:06d}.mp4" for k in range(3)  # the clip's caption, then the prompts
+    ]
     assert (folder / "video_texts" / "00000004").read_text() == "clip number 0 of a moving gradient\n"
     assert yaml.safe_load((folder / "training_config.yaml").read_text())["args"]["train_iters"] == 4
     assert (folder / "latest").read_text().strip() == "4" and (folder / "2").is_dir()
@@ -111,15 +115,19 @@ def test_a_run_writes_the_originals_layout(release, clips, tmp_path):
     assert [line["iteration"] for line in steps] == [1, 2, 3, 4]
     assert all(line["loss"] > 0 and line["grad_norm"] > 0 and line["seconds_per_step"] > 0 for line in steps)
     assert [line["samples"] for line in steps] == [1, 2, 3, 4]
+    assert all(set(line["phases"]) == set(PHASES) and min(line["phases"].values()) > 0 for line in steps)
+    assert all(sum(mean is not None for mean in line["loss_by_timestep"]) == 1 for line in steps)  # one clip a step
+    assert all(line["samples_per_second"] > 0 and line["data_wait"] > 0 and line["rss_bytes"] > 0 for line in steps)
+    assert steps[0]["loss_average"] == steps[0]["loss"] and steps[3]["loss_average"] != steps[3]["loss"]
     assert records(folder, "valid")[0]["loss"] != records(folder, "valid")[1]["loss"]
+    assert (folder / "loss.png").stat().st_size > 0 and len(list((folder / "tensorboard").iterdir())) == 1
 
 
-def test_epochs_replace_iterations(release, clips, tmp_path):
+def test_epochs_replace_iterations(release, clips, tmp_path, capsys):
     content = configuration(release, clips, tmp_path / "save", epochs=2, log_image=False)
     content["deepspeed"] |= {"gradient_accumulation_steps": 2, "wall_clock_breakdown": True}
-    folder = run(content, tmp_path)
-    phases = [line["phases"] for line in records(folder, "train")]
-    assert all(set(p) == set(PHASES) and min(p.values()) > 0 for p in phases)
+    folder = run(content, tmp_path, "args.tensorboard=false")
+    assert not (folder / "tensorboard").exists() and "seconds a step: data" in capsys.readouterr().out
     assert [line["iteration"] for line in records(folder, "saved")] == [2, 4]  # 4 clips, 2 a step: 2 an epoch
     assert records(folder, "train")[-1]["samples"] == 8
 

@@ -48,3 +48,35 @@ def test_a_clock_that_is_off_counts_nothing():
     with clock.phase("data"):
         module(torch.zeros(1))
     assert clock.take() == {} and not module._forward_hooks
+
+
+def test_on_a_gpu_marks_are_read_later_without_holding_anything_up(monkeypatch):
+    """The queue is played by a counter: a mark's time is known only when somebody waits for it."""
+    waited, queue = [], iter(range(10_000))
+
+    class Mark:
+        def __init__(self, enable_timing: bool):
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = next(queue)
+
+        def synchronize(self) -> None:
+            waited.append(self.at)
+
+        def elapsed_time(self, other: Mark) -> float:
+            assert other.at <= waited[-1]
+            return 1000.0 * (other.at - self.at)
+
+    monkeypatch.setattr(timing.torch.cuda, "Event", Mark)
+    clock = PhaseClock(enabled=True, device=torch.device("cuda"))
+    for _ in range(200):
+        with clock.phase("forward"), clock.phase("text"):
+            pass
+    assert waited == [341]  # one wait for what lay 256 marks back, when 512 had gathered
+    assert clock.take() == {"text": 200.0, "forward": 400.0}
+    assert len(waited) == 2 and clock.take() == {}
+
+
+def test_memory_facts_on_a_cpu_are_this_processs():
+    assert 10 * 2**20 < timing.memory_facts(torch.device("cpu"))["rss_bytes"] < 2**40

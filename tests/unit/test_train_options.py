@@ -56,6 +56,7 @@ def test_lora_part_of_the_shipped_configuration_can_be_uncommented(tmp_path):
     [
         ({"train_data": []}, "train_data is empty"),
         ({"load": None}, "args.load is not set"),
+        ({"cache_dir": "cache", "eval_prompts": ["a boat"]}, "args.eval_prompts needs the text encoder"),
         ({"train_data_weights": [1.0, 2.0]}, "one positive number"),
         ({"split": "a,b"}, "split"),
         ({"lr_decay_style": "sine"}, "lr_decay_style"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +36,13 @@ def weighted_error(estimate: Tensor, target: Tensor, weight: Tensor, kind: str) 
     difference = estimate - target
     error = difference**2 if kind == "l2" else difference.abs()
     return (append_dims(weight, target.ndim) * error).flatten(1).mean(1)
+
+
+class LossDetails(NamedTuple):
+    """Of each sample: its loss (b,) float32, and where its timestep lies between the first (0) and the last (1)."""
+
+    loss: Tensor
+    timestep_share: Tensor
 
 
 class VideoDiffusionLoss:
@@ -103,12 +110,26 @@ class VideoDiffusionLoss:
         Returns:
             (b,) float32.
         """
+        return self.detailed(network, denoiser, conditioner, z, batch, idx, noise).loss
+
+    def detailed(
+        self,
+        network: Network,
+        denoiser: Denoise,
+        conditioner: Conditioner,
+        z: Tensor,
+        batch: Mapping[str, Any],
+        idx: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> LossDetails:
+        """As `__call__`, with the timesteps that were drawn."""
         cond = conditioner(batch)
         extras = {key: batch[key] for key in self.batch2model_keys if key in batch}
         signal, idx, noise = self._draw(z, idx, noise)
         noised = add_noise(z, noise, signal)
         estimate = denoiser(network, noised, signal, cond, idx=idx, **extras)
-        return weighted_error(estimate, z.float(), snr_weight(signal, self.min_snr_value), self.type)
+        loss = weighted_error(estimate, z.float(), snr_weight(signal, self.min_snr_value), self.type)
+        return LossDetails(loss, idx / self.sigma_sampler.num_idx)
 
     def _draw(self, z: Tensor, idx: Tensor | None, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Signal rates (b,), timesteps (b,) and noise (b, ...) on z's device, the same in a model-parallel group."""
