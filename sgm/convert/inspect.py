@@ -19,6 +19,7 @@ from sgm.convert.dit_keys import NETWORK_PREFIX, NOT_IN_HF, POSITIONS, RULES, sa
 from sgm.convert.dit_sizes import Sizes, sizes_of_sat
 from sgm.convert.hf_folder import shards_of
 from sgm.convert.lazy import Deferred, all_deferred
+from sgm.convert.lora_files import stated_settings
 from sgm.convert.sat_source import FIRST_STAGE, TEXT_ENCODER, joined
 from sgm.convert.t5_keys import DECODER
 from sgm.modules.transformer.lora_state import lora_spec_of, split_lora
@@ -127,7 +128,9 @@ def _header(file: Path) -> dict[str, Any]:
     from safetensors import safe_open
 
     with safe_open(file, framework="pt") as opened:
-        return dict(opened.metadata() or {})
+        facts = dict(opened.metadata() or {})
+    settings = stated_settings(file)
+    return {**({"alpha": settings["lora_alpha"]} if "lora_alpha" in settings else {}), **facts}
 
 
 def _digest(files: Iterable[Path]) -> str:
@@ -194,7 +197,7 @@ def _network(state: Mapping[str, Deferred], facts: Mapping[str, Any]) -> list[Fo
             part.foreign = [name for name in base if name not in known]
         found.append(part)
     if lora:
-        found.append(_lora("LoRA adapter in SAT's layout", lora, facts))
+        found.append(_found("LoRA adapter in SAT's layout", lora, facts=_lora_facts(lora, facts)))
     return found
 
 
@@ -223,18 +226,15 @@ def _wrong_shapes(sizes: Sizes, base: Mapping[str, Deferred]) -> list[str]:
     return [f"wrong shape ({len(wrong)}), as in one part of several: {_shown(wrong, 3)}"] if wrong else []
 
 
-def _lora(what: str, matrices: Mapping[str, Any], facts: Mapping[str, Any]) -> Found:
-    part = _found(what, matrices)
+def _lora_facts(matrices: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
     try:
         spec = lora_spec_of(matrices, facts)
     except ValueError as error:
-        part.facts = [str(error)]
-        return part
-    if spec is not None:
-        said = "" if "alpha" in facts else " (SAT's default, the file does not say)"
-        part.facts = [f"rank {spec.rank}, alpha {spec.alpha:g}{said}, on {', '.join(spec.targets)} of "
-                      f"{len(spec.layers)} layers"]  # fmt: skip
-    return part
+        return [str(error)]
+    if spec is None:
+        return []
+    said = "" if "alpha" in facts else " (SAT's default, the file does not say)"
+    return [f"rank {spec.rank}, alpha {spec.alpha:g}{said}, on {', '.join(spec.targets)} of {len(spec.layers)} layers"]
 
 
 def _peft(state: dict[str, Deferred], facts: Mapping[str, Any]) -> Found:
@@ -244,12 +244,12 @@ def _peft(state: dict[str, Deferred], facts: Mapping[str, Any]) -> Found:
     part.foreign = [name for name in state if not _PEFT.search(name)]
     try:
         matrices = lora_hf_to_sat({n: t.make() for n, t in state.items() if n not in part.foreign})
-        rank = next(t.shape[0] for n, t in matrices.items() if ".matrix_A." in n)
-        found = _lora("", matrices, facts if "alpha" in facts else {"alpha": rank})
-        part.facts = [f.replace("in SAT's layout", "") for f in found.facts]
-        part.facts += [] if "alpha" in facts else ["the file states no alpha; PEFT takes alpha = rank"]
     except ValueError as error:
         part.facts = [str(error)]
+        return part
+    rank = next(t.shape[0] for n, t in matrices.items() if ".matrix_A." in n)
+    part.facts = _lora_facts(matrices, facts if "alpha" in facts else {"alpha": rank})
+    part.facts += [] if "alpha" in facts else ["the file states no alpha; PEFT takes alpha = rank"]
     return part
 
 

@@ -144,7 +144,7 @@ def _open_sat_adapter(path: Path, alpha: float | None) -> HfAdapter:
 
 def _open_peft(file: Path, alpha: float | None) -> HfAdapter:
     sat = lora_hf_to_sat(tensors_of(read_checkpoint(file)))  # refuses foreign names and lonely matrices
-    stated = _stated(file)
+    stated = stated_settings(file)
     ranks = {name: _rank(name, a, b) for name, (a, b) in collect_pairs(sat).items()}
     if len(set(ranks.values())) != 1:
         raise ConvertError(f"{file} mixes LoRA ranks {sorted(set(ranks.values()))}; SAT has one rank for all linears.")
@@ -166,8 +166,12 @@ def _rank(name: str, a: Sequence[Tensor], b: Sequence[Tensor]) -> int:
     return ranks.pop()
 
 
-def _stated(file: Path) -> dict[str, Any]:
-    """LoraConfig's fields from the header, or from `adapter_config.json` beside the file."""
+def stated_settings(file: Path) -> dict[str, Any]:
+    """PEFT's settings of an adapter (`LoraConfig`): from the header, or from `adapter_config.json` beside the file.
+
+    Raises:
+        WeightsError: unreadable ones.
+    """
     from safetensors import safe_open
 
     with safe_open(file, framework="pt") as opened:

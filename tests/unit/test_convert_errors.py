@@ -330,6 +330,11 @@ def test_inspection_of_every_layout(release: Path, hf: Path, tmp_path: Path, cap
     save_pt(tmp_path / "a.pt", {"module": adapter_matrices(rank=4), "lora": {"rank": 4, "alpha": 2.0}, "iteration": 12})
     text = inspected(capsys, str(tmp_path / "a.pt"))
     assert "LoRA adapter" in text and "rank 4, alpha 2, on attention of 2 layers" in text and "iteration 12" in text
+    peft = {f"transformer_blocks.0.attn1.to_out.0.lora_{k}.weight": torch.zeros(4, 4) for k in "AB"}
+    save_safetensors(tmp_path / "p.safetensors", peft)
+    assert "rank 4, alpha 4, on attention of 1 layers" in inspected(capsys, str(tmp_path / "p.safetensors"))
+    save_safetensors(tmp_path / "p.safetensors", peft, {"lora_adapter_metadata": '{"transformer.lora_alpha": 8}'})
+    assert "rank 4, alpha 8, on" in inspected(capsys, str(tmp_path / "p.safetensors"))
     odd = rewrite(release / "transformer", tmp_path / "o.pt", lambda m: m.update({NETWORK_PREFIX + "odd.weight": torch.zeros(1)}))
     assert "does not belong (1): odd.weight" in inspected(capsys, str(odd))
     save_safetensors(tmp_path / "x.safetensors", {"some.tensor": torch.zeros(2, dtype=torch.int8)})
