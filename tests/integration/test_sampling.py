@@ -268,6 +268,17 @@ def test_output_folder_that_cannot_be_written(config, tmp_path, capsys):
     assert "--output-dir" in capsys.readouterr().err
 
 
+def test_text_encoder_folders_that_are_not_whole(config, golden, tmp_path, capsys):
+    folder = tmp_path / "t5"
+    for name, words in (("spiece.model", "spiece.model"), ("model.safetensors", "weights"), ("config.json", "config.json")):
+        shutil.copytree(golden / "t5_tiny", folder)
+        (folder / name).unlink()
+        assert main(config, "--prompt", "x", "--set", f"{MODEL_DIR}={folder}") == 2
+        err = capsys.readouterr().err
+        assert "incomplete; missing" in err and words in err and "text_encoder/" in err
+        shutil.rmtree(folder)
+
+
 class RunsCode:
     def __init__(self, mark: Path):
         self.mark = mark
@@ -409,6 +420,7 @@ def test_a_failing_process_fails_the_job(config, tmp_path):
     run = start(config, "--only-save-latents", ranks=2)
     _, err = run.communicate(timeout=240)
     assert run.returncode != 0 and "1_one" in err
+    assert not list((tmp_path / "out").rglob(".partial*"))
 
 
 def test_interrupt_keeps_finished_videos(config, tmp_path):
