@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 _NAME_CHARACTERS = 120  # of the prompt, as the original
 _NAME_BYTES = 200  # file systems allow 255 bytes a name; emoji and CJK text take up to 4 a character
@@ -113,8 +114,12 @@ def share(prompts: Sequence[Prompt], rank: int, world_size: int) -> list[Prompt]
     return [p for p in prompts if p.index % world_size == rank]
 
 
-def ask(read_line: Callable[[], str] | None = None, out=sys.stderr) -> Iterator[Prompt]:
-    """Prompts typed by a person, until end of input (Ctrl-D). Empty answers are asked again."""
+def ask(read_line: Callable[[], str] | None = None, out: TextIO | None = None) -> Iterator[Prompt]:
+    """Prompts typed by a person, until end of input (Ctrl-D). Empty answers are asked again.
+
+    The question goes to `out`, by default the standard error of the moment.
+    """
+    out = out or sys.stderr
     index = 0
     while True:
         print("Prompt (Ctrl-D quits): ", end="", file=out, flush=True)
