@@ -12,8 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import train_video
+from sgm.weights import read_checkpoint
 from tests.training_tiny import (
     REPO,
     command,
@@ -146,6 +148,28 @@ def test_sigterm_saves_and_leaves(config, tmp_path):
     (folder,) = (tmp_path / "save").iterdir()
     last = int((folder / "latest").read_text())
     assert last >= 2 and (folder / str(last) / "mp_rank_00_model_states.pt").is_file()
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(config, tmp_path):
+    path = config(lora=4, train_iters=40, save_interval=2, keep_last=2)
+    log = tmp_path / "log.txt"
+    with log.open("w") as out:
+        job = subprocess.Popen(command(path), env=environment(), stdout=out, stderr=out, cwd=REPO)
+    try:
+        wait_for("/4\n", job, log)  # saved at iteration 4; dies in training, or in the next save
+    finally:
+        job.kill()
+        job.wait(timeout=60)
+    (folder,) = (tmp_path / "save").iterdir()
+    reached = int((folder / "latest").read_text())
+    assert 4 <= reached < 40
+    assert train_video.main([str(path), "--resume"]) == 0
+    assert train_video.main([str(path), "--set", f"args.save={tmp_path}/whole"]) == 0
+    resumed, whole = losses(tmp_path / "save"), losses(tmp_path / "whole")
+    assert len(whole) == 40 and resumed[reached - 40 :] == whole[reached:]
+    saved = [found / "40" / "mp_rank_00_model_states.pt" for found in (folder, *(tmp_path / "whole").iterdir())]
+    first, second = (read_checkpoint(file)["module"] for file in saved)
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize(
