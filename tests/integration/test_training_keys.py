@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -148,12 +149,13 @@ class Recorder(SimpleNamespace):
     """Stands for log, saver and evaluation; `calls` lists what happened."""
 
     def __getattr__(self, name):
-        return lambda *values, **named: self.calls.append((name, values, named)) or 0.5
+        return lambda *values, **named: self.calls.append((name, values, named)) or (0.5, None)
 
 
 def test_intervals(monkeypatch):
     monkeypatch.setattr(trainer_module, "training_step", lambda *_: StepOutcome(1.0, 1.0, True))
-    log, saver, evaluation = Recorder(calls=[], interval=Recorder(calls=[])), Recorder(calls=[]), Recorder(calls=[])
+    log = Recorder(calls=[], interval=Recorder(calls=[]), aside=nullcontext)
+    saver, evaluation = Recorder(calls=[]), Recorder(calls=[])
     engine = SimpleNamespace(train=lambda: None, device=torch.device("cpu"), fp16_enabled=lambda: False)
     loader = SimpleNamespace(state_dict=lambda: {"epoch": 0, "position": 0}, sampler=SimpleNamespace(length=1))
     args = TrainArgs(
@@ -162,6 +164,6 @@ def test_intervals(monkeypatch):
     schedule = SimpleNamespace(current=0.1, step=lambda: None)
     run = Trainer(engine, loader, schedule, args, log, SkipGuard(3), saver=saver, evaluation=evaluation)
     assert run.fit() == 0
-    assert [values[0] for name, values, _ in log.calls if name == "train"] == [2, 4, 6]
+    assert [values[0].iteration for name, values, _ in log.calls if name == "train"] == [2, 4, 6]
     assert [values[1] for _, values, _ in evaluation.calls] == [4]
     assert len(saver.calls) == 3 and run._saved == run.iteration == 7  # 3, 6, and where it stopped
