@@ -198,10 +198,11 @@ def test_a_whole_sample(release: Path, pipeline: Any) -> None:
 
 @pytest.fixture(scope="module")
 def adapter(release: Path) -> Path:
-    """An adapter of a short fine-tuning (alpha 2), alone in SAT's layout, as training saves it."""
+    """An adapter on all linears, of a short fine-tuning (alpha 2), alone in SAT's layout, as training saves it."""
     network = network_of(release / "transformer")
     torch.manual_seed(6)
-    network.attach_lora({"target": "sat.model.finetune.lora2.LoraMixin", "params": {"r": 4, "lora_alpha": 2}})
+    settings = {"r": 4, "lora_alpha": 2, "targets": ["attention", "mlp", "adaln"]}
+    network.attach_lora({"target": "sgm.modules.transformer.lora.LoraMixin", "params": settings})
     trained = {n: p for n, p in network.named_parameters() if ".matrix_" in n}
     optimizer = torch.optim.Adam(trained.values(), lr=0.1)
     inputs = random_inputs(batch=1, seed=8)
