@@ -42,6 +42,7 @@ class WeightFacts:
 
     network: LoadedNetwork | None = None
     first_stage: str | None = None
+    text_encoder: str | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -99,7 +100,7 @@ class TextToVideo:
             return
         to = {"device": self.placement.load_device, "dtype": self.engine.dtype}
         if part == "conditioner":
-            load_text_encoder(self.engine.conditioner, **to)
+            self.facts.text_encoder = load_text_encoder(self.engine.conditioner, **to)
         elif part == "first_stage":
             self.facts.first_stage = load_first_stage(self.engine.first_stage_model, **to)
             if self.kernels.fused:

@@ -276,6 +276,7 @@ class Runner:
                 "transformer": network.fingerprint if network else None,
                 "transformer_file": network.source if network else None,
                 "adapters": network.adapters if network else [],
+                "text_encoder": self.pipeline.facts.text_encoder,
             },
             "config_files": [str(f) for f in self.config.files],
             "config_hash": self.config.hash(("model", "args")),

@@ -164,7 +164,8 @@ def load_first_stage(stage: Any, *, device: torch.device, dtype: torch.dtype) ->
     return weights_fingerprint(stage.ckpt_path)
 
 
-def load_text_encoder(conditioner: Any, *, device: torch.device, dtype: torch.dtype) -> None:
-    """Fill every embedder of a conditioner built on meta."""
+def load_text_encoder(conditioner: Any, *, device: torch.device, dtype: torch.dtype) -> str:
+    """Fill every embedder of a conditioner built on meta; returns the first weight file's fingerprint of each."""
     for embedder in conditioner.embedders:
         embedder.load_weights(device=device, dtype=dtype)
+    return " ".join(weights_fingerprint(embedder.files.weights[0]) for embedder in conditioner.embedders)

@@ -71,6 +71,7 @@ def test_writes_video_record_and_sheet_and_repeats_with_the_seed(config, tmp_pat
     assert facts["guidance"] == {"guider": "DynamicCFG", "scale": 6} and facts["dtype"] == "fp32"
     assert {"load network", "encode", "sample", "decode", "write"} <= set(facts["seconds"])
     assert {"torch", "python", "cogvideox-sat"} <= set(facts["versions"]) and facts["weights"]["transformer"]
+    assert facts["weights"]["text_encoder"] and facts["first_stage_weights"]
     assert facts["config_hash"] and facts["peak_memory_bytes"]["sample"] > 0
     assert len({facts["latents_sha256"] for facts in first.values()}) == 2
 
@@ -346,6 +347,14 @@ def test_a_decoder_that_fails_loses_no_latents(config, release, tmp_path, capsys
     assert main(config, "--decode-latents", tmp_path / "out") == 0
     (facts,) = records(tmp_path / "out").values()
     assert facts["prompt"] == "x" and facts["decoded_from"] == "latents.safetensors"
+
+
+def test_what_the_originals_files_carry_without_use_is_accepted_and_named_once(config, tmp_path, capsys):
+    extra = tmp_path / "extra.yaml"
+    extra.write_text("args: {block_size: 10000, checkpoint_activations: False}\ndeepspeed: {fp16: {enabled: True}}\n")
+    assert main(config, extra, "--prompt", "x", "--only-save-latents", "--local_rank", 0) == 0
+    err = capsys.readouterr().err
+    assert err.count("block_size has no effect") == 1 and err.count("checkpoint_activations has no effect") == 1
 
 
 def test_the_guides_slip_under_log_keys_is_a_warning(config, tmp_path, capsys):
