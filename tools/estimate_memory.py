@@ -42,7 +42,9 @@ def table(configs: list[Path], overrides: list[str], gpus: int, device: str) -> 
     base = needs_of(configs, overrides, gpus, device)
     rows = [(needs, how) for how, needs in base.variants().items() if needs.total != base.total]
     least = needs_of([*configs, LOW_MEMORY], overrides, gpus, device)
-    rows += [(least, f"with {LOW_MEMORY.name}"), (least.cached(), f"with {LOW_MEMORY.name} and args.cache_dir")]
+    rows.append((least, f"with {LOW_MEMORY.name}"))
+    if base.encoder_values:
+        rows.append((least.cached(), f"with {LOW_MEMORY.name} and args.cache_dir"))
     rows = [(base, "as configured"), *sorted(rows, key=lambda row: row[0].total, reverse=True)]
     return [
         f"{base.trained:,} trained of {base.trained + base.frozen:,} values, {base.tokens} tokens a clip, "

@@ -11,7 +11,9 @@ from torch import Tensor
 from sgm.training.averaging import EMA_LIMIT, ShadowSettings
 from sgm.training.log_codes import BLOCK, MOST_BLOCKS, decode, empty_codes, encode
 
-SLICE_VALUES = MOST_BLOCKS * BLOCK  # worked on at a time: bounds the float32 temporaries to about 200 MB
+# Values worked on at a time. On a GPU: bounds the float32 temporaries to about 200 MB. On a CPU: fits its caches, with
+# enough for 16 cores. (Not by the number of cores: rounding depends on it, and a resumed run shall repeat itself.)
+SLICE_VALUES = {"cuda": MOST_BLOCKS * BLOCK, "cpu": 1 << 19}
 CALLS_PER_SLICE = 4  # numbers for rounding that one slice of one step uses up
 
 
@@ -72,8 +74,9 @@ class AdamW8bit(torch.optim.Optimizer):
         self.shadows.begin(p, state)
         state["step"] += 1
         values, gradient = p.view(-1), p.grad.reshape(-1)
-        for k, start in enumerate(range(0, p.numel(), SLICE_VALUES)):
-            part = slice(start, start + SLICE_VALUES)
+        size = SLICE_VALUES.get(p.device.type, SLICE_VALUES["cuda"])
+        for k, start in enumerate(range(0, p.numel(), size)):
+            part = slice(start, start + size)
             _update_slice(values[part], gradient[part], state, start, k, group)
         self.shadows.follow(p, state)
 
