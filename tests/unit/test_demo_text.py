@@ -170,6 +170,7 @@ def test_training_learns_and_writes_a_release_folder(trained):
     names = {path.name for path in out.iterdir()}
     assert len(names) == 8 and {"spiece.model", "config.json", "model.safetensors.index.json"} <= names
     assert report["steps"] == 75 and report["loss"][-1][1] < report["loss"][0][1] - 0.03
+    assert {"captions", "held_out", "by_hand", "captions, 1 shape", "captions, 2 shapes"} <= set(report["scores"])
     embedding = FrozenT5Embedder(str(out), max_length=LENGTH).encode(["a red star", ""])
     assert embedding.shape == (2, LENGTH, SMALL.width) and embedding.dtype == torch.float16
 
