@@ -161,7 +161,6 @@ class Batches(Dataset):
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
         rng = random.Random(f"{self.settings.seed}/{step}")
-        sentencepiece.set_random_generator_seed(rng.getrandbits(31))
         ids, rows = [], []
         for _ in range(self.settings.specs):
             spec = random_spec(rng)
@@ -174,15 +173,31 @@ class Batches(Dataset):
         """Ids (l,) of a wording that fits, now and then in rarer pieces, as slips of the pen give."""
         for _ in range(TRIES):
             text = reword(spec, rng)
-            rare = rng.random() < self.settings.sampled
-            how = {"enable_sampling": True, "alpha": 0.3, "nbest_size": -1} if rare else {}
-            pieces = self.pieces.encode(text, **how)
+            pieces = self.pieces.encode(text)
+            if rng.random() < self.settings.sampled:
+                pieces = [part for piece in pieces for part in self._parts(piece, rng)]
             if len(pieces) < LENGTH:
                 break
         row = torch.zeros(LENGTH, dtype=torch.long)
         kept = [*pieces[: LENGTH - 1], 1]  # as FrozenT5Embedder.tokenize
         row[: len(kept)] = torch.tensor(kept)
         return row
+
+
+    def _parts(self, piece: int, rng: random.Random) -> list[int]:
+        """Now and then a piece in two, each half spelled out where it is no piece itself.
+
+        Sentencepiece has sampling of its own, but it gives other pieces in every process.
+        """
+        word = self.pieces.id_to_piece(piece)
+        if len(word) < 3 or rng.random() >= 0.2:
+            return [piece]
+        cut = rng.randrange(1, len(word))
+        ids = []
+        for half in (word[:cut], word[cut:]):
+            known = self.pieces.piece_to_id(half)
+            ids += [known] if known != self.pieces.unk_id() else [self.pieces.piece_to_id(sign) for sign in half]
+        return ids
 
 
 # ---- the model ----
@@ -368,7 +383,8 @@ def faults(found: Tensor, rows: Tensor, texts: Sequence[str], limit: int) -> lis
 def evaluate(out: Path, readers: Readers, count: int) -> dict:
     """Scores of the written folder on four kinds of texts that training did not draw, and faults in the last two.
 
-    Each kind also by the number of shapes. `count` texts of each kind, all of which fit the length: of a longer one the end would not be seen.
+    `count` texts of each kind, all of which fit the length, since the end of a longer one would not be seen. Each kind
+    is scored by the number of shapes as well.
     """
     embedder = FrozenT5Embedder(str(out), max_length=LENGTH, device=readers.word.weight.device)
     embedder.to(torch.float32)
