@@ -34,8 +34,9 @@ class LossWeights:
     square: float = 4.0
     edge: float = 0.5
     motion: float = 0.5
+    border: float = 0.5
     kl: float = 1e-4
-    centre: float = 1e-2
+    centre: float = 0.1
     soft: float = 0.02  # errors below this count by their square
 
 
@@ -130,7 +131,10 @@ def vae_loss(x: Tensor, made: Tensor, mean: Tensor, logvar: Tensor, w: LossWeigh
     terms = {"pixel": _soft_absolute(error, w.soft), "square": error.square().mean()}
     along_y, along_x = error.diff(dim=3), error.diff(dim=4)
     terms["edge"] = _soft_absolute(along_y, w.soft) + _soft_absolute(along_x, w.soft)
-    terms["motion"] = _soft_absolute(error.diff(dim=2), w.soft) if x.shape[2] > 1 else error.new_zeros(())
+    along_t = error.diff(dim=2)
+    # Each chunk of the decoder has norms of its own, so errors jump where one ends: after 9 frames, then every 8.
+    for name, steps in (("motion", along_t), ("border", along_t[:, :, 8::8])):
+        terms[name] = _soft_absolute(steps, w.soft) if steps.shape[2] else error.new_zeros(())
     terms["kl"] = DiagonalGaussian(mean, logvar).kl() * mean.shape[0] / mean.numel()
     terms["centre"] = mean.mean(dim=(0, 2, 3, 4)).square().mean()
     weighted = [getattr(w, name) * value for name, value in terms.items() if name != "pixel"]
