@@ -111,16 +111,19 @@ def run(options: argparse.Namespace) -> int:
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     config = merge_yaml([options.config])
-    pairs = {"transformer": transformer_outputs(options, config), **vae_outputs(options, config)}
-    failed = False
-    for name, (ours, theirs) in pairs.items():
-        spread = ours.std().item()
-        apart = (ours - theirs).abs().max().item()
-        allowed = options.tolerance * (VAE if name.startswith("VAE") else TRANSFORMER) * max(1.0, spread)
-        failed |= not apart <= allowed
-        print(f"{name}: {tuple(ours.shape)}, std {spread:.3f}, largest difference {apart:.2e} (allowed {allowed:.2e})")
-    print("different" if failed else "the same numbers")
-    return 1 if failed else 0
+    same = _agree("transformer", *transformer_outputs(options, config), options.tolerance * TRANSFORMER)
+    for name, (ours, theirs) in vae_outputs(options, config).items():
+        same &= _agree(name, ours, theirs, options.tolerance * VAE)
+    print("the same numbers" if same else "different")
+    return 0 if same else 1
+
+
+def _agree(name: str, ours: Tensor, theirs: Tensor, tolerance: float) -> bool:
+    spread, apart = ours.std().item(), (ours - theirs).abs().max().item()
+    allowed = tolerance * max(1.0, spread)
+    print(f"{name}: {tuple(ours.shape)}, std {spread:.3f}, largest difference {apart:.2e} (allowed {allowed:.2e})",
+          flush=True)  # fmt: skip
+    return apart <= allowed
 
 
 def main(arguments: list[str]) -> int:
