@@ -77,6 +77,10 @@ def test_group_moments(shape, grid, groups, dtype):
     expected = vae.group_moments(x.double(), groups, 1 << 30)
     for got, want in zip(fused_vae.group_moments(x, groups, 1), expected):
         close(got, want.float())
+    bias = torch.randn(shape[1])
+    expected = vae.group_moments(x.double(), groups, 1 << 30, bias)
+    for got, want in zip(fused_vae.group_moments(x, groups, 1, bias), expected):
+        close(got, want.float())
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -90,3 +94,15 @@ def test_apply_field(shape, grid, groups, dtype):
     close(staged[:, :, 2:], vae.apply_field(x.float(), field, swish=True).to(dtype))
     assert staged[:, :, :2].isnan().all()  # what lies in front is left alone
     close(fused_vae.apply_field(x, field, swish=False), vae.apply_field(x.float(), field, swish=False).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_sums_with_a_bias(dtype):
+    h, x = (torch.randn(2, 32, 3, 5, 9).to(dtype).contiguous(memory_format=LAST) for _ in range(2))
+    bias = torch.randn(32).to(dtype)
+    expected = (h.float() + x.float() + bias.float()[:, None, None, None]).to(dtype)
+    close(fused_vae.add_residual(h.clone(memory_format=torch.preserve_format)[:, :, 1:], x[:, :, 1:], bias), expected[:, :, 1:])
+    larger = torch.full((2, 32, 6, 10, 18), float("nan"), dtype=dtype).contiguous(memory_format=LAST)
+    fused_vae.place(x, larger[:, :, ::2, 1::2, ::2], bias)
+    close(larger[:, :, ::2, 1::2, ::2], (x.float() + bias.float()[:, None, None, None]).to(dtype))
+    assert int(larger.isnan().sum()) == larger.numel() - x.numel()

@@ -13,6 +13,8 @@ from torch import nn
 
 from sgm.config import AccelerateArgs, ConfigError, load_run_config
 from sgm.inference.options import SampleArgs
+from sgm.modules.autoencoding.blocks import ResnetBlock3D, Upsample3D
+from sgm.modules.autoencoding.causal_conv import ClipPass
 from sgm.modules.ops import block_ops, vae
 from sgm.modules.ops.choice import KernelError, choose_kernels
 from sgm.modules.ops.modulation import split_modulation
@@ -91,3 +93,40 @@ def test_network_uses_the_operations_it_is_given():
     with torch.no_grad():
         network(torch.randn(1, 3, 16, 6, 10), torch.tensor([7]), torch.randn(1, TEXT_LENGTH, TEXT_WIDTH))
     assert len(calls) == network.num_layers
+
+
+@pytest.mark.parametrize("t", [1, 2, 3, 5])
+@pytest.mark.parametrize("slice_bytes", [1, 1 << 30])
+def test_folded_upsampling_is_upsampling_then_convolution(t, slice_bytes):
+    block = Upsample3D(32, time=True)
+    x = torch.randn(2, 32, t, 4, 6)
+    run = ClipPass(slice_bytes=slice_bytes)
+    with torch.no_grad():
+        got = block(x, run)
+    expected = block(x, run)  # with gradients nothing is folded
+    assert got.shape == expected.shape
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_folded_filters_in_half_precision_stay_within_its_rounding():
+    block = Upsample3D(32, time=False)
+    x = torch.randn(1, 32, 1, 4, 6)
+    expected = block(x).detach()
+    with torch.no_grad():
+        plain = block.bfloat16()(x.bfloat16())
+        folded = block(x.bfloat16(), ClipPass(ops=vae.PLAIN._replace(folds_bias=True)))
+    errors = [((y.float() - expected).norm() / expected.norm()).item() for y in (plain, folded)]
+    assert max(errors) < 1e-2 and errors[1] < 1.5 * errors[0]
+
+
+@pytest.mark.parametrize("latent", [None, 16])
+@pytest.mark.parametrize("slice_bytes", [1, 1 << 30])
+def test_biases_may_join_later_passes(latent, slice_bytes):
+    block = ResnetBlock3D(32, 64, latent_channels=latent)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    x, zq = torch.randn(1, 32, 3, 4, 6), None if latent is None else torch.randn(1, latent, 2, 2, 3)
+    with torch.no_grad():
+        expected = block(x, zq, ClipPass(slice_bytes=slice_bytes))
+        got = block(x, zq, ClipPass(slice_bytes=slice_bytes, ops=vae.PLAIN._replace(folds_bias=True)))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())

@@ -21,6 +21,8 @@ from sgm.modules.ops.vae import (
     apply_field,
     double_frames,
     doubled_frames,
+    doubled_slices,
+    doubling_filters,
     frame_bytes,
     frame_spans,
     norm_field,
@@ -43,11 +45,16 @@ class ClipNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def field(
-        self, x: Tensor, run: ClipPass = WHOLE_CLIP, modulation: tuple[Tensor, Tensor] | None = None
+        self,
+        x: Tensor,
+        run: ClipPass = WHOLE_CLIP,
+        modulation: tuple[Tensor, Tensor] | None = None,
+        bias: Tensor | None = None,
     ) -> AffineField:
-        """The normalisation of x (b, c, t, h, w), optionally modulated, as scale and shift."""
+        """The normalisation of x (b, c, t, h, w), or of x + bias, optionally modulated, as scale and shift for x."""
         budget = x.numel() * 8 if torch.is_grad_enabled() else run.slice_bytes  # with gradients: in one go
-        return norm_field(run.ops.group_moments(x, self.groups, budget), self.weight, self.bias, EPS, modulation)
+        moments = run.ops.group_moments(x, self.groups, budget, bias)
+        return norm_field(moments, self.weight, self.bias, EPS, modulation, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, c, t, h, w) -> the same shape."""
@@ -63,15 +70,17 @@ class SpatialNorm3D(nn.Module):
         self.conv_y = CausalConv3d(latent_channels, channels, kernel_size=1)
         self.conv_b = CausalConv3d(latent_channels, channels, kernel_size=1)
 
-    def field(self, x: Tensor, zq: Tensor, run: ClipPass = WHOLE_CLIP) -> AffineField:
-        """The normalisation of x (b, c, t, h, w) under the latent zq (b, z, t', h', w')."""
+    def field(
+        self, x: Tensor, zq: Tensor, run: ClipPass = WHOLE_CLIP, bias: Tensor | None = None
+    ) -> AffineField:
+        """The normalisation of x (b, c, t, h, w), or of x + bias, under the latent zq (b, z, t', h', w')."""
         size = (x.shape[2], x.shape[3], x.shape[4])
         kind = torch.promote_types(x.dtype, torch.float32)
         modulation = (
             resize_latent(self.conv_y(zq).to(kind), size),
             resize_latent(self.conv_b(zq).to(kind), size),
         )
-        return self.norm_layer.field(x, run, modulation)
+        return self.norm_layer.field(x, run, modulation, bias)
 
     def forward(self, x: Tensor, zq: Tensor) -> Tensor:
         """(b, c, t, h, w) and (b, z, t', h', w') -> (b, c, t, h, w)."""
@@ -98,22 +107,24 @@ class ResnetBlock3D(nn.Module):
 
     def forward(self, x: Tensor, zq: Tensor | None = None, run: ClipPass = WHOLE_CLIP) -> Tensor:
         """x (b, c_in, t, h, w), zq (b, z, t', h', w') in the decoder -> (b, c_out, t, h, w)."""
-        h = self.conv1(x, run, norm=norm_of(self.norm1, x, zq, run))
-        norm2 = norm_of(self.norm2, h, zq, run)
+        bare = run.ops.folds_bias and not torch.is_grad_enabled()  # a bias then joins the norm, or the sum at the end
+        h = self.conv1(x, run, norm=norm_of(self.norm1, x, zq, run), bare=bare)
+        norm2 = norm_of(self.norm2, h, zq, run, self.conv1.conv.bias if bare else None)
         if self.training and self.dropout.p > 0:
-            h = self.conv2(self.dropout(run.ops.apply_field(h, norm2, swish=True)), run)
+            h = self.conv2(self.dropout(run.ops.apply_field(h, norm2, swish=True)), run, bare=bare)
         else:
-            h = self.conv2(h, run, norm=norm2, overwrite=True)
-        return self._add_shortcut(h, x, run)
+            h = self.conv2(h, run, norm=norm2, overwrite=True, bare=bare)
+        return self._add_shortcut(h, x, run, bare)
 
-    def _add_shortcut(self, h: Tensor, x: Tensor, run: ClipPass) -> Tensor:
+    def _add_shortcut(self, h: Tensor, x: Tensor, run: ClipPass, bare: bool) -> Tensor:
         shortcut = getattr(self, "nin_shortcut", None)
         if torch.is_grad_enabled():
             return h + (x if shortcut is None else run.ops.convolve(shortcut, x))
+        bias = self.conv2.conv.bias if bare else None
         if shortcut is None:
-            return h.add_(x)
+            return run.ops.add_residual(h, x, bias)
         for start, stop in frame_spans(x.shape[2], frame_bytes(x), run.slice_bytes):
-            h[:, :, start:stop] += run.ops.convolve(shortcut, x[:, :, start:stop])
+            run.ops.add_residual(h[:, :, start:stop], run.ops.convolve(shortcut, x[:, :, start:stop]), bias)
         return h
 
 
@@ -132,15 +143,26 @@ class Downsample3D(nn.Module):
     def forward(self, x: Tensor, run: ClipPass = WHOLE_CLIP) -> Tensor:
         if self.time:
             x = pool_frames(x)
-        size = (x.shape[3] // 2, x.shape[4] // 2)
-        return _conv_frames(x, self.conv, size, lambda part: F.pad(part, (0, 1, 0, 1)), list(range(x.shape[2])), run)
+        if torch.is_grad_enabled():
+            return self._convolve(x, run, bare=False)
+        b, _, t, h, w = x.shape
+        result = _empty(x, (b, self.conv.out_channels, t, h // 2, w // 2))
+        bias = self.conv.bias if run.ops.folds_bias else None
+        for start, stop in frame_spans(t, frame_bytes(x), run.slice_bytes):
+            part = self._convolve(x[:, :, start:stop], run, bare=bias is not None)
+            run.ops.place(part, result[:, :, start:stop], bias)
+        return result
+
+    def _convolve(self, x: Tensor, run: ClipPass, bare: bool) -> Tensor:
+        return _by_frame(x, lambda frames: run.ops.convolve(self.conv, F.pad(frames, (0, 1, 0, 1)), bare))
 
 
 class Upsample3D(nn.Module):
     """Double height and width by nearest neighbour, then 3x3 conv a frame; also time if `time` is set.
 
     (b, c, t, h, w) -> (b, c, t', 2h, 2w); in time t' = 1 + 2 (t - 1) for odd t (frame 0 stays single), 2t for even t.
-    Doubled frames are equal, so the convolution runs once for both.
+    Doubled frames are equal, so the convolution runs once for both. In float32, and with fused operations, doubling and
+    convolution are one convolution by 2x2 filters (`doubling_filters`), of 4/9 of the arithmetic.
     """
 
     def __init__(self, channels: int, time: bool) -> None:
@@ -149,40 +171,46 @@ class Upsample3D(nn.Module):
         self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
 
     def forward(self, x: Tensor, run: ClipPass = WHOLE_CLIP) -> Tensor:
-        sources = doubled_frames(x.shape[2]) if self.time else list(range(x.shape[2]))
-        size = (x.shape[3] * 2, x.shape[4] * 2)
-        return _conv_frames(x, self.conv, size, lambda part: F.interpolate(part, scale_factor=2.0), sources, run)
+        b, _, t, h, w = x.shape
+        if torch.is_grad_enabled():
+            y = _by_frame(x, lambda frames: self.conv(F.interpolate(frames, scale_factor=2.0)))
+            return double_frames(y) if self.time and t > 1 else y
+        folds = run.ops.folds_bias or x.dtype == torch.float32
+        double = self._double_folded if folds else self._double
+        result = _empty(x, (b, self.conv.out_channels, len(doubled_frames(t)) if self.time else t, 2 * h, 2 * w))
+        for start, stop in frame_spans(t, 4 * frame_bytes(x), run.slice_bytes):
+            copies = doubled_slices(t, start, stop) if self.time else [(slice(0, stop - start), slice(start, stop))]
+            double(x[:, :, start:stop], result, copies, run)
+        return result
+
+    def _double(self, x: Tensor, result: Tensor, copies: list[tuple[slice, slice]], run: ClipPass) -> None:
+        y = _by_frame(x, lambda frames: run.ops.convolve(self.conv, F.interpolate(frames, scale_factor=2.0)))
+        for source, target in copies:
+            run.ops.place(y[:, :, source], result[:, :, target])
+
+    def _double_folded(self, x: Tensor, result: Tensor, copies: list[tuple[slice, slice]], run: ClipPass) -> None:
+        h, w = x.shape[3:]
+        filters = doubling_filters(self.conv.weight).contiguous(memory_format=_frame_layout(x))
+        parts = _by_frame(x, lambda frames: F.conv2d(frames, filters, padding=1)).unflatten(1, (4, -1))
+        for k, (row, col) in enumerate(((0, 0), (0, 1), (1, 0), (1, 1))):
+            y = parts[:, k, :, :, row : row + h, col : col + w]
+            for source, target in copies:
+                run.ops.place(y[:, :, source], result[:, :, target, row::2, col::2], self.conv.bias)
 
 
-def _conv_frames(
-    x: Tensor,
-    conv: nn.Conv2d,
-    size: tuple[int, int],
-    prepare: Callable[[Tensor], Tensor],
-    sources: list[int],
-    run: ClipPass,
-) -> Tensor:
-    """conv(prepare(frame)) for each frame of x; frame k of the result (b, c, len(sources), *size) is sources[k]'s.
+def _by_frame(x: Tensor, convolve: Callable[[Tensor], Tensor]) -> Tensor:
+    """A 2D operation on every frame of x (b, c, t, h, w)."""
+    y = convolve(rearrange(x, "b c t h w -> (b t) c h w"))
+    return rearrange(y, "(b t) c h w -> b c t h w", b=x.shape[0])
 
-    Without gradients long clips go in runs of frames, so that prepared frames never lie in memory all together.
-    """
 
-    def convolve(part: Tensor) -> Tensor:
-        y = run.ops.convolve(conv, prepare(rearrange(part, "b c t h w -> (b t) c h w")))
-        return rearrange(y, "(b t) c h w -> b c t h w", b=part.shape[0])
+def _frame_layout(x: Tensor) -> torch.memory_format:
+    """The layout that a frame of the clip x has."""
+    return torch.channels_last if layout_of(x) == torch.channels_last_3d else torch.contiguous_format
 
-    if torch.is_grad_enabled():
-        y = convolve(x)
-        return y if len(sources) == y.shape[2] else double_frames(y)
-    shape = (x.shape[0], conv.out_channels, len(sources), *size)
-    result = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout_of(x))
-    grown = frame_bytes(x) * max(1, size[0] * size[1] // (x.shape[3] * x.shape[4]))
-    for start, stop in frame_spans(x.shape[2], grown, run.slice_bytes):
-        y = convolve(x[:, :, start:stop])
-        for k, source in enumerate(sources):
-            if start <= source < stop:
-                result[:, :, k] = y[:, :, source - start]
-    return result
+
+def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout_of(like))
 
 
 def make_norm(channels: int, latent_channels: int | None) -> ClipNorm | SpatialNorm3D:
@@ -190,13 +218,15 @@ def make_norm(channels: int, latent_channels: int | None) -> ClipNorm | SpatialN
     return ClipNorm(channels) if latent_channels is None else SpatialNorm3D(channels, latent_channels)
 
 
-def norm_of(norm: ClipNorm | SpatialNorm3D, x: Tensor, zq: Tensor | None, run: ClipPass) -> AffineField:
-    """The norm's field for x: under the latent in the decoder (zq given), plain in the encoder."""
+def norm_of(
+    norm: ClipNorm | SpatialNorm3D, x: Tensor, zq: Tensor | None, run: ClipPass, bias: Tensor | None = None
+) -> AffineField:
+    """The norm's field for x (or x + bias): under the latent in the decoder (zq given), plain in the encoder."""
     if isinstance(norm, SpatialNorm3D):
         if zq is None:
             raise ValueError("the decoder's norms are modulated by the latent: pass zq.")
-        return norm.field(x, zq, run)
-    return norm.field(x, run)
+        return norm.field(x, zq, run, bias)
+    return norm.field(x, run, bias=bias)
 
 
 def check_groups(channels: int, groups: int) -> None:

@@ -82,9 +82,15 @@ class CausalConv3d(nn.Module):
         self.conv = nn.Conv3d(in_channels, out_channels, kernel_size, padding=(0, side, side))
 
     def forward(
-        self, x: Tensor, run: ClipPass = WHOLE_CLIP, norm: AffineField | None = None, *, overwrite: bool = False
+        self,
+        x: Tensor,
+        run: ClipPass = WHOLE_CLIP,
+        norm: AffineField | None = None,
+        *,
+        overwrite: bool = False,
+        bare: bool = False,
     ) -> Tensor:
-        """Convolve x, or swish(norm(x)) where `norm` is given.
+        """Convolve x, or swish(norm(x)) where `norm` is given; `bare` leaves the bias to the caller.
 
         `overwrite` lets the result of a cut convolution replace x (where shapes agree and no gradient is wanted).
         """
@@ -94,10 +100,10 @@ class CausalConv3d(nn.Module):
             spans = frame_spans(x.shape[2], self._frame_bytes(x), run.slice_bytes)
         if len(spans) == 1:
             staged = stage_frames(x, norm, front, self.front, self.conv.weight, run.ops)
-            result = run.ops.convolve(self.conv, staged)
+            result = run.ops.convolve(self.conv, staged, bare)
             front = self._tail(staged)
         else:
-            result, front = self._forward_cut(x, norm, front, spans, overwrite, run.ops)
+            result, front = self._forward_cut(x, norm, front, spans, overwrite, bare, run.ops)
         if run.cache is not None and self.front and not run.last:
             run.cache.keep(self, front)
         return result
@@ -109,6 +115,7 @@ class CausalConv3d(nn.Module):
         front: Tensor | None,
         spans: list[tuple[int, int]],
         overwrite: bool,
+        bare: bool,
         ops: VaeOps,
     ) -> tuple[Tensor, Tensor]:
         """Runs of frames one after the other, each with the end of the one before in front. No gradients."""
@@ -120,7 +127,7 @@ class CausalConv3d(nn.Module):
         for start, stop in spans:
             part_norm = None if norm is None else norm.frames(start, stop)
             staged = stage_frames(x[:, :, start:stop], part_norm, front, self.front, self.conv.weight, ops)
-            result[:, :, start:stop] = ops.convolve(self.conv, staged)
+            result[:, :, start:stop] = ops.convolve(self.conv, staged, bare)
             front = self._tail(staged)
         return result, front
 

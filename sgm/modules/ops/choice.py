@@ -63,4 +63,12 @@ def _fused(attend: block_ops.Attention) -> Kernels:
         linear_gelu=fused_block.linear_gelu,
         attention=attend,
     )
-    return Kernels(block, VaeOps(fused_vae.group_moments, fused_vae.apply_field, fused_vae.convolve), fused=True)
+    coders = VaeOps(
+        group_moments=fused_vae.group_moments,
+        apply_field=fused_vae.apply_field,
+        convolve=fused_vae.convolve,
+        add_residual=fused_vae.add_residual,
+        place=fused_vae.place,
+        folds_bias=True,
+    )
+    return Kernels(block, coders, fused=True)

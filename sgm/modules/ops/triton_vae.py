@@ -75,6 +75,20 @@ def _apply_field_kernel(
     tl.store(out + out_at[:, :, None] + cols[None, None, :], value.to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _add_residual_kernel(h, x, bias, values, channels, h_b, x_b, SIZE: tl.constexpr):
+    """h + x + bias in the place of h, over the values of one sample, which lie without gaps."""
+    first = tl.program_id(0).to(tl.int64) * SIZE
+    at = first + tl.arange(0, SIZE)
+    channel = ((first % channels).to(tl.int32) + tl.arange(0, SIZE)) % channels
+    sample = tl.program_id(1).to(tl.int64)
+    inside = at < values
+    total = tl.load(h + sample * h_b + at, mask=inside, other=0.0).to(tl.float32)
+    total += tl.load(x + sample * x_b + at, mask=inside, other=0.0).to(tl.float32)
+    total += tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
+    tl.store(h + sample * h_b + at, total.to(h.dtype.element_ty), mask=inside)
+
+
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and sum of squared deviations (b, k, c) of k runs of pixels, and the number of pixels of each run (k,).
 
@@ -112,6 +126,15 @@ def launch_apply_field(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor, swi
             scale.shape[2] * rows * cols * c, field_t,
             SWISH=swish, CELLS=per_program, REPEAT=repeat, COLS=_CHANNELS, num_warps=4,
         )  # fmt: skip
+
+
+def launch_add_residual(h: Tensor, x: Tensor, bias: Tensor) -> None:
+    """h += x + bias; h and x (b, c, t, h, w) channels-last without gaps within a sample, bias (c,)."""
+    values = h[0].numel()
+    with torch.cuda.device_of(h):
+        _add_residual_kernel[(triton.cdiv(values, _FIELD_TILE), h.shape[0])](
+            h, x, bias, values, h.shape[1], h.stride(0), x.stride(0), SIZE=_FIELD_TILE, num_warps=8
+        )
 
 
 def _power_of_two_in(number: int, limit: int) -> int:

@@ -46,12 +46,14 @@ def frame_bytes(x: Tensor, itemsize: int | None = None) -> int:
     return x.numel() // x.shape[2] * (itemsize or x.element_size())
 
 
-def group_moments(x: Tensor, groups: int, budget: int) -> tuple[Tensor, Tensor]:
+def group_moments(x: Tensor, groups: int, budget: int, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Mean and biased variance, (b, groups) in float32 or wider, over a group's channels, all frames and all pixels.
 
-    Runs of frames within `budget` bytes are reduced alone and merged by Chan et al. 1979 (pairwise update), which
-    keeps full precision where sums of squares would cancel.
+    With `bias` (c,) they are those of x + bias. Runs of frames within `budget` bytes are reduced alone and merged by
+    Chan et al. 1979 (pairwise update), which keeps full precision where sums of squares would cancel.
     """
+    if bias is not None:
+        x = x + bias[:, None, None, None]
     if _is_lean(x):
         return lean_moments(x, groups)
     kind = torch.promote_types(x.dtype, torch.float32)
@@ -73,6 +75,7 @@ def norm_field(
     bias: Tensor,
     eps: float,
     modulation: tuple[Tensor, Tensor] | None = None,
+    added: Tensor | None = None,
 ) -> AffineField:
     """Group normalisation (Wu & He 2018), optionally modulated, as a field: GN(x) * y + z with modulation = (y, z).
 
@@ -80,11 +83,14 @@ def norm_field(
         moments: mean and variance (b, groups).
         weight, bias: (c,).
         modulation: y and z, (b, c, t, h', w').
+        added: (c,), makes it the field of x for GN(x + added); the moments are those of x + added.
     """
     mean, variance = moments
     per_channel = weight.shape[0] // mean.shape[1]
     scale = (variance + eps).rsqrt().repeat_interleave(per_channel, dim=1) * weight.to(mean.dtype)
-    shift = bias.to(mean.dtype) - mean.repeat_interleave(per_channel, dim=1) * scale
+    mean = mean.repeat_interleave(per_channel, dim=1)
+    mean = mean if added is None else mean - added
+    shift = bias.to(mean.dtype) - mean * scale
     scale, shift = scale[:, :, None, None, None], shift[:, :, None, None, None]
     if modulation is None:
         return AffineField(scale, shift)
@@ -159,9 +165,45 @@ def doubled_frames(t: int) -> list[int]:
     return [k for k in range(t) for _ in range(1 if t % 2 and k == 0 else 2)]
 
 
-def convolve(conv: nn.Module, x: Tensor) -> Tensor:
-    """conv(x): a convolution of one frame each, (n, c, h, w), or of a clip, (b, c, t, h, w)."""
-    return conv(x)
+def convolve(conv: nn.Module, x: Tensor, bare: bool = False) -> Tensor:
+    """conv(x), `bare` without its bias: a convolution of frames, (n, c, h, w), or of a clip, (b, c, t, h, w)."""
+    return conv._conv_forward(x, conv.weight, None) if bare else conv(x)
+
+
+def add_residual(h: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """h + x, plus bias (c,) if given, in the place of h; all (b, c, t, h, w). No gradients."""
+    h += x
+    return h if bias is None else h.add_(bias[:, None, None, None])
+
+
+def place(x: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
+    """Write x, plus bias (c,) if given, into `out`, a view of its shape (b, c, t, h, w). No gradients."""
+    if bias is None:
+        out.copy_(x)
+    else:
+        torch.add(x, bias[:, None, None, None], out=out)
+
+
+def doubled_slices(t: int, start: int, stop: int) -> list[tuple[slice, slice]]:
+    """`doubled_frames(t)` as copies: frames from `start` on, frames of the result; for sources start .. stop - 1."""
+    if t % 2 == 0:
+        return [(slice(0, stop - start), slice(2 * start + k, 2 * stop + k - 1, 2)) for k in (0, 1)]
+    alone = [(slice(0, 1), slice(0, 1))] if start == 0 else []
+    first = max(start, 1)  # source k > 0 becomes the frames 2k - 1 and 2k
+    pairs = [(slice(first - start, stop - start), slice(2 * first - 1 + k, 2 * stop - 2 + k, 2)) for k in (0, 1)]
+    return alone + (pairs if stop > first else [])
+
+
+def doubling_filters(weight: Tensor) -> Tensor:
+    """3x3 filters (o, i, 3, 3) for an image doubled by nearest neighbour, as 2x2 ones for the image: (4 o, i, 2, 2).
+
+    Neighbouring taps that fall on the same pixel are added up. The four sets of o filters are for the even and odd rows
+    and columns of the result, (0, 0), (0, 1), (1, 0), (1, 1); sums are float32 (or wider), results in weight's type.
+    """
+    kind = torch.promote_types(weight.dtype, torch.float32)
+    # which of the taps 0, 1, 2 fall on the pixel before and the pixel at hand, or the pixel at hand and the next
+    sums = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=kind, device=weight.device)
+    return torch.einsum("apk,bql,oikl->aboipq", sums, sums, weight.to(kind)).flatten(0, 2).to(weight.dtype)
 
 
 # --- training in half precision ----------------------------------------------------------------------------------
@@ -247,11 +289,17 @@ def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 
 class VaeOps(NamedTuple):
-    """One implementation of each operation that has several; `sgm.modules.ops.fused_vae` has those for GPUs."""
+    """One implementation of each operation that has several; `sgm.modules.ops.fused_vae` has those for GPUs.
+
+    `folds_bias`: where no gradients are wanted, biases of convolutions are left to the pass that comes after them.
+    """
 
     group_moments: Callable[..., tuple[Tensor, Tensor]] = group_moments
     apply_field: Callable[..., Tensor] = apply_field
-    convolve: Callable[[nn.Module, Tensor], Tensor] = convolve
+    convolve: Callable[..., Tensor] = convolve
+    add_residual: Callable[..., Tensor] = add_residual
+    place: Callable[..., None] = place
+    folds_bias: bool = False
 
 
 PLAIN = VaeOps()
