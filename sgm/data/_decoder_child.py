@@ -1,11 +1,13 @@
 """The decoding process: a script that answers requests on its standard input until that is closed.
 
 Run by `sgm.data.decoder` as a file, so that it imports decord and numpy only. A request is one JSON line, `{"op":
-"probe" | "read", "path": str, "indices": [int], "limit": seconds}`. An answer is the length (4 bytes, little-endian) of
+"probe" | "read", "path": str, "begin": int, "size": int | null, "indices": [int], "limit": seconds}`; with a size the
+video is that part of the file. An answer is the length (4 bytes, little-endian) of
 a JSON text, that text, and for a "read" the frames as raw bytes, uint8 (f, h, w, 3). A failure is an answer too:
 `{"error": reason}`. The first answer, `{}`, says that the process is ready.
 """
 
+import io
 import json
 import os
 import re
@@ -27,12 +29,14 @@ class Videos:
         self.key = None
         self.reader = None
 
-    def open(self, path):
+    def open(self, request):
+        path, begin, size = request["path"], request["begin"], request["size"]
         stat = os.stat(path)
-        key = (path, stat.st_size, stat.st_mtime_ns)
+        key = (path, begin, size, stat.st_size, stat.st_mtime_ns)
         if key != self.key:
             self.key = self.reader = None
-            reader = self.decord.VideoReader(path, ctx=self.decord.cpu(0), num_threads=1)
+            source = path if size is None else part_of(path, begin, size)
+            reader = self.decord.VideoReader(source, ctx=self.decord.cpu(0), num_threads=1)
             self.height, self.width, channels = reader[0].shape  # decodes: proves that the stream is readable at all
             # decord gives rows padded by the scaler as additional channels (widths 2, 8, 16, 24, 48, 72), and
             # get_batch fails on them.
@@ -40,13 +44,13 @@ class Videos:
             self.reader, self.key = reader, key
         return self.reader
 
-    def probe(self, path):
-        reader = self.open(path)
+    def probe(self, request):
+        reader = self.open(request)
         size = {"height": self.height, "width": self.width}
         return {"frames": len(reader), "fps": float(reader.get_avg_fps()), **size}
 
-    def read(self, path, indices):
-        reader = self.open(path)
+    def read(self, request):
+        reader, indices = self.open(request), request["indices"]
         unique = sorted(set(indices))
         frames = self.unpadded(unique) if self.padded else reader.get_batch(unique).asnumpy()
         if unique == list(indices):
@@ -64,6 +68,13 @@ class Videos:
         self.key = self.reader = None
 
 
+def part_of(path, begin, size):
+    """Bytes of a file as a file in memory, which decord reads too."""
+    with open(path, "rb") as file:
+        file.seek(begin)
+        return io.BytesIO(file.read(size))
+
+
 def reason(error):
     """The cause without decord's source positions and stack trace."""
     text = str(error).split("Stack trace")[0].strip() or type(error).__name__
@@ -75,9 +86,9 @@ def answer(videos, request, out):
     signal.setitimer(signal.ITIMER_REAL, request["limit"])
     try:
         if request["op"] == "probe":
-            head, payload = videos.probe(request["path"]), None
+            head, payload = videos.probe(request), None
         else:
-            payload = videos.read(request["path"], request["indices"])
+            payload = videos.read(request)
             head = {"shape": payload.shape}
     except Exception as error:  # whatever the decoder raises is the answer; the parent makes it a VideoError
         videos.forget()

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sgm.data.sources import Place
 from sgm.weights.save import SaveError, save_safetensors, save_text, write_failed
 
 FORMAT = 1
@@ -49,7 +50,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class FileStamp:
-    """A file as it was seen: its absolute path, size in bytes, time of change in nanoseconds."""
+    """A file as it was seen: its absolute path, size in bytes, time of change in nanoseconds.
+
+    For a clip inside an archive, size and time are the archive's.
+    """
 
     path: str
     size: int
@@ -58,7 +62,7 @@ class FileStamp:
     @classmethod
     def of(cls, path: str | Path) -> FileStamp:
         """Raises OSError where there is no such file."""
-        stat = os.stat(path)
+        stat = os.stat(Place.of(path).file)
         return cls(os.path.abspath(path), stat.st_size, stat.st_mtime_ns)
 
 
@@ -305,7 +309,7 @@ def text_key(text: str) -> str:
 def video_key(path: str | Path) -> str:
     """Name under which a video's moments are stored. Reads the whole file; raises OSError."""
     digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 20))
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(buffer):
+    with Place.of(path).open() as file:
+        while count := file.readinto(buffer):  # type: ignore[attr-defined]
             digest.update(buffer[:count])
     return "video:" + digest.hexdigest()[:KEY_DIGITS]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,10 @@ import torch
 from torch.utils.data import Dataset
 
 from sgm.data.cache_store import CacheStore, Entry, FileStamp, ShardReader, text_key
-from sgm.data.clips import CaptionError, ClipSettings, list_videos, read_caption
-from sgm.data.dataset import PackedStrings
+from sgm.data.clips import CaptionError, ClipSettings, caption_of
+from sgm.data.dataset import PackedShapes, PackedStrings
 from sgm.data.report import DatasetError, Rejection, Report, first_reasons
+from sgm.data.sources import ListedClip
 
 MOMENTS, EMBEDDING = "moments", "txt_embedding"  # entries of a batch
 
@@ -49,24 +50,27 @@ class CacheScan:
         return f"{len(self.missing)} of the clips in {self.folder}{why} (first: {self.missing[0].path})"
 
 
-def scan_cached(folder: str | Path, settings: ClipSettings, store: CacheStore, order: str = "sorted") -> CacheScan:
-    """Which clips of a folder the cache holds. Reads captions and file times, opens no video.
+def scan_cached(
+    folder: str | Path, settings: ClipSettings, store: CacheStore, list_all: Callable[[Path], list[ListedClip]]
+) -> CacheScan:
+    """Which clips of a source the cache holds. Reads captions and file times, opens no video.
+
+    Args:
+        list_all: lists a source's clips, see `sgm.data.report.list_source`.
 
     Raises:
-        DatasetError: no such folder, no video in it, or captions missing where `settings.missing_caption` is "error".
+        DatasetError: no such source, nothing in it, or captions missing where `settings.missing_caption` is "error".
     """
     folder = Path(folder).expanduser().absolute()
-    if not folder.is_dir():
-        raise DatasetError(f"{folder}: no such folder")
     scan, unnamed = CacheScan(str(folder)), []
-    for video in list_videos(folder, order):
+    for clip in list_all(folder):
         try:
-            caption = read_caption(video, settings.missing_caption)
+            caption = caption_of(clip, settings.missing_caption)
         except CaptionError as fault:
             unnamed.append(Rejection(str(fault.path), fault.reason))
-            scan.rejected.append(Rejection(str(video), str(fault)))
+            scan.rejected.append(Rejection(clip.path, str(fault)))
             continue
-        _sort_in(scan, str(video), caption, store)
+        _sort_in(scan, clip.path, caption, store)
     if unnamed and settings.missing_caption == "error":
         raise DatasetError(
             f"{folder}: {len(unnamed)} captions are missing or unreadable: {first_reasons(unnamed)}; add them, or set "
@@ -78,7 +82,11 @@ def scan_cached(folder: str | Path, settings: ClipSettings, store: CacheStore, o
 
 
 def _sort_in(scan: CacheScan, path: str, caption: str, store: CacheStore) -> None:
-    stamp = FileStamp.of(path)
+    try:
+        stamp = FileStamp.of(path)
+    except OSError as error:
+        scan.rejected.append(Rejection(path, f"it cannot be read: {error.strerror}"))
+        return
     seen = store.seen(stamp)
     if seen is not None and seen.rejected is not None:
         scan.rejected.append(Rejection(path, seen.rejected))
@@ -123,6 +131,7 @@ class CachedClips(Dataset):
         self._captions = PackedStrings([clip.caption for clip in scan.usable])
         self._moments = PackedEntries([store.entry(clip.key) for clip in scan.usable])  # type: ignore[arg-type]
         self._texts = PackedEntries([store.entry(text_key(clip.caption)) for clip in scan.usable])
+        self.shapes = PackedShapes([self._moments[k].shape for k in range(len(scan.usable))])
         self._reader = ShardReader(store.shards)
 
     def __len__(self) -> int:
@@ -143,11 +152,6 @@ class CachedClips(Dataset):
             "path": self._paths[index],
             "index": index,
         }
-
-    @property
-    def shapes(self) -> list[tuple[int, ...]]:
-        """Shape of each clip's moments."""
-        return [self._moments[k].shape for k in range(len(self))]
 
 
 class PackedEntries(Sequence[Entry]):

@@ -1,24 +1,26 @@
-"""One clip's way: a video file and its caption -> frames at the training size, and the text.
+"""One clip's way: a video file (or picture) and its caption -> frames at the training size, and the text.
 
-Layout of a data set: `.../videos/NAME.mp4` beside `.../labels/NAME.txt`, folders inside `videos` mirrored in `labels`.
+Layout of a folder: `.../videos/NAME.mp4` beside `.../labels/NAME.txt`, folders inside `videos` mirrored in `labels`.
+Other sources: `sgm.data.sources`.
 """
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from sgm.data.buckets import Bucket, choose_bucket
 from sgm.data.decoder import DecodeProcess
 from sgm.data.frames import ClipError, check_settings, frame_indices
+from sgm.data.sources import VIDEO_SUFFIXES, ListedClip, first_line, is_image, list_files
 from sgm.data.video_io import DECODE_TIMEOUT, VideoError, VideoInfo, probe, read_frames, resize_crop
 
-VIDEO_SUFFIX = ".mp4"
 MISSING_CAPTION = ("skip", "error", "empty")
-FILE_ORDERS = ("sorted", "walk")
 
 
 class CaptionError(ValueError):
@@ -36,6 +38,13 @@ class CaptionError(ValueError):
 CLIP_FAULTS = (VideoError, ClipError, CaptionError)  # what is wrong with one clip and no reason to stop a run
 
 
+class ClipPlan(NamedTuple):
+    """Frames to take, and (height, width) to bring them to."""
+
+    indices: list[int]
+    size: tuple[int, int]
+
+
 @dataclass(frozen=True)
 class ClipSettings:
     """How clips are taken from videos.
@@ -43,6 +52,8 @@ class ClipSettings:
     Attributes:
         video_size: (height, width) of the clips in pixels.
         fps, max_num_frames, skip_frames, sampling: see `sgm.data.frames.frame_indices` (`sampling` is its `rule`).
+        buckets: kinds of clips, in place of `video_size` and `max_num_frames`; see `sgm.data.buckets`.
+        max_crop: with buckets, the largest share of a picture that may be cropped away.
         missing_caption: what an absent or empty caption does: "skip" rejects the clip, "error" stops, "empty" trains
             the clip with the text "". A caption that is not UTF-8 is never read as "".
         decode_timeout: seconds after which decoding one clip is given up.
@@ -55,6 +66,8 @@ class ClipSettings:
     sampling: str = "upstream"
     missing_caption: str = "skip"
     decode_timeout: float = DECODE_TIMEOUT
+    buckets: tuple[Bucket, ...] = ()
+    max_crop: float = 0.25
 
     def __post_init__(self):
         problems = []
@@ -64,6 +77,8 @@ class ClipSettings:
             problems.append(f"missing_caption is {self.missing_caption!r}, choose one of {', '.join(MISSING_CAPTION)}")
         if not self.decode_timeout > 0:
             problems.append(f"decode_timeout is {self.decode_timeout}, it must be a positive number of seconds")
+        if not 0 <= self.max_crop < 1:
+            problems.append(f"max_crop is {self.max_crop}, it must be a share from 0 to below 1")
         try:
             check_settings(self.fps, self.max_num_frames, self.skip_frames, self.sampling)
         except ValueError as error:
@@ -71,33 +86,45 @@ class ClipSettings:
         if problems:
             raise ValueError("data settings: " + "; ".join(problems))
 
-    def indices(self, info: VideoInfo) -> list[int]:
-        """The frames to take from a video. Raises ClipError."""
-        return frame_indices(info.frames, info.fps, self.fps, self.max_num_frames, self.skip_frames, rule=self.sampling)
+    def indices(self, info: VideoInfo, most: int | None = None) -> list[int]:
+        """The frames to take from a video, at most `most` in place of `max_num_frames`. Raises ClipError."""
+        most = most or self.max_num_frames
+        return frame_indices(info.frames, info.fps, self.fps, most, self.skip_frames, rule=self.sampling)
+
+    def plan(self, path: str | Path, info: VideoInfo) -> ClipPlan:
+        """How a clip is taken from a video or picture. Raises ClipError."""
+        if is_image(path):
+            size = self._bucket(info, lambda frames: frames == 1)[1:] if self.buckets else self.video_size
+            return ClipPlan([0], size)
+        if not self.buckets:
+            return ClipPlan(self.indices(info), self.video_size)
+        bucket = self._bucket(info, lambda frames: self._gives(info, frames))
+        return ClipPlan(self.indices(info, bucket.frames), bucket[1:])
+
+    def _bucket(self, info: VideoInfo, fits: Callable[[int], bool]) -> Bucket:
+        return choose_bucket(info.height, info.width, self.buckets, self.max_crop, fits)
+
+    def _gives(self, info: VideoInfo, frames: int) -> bool:
+        try:
+            return len(self.indices(info, frames)) == frames
+        except ClipError:
+            return False
 
 
 def list_videos(data_dir: str | Path, order: str = "sorted") -> list[Path]:
     """All `.mp4` files under a folder, in sorted order, or ("walk", as the original) as the file system lists them."""
-    if order not in FILE_ORDERS:
-        raise ValueError(f"unknown file order {order!r}; choose one of {', '.join(FILE_ORDERS)}")
-    found = [
-        Path(folder, name)
-        for folder, _, names in os.walk(data_dir)
-        for name in names
-        if name.lower().endswith(VIDEO_SUFFIX)
-    ]
-    return sorted(found) if order == "sorted" else found
+    return list_files(data_dir, VIDEO_SUFFIXES, order)
 
 
 def caption_path(video: str | Path) -> Path:
-    """The caption file of a video: `.txt`, and the last folder named `videos` becomes `labels`.
+    """The caption file of a video or picture: `.txt`, and the last folder named `videos` or `images` becomes `labels`.
 
     Without such a folder the caption lies beside the video. The original replaces the letters "videos" wherever they
     occur in the path, which fails for /my_videos/set/videos/a.mp4; for the usual layout both give the same.
     """
     video = Path(video)
     parts = list(video.parts)
-    folders = [i for i, part in enumerate(parts[:-1]) if part == "videos"]
+    folders = [i for i, part in enumerate(parts[:-1]) if part in ("videos", "images")]
     if folders:
         parts[folders[-1]] = "labels"
     return Path(*parts).with_suffix(".txt")
@@ -130,26 +157,44 @@ def read_caption(video: str | Path, missing: str = "skip") -> str:
     raise CaptionError(path, problem)
 
 
-def check_clip(video: Path, settings: ClipSettings, decoder: DecodeProcess | None = None) -> VideoInfo:
+def caption_of(clip: ListedClip, missing: str = "skip") -> str:
+    """A clip's caption, from its source or its file; see `read_caption`. Raises CaptionError."""
+    if clip.caption is None:
+        return read_caption(clip.path, missing)
+    line = first_line(clip.caption)
+    if line.strip() or missing == "empty":
+        return line if line.strip() else ""
+    raise CaptionError(clip.path, "its caption is empty")
+
+
+@dataclass(frozen=True)
+class CheckedClip:
+    """What a video holds, and the clip that it gives: (frames, height, width)."""
+
+    info: VideoInfo
+    shape: tuple[int, int, int]
+
+
+def check_clip(clip: ListedClip, settings: ClipSettings, decoder: DecodeProcess | None = None) -> CheckedClip:
     """What a video holds, if a captioned clip can be taken from it. Decodes one frame.
 
     Raises:
         VideoError, ClipError, CaptionError: it cannot; the message says why.
     """
-    read_caption(video, settings.missing_caption)
-    info = probe(video, settings.decode_timeout, decoder)
-    settings.indices(info)
-    return info
+    caption_of(clip, settings.missing_caption)
+    info = probe(clip.path, settings.decode_timeout, decoder)
+    plan = settings.plan(clip.path, info)
+    return CheckedClip(info, (len(plan.indices), *plan.size))
 
 
-def load_clip(video: Path, settings: ClipSettings) -> tuple[Tensor, str]:
+def load_clip(clip: ListedClip, settings: ClipSettings) -> tuple[Tensor, str]:
     """Frames, float32 (f, 3, h, w) in [-1, 1], and caption.
 
     Raises:
         VideoError, ClipError, CaptionError: the clip cannot be had.
     """
-    caption = read_caption(video, settings.missing_caption)
-    return to_unit_range(load_frames(video, settings)), caption
+    caption = caption_of(clip, settings.missing_caption)
+    return to_unit_range(load_frames(clip.path, settings)), caption
 
 
 def load_frames(video: str | Path, settings: ClipSettings) -> Tensor:
@@ -158,8 +203,8 @@ def load_frames(video: str | Path, settings: ClipSettings) -> Tensor:
     Raises:
         VideoError, ClipError: the clip cannot be had.
     """
-    indices = settings.indices(probe(video, settings.decode_timeout))
-    return resize_crop(read_frames(video, indices, settings.decode_timeout), settings.video_size)
+    plan = settings.plan(video, probe(video, settings.decode_timeout))
+    return resize_crop(read_frames(video, plan.indices, settings.decode_timeout), plan.size)
 
 
 def to_unit_range(frames: Tensor) -> Tensor:

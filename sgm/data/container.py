@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from sgm.data.sources import Place
+
 # First bytes of files that are often found under a video's name. ffmpeg would decode the pictures as one-frame videos.
 NOT_VIDEO: tuple[tuple[bytes, str], ...] = (
     (b"\x89PNG", "a PNG picture"),
@@ -45,12 +47,13 @@ def inspect(path: Path) -> str:
     Raises:
         ContainerError: the file is empty, not a file, of another kind, or cut short.
     """
-    if not path.is_file():
-        raise ContainerError("not a regular file" if path.exists() else "no such file")
-    size = path.stat().st_size
+    place = Place.of(path)
+    if not place.file.is_file():
+        raise ContainerError("not a regular file" if place.file.exists() else "no such file")
+    size = place.length()
     if size == 0:
         raise ContainerError("the file is empty")
-    with path.open("rb") as file:
+    with place.open() as file:
         head = file.read(64)
         for magic, kind in NOT_VIDEO:
             if head.startswith(magic):

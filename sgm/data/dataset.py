@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from sgm.data.clips import CLIP_FAULTS, CaptionError, ClipSettings, list_videos, load_clip
+from sgm.data.buckets import parse_buckets
+from sgm.data.clips import CLIP_FAULTS, CaptionError, ClipSettings, load_clip
 from sgm.data.frames import ClipError, frame_indices
-from sgm.data.report import LEVELS, DatasetError, Report, append_broken, scan
+from sgm.data.report import LEVELS, DatasetError, Report, append_broken, list_source, scan
+from sgm.data.sources import ListedClip, base_of
 from sgm.data.video_io import DECODE_TIMEOUT
 
 __all__ = ["ClipError", "DatasetError", "SFTDataset", "frame_indices"]
@@ -25,13 +28,13 @@ logger = logging.getLogger(__name__)
 
 
 class SFTDataset(Dataset):
-    """Captioned videos of a folder, `videos/*.mp4` and `labels/*.txt`, decoded when asked for.
+    """Captioned videos of a folder (`videos/*.mp4`, `labels/*.txt`), manifest or shard, decoded when asked for.
 
     A clip that cannot be read is replaced by the next one in order, logged once, and added to the report; see
     `broken_count`. Parameters up to `skip_frms_num` are the original's.
 
     Args:
-        data_dir: folder with the videos, nested folders included.
+        data_dir: folder with the videos, nested folders included; or another source, see `sgm.data.sources`.
         video_size: [height, width] of the clips in pixels.
         fps, max_num_frames, skip_frms_num, sampling, missing_caption, decode_timeout: see `ClipSettings`.
         file_order: "sorted", or "walk" for the file system's order, which the original uses.
@@ -39,9 +42,15 @@ class SFTDataset(Dataset):
             "report" takes the usable videos from the file `report` instead of looking, so that all ranks agree.
         report: file for `sgm.data.report`: written by "probe" and "captions", read by "report", and in all cases added
             to when a clip turns out broken later.
+        buckets: `[[frames, height, width], ...]`: mixed clips, in place of video_size and max_num_frames; see
+            `sgm.data.buckets`.
+        max_crop: with buckets, the largest share of a picture that may be cropped away.
+        images: take a folder's pictures too (`images/*.png`), as clips of one frame.
+        txt_key: extension of the captions in shards.
 
     Raises:
-        DatasetError: the folder holds no usable clip, or the report is of other data.
+        DatasetError: the source holds no usable clip, or the report is of other data.
+        SourceError, BucketError: a manifest, shard or bucket that is none.
     """
 
     def __init__(
@@ -57,18 +66,33 @@ class SFTDataset(Dataset):
         file_order: str = "sorted",
         validate: str = "probe",
         report: str | Path | None = None,
+        buckets: Sequence[Sequence[int]] = (),
+        max_crop: float = 0.25,
+        images: bool = False,
+        txt_key: str = "txt",
     ):
         self.data_dir = Path(data_dir)
         self.settings = ClipSettings(
-            tuple(video_size), fps, max_num_frames, skip_frms_num, sampling, missing_caption, decode_timeout
-        )
+            tuple(video_size), fps, max_num_frames, skip_frms_num, sampling, missing_caption, decode_timeout,
+            parse_buckets(buckets), max_crop,
+        )  # fmt: skip
+        self._listing = {"order": file_order, "images": images, "txt_key": txt_key}
         self.report_path = None if report is None else Path(report)
-        self.report = self._examine(validate, file_order)
+        self.report = self._examine(validate)
         self.report.require_usable()
-        self.paths = PackedStrings([os.path.relpath(path, self.data_dir) for path in self.report.usable])
+        base = base_of(self.data_dir.absolute())
+        self.base = base_of(self.data_dir)
+        self.paths = PackedStrings([os.path.relpath(path, base) for path in self.report.usable])
+        # A manifest may name a caption for some clips only; the others have files.
+        self._has_caption = np.array([caption is not None for caption in self.report.captions], bool)
+        held = self._has_caption.any()
+        self._captions = PackedStrings([c or "" for c in self.report.captions]) if held else None
+        shapes = self.report.shapes
+        self.shapes = PackedShapes(shapes) if shapes and None not in shapes else None  # type: ignore[arg-type]
         # One flag a clip, shared by all workers: none waits for a clip that another has found broken.
         self._broken = torch.zeros(len(self.paths), dtype=torch.uint8).share_memory_()
-        self.report.usable = []  # `paths` has them, in a form that forked workers do not copy
+        # `paths` and the others have them, in a form that forked workers do not copy
+        self.report.usable, self.report.captions, self.report.shapes = [], [], []
 
     @classmethod
     def create_dataset_function(cls, path: str, args: Any, **kwargs: Any) -> SFTDataset:
@@ -89,13 +113,12 @@ class SFTDataset(Dataset):
         """
         if not -len(self) <= index < len(self):
             raise IndexError(f"clip {index} of {len(self)}")
-        for step in range(len(self)):
-            candidate = (index + step) % len(self)
+        for candidate in self._candidates(index % len(self)):
             if self._broken[candidate]:
                 continue
-            path = self.data_dir / self.paths[candidate]
+            path = self.base / self.paths[candidate]
             try:
-                frames, caption = load_clip(path, self.settings)
+                frames, caption = load_clip(self._listed(candidate, path), self.settings)
             except CLIP_FAULTS as fault:
                 if isinstance(fault, CaptionError) and self.settings.missing_caption == "error":
                     raise
@@ -106,22 +129,40 @@ class SFTDataset(Dataset):
         where = f"; see {self.report_path}" if self.report_path else ""
         raise DatasetError(f"{self.data_dir}: none of the {len(self)} clips can be read any more{where}")
 
+    def _candidates(self, index: int) -> Iterator[int]:
+        """The clip, then those that can take its place: of its shape first, since a batch may count on that."""
+        yield index
+        following = (index + 1 + np.arange(len(self) - 1)) % len(self)
+        alike = np.ones(len(following), bool) if self.shapes is None else self.shapes.equal(index)[following]
+        yield from map(int, (*following[alike], *following[~alike]))
+
+    def _listed(self, index: int, path: Path) -> ListedClip:
+        if self._captions is None or not self._has_caption[index]:
+            return ListedClip(str(path))
+        return ListedClip(str(path), self._captions[index])
+
     @property
     def broken_count(self) -> int:
         """Clips that were usable at the start and have failed since, in any worker."""
         return int(self._broken.sum())
 
-    def _examine(self, validate: str, file_order: str) -> Report:
+    def _list_all(self, source: Path) -> list[ListedClip]:
+        return list_source(source, **self._listing)  # type: ignore[arg-type]
+
+    def _examine(self, validate: str) -> Report:
         if validate not in VALIDATION:
             raise ValueError(f"unknown validation {validate!r}; choose one of {', '.join(VALIDATION)}")
+        if self.settings.buckets and validate not in ("probe", "report"):
+            raise DatasetError(f"buckets need to know each video's length and size: validate 'probe', not {validate!r}")
         if validate == "report":
             return self._known_report()
         if validate == "none":
-            if not self.data_dir.is_dir():
-                raise DatasetError(f"{self.data_dir}: no such folder")
-            videos = [str(video) for video in list_videos(self.data_dir, file_order)]
-            return Report(str(self.data_dir), asdict(self.settings), videos)
-        report = scan(self.data_dir, self.settings, file_order, validate)
+            clips = self._list_all(self.data_dir)
+            listed = Report(str(self.data_dir), asdict(self.settings), [clip.path for clip in clips])
+            listed.captions = [clip.caption for clip in clips]
+            return listed
+        clips = self._list_all(self.data_dir.absolute())
+        report = scan(self.data_dir, self.settings, level=validate, clips=clips)
         if self.report_path:
             report.write(self.report_path)
         logger.info(report.summary())
@@ -133,7 +174,7 @@ class SFTDataset(Dataset):
         report = Report.read(self.report_path)
         if Path(report.data_dir).resolve() != self.data_dir.resolve():
             raise DatasetError(f"{self.report_path} is the report of {report.data_dir}, not of {self.data_dir}")
-        settings = {**asdict(self.settings), "video_size": list(self.settings.video_size)}
+        settings = json.loads(json.dumps(asdict(self.settings)))  # as they come back from a file
         other = sorted(name for name in settings if report.settings.get(name) != settings[name])
         if other:
             raise DatasetError(f"{self.report_path} was made with another {', '.join(other)}; check the data set again")
@@ -144,6 +185,23 @@ class SFTDataset(Dataset):
         logger.warning("clip left out: %s", fault)
         if self.report_path:
             append_broken(self.report_path, path, str(fault))
+
+
+class PackedShapes(Sequence[tuple[int, ...]]):
+    """Shapes in an array; see `PackedStrings`."""
+
+    def __init__(self, shapes: Sequence[tuple[int, ...]]):
+        self._values = np.array(shapes, np.int32)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __getitem__(self, index: int) -> tuple[int, ...]:  # type: ignore[override]
+        return tuple(self._values[index].tolist())
+
+    def equal(self, index: int) -> np.ndarray:
+        """For each clip whether it has the shape of clip `index`."""
+        return (self._values == self._values[index]).all(1)
 
 
 class PackedStrings(Sequence[str]):

@@ -19,8 +19,11 @@ import time
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+from sgm.data.sources import Place
 
 CHILD = Path(__file__).with_name("_decoder_child.py")
 START_SECONDS = 120.0  # importing decord on a busy machine or a slow network drive
@@ -51,11 +54,11 @@ class DecodeProcess:
 
     def probe(self, path: Path, timeout: float) -> dict[str, float]:
         """`frames`, `fps`, `height` and `width` of a video. Raises DecodeError."""
-        return self._ask({"op": "probe", "path": str(path)}, timeout)[0]
+        return self._ask({"op": "probe", **_where(path)}, timeout)[0]
 
     def read(self, path: Path, indices: Sequence[int], timeout: float) -> np.ndarray:
         """Frames as uint8 (f, h, w, 3), in the order of `indices`, which may repeat. Raises DecodeError."""
-        request = {"op": "read", "path": str(path), "indices": [int(i) for i in indices]}
+        request = {"op": "read", **_where(path), "indices": [int(i) for i in indices]}
         _, frames = self._ask(request, timeout)
         return frames
 
@@ -155,6 +158,11 @@ class DecodeProcess:
             if count == 0:
                 raise EOFError
             view = view[count:]
+
+
+def _where(path: Path) -> dict[str, Any]:
+    place = Place.of(path)
+    return {"path": str(place.file), "begin": place.begin, "size": place.size}
 
 
 def _widen(pipe: int) -> None:

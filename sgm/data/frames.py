@@ -1,6 +1,7 @@
 """Which frames of a video become a training clip."""
 
 import math
+import random
 from collections.abc import Callable
 
 import numpy as np
@@ -32,6 +33,8 @@ def frame_indices(
             than the clip, and ignores the frame rate when it is shorter (so a 30 fps video of 40 frames yields 33
             consecutive frames). "timestamps" takes frame i from the instant i / wanted_fps after the first
             unskipped frame (the nearest frame, never one of the last `skip_frames`), right at any frame rate.
+            "random" is that of the original's shards: a clip of full length from a random start (drawn from Python's
+            `random` once), spread like "upstream"'s.
 
     Raises:
         ClipError: the video gives no clip. Where the original failed with an IndexError or went on with an empty
@@ -111,6 +114,19 @@ def _timestamps(length: int, fps: float, wanted_fps: float, max_num_frames: int,
     return [skip + offset for offset in offsets[:count]]
 
 
+def _random(length: int, fps: float, wanted_fps: float, max_num_frames: int, skip: int) -> list[int]:
+    span = max_num_frames / wanted_fps * fps
+    latest = int(length - skip - span)
+    if latest < skip:
+        raise ClipError(
+            f"a clip of {max_num_frames} frames at {wanted_fps:g} fps needs {math.ceil(span) + 2 * skip} frames of a "
+            f"{fps:g} fps video, the skipped ones included; this one has {length}"
+        )
+    # The original's draw includes one start too many; it is kept, and the last frame is held within the video.
+    start = random.randint(skip, latest + 1)
+    return [min(index, length - 1) for index in _spread(start, int(start + span), max_num_frames)]
+
+
 def _too_short(length: int, skip: int) -> str:
     return f"{length} frames, of which the first and last {skip} are skipped: none is left; lower the skipped frames"
 
@@ -118,4 +134,5 @@ def _too_short(length: int, skip: int) -> str:
 FRAME_RULES: dict[str, Callable[[int, float, float, int, int], list[int]]] = {
     "upstream": _upstream,
     "timestamps": _timestamps,
+    "random": _random,
 }

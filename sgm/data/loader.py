@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, default_collate
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, default_collate
 
+from sgm.data.buckets import BucketSampler
 from sgm.data.sampler import ClipSampler
 
 
@@ -109,7 +110,8 @@ def create_loader(
     Args:
         batch_size: clips in a batch of one rank.
         num_workers: decoding workers; 0 decodes in this process (and its decoding process).
-        sampler: the order; by default `ClipSampler` from `seed`, `rank`, `world_size`, `order` and `weights`.
+        sampler: the order; by default `ClipSampler` from `seed`, `rank`, `world_size`, `order` and `weights`, or
+            `BucketSampler` where clips of several shapes are to share batches in the order "shuffle".
         prefetch: batches that each worker reads ahead.
         pin_memory: for fast copies to the GPU; by default where CUDA is there.
         start_method: "fork" or "spawn"; by default the platform's.
@@ -119,7 +121,8 @@ def create_loader(
         raise ValueError("no data sets to load from")
     if batch_size < 1 or num_workers < 0:
         raise ValueError(f"batch_size is {batch_size} and num_workers {num_workers}; at least 1 and 0 are needed")
-    sampler = sampler or ClipSampler([len(s) for s in sources], seed, rank, world_size, order, weights)
+    if sampler is None:
+        sampler = _sampler_for(sources, batch_size, seed, rank, world_size, order, weights)
     parallel = {"prefetch_factor": prefetch, "persistent_workers": True, "multiprocessing_context": start_method}
     build = partial(
         DataLoader,
@@ -134,6 +137,30 @@ def create_loader(
         **(parallel if num_workers else {}),
     )
     return ClipLoader(build, sampler)
+
+
+def _sampler_for(
+    sources: Sequence[Dataset],
+    batch_size: int,
+    seed: int,
+    rank: int,
+    world_size: int,
+    order: str,
+    weights: Sequence[float] | None,
+) -> ClipSampler:
+    shapes = [shapes_of(source) for source in sources]
+    if order == "shuffle" and batch_size > 1 and None not in shapes:
+        if len({shape for of_source in shapes for shape in of_source}) > 1:  # type: ignore[union-attr]
+            return BucketSampler(shapes, batch_size, seed, rank, world_size, weights)  # type: ignore[arg-type]
+    return ClipSampler([len(s) for s in sources], seed, rank, world_size, order, weights)  # type: ignore[arg-type]
+
+
+def shapes_of(dataset: Dataset) -> Sequence[tuple[int, ...]] | None:
+    """Shape of each clip of a data set, where it was looked at."""
+    if isinstance(dataset, Subset):
+        whole = shapes_of(dataset.dataset)
+        return None if whole is None else [whole[index] for index in dataset.indices]
+    return getattr(dataset, "shapes", None)
 
 
 def seed_worker(worker_id: int) -> None:

@@ -14,8 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from sgm.data.clips import CLIP_FAULTS, CaptionError, ClipSettings, check_clip, list_videos, read_caption
+from sgm.data.clips import CLIP_FAULTS, CaptionError, CheckedClip, ClipSettings, caption_of, check_clip
 from sgm.data.decoder import DecodeProcess
+from sgm.data.sources import ListedClip, exists, list_clips
 
 LEVELS = ("probe", "captions")
 REASONS_SHOWN = 5
@@ -37,7 +38,9 @@ class Rejection:
 class Report:
     """Result of a scan. `broken` holds what training added to the file since.
 
-    `usable` keeps the order in which the videos were listed. `settings` are those under which they were checked.
+    `usable` keeps the order in which the videos were listed; `captions` and `shapes` go with it: what the source says
+    itself (None: a caption file does), and (frames, height, width) of the clip (None: not looked at). `settings` are
+    those under which they were checked.
     """
 
     data_dir: str
@@ -45,6 +48,8 @@ class Report:
     usable: list[str] = field(default_factory=list)
     rejected: list[Rejection] = field(default_factory=list)
     broken: list[Rejection] = field(default_factory=list)
+    captions: list[str | None] = field(default_factory=list)
+    shapes: list[tuple[int, int, int] | None] = field(default_factory=list)
 
     def summary(self) -> str:
         """One line for the log."""
@@ -68,7 +73,7 @@ class Report:
         path = Path(path)
         counts = {"usable": len(self.usable), "rejected": len(self.rejected)}
         head = {"status": "head", "data_dir": self.data_dir, **counts, "settings": self.settings}
-        lines = [head, *({"status": "usable", "path": p} for p in self.usable)]
+        lines = [head, *map(_usable_line, self.usable, self._filled(self.captions), self._filled(self.shapes))]
         lines += [{"status": "rejected", **asdict(r)} for r in self.rejected]
         lines += [{"status": "broken", **asdict(r)} for r in self.broken]
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,10 +91,24 @@ class Report:
         if not lines or lines[0].get("status") != "head":
             raise DatasetError(f"{path} is not a data set report: its first line has no head")
         report = cls(lines[0]["data_dir"], lines[0]["settings"])
-        report.usable = [line["path"] for line in lines if line["status"] == "usable"]
+        usable = [line for line in lines if line["status"] == "usable"]
+        report.usable = [line["path"] for line in usable]
+        report.captions = [line.get("caption") for line in usable]
+        report.shapes = [tuple(line["clip"]) if "clip" in line else None for line in usable]  # type: ignore[misc]
         report.rejected = _rejections(lines, "rejected")
         report.broken = _rejections(lines, "broken")
         return report
+
+
+    def _filled(self, values: list) -> list:
+        return values or [None] * len(self.usable)
+
+
+def _usable_line(path: str, caption: str | None, shape: tuple[int, int, int] | None) -> dict:
+    line: dict = {"status": "usable", "path": path}
+    if caption is not None:
+        line["caption"] = caption
+    return {**line, "clip": list(shape)} if shape is not None else line
 
 
 def append_broken(path: str | Path, video: str | Path, reason: str) -> None:
@@ -108,38 +127,38 @@ def scan(
     order: str = "sorted",
     level: str = "probe",
     num_threads: int | None = None,
-    videos: Sequence[Path] | None = None,
+    clips: Sequence[ListedClip] | None = None,
 ) -> Report:
     """Check every video of a data set.
 
     Args:
         settings: what a clip must satisfy.
-        order: see `list_videos`.
+        order: see `list_clips`.
         level: "probe" opens each video, decodes one frame and chooses its frames; "captions" reads the captions only.
         num_threads: videos checked at a time, each in a decoding process of its own; by default the number of
             processors, at most 16.
-        videos: check these instead of all under `data_dir`.
+        clips: check these instead of all in `data_dir`.
 
     Raises:
-        DatasetError: no such folder, or captions missing where `settings.missing_caption` is "error".
+        DatasetError: no such source, or captions missing where `settings.missing_caption` is "error".
     """
     if level not in LEVELS:
         raise ValueError(f"unknown level {level!r} of checking; choose one of {', '.join(LEVELS)}")
     data_dir = Path(data_dir).absolute()
-    if not data_dir.is_dir():
-        raise DatasetError(f"{data_dir}: no such folder")
-    videos = list_videos(data_dir, order) if videos is None else list(videos)
+    clips = list_source(data_dir, order) if clips is None else list(clips)
     report = Report(str(data_dir), asdict(settings))
-    faults = _check_all(videos, settings, level, num_threads or min(16, os.cpu_count() or 1))
-    for video, fault in zip(videos, faults, strict=True):
-        if fault is None:
-            report.usable.append(str(video))
-        else:
-            report.rejected.append(Rejection(str(video), _reason(fault)))
-    unnamed = [Rejection(str(f.path), f.reason) for f in faults if isinstance(f, CaptionError)]
+    found = check_all(clips, settings, level, num_threads or min(16, os.cpu_count() or 1))
+    for clip, result in zip(clips, found, strict=True):
+        if isinstance(result, Exception):
+            report.rejected.append(Rejection(clip.path, reason_of(result)))
+            continue
+        report.usable.append(clip.path)
+        report.captions.append(clip.caption)
+        report.shapes.append(result.shape if result else None)
+    unnamed = [Rejection(str(f.path), f.reason) for f in found if isinstance(f, CaptionError)]
     if unnamed and settings.missing_caption == "error":
         raise DatasetError(
-            f"{data_dir}: {len(unnamed)} of {len(videos)} captions are missing or unreadable: {first_reasons(unnamed)}"
+            f"{data_dir}: {len(unnamed)} of {len(clips)} captions are missing or unreadable: {first_reasons(unnamed)}"
             "; add them, or set missing_caption to 'skip' or 'empty'"
         )
     return report
@@ -152,9 +171,21 @@ def first_reasons(rejected: Sequence[Rejection], count: int = REASONS_SHOWN) -> 
     return shown + (f"; and {more} more" if more > 0 else "")
 
 
-def _check_all(videos: Iterable[Path], settings: ClipSettings, level: str, num_threads: int) -> list[Exception | None]:
+def list_source(
+    data_dir: str | Path, order: str = "sorted", images: bool = False, txt_key: str = "txt"
+) -> list[ListedClip]:
+    """All clips of a source, see `sgm.data.sources.list_clips`. DatasetError where there is none so named."""
+    if not exists(data_dir):
+        raise DatasetError(f"{data_dir}: no such folder, manifest (.csv, .jsonl) or shard (.tar)")
+    return list_clips(data_dir, order, images, txt_key)
+
+
+def check_all(
+    clips: Iterable[ListedClip], settings: ClipSettings, level: str, num_threads: int
+) -> list[CheckedClip | Exception | None]:
+    """What each clip holds (None at level "captions"), or what is wrong with it."""
     if level == "captions":
-        return [_fault(lambda v: read_caption(v, settings.missing_caption), video) for video in videos]
+        return [_attempt(lambda c: caption_of(c, settings.missing_caption) and None, clip) for clip in clips]
     local, decoders = threading.local(), []
 
     def start() -> None:
@@ -163,21 +194,21 @@ def _check_all(videos: Iterable[Path], settings: ClipSettings, level: str, num_t
 
     try:
         with ThreadPoolExecutor(num_threads, "scan", initializer=start) as pool:
-            return list(pool.map(lambda v: _fault(lambda w: check_clip(w, settings, local.decoder), v), videos))
+            return list(pool.map(lambda c: _attempt(lambda d: check_clip(d, settings, local.decoder), c), clips))
     finally:
         for decoder in decoders:
             decoder.close()
 
 
-def _fault(check, video: Path) -> Exception | None:
+def _attempt(check, clip: ListedClip) -> CheckedClip | Exception | None:
     try:
-        check(video)
+        return check(clip)
     except CLIP_FAULTS as fault:
         return fault
-    return None
 
 
-def _reason(fault: Exception) -> str:
+def reason_of(fault: Exception) -> str:
+    """A fault's message without the clip's path."""
     # The path stands in the record already; a caption's fault names the caption file, which is another one.
     return str(fault) if isinstance(fault, CaptionError) else getattr(fault, "reason", str(fault))
 

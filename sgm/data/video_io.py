@@ -13,10 +13,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from sgm.data.container import ContainerError, inspect
 from sgm.data.decoder import DecodeError, DecodeProcess, thread_decoder
+from sgm.data.sources import Place, is_image
 
 DECODE_TIMEOUT = 60.0  # seconds for one clip
 CROP_MODES = ("center", "random")
@@ -57,6 +59,9 @@ def probe(path: str | Path, timeout: float = DECODE_TIMEOUT, decoder: DecodeProc
         VideoError: empty, truncated, corrupt, not a video, without a video track, or too slow to decode.
     """
     path = Path(path)
+    if is_image(path):
+        _, _, height, width = read_image(path).shape
+        return VideoInfo(1, 1.0, height, width, path.suffix[1:].lower(), 0.0)
     try:
         codec = inspect(path)
         found = (decoder or thread_decoder()).probe(path, timeout)
@@ -86,12 +91,28 @@ def read_frames(
     path = Path(path)
     if not len(indices) or min(indices) < 0:
         raise ValueError(f"{path}: frames {list(indices)} asked for; name at least one, counted from 0")
+    if is_image(path):
+        return read_image(path)[list(indices)]
     try:
         inspect(path)
         frames = (decoder or thread_decoder()).read(path, indices, timeout)
     except (ContainerError, DecodeError, OSError) as error:
         raise VideoError(path, str(error)) from error
     return torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous()
+
+
+def read_image(path: str | Path) -> Tensor:
+    """A picture as a clip of one frame, uint8 (1, 3, h, w), turned upright as its camera noted.
+
+    Raises:
+        VideoError: not a picture, damaged, or larger than Pillow thinks safe.
+    """
+    try:
+        with Place.of(path).open() as file, Image.open(file) as image:
+            pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise VideoError(path, f"no readable picture ({error})") from error
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].contiguous()
 
 
 def resized_size(height: int, width: int, target_height: int, target_width: int) -> tuple[int, int]:

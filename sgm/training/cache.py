@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sgm.config import ConfigError
+from sgm.data.buckets import parse_buckets
 from sgm.data.cache_store import CacheStore
 from sgm.data.cached import EMBEDDING, MOMENTS, CachedClips, CacheScan, scan_cached
 from sgm.data.clips import ClipSettings
 from sgm.data.dataset import SFTDataset
+from sgm.data.report import list_source
+from sgm.data.sources import ListedClip
 from sgm.modules.encoders import t5_files
 from sgm.modules.encoders.modules import FrozenT5Embedder
 from sgm.util import check_params, get_obj_from_str, split_config
@@ -21,8 +25,8 @@ from sgm.weights import weights_fingerprint
 _TEXT_KEY = "txt"
 
 
-def clip_settings(data: Mapping[str, Any] | None) -> tuple[ClipSettings, str]:
-    """(how clips are taken, order of files) of a `data:` section.
+def clip_settings(data: Mapping[str, Any] | None) -> tuple[ClipSettings, Callable[[Path], list[ListedClip]]]:
+    """(how clips are taken, how a source's clips are listed) of a `data:` section.
 
     Raises:
         ConfigError: no such section, one of another class, or wrong settings.
@@ -32,9 +36,13 @@ def clip_settings(data: Mapping[str, Any] | None) -> tuple[ClipSettings, str]:
     target, params = split_config(data)
     cls = get_obj_from_str(target)
     if cls is not SFTDataset:
-        raise ConfigError(f"args.cache_dir holds clips of data_video.SFTDataset; data.target is {target}")
+        hint = "; it reads shards too (set txt_key)" if issubclass(cls, SFTDataset) else ""
+        raise ConfigError(f"args.cache_dir holds clips of data_video.SFTDataset{hint}; data.target is {target}")
     given = dict(check_params(target, cls, params))
-    order = given.pop("file_order", "sorted")
+    if given.get("sampling") == "random":
+        raise ConfigError("data.params.sampling: random gives other frames each time, which no cache can hold")
+    listing = {name: given.pop(name) for name in ("images", "txt_key") if name in given}
+    listing["order"] = given.pop("file_order", "sorted")
     for name in ("data_dir", "validate", "report"):
         given.pop(name, None)
     if "skip_frms_num" in given:
@@ -42,7 +50,8 @@ def clip_settings(data: Mapping[str, Any] | None) -> tuple[ClipSettings, str]:
     if "video_size" in given:
         given["video_size"] = tuple(given["video_size"])
     try:
-        return ClipSettings(**given), order
+        given["buckets"] = parse_buckets(given.get("buckets") or ())
+        return ClipSettings(**given), partial(list_source, **listing)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -57,7 +66,7 @@ def cache_identity(model: Mapping[str, Any], settings: ClipSettings) -> dict[str
     coder_target, coder = split_config(stage["encoder_config"])
     checkpoint = stage.get("ckpt_path")
     found = checkpoint and Path(checkpoint).expanduser().is_file()
-    return {
+    identity = {
         "vae weights": weights_fingerprint(Path(checkpoint).expanduser()) if found else None,
         "vae encoder": json.dumps([get_obj_from_str(coder_target).__qualname__, coder], sort_keys=True),
         "text encoder weights": _text_fingerprint(text.get("model_dir", "google/t5-v1_1-xxl"), text.get("cache_dir")),
@@ -68,6 +77,11 @@ def cache_identity(model: Mapping[str, Any], settings: ClipSettings) -> dict[str
         "skip_frms_num": settings.skip_frames,
         "sampling": settings.sampling,
     }
+    if settings.buckets:
+        for name in ("video_size", "max_num_frames"):
+            del identity[name]
+        identity |= {"buckets": [list(bucket) for bucket in settings.buckets], "max_crop": settings.max_crop}
+    return identity
 
 
 def cached_model_section(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -99,8 +113,8 @@ def open_store(
 
 def scan_folders(store: CacheStore, data: Mapping[str, Any] | None, folders: Sequence[str]) -> list[CacheScan]:
     """What the cache knows of each folder; see `scan_cached`."""
-    settings, order = clip_settings(data)
-    return [scan_cached(folder, settings, store, order) for folder in folders]
+    settings, list_all = clip_settings(data)
+    return [scan_cached(folder, settings, store, list_all) for folder in folders]
 
 
 def cached_datasets(

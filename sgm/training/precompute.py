@@ -21,12 +21,14 @@ from sgm.data.cache_store import CacheError, CacheStore, FileStamp, Seen, text_k
 from sgm.data.cached import CaptionedVideo
 from sgm.data.clips import CLIP_FAULTS, ClipSettings, load_frames, to_unit_range
 from sgm.models.diffusion import DTYPES
+from sgm.modules.ops.choice import Kernels
 from sgm.util import instantiate_from_config
 
 SHARD_BYTES = 256 << 20
 SHARD_SECONDS = 120.0  # longest time of work that an interruption can cost
 BATCH_PIXELS = 49 * 480 * 720  # one clip at full size
 TEXTS_AT_ONCE = 64
+CLIPS_WAITING = 256  # decoded clips of all shapes, waiting for their batch to fill; each holds a file descriptor
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class FillSettings:
         batch_size: clips of one shape through the VAE at a time; None: as many as one clip of 49x480x720 has pixels.
         low_memory: the VAE takes a few frames at a time (the same result).
         rank, ranks: this process's share of the work.
+        kernels: of the VAE.
     """
 
     device: torch.device
@@ -47,6 +50,7 @@ class FillSettings:
     low_memory: bool = False
     rank: int = 0
     ranks: int = 1
+    kernels: Kernels = Kernels()
 
     def batch_of(self, frames: Tensor) -> int:
         """Clips like these (f, 3, h, w) in a batch."""
@@ -140,6 +144,10 @@ def _fill_videos(
             if len(same) == how.batch_of(clip.frames):
                 encode(same, writer)
                 same.clear()
+            elif sum(map(len, waiting.values())) > CLIPS_WAITING:
+                longest = max(waiting.values(), key=len)
+                encode(longest, writer)
+                longest.clear()
         for same in waiting.values():
             if same:
                 encode(same, writer)
@@ -208,7 +216,8 @@ class Encoder:
         load_first_stage(stage, device=self._how.device, dtype=DTYPES[self._dtype])
         stage = stage.to(self._how.device, DTYPES[self._dtype]).eval().requires_grad_(False)
         stage.set_low_memory(self._how.low_memory)
-        if self._how.device.type == "cuda":
+        stage.use_ops(self._how.kernels.vae)
+        if self._how.kernels.fused:
             stage.set_channels_last()
         return stage
 

@@ -14,6 +14,7 @@ from sgm.data.cache_store import CacheError, CacheStore
 from sgm.data.cached import CachedClips, CacheScan
 from sgm.data.clips import ClipSettings
 from sgm.distributed import DistInfo, from_first
+from sgm.modules.ops.choice import choose_kernels
 from sgm.training.cache import cache_identity, cached_datasets, clip_settings, open_store, scan_folders
 from sgm.training.options import TrainArgs
 from sgm.training.precompute import FillSettings, fill
@@ -76,7 +77,8 @@ def ready_cache(
             )
         say(f"cache: encoding {lacking}", flush=True)
         how = FillSettings(
-            info.device, args.num_workers, batch_size, args.vae_low_memory, info.rank, info.world_size
+            info.device, args.num_workers, batch_size, args.vae_low_memory, info.rank, info.world_size,
+            choose_kernels(config.accelerate.kernels, config.accelerate.attention, info.device),
         )  # fmt: skip
         fill(store, config.model, [clip for scan in short for clip in scan.missing], settings, how,
              lambda line: say(line, flush=True))  # fmt: skip

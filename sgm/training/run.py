@@ -24,6 +24,7 @@ from sgm import distributed
 from sgm.config import ConfigError, RunConfig, check_model_section
 from sgm.data.loader import create_loader
 from sgm.data.report import first_reasons
+from sgm.data.sources import exists
 from sgm.distributed import DistInfo, from_first
 from sgm.inference.preflight import check_paths, found_path, lies_in_demo, placeholders_in, with_found_paths
 from sgm.models.diffusion import SATVideoDiffusionEngine
@@ -41,6 +42,7 @@ from sgm.training.saver import Saver, resume
 from sgm.training.schedule import LearningRate
 from sgm.training.setup import (
     build_datasets,
+    check_buckets,
     checkpointing_mode,
     load_engine,
     memory_needs,
@@ -106,6 +108,7 @@ def _prepare(
     folder = found.parent if found else _run_folder(config.args)
     seed_all(config.args.seed)  # the same on all ranks, for what is initialised at random
     engine, loaded = load_engine(config, plan, info.device)
+    check_buckets(engine.network, config.data)
     if loaded:
         say(f"weights: {loaded.source}", *(f"note: {note}" for note in loaded.notes), sep="\n", flush=True)
     ranks = distributed.data_parallel_world_size()
@@ -205,10 +208,10 @@ def _check_places(config: RunConfig[TrainArgs], dry_run: bool) -> None:
     folders = {"train_data": config.args.train_data, "valid_data": config.args.valid_data or []}
     problems = [f"args.{place} is still the placeholder {text!r}" for place, text in placeholders_in(folders)]
     problems += [
-        f"args.{name}: no folder {path}"
+        f"args.{name}: no folder, manifest or shard {path}"
         for name, paths in folders.items()
         for path in paths
-        if not problems and not Path(path).expanduser().is_dir() and not (dry_run and lies_in_demo(path))
+        if not problems and not exists(Path(path).expanduser()) and not (dry_run and lies_in_demo(path))
     ]
     if problems:
         raise ConfigError(

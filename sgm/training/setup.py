@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +16,14 @@ from torch import nn
 from torch.utils.data import Dataset, Subset
 
 from sgm.config import ConfigError, RunConfig
+from sgm.data.buckets import parse_buckets
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.models.loading import LoadedNetwork, load_first_stage, load_network, load_text_encoder
 from sgm.modules.encoders import t5_files
 from sgm.modules.encoders.modules import FrozenT5Embedder
 from sgm.modules.ops.choice import choose_kernels
 from sgm.modules.ops.recompute import MODES, stronger_mode
+from sgm.modules.transformer.positions import LARGEST_STRETCH
 from sgm.training.cache import cached_model_section
 from sgm.training.deepspeed_setup import DeepSpeedPlan
 from sgm.training.memory import MemoryNeeds
@@ -143,6 +146,31 @@ def _wait_for_first() -> None:
         dist.barrier()
 
 
+def check_buckets(network: Any, data: Mapping[str, Any] | None) -> None:
+    """Whether the network has positions for every bucket of the `data:` section.
+
+    Raises:
+        ConfigError: too many frames, or a side of more than `LARGEST_STRETCH` times the network's own.
+    """
+    problems = []
+    for bucket in parse_buckets(((data or {}).get("params") or {}).get("buckets") or ()):
+        try:
+            grid = network.patch.grid((bucket.frames - 1) // 4 + 1, bucket.height // 8, bucket.width // 8)
+            network.mixins.pos_embed.check_grid(grid)
+        except ValueError as error:
+            problems.append(f"{bucket}: {error}")
+            continue
+        stretch = network.mixins.pos_embed.stretch(grid)
+        if stretch > LARGEST_STRETCH:
+            own = f"{network.latent_height * 8}x{network.latent_width * 8}"
+            problems.append(
+                f"{bucket}: a side is {stretch:.2g} times that of the network's {own} pixels, more than "
+                f"{LARGEST_STRETCH:g}"
+            )
+    if problems:
+        raise ConfigError(f"data.params.buckets does not suit this network: {'; '.join(problems)}")
+
+
 def split_validation(datasets: Sequence[Dataset], split: str, seed: int) -> tuple[list[Dataset], list[Dataset]]:
     """(training, validation) parts of each data set, by `split`'s first two shares; validation may come out empty."""
     train_share, valid_share, test_share = split_shares(split)
@@ -218,6 +246,8 @@ def _clip_size(config: RunConfig[TrainArgs]) -> tuple[int, int, int]:
     """(frames, height, width) in pixels of the longest clip."""
     params = (config.data or {}).get("params") or {}
     network = config.model["network_config"]["params"]
+    if params.get("buckets"):
+        return max(((int(f), int(h), int(w)) for f, h, w in params["buckets"]), key=math.prod)
     height, width = params.get("video_size") or (network["latent_height"] * 8, network["latent_width"] * 8)
     return int(params.get("max_num_frames") or network["num_frames"]), int(height), int(width)
 

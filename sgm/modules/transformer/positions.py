@@ -6,6 +6,7 @@ later. Rows follow the token order (t, h, w); text has no position.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,9 @@ from sgm.modules.transformer.block import NetworkInputs, TokenGrid
 from sgm.modules.transformer.sat_base import BaseMixin
 
 MAX_PERIOD = 10000.0
+LARGEST_STRETCH = 2.0  # tokens along an axis in relation to the configured ones, for training on other sizes
+TABLES_KEPT = 8  # grids whose tables stay in memory
+OTHER_SIZES = ("extend", "interpolate")
 Spacing = tuple[float, float, float]  # divisors of the positions along t, h, w
 
 
@@ -80,15 +84,27 @@ def _rotary_axis(count: int, width: int, theta: float, divisor: float) -> Tensor
 
 
 class PositionMixin(BaseMixin):
-    """What both kinds of positions share: the configured grid, its limits, and a one-entry memory for other grids."""
+    """What both kinds of positions share: the configured grid, its limits, and a small memory for other grids.
+
+    Args:
+        other_sizes: positions of heights and widths other than the configured ones: "extend" keeps their spacing, so a
+            smaller grid gets a part of the trained positions and a larger one goes beyond; "interpolate" places a
+            longer axis within the trained range.
+    """
 
     rotates = False
 
-    def __init__(self, height: int, width: int, compressed_num_frames: int, text_length: int):
+    def __init__(
+        self, height: int, width: int, compressed_num_frames: int, text_length: int, other_sizes: str = "extend"
+    ):
         super().__init__()
+        if other_sizes not in OTHER_SIZES:
+            raise ValueError(f"other_sizes is {other_sizes!r}; choose one of {', '.join(OTHER_SIZES)}")
+        self.other_sizes = other_sizes
+        self.divisors: Spacing = (1.0, 1.0, 1.0)
         self.grid = TokenGrid(compressed_num_frames, height, width)
         self.text_length = text_length
-        self._recent: tuple[Any, Any] | None = None
+        self._recent: OrderedDict[Any, Any] = OrderedDict()
 
     def rotary(self, grid: TokenGrid, like: Tensor) -> RotaryTable | None:
         """Rotation table for `grid` on the device of `like`; None for models that do not rotate."""
@@ -114,6 +130,17 @@ class PositionMixin(BaseMixin):
         """
         self._check_frames(grid)
 
+    def stretch(self, grid: TokenGrid) -> float:
+        """The larger of height and width in relation to the configured one."""
+        return max(grid.h / self.grid.h, grid.w / self.grid.w)
+
+    def spacing(self, grid: TokenGrid) -> Spacing:
+        """Divisors of the positions of a grid."""
+        time, row, column = self.divisors
+        if self.other_sizes == "extend":
+            return self.divisors
+        return time, row * max(1.0, grid.h / self.grid.h), column * max(1.0, grid.w / self.grid.w)
+
     def _is_configured(self, grid: TokenGrid) -> bool:
         return grid[1:] == self.grid[1:]
 
@@ -132,18 +159,21 @@ class PositionMixin(BaseMixin):
             )
 
     def _remember(self, key: Any, make: Callable[[], Any]) -> Any:
-        if self._recent is None or self._recent[0] != key:
+        if key not in self._recent:
+            if len(self._recent) >= TABLES_KEPT:
+                self._recent.popitem(last=False)
             # A table first needed while sampling may serve a training step next.
             with torch.inference_mode(False), torch.no_grad():
-                self._recent = (key, make())
-        return self._recent[1]
+                self._recent[key] = make()
+        self._recent.move_to_end(key)
+        return self._recent[key]
 
 
 class Basic3DPositionEmbeddingMixin(PositionMixin):
     """A fixed sine table added to the sequence (2B).
 
     At the configured height and width the table of the state dict is used, whatever it holds, cut to the frames at
-    hand. Other heights and widths get a table computed with the same spacing of positions.
+    hand. Other heights and widths get a table computed for them, see `other_sizes`.
 
     Args:
         height, width: configured token rows and columns.
@@ -151,6 +181,7 @@ class Basic3DPositionEmbeddingMixin(PositionMixin):
         hidden_size: model width d; must be a multiple of 16.
         text_length: number of text tokens in front; their rows are zero.
         height_interpolation, width_interpolation, time_interpolation: divisors of the positions.
+        other_sizes: see `PositionMixin`.
     """
 
     def __init__(
@@ -163,12 +194,13 @@ class Basic3DPositionEmbeddingMixin(PositionMixin):
         height_interpolation: float = 1.0,
         width_interpolation: float = 1.0,
         time_interpolation: float = 1.0,
+        other_sizes: str = "extend",
     ):
-        super().__init__(height, width, compressed_num_frames, text_length)
+        super().__init__(height, width, compressed_num_frames, text_length, other_sizes)
         if hidden_size % 16:
             raise ValueError(f"hidden_size {hidden_size} is no multiple of 16, which three sine axes need.")
         self.hidden_size = hidden_size
-        self.divisors: Spacing = (time_interpolation, height_interpolation, width_interpolation)
+        self.divisors = (time_interpolation, height_interpolation, width_interpolation)
         rows = text_length + self.grid.tokens
         self.pos_embedding = nn.Parameter(torch.zeros(1, rows, hidden_size), requires_grad=False)
 
@@ -187,7 +219,7 @@ class Basic3DPositionEmbeddingMixin(PositionMixin):
         return self._remember((grid, *kind.values()), lambda: self._table(grid).to(**kind))
 
     def _table(self, grid: TokenGrid) -> Tensor:
-        video = sincos_table(grid, self.hidden_size, self.divisors).float()
+        video = sincos_table(grid, self.hidden_size, self.spacing(grid)).float()
         return torch.cat((video.new_zeros(self.text_length, self.hidden_size), video)).unsqueeze(0)
 
 
@@ -204,6 +236,7 @@ class Rotary3DPositionEmbeddingMixin(PositionMixin):
         persistent: keep the tables in the state dict as `freqs_sin` and `freqs_cos`, in the model's type (the form of
             the first release); otherwise they are computed in float32 for each grid.
         height_interpolation, width_interpolation, time_interpolation: divisors of the positions.
+        other_sizes: see `PositionMixin`.
     """
 
     rotates = True
@@ -223,15 +256,16 @@ class Rotary3DPositionEmbeddingMixin(PositionMixin):
         height_interpolation: float = 1.0,
         width_interpolation: float = 1.0,
         time_interpolation: float = 1.0,
+        other_sizes: str = "extend",
     ):
-        super().__init__(height, width, compressed_num_frames, text_length)
+        super().__init__(height, width, compressed_num_frames, text_length, other_sizes)
         if hidden_size_head % 16:
             raise ValueError(f"hidden_size_head {hidden_size_head} is no multiple of 16, which three axes need.")
         if rot_v:
             raise ValueError("rot_v: true is not supported; no published model rotates v. Leave it out.")
         self.hidden_size_head = hidden_size_head
         self.theta = theta
-        self.divisors: Spacing = (time_interpolation, height_interpolation, width_interpolation)
+        self.divisors = (time_interpolation, height_interpolation, width_interpolation)
         self.persistent = persistent
         rows = text_length + self.grid.tokens
         self.pos_embedding = nn.Parameter(torch.zeros(1, rows, hidden_size)) if learnable_pos_embed else None
@@ -270,4 +304,4 @@ class Rotary3DPositionEmbeddingMixin(PositionMixin):
         return self._remember(key, lambda: RotaryTable(*(part.to(like.device, dtype) for part in self._table(grid))))
 
     def _table(self, grid: TokenGrid) -> RotaryTable:
-        return rotary_table(grid, self.hidden_size_head, self.theta, self.divisors)
+        return rotary_table(grid, self.hidden_size_head, self.theta, self.spacing(grid))

@@ -1,0 +1,170 @@
+"""Buckets: clips of several lengths, sizes and shapes in one run, each batch of one kind.
+
+A clip goes into the bucket that keeps most of it. It is scaled by one factor and cropped, never stretched; how much may
+be cropped away is bounded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from sgm.data.frames import CAUSAL_STRIDE, ClipError
+from sgm.data.sampler import ClipSampler, shares
+
+SIDE_STEP = 16  # pixels: a factor of 8 in the autoencoder, patches of 2
+
+
+class BucketError(ValueError):
+    """Buckets that no clip or no network can have."""
+
+
+class Bucket(NamedTuple):
+    """Frames, height and width of a clip in pixels."""
+
+    frames: int
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.frames}x{self.height}x{self.width}"
+
+
+def parse_buckets(given: Sequence[Sequence[int]]) -> tuple[Bucket, ...]:
+    """Buckets from `[[frames, height, width], ...]`.
+
+    Raises:
+        BucketError: not three whole numbers, frames that are no 4k + 1, sides that are no multiples of 16, duplicates.
+    """
+    buckets, problems = [], []
+    for entry in given:
+        if len(entry) != 3 or any(int(number) != number or number < 1 for number in entry):
+            problems.append(f"{list(entry)} is not [frames, height, width]")
+            continue
+        bucket = Bucket(*(int(number) for number in entry))
+        if (bucket.frames - 1) % CAUSAL_STRIDE:
+            problems.append(f"{bucket}: the number of frames must be 4k + 1")
+        if bucket.height % SIDE_STEP or bucket.width % SIDE_STEP:
+            problems.append(f"{bucket}: height and width must be multiples of {SIDE_STEP}")
+        buckets.append(bucket)
+    if len(set(buckets)) < len(buckets):
+        problems.append("one bucket stands there twice")
+    if problems:
+        raise BucketError(f"buckets: {'; '.join(problems)}")
+    return tuple(buckets)
+
+
+def kept_share(height: int, width: int, bucket: Bucket) -> float:
+    """Share of a picture's area that scaling to cover the bucket and cropping leaves."""
+    ratio = (width / height) / (bucket.width / bucket.height)
+    return min(ratio, 1 / ratio)
+
+
+def choose_bucket(
+    height: int, width: int, buckets: Sequence[Bucket], max_crop: float, fits: Callable[[int], bool]
+) -> Bucket:
+    """The bucket for a video: most frames; of these the least cropped; of these the nearest in size.
+
+    Args:
+        max_crop: largest share of a picture's area that may be cropped away.
+        fits: whether the video gives a clip of so many frames.
+
+    Raises:
+        ClipError: none will do; says why.
+    """
+    uncut = [b for b in buckets if 1 - kept_share(height, width, b) <= max_crop + 1e-9]
+    if not uncut:
+        least = min(1 - kept_share(height, width, b) for b in buckets)
+        raise ClipError(
+            f"{width}x{height} pixels: the nearest bucket would crop {least:.0%}, more than max_crop {max_crop:.0%}"
+        )
+    possible = {frames: fits(frames) for frames in {b.frames for b in uncut}}
+    held = [b for b in uncut if possible[b.frames]]
+    if not held:
+        raise ClipError(f"too short for the buckets of its shape, of which the shortest has {min(possible)} frames")
+
+    def worth(bucket: Bucket) -> tuple[int, float, float]:
+        scale = abs(math.log(bucket.height * bucket.width / (height * width)))
+        return bucket.frames, round(kept_share(height, width, bucket), 6), -scale
+
+    return max(held, key=worth)
+
+
+class BucketSampler(ClipSampler):
+    """The stream of `ClipSampler`, arranged so that every batch of every rank, at every step, is of one kind.
+
+    The stream consists of blocks of `batch_size * world_size` clips of one shape. An epoch has, of each shape, as many
+    blocks as its clips fill, rounded, at least one; the shapes come in shuffled order. Within a shape each clip comes
+    once before any comes again, also across epochs.
+
+    Args:
+        shapes: shape of every clip, one sequence a source.
+        batch_size: clips in a batch of one rank.
+        seed, rank, world_size, weights: see `ClipSampler`.
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[Sequence[tuple[int, ...]]],
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        weights: Sequence[float] | None = None,
+    ):
+        super().__init__([len(source) for source in shapes], seed, rank, world_size, "shuffle", weights)
+        self.block = batch_size * world_size
+        self.groups, amounts = _groups(shapes, self.weights)
+        blocks = max(len(self.groups), round(self.length / self.block))
+        self.shares = shares(blocks, amounts)
+        self.length = blocks * self.block
+
+    def state_dict(self, consumed: int | None = None) -> dict[str, int | str | list]:
+        state = super().state_dict(consumed)
+        return {**state, "block": self.block, "groups": [len(group) for group in self.groups]}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on where `state_dict` was taken.
+
+        Raises:
+            ValueError: other data, or another number of clips a step: blocks would not be those of the earlier run.
+        """
+        for name in ("block", "groups"):
+            own = self.block if name == "block" else [len(group) for group in self.groups]
+            if state.get(name) != own:
+                raise ValueError(
+                    f"the saved stream of bucketed batches has {name} {state.get(name)}, this run has {own}: go on "
+                    "with the same data, micro-batch and number of processes, or start the data stream anew"
+                )
+        super().load_state_dict(state)
+
+    def _plan_of(self, epoch: int) -> np.ndarray:
+        """Clip numbers of one epoch, int64 (length,)."""
+        order = np.repeat(np.arange(len(self.groups)), self.shares)
+        self._rng(epoch).shuffle(order)
+        plan = np.empty((len(order), self.block), np.int64)
+        for number, (group, share) in enumerate(zip(self.groups, self.shares, strict=True)):
+            count = share * self.block
+            taken = self._of_source(number, len(group), epoch * count, count)
+            plan[order == number] = group[taken].reshape(share, self.block)
+        return plan.reshape(-1)
+
+
+def _groups(
+    shapes: Sequence[Sequence[tuple[int, ...]]], weights: Sequence[float] | None
+) -> tuple[list[np.ndarray], list[float]]:
+    """(clip numbers of each group, its share of the stream). With weights each source has groups of its own."""
+    found: dict[tuple[int, tuple[int, ...]], list[int]] = {}
+    first = 0
+    for source, of_source in enumerate(shapes):
+        for k, shape in enumerate(of_source):
+            found.setdefault((source if weights else 0, tuple(shape)), []).append(first + k)
+        first += len(of_source)
+    keys = sorted(found)
+    amounts = [
+        len(found[key]) * (weights[key[0]] / len(shapes[key[0]]) if weights else 1.0) for key in keys
+    ]  # fmt: skip
+    return [np.array(found[key], np.int64) for key in keys], amounts

@@ -1,0 +1,272 @@
+"""Where clips come from: a folder of videos and captions, a CSV or JSON Lines manifest, a webdataset shard.
+
+A clip is named by a path; one inside an archive by `ARCHIVE!BEGIN+SIZE!NAME`, which says where its bytes lie, so that
+nothing is unpacked and no index has to be kept.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+VIDEO_SUFFIXES = (".mp4",)
+MANIFEST_VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+MANIFEST_SUFFIXES = (".csv", ".jsonl")
+ARCHIVE_SUFFIX = ".tar"
+PATH_COLUMNS = ("path", "video", "file", "file_name", "image")
+TEXT_COLUMNS = ("caption", "text", "prompt")
+FILE_ORDERS = ("sorted", "walk")
+_INSIDE = re.compile(r"(?P<archive>.+\.tar)!(?P<begin>\d+)\+(?P<size>\d+)!(?P<name>.+)", re.DOTALL)
+
+
+class SourceError(ValueError):
+    """A manifest or an archive that cannot be read; the message names the place."""
+
+
+@dataclass(frozen=True)
+class ListedClip:
+    """A clip's path (or place in an archive), and its caption where the source itself holds it."""
+
+    path: str
+    caption: str | None = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a clip's bytes lie: a file, or `size` bytes from `begin` on in it (None: all)."""
+
+    file: Path
+    begin: int = 0
+    size: int | None = None
+
+    @classmethod
+    def of(cls, path: str | Path) -> Place:
+        inside = _INSIDE.fullmatch(str(path))
+        if inside is None:
+            return cls(Path(path))
+        return cls(Path(inside["archive"]), int(inside["begin"]), int(inside["size"]))
+
+
+    def open(self) -> BinaryIO:
+        """The bytes as a file of their own. Raises OSError."""
+        file = self.file.open("rb")
+        return file if self.size is None else _Window(file, self.begin, self.size)  # type: ignore[return-value]
+
+    def length(self) -> int:
+        """In bytes. Raises OSError."""
+        return self.file.stat().st_size if self.size is None else self.size
+
+
+class _Window(io.RawIOBase):
+    """Part of a file as a file."""
+
+    def __init__(self, file: BinaryIO, begin: int, size: int):
+        self._file, self._begin, self._size, self._at = file, begin, size, 0
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        self._at = start + offset
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = max(0, min(len(buffer), self._size - self._at))
+        self._file.seek(self._begin + self._at)
+        done = self._file.readinto(memoryview(buffer)[:count])  # type: ignore[attr-defined]
+        self._at += done
+        return done
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def is_image(path: str | Path) -> bool:
+    """Whether a clip is a still picture, by its name."""
+    return str(path).lower().endswith(IMAGE_SUFFIXES)
+
+
+def list_clips(
+    source: str | Path, order: str = "sorted", images: bool = False, txt_key: str = "txt"
+) -> list[ListedClip]:
+    """All clips of a source.
+
+    Args:
+        source: a folder (videos below it; and the clips of `.tar` shards in it, if it holds no videos), a `.csv` or
+            `.jsonl` manifest, or a `.tar` shard.
+        order: of a folder's files: "sorted", or "walk" as the file system lists them.
+        images: take a folder's pictures as well, as clips of one frame. Manifests and shards give theirs anyway.
+        txt_key: extension of a shard's captions.
+
+    Raises:
+        SourceError: a manifest or shard that cannot be read. FileNotFoundError is never raised: the caller has looked.
+    """
+    source = Path(source)
+    if source.suffix.lower() in MANIFEST_SUFFIXES and source.is_file():
+        return read_manifest(source)
+    if source.suffix.lower() == ARCHIVE_SUFFIX and source.is_file():
+        return read_shard(source, txt_key)
+    suffixes = VIDEO_SUFFIXES + (IMAGE_SUFFIXES if images else ())
+    files = list_files(source, suffixes, order)
+    if files:
+        return [ListedClip(str(path)) for path in files]
+    return [clip for shard in list_files(source, (ARCHIVE_SUFFIX,), order) for clip in read_shard(shard, txt_key)]
+
+
+def list_files(folder: str | Path, suffixes: tuple[str, ...], order: str = "sorted") -> list[Path]:
+    """Files below a folder by their endings, in sorted order, or ("walk", as the original) as the disk lists them."""
+    if order not in FILE_ORDERS:
+        raise ValueError(f"unknown file order {order!r}; choose one of {', '.join(FILE_ORDERS)}")
+    found = [
+        os.path.join(where, name)
+        for where, _, names in os.walk(folder)
+        for name in names
+        if name.lower().endswith(suffixes)
+    ]
+    paths = [Path(path) for path in found]
+    return sorted(paths) if order == "sorted" else paths
+
+
+def exists(source: str | Path) -> bool:
+    """Whether there is such a source at all."""
+    source = Path(source)
+    return source.is_dir() or (source.is_file() and source.suffix.lower() in (*MANIFEST_SUFFIXES, ARCHIVE_SUFFIX))
+
+
+def base_of(source: str | Path) -> Path:
+    """The folder to which a source's paths are relative."""
+    source = Path(source)
+    return source if source.is_dir() else source.parent
+
+
+# --- manifests ----------------------------------------------------------------------------------------------------
+
+
+def read_manifest(path: str | Path) -> list[ListedClip]:
+    """Clips named in a CSV file with a header, or in JSON Lines, in the file's order.
+
+    The path stands under `path`, `video`, `file`, `file_name` or `image`, relative to the manifest; the caption under
+    `caption`, `text` or `prompt`. A row without a caption has it in a `.txt` file as in a folder.
+
+    Raises:
+        SourceError: not UTF-8, a row that is none, or one without a path; names the line.
+    """
+    path = Path(path)
+    rows = _csv_rows(path) if path.suffix.lower() == ".csv" else _json_rows(path)
+    try:
+        return [_listed(path, number, row) for number, row in rows]
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{path} is not UTF-8 (byte {error.start})") from error
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file)
+        try:
+            for row in reader:
+                yield reader.line_num, row
+        except csv.Error as error:
+            raise SourceError(f"{path}, line {reader.line_num}: {error}") from error
+
+
+def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise SourceError(f"{path}, line {number}: no JSON ({error})") from error
+            if not isinstance(row, dict):
+                raise SourceError(f"{path}, line {number}: expected an object with a path and a caption")
+            yield number, row
+
+
+def _listed(manifest: Path, number: int, row: dict[str, Any]) -> ListedClip:
+    name = next((row[column] for column in PATH_COLUMNS if row.get(column)), None)
+    if not isinstance(name, str):
+        columns = ", ".join(str(column) for column in row if column is not None) or "none"
+        raise SourceError(
+            f"{manifest}, line {number}: no path; name the column {', '.join(PATH_COLUMNS)} (found: {columns})"
+        )
+    text = next((row[column] for column in TEXT_COLUMNS if isinstance(row.get(column), str)), None)
+    return ListedClip(os.path.join(manifest.parent.absolute(), os.path.expanduser(name)), text)
+
+
+# --- shards -------------------------------------------------------------------------------------------------------
+
+
+def read_shard(path: str | Path, txt_key: str = "txt") -> list[ListedClip]:
+    """Clips of a webdataset shard: members of one name up to the first dot belong together.
+
+    `NAME.mp4` (or a picture) is the clip; the caption is `NAME.txt_key`, else `txt_key` inside `NAME.json`.
+
+    Raises:
+        SourceError: not a tar file, or cut short.
+    """
+    path = Path(path)
+    media: dict[str, tarfile.TarInfo] = {}
+    texts: dict[str, str] = {}
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                folder, _, name = member.name.rpartition("/")
+                stem, _, kind = name.partition(".")
+                key = f"{folder}/{stem}" if folder else stem
+                if not member.isfile():
+                    continue
+                if f".{kind.lower()}" in (*MANIFEST_VIDEO_SUFFIXES, *IMAGE_SUFFIXES):
+                    media[key] = member
+                elif kind == txt_key:
+                    texts[key] = _text_of(archive, member)
+                elif kind == "json":
+                    texts.setdefault(key, _json_text(archive, member, txt_key))
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise SourceError(f"{path} is no whole tar file ({error}); compressed ones must be unpacked first") from error
+    archive_name = os.path.abspath(path)
+    return [
+        ListedClip(f"{archive_name}!{member.offset_data}+{member.size}!{member.name}", texts.get(key, ""))
+        for key, member in media.items()
+    ]
+
+
+def _text_of(archive: tarfile.TarFile, member: tarfile.TarInfo) -> str:
+    try:
+        return archive.extractfile(member).read().decode("utf-8-sig")  # type: ignore[union-attr]
+    except UnicodeDecodeError:
+        return ""  # the clip is then left out for want of a caption
+
+
+def _json_text(archive: tarfile.TarFile, member: tarfile.TarInfo, txt_key: str) -> str:
+    try:
+        content = json.loads(_text_of(archive, member))
+    except ValueError:
+        return ""
+    text = content.get(txt_key) if isinstance(content, dict) else None
+    return text if isinstance(text, str) else ""
+
+
+def first_line(text: str) -> str:
+    """What of a caption is used: its first line, as in a caption file."""
+    lines: Sequence[str] = text.splitlines()
+    return lines[0] if lines else ""
