@@ -57,9 +57,9 @@ def parse_buckets(given: Sequence[Sequence[int]]) -> tuple[Bucket, ...]:
     return tuple(buckets)
 
 
-def kept_share(height: int, width: int, bucket: Bucket) -> float:
-    """Share of a picture's area that scaling to cover the bucket and cropping leaves."""
-    ratio = (width / height) / (bucket.width / bucket.height)
+def kept_share(height: int, width: int, clip: tuple[int, int, int]) -> float:
+    """Share of a picture's area that scaling to cover a clip (frames, height, width) and cropping leaves."""
+    ratio = (width / height) / (clip[2] / clip[1])
     return min(ratio, 1 / ratio)
 
 

@@ -9,14 +9,17 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from sgm.data.clips import CLIP_FAULTS, CaptionError, CheckedClip, ClipSettings, caption_of, check_clip
 from sgm.data.decoder import DecodeProcess
 from sgm.data.sources import ListedClip, exists, list_clips
+
+T = TypeVar("T")
 
 LEVELS = ("probe", "captions")
 REASONS_SHOWN = 5
@@ -186,6 +189,15 @@ def check_all(
     """What each clip holds (None at level "captions"), or what is wrong with it."""
     if level == "captions":
         return [_attempt(lambda c: caption_of(c, settings.missing_caption) and None, clip) for clip in clips]
+    return per_thread(
+        clips, lambda clip, decoder: _attempt(lambda c: check_clip(c, settings, decoder), clip), num_threads
+    )
+
+
+def per_thread(
+    clips: Iterable[ListedClip], look: Callable[[ListedClip, DecodeProcess], T], num_threads: int
+) -> list[T]:
+    """`look(clip, decoder)` of every clip, in order, by threads with a decoding process each."""
     local, decoders = threading.local(), []
 
     def start() -> None:
@@ -194,7 +206,7 @@ def check_all(
 
     try:
         with ThreadPoolExecutor(num_threads, "scan", initializer=start) as pool:
-            return list(pool.map(lambda c: _attempt(lambda d: check_clip(d, settings, local.decoder), c), clips))
+            return list(pool.map(lambda clip: look(clip, local.decoder), clips))
     finally:
         for decoder in decoders:
             decoder.close()

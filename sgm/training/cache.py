@@ -145,6 +145,12 @@ def _parts(model: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return split_config(stage)[1], dict(embedders[0].get("params") or {})
 
 
+def text_encoder_params(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters of the first text encoder of a model section; none where there is none."""
+    embedders = ((model.get("conditioner_config") or {}).get("params") or {}).get("emb_models") or []
+    return dict(embedders[0].get("params") or {}) if embedders else {}
+
+
 def _text_fingerprint(model_dir: str, cache_dir: str | None) -> str | None:
     try:
         files = t5_files.resolve(model_dir, cache_dir) if t5_files.is_local(model_dir, cache_dir) else None

@@ -7,6 +7,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -250,3 +251,58 @@ def test_what_a_cache_cannot_replace_is_named(release, clips, tmp_path):
         train(load_run_config([path], TrainArgs))
     with pytest.raises(ValueError, match="save_frozen"):
         load_run_config([path], TrainArgs, overrides=["args.save_frozen=true"])
+
+
+MIXED = {"buckets": [[5, 16, 32], [5, 32, 16], [1, 16, 32]], "fps": 8, "skip_frms_num": 0.0, "images": True}
+
+
+@pytest.fixture(scope="module")
+def mixed(clips, tmp_path_factory) -> Path:
+    """The clips, the same turned upright (in a manifest's words), and pictures."""
+    import imageio.v2 as imageio
+
+    folder = tmp_path_factory.mktemp("mixed")
+    lines = []
+    for k in range(4):
+        frames = np.stack([frame for frame in imageio.get_reader(clips / "videos" / f"{k}.mp4", format="FFMPEG")])
+        with imageio.get_writer(folder / f"tall{k}.mp4", fps=8, codec="libx264", macro_block_size=2) as writer:
+            for frame in frames.transpose(0, 2, 1, 3):
+                writer.append_data(np.ascontiguousarray(frame))
+        imageio.imwrite(folder / f"still{k}.png", frames[0])
+        lines += [{"path": str(clips / "videos" / f"{k}.mp4"), "caption": f"wide {k}"}]
+        lines += [{"path": f"{kind}{k}.{suffix}", "caption": f"{kind} {k}"} for kind, suffix in
+                  (("tall", "mp4"), ("still", "png"))]  # fmt: skip
+    (folder / "list.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder / "list.jsonl"
+
+
+def test_mixed_clips_train_in_buckets_the_same_from_videos_and_from_a_cache(release, mixed, tmp_path):
+    """One run with three kinds of clips, batch 2; resumed from its middle it goes on with the same losses."""
+    def made(folder: Path, **args) -> dict:
+        given = content(release, mixed, folder, eval_interval=None, save_interval=3, **args)
+        given["data"]["params"] = MIXED
+        given["model"]["network_config"]["params"]["modules"]["pos_embed_config"]["params"]["other_sizes"] = "interpolate"
+        return given
+
+    for name in ("plain", "cached"):
+        (tmp_path / name).mkdir()
+    plain = run(made(tmp_path / "plain"), tmp_path / "plain")
+    cached = run(made(tmp_path / "cached", cache_dir=str(tmp_path / "cache"), cache_dtype="fp32"), tmp_path / "cached")
+    assert len(losses(plain)) == 6
+    assert losses(cached) == pytest.approx(losses(plain), rel=1e-4)
+    straight = losses(plain)
+    shutil.rmtree(plain / "6")
+    (plain / "latest").write_text("3")
+    (plain / "metrics.jsonl").write_text("")
+    path = write_yaml(tmp_path / "again.yaml", made(tmp_path / "plain"))
+    assert train(load_run_config([path], TrainArgs, flags={"resume": str(plain)})) == 0
+    assert losses(plain) == pytest.approx(straight[3:], rel=1e-5)
+
+
+def test_buckets_that_the_network_has_no_positions_for_are_named(release, mixed, tmp_path):
+    made = content(release, mixed, tmp_path)
+    made["data"]["params"] = {**MIXED, "buckets": [[9, 16, 32], [1, 16, 80], [1, 16, 32]]}
+    with pytest.raises(ValueError) as error:
+        train(load_run_config([write_yaml(tmp_path / "c.yaml", made)], TrainArgs))
+    assert "9x16x32: 3 latent frames" in str(error.value) and "1x16x80: a side is 2.5 times" in str(error.value)
+    assert "1x16x32" not in str(error.value)

@@ -186,3 +186,29 @@ def test_patch_sizes() -> None:
             PatchSize.parse(wrong)
     with pytest.raises(ValueError, match="frames 3.*patch size 2.*2 and 4"):
         PatchSize.parse([2, 2, 2]).grid(3, 6, 10)
+
+
+def test_interpolation_keeps_a_longer_axis_within_the_trained_range() -> None:
+    """Rows of an axis twice as long come at half the distance; shorter axes keep their spacing."""
+    extend, interpolate = sine_mixin(), sine_mixin(other_sizes="interpolate")
+    height, width = extend.grid[1:]
+    grid = TokenGrid(1, height * 2, width)
+    start = extend.text_length
+    fine = interpolate(grid)[0, start:].unflatten(0, (height * 2, width))
+    own = interpolate(TokenGrid(1, height, width))[0, start:].unflatten(0, (height, width))
+    assert torch.allclose(fine[::2], own, atol=1e-6)
+    far = extend(grid)[0, start:].unflatten(0, (height * 2, width))
+    assert torch.equal(far[:height], own) and not torch.allclose(far[::2], own, atol=1e-2)
+    small = TokenGrid(1, height - 1, width - 1)
+    assert torch.equal(interpolate(small), extend(small))
+    assert (interpolate.stretch(grid), interpolate.stretch(small)) == (2.0, pytest.approx((width - 1) / width, rel=0.2))
+    with pytest.raises(ValueError, match="extend, interpolate"):
+        sine_mixin(other_sizes="bend")
+
+
+def test_tables_of_several_grids_are_kept() -> None:
+    mixin = sine_mixin()
+    grids = [TokenGrid(1, k, k + 2) for k in range(1, 12)]
+    kept = [mixin(grid) for grid in grids]
+    assert mixin(grids[-1]) is kept[-1] and mixin(grids[-8]) is kept[-8]
+    assert mixin(grids[0]) is not kept[0] and torch.equal(mixin(grids[0]), kept[0])

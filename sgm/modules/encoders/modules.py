@@ -165,6 +165,11 @@ class FrozenT5Embedder(AbstractEmbModel):
         return self.encode(texts)
 
 
+def load_tokenizer(model_dir: str, cache_dir: str | None = None) -> Any:
+    """The tokenizer of a text encoder's folder or hub id. Raises EncoderFilesError."""
+    return _tokenizer(t5_files.resolve(model_dir, cache_dir))
+
+
 def _tokenizer(files: t5_files.T5Files) -> Any:
     """The sentencepiece tokenizer; T5's own class, since the automatic choice fails on the release's folder."""
     from transformers import T5Tokenizer  # seconds to import

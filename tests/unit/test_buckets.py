@@ -1,0 +1,114 @@
+"""Buckets: which clip goes where, and batches of one kind in an order that is fixed."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+
+import pytest
+
+from sgm.data.buckets import Bucket, BucketError, BucketSampler, choose_bucket, kept_share, parse_buckets
+from sgm.data.frames import ClipError
+from sgm.data.sampler import ClipSampler
+
+BUCKETS = parse_buckets(
+    [[49, 480, 720], [49, 720, 480], [17, 480, 720], [17, 720, 480], [1, 480, 720], [1, 1024, 1024]]
+)
+
+
+def chosen(height: int, width: int, most: int, max_crop: float = 0.25) -> Bucket:
+    return choose_bucket(height, width, BUCKETS, max_crop, lambda frames: frames <= most)
+
+
+@pytest.mark.parametrize(
+    "height, width, most, bucket",
+    [
+        (480, 720, 49, (49, 480, 720)),
+        (1080, 1920, 60, (49, 480, 720)),  # 16:9 loses 16 %
+        (1920, 1080, 60, (49, 720, 480)),
+        (480, 720, 48, (17, 480, 720)),
+        (480, 720, 1, (1, 480, 720)),
+        (500, 500, 1, (1, 1024, 1024)),
+    ],
+)
+def test_a_clip_goes_where_most_of_it_is_kept(height, width, most, bucket):
+    assert chosen(height, width, most) == bucket
+
+
+def test_what_no_bucket_can_take_is_refused_with_the_reason():
+    with pytest.raises(ClipError, match="would crop 33%, more than max_crop 25%"):
+        choose_bucket(600, 600, BUCKETS[:5], 0.25, lambda frames: True)
+    assert choose_bucket(600, 600, BUCKETS[:5], 0.34, lambda frames: True).frames == 49
+    with pytest.raises(ClipError, match="too short.*17 frames"):
+        choose_bucket(720, 480, BUCKETS, 0.25, lambda frames: frames < 17)
+
+
+def test_kept_share_is_the_cropped_area():
+    assert kept_share(480, 720, Bucket(1, 480, 720)) == 1
+    assert kept_share(480, 960, Bucket(1, 480, 720)) == pytest.approx(0.75)
+    assert kept_share(960, 720, Bucket(1, 480, 720)) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    "given, word",
+    [
+        ([[48, 480, 720]], "4k \\+ 1"),
+        ([[49, 480, 728]], "multiples of 16"),
+        ([[1, 16, 16]] * 2, "twice"),
+        ([[1, 2]], "is not"),
+    ],
+)
+def test_wrong_buckets_are_named(given, word):
+    with pytest.raises(BucketError, match=word):
+        parse_buckets(given)
+
+
+SHAPES = [[(5, 16, 32)] * 7 + [(1, 16, 32)] * 4 + [(5, 32, 16)] * 9]
+
+
+def take(sampler: ClipSampler, count: int) -> list[int]:
+    return list(itertools.islice(sampler, count))
+
+
+@pytest.mark.parametrize("world, batch", [(1, 2), (2, 2), (3, 1)])
+def test_every_batch_of_every_rank_at_a_step_has_one_shape(world, batch):
+    ranks = [take(BucketSampler(SHAPES, batch, 5, r, world), 40 * batch) for r in range(world)]
+    flat = SHAPES[0]
+    for step in range(40):
+        clips = [clip for rank in ranks for clip in rank[step * batch : (step + 1) * batch]]
+        assert len({flat[clip] for clip in clips}) == 1
+    kinds = [flat[rank_step] for rank_step in ranks[0][::batch]]
+    assert len(set(kinds)) == 3 and kinds != sorted(kinds)
+
+
+def test_each_clip_comes_as_often_as_any_other_of_its_shape():
+    seen = Counter(take(BucketSampler(SHAPES, 2, 1), 2000))
+    for shape in set(SHAPES[0]):
+        counts = [seen[k] for k, found in enumerate(SHAPES[0]) if found == shape]
+        assert min(counts) > 0 and max(counts) - min(counts) <= 1
+    shares = [sum(seen[k] for k in range(20) if SHAPES[0][k] == shape) for shape in dict.fromkeys(SHAPES[0])]
+    assert shares == pytest.approx([800, 400, 800], abs=30)  # 4, 2 and 4 of an epoch's ten blocks
+
+
+def test_weights_hold_across_sources():
+    shapes = [[(1, 16, 32)] * 10 + [(5, 16, 32)] * 10, [(1, 16, 32)] * 20]
+    stream = take(BucketSampler(shapes, 2, 0, weights=[3, 1]), 4000)
+    assert sum(clip < 20 for clip in stream) / 4000 == pytest.approx(0.75, abs=0.05)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 5, 17])
+def test_resuming_keeps_the_order(steps):
+    straight = take(BucketSampler(SHAPES, 2, 5, 1, 2), 80)
+    first = BucketSampler(SHAPES, 2, 5, 1, 2)
+    take(first, steps * 2)
+    second = BucketSampler(SHAPES, 2, 0, 1, 2)
+    second.load_state_dict(first.state_dict())
+    assert take(second, 80 - steps * 2) == straight[steps * 2 :]
+
+
+def test_another_number_of_clips_a_step_is_refused():
+    state = BucketSampler(SHAPES, 2, 5).state_dict()
+    with pytest.raises(ValueError, match="has block 2, this run has 4.*micro-batch"):
+        BucketSampler(SHAPES, 4, 5).load_state_dict(state)
+    with pytest.raises(ValueError, match="block None"):
+        BucketSampler(SHAPES, 4, 5).load_state_dict(ClipSampler([20]).state_dict())
