@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from sgm.modules.ops.choice import KernelError, choose_kernels
 from sgm.modules.ops.modulation import split_modulation
 from sgm.util import instantiate_from_config
 from tests.dit_tiny import TEXT_LENGTH, TEXT_WIDTH, tiny_config
+from tools.bench import cpu
+from tools.bench.flops import conv_flops
 
 REPO = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -130,3 +133,27 @@ def test_biases_may_join_later_passes(latent, slice_bytes):
         expected = block(x, zq, ClipPass(slice_bytes=slice_bytes))
         got = block(x, zq, ClipPass(slice_bytes=slice_bytes, ops=vae.PLAIN._replace(folds_bias=True)))
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+def test_cpu_benchmark_prints_json_lines(capsys, monkeypatch):
+    monkeypatch.setattr(cpu, "MATRIX", 64)
+    arguments = ["--config", str(REPO / "configs" / "demo_infer.yaml"), "--frames", "1", "--seconds", "0"]
+    assert cpu.main(arguments) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["part"], line["variant"]) for line in lines[1:]] == [
+        ("dit", "plain"),
+        ("vae_decode", "plain"),
+        ("vae_decode", "channels_last"),
+        ("vae_encode", "plain"),
+        ("vae_encode", "channels_last"),
+    ]
+    assert all(line["ms"] > 0 and line["limit_ms"] > 0 for line in lines[1:])
+    assert all(line["error_to_plain"] < 1e-5 for line in lines[1:] if line["variant"] != "plain")
+
+
+def test_counted_flops_are_those_of_the_shapes():
+    block = Upsample3D(32, time=True)
+    x = torch.randn(1, 32, 3, 4, 6)
+    assert conv_flops(block, lambda: block(x)) == 2 * 3 * 32 * 32 * 4 * (8 * 12)  # four taps a value, 3 source frames
+    x, block = x.bfloat16(), block.bfloat16()
+    assert conv_flops(block, lambda: block(x)) == 2 * 3 * 32 * 32 * 9 * (8 * 12)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sgm.modules.autoencoding.blocks import Upsample3D
+
 
 def block_flops(width: int, tokens: int, batch: int) -> tuple[float, float]:
     """Matrix products with weights (12 width^2 a token), and the two products of attention, of one block."""
@@ -21,14 +23,24 @@ def network_flops(network: nn.Module, tokens: int, batch: int = 2) -> float:
 
 @torch.no_grad()
 def conv_flops(module: nn.Module, run: Callable[[], Any]) -> float:
-    """The convolutions of `module` that one call of `run` passes through."""
+    """The convolutions of `module` that one call of `run` passes through.
+
+    An upsampling that runs as four sets of 2x2 filters, without calling its convolution, counts as that.
+    """
     total = 0.0
 
     def add(conv: nn.Module, _: Any, result: Tensor) -> None:
         nonlocal total
         total += 2.0 * result.numel() * conv.weight[0].numel()
 
-    hooks = [part.register_forward_hook(add) for part in module.modules() if isinstance(part, nn.Conv2d | nn.Conv3d)]
+    def add_folded(block: Upsample3D, inputs: tuple[Tensor, ...], _: Tensor) -> None:
+        nonlocal total
+        if inputs[0].dtype == torch.float32:
+            total += 2.0 * inputs[0].numel() * block.conv.out_channels * 16
+
+    parts = list(module.modules())
+    hooks = [part.register_forward_hook(add) for part in parts if isinstance(part, nn.Conv2d | nn.Conv3d)]
+    hooks += [part.register_forward_hook(add_folded) for part in parts if isinstance(part, Upsample3D)]
     run()
     for hook in hooks:
         hook.remove()

@@ -50,6 +50,12 @@ def fill_randomly(module: nn.Module, seed: int = 0) -> None:
                 weight.normal_(1.0 if name.endswith("conv_y.conv.bias") else 0.0, 0.1, generator=generator)
 
 
+def latent_size(config: str) -> tuple[int, int]:
+    """Configured height and width of the latents."""
+    params = merge_yaml([config])["model"]["network_config"]["params"]
+    return params["latent_height"], params["latent_width"]
+
+
 def token_count(network: nn.Module, frames: int) -> int:
     """Text and video tokens of a clip of `frames` latent frames at the configured size."""
     grid = network.patch.grid(frames, network.latent_height, network.latent_width)
