@@ -208,7 +208,7 @@ def _check_places(config: RunConfig[TrainArgs], dry_run: bool) -> None:
     folders = {"train_data": config.args.train_data, "valid_data": config.args.valid_data or []}
     problems = [f"args.{place} is still the placeholder {text!r}" for place, text in placeholders_in(folders)]
     problems += [
-        f"args.{name}: no folder, manifest or shard {path}"
+        f"args.{name}: no folder {path}, nor a manifest or shard"
         for name, paths in folders.items()
         for path in paths
         if not problems and not exists(Path(path).expanduser()) and not (dry_run and lies_in_demo(path))
