@@ -65,6 +65,7 @@ def test_two_ranks_resume_exactly(config, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("iteration 4/4") == 1  # one rank speaks
     (folder,) = (tmp_path / "save").iterdir()
+    assert len(list((folder / "tensorboard").iterdir())) == 1 and len(losses(tmp_path / "save")) == 4  # and writes
     done = train(path, "--resume", folder / "2", ranks=2, port=free_port())
     assert done.returncode == 0, done.stderr[-3000:]
     assert "at iteration 2" in done.stdout
