@@ -11,6 +11,7 @@ import argparse
 import gc
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -146,6 +147,19 @@ def reference(bench: Bench, part: str, build: Callable[[str, torch.device], Any]
     yield model
 
 
+def run_part(part: str, bench: Bench, began: float) -> bool:
+    """Whether a part ran through. One that fails is told with its traceback, and the others still run."""
+    release()
+    try:
+        PARTS[part](bench)
+    except Exception as error:
+        traceback.print_exc()
+        emit(part=part, failed=f"{type(error).__name__}: {error}"[:300])
+        return False
+    emit(part=part, done_after_s=time.perf_counter() - began)
+    return True
+
+
 def release() -> None:
     """Give freed memory back, so that the next part's peak is its own."""
     gc.collect()
@@ -196,11 +210,8 @@ def main(arguments: list[str]) -> int:
         copy_tb_s=ceilings.bandwidth / 1e12,
     )
     torch.backends.cudnn.benchmark = options.cudnn_benchmark
-    for part in options.only.split(","):
-        release()
-        PARTS[part](bench)
-        emit(part=part, done_after_s=time.perf_counter() - began)
-    return 0
+    failed = [part for part in options.only.split(",") if not run_part(part, bench, began)]
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
