@@ -1,0 +1,98 @@
+"""Cached clips: many of them start quickly, opened by no one, and take no memory."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from sgm.data.cache_store import CacheStore, FileStamp, Seen, text_key
+from sgm.data.cached import EMBEDDING, MOMENTS, CachedClips, scan_cached
+from sgm.data.clips import ClipSettings
+from sgm.data.loader import create_loader
+from sgm.data.report import DatasetError, list_source
+
+SETTINGS = ClipSettings((64, 64), skip_frames=0)
+COUNT = 1000
+SHAPE = (4, 32, 8, 8)
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory) -> tuple[CacheStore, Path]:
+    """Files that are no videos, and encodings of them: clip k has the value k."""
+    root = tmp_path_factory.mktemp("cached")
+    (root / "data" / "videos").mkdir(parents=True)
+    (root / "data" / "labels").mkdir()
+    store = CacheStore(root / "cache", {"a": 1}, "fp16")
+    videos, seen = {}, []
+    for k in range(COUNT):
+        path = root / "data" / "videos" / f"{k:05d}.mp4"
+        path.write_bytes(b"")
+        (root / "data" / "labels" / f"{k:05d}.txt").write_text(f"caption {k}\n")
+        videos[f"video:{k:032x}"] = torch.full((1,), float(k)).expand(SHAPE)
+        seen.append((FileStamp.of(path), Seen(f"video:{k:032x}")))
+    store.add("video", videos)
+    store.add("text", {text_key(f"caption {k}"): torch.full((3, 4), float(k)) for k in range(COUNT)})
+    store.record(0, seen)
+    return CacheStore(root / "cache", {"a": 1}), root / "data"
+
+
+def scanned(filled) -> CachedClips:
+    store, data = filled
+    return CachedClips(scan_cached(data, SETTINGS, store, partial(list_source)), store, SETTINGS)
+
+
+def test_every_clip_has_its_own_encodings(filled):
+    dataset = scanned(filled)
+    assert len(dataset) == COUNT and set(dataset.shapes) == {SHAPE}
+    for k in (0, 7, COUNT - 1, -1):
+        item = dataset[k]
+        number = k % COUNT
+        assert item["txt"] == f"caption {number}" and item["path"].endswith(f"{number:05d}.mp4")
+        assert (item[MOMENTS] == number).all() and (item[EMBEDDING] == number).all()
+        assert item[MOMENTS].dtype == torch.float16 and item["num_frames"] == 13
+    with pytest.raises(IndexError):
+        dataset[COUNT]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_reading_all_clips_leaves_nothing_in_memory(filled, workers):
+    """32 MB pass through; what is kept stays far below."""
+    dataset = scanned(filled)
+    with create_loader(dataset, 8, workers, seed=1) as loader:
+        for _ in range(20):
+            next(loader)
+        before = resident()
+        for _ in range(2 * COUNT // 8):
+            batch = next(loader)
+        assert resident() - before < 12 << 20
+    assert batch[MOMENTS].shape == (8, *SHAPE)
+
+
+def test_what_the_cache_does_not_hold_is_told_apart(filled, tmp_path):
+    store, _ = filled
+    data = tmp_path / "data"
+    (data / "videos").mkdir(parents=True)
+    (data / "videos" / "new.mp4").write_bytes(b"x")
+    (data / "videos" / "new.txt").write_text("not here\n")
+    (data / "labels").mkdir()
+    (data / "labels" / "new.txt").write_text("caption 1\n")
+    (data / "videos" / "mute.mp4").write_bytes(b"x")
+    scan = scan_cached(data, SETTINGS, store, list_source)
+    assert [clip.caption for clip in scan.missing] == ["caption 1"] and "1 of the clips" in scan.shortfall()
+    assert "no such caption file" in scan.rejected[0].reason and not scan.usable
+    with pytest.raises(DatasetError, match="none of the 1 videos"):
+        CachedClips(scan, store, SETTINGS)
+    with pytest.raises(DatasetError, match="captions are missing"):
+        scan_cached(data, ClipSettings((64, 64), missing_caption="error"), store, list_source)
+    with pytest.raises(DatasetError, match="no .mp4 files"):
+        (tmp_path / "empty").mkdir()
+        scan_cached(tmp_path / "empty", SETTINGS, store, list_source)
