@@ -53,16 +53,9 @@ NOT_ARGS = ("configs", "base", "set", "dry_run", "allow_target", "local_rank")
 
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
-    try:
-        return run(options)
-    except KeyboardInterrupt:
-        print("\nstopped; finished videos are kept (--skip-done goes on from there)", file=sys.stderr, flush=True)
-        return 130
-    except (ValueError, FileNotFoundError) as error:
-        if not type(error).__module__.startswith("sgm."):
-            raise  # not one of ours: a bug, which keeps its traceback
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+    from sgm.cli import exit_code
+
+    return exit_code(lambda: run(options), "stopped; finished videos are kept (--skip-done goes on from there)")
 
 
 def _interrupt(*_: object) -> None:

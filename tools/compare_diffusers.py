@@ -128,13 +128,9 @@ def _agree(name: str, ours: Tensor, theirs: Tensor, tolerance: float) -> bool:
 
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
-    try:
-        return run(options)
-    except (ValueError, FileNotFoundError) as error:
-        if not type(error).__module__.startswith("sgm."):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    from sgm.cli import exit_code
+
+    return exit_code(lambda: run(options))
 
 
 if __name__ == "__main__":

@@ -64,16 +64,12 @@ def run(options: argparse.Namespace) -> int:
 
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
-    try:
-        return run(options)
-    except KeyboardInterrupt:
-        print("stopped; captions that are done are kept, the same command goes on from there", file=sys.stderr)
-        return 130
-    except (ValueError, FileNotFoundError) as error:
-        if not type(error).__module__.startswith("sgm."):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    from sgm.cli import exit_code
+
+    return exit_code(
+        lambda: run(options),
+        "stopped; captions that are done are kept, the same command goes on from there",
+    )
 
 
 if __name__ == "__main__":

@@ -53,17 +53,9 @@ def run(options: argparse.Namespace) -> None:
 
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
-    try:
-        run(options)
-    except KeyboardInterrupt:
-        print("stopped; nothing was written", file=sys.stderr)
-        return 130
-    except (ValueError, FileNotFoundError) as error:
-        if not type(error).__module__.startswith("sgm."):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    from sgm.cli import exit_code
+
+    return exit_code(lambda: run(options), "stopped; nothing was written")
 
 
 if __name__ == "__main__":

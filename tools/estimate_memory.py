@@ -21,14 +21,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--gpus", type=int, default=1, help="data-parallel GPUs the run is spread over")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="kind of machine it will run on")
     options = parser.parse_args(arguments)
-    try:
-        print("\n".join(table(options.configs, options.set, options.gpus, options.device)))
-    except (ValueError, FileNotFoundError) as error:
-        if not type(error).__module__.startswith("sgm."):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    from sgm.cli import exit_code
+
+    return exit_code(lambda: print("\n".join(table(options.configs, options.set, options.gpus, options.device))))
 
 
 def table(configs: list[Path], overrides: list[str], gpus: int, device: str) -> list[str]:

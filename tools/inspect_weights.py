@@ -18,18 +18,19 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--no_hash", action="store_true", help="do not read the whole file for its SHA-256")
     options = parser.parse_args(arguments)
 
+    from sgm.cli import BAD_INPUT, is_ours, report
     from sgm.convert.inspect import inspect
 
     status = 0
     for path in options.paths:
         try:
-            for report in inspect(path, with_hash=not options.no_hash):
-                print("\n".join(report.lines()))
+            for found in inspect(path, with_hash=not options.no_hash):
+                print("\n".join(found.lines()))
         except (ValueError, FileNotFoundError) as error:
-            if not type(error).__module__.startswith("sgm."):
+            if not is_ours(error):
                 raise
-            print(f"error: {error}", file=sys.stderr)
-            status = 2
+            report(error)
+            status = BAD_INPUT
     return status
 
 

@@ -19,24 +19,23 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--t5-name", default="t5", help="name of the text encoder's folder")
     options = parser.parse_args(arguments)
 
+    from sgm.cli import exit_code
+
+    return exit_code(lambda: write(options))
+
+
+def write(options: argparse.Namespace) -> None:
     from sgm.config import merge_yaml
     from sgm.models.diffusion import DTYPES
     from sgm.weights.random_release import write_random_release
 
-    try:
-        model = merge_yaml([options.config]).get("model") or {}
-        write_random_release(
-            model, options.out, dtype=DTYPES[options.dtype], device=options.device, seed=options.seed,
-            t5_name=options.t5_name,
-        )  # fmt: skip
-    except (ValueError, FileNotFoundError) as error:
-        if not type(error).__module__.startswith("sgm."):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    model = merge_yaml([options.config]).get("model") or {}
+    write_random_release(
+        model, options.out, dtype=DTYPES[options.dtype], device=options.device, seed=options.seed,
+        t5_name=options.t5_name,
+    )  # fmt: skip
     print(f"random weights in {options.out}: args.load {options.out / 'transformer'}, "
           f"ckpt_path {options.out / 'vae' / '3d-vae.pt'}, model_dir {options.out / options.t5_name}")  # fmt: skip
-    return 0
 
 
 if __name__ == "__main__":

@@ -29,16 +29,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str]) -> int:
-    try:
-        return run(parse(arguments))
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from here", file=sys.stderr, flush=True)
-        return 130
-    except (ValueError, FileNotFoundError) as error:
-        if not type(error).__module__.startswith("sgm."):
-            raise  # not one of ours: a bug, which keeps its traceback
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+    from sgm.cli import exit_code
+
+    return exit_code(lambda: run(parse(arguments)), "interrupted; the same command goes on from here")
 
 
 def run(options: argparse.Namespace) -> int:

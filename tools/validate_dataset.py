@@ -34,13 +34,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
-    try:
-        return run(options)
-    except (ValueError, FileNotFoundError) as error:
-        if not type(error).__module__.startswith("sgm."):
-            raise  # not one of ours: a bug, which keeps its traceback
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+    from sgm.cli import exit_code
+
+    return exit_code(lambda: run(options))
 
 
 def run(options: argparse.Namespace) -> int:
