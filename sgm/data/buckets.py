@@ -6,6 +6,7 @@ be cropped away is bounded.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -151,6 +152,16 @@ class BucketSampler(ClipSampler):
             taken = self._of_source(number, len(group), epoch * count, count)
             plan[order == number] = group[taken].reshape(share, self.block)
         return plan.reshape(-1)
+
+
+def batches_by_shape(shapes: Sequence[tuple[int, ...]], batch_size: int) -> list[list[int]]:
+    """Every clip in batches of one shape, the shapes in turn; a shape's last batch is filled from its first clips."""
+    groups = _groups([shapes], None)[0]
+    split = [
+        [np.resize(np.roll(group, -start), batch_size).tolist() for start in range(0, len(group), batch_size)]
+        for group in groups
+    ]
+    return [batch for turn in itertools.zip_longest(*split) for batch in turn if batch is not None]
 
 
 def _groups(

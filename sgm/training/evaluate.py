@@ -16,7 +16,8 @@ from einops import rearrange
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sgm.data.loader import collate
+from sgm.data.buckets import batches_by_shape
+from sgm.data.loader import collate, shapes_of
 from sgm.distributed import data_parallel_rank, data_parallel_world_size, model_parallel_rank, preserve_rng
 from sgm.inference.writer import OutputError, to_uint8, write_video
 from sgm.training.bins import BINS, bin_means, bin_sums
@@ -74,9 +75,11 @@ class Evaluation:
         return mean / (self.batches * dist.get_world_size()), bin_means(bins[:BINS], bins[BINS:])
 
     def _clips(self) -> Iterator[dict[str, Any]]:
+        plan = mixed_batches(self.datasets, self.batch_size)
         for k in range(self.batches):
             first = self._number(k) * self.batch_size
-            yield collate([self._clip(first + j) for j in range(self.batch_size)])
+            chosen = plan[self._number(k) % len(plan)] if plan else range(first, first + self.batch_size)
+            yield collate([self._clip(position) for position in chosen])
 
     def _number(self, k: int) -> int:
         """Number, over all ranks, of this rank's k-th batch."""
@@ -189,5 +192,18 @@ def evaluation_batches(datasets: Sequence[Dataset], batch_size: int, wanted: int
     """Batches a rank: `wanted`, or with `strict` as many as cover every clip once."""
     if not strict:
         return wanted
+    plan = mixed_batches(datasets, batch_size)
     clips = sum(len(d) for d in datasets)  # type: ignore[arg-type]
-    return math.ceil(clips / (batch_size * data_parallel_world_size()))
+    return math.ceil((len(plan) if plan else clips / batch_size) / data_parallel_world_size())
+
+
+def mixed_batches(datasets: Sequence[Dataset], batch_size: int) -> list[list[int]] | None:
+    """Positions of the clips of each batch where clips of several shapes must be kept apart; None where they need not.
+
+    Positions count through the data sets.
+    """
+    shapes = [shapes_of(dataset) for dataset in datasets]
+    if batch_size == 1 or None in shapes:
+        return None
+    flat = [shape for of_one in shapes for shape in of_one]  # type: ignore[union-attr]
+    return batches_by_shape(flat, batch_size) if len(set(flat)) > 1 else None

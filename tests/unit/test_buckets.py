@@ -7,7 +7,15 @@ from collections import Counter
 
 import pytest
 
-from sgm.data.buckets import Bucket, BucketError, BucketSampler, choose_bucket, kept_share, parse_buckets
+from sgm.data.buckets import (
+    Bucket,
+    BucketError,
+    BucketSampler,
+    batches_by_shape,
+    choose_bucket,
+    kept_share,
+    parse_buckets,
+)
 from sgm.data.frames import ClipError
 from sgm.data.sampler import ClipSampler
 
@@ -94,6 +102,15 @@ def test_weights_hold_across_sources():
     shapes = [[(1, 16, 32)] * 10 + [(5, 16, 32)] * 10, [(1, 16, 32)] * 20]
     stream = take(BucketSampler(shapes, 2, 0, weights=[3, 1]), 4000)
     assert sum(clip < 20 for clip in stream) / 4000 == pytest.approx(0.75, abs=0.05)
+
+
+def test_evaluation_takes_every_clip_in_batches_of_one_shape():
+    batches = batches_by_shape(SHAPES[0], 2)
+    assert len(batches) == 4 + 2 + 5 and all(len(batch) == 2 for batch in batches)
+    assert all(len({SHAPES[0][k] for k in batch}) == 1 for batch in batches)
+    assert {k for batch in batches for k in batch} == set(range(20))
+    assert len({SHAPES[0][batch[0]] for batch in batches[:3]}) == 3  # the shapes take turns
+    assert batches_by_shape([(1, 16, 16)], 3) == [[0, 0, 0]]
 
 
 @pytest.mark.parametrize("steps", [0, 1, 5, 17])
