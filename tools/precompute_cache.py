@@ -37,6 +37,7 @@ def main(arguments: list[str]) -> int:
 def run(options: argparse.Namespace) -> int:
     from sgm import distributed
     from sgm.config import load_run_config
+    from sgm.inference.preflight import check_paths
     from sgm.training.options import TrainArgs
     from sgm.training.ready_cache import ready_cache
     from sgm.training.run import device_type, with_found_places
@@ -50,6 +51,7 @@ def run(options: argparse.Namespace) -> int:
         "valid_data": [] if options.data else None,
     }  # fmt: skip
     config = with_found_places(load_run_config(options.configs, TrainArgs, overrides=options.set, flags=flags))
+    check_paths(config.model, None)
     info = distributed.init_distributed(device_type(config.args.device))
     dtype = options.dtype or _training_dtype(config.deepspeed or {})
     ready = ready_cache(config, dtype, info, print if info.rank == 0 else _silent, options.batch_size)

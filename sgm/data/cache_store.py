@@ -191,7 +191,10 @@ class CacheStore:
             raise CacheError(f"unknown storage type {self.storage!r}; choose one of {', '.join(STORAGE)}")
         absent = sorted(name for name, value in self.identity.items() if value is None)
         if absent:
-            raise CacheError(f"cannot start a cache in {self.folder}: the files behind {', '.join(absent)} are missing")
+            raise CacheError(
+                f"cannot start a cache in {self.folder}: the files behind {', '.join(absent)} are missing; set "
+                "ckpt_path and model_dir of the configuration"
+            )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
