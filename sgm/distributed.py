@@ -114,7 +114,10 @@ def shutdown() -> None:
     if initialize is not None:
         initialize.destroy_model_parallel()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        # DeepSpeed keeps groups of its own, which only its own call forgets: a later run here would use them.
+        deepspeed_comm = sys.modules.get("deepspeed.comm")
+        known = deepspeed_comm is not None and deepspeed_comm.is_initialized()
+        (deepspeed_comm if known else torch.distributed).destroy_process_group()
 
 
 def data_parallel_rank() -> int:
