@@ -71,7 +71,7 @@ class Runner:
         return prompts
 
     def _converse(self) -> int:
-        """Ask for prompts; one that fails does not end the session."""
+        """Ask for prompts; one that fails does not end the conversation."""
         if self.world_size > 1:
             raise ConfigError("input_type cli asks a person and runs in one process; use txt for several processes.")
         self._load_what_samples_need()

@@ -121,7 +121,11 @@ def test_whole_training_step(shared_golden, golden, monkeypatch):
     expected = io["step.latent_b_c_t_h_w"].transpose(1, 2)
     torch.testing.assert_close(z, expected, rtol=0, atol=5e-5)
     loss, logged = built(z, batch)
-    assert float(loss.detach()) == pytest.approx(facts["loss"], rel=1e-5) and list(logged) == facts["dict_keys"]
+    assert float(loss.detach()) == pytest.approx(facts["loss"], rel=1e-5)
+    # What the original logs, and what only we tell of each sample.
+    assert list(logged) == [*facts["dict_keys"], "sample_loss", "timestep_share"]
+    assert logged["loss"] == loss and float(logged["sample_loss"].mean()) == pytest.approx(facts["loss"], rel=1e-5)
+    assert logged["timestep_share"].tolist() == pytest.approx([k / 1000 for k in facts["idx"]], abs=2e-3)
     loss.backward()
     total = torch.stack([p.grad.norm() for p in built.parameters() if p.grad is not None]).norm()
     assert float(total) == pytest.approx(facts["grad_norm_total"], rel=1e-4)
