@@ -3,7 +3,7 @@
 #
 # WORK gets data, cache, runs, samples and scores (about 12 GB); WORK/demo is what the repository bundles as demo/.
 # Every stage is skipped when its result is there, so the same command goes on after an interruption.
-# Sizes may be set: CLIPS=20000 VAE_SECONDS=170 TEXT_SECONDS=60 ITERATIONS=4000 WORKERS=14 SEEDS=4 DEVICE=cuda.
+# Sizes may be set: CLIPS=20000 VAE_SECONDS=450 TEXT_SECONDS=190 ITERATIONS=4000 WORKERS=14 SEEDS=4 DEVICE=cuda.
 set -euo pipefail
 repo="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 work="${1:?usage: bash tools/demo/reproduce.sh WORK}"
@@ -13,7 +13,7 @@ cd "$repo"
 # shellcheck source=tools/setup_env.sh
 source tools/setup_env.sh
 
-clips="${CLIPS:-20000}" vae_seconds="${VAE_SECONDS:-170}" text_seconds="${TEXT_SECONDS:-60}"
+clips="${CLIPS:-20000}" vae_seconds="${VAE_SECONDS:-450}" text_seconds="${TEXT_SECONDS:-190}"
 iterations="${ITERATIONS:-4000}" workers="${WORKERS:-14}" seeds="${SEEDS:-4}" device="${DEVICE:-cuda}"
 weights=(
     --set "model.first_stage_config.params.ckpt_path=$work/vae/3d-vae.pt"
@@ -23,13 +23,13 @@ stage() { echo "== $1 ($(date +%T))"; }
 
 if [[ ! -e "$work/clips/meta.jsonl" ]]; then
     stage "clips"
-    "$PYTHON" tools/demo/make_dataset.py "$work/clips" --count "$clips" --seed 1 --withheld tools/demo/withheld.json \
+    "$PYTHON" tools/demo/make_dataset.py "$work/clips" --count "$clips" --seed 1 --withheld tools/demo/withheld.json --other-words 0.5 \
         --workers "$workers" &
     making=$!
 fi
 if [[ ! -e "$work/t5/spiece.model" ]]; then
     stage "text encoder"
-    "$PYTHON" tools/demo/train_text.py --out "$work/t5" --seconds "$text_seconds" --device "$device"
+    "$PYTHON" tools/demo/train_text.py --out "$work/t5" --seconds "$text_seconds" --device "$device" --workers 5
 fi
 if [[ ! -e "$work/vae/3d-vae.pt" ]]; then
     stage "VAE"
