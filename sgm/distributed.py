@@ -149,7 +149,9 @@ def model_parallel_world_size() -> int:
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """What rank 0 makes, on every rank."""
+    """What rank 0 makes, on every rank; without process groups what this process makes."""
+    if not torch.distributed.is_initialized():
+        return make()
     held = [make() if torch.distributed.get_rank() == 0 else None]
     if torch.distributed.get_world_size() > 1:
         torch.distributed.broadcast_object_list(held)

@@ -33,15 +33,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> None:
     from sgm.convert.lazy import DTYPES
-    from sgm.convert.lora_files import adapter_file
     from sgm.convert.output import parse_size
     from sgm.convert.to_sat import ToSat, convert, import_lora
+    from sgm.weights.release import Adapter
 
     request = ToSat(
         source=options.input_path,
         output=options.output_path,
         dtype=DTYPES.get(options.dtype),
-        adapters=[adapter_file(text) for text in options.lora],
+        adapters=[Adapter.parse(text) for text in options.lora],
         lora_alpha=options.lora_alpha,
         linear_patches=options.linear_patches,
         partial=options.partial,

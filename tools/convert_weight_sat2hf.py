@@ -42,10 +42,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> None:
     from sgm.convert.lazy import DTYPES
-    from sgm.convert.lora_files import adapter_file
     from sgm.convert.output import parse_size
     from sgm.convert.to_hf import ToHf, convert, export_lora
     from sgm.convert.upload import push_to_hub
+    from sgm.weights.release import Adapter
 
     request = ToHf(
         output=options.output_path,
@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> None:
         text_encoder=options.text_encoder_path,
         cache_dir=options.text_encoder_cache_dir,
         dtype=DTYPES.get(options.dtype),
-        adapters=[adapter_file(text) for text in options.lora],
+        adapters=[Adapter.parse(text) for text in options.lora],
         lora_alpha=options.lora_alpha,
         config=options.config,
         scheduler=options.scheduler,

@@ -98,3 +98,23 @@ def added(source: Deferred, delta: Callable[[], Tensor]) -> Deferred:
 
 def summed_bytes(plan: Mapping[str, Deferred]) -> int:
     return sum(source.nbytes for source in plan.values())
+
+
+def demand_shapes(
+    state: Mapping[str, Tensor | Deferred], wanted: Mapping[str, tuple[int, ...]], source: str, should_be: str
+) -> None:
+    """Demand every wanted tensor in its shape, and no other.
+
+    Raises:
+        ConvertError: "`source` is not `should_be`", with the first five that are missing, unknown or misshapen.
+    """
+    problems = [f"missing {name}" for name in wanted if name not in state]
+    problems += [f"unknown {name}" for name in state if name not in wanted]
+    problems += [
+        f"{name} is {list(state[name].shape)}, not {list(shape)}"
+        for name, shape in wanted.items()
+        if name in state and tuple(state[name].shape) != shape
+    ]
+    if problems:
+        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise ConvertError(f"{source} is not {should_be}: {shown}.")

@@ -31,29 +31,6 @@ _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
 
 
 @dataclass(frozen=True)
-class AdapterFile:
-    """An adapter to fold in: file or folder, and a factor on its contribution."""
-
-    path: str
-    scale: float = 1.0
-
-
-def adapter_file(text: str) -> AdapterFile:
-    """`PATH` or `PATH:SCALE`; a path that exists as it stands is never cut.
-
-    Raises:
-        ConvertError: the part behind the last colon is no number.
-    """
-    path, colon, tail = text.rpartition(":")
-    if not colon or Path(text).exists():
-        return AdapterFile(text)
-    try:
-        return AdapterFile(path, float(tail))
-    except ValueError:
-        raise ConvertError(f"--lora {text!r}: expected PATH or PATH:SCALE, {tail!r} is no number.") from None
-
-
-@dataclass(frozen=True)
 class HfAdapter:
     """An adapter under diffusers' names (without `transformer.`): matrices, and the factor alpha / r on them."""
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from sgm.convert.lazy import ConvertError, Deferred
+from sgm.convert.lazy import ConvertError, Deferred, demand_shapes
 
 SHARED, TIED = "shared.weight", "encoder.embed_tokens.weight"
 _COUNTS = ("d_model", "num_heads", "d_kv", "d_ff", "num_layers", "vocab_size")
@@ -55,14 +55,5 @@ def encoder_plan(
     if tied is not None and not torch.equal(kept.setdefault(SHARED, tied).make(), tied.make()):
         raise ConvertError(f"{source}: {SHARED} and {TIED} differ, but T5 has one embedding; the file is damaged.")
     wanted = t5_shapes(config)
-    problems = [f"missing {name}" for name in wanted if name not in kept]
-    problems += [f"unknown {name}" for name in kept if name not in wanted]
-    problems += [
-        f"{name} is {list(kept[name].shape)}, not {list(shape)}"
-        for name, shape in wanted.items()
-        if name in kept and tuple(kept[name].shape) != shape
-    ]
-    if problems:
-        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise ConvertError(f"{source} is not the T5 encoder of its config.json: {shown}.")
+    demand_shapes(kept, wanted, source, "the T5 encoder of its config.json")
     return {name: kept[name] for name in wanted}, left_out

@@ -14,12 +14,13 @@ from sgm.convert import vae_keys, vae_sizes
 from sgm.convert.dit_keys import NOT_IN_HF, POSITIONS, hf_plan
 from sgm.convert.dit_sizes import Sizes, sizes_of_params, sizes_of_sat
 from sgm.convert.lazy import ConvertError, Deferred, all_deferred, cast, reshaped, summed_bytes
-from sgm.convert.lora_files import AdapterFile, adapter_of_sat, merged, open_adapter, write_peft
+from sgm.convert.lora_files import adapter_of_sat, merged, open_adapter, write_peft
 from sgm.convert.output import SHARD_BYTES, whole_folder, write_json, write_shards
 from sgm.convert.sat_source import SatWeights, open_sat, open_vae
 from sgm.convert.sine_table import read_sine_table
 from sgm.convert.t5_keys import encoder_plan
 from sgm.modules.encoders import t5_files
+from sgm.weights.release import Adapter
 from sgm.weights.save import readable
 
 _PATCH_HF = "patch_embed.proj.weight"
@@ -53,7 +54,7 @@ class ToHf:
     text_encoder: str | None = None
     cache_dir: str | None = None
     dtype: torch.dtype | None = None
-    adapters: Sequence[AdapterFile] = ()
+    adapters: Sequence[Adapter] = ()
     lora_alpha: float | None = None
     config: Path | None = None
     scheduler: str = "dpm"

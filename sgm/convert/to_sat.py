@@ -14,12 +14,12 @@ from sgm.convert import vae_keys, vae_sizes
 from sgm.convert.dit_keys import NETWORK_PREFIX, sat_plan
 from sgm.convert.dit_sizes import Sizes, sizes_of_hf
 from sgm.convert.lazy import ConvertError, Deferred, all_deferred, cast, reshaped, summed_bytes
-from sgm.convert.lora_files import AdapterFile, merged, open_adapter, sat_matrices
+from sgm.convert.lora_files import merged, open_adapter, sat_matrices
 from sgm.convert.output import SHARD_BYTES, whole_folder, write_json, write_shards
 from sgm.convert.run_file import run_file
 from sgm.convert.t5_keys import encoder_plan
 from sgm.modules.encoders import t5_files
-from sgm.weights.release import locate
+from sgm.weights.release import Adapter, locate
 from sgm.weights.save import readable, save_pt, save_text
 
 ITERATION = 1000
@@ -47,7 +47,7 @@ class ToSat:
     source: Path
     output: Path
     dtype: torch.dtype | None = None
-    adapters: Sequence[AdapterFile] = ()
+    adapters: Sequence[Adapter] = ()
     lora_alpha: float | None = None
     linear_patches: bool = False
     partial: bool = False

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sgm.convert.lazy import ConvertError, Deferred
+from sgm.convert.lazy import ConvertError, Deferred, demand_shapes
 
 Shapes = dict[str, tuple[int, ...]]
 _CONV_IN, _LATENT_IN, _CONV_OUT = "encoder.conv_in.conv.weight", "decoder.conv_in.conv.weight", "decoder.conv_out.conv"
@@ -79,17 +79,7 @@ def check(state: Mapping[str, Tensor | Deferred], params: Mapping[str, Any], sou
     Raises:
         ConvertError: lists what is missing, unknown, or misshapen.
     """
-    wanted = sat_shapes(params)
-    problems = [f"missing {name}" for name in wanted if name not in state]
-    problems += [f"unknown {name}" for name in state if name not in wanted]
-    problems += [
-        f"{name} is {list(state[name].shape)}, not {list(shape)}"
-        for name, shape in wanted.items()
-        if name in state and tuple(state[name].shape) != shape
-    ]
-    if problems:
-        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise ConvertError(f"{source} is not a whole CogVideoX autoencoder: {shown}.")
+    demand_shapes(state, sat_shapes(params), source, "a whole CogVideoX autoencoder")
 
 
 def _tensor(name: str, weight: tuple[int, ...]) -> Shapes:

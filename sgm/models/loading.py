@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sgm.weights import WeightsError, assign_state, weights_fingerprint
 from sgm.weights.identify import fitting_configs, what_is
-from sgm.weights.release import Checkpoint, read_transformer
+from sgm.weights.release import Adapter, Checkpoint, read_transformer
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -30,29 +30,6 @@ class LoadedNetwork:
     fingerprint: str
     adapters: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """A LoRA adapter to apply: checkpoint path and the factor on its contribution."""
-
-    path: str
-    scale: float = 1.0
-
-    @classmethod
-    def parse(cls, text: str) -> Adapter:
-        """`PATH` or `PATH:SCALE`. A path that exists as it stands is never cut.
-
-        Raises:
-            WeightsError: the part behind the last colon is no number.
-        """
-        path, colon, tail = text.rpartition(":")
-        if not colon or Path(text).exists():
-            return cls(text)
-        try:
-            return cls(path, float(tail))
-        except ValueError as error:
-            raise WeightsError(f"--lora {text!r}: expected PATH or PATH:SCALE, {tail!r} is not a number.") from error
 
 
 def load_network(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -288,7 +288,7 @@ def find_resume(save_root: str | Path, experiment_name: str | None, config_hash:
         except (CheckpointError, OSError) as error:
             return None, str(error)
 
-    found, problem = _from_first(look)
+    found, problem = distributed.from_first(look)
     if problem:
         raise CheckpointError(problem)
     return Path(found) if found else None
@@ -375,11 +375,3 @@ def _gather(value: T) -> list[T]:
     held: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(held, value)
     return held
-
-
-def _from_first(make: Callable[[], T]) -> T:
-    """What rank 0 makes, on every rank."""
-    held: list[Any] = [make() if _place()[0] == 0 else None]
-    if _many():
-        torch.distributed.broadcast_object_list(held)
-    return held[0]

@@ -52,6 +52,29 @@ class Checkpoint:
         return str(self.files[0]) + (f" (and {len(self.files) - 1} more parts)" if len(self.files) > 1 else "")
 
 
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter to apply: checkpoint path and the factor on its contribution."""
+
+    path: str
+    scale: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str) -> Adapter:
+        """`PATH` or `PATH:SCALE`. A path that exists as it stands is never cut.
+
+        Raises:
+            WeightsError: the part behind the last colon is no number.
+        """
+        path, colon, tail = text.rpartition(":")
+        if not colon or Path(text).exists():
+            return cls(text)
+        try:
+            return cls(path, float(tail))
+        except ValueError as error:
+            raise WeightsError(f"--lora {text!r}: expected PATH or PATH:SCALE, {tail!r} is not a number.") from error
+
+
 def locate(path: str | Path) -> tuple[list[Path], int | None]:
     """The file or files of a checkpoint given as file, iteration folder or release folder; and its iteration.
 

@@ -10,10 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sgm.convert.lora_files import AdapterFile
 from sgm.convert.to_hf import ToHf, convert, export_lora
 from sgm.util import instantiate_from_config
-from sgm.weights.release import NETWORK_PREFIX, read_transformer
+from sgm.weights.release import NETWORK_PREFIX, Adapter, read_transformer
 from sgm.weights.save import save_pt
 from tests.convert_tiny import adapter_matrices, make_release, model_section, network_of, rewrite
 from tests.dit_tiny import TEXT_LENGTH, TEXT_WIDTH, random_inputs
@@ -282,7 +281,7 @@ def test_merged_adapters(release: Path, yaml: Path, adapter: Path, tmp_path: Pat
 
     checkpoint = rewrite(release / "transformer", tmp_path / "own.pt", wrap)
     convert(ToHf(tmp_path / "hf", checkpoint, dtype=torch.float32, config=yaml, partial=True,
-                 adapters=[AdapterFile(str(adapter), 0.5)]))  # fmt: skip
+                 adapters=[Adapter(str(adapter), 0.5)]))  # fmt: skip
     assert not (tmp_path / "hf" / "model_index.json").exists()
     model = diffusers.CogVideoXTransformer3DModel.from_pretrained(tmp_path / "hf" / "transformer")
     model.norm_out.norm.eps = 1e-6

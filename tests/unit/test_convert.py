@@ -21,7 +21,6 @@ from sgm.convert import vae_sizes
 from sgm.convert.dit_sizes import hf_config, sizes_of_hf, sizes_of_params, sizes_of_sat
 from sgm.convert.inspect import inspect
 from sgm.convert.lazy import all_deferred
-from sgm.convert.lora_files import AdapterFile
 from sgm.convert.output import parse_size, write_shards
 from sgm.convert.to_hf import ToHf, convert, export_lora
 from sgm.convert.to_sat import ToSat, import_lora
@@ -30,7 +29,7 @@ from sgm.models.loading import load_network
 from sgm.modules.transformer.tensor_parallel import partition_state
 from sgm.weights import read_checkpoint
 from sgm.weights.files import tensors_of
-from sgm.weights.release import NETWORK_PREFIX, read_transformer
+from sgm.weights.release import NETWORK_PREFIX, Adapter, read_transformer
 from sgm.weights.save import save_pt, save_safetensors
 from tests.convert_tiny import VAE_PARAMS, adapter_matrices, make_release, model_section, rewrite
 from tests.dit_tiny import tiny_config, tiny_network
@@ -267,7 +266,7 @@ def test_adapter_folded_in_on_the_way_back(hf: Path, release: Path, tmp_path: Pa
     from sgm.modules.transformer.lora import merge_lora_state
 
     save_pt(tmp_path / "a.pt", {"module": adapter_matrices(), "lora": {"rank": 4, "alpha": 2.0}})
-    convert_back(ToSat(hf, tmp_path / "sat", adapters=[AdapterFile(str(tmp_path / "a.pt"), 0.5)]))
+    convert_back(ToSat(hf, tmp_path / "sat", adapters=[Adapter(str(tmp_path / "a.pt"), 0.5)]))
     matrices = {n.removeprefix(NETWORK_PREFIX): t for n, t in adapter_matrices().items()}
     expected = merge_lora_state(read_transformer(release / "transformer").network | matrices, 0.5, alpha=2.0)
     found = read_transformer(tmp_path / "sat" / "transformer").network
