@@ -23,13 +23,14 @@ stage() { echo "== $1 ($(date +%T))"; }
 
 if [[ ! -e "$work/clips/meta.jsonl" ]]; then
     stage "clips"
-    "$PYTHON" tools/demo/make_dataset.py "$work/clips" --count "$clips" --seed 1 --withheld tools/demo/withheld.json --other-words 0.5 \
-        --workers "$workers" &
+    "$PYTHON" tools/demo/make_dataset.py "$work/clips" --count "$clips" --seed 1 --withheld tools/demo/withheld.json \
+        --other-words 0.5 --workers "$workers" &
     making=$!
 fi
 if [[ ! -e "$work/t5/spiece.model" ]]; then
     stage "text encoder"
-    "$PYTHON" tools/demo/train_text.py --out "$work/t5" --seconds "$text_seconds" --device "$device" --workers 5
+    "$PYTHON" tools/demo/train_text.py --out "$work/t5" --seconds "$text_seconds" --held-words 0.3 \
+        --device "$device" --workers 5
 fi
 if [[ ! -e "$work/vae/3d-vae.pt" ]]; then
     stage "VAE"

@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import sentencepiece
@@ -71,6 +71,7 @@ NOT_ASKED = -100
 # At first the output is little more than each token's own embedding, whose mean already tells the words: with T5's own
 # start the layers' noise hides them, and nothing is learned for hundreds of steps.
 EMBEDDING_SCALE, BRANCH_SCALE = 0.5, 0.1
+WITH_HELD = replace(TRAINING, caption=0.0, held=0.4)
 EVERY = 25
 TRIES = 50
 SPREAD = 4  # positions of a sentence that are asked in a step, beside the mean of all
@@ -87,6 +88,7 @@ class Settings:
         vocabulary, corpus: pieces of the tokenizer, and sentences that it is made from.
         sampled: share of texts that are cut into rarer pieces.
         agreement: weight of the distance between two wordings.
+        held_words: share of the texts in forms kept for the test too; above 0 the "held_out" score is no test.
     """
 
     seed: int = 0
@@ -98,6 +100,7 @@ class Settings:
     corpus: int = 20_000
     sampled: float = 0.1
     agreement: float = 0.3
+    held_words: float = 0.0
     width: int = 128
     layers: int = 4
     heads: int = 4
@@ -172,7 +175,8 @@ class Batches(Dataset):
     def _text(self, spec: ClipSpec, rng: random.Random) -> Tensor:
         """Ids (l,) of a wording that fits, now and then in rarer pieces, as slips of the pen give."""
         for _ in range(TRIES):
-            text = reword(spec, rng)
+            chances = self._chances(rng)
+            text = reword(spec, rng, chances)
             pieces = self.pieces.encode(text)
             if rng.random() < self.settings.sampled:
                 pieces = [part for piece in pieces for part in self._parts(piece, rng)]
@@ -183,6 +187,10 @@ class Batches(Dataset):
         row[: len(kept)] = torch.tensor(kept)
         return row
 
+
+    def _chances(self, rng: random.Random) -> Chances:
+        share = self.settings.held_words
+        return WITH_HELD if share and rng.random() < share else TRAINING
 
     def _parts(self, piece: int, rng: random.Random) -> list[int]:
         """Now and then a piece in two, each half spelled out where it is no piece itself.
@@ -420,7 +428,10 @@ def corpus(settings: Settings) -> list[str]:
     from string import ascii_lowercase, digits, punctuation
 
     chances = Chances(typo=0.0, unknown_verb=0.0, unknown_word=0.0)
-    texts, _ = sentences(f"corpus {settings.seed}", settings.corpus, chances)
+    held = round(settings.corpus * settings.held_words)
+    texts, _ = sentences(f"corpus {settings.seed}", settings.corpus - held, chances)
+    if held:
+        texts += sentences(f"corpus, held {settings.seed}", held, replace(chances, caption=0.0, held=0.4))[0]
     signs = " ".join(ascii_lowercase + digits + punctuation)
     return [*texts, *([signs, " ".join(ascii_lowercase), ascii_lowercase] * 50)]
 
@@ -433,6 +444,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="stop after so many steps")
     parser.add_argument("--specs", type=int, default=64, help="clips a step, each in two wordings (64)")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (0.002)")
+    parser.add_argument("--held-words", type=float, default=0.0, metavar="SHARE",
+                        help="of the texts, in forms kept for the test too: for weights to be shipped (0)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, default=0, help="processes that write sentences (0: the main one does)")
@@ -443,6 +456,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     limits = [v for v in (args.seconds, args.steps) if v is not None]
     if min(*limits, args.specs, args.test_texts) <= 0 or args.seed < 0 or args.workers < 0 or not args.lr > 0:
         parser.error("--seed and --workers must not be negative, all other numbers be positive")
+    if not 0 <= args.held_words <= 1:
+        parser.error("--held-words must lie in 0 to 1")
     return args
 
 
@@ -463,7 +478,9 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = parse_arguments(arguments)
     try:
-        settings = Settings(args.seed, args.steps, args.seconds, args.specs, args.lr)
+        settings = Settings(
+            args.seed, args.steps, args.seconds, args.specs, args.lr, held_words=args.held_words
+        )
         report = run(settings, args.out, args.device, args.workers, args.test_texts)
         save_text(args.report or args.out.with_name(args.out.name + ".json"), json.dumps(report, indent=1) + "\n")
     except (WeightsError, SaveError, OSError) as error:

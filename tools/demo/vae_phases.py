@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from tools.demo.clip_feed import BatchShape, FeedError
 
-# Small pieces first, for speed; then whole frames; last what inference does, whole clips: group normalisation depends
-# on how much of a clip it sees.
-PHASES = "0.6:8x17x64x96,0.15:2x17x128x192,0.25:2x49x128x192"
+# Small pieces first, for many steps; then longer ones; last what inference does, whole clips: group normalisation
+# depends on how much of a clip it sees.
+PHASES = "0.4:4x9x64x96,0.3:8x17x64x96,0.3:2x49x128x192"
 WARM_UP, LAST_RATE = 0.02, 0.01  # part of the run; part of the full rate
 
 

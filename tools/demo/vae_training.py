@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from sgm.models.autoencoder import VideoAutoencoder
 from sgm.modules.autoencoding.blocks import SpatialNorm3D
 from sgm.modules.autoencoding.regularizers import DiagonalGaussian
+from sgm.modules.ops.choice import choose_kernels
 from sgm.weights.save import save_pt
 from tools.demo.clip_feed import ClipFeed
 from tools.demo.vae_phases import Phase, learning_rate, phase_at
@@ -34,7 +35,7 @@ class LossWeights:
     square: float = 4.0
     edge: float = 0.5
     motion: float = 0.5
-    border: float = 0.5
+    border: float = 1.5
     kl: float = 1e-4
     centre: float = 0.1
     soft: float = 0.02  # errors below this count by their square
@@ -261,6 +262,7 @@ def train(vae: VideoAutoencoder, feed: ClipFeed, settings: Settings, device: tor
     vae.to(device).train()
     if device.type == "cuda":
         vae.set_channels_last()  # tensor cores want it; CPUs are slower with it
+        vae.use_ops(choose_kernels("auto", "default", device).vae)
     averages = Averages(vae, settings.ema)
     step = (RecordedStep if device.type == "cuda" else TrainingStep)(vae, settings, device)
     clock = _Clock(settings)

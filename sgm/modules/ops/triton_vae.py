@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_CHANNELS = 64  # channels a program handles: 128 bytes in half precision
+_MOST_CHANNELS = 64  # that a program handles: 128 bytes in half precision
 _MOMENT_ROWS, _MOMENT_STEPS = 64, 16
 _FIELD_TILE = 4096
 
@@ -97,11 +97,12 @@ def channel_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     b, c, t, h, w = x.shape
     rows, run = t * h * w, _MOMENT_ROWS * _MOMENT_STEPS
     runs = triton.cdiv(rows, run)
+    block = channel_block(c)
     means, squares = x.new_empty((2, b, runs, c), dtype=torch.float32).unbind(0)
     with torch.cuda.device_of(x):
-        _moments_kernel[(runs, triton.cdiv(c, _CHANNELS), b)](
+        _moments_kernel[(runs, triton.cdiv(c, block), b)](
             x, means, squares, rows, c, x.stride(0),
-            ROWS=_MOMENT_ROWS, COLS=_CHANNELS, STEPS=_MOMENT_STEPS, num_warps=4,
+            ROWS=_MOMENT_ROWS, COLS=block, STEPS=_MOMENT_STEPS, num_warps=4,
         )  # fmt: skip
     counts = torch.full((runs,), float(run), device=x.device)
     counts[-1:].fill_(float(rows - run * (runs - 1)))
@@ -115,16 +116,17 @@ def launch_apply_field(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor, swi
     """
     b, c, t, h, w = x.shape
     rows, cols = scale.shape[3:]
-    repeat = _power_of_two_in(w // cols, 16)
+    repeat = power_of_two_in(w // cols, 16)
     cells = t * h * (w // repeat)
-    per_program = max(1, _FIELD_TILE // (_CHANNELS * repeat))
+    block = channel_block(c)
+    per_program = max(1, _FIELD_TILE // (block * repeat))
     field_t = rows * cols * c if scale.shape[2] > 1 else 0
     with torch.cuda.device_of(x):
-        _apply_field_kernel[(triton.cdiv(cells, per_program), triton.cdiv(c, _CHANNELS), b)](
+        _apply_field_kernel[(triton.cdiv(cells, per_program), triton.cdiv(c, block), b)](
             x, out, scale, shift, cells, c, h, w, rows, cols,
             *(x.stride(axis) for axis in (0, 2, 3, 4)), *(out.stride(axis) for axis in (0, 2, 3, 4)),
             scale.shape[2] * rows * cols * c, field_t,
-            SWISH=swish, CELLS=per_program, REPEAT=repeat, COLS=_CHANNELS, num_warps=4,
+            SWISH=swish, CELLS=per_program, REPEAT=repeat, COLS=block, num_warps=4,
         )  # fmt: skip
 
 
@@ -137,6 +139,11 @@ def launch_add_residual(h: Tensor, x: Tensor, bias: Tensor) -> None:
         )
 
 
-def _power_of_two_in(number: int, limit: int) -> int:
+def channel_block(channels: int) -> int:
+    """Channels that a program handles, a power of two."""
+    return min(_MOST_CHANNELS, triton.next_power_of_2(channels))
+
+
+def power_of_two_in(number: int, limit: int) -> int:
     """The largest power of two that divides `number` and is at most `limit` (a power of two)."""
     return min(number & -number, limit)
