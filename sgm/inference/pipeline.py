@@ -103,9 +103,10 @@ class TextToVideo:
             self.facts.text_encoder = load_text_encoder(self.engine.conditioner, **to)
         elif part == "first_stage":
             self.facts.first_stage = load_first_stage(self.engine.first_stage_model, **to)
-            if self.kernels.fused:
-                self.engine.first_stage_model.set_channels_last()
             lean = self.placement.kind == "lean"
+            if self.kernels.fused or (lean and self.device.type == "cuda"):
+                # in the other layout cuDNN turns its input and result around, in memory of its own
+                self.engine.first_stage_model.set_channels_last()
             self.engine.first_stage_model.set_low_memory(lean, cache_on_cpu=lean)
             if self.args.vae_tiling:
                 self.engine.first_stage_model.set_tiling()
@@ -207,7 +208,7 @@ class TextToVideo:
         stage = self.engine.first_stage_model
         z = latents.to(self.device, torch.float32)[None].transpose(1, 2) / self.engine.scale_factor
         frames: list[np.ndarray] = []
-        with torch.no_grad(), self.placement.use(stage):
+        with torch.no_grad(), self.placement.use(stage.decoder):
             for pixels in stage.decode_chunks(z.to(self.engine.dtype)):
                 _demand_finite(pixels, "pixels", self.args.dtype)
                 frames.append(to_uint8(pixels)[0].cpu().numpy())

@@ -12,7 +12,8 @@ from torch import nn
 
 from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
 from sgm.modules.autoencoding.blocks import Downsample3D, SpatialNorm3D, Upsample3D
-from sgm.modules.autoencoding.causal_conv import CausalCache, CausalConv3d, ClipPass
+from sgm.modules.autoencoding.causal_cache import CausalCache
+from sgm.modules.autoencoding.causal_conv import CausalConv3d, ClipPass
 from sgm.weights import assign_state
 
 TOLERANCE = 5e-5  # max abs; wrong chunking, normalisation or frame rules land at 0.6 and above
@@ -148,7 +149,7 @@ def test_decode_in_chunks(case: str, vae: VideoAutoencoderInferenceWrapper, io: 
 def test_cache_after_the_first_chunk(vae: VideoAutoencoderInferenceWrapper, io: dict, facts: dict) -> None:
     cache = CausalCache()
     vae.decoder(io["chunk5.z"][:, :, :3], ClipPass(cache, last=False))
-    kept = {name: cache.take(module, io["chunk5.z"]) for name, module in vae.named_modules()}
+    kept = {name: cache.take(module) for name, module in vae.named_modules()}
     shapes = {name: list(frames.shape) for name, frames in kept.items() if frames is not None}
     assert shapes == facts["caches_after_first_chunk"]
     for name in ("conv_in", "conv_out"):

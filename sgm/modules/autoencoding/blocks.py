@@ -15,7 +15,15 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from sgm.modules.autoencoding.causal_conv import WHOLE_CLIP, CausalConv3d, ClipPass, layout_of
+from sgm.modules.autoencoding.causal_conv import (
+    WHOLE_CLIP,
+    Activation,
+    CausalConv3d,
+    ClipPass,
+    LazyFrames,
+    frames_of,
+    layout_of,
+)
 from sgm.modules.ops.vae import (
     AffineField,
     apply_field,
@@ -25,6 +33,7 @@ from sgm.modules.ops.vae import (
     doubling_filters,
     frame_bytes,
     frame_spans,
+    merge_moments,
     norm_field,
     pool_frames,
     resize_latent,
@@ -46,15 +55,24 @@ class ClipNorm(nn.Module):
 
     def field(
         self,
-        x: Tensor,
+        x: Activation,
         run: ClipPass = WHOLE_CLIP,
         modulation: tuple[Tensor, Tensor] | None = None,
         bias: Tensor | None = None,
     ) -> AffineField:
         """The normalisation of x (b, c, t, h, w), or of x + bias, optionally modulated, as scale and shift for x."""
-        budget = x.numel() * 8 if torch.is_grad_enabled() else run.slice_bytes  # with gradients: in one go
-        moments = run.ops.group_moments(x, self.groups, budget, bias)
+        moments = self._moments(x, run, bias)
         return norm_field(moments, self.weight, self.bias, EPS, modulation, bias)
+
+    def _moments(self, x: Activation, run: ClipPass, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        moments = run.ops.group_moments
+        if isinstance(x, Tensor):
+            budget = x.numel() * 8 if torch.is_grad_enabled() else run.slice_bytes  # with gradients: in one go
+            return moments(x, self.groups, budget, bias)
+        spans = frame_spans(x.shape[2], frame_bytes(x), run.slice_bytes)
+        return merge_moments(
+            (stop - start, *moments(x.frames(start, stop), self.groups, run.slice_bytes, bias)) for start, stop in spans
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, c, t, h, w) -> the same shape."""
@@ -71,7 +89,7 @@ class SpatialNorm3D(nn.Module):
         self.conv_b = CausalConv3d(latent_channels, channels, kernel_size=1)
 
     def field(
-        self, x: Tensor, zq: Tensor, run: ClipPass = WHOLE_CLIP, bias: Tensor | None = None
+        self, x: Activation, zq: Tensor, run: ClipPass = WHOLE_CLIP, bias: Tensor | None = None
     ) -> AffineField:
         """The normalisation of x (b, c, t, h, w), or of x + bias, under the latent zq (b, z, t', h', w')."""
         size = (x.shape[2], x.shape[3], x.shape[4])
@@ -105,7 +123,7 @@ class ResnetBlock3D(nn.Module):
         if in_channels != out_channels:
             self.nin_shortcut = nn.Conv3d(in_channels, out_channels, kernel_size=1)
 
-    def forward(self, x: Tensor, zq: Tensor | None = None, run: ClipPass = WHOLE_CLIP) -> Tensor:
+    def forward(self, x: Activation, zq: Tensor | None = None, run: ClipPass = WHOLE_CLIP) -> Tensor:
         """x (b, c_in, t, h, w), zq (b, z, t', h', w') in the decoder -> (b, c_out, t, h, w)."""
         bare = run.ops.folds_bias and not torch.is_grad_enabled()  # a bias then joins the norm, or the sum at the end
         h = self.conv1(x, run, norm=norm_of(self.norm1, x, zq, run), bare=bare)
@@ -114,17 +132,20 @@ class ResnetBlock3D(nn.Module):
             h = self.conv2(self.dropout(run.ops.apply_field(h, norm2, swish=True)), run, bare=bare)
         else:
             h = self.conv2(h, run, norm=norm2, overwrite=True, bare=bare)
+        del norm2
         return self._add_shortcut(h, x, run, bare)
 
-    def _add_shortcut(self, h: Tensor, x: Tensor, run: ClipPass, bare: bool) -> Tensor:
+    def _add_shortcut(self, h: Tensor, x: Activation, run: ClipPass, bare: bool) -> Tensor:
         shortcut = getattr(self, "nin_shortcut", None)
         if torch.is_grad_enabled():
             return h + (x if shortcut is None else run.ops.convolve(shortcut, x))
         bias = self.conv2.conv.bias if bare else None
-        if shortcut is None:
+        if shortcut is None and isinstance(x, Tensor):
             return run.ops.add_residual(h, x, bias)
         for start, stop in frame_spans(x.shape[2], frame_bytes(x), run.slice_bytes):
-            run.ops.add_residual(h[:, :, start:stop], run.ops.convolve(shortcut, x[:, :, start:stop]), bias)
+            part = frames_of(x, start, stop)
+            part = part if shortcut is None else run.ops.convolve(shortcut, part)
+            run.ops.add_residual(h[:, :, start:stop], part, bias)
         return h
 
 
@@ -183,6 +204,12 @@ class Upsample3D(nn.Module):
             double(x[:, :, start:stop], result, copies, run)
         return result
 
+    def lazily(self, x: Tensor, run: ClipPass) -> LazyFrames | Tensor:
+        """`forward(x, run)` as frames that are made when they are read, where `run` asks for it and frames allow it."""
+        if self.time or not run.recompute or torch.is_grad_enabled():
+            return self(x, run)
+        return LazyUpsample(self, x, run)
+
     def _double(self, x: Tensor, result: Tensor, copies: list[tuple[slice, slice]], run: ClipPass) -> None:
         y = _by_frame(x, lambda frames: run.ops.convolve(self.conv, F.interpolate(frames, scale_factor=2.0)))
         for source, target in copies:
@@ -196,6 +223,25 @@ class Upsample3D(nn.Module):
             y = parts[:, k, :, :, row : row + h, col : col + w]
             for source, target in copies:
                 run.ops.place(y[:, :, source], result[:, :, target, row::2, col::2], self.conv.bias)
+
+
+class LazyUpsample:
+    """The frames of `block(x, run)`, for an upsampling that leaves time alone; see `LazyFrames`."""
+
+    def __init__(self, block: Upsample3D, x: Tensor, run: ClipPass):
+        self.block, self.x, self.run = block, x, run
+        b, _, t, h, w = x.shape
+        self.shape = torch.Size((b, block.conv.out_channels, t, 2 * h, 2 * w))
+        self.dtype, self.device = x.dtype, x.device
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    def element_size(self) -> int:
+        return self.x.element_size()
+
+    def frames(self, start: int, stop: int) -> Tensor:
+        return self.block(self.x[:, :, start:stop], self.run)
 
 
 def _by_frame(x: Tensor, convolve: Callable[[Tensor], Tensor]) -> Tensor:
@@ -219,7 +265,7 @@ def make_norm(channels: int, latent_channels: int | None) -> ClipNorm | SpatialN
 
 
 def norm_of(
-    norm: ClipNorm | SpatialNorm3D, x: Tensor, zq: Tensor | None, run: ClipPass, bias: Tensor | None = None
+    norm: ClipNorm | SpatialNorm3D, x: Activation, zq: Tensor | None, run: ClipPass, bias: Tensor | None = None
 ) -> AffineField:
     """The norm's field for x (or x + bias): under the latent in the decoder (zq given), plain in the encoder."""
     if isinstance(norm, SpatialNorm3D):

@@ -6,45 +6,16 @@ Axes: b batch, c channels, t frames, h w height and width.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from sgm.modules.autoencoding.causal_cache import CausalCache
 from sgm.modules.ops.vae import PLAIN, AffineField, VaeOps, frame_bytes, frame_spans
 
 # A convolution whose input is larger is cut along time. 2 GiB is where the original cuts; the result is the same.
 SLICE_BYTES = 2 << 30
-
-
-class CausalCache:
-    """The frames that causal convolutions saw last, carried from one chunk of a clip to the next.
-
-    One cache belongs to one clip: make it, pass it to every chunk, drop it. Nothing is kept in the modules, so that a
-    clip which was broken off cannot leave frames behind for the next one.
-
-    Args:
-        device: where the frames wait between chunks; None leaves them on the device where they arose.
-    """
-
-    def __init__(self, device: torch.device | str | None = None) -> None:
-        self.device = device
-        self._frames: dict[nn.Module, Tensor] = {}
-
-    def take(self, conv: nn.Module, like: Tensor) -> Tensor | None:
-        """The frames kept for `conv`, on the device of `like`, and forget them; None if there are none."""
-        frames = self._frames.pop(conv, None)
-        return None if frames is None else frames.to(like.device)
-
-    def keep(self, conv: nn.Module, frames: Tensor) -> None:
-        """Keep `frames` (b, c, 2, h, w) for the next call of `conv`."""
-        self._frames[conv] = frames if self.device is None else frames.to(self.device)
-
-    def __len__(self) -> int:
-        return len(self._frames)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(frames.nbytes for frames in self._frames.values())
 
 
 @dataclass(frozen=True)
@@ -57,15 +28,40 @@ class ClipPass:
         slice_bytes: bound on the input and on the result of a convolution (its temporary copies are as large); longer
             ones are cut along time, with the same result.
         ops: implementation of the element-wise operations and reductions.
+        recompute: make the largest activation again where it is read rather than keep it (no gradients; exact).
     """
 
     cache: CausalCache | None = field(default=None)
     last: bool = True
     slice_bytes: int = SLICE_BYTES
     ops: VaeOps = PLAIN
+    recompute: bool = False
 
 
 WHOLE_CLIP = ClipPass()
+
+
+class LazyFrames(Protocol):
+    """An activation (b, c, t, h, w) that is made a run of frames at a time, when it is read."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    def numel(self) -> int: ...
+
+    def element_size(self) -> int: ...
+
+    def frames(self, start: int, stop: int) -> Tensor:
+        """Frames start .. stop - 1, (b, c, stop - start, h, w)."""
+
+
+Activation = Tensor | LazyFrames
+
+
+def frames_of(x: Activation, start: int, stop: int) -> Tensor:
+    """Frames start .. stop - 1 of an activation that is there, or of one that is made when it is read."""
+    return x[:, :, start:stop] if isinstance(x, Tensor) else x.frames(start, stop)
 
 
 class CausalConv3d(nn.Module):
@@ -83,7 +79,7 @@ class CausalConv3d(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        x: Activation,
         run: ClipPass = WHOLE_CLIP,
         norm: AffineField | None = None,
         *,
@@ -94,44 +90,70 @@ class CausalConv3d(nn.Module):
 
         `overwrite` lets the result of a cut convolution replace x (where shapes agree and no gradient is wanted).
         """
-        front = run.cache.take(self, x) if run.cache is not None and self.front else None
         spans = [(0, x.shape[2])]
         if not torch.is_grad_enabled():
             spans = frame_spans(x.shape[2], self._frame_bytes(x), run.slice_bytes)
         if len(spans) == 1:
-            staged = stage_frames(x, norm, front, self.front, self.conv.weight, run.ops)
+            whole, front = frames_of(x, *spans[0]), self._taken(run)
+            staged = stage_frames(whole, norm, front, self.front, self.conv.weight, run.ops)
+            del whole, front
             result = run.ops.convolve(self.conv, staged, bare)
-            front = self._tail(staged)
+            tail = staged[:, :, staged.shape[2] - self.front :]
         else:
-            result, front = self._forward_cut(x, norm, front, spans, overwrite, bare, run.ops)
+            place = x if overwrite and isinstance(x, Tensor) and self._keeps_shape else None
+            result, tail = self._forward_cut(x, norm, spans, place, bare, run)
         if run.cache is not None and self.front and not run.last:
-            run.cache.keep(self, front)
+            # a copy, so that the staged frames can go (with gradients: a view)
+            run.cache.keep(self, tail if torch.is_grad_enabled() else tail.clone())
         return result
 
     def _forward_cut(
         self,
-        x: Tensor,
+        x: Activation,
         norm: AffineField | None,
-        front: Tensor | None,
         spans: list[tuple[int, int]],
-        overwrite: bool,
+        place: Tensor | None,
         bare: bool,
-        ops: VaeOps,
+        run: ClipPass,
     ) -> tuple[Tensor, Tensor]:
-        """Runs of frames one after the other, each with the end of the one before in front. No gradients."""
-        shape = (x.shape[0], self.conv.out_channels, *x.shape[2:])
-        if overwrite and shape == x.shape:
-            result = x
-        else:
-            result = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout_of(self.conv.weight))
-        for start, stop in spans:
-            part_norm = None if norm is None else norm.frames(start, stop)
-            staged = stage_frames(x[:, :, start:stop], part_norm, front, self.front, self.conv.weight, ops)
-            result[:, :, start:stop] = ops.convolve(self.conv, staged, bare)
-            front = self._tail(staged)
-        return result, front
+        """Runs of frames one after the other in one buffer, each behind the end of the one before. No gradients.
 
-    def _frame_bytes(self, x: Tensor) -> int:
+        Gives the result, written to `place` where there is one, and the last frames that were convolved.
+        """
+        layout, (b, c, t, h, w) = layout_of(self.conv.weight), x.shape
+        longest = max(stop - start for start, stop in spans)
+        kind = {"dtype": x.dtype, "device": x.device, "memory_format": layout}
+        staged = torch.empty((b, c, self.front + longest, h, w), **kind)
+        result = torch.empty((b, self.conv.out_channels, t, h, w), **kind) if place is None else place
+        for start, stop in spans:
+            window = staged[:, :, : self.front + stop - start]
+            if start == 0:
+                continues = self._put_front(window, run)
+            part_norm = None if norm is None else norm.frames(start, stop)
+            write_frames(window[:, :, self.front :], frames_of(x, start, stop), part_norm, run.ops)
+            if start == 0 and not continues:
+                window[:, :, : self.front] = window[:, :, self.front : self.front + 1]
+            result[:, :, start:stop] = run.ops.convolve(self.conv, window, bare)
+            for k in range(self.front if stop < t else 0):  # one by one: source and target may overlap
+                staged[:, :, k] = window[:, :, stop - start + k]
+        return result, window[:, :, stop - start :]
+
+    def _put_front(self, window: Tensor, run: ClipPass) -> bool:
+        """Bring the frames before this chunk to their place; False if there are none."""
+        front = self._taken(run)
+        if front is not None:
+            window[:, :, : self.front] = front
+        return front is not None
+
+    def _taken(self, run: ClipPass) -> Tensor | None:
+        """The frames before this chunk, out of the cache."""
+        return run.cache.take(self) if run.cache is not None and self.front else None
+
+    @property
+    def _keeps_shape(self) -> bool:
+        return self.conv.in_channels == self.conv.out_channels
+
+    def _frame_bytes(self, x: Activation) -> int:
         """Bytes of one frame of x or of the result, whichever is larger.
 
         The first convolution makes 128 channels of 3: at 49 x 480 x 720 its result in one go has more than 2^31
@@ -139,11 +161,6 @@ class CausalConv3d(nn.Module):
         """
         widths = (self.conv.in_channels, self.conv.out_channels)
         return frame_bytes(x) * max(widths) // widths[0]
-
-    def _tail(self, staged: Tensor) -> Tensor:
-        """The last k - 1 staged frames; a copy, so that the staged frames can go (with gradients: a view)."""
-        tail = staged[:, :, staged.shape[2] - self.front :]
-        return tail if torch.is_grad_enabled() else tail.clone()
 
 
 def stage_frames(
@@ -163,12 +180,17 @@ def stage_frames(
     b, c, t, h, w = x.shape
     staged = torch.empty((b, c, count + t, h, w), dtype=x.dtype, device=x.device, memory_format=layout_of(weight))
     body = staged[:, :, count:]
-    if norm is None:
-        body.copy_(x)
-    else:
-        ops.apply_field(x, norm, swish=True, out=body)
+    write_frames(body, x, norm, ops)
     staged[:, :, :count] = body[:, :, :1] if front is None else front
     return staged
+
+
+def write_frames(out: Tensor, x: Tensor, norm: AffineField | None, ops: VaeOps) -> None:
+    """Write x, or swish(norm(x)), into `out`, a view of its shape. No gradients."""
+    if norm is None:
+        out.copy_(x)
+    else:
+        ops.apply_field(x, norm, swish=True, out=out)
 
 
 def layout_of(tensor: Tensor) -> torch.memory_format:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from sgm.modules.autoencoding.blocks import Downsample3D, ResnetBlock3D, Upsample3D, make_norm, norm_of
-from sgm.modules.autoencoding.causal_conv import WHOLE_CLIP, CausalConv3d, ClipPass
+from sgm.modules.autoencoding.causal_conv import WHOLE_CLIP, Activation, CausalConv3d, ClipPass
 
 
 class ContextParallelEncoder3D(nn.Module):
@@ -69,9 +69,10 @@ class ContextParallelEncoder3D(nn.Module):
 
     def forward(self, x: Tensor, run: ClipPass = WHOLE_CLIP) -> Tensor:
         h = self.conv_in(x, run)
-        for level in self.down:
-            h = level(h, None, run)
-        h = self.mid(h, None, run)
+        # part by part, so that nothing here holds a level's input until its end
+        levels = [part for level in self.down for part in level.parts()]
+        for part in (*levels, self.mid.block_1, self.mid.block_2):
+            h = part(h, run) if isinstance(part, Downsample3D) else part(h, None, run)
         return self.conv_out(h, run, norm=norm_of(self.norm_out, h, None, run))
 
 
@@ -120,10 +121,11 @@ class ContextParallelDecoder3D(nn.Module):
         self.conv_out = CausalConv3d(widths[0], out_ch)
 
     def forward(self, z: Tensor, run: ClipPass = WHOLE_CLIP) -> Tensor:
-        h = self.conv_in(z, run)
-        h = self.mid(h, z, run)
-        for level in reversed(self.up):
-            h = level(h, z, run)
+        h: Activation = self.conv_in(z, run)
+        # part by part, so that nothing here holds a level's input until its end
+        levels = [part for level in reversed(self.up) for part in level.parts()]
+        for part in (self.mid.block_1, self.mid.block_2, *levels):
+            h = part.lazily(h, run) if isinstance(part, Upsample3D) else part(h, z, run)
         return self.conv_out(h, run, norm=norm_of(self.norm_out, h, z, run))
 
 
@@ -141,10 +143,9 @@ class _Level(nn.Module):
             self.upsample = upsample
         self._resample = "downsample" if downsample is not None else "upsample" if upsample is not None else None
 
-    def forward(self, h: Tensor, zq: Tensor | None, run: ClipPass) -> Tensor:
-        for block in self.block:
-            h = block(h, zq, run)
-        return h if self._resample is None else getattr(self, self._resample)(h, run)
+    def parts(self) -> list[nn.Module]:
+        """The blocks, then the change of resolution, if any."""
+        return [*self.block, *([getattr(self, self._resample)] if self._resample else [])]
 
 
 class _Middle(nn.Module):
@@ -154,9 +155,6 @@ class _Middle(nn.Module):
         super().__init__()
         self.block_1 = ResnetBlock3D(width, width, latent_channels=latent_channels, dropout=dropout)
         self.block_2 = ResnetBlock3D(width, width, latent_channels=latent_channels, dropout=dropout)
-
-    def forward(self, h: Tensor, zq: Tensor | None, run: ClipPass) -> Tensor:
-        return self.block_2(self.block_1(h, zq, run), zq, run)
 
 
 def _res_blocks(before: int, width: int, count: int, latent_channels: int | None, dropout: float) -> nn.ModuleList:

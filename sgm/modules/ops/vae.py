@@ -10,9 +10,9 @@ Axes: b batch, c channels, t frames, h w pixels of the activation; h' w' pixels 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,12 +37,12 @@ class AffineField:
 
 def frame_spans(frames: int, frame_bytes: int, budget: int) -> list[tuple[int, int]]:
     """Cut `frames` into the fewest runs (start, stop), as even as can be, of at most `budget` bytes, or one frame."""
-    pieces = min(frames, max(1, -(-frames * frame_bytes // max(budget, 1))))
+    pieces = -(-frames // max(1, budget // max(frame_bytes, 1)))
     return [(frames * k // pieces, frames * (k + 1) // pieces) for k in range(pieces)]
 
 
-def frame_bytes(x: Tensor, itemsize: int | None = None) -> int:
-    """Bytes of one frame of x (b, c, t, h, w), over the batch, at `itemsize` bytes a value."""
+def frame_bytes(x: Any, itemsize: int | None = None) -> int:
+    """Bytes of one frame of an activation (b, c, t, h, w), over the batch, at `itemsize` bytes a value."""
     return x.numel() // x.shape[2] * (itemsize or x.element_size())
 
 
@@ -57,13 +57,27 @@ def group_moments(x: Tensor, groups: int, budget: int, bias: Tensor | None = Non
     if _is_lean(x):
         return lean_moments(x, groups)
     kind = torch.promote_types(x.dtype, torch.float32)
-    seen, mean, square = 0, x.new_zeros((), dtype=kind), x.new_zeros((), dtype=kind)
-    for start, stop in frame_spans(x.shape[2], frame_bytes(x, kind.itemsize), budget):
+
+    def run_moments(start: int, stop: int) -> tuple[int, Tensor, Tensor]:
         part = x[:, :, start:stop].to(kind).unflatten(1, (groups, -1))  # b g c/g t h w
-        part_var, part_mean = torch.var_mean(part, dim=(2, 3, 4, 5), correction=0)
-        count = stop - start  # every frame has as many values, so frames are the weights
-        step = part_mean - mean
-        square = square + part_var * count + step.square() * (seen * count / (seen + count))
+        variance, mean = torch.var_mean(part, dim=(2, 3, 4, 5), correction=0)
+        return stop - start, mean, variance
+
+    spans = frame_spans(x.shape[2], frame_bytes(x, kind.itemsize), budget)
+    return merge_moments(run_moments(*span) for span in spans)
+
+
+def merge_moments(runs: Iterable[tuple[int, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of all runs of frames together, from (frames, mean, variance) of each; >= 1 run.
+
+    Every frame has as many values, so frames are the weights.
+    """
+    runs = iter(runs)
+    seen, mean, variance = next(runs)
+    square = variance * seen
+    for count, run_mean, run_variance in runs:
+        step = run_mean - mean
+        square = square + run_variance * count + step.square() * (seen * count / (seen + count))
         mean = mean + step * (count / (seen + count))
         seen += count
     return mean, square / seen
