@@ -14,6 +14,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from sgm.inference.staging import StagedCopy
+
 PLACEMENTS = ("all", "stages", "lean")
 _ALIGN = 512  # bytes; where tensors start in a block's buffer, as the CUDA allocator aligns them
 
@@ -21,16 +23,18 @@ _ALIGN = 512  # bytes; where tensors start in a block's buffer, as the CUDA allo
 class Resident:
     """Moves one module between its host tensors and a device (a copy, also where the device is the CPU)."""
 
-    def __init__(self, module: nn.Module, device: torch.device):
+    def __init__(self, module: nn.Module, device: torch.device, stage: StagedCopy | None = None):
         self.module = module
         self.device = device
+        self._stage = stage or StagedCopy(device)
         self._moved: list[tuple[Tensor, Tensor]] = []
 
     def enter(self) -> None:
         for tensor in _tensors(self.module):
             host = tensor.data
-            tensor.data = host.to(self.device, copy=True)
+            tensor.data = torch.empty_like(host, device=self.device)
             self._moved.append((tensor, host))
+            self._stage.copy(tensor.data, host)
 
     def leave(self) -> None:
         for tensor, host in self._moved:
@@ -66,13 +70,13 @@ class HostBlock:
             view.copy_(value)
         return cls(tensors, views, offsets, size, flat)
 
-    def upload(self, buffer: Tensor) -> None:
-        """Copy into a device buffer, in order with the current stream."""
+    def upload(self, buffer: Tensor, stage: StagedCopy) -> None:
+        """Copy into a device buffer, in order with the current stream; through `stage` where memory is not pinned."""
         if self.flat is not None:
             buffer[: self.size].copy_(self.flat, non_blocking=True)
             return
         for offset, value in zip(self.offsets, self.host):
-            _view(buffer, offset, value).copy_(value, non_blocking=True)
+            stage.copy(_view(buffer, offset, value), value)
 
     def point_at(self, buffer: Tensor | None) -> None:
         """Let the block's tensors be those of a device buffer, or the host's."""
@@ -84,7 +88,8 @@ class BlockStreamer:
     """Keeps a module's blocks on the host and brings each to the device for the time of its forward.
 
     The device holds two buffers, each as large as the largest block. While block k computes from one, block k+1 is
-    copied into the other on a second stream (host memory is pinned for that, if `pin`). A copy waits until the block
+    copied into the other on a second stream: from a pinned copy of the blocks if `pin`, which pays where they are
+    needed many times, else through a few pinned buffers. A copy waits until the block
     that last used its buffer is done, however far the host has run ahead, so memory never grows past the two.
     What lies outside the blocks goes to the device as a whole.
 
@@ -92,8 +97,16 @@ class BlockStreamer:
         blocks: for each block its modules; the first one's forward is the trigger, in the order of the list.
     """
 
-    def __init__(self, module: nn.Module, blocks: Sequence[Sequence[nn.Module]], device: torch.device, pin: bool):
+    def __init__(
+        self,
+        module: nn.Module,
+        blocks: Sequence[Sequence[nn.Module]],
+        device: torch.device,
+        pin: bool,
+        stage: StagedCopy | None = None,
+    ):
         self.device = device
+        self._stage = stage or StagedCopy(device)
         parts = [_unique(t for part in block for t in _tensors(part)) for block in blocks]
         _demand_disjoint(parts)
         streamed = {id(t) for block in parts for t in block}
@@ -116,7 +129,8 @@ class BlockStreamer:
         self.streams.start()
         self._rest_host = [t.data for t in self.rest]
         for tensor, host in zip(self.rest, self._rest_host):
-            tensor.data = host.to(self.device, copy=True)
+            tensor.data = torch.empty_like(host, device=self.device)
+            self._stage.copy(tensor.data, host)
         for k, trigger in enumerate(self.triggers):
             self._hooks.append(trigger.register_forward_pre_hook(lambda *_, k=k: self._bring(k)))
             self._hooks.append(trigger.register_forward_hook(lambda *_, k=k: self._drop(k)))
@@ -135,7 +149,7 @@ class BlockStreamer:
     def _copy(self, k: int) -> int:
         """Start the copy of block k; returns its buffer."""
         slot, self._next = self._next, 1 - self._next
-        self.streams.copy(slot, partial(self.blocks[k].upload, self.buffers[slot]))
+        self.streams.copy(slot, partial(self.blocks[k].upload, self.buffers[slot], self._stage))
         return slot
 
     def _bring(self, k: int) -> None:
@@ -213,6 +227,7 @@ class Placement:
     def __init__(self, kind: str, device: torch.device):
         self.kind = kind
         self.device = device
+        self._stage = StagedCopy(device)
         self._movers: dict[int, Resident | BlockStreamer] = {}
 
     @property
@@ -229,7 +244,10 @@ class Placement:
         mover = self._movers.get(id(part))
         if mover is None:
             stream = self.kind == "lean" and len(blocks) > 1
-            mover = BlockStreamer(part, blocks, self.device, pin) if stream else Resident(part, self.device)
+            if stream:
+                mover = BlockStreamer(part, blocks, self.device, pin, self._stage)
+            else:
+                mover = Resident(part, self.device, self._stage)
             self._movers[id(part)] = mover
         try:
             mover.enter()

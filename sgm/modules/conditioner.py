@@ -76,10 +76,14 @@ class GeneralConditioner(nn.Module):
         Returns:
             `vector` (b, d), `crossattn` (b, l, d), `concat` (b, [t,] c, h, w): those that some embedder makes.
         """
-        zeroed = frozenset(force_zero_embeddings or ())
+        made = [_embed(embedder, batch) for embedder in self.embedders]
+        return self._sorted(made, frozenset(force_zero_embeddings or ()))
+
+    def _sorted(self, made: Sequence[list[Tensor]], zeroed: frozenset[str]) -> dict[str, Tensor]:
+        """What each embedder made, after dropout and zeroing, joined by rank."""
         output: dict[str, Tensor] = {}
-        for embedder in self.embedders:
-            for embedding in _embed(embedder, batch):
+        for embedder, embeddings in zip(self.embedders, made):
+            for embedding in embeddings:
                 key = _output_key(embedder, embedding)
                 if embedder.ucg_rate > 0:
                     embedding = drop_samples(embedding, embedder.ucg_rate)
@@ -97,15 +101,21 @@ class GeneralConditioner(nn.Module):
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Conditions and unconditional conditions for guidance, both without dropout.
 
+        An embedder runs once where its second result is known from the first: zeros, or an embedding of the same.
+
         Args:
             batch_c: the wanted batch.
             batch_uc: the batch to steer away from (negative prompts); None takes `batch_c`.
             force_uc_zero_embeddings: input keys whose unconditional embedding is zeros (CogVideoX: ["txt"]).
         """
         with self.without_dropout():
-            cond = self(batch_c)
-            uncond = self(batch_c if batch_uc is None else batch_uc, force_uc_zero_embeddings)
-        return cond, uncond
+            zeroed, others = frozenset(force_uc_zero_embeddings or ()), batch_c if batch_uc is None else batch_uc
+            made = [_embed(embedder, batch_c) for embedder in self.embedders]
+            unmade = [
+                embeddings if _is_known(embedder, batch_c, others, zeroed) else _embed(embedder, others)
+                for embedder, embeddings in zip(self.embedders, made)
+            ]
+            return self._sorted(made, frozenset()), self._sorted(unmade, zeroed)
 
     @contextmanager
     def without_dropout(self) -> Iterator[None]:
@@ -150,6 +160,21 @@ def _embed(embedder: AbstractEmbModel, batch: Mapping[str, Any]) -> list[Tensor]
     with torch.set_grad_enabled(embedder.is_trainable and torch.is_grad_enabled()):
         made = embedder(*(batch[key] for key in embedder.input_keys))
     return list(made) if isinstance(made, list | tuple) else [made]
+
+
+def _is_known(
+    embedder: AbstractEmbModel, batch: Mapping[str, Any], others: Mapping[str, Any], zeroed: frozenset[str]
+) -> bool:
+    """Whether what the embedder made of `batch` has the values, or only its sizes where it is zeroed, for `others`."""
+    pairs = [(batch[key], others.get(key)) for key in embedder.input_keys]
+    if zeroed.isdisjoint(embedder.input_keys):
+        return not embedder.training and all(a is b for a, b in pairs)
+    return all(a is b or _size(a) == _size(b) is not None for a, b in pairs)
+
+
+def _size(entry: Any) -> Any:
+    """What decides the size of an embedding: a tensor's shape, the number of captions; None: not known."""
+    return entry.shape if isinstance(entry, Tensor) else len(entry) if isinstance(entry, list | tuple) else None
 
 
 def _output_key(embedder: AbstractEmbModel, embedding: Tensor) -> str:

@@ -148,6 +148,24 @@ def test_guidance_is_without_dropout(constants):
     assert all(part["vector"].all() for part in conditioner.get_unconditional_conditioning(BATCH))
 
 
+def test_what_is_known_is_not_embedded_again(constants):
+    conditioner = constants(entry([1]), entry([1, 1], input_key="m"))
+    calls = []
+    for embedder in conditioner.embedders:
+        embedder.register_forward_hook(lambda *_: calls.append(1))
+    other = {name: value + 1 for name, value in BATCH.items()}
+    _, uncond = conditioner.get_unconditional_conditioning(BATCH, other, force_uc_zero_embeddings=["n"])
+    assert len(calls) == 3 and torch.equal(uncond["crossattn"], conditioner(other)["crossattn"])
+    assert torch.equal(uncond["vector"], torch.zeros_like(conditioner(other)["vector"]))
+    calls.clear()
+    longer = {name: torch.cat([value, value]) for name, value in BATCH.items()}
+    _, uncond = conditioner.get_unconditional_conditioning(BATCH, longer, force_uc_zero_embeddings=["n", "m"])
+    assert len(calls) == 4 and len(uncond["vector"]) == len(longer["n"])
+    calls.clear()
+    cond, uncond = conditioner.get_unconditional_conditioning(BATCH)
+    assert len(calls) == 2 and torch.equal(cond["vector"], uncond["vector"])
+
+
 def test_frozen_embedders_stay_in_eval_without_gradients(constants):
     frozen, trained = constants(entry([1]), entry([1], is_trainable=True)).train().embedders
     assert not frozen.training and not frozen.weight.requires_grad

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sgm.inference.placement import BlockStreamer, Placement, Resident, Streams
+from sgm.inference.staging import StagedCopy
 from tests.dit_tiny import load_tiny, random_inputs, tiny_network
 
 CPU = torch.device("cpu")
@@ -186,3 +187,14 @@ def test_weights_are_loaded_to_where_they_stay():
     gpu = torch.device("cuda", 0)
     assert Placement("all", gpu).load_device == gpu
     assert Placement("stages", gpu).load_device == Placement("lean", gpu).load_device == CPU
+
+
+def test_staged_copy_of_any_size_type_and_layout():
+    stage = StagedCopy(CPU, piece=64)
+    clip = torch.randn(1, 4, 3, 5, 6).contiguous(memory_format=torch.channels_last_3d)
+    sources = [torch.randn(n) for n in (0, 1, 16, 17, 200)]
+    sources += [torch.randn(31, 7).half(), torch.tensor(3.0), torch.arange(99), torch.randn(9, 40).t(), clip]
+    for source in sources * 2:  # the ring goes round
+        target = torch.full_like(source, -1)
+        stage.copy(target, source)
+        assert torch.equal(target, source) and target.stride() == source.stride()
