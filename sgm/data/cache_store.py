@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -46,6 +48,10 @@ class Entry:
     begin: int
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -254,54 +260,64 @@ class CacheStore:
 
 
 class ShardReader:
-    """Tensors out of shards, one `pread` each. Safe after a fork; files are opened when needed."""
+    """Tensors out of shards, one `pread` each. Safe in threads and after a fork; files are opened when needed."""
 
-    def __init__(self, shards: Iterable[Path]):
+    def __init__(self, shards: Iterable[Path | str]):
         self.shards = [str(path) for path in shards]
-        self._open: OrderedDict[int, int] = OrderedDict()
+        self._open: OrderedDict[int, _OpenFile] = OrderedDict()
+        self._lock = threading.Lock()
 
     def read(self, entry: Entry) -> Tensor:
-        """The tensor of an entry, in its stored type.
+        """The tensor of an entry, in its stored type. Raises CacheError, see `read_into`."""
+        buffer = bytearray(entry.nbytes)
+        self.read_into(entry, memoryview(buffer))
+        return torch.frombuffer(buffer, dtype=entry.dtype).view(entry.shape)
+
+    def read_into(self, entry: Entry, place: memoryview) -> None:
+        """Put an entry's bytes, `entry.nbytes` of them, into `place`. Other threads run meanwhile.
 
         Raises:
             CacheError: the shard has gone or was shortened since the cache was opened.
         """
-        buffer, done = bytearray(_bytes_of(entry)), 0
+        done = 0
         try:
-            while done < len(buffer):  # once, except on some network drives
-                count = os.preadv(self._descriptor(entry.shard), [memoryview(buffer)[done:]], entry.begin + done)
+            file = self._file(entry.shard)
+            while done < entry.nbytes:  # once, except on some network drives
+                count = os.preadv(file.descriptor, [place[done:]], entry.begin + done)
                 if count == 0:
                     raise CacheError(f"{self.shards[entry.shard]} ends too early; delete it and fill the cache again")
                 done += count
         except OSError as error:
             raise CacheError(f"{self.shards[entry.shard]}: {error.strerror}; was the cache moved?") from error
-        return torch.frombuffer(buffer, dtype=entry.dtype).view(entry.shape)
 
     def close(self) -> None:
-        while self._open:
-            os.close(self._open.popitem()[1])
+        with self._lock:
+            self._open.clear()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"shards": self.shards, "_open": OrderedDict()}
+    def __reduce__(self) -> tuple[type, tuple[list[str]]]:
+        return type(self), (self.shards,)
+
+    def _file(self, shard: int) -> _OpenFile:
+        with self._lock:
+            found = self._open.get(shard)
+            if found is None:
+                if len(self._open) >= OPEN_FILES:
+                    self._open.popitem(last=False)
+                found = self._open[shard] = _OpenFile(self.shards[shard])
+            self._open.move_to_end(shard)
+            return found
+
+
+class _OpenFile:
+    """A descriptor that is closed when the last one who reads from it has let go."""
+
+    def __init__(self, path: str):
+        self.descriptor = -1
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def __del__(self) -> None:
-        self.close()
-
-    def _descriptor(self, shard: int) -> int:
-        found = self._open.get(shard)
-        if found is None:
-            if len(self._open) >= OPEN_FILES:
-                os.close(self._open.popitem(last=False)[1])
-            found = self._open[shard] = os.open(self.shards[shard], os.O_RDONLY | os.O_CLOEXEC)
-        self._open.move_to_end(shard)
-        return found
-
-
-def _bytes_of(entry: Entry) -> int:
-    count = entry.dtype.itemsize
-    for side in entry.shape:
-        count *= side
-    return count
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
 
 
 def text_key(text: str) -> str:

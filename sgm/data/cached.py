@@ -132,7 +132,7 @@ class CachedClips(Dataset):
         self._moments = PackedEntries([store.entry(clip.key) for clip in scan.usable])  # type: ignore[arg-type]
         self._texts = PackedEntries([store.entry(text_key(clip.caption)) for clip in scan.usable])
         self.shapes = PackedShapes([self._moments[k].shape for k in range(len(scan.usable))])
-        self._reader = ShardReader(store.shards)
+        self.reader = ShardReader(store.shards)
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -141,13 +141,19 @@ class CachedClips(Dataset):
         """Raises IndexError, or CacheError where a shard has gone."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"clip {index} of {len(self)}")
+        entry, text = self.entries(index)
+        return {MOMENTS: self.reader.read(entry), EMBEDDING: self.reader.read(text), **self.facts(index)}
+
+    def entries(self, index: int) -> tuple[Entry, Entry]:
+        """Where a clip's moments and embedding lie, for `reader`."""
+        return self._moments[index], self._texts[index]
+
+    def facts(self, index: int) -> dict[str, Any]:
+        """What an item holds beside these two."""
         index %= len(self)
-        moments = self._reader.read(self._moments[index])
         return {
-            MOMENTS: moments,
-            EMBEDDING: self._reader.read(self._texts[index]),
             "txt": self._captions[index],
-            "num_frames": 4 * (len(moments) - 1) + 1,
+            "num_frames": 4 * (self._moments[index].shape[0] - 1) + 1,
             "fps": self.settings.fps,
             "path": self._paths[index],
             "index": index,

@@ -1,4 +1,4 @@
-"""Batches of clips: collation, worker processes, and a position that can be saved."""
+"""Batches of clips: worker processes, or threads where clips come from a cache, and a position that can be saved."""
 
 from __future__ import annotations
 
@@ -9,35 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, default_collate
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
 from sgm.data.buckets import BucketSampler
+from sgm.data.cached_batches import CachedBatches, all_cached
+from sgm.data.collate import collate
 from sgm.data.sampler import ClipSampler
-
-
-class CollateError(ValueError):
-    """Clips that cannot share a batch."""
-
-
-def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Stack clips: `mp4` (b, f, 3, h, w) or `moments` (b, t, 2c, h, w), `num_frames` and `fps` (b,), texts as lists.
-
-    Raises:
-        CollateError: clips of different sizes; names them.
-    """
-    kind = "mp4" if "mp4" in items[0] else "moments"
-    shapes = [tuple(item[kind].shape) for item in items]
-    if len(set(shapes)) > 1:
-        of = "" if kind == "mp4" else "encoded "
-        listed = ", ".join(
-            f"{item.get('path', f'clip {i}')} has {shape[0]} {of}frames of {shape[-2]}x{shape[-1]}"
-            for i, (item, shape) in enumerate(zip(items, shapes, strict=True))
-        )
-        raise CollateError(
-            f"clips of unequal size cannot share a batch: {listed}; use a batch size of 1 (gradient accumulation makes "
-            "up for it), or give all clips one length: videos long enough for max_num_frames, or a smaller one"
-        )
-    return default_collate(list(items))
 
 
 class ClipLoader:
@@ -46,10 +23,10 @@ class ClipLoader:
     Iterating again goes on in the same stream. Use as a context manager, or `close()`, to end the workers.
     """
 
-    def __init__(self, build: Callable[[], DataLoader], sampler: ClipSampler):
+    def __init__(self, build: Callable[[], DataLoader | CachedBatches], sampler: ClipSampler):
         self.sampler = sampler
         self._build = build
-        self._loader: DataLoader | None = build()
+        self._loader: DataLoader | CachedBatches | None = build()
         self._iterator: Iterator | None = None
         self._consumed = sampler.consumed
         self.dataset = self._loader.dataset
@@ -109,7 +86,8 @@ def create_loader(
 
     Args:
         batch_size: clips in a batch of one rank.
-        num_workers: decoding workers; 0 decodes in this process (and its decoding process).
+        num_workers: decoding workers; 0 decodes in this process (and its decoding process). Cached clips are read by
+            as many threads, or when they are asked for.
         sampler: the order; by default `ClipSampler` from `seed`, `rank`, `world_size`, `order` and `weights`, or
             `BucketSampler` where clips of several shapes are to share batches in the order "shuffle".
         prefetch: batches that each worker reads ahead.
@@ -123,15 +101,19 @@ def create_loader(
         raise ValueError(f"batch_size is {batch_size} and num_workers {num_workers}; at least 1 and 0 are needed")
     if sampler is None:
         sampler = _sampler_for(sources, batch_size, seed, rank, world_size, order, weights)
+    dataset = sources[0] if len(sources) == 1 else ConcatDataset(sources)
+    pin = torch.cuda.is_available() if pin_memory is None else pin_memory
+    if all_cached(dataset):
+        return ClipLoader(partial(CachedBatches, dataset, sampler, batch_size, num_workers, prefetch, pin), sampler)
     parallel = {"prefetch_factor": prefetch, "persistent_workers": True, "multiprocessing_context": start_method}
     build = partial(
         DataLoader,
-        sources[0] if len(sources) == 1 else ConcatDataset(sources),
+        dataset,
         batch_size=batch_size,
         sampler=sampler,
         num_workers=num_workers,
         collate_fn=collate,
-        pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
+        pin_memory=pin,
         worker_init_fn=seed_worker,
         generator=torch.Generator().manual_seed(_worker_seed(sampler)),
         **(parallel if num_workers else {}),

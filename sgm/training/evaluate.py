@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sgm.data.buckets import batches_by_shape
-from sgm.data.loader import collate, shapes_of
+from sgm.data.collate import collate
+from sgm.data.loader import shapes_of
 from sgm.distributed import data_parallel_rank, data_parallel_world_size, model_parallel_rank, preserve_rng
 from sgm.inference.writer import OutputError, to_uint8, write_video
 from sgm.training.bins import BINS, bin_means, bin_sums

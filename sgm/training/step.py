@@ -46,7 +46,8 @@ class StepOutcome:
 
 def batch_latents(engine: Any, batch: Mapping[str, Any], device: torch.device) -> Tensor:
     """Scaled latents (b, t, c, h, w) of a batch's clips: a draw from the first stage's posterior."""
-    x = batch[engine.input_key].to(device, engine.dtype, non_blocking=True)
+    # Converted there: the CPU would take longer, and what it makes is not page-locked.
+    x = batch[engine.input_key].to(device, non_blocking=True).to(engine.dtype)
     if not engine.latent_input:
         x = rearrange(x, "b f c h w -> b c f h w")
     return rearrange(engine.encode_first_stage(x), "b c t h w -> b t c h w").contiguous()

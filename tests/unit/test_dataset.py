@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 
 from sgm.data.clips import CaptionError, caption_path, list_videos, read_caption
 from sgm.data.dataset import DatasetError, PackedStrings, SFTDataset
-from sgm.data.loader import CollateError, collate, create_loader
+from sgm.data.collate import CollateError, collate
+from sgm.data.loader import create_loader
 from sgm.data.report import Report, append_broken, scan
 
 SMALL = {"video_size": [16, 32], "max_num_frames": 9, "skip_frms_num": 0}

@@ -26,4 +26,5 @@ class CachedTextEmbedder(AbstractEmbModel):
         """Embeddings (b, l, d) of b texts, on the module's device and in its type."""
         if len(texts) != len(embedding):
             raise ValueError(f"{len(texts)} captions with {len(embedding)} embeddings")
-        return embedding.to(self.place, non_blocking=True)
+        # Converted there: the CPU would take longer, and what it makes is not page-locked.
+        return embedding.to(self.place.device, non_blocking=True).to(self.place.dtype)

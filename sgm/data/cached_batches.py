@@ -1,0 +1,108 @@
+"""Batches of cached clips, read ahead by threads.
+
+A clip's bytes come from the file into their place in the batch by one system call, during which Python goes on. Worker
+processes would add a copy of every batch into memory shared with them, and another one out of it.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import ConcatDataset, Dataset, Subset, default_collate
+
+from sgm.data.cache_store import Entry
+from sgm.data.cached import EMBEDDING, MOMENTS, CachedClips
+from sgm.data.collate import require_one_shape
+from sgm.data.sampler import ClipSampler
+
+
+class CachedBatches:
+    """Endless batches of one rank, as `sgm.data.collate` makes them, in the cache's type.
+
+    Args:
+        dataset: one for which `all_cached` holds.
+        sampler: which clips, in which order, whatever the number of threads.
+        threads: that read, each a batch at a time; 0 reads a batch when it is asked for.
+        ahead: batches that each thread reads ahead.
+        pin: page-locked memory, for fast copies to the GPU.
+    """
+
+    def __init__(
+        self, dataset: Dataset, sampler: ClipSampler, batch_size: int, threads: int, ahead: int = 2, pin: bool = False
+    ):
+        self.dataset, self.sampler, self.batch_size = dataset, sampler, batch_size
+        self.threads, self.ahead, self.pin = threads, ahead, pin
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        numbers = iter(self.sampler)
+        if not self.threads:
+            while True:
+                yield self._read(list(islice(numbers, self.batch_size)))
+        pool = ThreadPoolExecutor(self.threads, "cached-clips")
+        coming: deque[Future[dict[str, Any]]] = deque()
+        try:
+            while True:
+                while len(coming) < self.threads * self.ahead:
+                    coming.append(pool.submit(self._read, list(islice(numbers, self.batch_size))))
+                yield coming.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _read(self, numbers: Sequence[int]) -> dict[str, Any]:
+        return read_batch([find_clip(self.dataset, number) for number in numbers], self.pin)
+
+
+def read_batch(clips: Sequence[tuple[CachedClips, int]], pin: bool = False) -> dict[str, Any]:
+    """The batch that `collate` makes of these clips (data set, index), read without a copy.
+
+    Raises:
+        CollateError: clips of different sizes.
+        CacheError: a shard has gone.
+    """
+    facts = default_collate([dataset.facts(index) for dataset, index in clips])
+    moments, texts = zip(*(dataset.entries(index) for dataset, index in clips), strict=True)
+    require_one_shape([entry.shape for entry in moments], facts["path"], "encoded ")
+    datasets = [dataset for dataset, _ in clips]
+    return {MOMENTS: _read_all(datasets, moments, pin), EMBEDDING: _read_all(datasets, texts, pin), **facts}
+
+
+def _read_all(datasets: Sequence[CachedClips], entries: Sequence[Entry], pin: bool) -> Tensor:
+    """Entries of one shape and type as one tensor (b, ...)."""
+    first = entries[0]
+    batch = torch.empty(len(entries), *first.shape, dtype=first.dtype, pin_memory=pin)
+    rows: np.ndarray = batch.flatten(1).view(torch.uint8).numpy()
+    for dataset, entry, row in zip(datasets, entries, rows, strict=True):
+        dataset.reader.read_into(entry, memoryview(row))
+    return batch
+
+
+# --- data sets made of others -------------------------------------------------------------------------------------
+
+
+def all_cached(dataset: Dataset) -> bool:
+    """Whether a data set is a `CachedClips`, or parts (`Subset`) and joins (`ConcatDataset`) of such."""
+    if isinstance(dataset, Subset):
+        return all_cached(dataset.dataset)
+    if isinstance(dataset, ConcatDataset):
+        return all(map(all_cached, dataset.datasets))
+    return isinstance(dataset, CachedClips)
+
+
+def find_clip(dataset: Dataset, index: int) -> tuple[CachedClips, int]:
+    """The innermost data set that holds clip `index` of `dataset`, and the clip's number there."""
+    while not isinstance(dataset, CachedClips):
+        if isinstance(dataset, Subset):
+            dataset, index = dataset.dataset, dataset.indices[index]
+            continue
+        part = bisect_right(dataset.cumulative_sizes, index)  # type: ignore[attr-defined]
+        index -= dataset.cumulative_sizes[part - 1] if part else 0  # type: ignore[attr-defined]
+        dataset = dataset.datasets[part]  # type: ignore[attr-defined]
+    return dataset, index
