@@ -60,7 +60,7 @@ class TrainArgs:
         "shuffle: every clip once an epoch; upstream: the original's draws with repetition, whatever the seed",
         choices=("shuffle", "sequential", "upstream"),
     )
-    num_workers: int = option(1, "decoding processes a rank", at_least=0)
+    num_workers: int = option(1, "decoding processes a rank; with cache_dir, reading threads", at_least=0)
     prefetch_factor: int = option(4, "batches that each worker reads ahead", at_least=1)
     cache_dir: str | None = option(None, "folder of encoded clips: VAE and text encoder are not loaded once it is full")
     cache_fill: bool = option(True, "encode what the cache lacks before training; false refuses")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import ConcatDataset, Subset
 
-from sgm.data.cache_store import CacheStore, FileStamp, Seen, text_key
+from sgm.data.cache_store import CacheError, CacheStore, FileStamp, Seen, text_key
 from sgm.data.cached import EMBEDDING, MOMENTS, CachedClips, scan_cached
 from sgm.data.clips import ClipSettings
+from sgm.data.collate import collate
 from sgm.data.loader import create_loader
 from sgm.data.report import DatasetError, list_source
 
@@ -75,6 +78,37 @@ def test_reading_all_clips_leaves_nothing_in_memory(filled, workers):
             batch = next(loader)
         assert resident() - before < 12 << 20
     assert batch[MOMENTS].shape == (8, *SHAPE)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_threads_give_the_batches_that_collation_gives(filled, workers):
+    """Of parts and joins of data sets too; and a later loader goes on where an earlier one stood."""
+    whole = scanned(filled)
+    parts = [Subset(whole, range(3, 60, 2)), Subset(ConcatDataset([whole, whole]), [COUNT + 5, 7, 2 * COUNT - 1])]
+    items = ConcatDataset(parts)
+    with create_loader(parts, 4, workers, seed=3, rank=1, world_size=2) as loader:
+        batches = [next(loader) for _ in range(10)]
+        state = loader.state_dict()
+        following = next(loader)
+        loader.load_state_dict(state)
+        assert torch.equal(next(loader)["index"], following["index"])
+        order = loader.sampler
+    for k, batch in enumerate(batches):
+        expected = collate([items[order.at(2 * (4 * k + j) + 1)] for j in range(4)])
+        assert list(batch) == list(expected) and batch[MOMENTS].dtype == torch.float16
+        for name, values in expected.items():
+            assert torch.equal(batch[name], values) if isinstance(values, torch.Tensor) else batch[name] == values
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_shard_that_goes_away_ends_the_run_with_its_name(filled, tmp_path, workers):
+    store, data = filled
+    moved = shutil.copytree(store.folder, tmp_path / "cache")
+    copy = CacheStore(moved, {"a": 1})
+    dataset = CachedClips(scan_cached(data, SETTINGS, copy, partial(list_source)), copy, SETTINGS)
+    shutil.rmtree(moved)
+    with create_loader(dataset, 4, workers) as loader, pytest.raises(CacheError, match="video-.*was the cache moved"):
+        next(loader)
 
 
 def test_what_the_cache_does_not_hold_is_told_apart(filled, tmp_path):

@@ -14,8 +14,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from sgm.data.clips import CaptionError, caption_path, list_videos, read_caption
-from sgm.data.dataset import DatasetError, PackedStrings, SFTDataset
 from sgm.data.collate import CollateError, collate
+from sgm.data.dataset import DatasetError, PackedStrings, SFTDataset
 from sgm.data.loader import create_loader
 from sgm.data.report import Report, append_broken, scan
 

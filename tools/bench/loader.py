@@ -51,7 +51,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--batches", type=int, default=100, help="batches to time with each number of workers")
     parser.add_argument("--step-ms", type=float, default=0.0, help="pause after each batch, in place of a step")
     parser.add_argument("--dtype", choices=sorted(STORAGE), default="bf16", help="type of the model")
-    parser.add_argument("--folder", type=Path, help="where to write the cache, and leave it; default: a temporary place")
+    parser.add_argument("--folder", type=Path, help="where the cache is, or is written and left; default: nowhere")
     parser.add_argument("--profile", action="store_true", help="say what reading without workers spends its time on")
     return parser.parse_args(arguments)
 
