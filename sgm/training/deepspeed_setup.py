@@ -306,10 +306,28 @@ def start_engine(model: nn.Module, groups: list[dict[str, Any]], plan: DeepSpeed
             dist_init_required=False,
         )
     ds_engine.basic_optimizer.state.clear()
+    _look_for_bad_gradients_once(ds_engine.optimizer)
     scaler = getattr(ds_engine.optimizer, "loss_scaler", None)
     if getattr(scaler, "raise_error_at_min_scale", False):
         scaler.raise_error_at_min_scale = False  # the limit on skipped steps ends such a run, with advice
     return ds_engine
+
+
+def _look_for_bad_gradients_once(wrapper: Any) -> None:
+    """ZeRO 1 and 2 test each gradient for inf and NaN, a dozen kernels a tensor, then take the norm and test that.
+
+    The norm tells it all, unless part of it is on the CPU or another process of a model-parallel group.
+    """
+    from sgm.distributed import model_parallel_world_size
+
+    if not hasattr(wrapper, "averaged_gradients") or not getattr(wrapper, "compute_grad_norm", False):
+        return
+    if not wrapper.cpu_offload and model_parallel_world_size() == 1:
+        wrapper.check_overflow = _norm_will_tell
+
+
+def _norm_will_tell(partition_gradients: bool = True) -> None:
+    """Takes the place of DeepSpeed's search, which would set the wrapper's `overflow`."""
 
 
 def _gather_first_stage_whole(model: nn.Module) -> None:

@@ -20,6 +20,8 @@ from sgm.training.bins import BINS, bin_sums
 from sgm.training.partitions import basic_optimizer, load_scaler_state, scaler_state
 from sgm.training.timing import PhaseClock
 
+_BAD = 1  # place of the number of bad losses among what ranks share
+
 
 @dataclass(frozen=True)
 class StepOutcome:
@@ -77,9 +79,8 @@ def training_step(
     were.
     """
     clock = clock or PhaseClock()
-    losses: list[float] = []
-    sums, counts, waited = [0.0] * BINS, [0.0] * BINS, 0.0
-    stop = stop_requested
+    told: list[_Told] = []
+    poison, waited = torch.ones((), dtype=torch.float64, device=ds_engine.device), 0.0
     scaler = scaler_state(ds_engine)
     for _ in range(ds_engine.gradient_accumulation_steps()):
         asked = time.perf_counter()
@@ -87,25 +88,24 @@ def training_step(
             batch = next(batches)
         waited += time.perf_counter() - asked
         loss, logs = batch_loss(ds_engine, batch, clock)
-        mean, stop, bins = _agree(loss, stop, bin_sums(logs, loss.device))
-        losses.append(mean)
-        sums, counts = ([a + b for a, b in zip(old, new)] for old, new in zip((sums, counts), bins))
-        bad_loss = not math.isfinite(sum(losses))
-        # A gradient that is NaN throughout makes DeepSpeed drop what has been accumulated, in every ZeRO stage.
+        shared = _share(loss, stop_requested, bin_sums(logs, loss.device))
+        told.append(_Told(shared))
+        # A gradient that is NaN throughout makes DeepSpeed drop what has been accumulated, in every ZeRO stage. The
+        # device decides it, so that nobody waits for the forward pass here.
+        poison = torch.where(shared[_BAD] > 0, math.nan, poison)
         with clock.phase("backward"):
-            ds_engine.backward(loss * math.nan if bad_loss else loss)
+            ds_engine.backward(loss * poison.to(loss.dtype))
         with clock.phase("optimizer"):
             norm = _finish_unwrapped(ds_engine, clipping)
             ds_engine.step()
+    loss_mean, bad_loss, stop, by_timestep = _read(told)
     if norm is None:
         norm = _reported_norm(ds_engine)
     applied = ds_engine.was_step_applied() and norm is not None and math.isfinite(norm)
     if bad_loss:
         load_scaler_state(ds_engine, scaler)
     reason = "" if applied else _reason(bad_loss, scaler is not None)
-    return StepOutcome(
-        sum(losses) / len(losses), norm if applied else None, applied, reason, stop, (sums, counts), waited
-    )
+    return StepOutcome(loss_mean, norm if applied else None, applied, reason, stop, by_timestep, waited)
 
 
 def _reason(bad_loss: bool, scaled: bool) -> str:
@@ -114,16 +114,38 @@ def _reason(bad_loss: bool, scaled: bool) -> str:
     return "the gradient left float16's range, the loss scale is lowered" if scaled else "the gradient is not finite"
 
 
-def _agree(loss: Tensor, stop: bool, bins: Tensor) -> tuple[float, bool, tuple[list[float], list[float]]]:
-    """(mean loss over all ranks, NaN if any is not finite; whether any rank wants to stop; sums and counts by bin)."""
+def _share(loss: Tensor, stop: bool, bins: Tensor) -> Tensor:
+    """Summed over all ranks, float64: the loss where finite, how many are not, how many want to stop, and `bins`."""
     value = loss.detach().double()
     finite = torch.isfinite(value)
-    own = torch.stack([torch.where(finite, value, 0.0), (~finite).double(), value.new_tensor(float(stop))])
+    wants_stop = torch.full_like(value, float(stop))
+    own = torch.stack([torch.where(finite, value, 0.0), (~finite).double(), wants_stop])
     shared = torch.cat([own, bins.flatten()])
     dist.all_reduce(shared)
-    total, bad, wants_stop, *rest = shared.tolist()
-    mean = math.nan if bad else total / dist.get_world_size()
-    return mean, wants_stop > 0, (rest[:BINS], rest[BINS:])
+    return shared
+
+
+class _Told:
+    """Numbers on their way from the device. Who reads them waits for them, not for what was queued after them."""
+
+    def __init__(self, numbers: Tensor):
+        self._numbers = numbers.to("cpu", non_blocking=True)
+        self._arrived = torch.cuda.Event() if numbers.is_cuda else None
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def read(self) -> list[float]:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._numbers.tolist()
+
+
+def _read(told: list[_Told]) -> tuple[float, bool, bool, tuple[list[float], list[float]]]:
+    """Of what `_share` gave for each micro-batch: (mean loss, NaN if any is not finite; whether that is so; whether any
+    rank wants to stop; sums and counts by timestep)."""
+    total, bad, wants_stop, *rest = (sum(column) for column in zip(*(one.read() for one in told)))
+    mean = math.nan if bad else total / dist.get_world_size() / len(told)
+    return mean, bad > 0, wants_stop > 0, (rest[:BINS], rest[BINS:])
 
 
 def _reported_norm(ds_engine: Any) -> float | None:

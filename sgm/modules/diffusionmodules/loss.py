@@ -139,6 +139,7 @@ class VideoDiffusionLoss:
         if noise is None:
             noise = torch.randn_like(z)
         if self.offset_noise_level > 0:
-            offset = torch.randn(z.shape[0], device="cpu").to(z.device)
+            offset = torch.randn(z.shape[0], device="cpu").to(z.device, non_blocking=True)
             noise = noise + append_dims(offset, z.ndim) * self.offset_noise_level
-        return shared(signal.to(z.device)), shared(idx.to(z.device)), shared(noise)
+        signal, idx = (drawn.to(z.device, non_blocking=True) for drawn in (signal, idx))  # nobody waits for the queue
+        return shared(signal), shared(idx), shared(noise)
