@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sgm.modules.autoencoding.causal_cache import cache_on
-from sgm.modules.autoencoding.causal_conv import SLICE_BYTES, ClipPass
+from sgm.modules.autoencoding.causal_conv import CPU_SLICE_BYTES, SLICE_BYTES, ClipPass
 from sgm.modules.autoencoding.tiling import Tiling, blend_tiles
 from sgm.modules.ops.vae import PLAIN, VaeOps
 from sgm.util import instantiate_from_config
@@ -35,7 +35,7 @@ class MemoryPlan:
     """How much memory a pass may take.
 
     Attributes:
-        slice_bytes: bound on the temporary copies of one convolution (exact).
+        slice_bytes: bound on the temporary copies of one convolution (exact); a CPU takes at most CPU_SLICE_BYTES.
         host_cache: frames wait between chunks in host memory (exact).
         recompute: the largest activation is made again where it is read (exact).
         tiling: spatial tiles (approximate), None: whole frames.
@@ -198,8 +198,8 @@ class VideoAutoencoder(nn.Module):
     def set_channels_last(self) -> None:
         """Store convolution weights channels-last, in which cuDNN runs 3D convolutions in half precision faster."""
         for part in self.modules():
-            layout = {nn.Conv3d: torch.channels_last_3d, nn.Conv2d: torch.channels_last}.get(type(part))
-            if layout is not None:
+            if isinstance(part, nn.Conv2d | nn.Conv3d):
+                layout = torch.channels_last if part.weight.ndim == 4 else torch.channels_last_3d
                 part.weight.data = part.weight.data.contiguous(memory_format=layout)
 
     def load_file(
@@ -228,7 +228,7 @@ class VideoAutoencoder(nn.Module):
         )
 
     def _moments(self, x: Tensor) -> Tensor:
-        run = ClipPass(slice_bytes=self.memory.slice_bytes, ops=self.ops)
+        run = ClipPass(slice_bytes=self._slice_bytes(x), ops=self.ops)
         tiling, factor = self.memory.tiling, self.encoder.space_factor
         if tiling is None:
             return self.encoder(x, run)
@@ -267,7 +267,7 @@ class VideoAutoencoder(nn.Module):
             # entered anew for each piece: a `with` held across a yield would change the caller's mode
             with self._grad_mode(z):
                 chunk, is_last = z[:, :, start:stop].to(self.dtype), stop == bounds[-1][1]
-                limits = (self.memory.slice_bytes, self.ops, self.memory.recompute)
+                limits = (self._slice_bytes(z), self.ops, self.memory.recompute)
                 runs = [ClipPass(cache, is_last, *limits) for cache in caches]
                 piece = self._decode_chunk(chunk, boxes, runs)
             yield piece
@@ -281,6 +281,9 @@ class VideoAutoencoder(nn.Module):
             return self.decoder(z[..., rows, cols], runs[index])
 
         return blend_tiles(boxes, render, (z.shape[3], z.shape[4]), scale=self.decoder.space_factor)
+
+    def _slice_bytes(self, x: Tensor) -> int:
+        return min(self.memory.slice_bytes, CPU_SLICE_BYTES) if x.device.type == "cpu" else self.memory.slice_bytes
 
     def _wants_grad(self, x: Tensor) -> bool:
         """A frozen model tracks gradients only towards its input."""

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from sgm.config import AccelerateArgs, ConfigError, load_run_config
 from sgm.inference.options import SampleArgs
 from sgm.modules.autoencoding.blocks import ResnetBlock3D, Upsample3D
-from sgm.modules.autoencoding.causal_conv import ClipPass
+from sgm.modules.autoencoding.causal_conv import CausalConv3d, ClipPass
 from sgm.modules.ops import block_ops, vae
 from sgm.modules.ops.choice import KernelError, choose_kernels
 from sgm.modules.ops.modulation import split_modulation
@@ -133,6 +134,37 @@ def test_biases_may_join_later_passes(latent, slice_bytes):
         expected = block(x, zq, ClipPass(slice_bytes=slice_bytes))
         got = block(x, zq, ClipPass(slice_bytes=slice_bytes, ops=vae.PLAIN._replace(folds_bias=True)))
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+@pytest.mark.parametrize("budget", [1, 1 << 30])
+def test_moments_far_from_zero_keep_their_precision(layout, budget):
+    x = 1000 + torch.randn(2, 64, 5, 12, 16, generator=torch.Generator().manual_seed(0))
+    x[:, :2] = 7.0  # a group without any variance
+    mean, variance = vae.group_moments(x.contiguous(memory_format=layout), 32, budget)
+    groups = x.double().unflatten(1, (32, -1)).flatten(2)
+    torch.testing.assert_close(mean.double(), groups.mean(2), rtol=3e-7, atol=0)
+    torch.testing.assert_close(variance.double(), groups.var(2, correction=0), rtol=1e-4, atol=1e-7)
+
+
+def test_convolution_of_a_small_clip_is_the_usual_one():
+    """Below the size from which PyTorch itself takes oneDNN."""
+    conv, x = CausalConv3d(8, 16).conv, torch.randn(1, 8, 5, 6, 7, requires_grad=True)
+    results = []
+    for convolve in (conv, lambda x: F.conv3d(x, conv.weight, conv.bias, padding=conv.padding)):
+        y = convolve(x)
+        results.append((y, *torch.autograd.grad(y.square().sum(), (x, conv.weight, conv.bias))))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_gelu_on_a_cpu_is_torchs_tanh_form():
+    x = torch.linspace(-20, 20, 4001, requires_grad=True)
+    got, expected = block_ops.linear_gelu(nn.Identity(), x), F.gelu(x.double(), approximate="tanh")
+    torch.testing.assert_close(got, expected.float(), rtol=1e-6, atol=1e-6)
+    slopes = [torch.autograd.grad(y.sum(), x)[0] for y in (got, expected)]
+    torch.testing.assert_close(*slopes, rtol=1e-5, atol=1e-6)
 
 
 def test_cpu_benchmark_prints_json_lines(capsys, monkeypatch):

@@ -16,6 +16,9 @@ from sgm.modules.ops.vae import PLAIN, AffineField, VaeOps, frame_bytes, frame_s
 
 # A convolution whose input is larger is cut along time. 2 GiB is where the original cuts; the result is the same.
 SLICE_BYTES = 2 << 30
+# On a CPU runs of frames that fit the last cache are faster, and the allocator reuses their memory: larger blocks are
+# mapped anew each time, page by page.
+CPU_SLICE_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,19 @@ def frames_of(x: Activation, start: int, stop: int) -> Tensor:
     return x[:, :, start:stop] if isinstance(x, Tensor) else x.frames(start, stop)
 
 
+class ClipConv3d(nn.Conv3d):
+    """Conv3d that runs in oneDNN on a CPU, whatever the size of the clip.
+
+    PyTorch itself leaves a single float32 clip to a matrix product per frame of unfolded patches where b * c * t * h
+    is at most 20480 (width does not count), which takes up to ten times as long.
+    """
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if x.device.type != "cpu" or x.dtype != torch.float32 or not torch.backends.mkldnn.enabled:
+            return super()._conv_forward(x, weight, bias)
+        return torch.mkldnn_convolution(x, weight, bias, self.padding, self.stride, self.dilation, self.groups)
+
+
 class CausalConv3d(nn.Module):
     """Conv3d with k - 1 frames put in front of the clip, none behind, and zeros around each frame.
 
@@ -75,7 +91,8 @@ class CausalConv3d(nn.Module):
         super().__init__()
         side = kernel_size // 2
         self.front = kernel_size - 1
-        self.conv = nn.Conv3d(in_channels, out_channels, kernel_size, padding=(0, side, side))
+        kind = ClipConv3d if kernel_size > 1 else nn.Conv3d
+        self.conv = kind(in_channels, out_channels, kernel_size, padding=(0, side, side))
 
     def forward(
         self,
