@@ -1,74 +1,171 @@
 """Speed on the CPU: `python tools/bench/cpu.py`. Prints JSON lines.
 
-Times the transformer's forward and the VAE's decode and encode at the sizes of a configuration (default: the demo's),
-float32, random weights, and names the limit: the part's arithmetic at the rate of a large matrix product, measured in
-the same run. `channels_last` is the VAE with its weights stored so, checked against the usual layout.
+Sizes are those of a configuration (default: the demo's), weights random, everything float32. First a whole run by its
+stages (building with imports, loading, text encoder, sampling, decoding) with the largest resident memory up to then;
+after it the transformer's forward on a guidance pair and the VAE's decode and encode, ours and diffusers' with the same
+weights (where diffusers is installed). Each names its limit: its arithmetic at the rate of a large matrix product,
+measured in the same run.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
+import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from torch import Tensor, nn
 
+from sgm.config import RunConfig, load_run_config
+from sgm.inference.noise import SampleId
+from sgm.inference.options import SampleArgs
+from sgm.inference.placement import peak_memory
+from sgm.weights.random_release import write_random_release
 from tools.bench import models
 from tools.bench.flops import conv_flops, network_flops
 from tools.bench.measure import Ceilings, emit, measure_ceilings, relative_error, time_runs
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "demo_infer.yaml"
-PARTS = ("dit", "vae_decode", "vae_encode")
+PARTS = ("run", "dit", "vae_decode", "vae_encode")
 CPU = torch.device("cpu")
 MATRIX = 1024
+PROMPT = "A paper boat drifts down a stream between mossy stones, turning slowly in the current."
 
 
-def report(
-    part: str,
-    variant: str,
-    run: Callable[[], Tensor],
-    flops: float,
-    ceilings: Ceilings,
-    seconds: float,
-    expected: Tensor | None = None,
-) -> Tensor:
-    """Time one variant of a part, print its line, and give its result back."""
-    timing = time_runs(run, CPU, seconds, least=1)
-    limit = ceilings.limit_ms(flops)
-    emit(
-        part=part,
-        variant=variant,
-        ms=timing.ms,
-        runs=timing.runs,
-        gflops=flops / timing.ms / 1e6,
-        limit_ms=limit,
-        share_of_limit=limit / timing.ms,
-        error_to_plain=None if expected is None else relative_error(timing.result, expected),
+@dataclass(frozen=True)
+class Bench:
+    """What every part needs."""
+
+    config: str
+    frames: int
+    seconds: float
+    ceilings: Ceilings
+
+    def report(
+        self, part: str, variant: str, run: Callable[[], Tensor], flops: float, expected: Tensor | None = None
+    ) -> Tensor:
+        """Time one variant of a part, print its line, and give its result back."""
+        timing = time_runs(run, CPU, self.seconds, least=1)
+        limit = self.ceilings.limit_ms(flops)
+        emit(
+            part=part,
+            variant=variant,
+            ms=timing.ms,
+            runs=timing.runs,
+            gflops=flops / timing.ms / 1e6,
+            limit_ms=limit,
+            share_of_limit=limit / timing.ms,
+            error_to_ours=None if expected is None else relative_error(timing.result, expected),
+        )
+        return timing.result
+
+    def compare(
+        self, part: str, ours: Callable[[], Tensor], build: Callable[[], Callable[[], Tensor]], flops: float
+    ) -> None:
+        """Time ours, and what `build` makes of diffusers where it is installed."""
+        expected = self.report(part, "ours", ours, flops)
+        try:
+            theirs = build()
+        except ImportError as error:
+            emit(part=part, variant="diffusers", skipped=str(error))
+            return
+        self.report(part, "diffusers", theirs, flops, expected)
+
+
+def bench_run(bench: Bench) -> None:
+    """One prompt's way, stage by stage. It comes first, so that the peak is its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = _with_random_weights(bench.config, bench.frames, Path(folder))
+
+        def build() -> Any:
+            from sgm.inference.pipeline import TextToVideo
+
+            return TextToVideo(config, CPU)
+
+        start = time.perf_counter()
+        pipeline = _stage("build", build)
+        for part in ("conditioner", "network", "first_stage"):
+            _stage(f"load {part}", lambda part=part: pipeline.load(part))
+        (prompt,) = _stage("text", lambda: pipeline.encode([PROMPT]))
+        steps = lambda _: nullcontext(lambda *_, **__: None)  # noqa: E731
+        latents = _stage("sample", lambda: pipeline.sample(prompt, [SampleId(0, 0, 0)], steps))
+        _stage("decode", lambda: pipeline.decode(latents[0]))
+        emit(
+            part="run",
+            variant="whole",
+            ms=1e3 * (time.perf_counter() - start),
+            steps=pipeline.num_steps,
+            peak_gib=peak_memory(CPU) / 2**30,
+        )
+
+
+def _stage(name: str, work: Callable[[], Any]) -> Any:
+    start = time.perf_counter()
+    result = work()
+    emit(part="run", variant=name, ms=1e3 * (time.perf_counter() - start))
+    return result
+
+
+def _with_random_weights(path: str, frames: int, folder: Path) -> RunConfig[SampleArgs]:
+    """The configuration of a run of `frames` latent frames, on random weights written to `folder`."""
+    config = load_run_config([path], SampleArgs, overrides=[f"args.sampling_num_frames={frames}"])
+    write_random_release(config.model, folder, dtype=torch.float32)
+    config.model["first_stage_config"]["params"]["ckpt_path"] = str(folder / "vae" / "3d-vae.pt")
+    config.model["conditioner_config"]["params"]["emb_models"][0]["params"]["model_dir"] = str(folder / "t5")
+    return replace(config, args=replace(config.args, load=str(folder / "transformer")))
+
+
+@torch.no_grad()
+def bench_dit(bench: Bench) -> None:
+    network = models.our_network(bench.config, "fp32", CPU)
+    x, steps, text = models.network_inputs(network, bench.frames, CPU)
+    flops = network_flops(network, models.token_count(network, bench.frames))
+
+    def build() -> Callable[[], Tensor]:
+        other = models.diffusers_network_like(network, bench.config)
+        return lambda: other(hidden_states=x, encoder_hidden_states=text, timestep=steps, return_dict=False)[0]
+
+    bench.compare("dit", lambda: network(x, steps, text), build, flops)
+
+
+def bench_decode(bench: Bench) -> None:
+    z = torch.randn(1, 16, bench.frames, *models.latent_size(bench.config))
+    _bench_first_stage(
+        bench, "decoder", lambda stage: stage.decode(z), lambda other: other.decode(z, return_dict=False)[0]
     )
-    return timing.result
 
 
-def bench_dit(config: str, frames: int, ceilings: Ceilings, seconds: float) -> None:
-    """The transformer's forward on a guidance pair."""
-    network = models.our_network(config, "fp32", CPU)
-    inputs = models.network_inputs(network, frames, CPU)
-    flops = network_flops(network, models.token_count(network, frames))
-    report("dit", "plain", lambda: network(*inputs), flops, ceilings, seconds)
+def bench_encode(bench: Bench) -> None:
+    """Pixels to moments; diffusers encodes 8 frames at a time, so longer clips have other norms there."""
+    height, width = models.latent_size(bench.config)
+    x = torch.rand(1, 3, 4 * bench.frames - 3, 8 * height, 8 * width) * 2 - 1
+    _bench_first_stage(
+        bench,
+        "encoder",
+        lambda stage: stage.encode(x, unregularized=True)[0],
+        lambda other: other.encode(x, return_dict=False)[0].parameters,
+    )
 
 
-def bench_first_stage(
-    part: str, config: str, work: Callable[[nn.Module], Tensor], ceilings: Ceilings, seconds: float
+def _bench_first_stage(
+    bench: Bench, coder: str, ours: Callable[[nn.Module], Tensor], theirs: Callable[[nn.Module], Tensor]
 ) -> None:
-    """`work` on the VAE, in both layouts of its weights."""
-    stage = models.our_first_stage(config, "fp32", CPU)
-    flops = conv_flops(stage, lambda: work(stage))
-    expected = report(part, "plain", lambda: work(stage), flops, ceilings, seconds)
-    stage.set_channels_last()
-    report(part, "channels_last", lambda: work(stage), flops, ceilings, seconds, expected)
+    stage = models.our_first_stage(bench.config, "fp32", CPU)
+    flops = conv_flops(stage, lambda: ours(stage))
+
+    def build() -> Callable[[], Tensor]:
+        other = models.diffusers_coder_like(stage, bench.config, coder)
+        return lambda: theirs(other)
+
+    bench.compare("vae_" + coder.removesuffix("r"), lambda: ours(stage), build, flops)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -76,7 +173,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--only", default=",".join(PARTS), help=f"parts, out of {','.join(PARTS)}")
     parser.add_argument("--seconds", type=float, default=2.0, help="time for the runs of each variant, one at least")
     parser.add_argument("--config", default=str(CONFIG), help="YAML with the model section")
-    parser.add_argument("--frames", type=int, default=5, help="latent frames, odd")
+    parser.add_argument("--frames", type=int, default=13, help="latent frames, odd")
     parser.add_argument("--threads", type=int, help="default: what PyTorch chooses")
     options = parser.parse_args(arguments)
     unknown = [part for part in options.only.split(",") if part not in PARTS]
@@ -91,17 +188,10 @@ def main(arguments: list[str]) -> int:
         torch.set_num_threads(options.threads)
     ceilings = measure_ceilings(CPU, torch.float32, MATRIX)
     emit(torch=torch.__version__, threads=torch.get_num_threads(), matmul_gflops=ceilings.flops / 1e9)
-    height, width = models.latent_size(options.config)
-    z = torch.randn(1, 16, options.frames, height, width)
-    x = torch.rand(1, 3, 4 * options.frames - 3, 8 * height, 8 * width) * 2 - 1
-    shared = (ceilings, options.seconds)
+    bench = Bench(options.config, options.frames, options.seconds, ceilings)
+    work = dict(zip(PARTS, (bench_run, bench_dit, bench_decode, bench_encode), strict=True))
     for part in options.only.split(","):
-        if part == "dit":
-            bench_dit(options.config, options.frames, *shared)
-        elif part == "vae_decode":
-            bench_first_stage(part, options.config, lambda stage: stage.decode(z), *shared)
-        else:
-            bench_first_stage(part, options.config, lambda stage: stage.encode(x, unregularized=True)[0], *shared)
+        work[part](bench)
     return 0
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sgm.config import merge_yaml
+from sgm.convert import dit_keys, dit_sizes, vae_keys
 from sgm.util import instantiate_from_config
 
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -75,6 +76,33 @@ def diffusers_network(dtype: str, device: torch.device) -> nn.Module:
     from diffusers import CogVideoXTransformer3DModel
 
     return _build_in(dtype, device, lambda: CogVideoXTransformer3DModel())
+
+
+def diffusers_network_like(network: nn.Module, config: str) -> nn.Module:
+    """diffusers' transformer of the sizes of a YAML file, with our network's weights. ImportError without diffusers."""
+    from diffusers import CogVideoXTransformer3DModel
+
+    params = merge_yaml([config])["model"]["network_config"]["params"]
+    model = CogVideoXTransformer3DModel(**dit_sizes.hf_config(params))
+    model.load_state_dict(dit_keys.sat_to_hf(network.state_dict()))
+    model.norm_out.norm.eps = 1e-6  # as in SAT
+    return model.eval().requires_grad_(False)
+
+
+def diffusers_coder_like(stage: nn.Module, config: str, coder: str) -> nn.Module:
+    """diffusers' VAE of the sizes that a YAML file gives the `coder` ("encoder", "decoder"), with our weights in it.
+
+    The other half is random: diffusers' halves are of one size, ours need not be. ImportError without diffusers.
+    """
+    from diffusers import AutoencoderKLCogVideoX
+
+    params = merge_yaml([config])["model"]["first_stage_config"]["params"][f"{coder}_config"]["params"]
+    model = AutoencoderKLCogVideoX(**vae_keys.hf_config(params, scale_factor=1.0))
+    ours = {n: t for n, t in vae_keys.sat_to_hf(stage.state_dict()).items() if n.startswith(f"{coder}.")}
+    found = model.load_state_dict(ours, strict=False)
+    if found.unexpected_keys or any(name.startswith(f"{coder}.") for name in found.missing_keys):
+        raise ValueError(f"the {coder} of {config} is not diffusers': {found}")
+    return model.eval().requires_grad_(False)
 
 
 def diffusers_first_stage(dtype: str, device: torch.device) -> nn.Module:
