@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sgm.modules.ops import block_ops, fused_block, fused_vae, vae
+from sgm.modules.ops import block_ops, fused_block, fused_vae, triton_block_backward, vae
+from sgm.modules.ops.choice import choose_kernels
 from sgm.modules.ops.modulation import RotaryTable, split_modulation
 from sgm.modules.ops.vae import AffineField
+from tests.dit_tiny import random_inputs, tiny_network
 
 TYPES = [torch.float32, torch.bfloat16]
 # (b, l, n, heads, hd): programs that are partly filled; no text at all
@@ -140,3 +142,90 @@ def test_gradients_of_a_view():
     plain = whole[:, :, 2:].float().requires_grad_()
     vae.apply_field(plain, field, swish=True).square().sum().backward()
     assert (x.grad.float() - plain.grad).norm() / plain.grad.norm() < 2e-2
+
+
+def results_and_gradients(run, ops, inputs: list[Tensor], norms: list[nn.Module], kind: torch.dtype) -> list[Tensor]:
+    """run(ops, *inputs), and gradients for inputs and norms' weights under fixed random slopes, calculated in `kind`."""
+    leaves = [x.detach().to(kind, copy=True).requires_grad_() for x in inputs]
+    leaves += [p.requires_grad_() for norm in norms for p in norm.to(kind).parameters()]
+    outputs = run(ops, *leaves[: len(inputs)])
+    outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+    assert outputs[0].grad_fn.name().startswith("_") == (ops is fused_block)  # a function of ours, and not the twin
+    draw = torch.Generator().manual_seed(3)
+    slopes = [torch.randn(out.shape, generator=draw).to(inputs[0].dtype).to(kind) for out in outputs]
+    found = torch.autograd.grad(outputs, leaves, slopes, allow_unused=True)
+    return [*outputs, *(torch.zeros_like(x) if grad is None else grad for x, grad in zip(leaves, found))]
+
+
+def same_gradients(run, inputs: list[Tensor], norms: list[nn.Module], dtype: torch.dtype) -> None:
+    """The fused operations' results and gradients are the plain ones' in float32."""
+    expected = results_and_gradients(run, block_ops, inputs, norms, torch.float32)
+    got = results_and_gradients(run, fused_block, inputs, norms, dtype)
+    limit = {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    for a, b in zip(got, expected):
+        assert a.dtype == dtype and a.shape == b.shape
+        assert (a.double() - b.double()).norm() <= limit * b.double().norm()
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("size", SEQUENCES)
+@pytest.mark.parametrize("affine", [True, False])
+def test_gradients_of_residual_and_norm(size, affine, dtype, monkeypatch):
+    monkeypatch.setattr(triton_block_backward, "_PROGRAMS", 3)  # few: each goes through several runs of rows
+    b, length, n, heads, width = size
+    d = heads * width
+    hidden, update = torch.randn(2, b, n, d).to(dtype)
+    raw = torch.randn(b, 12 * d).to(dtype)
+    norm = random_norm(d, 1e-5, dtype) if affine else nn.LayerNorm(d, elementwise_affine=False)
+
+    def residual_norm(ops, hidden, update, raw):
+        m = split_modulation(raw)
+        gates = (m.text_attention.gate, m.video_attention.gate)
+        return ops.residual_norm(hidden, update, *gates, norm, m.text_mlp, m.video_mlp, length)
+
+    def norm_modulate(ops, hidden, update, raw):
+        m = split_modulation(raw)
+        return ops.norm_modulate(hidden, norm, m.text_mlp, m.video_mlp, length)
+
+    def gated_residual(ops, hidden, update, raw):
+        m = split_modulation(raw)
+        return ops.gated_residual(hidden, update, m.text_mlp.gate, m.video_mlp.gate, length)
+
+    for run in (residual_norm, norm_modulate, gated_residual, lambda *args: residual_norm(*args)[1]):
+        same_gradients(run, [hidden, update, raw], [norm], dtype)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("size", SEQUENCES)
+def test_gradients_of_split_heads(size, dtype, monkeypatch):
+    monkeypatch.setattr(triton_block_backward, "_PROGRAMS", 2)
+    monkeypatch.setattr(triton_block_backward, "_TILE", 16 * size[-1])
+    b, length, n, heads, width = size
+    qkv = torch.randn(b, n, 3 * heads * width).to(dtype)
+    norms = random_norm(width, 1e-6, dtype), random_norm(width, 1e-2, dtype)
+    table = RotaryTable(torch.randn(n - length, width), torch.randn(n - length, width))
+    for pair, rotary in ((norms, table), (norms, None), ((None, None), table)):
+        same_gradients(
+            lambda ops, x, pair=pair, rotary=rotary: ops.split_heads(x, width, *pair, rotary, length),
+            [qkv], [norm for norm in pair if norm is not None], dtype,
+        )  # fmt: skip
+
+
+def test_a_training_step_of_the_network():
+    network = tiny_network(num_layers=1).train()
+    draw = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=draw))
+    network.transformer.checkpoint_activations = "selective"
+    found = []
+    for kernels in ("triton", "plain"):
+        network.use_ops(choose_kernels(kernels, "cudnn", torch.device("cpu")).block)
+        network.zero_grad()
+        network(**random_inputs(batch=2, frames=1)).square().sum().backward()
+        found.append({name: p.grad for name, p in network.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    largest = max(grad.abs().max().item() for grad in found[1].values())
+    for name, expected in found[1].items():  # that of the keys' bias is zero but for rounding
+        torch.testing.assert_close(found[0][name], expected, rtol=1e-4, atol=1e-6 * largest)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import nn
 
 from sgm.config import AccelerateArgs, ConfigError, load_run_config, merge_yaml
@@ -22,8 +23,9 @@ from sgm.modules.ops.choice import KernelError, choose_kernels
 from sgm.modules.ops.modulation import split_modulation
 from sgm.util import instantiate_from_config
 from tests.dit_tiny import TEXT_LENGTH, TEXT_WIDTH, tiny_config
-from tools.bench import cpu
+from tools.bench import cpu, models, training
 from tools.bench.flops import conv_flops
+from tools.bench.measure import Ceilings
 
 REPO = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -185,6 +187,30 @@ def test_cpu_benchmark_prints_json_lines(capsys, monkeypatch, tmp_path):
         assert ours["variant"] == "ours" and ours["ms"] > 0 and ours["limit_ms"] > 0
         assert theirs["variant"] == "diffusers"
         assert "skipped" in theirs or theirs["error_to_ours"] < 1e-4
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_training_benchmark(rank, tmp_path, capsys):
+    """Each way of checkpointing, with gradients that agree; weights stay as they are, and only what learns has a say."""
+    config = tmp_path / "tiny.yaml"
+    config.write_text(yaml.safe_dump({"model": {"network_config": tiny_config(num_layers=2)}}))
+    network = models.our_trained_network(str(config), "fp32", CPU, rank)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    tokens = models.token_count(network, 1)
+    flops = training.training_flops(network.hidden_size, tokens, network.num_layers, rank)
+    limit = training.training_limit(network, tokens, rank, "cudnn", Ceilings(1e9, 1e9))
+    bench = training.TrainingBench("train", rank, str(config), "fp32", CPU, 1, 0.0, sum(flops), limit)
+    kernels = {"plain": choose_kernels("plain", "default", CPU), "fused": choose_kernels("auto", "cudnn", CPU)}
+    training.bench_ours(bench, network, kernels)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["variant"], line["checkpointing"]) for line in lines] == [
+        (variant, mode) for variant in kernels for mode in ("true", "selective", "false")
+    ]
+    assert all(line["finite"] and line["limit_ms"] == pytest.approx(limit, rel=1e-3) for line in lines)
+    assert all(line["gradient_error_to_plain"] < 1e-5 for line in lines[3:])
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    learning = {name for name, p in network.named_parameters() if p.requires_grad}
+    assert all(("matrix_" in name) == (rank > 0) for name in learning) and learning
 
 
 def test_counted_flops_are_those_of_the_shapes():

@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from sgm.modules.ops.choice import Kernels, choose_kernels
-from tools.bench import blocks, models
+from tools.bench import blocks, models, training
 from tools.bench.flops import conv_flops, network_flops
 from tools.bench.measure import Ceilings, emit, measure_ceilings, relative_error, time_runs, top_kernels
 
@@ -41,6 +42,7 @@ class Bench:
     ceilings: Ceilings
     seconds: float
     frames: int
+    attention: str
     diffusers: bool
     profile: bool
     plain: Kernels
@@ -148,12 +150,34 @@ def _our_first_stage(bench: Bench, part: str, work: Callable[[nn.Module], Tensor
     return flops
 
 
+def bench_train(bench: Bench, rank: int) -> None:
+    """A training step of the transformer: all weights, or an adapter of `rank`."""
+    part = "train_lora" if rank else "train_full"
+    network = models.our_trained_network(bench.config, bench.dtype, bench.device, rank)
+    tokens = models.token_count(network, bench.frames)
+    flops = sum(training.training_flops(network.hidden_size, tokens, network.num_layers, rank))
+    limit = training.training_limit(network, tokens, rank, bench.attention, bench.ceilings)
+    size = (bench.config, bench.dtype, bench.device, bench.frames, bench.seconds)
+    about = training.TrainingBench(part, rank, *size, flops, limit)
+    training.bench_ours(about, network, {"plain": bench.plain, "fused": bench.fused})
+    del network
+
+    def build(dtype: str, device: torch.device) -> nn.Module:
+        return models.diffusers_trained_network(dtype, device, rank)
+
+    with reference(bench, part, build) as theirs:
+        if theirs is not None:
+            training.bench_theirs(about, theirs)
+
+
 PARTS = {
     "dit": bench_dit,
     "block": bench_block,
     "vae_decode": bench_decode,
     "vae_decode_lean": bench_decode_lean,
     "vae_encode": bench_encode,
+    "train_full": partial(bench_train, rank=0),
+    "train_lora": partial(bench_train, rank=128),
 }
 
 
@@ -223,6 +247,7 @@ def main(arguments: list[str]) -> int:
         ceilings=ceilings,
         seconds=options.seconds,
         frames=options.frames,
+        attention=options.attention,
         diffusers=not options.no_diffusers,
         profile=options.profile,
         plain=choose_kernels("plain", "default", device),

@@ -85,6 +85,14 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
     return (apart / whole) ** 0.5 if whole else float("nan")
 
 
+def largest_error(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """The largest ||got - expected|| / ||expected|| over tensors of the same names."""
+    apart = (
+        ((got[name].float() - value.float()).norm() / value.float().norm()).item() for name, value in expected.items()
+    )
+    return max(apart)
+
+
 def measure_ceilings(device: torch.device, dtype: torch.dtype, size: int = 8192) -> Ceilings:
     """One large matrix product and one large copy, on random values."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))

@@ -15,9 +15,12 @@ from sgm.util import instantiate_from_config
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def our_network(config: str, dtype: str, device: torch.device) -> nn.Module:
-    """The `network_config` of a YAML file, in eval mode."""
+def our_network(config: str, dtype: str, device: torch.device, lora_rank: int = 0) -> nn.Module:
+    """The `network_config` of a YAML file, in eval mode; with an adapter where `lora_rank` is given."""
     node = copy.deepcopy(merge_yaml([config])["model"]["network_config"])
+    if lora_rank:
+        lora = {"target": "sat.model.finetune.lora2.LoraMixin", "params": {"r": lora_rank}}
+        node["params"]["modules"]["lora_config"] = lora
     with torch.device("meta"):
         network = instantiate_from_config(node, dtype=dtype)
     fill_randomly(network.to_empty(device=device))
@@ -25,6 +28,15 @@ def our_network(config: str, dtype: str, device: torch.device) -> nn.Module:
         for name, value in network.computed_state().items():
             network.get_parameter(name).copy_(value)
     return network.eval().requires_grad_(False)
+
+
+def our_trained_network(config: str, dtype: str, device: torch.device, rank: int) -> nn.Module:
+    """`our_network` in training mode: all of it learns, or a LoRA adapter of `rank` > 0 on it."""
+    network = our_network(config, dtype, device, rank).train()
+    fixed = network.computed_state()
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_("matrix_" in name if rank else name not in fixed)
+    return network
 
 
 def our_first_stage(config: str, dtype: str, device: torch.device) -> nn.Module:
@@ -103,6 +115,18 @@ def diffusers_coder_like(stage: nn.Module, config: str, coder: str) -> nn.Module
     if found.unexpected_keys or any(name.startswith(f"{coder}.") for name in found.missing_keys):
         raise ValueError(f"the {coder} of {config} is not diffusers': {found}")
     return model.eval().requires_grad_(False)
+
+
+def diffusers_trained_network(dtype: str, device: torch.device, rank: int) -> nn.Module:
+    """`diffusers_network` in training mode with gradient checkpointing; an adapter through peft where rank > 0."""
+    model = diffusers_network(dtype, device).train()
+    model.enable_gradient_checkpointing()
+    if not rank:
+        return model.requires_grad_(True)
+    from peft import LoraConfig
+
+    model.add_adapter(LoraConfig(r=rank, lora_alpha=1, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    return model.to(device, TYPES[dtype])
 
 
 def diffusers_first_stage(dtype: str, device: torch.device) -> nn.Module:

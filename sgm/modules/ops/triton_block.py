@@ -66,12 +66,15 @@ def _residual_norm_kernel(
 
 @triton.jit
 def _head_norm_rotate_kernel(
-    qkv, query_weight, query_bias, key_weight, key_bias, cos, sin,
+    qkv, out, query_weight, query_bias, key_weight, key_bias, cos, sin,
     total, n, text_length, heads, query_eps, key_eps,
     NORM: tl.constexpr, AFFINE: tl.constexpr, ROTATE: tl.constexpr,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr, COLS: tl.constexpr,
+    IN_PLACE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """A program takes ROWS heads, queries and keys alike, out of (b, n, 3, heads, WIDTH), and overwrites them."""
+    """A program takes ROWS heads, queries and keys alike, out of (b, n, 3, heads, WIDTH), and overwrites them.
+
+    Otherwise it writes to `out`, (2, b, n, heads, WIDTH).
+    """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     token, head = row // (2 * heads), row % (2 * heads)
     is_key = (head >= heads)[:, None]
@@ -98,7 +101,10 @@ def _head_norm_rotate_kernel(
         s = tl.load(sin + angle, mask=turns, other=0.0).to(tl.float32)
         even, odd = tl.split(tl.reshape(x, (ROWS, COLS // 2, 2)))
         x = x * c + tl.reshape(tl.join(-odd, even), (ROWS, COLS)) * s
-    tl.store(qkv + at, x.to(qkv.dtype.element_ty), mask=inside)
+    if not IN_PLACE:
+        half = total // (2 * heads)  # b * n
+        at = ((head // heads * half + token) * heads + head % heads)[:, None] * WIDTH + cols[None, :]
+    tl.store(out + at, x.to(out.dtype.element_ty), mask=inside)
 
 
 def launch_residual_norm(
@@ -142,8 +148,9 @@ def launch_head_norm_rotate(
     norms: tuple[tuple[Tensor | None, Tensor | None, float], tuple[Tensor | None, Tensor | None, float]] | None,
     rotary: RotaryTable | None,
     text_length: int,
+    out: Tensor | None = None,
 ) -> None:
-    """Normalise and rotate queries and keys within qkv (b, n, 3 h hd), contiguous.
+    """Normalise and rotate queries and keys of qkv (b, n, 3 h hd), contiguous, into `out` (2, b, n, h, hd) or in place.
 
     `norms` are weight (hd,), bias (hd,) and eps of the queries' norm and of the keys'; both have weights or neither.
     """
@@ -156,10 +163,10 @@ def launch_head_norm_rotate(
     cos, sin = (qkv, qkv) if rotary is None else (rotary.cos.contiguous(), rotary.sin.contiguous())
     with torch.cuda.device_of(qkv):
         _head_norm_rotate_kernel[(triton.cdiv(total, rows),)](
-            qkv, *(_or(part, qkv) for part in (query_w, query_b, key_w, key_b)), cos, sin,
+            qkv, _or(out, qkv), *(_or(part, qkv) for part in (query_w, query_b, key_w, key_b)), cos, sin,
             total, n, text_length, heads, query_eps, key_eps,
             NORM=norms is not None, AFFINE=query_w is not None, ROTATE=rotary is not None,
-            ROWS=rows, WIDTH=head_width, COLS=cols, num_warps=4,
+            IN_PLACE=out is None, ROWS=rows, WIDTH=head_width, COLS=cols, num_warps=4,
         )  # fmt: skip
 
 
