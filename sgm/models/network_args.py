@@ -24,7 +24,7 @@ class TransformerArgs:
 
     Attributes:
         checkpoint_activations: recompute each layer in the backward pass instead of keeping its activations;
-            "selective" recomputes all but the attention products.
+            "selective" recomputes all but attention, "products" all but attention and the products with weights.
         model_parallel_size: number of processes that share each layer's weights.
         max_sequence_length: rows of SAT's own position table, which only rotary models keep (unused) in their files.
         skip_init: leave the big linears uninitialised, for weights that are read right afterwards.
@@ -55,8 +55,8 @@ class TransformerArgs:
         args = cls(**given)
         if args.checkpoint_activations not in MODES:
             raise NetworkConfigError(
-                f"transformer_args.checkpoint_activations is {args.checkpoint_activations!r}; choose true, false or "
-                "selective."
+                f"transformer_args.checkpoint_activations is {args.checkpoint_activations!r}; choose true, false, "
+                "selective or products."
             )
         for name in ("layernorm_order", "is_decoder"):
             if getattr(args, name) != getattr(cls, name):

@@ -38,7 +38,8 @@ class MemoryNeeds:
         ranks: data-parallel ranks.
         stage: ZeRO stage; `offload`: masters and optimizer state in CPU memory.
         moment_bytes: of a trained value's moments in the optimizer. ema: it also has an average, in float32.
-        checkpointing: activations are recomputed: False, True, or "selective" (all but attention products).
+        checkpointing: activations are recomputed: False, True, "selective" (all but attention) or "products" (all but
+            attention and the products with weights).
         bucket: values of DeepSpeed's buffers for reducing gradients.
     """
 
@@ -103,7 +104,7 @@ class MemoryNeeds:
         """At the start of the network's backward pass, when all layers' are there."""
         sequence = self.tokens * self.width * BYTES[self.dtype] * self.micro_batch
         in_layer = KEPT_WITH_ADAPTER if self.trains_adapter else KEPT_PER_LAYER
-        between = {False: in_layer, True: 1, "selective": 2}[self.checkpointing] * self.layers
+        between = {False: in_layer, True: 1, "selective": 2, "products": 11}[self.checkpointing] * self.layers
         return int(sequence * (between + in_layer * bool(self.checkpointing) + BACKWARD_TENSORS))
 
     @property

@@ -75,7 +75,8 @@ class TrainArgs:
     experiment_name: str = option("MyModel", "name of the run folder, which also gets the date")
     checkpoint_activations: bool | str = option(
         False,
-        "true: recompute activations in the backward pass, less memory, 1/3 slower; selective: all but attention",
+        "true: recompute activations in the backward pass, less memory, 1/3 slower; selective: all but attention; "
+        "products: all but attention and products with weights",
         choices=MODES,
     )
     vae_low_memory: bool = option(False, "encode clips a few frames at a time: the same result, less memory, slower")

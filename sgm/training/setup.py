@@ -56,7 +56,7 @@ def checkpointing_mode(model: Mapping[str, Any], args: TrainArgs) -> bool | str:
     inner = switches.get("checkpoint_activations", False)
     if inner not in MODES:
         raise ConfigError(
-            f"transformer_args.checkpoint_activations is {inner!r}; choose true, false or selective"
+            f"transformer_args.checkpoint_activations is {inner!r}; choose true, false, selective or products"
         )
     return stronger_mode(inner, args.checkpoint_activations)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
+from sgm.modules.ops.recompute import MODES
 from sgm.training.adam8bit import AdamW8bit
 from sgm.training.faults import out_of_memory_advice
 from sgm.training.memory import BACKWARD_TENSORS, GIB, MemoryNeeds
@@ -80,8 +81,9 @@ def test_activations_are_what_autograd_keeps(lora):
 
 def test_recomputing_keeps_an_input_and_perhaps_a_product_a_layer():
     sequence = 17_776 * 1920 * 2
-    kept, full, selective = (needs(checkpointing=mode).activations for mode in (False, True, "selective"))
+    kept, full, selective, products = (needs(checkpointing=mode).activations for mode in MODES)
     assert selective - full == 30 * sequence and kept > 9 * full
+    assert products - full == 300 * sequence and products < kept
 
 
 def test_advice_is_ordered_by_effect():

@@ -193,8 +193,9 @@ def test_activation_checkpointing_changes_no_gradient() -> None:
         return [p.grad for p in network.parameters() if p.grad is not None], operations.count
 
     expected, kept = gradients(False)
-    for mode in (True, "selective"):
+    for mode in (True, "selective", "products"):
         found, again = gradients(mode)
+        assert (again["aten.addmm.default"] > kept["aten.addmm.default"]) == (mode != "products")
         assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
         assert again["attention"] == kept["attention"] * (2 if mode is True else 1)
         assert again["aten.native_layer_norm.default"] > kept["aten.native_layer_norm.default"]

@@ -1,4 +1,4 @@
-"""Activation checkpointing of one layer: everything recomputed in the backward pass, or all but attention's results."""
+"""Activation checkpointing of one layer: everything recomputed in the backward pass, or all but its large products."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-MODES = (False, True, "selective")
+MODES = (False, True, "selective", "products")
 
 # What torch's attention becomes on the way to a kernel. Where it becomes something else (the plain fallback), all of
 # the layer is recomputed, which changes no number.
@@ -23,7 +23,7 @@ _ATTENTION_NAMES = (
 
 
 def stronger_mode(*modes: bool | str) -> bool | str:
-    """The mode that several places ask for together: `selective` says more than true, true more than false."""
+    """The mode that several places ask for together: a name says more than true, true more than false."""
     return max(modes, key=MODES.index)
 
 
@@ -33,12 +33,14 @@ def run_layer(mode: bool | str, layer: Callable[..., Any], *args: Any, **kwargs:
     Args:
         mode: False keeps everything. True keeps the inputs alone and runs the layer again. "selective" also keeps the
             attention product, the only part whose work grows with the square of the sequence: per layer one more
-            tensor of the sequence's size.
+            tensor of the sequence's size. "products" also keeps what the linears with a bias give, ten tensors more:
+            what is run again is norms, modulations and GELU.
     """
     if not mode:
         return layer(*args, **kwargs)
-    if mode == "selective":
-        contexts = partial(create_selective_checkpoint_contexts, _attention_ops())
+    if mode in ("selective", "products"):
+        kept = _attention_ops() + ([torch.ops.aten.addmm.default] if mode == "products" else [])
+        contexts = partial(create_selective_checkpoint_contexts, kept)
         return checkpoint(layer, *args, use_reentrant=False, context_fn=contexts, **kwargs)
     return checkpoint(layer, *args, use_reentrant=False, **kwargs)
 
