@@ -1,0 +1,36 @@
+"""The trunk's linear layers exchanged for 8-bit ones, see `sgm.modules.ops.fp8`."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from sgm.distributed import model_parallel_world_size
+from sgm.modules.ops.fp8 import MULTIPLE, Fp8Error, Fp8Linear
+from sgm.modules.transformer.lora import lora_layers
+from sgm.modules.transformer.lora_state import TARGETS
+
+KINDS = ("attention", "mlp")  # modulation layers see one row a sample: nothing to win
+
+
+def quantize_network(network: nn.Module) -> None:
+    """Exchange query_key_value, dense and both MLP layers of every block of a `DiffusionTransformer`, in place.
+
+    Raises:
+        Fp8Error: adapters are attached, the layers are split over processes, or a width is no multiple of 16.
+    """
+    if lora_layers(network):
+        raise Fp8Error(
+            "accelerate.fp8 rounds the weights, and a LoRA adapter lies beside them: fold it in with --merge-lora, or "
+            "leave accelerate.fp8 out."
+        )
+    if model_parallel_world_size() > 1:
+        raise Fp8Error("accelerate.fp8 does not work on layers that are split over processes (model_parallel_size).")
+    for layer in range(network.num_layers):
+        for name in (name.format(i=layer) for kind in KINDS for name, _ in TARGETS[kind]):
+            network.set_submodule(name, _quantized(network.get_submodule(name), name))
+
+
+def _quantized(linear: nn.Module, name: str) -> Fp8Linear:
+    if any(size % MULTIPLE for size in linear.weight.shape):
+        raise Fp8Error(f"accelerate.fp8: {name} is {tuple(linear.weight.shape)}; both must be multiples of {MULTIPLE}.")
+    return Fp8Linear(linear.weight, linear.bias)
