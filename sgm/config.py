@@ -51,7 +51,7 @@ def option(default: Any, help: str, *, choices: Sequence[Any] = (), at_least: fl
 
 @dataclass(frozen=True)
 class AccelerateArgs:
-    """The `accelerate:` section: faster ways to the same result."""
+    """The `accelerate:` section: faster ways to the same result, and from `step_cache` on, to nearly the same."""
 
     kernels: str = option(
         "plain",
@@ -64,6 +64,43 @@ class AccelerateArgs:
         "implementation of attention that is tried first: default (PyTorch chooses), cudnn, flash",
         choices=("default", "cudnn", "flash"),
     )
+    step_cache: bool = option(
+        False, "sampling steps that run the first layer alone; what the others add is predicted from earlier steps"
+    )
+    step_cache_max_skips: int = option(1, "most such steps in a row", at_least=1)
+    step_cache_threshold: float | None = option(
+        None,
+        "a step is only skipped where the first layer's result has changed by less than this part; 0 skips none, none "
+        "is a fixed pattern: as many skips in a row as step_cache_max_skips says",
+        at_least=0,
+    )
+    step_cache_keep_first: int = option(4, "so many first steps are never skipped", at_least=1)
+    step_cache_keep_last: int = option(4, "so many last steps are never skipped", at_least=0)
+    step_cache_order: int = option(1, "0 repeats what was added last, 1 extrapolates from the last two", choices=(0, 1))
+    guidance_interval: list[float] = option(
+        [0.0, 1.0], "part of the run, from 0 (noise) to 1, that is guided; outside it one call a step does"
+    )
+    guidance_every: int = option(
+        1, "the unconditional branch is asked at every k-th call; in between its last difference counts", at_least=1
+    )
+    guidance_least: float = option(
+        0.0, "the last difference also counts where |scale - 1| is below this: where guidance hardly acts", at_least=0
+    )
+    fp8: bool = option(False, "the blocks' linear layers in 8-bit floats (GPUs from capability 8.9 on; CPU: simulated)")
+
+    def __post_init__(self) -> None:
+        interval = self.guidance_interval
+        if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
+            raise ConfigError(
+                f"accelerate.guidance_interval is {interval}; it must be [start, end] with 0 <= start < end <= 1"
+            )
+
+    def approximate(self) -> dict[str, Any]:
+        """The switches that change results, where they are on; the step cache's options with it only."""
+        defaults = dataclasses.asdict(AccelerateArgs())
+        values = {name: v for name, v in dataclasses.asdict(self).items() if name not in ("kernels", "attention")}
+        cache = {name: v for name, v in values.items() if name.startswith("step_cache") and self.step_cache}
+        return cache | {n: v for n, v in values.items() if not n.startswith("step_cache") and v != defaults[n]}
 
 
 @dataclass(frozen=True)

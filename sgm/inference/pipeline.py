@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sgm.config import RunConfig
+from sgm.inference.fast import check_shortcuts, shortcuts_of
 from sgm.inference.fit import SamplingError, check_fit, check_latents
 from sgm.inference.noise import SampleId, StackedNoise
 from sgm.inference.options import SampleArgs
@@ -22,7 +23,10 @@ from sgm.inference.placement import Placement
 from sgm.inference.writer import to_uint8
 from sgm.models.diffusion import Cond, SATVideoDiffusionEngine
 from sgm.models.loading import Adapter, LoadedNetwork, load_first_stage, load_network, load_text_encoder
+from sgm.modules.diffusionmodules.shortcuts import CallCount, ShortcutRun
 from sgm.modules.ops.choice import choose_kernels
+from sgm.modules.ops.fp8 import check_fp8
+from sgm.modules.transformer.quantize import quantize_network
 
 _ENCODE_BATCH = 8  # prompts a text-encoder pass
 
@@ -65,9 +69,15 @@ class TextToVideo:
         self.engine.eval().requires_grad_(False)
         self.kernels = choose_kernels(config.accelerate.kernels, config.accelerate.attention, device)
         self.engine.use_kernels(self.kernels)
+        self.fp8 = config.accelerate.fp8
+        if self.fp8:
+            check_fp8(device)
+        self.shortcuts = shortcuts_of(config.accelerate)
+        self.calls: CallCount | None = None  # of the last sampling run, where shortcuts were taken
         self.facts = WeightFacts()
         self._loaded: set[str] = set()
         check_fit(self.engine, self.args, self.image_size)
+        check_shortcuts(self.shortcuts, self.engine.sampler, self.num_steps)
         self.engine.sampler.verbose = False  # the caller shows progress
         if self.args.guidance_scale is not None:
             # Set on the guider: the release's one ignores a scale that is given to a call, as in the original.
@@ -91,6 +101,13 @@ class TextToVideo:
     @property
     def num_steps(self) -> int:
         return self.args.num_steps or self.engine.sampler.num_steps
+
+    @property
+    def max_batch(self) -> int:
+        """Samples that run together. Under a step cache each decides for itself, so that its company changes nothing;
+        with the single random stream they follow each other as in the original."""
+        alone = self.args.seed_mode == "upstream" or (self.shortcuts is not None and self.shortcuts.skip is not None)
+        return 1 if alone else self.args.max_batch
 
     # --- loading --------------------------------------------------------------------------------------------------
 
@@ -119,7 +136,7 @@ class TextToVideo:
         if not self.args.load:
             raise SamplingError("args.load is not set: give the transformer weights (release folder or file).")
         adapters = [Adapter.parse(text) for text in self.args.lora]
-        return load_network(
+        loaded = load_network(
             self.engine.network,
             self.args.load,
             allow_absent=self.args.force_inference,
@@ -127,6 +144,9 @@ class TextToVideo:
             merge=self.args.merge_lora,
             **to,
         )
+        if self.fp8:
+            quantize_network(self.engine.network)
+        return loaded
 
     def is_loaded(self, part: str) -> bool:
         return part in self._loaded
@@ -180,6 +200,7 @@ class TextToVideo:
         cond = {k: v.expand(len(samples), *v.shape[1:]).to(self.device) for k, v in prompt.cond.items()}
         uncond = {k: v.expand(len(samples), *v.shape[1:]).to(self.device) for k, v in prompt.uncond.items()}
         network = self.engine.network
+        run = ShortcutRun(self.shortcuts) if self.shortcuts else None
         with (
             self.placement.use(self.engine.model, network.streamable_blocks(), pin=True),
             steps(self.num_steps) as callback,
@@ -193,7 +214,9 @@ class TextToVideo:
                 noise_sampler=noise.like if noise else None,
                 num_steps=self.args.num_steps,
                 callback=callback,
+                shortcuts=run,
             ).cpu()
+        self.calls = run.calls if run else None
         _demand_finite(latents, "latents", self.args.dtype)
         return latents
 

@@ -6,7 +6,7 @@ import platform
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +163,7 @@ class Runner:
     def _run_prompt(self, prompt: Prompt, conditioning: EncodedPrompt) -> int:
         missing = self._missing(prompt)
         written = 0
-        size = 1 if self.args.seed_mode == "upstream" else self.args.max_batch
+        size = self.pipeline.max_batch
         while written < len(missing):
             batch = missing[written : written + size]
             times = StageTimes()
@@ -271,6 +271,8 @@ class Runner:
             "size": [height, width],
             "fps": self.args.sampling_fps,
             "dtype": self.args.dtype,
+            "approximate": self.config.accelerate.approximate(),
+            "network_passes": asdict(self.pipeline.calls) if self.pipeline.calls else None,
             "latents_sha256": latents_digest(latents),
             "weights": {
                 "transformer": network.fingerprint if network else None,

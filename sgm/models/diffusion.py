@@ -14,6 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from sgm.modules.diffusionmodules.shortcuts import ShortcutRun
 from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
 from sgm.modules.ops.choice import Kernels
 from sgm.util import get_obj_from_str, instantiate_from_config
@@ -196,6 +197,7 @@ class SATVideoDiffusionEngine(nn.Module):
         prefix: Tensor | None = None,
         noise_sampler: Callable[[Tensor], Tensor] | None = None,
         callback: Callable[..., None] | None = None,
+        shortcuts: ShortcutRun | None = None,
         **network_inputs: Any,
     ) -> Tensor:
         """Latents (b, t, c, h, w) in the engine's dtype, scaled, from conditioning.
@@ -206,6 +208,7 @@ class SATVideoDiffusionEngine(nn.Module):
             prefix: clean latents (b, k, c, h, w) that are kept as the first k frames (the samplers' `fixed_frames`).
             noise_sampler: replaces `torch.randn_like` inside stochastic samplers.
             callback: called by the sampler after each step.
+            shortcuts: leaves out network calls (approximate); counts those that remain.
         """
         device = next(iter(cond.values())).device
         if noise is None:
@@ -217,6 +220,8 @@ class SATVideoDiffusionEngine(nn.Module):
             x = torch.cat([prefix.to(x), x[:, prefix.shape[1] :]], dim=1)
         x = _broadcast(x)
         denoiser = partial(_denoise, self.denoiser, self.model, network_inputs)
+        if shortcuts is not None:
+            denoiser = shortcuts.around(denoiser, len(x), self.sampler.guidance_scales(num_steps, scale))
         samples = self.sampler(
             denoiser,
             x,

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import Dataset, Subset
 
-from sgm.config import ConfigError, RunConfig
+from sgm.config import AccelerateArgs, ConfigError, RunConfig
 from sgm.data.buckets import parse_buckets
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.models.loading import LoadedNetwork, load_first_stage, load_network, load_text_encoder
@@ -61,6 +61,17 @@ def checkpointing_mode(model: Mapping[str, Any], args: TrainArgs) -> bool | str:
     return stronger_mode(inner, args.checkpoint_activations)
 
 
+def refuse_approximations(accelerate: AccelerateArgs) -> None:
+    """Switches that make sampling faster and less exact have no place in training.
+
+    Raises:
+        ConfigError: naming them.
+    """
+    on = accelerate.approximate()
+    if on:
+        raise ConfigError(f"accelerate: {', '.join(on)} are for sampling; leave them out of a training configuration")
+
+
 def meta_engine(model: Mapping[str, Any], dtype: str) -> SATVideoDiffusionEngine:
     """The engine without weights or memory, for estimates and for loading."""
     with torch.device("meta"):
@@ -78,6 +89,7 @@ def load_engine(
         KernelError: `accelerate.kernels` do not run on `device`.
     """
     args = config.args
+    refuse_approximations(config.accelerate)
     kernels = choose_kernels(config.accelerate.kernels, config.accelerate.attention, device)
     model = training_model_section(config.model, args)
     engine = meta_engine(model, plan.dtype)

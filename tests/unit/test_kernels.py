@@ -54,7 +54,7 @@ def test_section_is_read_and_checked(tmp_path):
     file.write_text("model: {a: 1}\naccelerate: {kernels: auto}\n")
     config = load_run_config([file], SampleArgs, overrides=["accelerate.attention=cudnn"])
     assert config.accelerate == AccelerateArgs(kernels="auto", attention="cudnn")
-    assert config.as_dict()["accelerate"] == {"kernels": "auto", "attention": "cudnn"}
+    assert {"kernels": "auto", "attention": "cudnn"}.items() <= config.as_dict()["accelerate"].items()
     file.write_text("model: {a: 1}\naccelerate: {kernel: auto, attention: fast}\n")
     with pytest.raises(ConfigError, match=r"accelerate.kernel; did you mean `kernels`(.|\n)*accelerate.attention"):
         load_run_config([file], SampleArgs)

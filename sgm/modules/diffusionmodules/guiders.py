@@ -75,6 +75,13 @@ class Guider(ABC):
             scale: replaces the configured scale, where the guider allows it; None keeps that.
         """
 
+    def scale_at(self, step_index: float, scale: float | None = None) -> float:
+        """What (conditional - unconditional) is multiplied with at a position of the schedule, `scale` as in a call.
+
+        Infinite, that is never small, where a guider does not say.
+        """
+        return math.inf
+
 
 class IdentityGuider(Guider):
     """No guidance: the conditional answer alone. `scale` has nothing to act on and must be None or 1."""
@@ -90,6 +97,9 @@ class IdentityGuider(Guider):
         if scale is not None and not (isinstance(scale, int | float) and scale == 1):
             raise ValueError(f"scale={scale} needs a guider: set sampler_config.params.guider_config to VanillaCFG.")
         return denoised
+
+    def scale_at(self, step_index: float, scale: float | None = None) -> float:
+        return 1.0
 
 
 class VanillaCFG(Guider):
@@ -107,6 +117,9 @@ class VanillaCFG(Guider):
         self, denoised: Tensor, sigma: Tensor, *, step_index: float | None = None, scale: float | Tensor | None = None
     ) -> Tensor:
         return guide(denoised, self.scale if scale is None else scale)
+
+    def scale_at(self, step_index: float, scale: float | None = None) -> float:
+        return self.scale if scale is None else scale
 
 
 class DynamicCFG(VanillaCFG):
@@ -136,8 +149,8 @@ class DynamicCFG(VanillaCFG):
         self.exp = int(exp)
         self.num_steps = num_steps
 
-    def scale_at(self, step_index: float) -> float:
-        """The scale at position k."""
+    def scale_at(self, step_index: float, scale: float | None = None) -> float:
+        """The scale at position k; `scale` has no effect."""
         return 1 + self.scale * (1 - math.cos(math.pi * (step_index / self.num_steps) ** self.exp)) / 2
 
     def __call__(

@@ -185,9 +185,17 @@ class BaseDiffusionSampler(ABC):
         guided_x, guided_signal, guided_cond = self.guider.prepare_inputs(x, signal, cond, uc)
         idx = x.new_full((guided_x.shape[0],), step.timestep)
         denoised = denoiser(guided_x, guided_signal, guided_cond, idx=idx, **additional_model_inputs).float()
-        # The configured number of steps minus the timestep: see DynamicCFG, which is the one to read it.
-        step_index = (self.num_steps or step.total) - step.timestep
+        step_index = self._guidance_position(step)
         return self.guider(denoised, (1 - signal**2).sqrt(), step_index=step_index, scale=scale)
+
+    def guidance_scales(self, num_steps: int | None = None, scale: float | None = None) -> tuple[float, ...]:
+        """The guider's factor on (conditional - unconditional) at each step of a run, 1 where nothing is guided."""
+        steps = tuple(self.schedule(num_steps).steps())
+        return tuple(self.guider.scale_at(self._guidance_position(step), scale) for step in steps)
+
+    def _guidance_position(self, step: Step) -> int:
+        """The configured number of steps minus the timestep: see DynamicCFG, which is the one to read it."""
+        return (self.num_steps or step.total) - step.timestep
 
     @abstractmethod
     def update(self, x: Tensor, denoised: Tensor, previous: Tensor | None, step: Step, draw: NoiseSampler) -> Tensor:

@@ -1,0 +1,185 @@
+"""Fewer network calls in a sampling run: approximations between a sampler and its denoiser, each off by default.
+
+A sampler asks its denoiser for the clean estimates of the unconditional and the conditional branch at every step. A
+`ShortcutRun` stands between the two and answers some of these questions from earlier answers. Neither sampler nor
+guider knows of it. Its state belongs to one run (one video): make a new one for each.
+
+b samples; a guided question has a batch of 2b, unconditional half first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sgm.modules.diffusionmodules.denoiser import append_dims
+from sgm.modules.diffusionmodules.guiders import BATCHED_CONDITIONS
+from sgm.modules.ops.step_cache import FirstBlockCache, SkipRule
+
+DenoiserFn = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class GuidanceRule:
+    """When the unconditional branch is asked.
+
+    Attributes:
+        start, end: part of the run, from 0 (noise) to 1, that is guided at all (Kynkaanniemi et al. 2024,
+            arXiv:2404.07724); outside it the conditional answer stands alone.
+        every: inside that part the branch is asked at every k-th whole conditional call; in between the last
+            difference of the two answers is used again, in terms of the predicted noise, where it changes least.
+        least: the difference is also used again where the guider multiplies it by less than this (|scale - 1|).
+    """
+
+    start: float = 0.0
+    end: float = 1.0
+    every: int = 1
+    least: float = 0.0
+
+    def guides(self, step: int, steps: int) -> bool:
+        """Whether step `step` of `steps` is guided: its middle lies in the part."""
+        return self.start <= (step + 0.5) / steps <= self.end
+
+
+@dataclass(frozen=True)
+class Shortcuts:
+    """The approximations of a run; `skip` is the step cache's rule, None for no step cache."""
+
+    skip: SkipRule | None = None
+    guidance: GuidanceRule = GuidanceRule()
+
+
+@dataclass
+class CallCount:
+    """Passes of each sample through the network: whole ones, ones of the first layer alone, and what is usual."""
+
+    whole: int = 0
+    first_layer: int = 0
+    usual: int = 0
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a sampler asks: x (b or 2b, ...), signal rates (b or 2b,), conditions, and the denoiser's keywords."""
+
+    x: Tensor
+    signal: Tensor
+    conditions: Mapping[str, Any]
+    extras: Mapping[str, Any]
+
+    def half(self, which: slice) -> Question:
+        """The part of a guided question that concerns one branch."""
+        conditions = {n: v[which] if n in BATCHED_CONDITIONS else v for n, v in self.conditions.items()}
+        extras = {n: v[which] if n == "idx" and v is not None else v for n, v in self.extras.items()}
+        return Question(self.x[which], self.signal[which], conditions, extras)
+
+
+class ShortcutRun:
+    """One sampling run under `shortcuts`. `around` starts it and forgets all that a run before has left."""
+
+    def __init__(self, shortcuts: Shortcuts):
+        self.shortcuts = shortcuts
+        self._start(0, ())
+
+    def _start(self, samples: int, scales: Sequence[float]) -> None:
+        self.samples = samples
+        self.scales = tuple(scales)
+        self.calls = CallCount()
+        skip = self.shortcuts.skip
+        self._cache = FirstBlockCache(skip, len(self.scales), samples) if skip else None
+        self._step = 0
+        self._since_pair = 0  # whole conditional calls since both branches were asked
+        self._difference: Tensor | None = None  # see `_remember`
+
+    def around(self, denoiser: DenoiserFn, samples: int, scales: Sequence[float]) -> DenoiserFn:
+        """`denoiser` with the shortcuts before it; to be called once a step, in order.
+
+        Args:
+            samples: b.
+            scales: the guider's factor on (conditional - unconditional) at each step of the run, see
+                `BaseDiffusionSampler.guidance_scales`.
+        """
+        self._start(samples, scales)
+
+        def answer(x: Tensor, signal: Tensor, conditions: Mapping[str, Any], **extras: Any) -> Tensor:
+            question = Question(x, signal, conditions, extras)
+            guided = x.shape[0] == 2 * samples
+            self.calls.usual += 2 if guided else 1
+            out = self._guided(denoiser, question) if guided else self._conditional(denoiser, question)
+            self._step += 1
+            return out
+
+        return answer
+
+    def _guided(self, denoiser: DenoiserFn, question: Question) -> Tensor:
+        """A guider's pair (2b, ...)."""
+        both = self._asks_both()
+        if both and (self._difference is None or not self._may_skip()):
+            return self._both(denoiser, question)
+        cond = self._conditional(denoiser, question.half(slice(self.samples, None))).float()
+        if not self.shortcuts.guidance.guides(self._step, len(self.scales)):
+            return torch.cat([cond, cond])
+        if both and not self._cache_skipped():
+            uncond = self._asked(denoiser, question.half(slice(self.samples))).float()
+            self._remember(uncond, cond, question.signal)
+            return torch.cat([uncond, cond])
+        return torch.cat([cond - self._difference * self._noise_over_signal(question.signal, cond.ndim), cond])
+
+    def _both(self, denoiser: DenoiserFn, question: Question) -> Tensor:
+        """One call for both branches, as without shortcuts."""
+        out = self._conditional(denoiser, question)
+        self._remember(*out.float().chunk(2), question.signal)
+        return out
+
+    def _remember(self, uncond: Tensor, cond: Tensor, signal: Tensor) -> None:
+        """Keep the difference of the branches as one of predicted noise (but for its sign): with
+        eps = (x - a D) / sigma that is D's times a / sigma. At a = 0 there is none."""
+        self._since_pair = 0
+        if float(signal[0]) > 0:
+            self._difference = (cond - uncond) / self._noise_over_signal(signal, cond.ndim)
+
+    def _noise_over_signal(self, signal: Tensor, ndim: int) -> Tensor:
+        """sigma / a for b samples, to broadcast against `ndim` axes."""
+        signal = signal[: self.samples]
+        return append_dims((1 - signal**2).sqrt() / signal, ndim)
+
+    def _asks_both(self) -> bool:
+        rule = self.shortcuts.guidance
+        if not rule.guides(self._step, len(self.scales)):
+            return False
+        due = self._since_pair + 1 >= rule.every and abs(self.scales[self._step] - 1) >= rule.least
+        return due or self._difference is None
+
+    def _may_skip(self) -> bool:
+        if self._cache is None:
+            return False
+        self._cache.step = self._step
+        return self._cache.may_skip()
+
+    def _cache_skipped(self) -> bool:
+        return self._cache is not None and self._cache.skipped > 0
+
+    def _conditional(self, denoiser: DenoiserFn, question: Question) -> Tensor:
+        """An answer that the step cache, if there is one, sees and may shorten."""
+        if self._cache is None:
+            self._since_pair += 1
+            return self._asked(denoiser, question)
+        self._cache.step = self._step
+        out = denoiser(
+            question.x, question.signal, question.conditions, layer_runner=self._cache, **question.extras
+        )
+        if self._cache_skipped():
+            self.calls.first_layer += 1
+        else:
+            self._since_pair += 1
+            self.calls.whole += question.x.shape[0] // self.samples
+        return out
+
+    def _asked(self, denoiser: DenoiserFn, question: Question) -> Tensor:
+        """The denoiser's own answer."""
+        self.calls.whole += question.x.shape[0] // self.samples
+        return denoiser(question.x, question.signal, question.conditions, **question.extras)
