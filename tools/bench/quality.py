@@ -1,0 +1,180 @@
+"""What fast mode costs: `python tools/bench/quality.py [CONFIG.yaml ...] [--fast FAST.yaml]`. Prints JSON lines.
+
+Samples the same prompts with the same noise exactly, then with the switches of the fast configuration: each kind alone,
+and all together. For each clip: PSNR of the decoded pixels to the exact clip's (dB, of uint8 values), relative error of
+the latents, passes through the network, and seconds of sampling. For each variant: their means, the lowest PSNR, and
+how much of what the captions say the clips show (`tools/demo/score.py`), where the captions are of the demo's grammar.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sgm.config import AccelerateArgs, ConfigError, RunConfig, build_args, load_run_config, merge_yaml
+from sgm.inference.noise import SampleId
+from sgm.inference.options import SampleArgs
+from sgm.inference.pipeline import EncodedPrompt, TextToVideo
+from sgm.inference.preflight import with_found_paths
+from sgm.inference.prompts import gather
+from tools.bench.measure import emit, relative_error
+from tools.demo.captions import caption, parse
+from tools.demo.measure import measure
+from tools.demo.score import compare
+from tools.demo.shapes import sample_spec
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+KINDS = ("step_cache", "guidance", "fp8")  # how the names of switches begin
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One sampled clip: latents (t, c, h, w), frames uint8 (f, h, w, 3), what it took."""
+
+    latents: Tensor
+    frames: np.ndarray
+    seconds: float
+    passes: Mapping[str, int] | None
+
+
+def variants_of(exact: AccelerateArgs, fast: AccelerateArgs, extra: Sequence[str] = ()) -> dict[str, AccelerateArgs]:
+    """"exact"; each kind of the fast switches alone; all of them ("fast"); and those given as texts "a=1,b=[0,1]"."""
+    changes = {name: value for name, value in asdict(fast).items() if value != getattr(exact, name)}
+    variants = {"exact": exact}
+    for kind in KINDS:
+        own = {name: value for name, value in changes.items() if name.startswith(kind)}
+        if own:
+            variants[kind] = replace(exact, **own)
+    if len(variants) > 2:
+        variants["fast"] = replace(exact, **{n: v for n, v in changes.items() if n.startswith(KINDS)})
+    return variants | {text: _parsed(text, exact) for text in extra}
+
+
+def _parsed(text: str, base: AccelerateArgs) -> AccelerateArgs:
+    given = asdict(base) | merge_yaml([], text.split(";"))
+    problems: list[str] = []
+    found = build_args(AccelerateArgs, given, problems, [], "accelerate")
+    if found is None:
+        raise ConfigError(f"--variant {text}: {'; '.join(problems)}")
+    return found
+
+
+def demo_captions(count: int, frames: int, seed: int) -> list[str]:
+    """Captions of the demo's grammar for clips of `frames` frames."""
+    rng = np.random.default_rng(seed)
+    return [caption(sample_spec(rng, frames), rng) for _ in range(count)]
+
+
+def sample_clips(
+    pipeline: TextToVideo, prompts: Sequence[EncodedPrompt], decoder: TextToVideo, seed: int
+) -> Iterator[Clip]:
+    """One clip a prompt, with noise that depends on seed and prompt only."""
+    pipeline.load("network")
+    for index, prompt in enumerate(prompts):
+        start = time.perf_counter()
+        latents = pipeline.sample(prompt, [SampleId(seed, index, 0)], _silent)[0]
+        seconds = time.perf_counter() - start
+        yield Clip(latents, decoder.decode(latents), seconds, asdict(pipeline.calls) if pipeline.calls else None)
+
+
+@contextmanager
+def _silent(total: int) -> Iterator[Any]:
+    yield lambda *_: None
+
+
+def psnr(frames: np.ndarray, expected: np.ndarray) -> float:
+    """Peak signal-to-noise ratio of uint8 frames in dB; 99 for equal ones."""
+    error = np.square(frames.astype(np.float32) - expected).mean()
+    return 99.0 if error == 0 else float(10 * np.log10(255**2 / error))
+
+
+def prompt_score(prompts: Sequence[str], clips: Sequence[Clip]) -> float | None:
+    """Share of the attributes that the captions name and the clips show; None for captions of another grammar."""
+    right: list[bool] = []
+    try:
+        for text, clip in zip(prompts, clips, strict=True):
+            found = compare(*parse(text), *measure(clip.frames))
+            right += [value for name, values in found.items() if name != "all" for value in values]
+    except ValueError:
+        return None
+    return sum(right) / len(right)
+
+
+def report(name: str, prompts: Sequence[str], clips: Sequence[Clip], exact: Sequence[Clip]) -> None:
+    """A line for each clip, then the variant's."""
+    ratios = [psnr(clip.frames, other.frames) for clip, other in zip(clips, exact, strict=True)]
+    for index, (clip, other, ratio) in enumerate(zip(clips, exact, ratios, strict=True)):
+        error = relative_error(clip.latents, other.latents)
+        emit(variant=name, prompt=index, psnr=ratio, latent_error=error, seconds=clip.seconds, passes=clip.passes)
+    score = prompt_score(prompts, clips)
+    emit(
+        variant=name,
+        clips=len(clips),
+        psnr_mean=statistics.fmean(ratios),
+        psnr_least=min(ratios),
+        seconds=statistics.median(clip.seconds for clip in clips),
+        speed_up=statistics.median(c.seconds for c in exact) / statistics.median(c.seconds for c in clips),
+        passes=clips[0].passes,
+        prompt_score=score,
+    )
+
+
+def run(config: RunConfig[SampleArgs], fast: AccelerateArgs, prompts: Sequence[str], extra: Sequence[str]) -> None:
+    """Sample and report every variant."""
+    device = torch.device(config.args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    first = TextToVideo(config, device)
+    encoded = first.encode(list(prompts), config.args.negative_prompt)
+    first.drop_text_encoder()
+    exact: list[Clip] = []
+    for name, accelerate in variants_of(config.accelerate, fast, extra).items():
+        emit(variant=name, switches=accelerate.approximate())
+        other = replace(config, accelerate=accelerate)
+        pipeline = first if name == "exact" else TextToVideo(other, device, with_text_encoder=False)
+        clips = list(sample_clips(pipeline, encoded, first, config.args.seed))
+        exact = exact or clips
+        report(name, prompts, clips, exact)
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("configs", nargs="*", default=[str(CONFIGS / "demo_infer.yaml")], help="what is exact; default: the demo")
+    add("--fast", default=str(CONFIGS / "fast.yaml"), help="YAML whose accelerate section is compared")
+    add("--variant", action="append", default=[], help='a further one: "guidance_every=2;step_cache=estimate"')
+    add("--only-variants", action="store_true", help="those of --variant alone, not the fast configuration's")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the configuration")
+    add("--input-file", help="one prompt a line; default: captions of the demo's grammar")
+    add("--count", type=int, default=8, help="so many captions")
+    add("--steps", type=int, help="sampling steps")
+    add("--seed", type=int, default=42)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    flags = {"num_steps": options.steps, "seed": options.seed}
+    config = with_found_paths(load_run_config(options.configs, SampleArgs, overrides=options.set, flags=flags))
+    fast = load_run_config([*options.configs, options.fast], SampleArgs, overrides=options.set).accelerate
+    if options.input_file:
+        prompts = [p.text for p in gather([], options.input_file, config.files)[0]]
+    else:
+        prompts = demo_captions(options.count, 4 * config.args.sampling_num_frames - 3, options.seed)
+    run(config, config.accelerate if options.only_variants else fast, prompts, options.variant)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
