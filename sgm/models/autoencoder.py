@@ -9,6 +9,7 @@ sizes f = 4t - 3: 1, 5, 9, ..., 49 pixel frames are 1, 2, 3, ..., 13 latent fram
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -262,16 +263,17 @@ class VideoAutoencoder(nn.Module):
         tiling = self.memory.tiling
         size = (z.shape[3], z.shape[4])
         boxes = [(slice(0, size[0]), slice(0, size[1]))] if tiling is None else tiling.boxes(*size)
-        caches = [cache_on(self.memory.host_cache, z.device) for _ in boxes]
-        for start, stop in bounds:
-            # entered anew for each piece: a `with` held across a yield would change the caller's mode
-            with self._grad_mode(z):
-                chunk, is_last = z[:, :, start:stop].to(self.dtype), stop == bounds[-1][1]
-                limits = (self._slice_bytes(z), self.ops, self.memory.recompute)
-                runs = [ClipPass(cache, is_last, *limits) for cache in caches]
-                piece = self._decode_chunk(chunk, boxes, runs)
-            yield piece
-            del piece
+        with ExitStack() as clip:
+            caches = [clip.enter_context(closing(cache_on(self.memory.host_cache, z.device))) for _ in boxes]
+            for start, stop in bounds:
+                # entered anew for each piece: a mode held across a yield would be the caller's, too
+                with self._grad_mode(z):
+                    chunk, is_last = z[:, :, start:stop].to(self.dtype), stop == bounds[-1][1]
+                    limits = (self._slice_bytes(z), self.ops, self.memory.recompute)
+                    runs = [ClipPass(cache, is_last, *limits) for cache in caches]
+                    piece = self._decode_chunk(chunk, boxes, runs)
+                yield piece
+                del piece
 
     def _decode_chunk(self, z: Tensor, boxes: list[tuple[slice, slice]], runs: list[ClipPass]) -> Tensor:
         if len(boxes) == 1:

@@ -93,6 +93,17 @@ def test_host_cache_takes_in_any_order():
         assert len(cache) == 0 and cache.take(convs[0]) is None
 
 
+def test_a_clip_that_is_broken_off_waits_for_its_copies(monkeypatch):
+    vae = VideoAutoencoderInferenceWrapper(*configs(TINY))
+    links = host_cache(LateLink, monkeypatch)
+    vae.set_low_memory(cache_on_cpu=True)
+    pieces = vae.decode_chunks(latents(5))
+    next(pieces)
+    assert links[0].queue  # the last frames of the first chunk are on their way out
+    pieces.close()
+    assert not links[0].queue
+
+
 def test_host_memory_only_where_it_is_another():
     assert type(cache_on(True, torch.device("cpu"))) is CausalCache
     assert type(cache_on(False, torch.device("cuda", 0))) is CausalCache

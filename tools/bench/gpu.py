@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from torch import Tensor, nn
 
+from sgm.inference.placement import Placement
 from sgm.modules.ops.choice import Kernels, choose_kernels
 from tools.bench import blocks, models, training
 from tools.bench.flops import conv_flops, network_flops
@@ -129,6 +130,22 @@ def bench_decode_lean(bench: Bench) -> None:
         bench.report("vae_decode_lean", variant, lambda: stage.decode(z), flops, expected)
 
 
+def bench_text_lean(bench: Bench) -> None:
+    """A prompt through T5 XXL as placement `lean` does it: layer by layer, from memory that is not pinned."""
+    encoder = models.text_encoder(bench.dtype)
+    blocks_of = [[block] for block in encoder.encoder.block]
+    tokens = torch.zeros(1, 226, dtype=torch.long, device=bench.device)
+    placement = Placement("lean", bench.device)
+
+    def run() -> Tensor:
+        with placement.use(encoder, blocks_of):
+            return encoder(input_ids=tokens).last_hidden_state
+
+    timing = time_runs(run, bench.device, bench.seconds)
+    size = sum(weight.nbytes for weight in encoder.parameters())
+    emit(part="text_lean", ms=timing.ms, peak_gib=timing.peak_bytes / 2**30, gb_s=size / timing.ms / 1e6)
+
+
 def bench_encode(bench: Bench) -> None:
     """Pixels to the posterior's moments."""
     size = (1, 3, 4 * bench.frames - 3, 480, 720)
@@ -175,6 +192,7 @@ PARTS = {
     "block": bench_block,
     "vae_decode": bench_decode,
     "vae_decode_lean": bench_decode_lean,
+    "text_lean": bench_text_lean,
     "vae_encode": bench_encode,
     "train_full": partial(bench_train, rank=0),
     "train_lora": partial(bench_train, rank=128),

@@ -36,6 +36,10 @@ class CausalCache:
         """Keep `frames` (b, c, 2, h, w) for the next call of `conv`; they must not be written to afterwards."""
         self._frames[conv] = frames
 
+    def close(self) -> None:
+        """Drop what is kept, also in the middle of a clip."""
+        self._frames.clear()
+
     def __len__(self) -> int:
         return len(self._frames)
 
@@ -150,6 +154,13 @@ class HostCache(CausalCache):
         if following is not None:
             self._coming = (self._next[conv], self.link.upload(following))
         return transfer.result
+
+    def close(self) -> None:
+        self._let_go()
+        if self._coming is not None:
+            self.link.wait(self._coming[1])
+        self._coming = None
+        super().close()
 
     def _let_go(self) -> None:
         """Let the device copy of the frames kept last go, behind its transfer."""
