@@ -26,6 +26,8 @@ from torch import Tensor, nn
 
 from sgm.inference.placement import Placement
 from sgm.modules.ops.choice import Kernels, choose_kernels
+from sgm.modules.ops.fp8 import LEAST_CAPABILITY
+from sgm.modules.transformer.quantize import quantize_network
 from tools.bench import blocks, models, training
 from tools.bench.flops import conv_flops, network_flops
 from tools.bench.measure import Ceilings, emit, measure_ceilings, relative_error, time_runs, top_kernels
@@ -93,6 +95,11 @@ def _our_dit(bench: Bench) -> tuple[float, tuple[Tensor, ...]]:
     expected = bench.report("dit", "plain", lambda: network(*inputs), flops)
     network.use_ops(bench.fused.block)
     bench.report("dit", "fused", lambda: network(*inputs), flops, expected)
+    single = tuple(part[:1] for part in inputs)
+    bench.report("dit", "fused, conditional alone", lambda: network(*single), flops / 2, expected[:1])
+    if torch.cuda.get_device_capability(bench.device) >= LEAST_CAPABILITY:
+        quantize_network(network)
+        bench.report("dit", "fused, 8-bit linear layers", lambda: network(*inputs), flops, expected)
     return flops, inputs
 
 

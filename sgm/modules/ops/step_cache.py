@@ -97,19 +97,24 @@ class FirstBlockCache:
 
     def may_skip(self) -> bool:
         """Whether the present step may be skipped, before the first layer has been asked."""
-        return self._first is not None and self.rule.allows(self.step, self.steps, self.skipped)
+        return bool(self._rest) and self.rule.allows(self.step, self.steps, self.skipped)
 
     def __call__(self, layers: Sequence[Layer], hidden: Tensor) -> Tensor:
         first = layers[0](hidden)
-        added = (first - hidden)[-self.samples :]
-        if len(hidden) == self.samples and self.may_skip() and self._is_alike(added):
+        if len(hidden) == self.samples and self.may_skip() and self._is_alike(first, hidden):
             self.skipped += 1
             return first + self._rest.predict(self.step, self.rule.order)
         self.skipped = 0
         out = run_layers(layers[1:], first)
-        self._first = added
-        self._rest.add((out - first)[-self.samples :], self.step, keep=1 + self.rule.order)
+        self._remember(hidden[-self.samples :], first[-self.samples :], out[-self.samples :])
         return out
 
-    def _is_alike(self, added: Tensor) -> bool:
-        return self.rule.threshold == math.inf or relative_change(added, self._first) < self.rule.threshold
+    def _is_alike(self, first: Tensor, hidden: Tensor) -> bool:
+        if self.rule.threshold == math.inf:
+            return True
+        return relative_change(first - hidden, self._first) < self.rule.threshold
+
+    def _remember(self, hidden: Tensor, first: Tensor, out: Tensor) -> None:
+        if self.rule.threshold != math.inf:
+            self._first = first - hidden
+        self._rest.add(out - first, self.step, keep=1 + self.rule.order)
