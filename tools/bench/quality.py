@@ -24,12 +24,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sgm.cli import exit_code
 from sgm.config import AccelerateArgs, ConfigError, RunConfig, build_args, load_run_config, merge_yaml
+from sgm.distributed import shutdown
 from sgm.inference.noise import SampleId
 from sgm.inference.options import SampleArgs
 from sgm.inference.pipeline import EncodedPrompt, TextToVideo
 from sgm.inference.preflight import with_found_paths
 from sgm.inference.prompts import gather
+from sgm.weights.random_release import ensure_demo_weights, uses_random_demo
 from tools.bench.measure import emit, relative_error
 from tools.demo.captions import caption, parse
 from tools.demo.measure import measure
@@ -165,6 +168,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
+    return exit_code(lambda: compare_variants(options), "stopped")
+
+
+def compare_variants(options: argparse.Namespace) -> int:
+    """Read the configurations and go through the variants; returns the exit status."""
     flags = {"num_steps": options.steps, "seed": options.seed}
     config = with_found_paths(load_run_config(options.configs, SampleArgs, overrides=options.set, flags=flags))
     fast = load_run_config([*options.configs, options.fast], SampleArgs, overrides=options.set).accelerate
@@ -172,7 +180,12 @@ def main(arguments: list[str] | None = None) -> int:
         prompts = [p.text for p in gather([], options.input_file, config.files)[0]]
     else:
         prompts = demo_captions(options.count, 4 * config.args.sampling_num_frames - 3, options.seed)
-    run(config, config.accelerate if options.only_variants else fast, prompts, options.variant)
+    if uses_random_demo(config.args.load):
+        ensure_demo_weights(config.model)
+    try:
+        run(config, config.accelerate if options.only_variants else fast, prompts, options.variant)
+    finally:
+        shutdown()
     return 0
 
 
