@@ -26,7 +26,7 @@ def text_encoder_is_local(model: Mapping[str, Any]) -> bool:
     return bool(folders) and all(is_local(folder) for folder in folders)
 
 
-def weight_lines(model: Mapping[str, Any], load: str | None, made_at_first_use: bool) -> list[str]:
+def weight_lines(model: Mapping[str, Any], load: str | None) -> list[str]:
     """A line for each weight path: there, or what is to be done."""
     paths = weight_paths(model, load)
     left = unedited(paths)
@@ -34,9 +34,7 @@ def weight_lines(model: Mapping[str, Any], load: str | None, made_at_first_use: 
     def state(place: str, value: str) -> str:
         if place in left:
             return "a placeholder, to be edited"
-        if Path(value).expanduser().exists():
-            return "found"
-        return "made at first use, random values" if made_at_first_use else "not found"
+        return "found" if Path(value).expanduser().exists() else "not found"
 
     return [f"{place}: {value} ({state(place, value)})" for place, value in paths.items()]
 
@@ -78,12 +76,10 @@ def _bytes_of(module: torch.nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
-def report(
-    config: RunConfig[SampleArgs], pipeline: TextToVideo, prompts: Sequence[Prompt], made_at_first_use: bool
-) -> str:
+def report(config: RunConfig[SampleArgs], pipeline: TextToVideo, prompts: Sequence[Prompt]) -> str:
     """The resolved configuration, then the plan as YAML comments, so that the whole is a configuration file again."""
     plan = [
         *describe(pipeline, prompts),
-        *weight_lines(config.model, config.args.load, made_at_first_use),
+        *weight_lines(config.model, config.args.load),
     ]
     return config.as_yaml() + "\n" + "\n".join(f"# {line}" for line in plan)

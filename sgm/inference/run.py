@@ -17,7 +17,6 @@ from sgm.inference.preflight import check_paths, with_found_paths
 from sgm.inference.progress import Progress
 from sgm.inference.prompts import gather
 from sgm.inference.runner import Runner, out_of_memory_advice
-from sgm.weights.random_release import ensure_demo_weights, uses_random_demo
 
 
 def sample(config: RunConfig[SampleArgs], *, dry_run: bool = False) -> int:
@@ -30,8 +29,7 @@ def sample(config: RunConfig[SampleArgs], *, dry_run: bool = False) -> int:
 
     check_model_section(config.model, SATVideoDiffusionEngine)
     config = with_found_paths(config)
-    random_demo = uses_random_demo(config.args.load)
-    if not dry_run and not random_demo:
+    if not dry_run:
         check_paths(*_needed(config))
     info = init_distributed(_device_type(config.args.device, several=int(os.environ.get("WORLD_SIZE", "1")) > 1))
     try:
@@ -40,10 +38,8 @@ def sample(config: RunConfig[SampleArgs], *, dry_run: bool = False) -> int:
         for note in config.notes:
             progress.line(f"note: {note}")
         if dry_run:
-            _print_plan(config, device, info.rank, random_demo)
+            _print_plan(config, device, info.rank)
             return 0
-        if random_demo:
-            _make_demo(config, info)
         pipeline = TextToVideo(config, device, with_text_encoder=config.args.decode_latents is None)
         _run(Runner(config, pipeline, progress, info.rank, info.world_size))
         if info.world_size > 1:
@@ -67,22 +63,14 @@ def _run(runner: Runner) -> None:
         raise SamplingError(out_of_memory_advice(runner.args)) from error
 
 
-def _print_plan(config: RunConfig[SampleArgs], device: torch.device, rank: int, random_demo: bool) -> None:
+def _print_plan(config: RunConfig[SampleArgs], device: torch.device, rank: int) -> None:
     if rank != 0:
         return
     args = config.args
     asks = args.decode_latents or (args.input_type == "cli" and not args.prompts)
     prompts = [] if asks else gather(args.prompts, args.input_file, config.files)[0]
     pipeline = TextToVideo(config, device, with_text_encoder=text_encoder_is_local(config.model))
-    print(report(config, pipeline, prompts, random_demo), flush=True)
-
-
-def _make_demo(config: RunConfig[SampleArgs], info: DistInfo) -> None:
-    """The demo configuration's random weights, made by the first process of a machine while the others wait."""
-    if info.local_rank == 0:
-        ensure_demo_weights(config.model)
-    if info.world_size > 1:
-        torch.distributed.barrier()
+    print(report(config, pipeline, prompts), flush=True)
 
 
 def _device_type(device: str | None, several: bool) -> str | None:

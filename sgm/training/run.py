@@ -51,7 +51,6 @@ from sgm.training.setup import (
 )
 from sgm.training.timing import PhaseClock, phases_of_step
 from sgm.training.trainer import Trainer
-from sgm.weights.random_release import ensure_demo_weights, uses_random_demo
 
 
 def train(
@@ -180,10 +179,8 @@ def with_found_places(config: RunConfig[TrainArgs]) -> RunConfig[TrainArgs]:
 def _make_what_is_missing(
     config: RunConfig[TrainArgs], info: DistInfo, make_data: Callable[[Path], bool] | None
 ) -> None:
-    """The demo's random weights and clips, by the first process of a machine while the others wait."""
+    """The demo's clips, by the first process of a machine while the others wait."""
     if info.local_rank == 0:
-        if uses_random_demo(config.args.load):
-            ensure_demo_weights(config.model)
         for folder in _data_folders(config.args) if make_data else ():
             if not folder.exists():
                 make_data(folder)
@@ -203,8 +200,7 @@ def _check_places(config: RunConfig[TrainArgs], dry_run: bool) -> None:
         ConfigError: names each that is not.
     """
     # With a cache only what is missing from it needs the encoders, whose absence is noticed then.
-    if not (dry_run and uses_random_demo(config.args.load)):
-        check_paths({} if config.args.cache_dir else config.model, config.args.load)
+    check_paths({} if config.args.cache_dir else config.model, config.args.load)
     folders = {"train_data": config.args.train_data, "valid_data": config.args.valid_data or []}
     problems = [f"args.{place} is still the placeholder {text!r}" for place, text in placeholders_in(folders)]
     problems += [

@@ -10,9 +10,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-import os
-import sys
-import tempfile
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -28,11 +25,9 @@ from sgm.weights.save import Deferred, atomic_write, save_pt, save_safetensors, 
 
 logger = logging.getLogger(__name__)
 
-DEMO_FOLDER = "demo/random"
 ITERATION = 1000
 EXTRA_IDS = 100  # of T5, at the vocabulary's end
 _SHARDS = 2
-_REPO = Path(__file__).resolve().parents[2]
 
 
 def write_random_release(
@@ -63,35 +58,6 @@ def write_random_release(
     folder = _made(out / "transformer" / str(ITERATION))
     save_pt(folder / "mp_rank_00_model_states.pt", {"module": {NETWORK_PREFIX + n: t for n, t in state.items()}})
     save_text(out / "transformer" / "latest", str(ITERATION))
-
-
-def uses_random_demo(load: str | None) -> bool:
-    """Whether the transformer's path is the demo's folder of random weights."""
-    return load is not None and Path(load).expanduser().absolute().parent == _REPO / DEMO_FOLDER
-
-
-def ensure_demo_weights(model: Mapping[str, Any]) -> None:
-    """Make the demo's random weights unless they are there, whole, and say that they are random.
-
-    Raises:
-        WeightsError: the folder cannot be written.
-    """
-    print(
-        "note: the demo model has random weights (trained ones are not bundled yet): its videos are coloured noise, "
-        "which shows that the whole path works.",
-        file=sys.stderr,
-        flush=True,
-    )
-    folder = _REPO / DEMO_FOLDER
-    if folder.exists():
-        return
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder.parent) as temporary:
-            write_random_release(model, Path(temporary) / "made", dtype=torch.float32)
-            os.replace(Path(temporary) / "made", folder)
-    except OSError as error:
-        raise WeightsError(f"cannot make the demo's random weights in {folder}: {error.strerror or error}.") from error
 
 
 def _made(folder: Path) -> Path:
@@ -212,7 +178,7 @@ def _t5_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator) ->
 def _corpus() -> list[str]:
     from string import ascii_letters, digits, punctuation
 
-    text = (_REPO / "configs" / "test.txt").read_text(encoding="utf-8").splitlines()
+    text = (Path(__file__).resolve().parents[2] / "configs" / "test.txt").read_text(encoding="utf-8").splitlines()
     return [*text, *(" ".join(ascii_letters + digits + punctuation) for _ in range(2))]
 
 

@@ -103,6 +103,12 @@ def weights(engine) -> list[torch.Tensor]:
         return [p.detach().clone() for p in engine.module.parameters()]
 
 
+def averaged_weights(engine) -> list[torch.Tensor]:
+    """Through the model: the flat partitions' padding at stage 3 is memory that nobody has written."""
+    with ema_weights(engine):
+        return weights(engine)
+
+
 def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
@@ -115,8 +121,7 @@ def case(rank: int, ranks: int, stage: int, precision: str, offload: bool, optim
     stored = io.BytesIO()
     torch.save([optimizer_state(engine), ema_state(engine), schedule.state_dict()], stored)
     before = weights(engine)
-    with ema_weights(engine):
-        averaged = weights(engine)
+    averaged = averaged_weights(engine)
     swapped_back = same(before, weights(engine))
 
     source = batches(rank, bad=ACCUMULATION * 3 + 1)  # the second micro-batch of the fourth step
@@ -144,7 +149,7 @@ def case(rank: int, ranks: int, stage: int, precision: str, offload: bool, optim
         "restored": restored,
         "resumed_equal": resumed == losses_after and same(weights(again), weights(engine)),
         "ema_differs": not same(before, averaged),
-        "ema_equal_after_resume": same(list(ema_state(again).values()), list(ema_state(engine).values())),
+        "ema_equal_after_resume": same(averaged_weights(again), averaged_weights(engine)),
         "swapped_back": swapped_back,
         "frozen_kept": frozen is None or torch.equal(frozen, engine.module.frozen.weight),
     }

@@ -241,35 +241,8 @@ def test_edited_paths(shipped, tmp_path):
 def test_relative_paths_from_here_or_from_the_project(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert found_path("configs/test.txt") == str(REPO / "configs/test.txt")
-    assert found_path("demo/transformer") == str(REPO / "demo/transformer")  # whether it is made already or not
+    assert found_path("demo/transformer") == str(REPO / "demo/transformer")
     assert found_path("somewhere/else") == "somewhere/else" and found_path("/abs") == "/abs"
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "test.txt").touch()
     assert found_path("configs/test.txt") == "configs/test.txt"
-
-
-def test_random_demo_weights_are_made_whole_once(tmp_path, monkeypatch, capsys):
-    from sgm.weights import random_release
-    from tests.training_tiny import model_section
-
-    monkeypatch.setattr(random_release, "_REPO", tmp_path)
-    made = []
-
-    def write(model, out, **options):
-        made.append(out)
-        (out / "transformer").mkdir(parents=True)
-        if len(made) == 1:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(random_release, "write_random_release", write)
-    model = model_section(tmp_path)
-    with pytest.raises(KeyboardInterrupt):
-        random_release.ensure_demo_weights(model)
-    assert list((tmp_path / "demo").iterdir()) == []  # nothing half-made that would be taken for whole
-    for _ in range(2):
-        random_release.ensure_demo_weights(model)
-    assert len(made) == 2 and (tmp_path / "demo" / "random" / "transformer").is_dir()
-    assert "random weights" in capsys.readouterr().err
-    assert random_release.uses_random_demo(str(tmp_path / "demo" / "random" / "transformer"))
-    assert not random_release.uses_random_demo(str(tmp_path / "demo" / "transformer"))
-    assert not random_release.uses_random_demo(None)

@@ -1,0 +1,37 @@
+"""The bundled model is whole, loads, and follows a prompt."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import decord
+
+from tests.sampling_tiny import REPO, main
+from tools.demo.captions import parse
+from tools.demo.measure import measure
+
+DEMO = REPO / "demo"
+PROMPT = "A large orange circle moves to the right over a plain dark blue background."
+
+
+def test_files_are_those_of_the_hashes():
+    lines = (DEMO / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
+    named = dict(reversed(line.split("  ")) for line in lines)
+    kept = {p.relative_to(DEMO).as_posix() for part in ("t5", "transformer", "vae") for p in (DEMO / part).rglob("*.*")}
+    assert kept | {"transformer/latest"} == named.keys()
+    for name, digest in named.items():
+        assert hashlib.sha256((DEMO / name).read_bytes()).hexdigest() == digest, name
+
+
+def test_a_clip_has_what_its_prompt_says(tmp_path):
+    code = main(REPO / "configs" / "demo_infer.yaml", "--device", "cpu", "--output-dir", tmp_path, "--prompt", PROMPT,
+                "--num-frames", 5, "--steps", 12, "--seed", 1)  # fmt: skip
+    assert code == 0
+    (file,) = Path(tmp_path).rglob("*.mp4")
+    video = decord.VideoReader(str(file))
+    assert len(video) == 17
+    shapes, ground = measure(video.get_batch(range(17)).asnumpy())
+    (said,), (pattern, background, _) = parse(PROMPT)
+    assert [shape.colour for shape in shapes] == [said.colour]
+    assert (ground.pattern, ground.background) == (pattern, background)
