@@ -32,7 +32,6 @@ from sgm.inference.options import SampleArgs
 from sgm.inference.pipeline import EncodedPrompt, TextToVideo
 from sgm.inference.preflight import with_found_paths
 from sgm.inference.prompts import gather
-from sgm.weights.random_release import ensure_demo_weights, uses_random_demo
 from tools.bench.measure import emit, relative_error
 from tools.demo.captions import caption, parse
 from tools.demo.measure import measure
@@ -180,8 +179,6 @@ def compare_variants(options: argparse.Namespace) -> int:
         prompts = [p.text for p in gather([], options.input_file, config.files)[0]]
     else:
         prompts = demo_captions(options.count, 4 * config.args.sampling_num_frames - 3, options.seed)
-    if uses_random_demo(config.args.load):
-        ensure_demo_weights(config.model)
     try:
         run(config, config.accelerate if options.only_variants else fast, prompts, options.variant)
     finally:
