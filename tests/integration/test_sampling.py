@@ -225,7 +225,7 @@ VAE = "model.first_stage_config.params.ckpt_path"
         (["--set", f"{MODEL_DIR}=/nowhere/t5"], ["/nowhere/t5 does not exist", "spiece.model"]),
         (["--lora", "/nowhere/lora.pt:0.5"], ["args.lora: /nowhere/lora.pt does not exist"]),
         (["--num-frames", "4"], ["odd", "3 or 5"]),
-        (["--num-frames", "5"], ["13 latent frames", "more than the 2"]),
+        (["--num-frames", "5"], ["5 latent frames", "more than the 2"]),
         (["--image-size", "100", "192"], ["multiples of 16"]),
         (["--set", "args.sampling_fsp=3"], ["sampling_fsp", "did you mean `sampling_fps`"]),
         (["--set", "modle.scale_factor=3"], ["modle", "did you mean `model`"]),
