@@ -8,6 +8,7 @@ in the same run. Weights and inputs are random; only times and errors mean anyth
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import sys
 import time
@@ -52,9 +53,18 @@ class Bench:
     fused: Kernels
 
     def report(
-        self, part: str, variant: str, run: Callable[[], Tensor], flops: float, expected: Tensor | None = None
+        self,
+        part: str,
+        variant: str,
+        run: Callable[[], Tensor],
+        flops: float,
+        expected: Tensor | None = None,
+        truth: Tensor | None = None,
     ) -> Tensor:
-        """Time one variant of a part, print its line, and give its result back."""
+        """Time one variant of a part, print its line, and give its result back.
+
+        `expected` is the plain path's result in the same type, `truth` its result in float32 from the same weights.
+        """
         timing = time_runs(run, self.device, self.seconds)
         result = timing.result
         limit = self.ceilings.limit_ms(flops)
@@ -69,6 +79,7 @@ class Bench:
             share_of_limit=limit / timing.ms,
             peak_gib=timing.peak_bytes / 2**30 if timing.peak_bytes else None,
             error_to_plain=None if expected is None else relative_error(result, expected),
+            error_to_fp32=None if truth is None else relative_error(result, truth),
             finite=bool(result.isfinite().all()),
         )
         if self.profile:
@@ -78,29 +89,42 @@ class Bench:
 
 def bench_dit(bench: Bench) -> None:
     """The transformer's forward on a guidance pair."""
-    flops, (x, steps, text) = _our_dit(bench)
-    with reference(bench, "dit", models.diffusers_network) as theirs:
+    network = models.our_network(bench.config, bench.dtype, bench.device)
+    inputs = models.network_inputs(network, bench.frames, bench.device)
+    flops = network_flops(network, models.token_count(network, bench.frames))
+    truth = _dit_in_float32(network, inputs)
+    _their_dit(bench, network, inputs, flops, truth)
+    release()
+    _our_dit(bench, network, inputs, flops, truth)
+
+
+def _their_dit(bench: Bench, network: nn.Module, inputs: tuple[Tensor, ...], flops: float, truth: Tensor) -> None:
+    """diffusers' transformer with the same weights."""
+    with reference(bench, "dit", lambda: models.diffusers_network_like(network, bench.config)) as theirs:
         if theirs is not None:
+            x, steps, text = inputs
 
             def run() -> Tensor:
                 return theirs(hidden_states=x, encoder_hidden_states=text, timestep=steps, return_dict=False)[0]
 
-            bench.report("dit", "diffusers", run, flops)
+            bench.report("dit", "diffusers", run, flops, truth=truth)
 
 
-def _our_dit(bench: Bench) -> tuple[float, tuple[Tensor, ...]]:
-    network = models.our_network(bench.config, bench.dtype, bench.device)
-    inputs = models.network_inputs(network, bench.frames, bench.device)
-    flops = network_flops(network, models.token_count(network, bench.frames))
-    expected = bench.report("dit", "plain", lambda: network(*inputs), flops)
+def _dit_in_float32(network: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+    exact = copy.deepcopy(network).float()
+    x, steps, text = inputs
+    return exact(x.float(), steps, text.float())
+
+
+def _our_dit(bench: Bench, network: nn.Module, inputs: tuple[Tensor, ...], flops: float, truth: Tensor) -> None:
+    expected = bench.report("dit", "plain", lambda: network(*inputs), flops, truth=truth)
     network.use_ops(bench.fused.block)
-    bench.report("dit", "fused", lambda: network(*inputs), flops, expected)
+    bench.report("dit", "fused", lambda: network(*inputs), flops, expected, truth)
     single = tuple(part[:1] for part in inputs)
     bench.report("dit", "fused, conditional alone", lambda: network(*single), flops / 2, expected[:1])
     if torch.cuda.get_device_capability(bench.device) >= LEAST_CAPABILITY:
         quantize_network(network)
-        bench.report("dit", "fused, 8-bit linear layers", lambda: network(*inputs), flops, expected)
-    return flops, inputs
+        bench.report("dit", "fused, 8-bit linear layers", lambda: network(*inputs), flops, expected, truth)
 
 
 def bench_block(bench: Bench) -> None:
@@ -112,10 +136,9 @@ def bench_block(bench: Bench) -> None:
 def bench_decode(bench: Bench) -> None:
     """Latents to pixels, in the chunks that sampling uses."""
     z = torch.randn(1, 16, bench.frames, 60, 90, device=bench.device, dtype=models.TYPES[bench.dtype])
-    flops = _our_first_stage(bench, "vae_decode", lambda stage: stage.decode(z))
-    with reference(bench, "vae_decode", models.diffusers_first_stage) as theirs:
-        if theirs is not None:
-            bench.report("vae_decode", "diffusers", lambda: theirs.decode(z, return_dict=False)[0], flops)
+    _bench_first_stage(
+        bench, "vae_decode", z, lambda stage, z: stage.decode(z), lambda theirs: theirs.decode(z, return_dict=False)[0]
+    )
 
 
 def bench_decode_lean(bench: Bench) -> None:
@@ -157,21 +180,38 @@ def bench_encode(bench: Bench) -> None:
     """Pixels to the posterior's moments."""
     size = (1, 3, 4 * bench.frames - 3, 480, 720)
     x = torch.rand(size, device=bench.device, dtype=models.TYPES[bench.dtype]) * 2 - 1
-    flops = _our_first_stage(bench, "vae_encode", lambda stage: stage.encode(x, unregularized=True)[0])
-    with reference(bench, "vae_encode", models.diffusers_first_stage) as theirs:
-        if theirs is not None:
-            bench.report("vae_encode", "diffusers", lambda: theirs.encode(x).latent_dist.parameters, flops)
+    _bench_first_stage(
+        bench, "vae_encode", x, lambda stage, x: stage.encode(x, unregularized=True)[0],
+        lambda theirs: theirs.encode(x).latent_dist.parameters,
+    )  # fmt: skip
 
 
-def _our_first_stage(bench: Bench, part: str, work: Callable[[nn.Module], Tensor]) -> float:
-    """Both variants of `work` on our VAE; gives its FLOPs."""
+def _bench_first_stage(
+    bench: Bench, part: str, given: Tensor, work: Callable[[nn.Module, Tensor], Tensor], theirs_on_it: Callable
+) -> None:
+    """Both variants of `work` on our VAE, and diffusers' with the same weights (whose chunks of frames differ)."""
     stage = models.our_first_stage(bench.config, bench.dtype, bench.device)
-    flops = conv_flops(stage, lambda: work(stage))
-    expected = bench.report(part, "plain", lambda: work(stage), flops)
+    flops = conv_flops(stage, lambda: work(stage, given))
+    exact = copy.deepcopy(stage).float()
+    truth = work(exact, given.float())
+    del exact
+    release()
+    expected = bench.report(part, "plain", lambda: work(stage, given), flops, truth=truth)
+    _their_first_stage(bench, part, stage, theirs_on_it, flops, truth)
+    release()
     stage.use_ops(bench.fused.vae)
     stage.set_channels_last()
-    bench.report(part, "fused", lambda: work(stage), flops, expected)
-    return flops
+    bench.report(part, "fused", lambda: work(stage, given), flops, expected, truth)
+
+
+def _their_first_stage(
+    bench: Bench, part: str, stage: nn.Module, work: Callable[[Any], Tensor], flops: float, truth: Tensor
+) -> None:
+    coder = "decoder" if part == "vae_decode" else "encoder"
+    with reference(bench, part, lambda: models.diffusers_coder_like(stage, bench.config, coder)) as theirs:
+        if theirs is not None:
+            comparable = truth if coder == "decoder" else None  # its encoder norms every 8 frames by themselves
+            bench.report(part, "diffusers", lambda: work(theirs), flops, truth=comparable)
 
 
 def bench_train(bench: Bench, rank: int) -> None:
@@ -186,10 +226,7 @@ def bench_train(bench: Bench, rank: int) -> None:
     training.bench_ours(about, network, {"plain": bench.plain, "fused": bench.fused})
     del network
 
-    def build(dtype: str, device: torch.device) -> nn.Module:
-        return models.diffusers_trained_network(dtype, device, rank)
-
-    with reference(bench, part, build) as theirs:
+    with reference(bench, part, lambda: models.diffusers_trained_network(bench.dtype, bench.device, rank)) as theirs:
         if theirs is not None:
             training.bench_theirs(about, theirs)
 
@@ -207,14 +244,16 @@ PARTS = {
 
 
 @contextmanager
-def reference(bench: Bench, part: str, build: Callable[[str, torch.device], Any]) -> Iterator[Any]:
+def reference(bench: Bench, part: str, build: Callable[[], nn.Module]) -> Iterator[Any]:
     """diffusers' model, or None (with a line that says why) where it is not wanted or cannot be had."""
     release()
     if not bench.diffusers:
         yield None
         return
     try:
-        model = build(bench.dtype, bench.device)
+        with bench.device:
+            model = build()
+        model = model.to(models.TYPES[bench.dtype])
     except (ImportError, RuntimeError) as error:
         emit(part=part, variant="diffusers", skipped=str(error).splitlines()[0][:200])
         model = None

@@ -142,14 +142,6 @@ def diffusers_trained_network(dtype: str, device: torch.device, rank: int) -> nn
     return model.to(device, TYPES[dtype])
 
 
-def diffusers_first_stage(dtype: str, device: torch.device) -> nn.Module:
-    """The 2B VAE of diffusers. ImportError where diffusers is not installed."""
-    from diffusers import AutoencoderKLCogVideoX
-
-    kinds = {"down_block_types": ("CogVideoXDownBlock3D",) * 4, "up_block_types": ("CogVideoXUpBlock3D",) * 4}
-    return _build_in(dtype, device, lambda: AutoencoderKLCogVideoX(**kinds))
-
-
 def _build_in(dtype: str, device: torch.device, build: Any) -> nn.Module:
     with torch.device(device):
         model = build()
