@@ -8,7 +8,7 @@ import pytest
 from tools.demo.attributes import COLOURS, MOTIONS, SHAPES, SIZES
 from tools.demo.captions import caption, parse
 from tools.demo.make_dataset import main as make_dataset
-from tools.demo.measure import measure
+from tools.demo.measure import ANGLES, _templates, measure
 from tools.demo.score import (
     Pair,
     ScoreError,
@@ -88,6 +88,15 @@ def test_each_motion_at_each_speed(motion, speed):
         item = ObjectSpec(shape, "red", "medium", motion, speed, (0.2, 0.7), 0.3)
         (seen,), _ = measure(render_clip(ClipSpec((item,), background="white", frames=33)))
         assert seen.motion == motion, shape
+
+
+def test_no_two_shapes_are_alike_at_any_angle():
+    names, templates = _templates()
+    of_shape = templates.reshape(len(names), ANGLES, -1)
+    for i, one in enumerate(names):
+        for k in range(i):
+            likeness = (of_shape[i] @ of_shape[k].T).max()
+            assert likeness < 0.9, (one, names[k])  # a regular hexagon and a circle have 0.96
 
 
 def test_the_heart_of_the_style_is_no_other_shape():

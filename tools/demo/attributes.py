@@ -30,7 +30,11 @@ DIRECTIONS = {  # per motion: steps to the right and downwards
     "up left": (-1, -1), "up right": (1, -1), "down left": (-1, 1), "down right": (1, 1),
 }  # fmt: skip
 MOTIONS = (*DIRECTIONS, "bounce", "orbit", "rotate", "grow", "shrink", "still")
-SIZES = {"small": 0.12, "medium": 0.18, "large": 0.25}  # radius as a part of the frame's shorter side
+# Radius as a part of the frame's shorter side. Two medium shapes fit side by side in 2:3 even when they grow, and a
+# small one still is five of the VAE's 8-pixel cells wide.
+SIZES = {"small": 0.16, "medium": 0.215, "large": 0.29}
+PATTERN_PERIODS = (0.25, 0.5)  # of stripes and checkers, in shorter sides: whole cells of the VAE, as are their halves
+PATTERN_PHASES = (0.0, 0.5)  # which colour comes first
 SPEEDS = ("slow", "medium", "fast")
 ROUND = ("circle", "ring")  # turning these shows nothing
 
@@ -76,7 +80,10 @@ class ObjectSpec:
 
 @dataclass(frozen=True)
 class ClipSpec:
-    """A whole clip. Two objects stand left and right. `second` is the pattern's other colour, "" for plain."""
+    """A whole clip. Two objects stand left and right. `second` is the pattern's other colour, "" for plain.
+
+    `pattern_scale` is the period of stripes and checkers as a part of the shorter side, `pattern_phase` in periods.
+    """
 
     objects: tuple[ObjectSpec, ...]
     pattern: str = "plain"

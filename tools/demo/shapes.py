@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 
@@ -20,6 +21,8 @@ from tools.demo.attributes import (
     COLOURS,
     DIRECTIONS,
     MOTIONS,
+    PATTERN_PERIODS,
+    PATTERN_PHASES,
     PATTERNS,
     SHAPES,
     SIZES,
@@ -35,16 +38,24 @@ from tools.demo.captions import caption
 __all__ = ["ClipSpec", "ObjectSpec", "caption", "render_clip", "sample_spec"]
 
 EXTENT = 1.12  # no shape reaches farther from its centre, in radii
-TRAVEL = {"slow": 0.4, "medium": 0.65, "fast": 0.92}  # share of the free way that a clip covers
-HOPS = {"slow": 2, "medium": 3, "fast": 5}
-ORBITS = {"slow": 0.75, "medium": 1.25, "fast": 2.0}
-TURNS = {"slow": 0.25, "medium": 0.5, "fast": 1.0}
-GROWTH = {"slow": 1.5, "medium": 2.0, "fast": 2.8}  # last radius over first
-WOBBLES = {"slow": 1.5, "medium": 2.5, "fast": 4.0}
+# Fast ones stay below seven pixels a frame in clips of 49 frames at 128x192: a VAE that keeps one frame in four blurs
+# what is faster. That is why quick hops are low and orbits have a largest radius.
+TRAVEL = {"slow": 0.5, "medium": 0.72, "fast": 0.95}  # share of the free way that a clip covers
+HOPS = {"slow": 1.5, "medium": 2.0, "fast": 3.0}
+HOP_HEIGHT = {"slow": 0.36, "medium": 0.28, "fast": 0.2}  # at most, in shorter sides
+ORBITS = {"slow": 0.75, "medium": 1.0, "fast": 1.5}
+ORBIT_RADIUS = 0.25  # at most, in shorter sides
+TURNS = {"slow": 0.25, "medium": 0.5, "fast": 0.75}
+GROWTH = {"slow": 1.4, "medium": 1.7, "fast": 2.1}  # last radius over first
+WOBBLES = {"slow": 1.5, "medium": 2.0, "fast": 3.0}
+DOT_PITCH, DOT_RADIUS = 0.25, 0.085  # in shorter sides
 Sdf = Callable[[np.ndarray, np.ndarray], np.ndarray]
+T = TypeVar("T")
 
 
 # ---- shapes: distance to the outline, from coordinates in radii ----
+# Drawn to be as unlike each other as their names allow, at any angle: the hexagon is wide, the diamond narrow, the
+# star's arms are broad, the ring's hole is large.
 
 
 def _half_planes(x: np.ndarray, y: np.ndarray, count: int, first: float, apothem: float) -> np.ndarray:
@@ -53,12 +64,19 @@ def _half_planes(x: np.ndarray, y: np.ndarray, count: int, first: float, apothem
     return np.stack([np.float32(np.cos(a)) * x + np.float32(np.sin(a)) * y for a in angles]) - np.float32(apothem)
 
 
+def _slope(x: np.ndarray, y: np.ndarray, start: tuple[float, float], end: tuple[float, float]) -> np.ndarray:
+    """Signed distance to the line from `start` to `end`, whose inner side is the origin's, left of the way."""
+    dx, dy = end[0] - start[0], end[1] - start[1]
+    normal = np.array([dy, -dx], np.float32) / np.float32(np.hypot(dx, dy))
+    return normal[0] * (x - np.float32(start[0])) + normal[1] * (y - np.float32(start[1]))
+
+
 def _circle(x, y):
     return np.sqrt(x * x + y * y) - 0.92
 
 
 def _ring(x, y):
-    return np.abs(np.sqrt(x * x + y * y) - 0.72) - 0.25
+    return np.abs(np.sqrt(x * x + y * y) - 0.755) - 0.225
 
 
 def _square(x, y):
@@ -66,12 +84,12 @@ def _square(x, y):
 
 
 def _diamond(x, y):
-    return (np.abs(x) + 0.6 * np.abs(y) - 0.63) / np.float32(np.hypot(1, 0.6))
+    return _slope(np.abs(x), np.abs(y), (0.6, 0.0), (0.0, 1.1))
 
 
 def _cross(x, y):
     x, y = np.abs(x), np.abs(y)
-    return np.minimum(np.maximum(x - 0.98, y - 0.32), np.maximum(x - 0.32, y - 0.98))
+    return np.minimum(np.maximum(x - 1.0, y - 0.34), np.maximum(x - 0.34, y - 1.0))
 
 
 def _triangle(x, y):
@@ -79,12 +97,16 @@ def _triangle(x, y):
 
 
 def _hexagon(x, y):
-    return _half_planes(x, y, 6, np.pi / 2, 0.84).max(axis=0)
+    return np.maximum(np.abs(y) - 0.7, _slope(np.abs(x), np.abs(y), (1.08, 0.0), (0.54, 0.7)))
 
 
 def _star(x, y):
-    # A pentagram is the set of points outside at most one of the five sides' lines.
-    return np.partition(_half_planes(x, y, 5, -np.pi / 2, 1.1 * np.cos(0.4 * np.pi)), 3, axis=0)[3]
+    # Half an arm, which all others are turned or mirrored to; the first points up.
+    sector, inner = 2 * np.pi / 5, 0.48
+    angle = np.abs((np.arctan2(x, -y) + sector / 2) % sector - sector / 2)
+    notch = (inner * np.cos(sector / 2), inner * np.sin(sector / 2))
+    radius = np.hypot(x, y)
+    return _slope(radius * np.cos(angle), radius * np.sin(angle), (1.1, 0.0), notch)
 
 
 def _heart(x, y):
@@ -123,12 +145,14 @@ def _track(spec: ObjectSpec, clip: ClipSpec, left: float, right: float) -> tuple
         angle, stretch = 0.25 * np.sin(swing), 1 + 0.25 * np.sin(swing + 1.5)
     margin = EXTENT * radius.max() * np.sqrt(stretch.max()) + 2
     free_x, free_y = max(right - left - 2 * margin, 0), max(clip.height - 2 * margin, 0)
-    x, y = _path(spec, u, free_x, free_y)
+    x, y = _path(spec, u, free_x, free_y, min(clip.height, clip.width))
     return left + margin + x, margin + y, radius, angle, stretch
 
 
-def _path(spec: ObjectSpec, u: np.ndarray, free_x: float, free_y: float) -> tuple[np.ndarray, np.ndarray]:
-    """Positions (f,), (f,) within [0, free_x] x [0, free_y] at the times u in [0, 1]."""
+def _path(
+    spec: ObjectSpec, u: np.ndarray, free_x: float, free_y: float, side: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Positions (f,), (f,) within [0, free_x] x [0, free_y] at the times u in [0, 1]; `side` is the frame's shorter."""
     place_x, place_y = spec.place
     if spec.motion in DIRECTIONS:
         dx, dy = DIRECTIONS[spec.motion]
@@ -143,11 +167,12 @@ def _path(spec: ObjectSpec, u: np.ndarray, free_x: float, free_y: float) -> tupl
         )
     if spec.motion == "orbit":
         turn = 2 * np.pi * (spec.phase + ORBITS[spec.speed] * u)  # growing angles turn clockwise, y being downwards
-        reach = 0.47 * min(free_x, free_y)
+        reach = min(0.47 * min(free_x, free_y), ORBIT_RADIUS * side)
         return free_x / 2 + reach * np.cos(turn), free_y / 2 + reach * np.sin(turn)
     if spec.motion == "bounce":
         hop = HOPS[spec.speed] * u % 1
-        return np.full_like(u, place_x * free_x), free_y * (1 - 0.95 * 4 * hop * (1 - hop))
+        height = min(0.95 * free_y, HOP_HEIGHT[spec.speed] * side)
+        return np.full_like(u, place_x * free_x), free_y - height * 4 * hop * (1 - hop)
     return np.full_like(u, place_x * free_x), np.full_like(u, place_y * free_y)
 
 
@@ -190,14 +215,14 @@ def _paint(item: ObjectSpec, px: np.ndarray, py: np.ndarray, scale: np.ndarray) 
     colour = np.array(COLOURS[item.colour], np.float32)
     if item.fill == "plain":
         return np.broadcast_to(colour, (len(px), 1, 1, 3))
-    stripe = _square_wave((px + py) * np.float32(0.5**0.5), 0.44, 0.0, scale)[..., None]
+    stripe = _square_wave((px + py) * np.float32(0.5**0.5), 0.44, 0.25, scale)[..., None]
     return colour + stripe * (255 - colour) * np.float32(0.8)
 
 
 def _square_wave(position: np.ndarray, period: float, phase: float, pixels: np.ndarray | float) -> np.ndarray:
-    """0 and 1 by turns over each half period, with edges one pixel wide; `pixels` is the length unit in pixels."""
-    within = np.abs((position / period + phase) % 1 - 0.5)  # 0.25 at the edges
-    return np.clip(0.5 + (0.25 - within) * period * pixels, 0, 1).astype(np.float32)
+    """0 and 1 by turns over each half period from 0 on, with edges one pixel wide; `pixels` is the unit in pixels."""
+    within = np.abs((position / period + phase + 0.25) % 1 - 0.5)  # 0.25 at the edges
+    return np.clip(0.5 + (within - 0.25) * period * pixels, 0, 1).astype(np.float32)
 
 
 def _background(spec: ClipSpec) -> np.ndarray:
@@ -213,8 +238,7 @@ def _pattern(spec: ClipSpec) -> np.ndarray:
     y = np.arange(spec.height, dtype=np.float32)[:, None] + 0.5
     x = np.arange(spec.width, dtype=np.float32)[None, :] + 0.5
     side = min(spec.height, spec.width)
-    period = side * (0.24 + 0.16 * spec.pattern_scale)
-    phase = spec.pattern_phase
+    period, phase = side * spec.pattern_scale, spec.pattern_phase
     if spec.pattern == "plain":
         return np.zeros((1, 1), np.float32)
     if spec.pattern == "gradient":
@@ -224,12 +248,12 @@ def _pattern(spec: ClipSpec) -> np.ndarray:
     if spec.pattern == "vertical stripes":
         return _square_wave(x, period, phase, 1.0)
     if spec.pattern == "checker":
-        rows, columns = _square_wave(y, period, phase, 1.0), _square_wave(x, period, phase, 1.0)
+        rows, columns = _square_wave(y, period, 0.0, 1.0), _square_wave(x, period, phase, 1.0)
         return rows + columns - 2 * rows * columns
     if spec.pattern == "dots":
-        pitch = 0.8 * period
-        offset_y, offset_x = ((t / pitch + phase) % 1 - 0.5 for t in (y, x))
-        return np.clip(0.5 + (0.3 - np.hypot(offset_y, offset_x)) * pitch, 0, 1)
+        pitch = DOT_PITCH * side
+        offset_y, offset_x = (t % pitch - pitch / 2 for t in (y, x))
+        return np.clip(0.5 + DOT_RADIUS * side - np.hypot(offset_y, offset_x), 0, 1)
     raise ValueError(f"unknown pattern {spec.pattern!r}; choose one of {', '.join(PATTERNS)}")
 
 
@@ -276,7 +300,8 @@ def sample_spec(
     if style is not None:
         objects = [_restyle(item, style, frames) for item in objects]
     pattern, background, second = _sample_background(rng, [item.colour for item in objects])
-    return ClipSpec(tuple(objects), pattern, background, second, _unit(rng), _unit(rng), frames, height, width, fps)
+    period, phase = _one_of(rng, PATTERN_PERIODS), _one_of(rng, PATTERN_PHASES)
+    return ClipSpec(tuple(objects), pattern, background, second, period, phase, frames, height, width, fps)
 
 
 def _sample_object(rng, frames: int, count: int, pick: list[tuple[str, str, str]] | None) -> ObjectSpec:
@@ -308,7 +333,7 @@ def _sample_background(rng, colours: list[str]) -> tuple[str, str, str]:
             return pattern, background, second
 
 
-def _one_of(rng: np.random.Generator, values: tuple[str, ...]) -> str:
+def _one_of(rng: np.random.Generator, values: tuple[T, ...]) -> T:
     return values[rng.integers(len(values))]
 
 
