@@ -5,15 +5,19 @@ Run by `tests/unit/test_kernels.py` in a process of its own: Triton reads TRITON
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
 from sgm.modules.ops import block_ops, fp8, fused_block, fused_vae, triton_block_backward, vae
 from sgm.modules.ops.choice import choose_kernels
 from sgm.modules.ops.modulation import RotaryTable, split_modulation
-from sgm.modules.ops.vae import AffineField
+from sgm.modules.ops.vae import AffineField, FrameMap, Modulation
 from tests.dit_tiny import random_inputs, tiny_network
+from tests.unit.test_autoencoder import TINY, configs
 
 TYPES = [torch.float32, torch.bfloat16]
 # (b, l, n, heads, hd): programs that are partly filled; no text at all
@@ -103,6 +107,48 @@ def test_apply_field(shape, grid, groups, dtype):
     close(fused_vae.apply_field(x, field, swish=False), vae.apply_field(x.float(), field, swish=False).to(dtype))
 
 
+# (b, c, t, h, w), latent's (t, h, w), frames of x that are cut off in front
+LATENTS = [((2, 32, 9, 4, 12), (3, 2, 3), 0), ((1, 96, 5, 6, 10), (2, 3, 5), 3), ((2, 32, 8, 4, 4), (2, 4, 4), 5)]
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("shape, grid, start", LATENTS)
+def test_field_under_a_latent(shape, grid, start, dtype):
+    """Of a latent that is not dense, as a chunk of a clip is; and a run of frames in the midst of x."""
+    moments, width = (torch.randn(shape[0], 16), torch.rand(shape[0], 16) + 0.1), shape[1]
+    weight, bias, added = torch.randn(3, width).to(dtype)
+    convolutions = [nn.Conv3d(7, width, 1).to(dtype) for _ in range(2)]
+    latent, frame_map = vae.fit_latent(torch.randn(shape[0], 7, 9, *grid[1:]).to(dtype)[:, :, 2 : 2 + grid[0]], shape[2:])
+    modulation = Modulation(latent, frame_map, *convolutions)
+    exact = Modulation(latent.float(), frame_map, *(copy.deepcopy(conv).float() for conv in convolutions))
+    x = torch.randn(shape).to(dtype).contiguous(memory_format=LAST)[:, :, start:]
+    with torch.no_grad():
+        field = fused_vae.latent_field(moments, weight, bias, 1e-6, modulation, added)
+        expected = vae.latent_field(moments, weight.float(), bias.float(), 1e-6, exact, added.float())
+        close(field.scale, expected.scale)
+        close(field.shift, expected.shift)
+        assert field.scale.shape == (*shape[:2], *grid) and field.scale.is_contiguous(memory_format=LAST)
+        got = fused_vae.apply_field(x, field.after(start), swish=True)
+        whole = vae.apply_field(x.float(), expected.after(start), swish=True)
+        close(got, whole.to(dtype))
+        plain = fused_vae.latent_field(moments, weight, bias, 1e-6)
+        close(plain.shift, vae.latent_field(moments, weight.float(), bias.float(), 1e-6).shift)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("frame_map, frames", [(FrameMap(2, 1), 5), (FrameMap(2, 0), 6), (FrameMap(), 3)])
+def test_phases_come_together(frame_map, frames, dtype):
+    parts = torch.randn(2, 4 * 96, 3, 4, 6).to(dtype).contiguous(memory_format=LAST)
+    bias = torch.randn(96).to(dtype)
+    made, expected = (
+        torch.full((2, 96, frames + 1, 6, 10), 7.0, dtype=dtype).contiguous(memory_format=LAST) for _ in range(2)
+    )
+    fused_vae.join_phases(parts, made[:, :, 1:], frame_map, bias)
+    vae.join_phases(parts, expected[:, :, 1:], frame_map, bias)
+    close(made, expected)
+    assert (made[:, :, 0] == 7).all()
+
+
 @pytest.mark.parametrize("dtype", TYPES)
 def test_sums_with_a_bias(dtype):
     h, x = (torch.randn(2, 32, 3, 5, 9).to(dtype).contiguous(memory_format=LAST) for _ in range(2))
@@ -115,8 +161,37 @@ def test_sums_with_a_bias(dtype):
     assert int(larger.isnan().sum()) == larger.numel() - x.numel()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("widths", [(3, 16), (16, 3), (5, 7), (8, 16)])
+@pytest.mark.parametrize("bare", [True, False])
+def test_convolution_with_channels_that_are_no_multiple_of_eight(widths, bare):
+    conv = nn.Conv3d(*widths, 3, padding=(0, 1, 1)).to(torch.bfloat16, memory_format=LAST)
+    x = torch.randn(2, widths[0], 4, 3, 5).to(torch.bfloat16)
+    got = fused_vae.convolve(conv, x, bare)
+    close(got, vae.convolve(copy.deepcopy(conv).float(), x.float(), bare).to(torch.bfloat16))
+    assert got.is_contiguous(memory_format=LAST)
+
+
+@torch.no_grad()
+def test_decoding_in_chunks():
+    """All operations together, against the plain ones."""
+    model = VideoAutoencoderInferenceWrapper(*configs({**TINY, "ch_mult": [1, 2], "temporal_compress_times": 2}))
+    for parameter in model.parameters():
+        if parameter.ndim == 1:  # norms that are not the identity, biases that are not small
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    z = torch.randn(1, 16, 5, 1, 2)
+    expected = model.decode(z)
+    model.use_ops(choose_kernels("triton", "default", torch.device("cpu")).vae)
+    model.set_channels_last()
+    torch.testing.assert_close(model.decode(z), expected, rtol=0, atol=2e-5 * expected.abs().max().item())
+    model.set_low_memory(slice_bytes=10_000)
+    torch.testing.assert_close(model.decode(z), expected, rtol=0, atol=2e-5 * expected.abs().max().item())
+
+
 @pytest.mark.parametrize("swish", [True, False])
-@pytest.mark.parametrize("shape, grid, groups", [*CLIPS, ((2, 32, 3, 16, 24), (3, 2, 3), 32)])
+@pytest.mark.parametrize(
+    "shape, grid, groups", [*CLIPS, ((2, 32, 3, 16, 24), (3, 2, 3), 32), ((2, 32, 5, 4, 8), (2, 2, 2), 32)]
+)
 def test_gradients_of_norm_and_field(shape, grid, groups, swish):
     """A training step's way through a norm, against automatic differentiation of the plain twin in float32."""
     half = torch.randn(shape).to(torch.bfloat16).contiguous(memory_format=LAST)
@@ -127,7 +202,8 @@ def test_gradients_of_norm_and_field(shape, grid, groups, swish):
     def gradients(ops, x: Tensor) -> list[Tensor]:
         leaves = [part.clone(memory_format=torch.preserve_format).requires_grad_() for part in (x, y, z, weight, bias)]
         moments = ops.group_moments(leaves[0], groups, 1 << 30)
-        field = vae.norm_field(moments, leaves[3], leaves[4], 1e-6, (leaves[1], leaves[2]))
+        frame_map = vae.fit_latent(y, shape[2:])[1] if grid[0] > 1 else vae.SAME_FRAMES
+        field = vae.norm_field(moments, leaves[3], leaves[4], 1e-6, (leaves[1], leaves[2]), frame_map=frame_map)
         made = ops.apply_field(leaves[0], field, swish=swish)
         assert made.grad_fn is not None
         (made.float() * direction.float()).sum().backward()

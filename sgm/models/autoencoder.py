@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sgm.modules.autoencoding.causal_cache import cache_on
-from sgm.modules.autoencoding.causal_conv import CPU_SLICE_BYTES, SLICE_BYTES, ClipPass
+from sgm.modules.autoencoding.causal_conv import CPU_SLICE_BYTES, DECODE_SLICE_BYTES, SLICE_BYTES, ClipPass
 from sgm.modules.autoencoding.tiling import Tiling, blend_tiles
 from sgm.modules.ops.vae import PLAIN, VaeOps
 from sgm.util import instantiate_from_config
@@ -36,7 +36,8 @@ class MemoryPlan:
     """How much memory a pass may take.
 
     Attributes:
-        slice_bytes: bound on the temporary copies of one convolution (exact); a CPU takes at most CPU_SLICE_BYTES.
+        slice_bytes: bound on the temporary copies of one convolution (exact); decoding takes at most
+            DECODE_SLICE_BYTES, a CPU CPU_SLICE_BYTES.
         host_cache: frames wait between chunks in host memory (exact).
         recompute: the largest activation is made again where it is read (exact).
         tiling: spatial tiles (approximate), None: whole frames.
@@ -269,7 +270,7 @@ class VideoAutoencoder(nn.Module):
                 # entered anew for each piece: a mode held across a yield would be the caller's, too
                 with self._grad_mode(z):
                     chunk, is_last = z[:, :, start:stop].to(self.dtype), stop == bounds[-1][1]
-                    limits = (self._slice_bytes(z), self.ops, self.memory.recompute)
+                    limits = (min(self._slice_bytes(z), DECODE_SLICE_BYTES), self.ops, self.memory.recompute)
                     runs = [ClipPass(cache, is_last, *limits) for cache in caches]
                     piece = self._decode_chunk(chunk, boxes, runs)
                 yield piece

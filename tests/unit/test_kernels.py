@@ -139,6 +139,43 @@ def test_biases_may_join_later_passes(latent, slice_bytes):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("slice_bytes", [1, 20_000, 1 << 30])
+def test_convolutions_may_write_to_spare_memory(slice_bytes):
+    """As cuDNN does: straight to their place in a longer result, or where their input was."""
+    block, x, zq = ResnetBlock3D(32, 64, latent_channels=16), torch.randn(1, 32, 5, 4, 6), torch.randn(1, 16, 3, 2, 3)
+    offered = []
+
+    def convolve(conv, x, bare=False, spare=None):
+        y = vae.convolve(conv, x, bare)
+        offered.append(spare is not None)
+        return y if spare is None else spare.copy_(y)
+
+    expected = block(x, zq)
+    ops = vae.PLAIN._replace(convolve=convolve, folds_bias=True)
+    got = block(x, zq, ClipPass(slice_bytes=slice_bytes, ops=ops))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    assert any(offered)
+
+
+@pytest.mark.parametrize("t", range(1, 8))
+@pytest.mark.parametrize("start", [0, 2])
+def test_latent_frames_of_an_activation(t, start):
+    """Those of nearest neighbour, frame 0 of an odd number alone; also where they do not divide, and from the middle."""
+    alone, first = t % 2 if t > 1 else 0, min(start, t - 1)
+    for count in range(1 + alone, t + 1):
+        z = torch.randn(1, 2, count, 2, 3)
+        expected = F.interpolate(z[:, :, alone:], (t - alone, 4, 7))
+        if alone:
+            expected = torch.cat([F.interpolate(z[:, :, :1], (1, 4, 7)), expected], dim=2)
+        latent, frame_map = vae.fit_latent(z, (t, 4, 7))
+        scale, shift = vae.AffineField(latent, -latent, frame_map).after(first).expand(t - first)
+        assert torch.equal(scale.expand(1, 2, t - first, 4, 7), expected[:, :, first:]) and torch.equal(shift, -scale)
+    if t > 1 and t % 2:
+        with pytest.raises(ValueError, match="at least 2 latent frames"):
+            vae.fit_latent(torch.randn(1, 2, 1, 2, 3), (t, 4, 6))
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
 @pytest.mark.parametrize("budget", [1, 1 << 30])
 def test_moments_far_from_zero_keep_their_precision(layout, budget):

@@ -25,18 +25,21 @@ from sgm.modules.autoencoding.causal_conv import (
     layout_of,
 )
 from sgm.modules.ops.vae import (
+    SAME_FRAMES,
     AffineField,
+    FrameMap,
+    Modulation,
     apply_field,
     double_frames,
     doubled_frames,
-    doubled_slices,
+    doubled_span,
     doubling_filters,
+    fit_latent,
     frame_bytes,
     frame_spans,
     merge_moments,
-    norm_field,
+    place_frames,
     pool_frames,
-    resize_latent,
 )
 
 GROUPS = 32
@@ -57,12 +60,12 @@ class ClipNorm(nn.Module):
         self,
         x: Activation,
         run: ClipPass = WHOLE_CLIP,
-        modulation: tuple[Tensor, Tensor] | None = None,
+        modulation: Modulation | None = None,
         bias: Tensor | None = None,
     ) -> AffineField:
         """The normalisation of x (b, c, t, h, w), or of x + bias, optionally modulated, as scale and shift for x."""
         moments = self._moments(x, run, bias)
-        return norm_field(moments, self.weight, self.bias, EPS, modulation, bias)
+        return run.ops.latent_field(moments, self.weight, self.bias, EPS, modulation, bias)
 
     def _moments(self, x: Activation, run: ClipPass, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         moments = run.ops.group_moments
@@ -92,12 +95,8 @@ class SpatialNorm3D(nn.Module):
         self, x: Activation, zq: Tensor, run: ClipPass = WHOLE_CLIP, bias: Tensor | None = None
     ) -> AffineField:
         """The normalisation of x (b, c, t, h, w), or of x + bias, under the latent zq (b, z, t', h', w')."""
-        size = (x.shape[2], x.shape[3], x.shape[4])
-        kind = torch.promote_types(x.dtype, torch.float32)
-        modulation = (
-            resize_latent(self.conv_y(zq).to(kind), size),
-            resize_latent(self.conv_b(zq).to(kind), size),
-        )
+        latent, frame_map = fit_latent(zq, (x.shape[2], x.shape[3], x.shape[4]))
+        modulation = Modulation(latent, frame_map, self.conv_y.conv, self.conv_b.conv)
         return self.norm_layer.field(x, run, modulation, bias)
 
     def forward(self, x: Tensor, zq: Tensor) -> Tensor:
@@ -142,9 +141,11 @@ class ResnetBlock3D(nn.Module):
         bias = self.conv2.conv.bias if bare else None
         if shortcut is None and isinstance(x, Tensor):
             return run.ops.add_residual(h, x, bias)
+        if shortcut is not None and bare:
+            bias = bias.to(torch.promote_types(bias.dtype, torch.float32)) + shortcut.bias
         for start, stop in frame_spans(x.shape[2], frame_bytes(x), run.slice_bytes):
             part = frames_of(x, start, stop)
-            part = part if shortcut is None else run.ops.convolve(shortcut, part)
+            part = part if shortcut is None else run.ops.convolve(shortcut, part, bare)
             run.ops.add_residual(h[:, :, start:stop], part, bias)
         return h
 
@@ -200,8 +201,8 @@ class Upsample3D(nn.Module):
         double = self._double_folded if folds else self._double
         result = _empty(x, (b, self.conv.out_channels, len(doubled_frames(t)) if self.time else t, 2 * h, 2 * w))
         for start, stop in frame_spans(t, 4 * frame_bytes(x), run.slice_bytes):
-            copies = doubled_slices(t, start, stop) if self.time else [(slice(0, stop - start), slice(start, stop))]
-            double(x[:, :, start:stop], result, copies, run)
+            target, frame_map = doubled_span(t, start, stop) if self.time else (slice(start, stop), SAME_FRAMES)
+            double(x[:, :, start:stop], result[:, :, target], frame_map, run)
         return result
 
     def lazily(self, x: Tensor, run: ClipPass) -> LazyFrames | Tensor:
@@ -210,19 +211,14 @@ class Upsample3D(nn.Module):
             return self(x, run)
         return LazyUpsample(self, x, run)
 
-    def _double(self, x: Tensor, result: Tensor, copies: list[tuple[slice, slice]], run: ClipPass) -> None:
+    def _double(self, x: Tensor, result: Tensor, frame_map: FrameMap, run: ClipPass) -> None:
         y = _by_frame(x, lambda frames: run.ops.convolve(self.conv, F.interpolate(frames, scale_factor=2.0)))
-        for source, target in copies:
-            run.ops.place(y[:, :, source], result[:, :, target])
+        place_frames(y, result, frame_map)
 
-    def _double_folded(self, x: Tensor, result: Tensor, copies: list[tuple[slice, slice]], run: ClipPass) -> None:
-        h, w = x.shape[3:]
+    def _double_folded(self, x: Tensor, result: Tensor, frame_map: FrameMap, run: ClipPass) -> None:
         filters = doubling_filters(self.conv.weight).contiguous(memory_format=_frame_layout(x))
-        parts = _by_frame(x, lambda frames: F.conv2d(frames, filters, padding=1)).unflatten(1, (4, -1))
-        for k, (row, col) in enumerate(((0, 0), (0, 1), (1, 0), (1, 1))):
-            y = parts[:, k, :, :, row : row + h, col : col + w]
-            for source, target in copies:
-                run.ops.place(y[:, :, source], result[:, :, target, row::2, col::2], self.conv.bias)
+        parts = _by_frame(x, lambda frames: F.conv2d(frames, filters, padding=1))
+        run.ops.join_phases(parts, result, frame_map, self.conv.bias)
 
 
 class LazyUpsample:

@@ -16,6 +16,8 @@ from sgm.modules.ops.vae import PLAIN, AffineField, VaeOps, frame_bytes, frame_s
 
 # A convolution whose input is larger is cut along time. 2 GiB is where the original cuts; the result is the same.
 SLICE_BYTES = 2 << 30
+# Decoding has chunks of nine frames, which at 480x720 go uncut in half precision but where they are widest.
+DECODE_SLICE_BYTES = 768 << 20
 # On a CPU runs of frames that fit the last cache are faster, and the allocator reuses their memory: larger blocks are
 # mapped anew each time, page by page.
 CPU_SLICE_BYTES = 16 << 20
@@ -105,8 +107,10 @@ class CausalConv3d(nn.Module):
     ) -> Tensor:
         """Convolve x, or swish(norm(x)) where `norm` is given; `bare` leaves the bias to the caller.
 
-        `overwrite` lets the result of a cut convolution replace x (where shapes agree and no gradient is wanted).
+        `overwrite` lets the result replace x (where shapes agree and no gradient is wanted).
         """
+        may_overwrite = overwrite and isinstance(x, Tensor) and self._keeps_shape and not torch.is_grad_enabled()
+        place = x if may_overwrite else None
         spans = [(0, x.shape[2])]
         if not torch.is_grad_enabled():
             spans = frame_spans(x.shape[2], self._frame_bytes(x), run.slice_bytes)
@@ -114,10 +118,9 @@ class CausalConv3d(nn.Module):
             whole, front = frames_of(x, *spans[0]), self._taken(run)
             staged = stage_frames(whole, norm, front, self.front, self.conv.weight, run.ops)
             del whole, front
-            result = run.ops.convolve(self.conv, staged, bare)
+            result = run.ops.convolve(self.conv, staged, bare, place)
             tail = staged[:, :, staged.shape[2] - self.front :]
         else:
-            place = x if overwrite and isinstance(x, Tensor) and self._keeps_shape else None
             result, tail = self._forward_cut(x, norm, spans, place, bare, run)
         if run.cache is not None and self.front and not run.last:
             # a copy, so that the staged frames can go (with gradients: a view)
@@ -146,11 +149,14 @@ class CausalConv3d(nn.Module):
             window = staged[:, :, : self.front + stop - start]
             if start == 0:
                 continues = self._put_front(window, run)
-            part_norm = None if norm is None else norm.frames(start, stop)
+            part_norm = None if norm is None else norm.after(start)
             write_frames(window[:, :, self.front :], frames_of(x, start, stop), part_norm, run.ops)
             if start == 0 and not continues:
                 window[:, :, : self.front] = window[:, :, self.front : self.front + 1]
-            result[:, :, start:stop] = run.ops.convolve(self.conv, window, bare)
+            target = result[:, :, start:stop]
+            part = run.ops.convolve(self.conv, window, bare, target)
+            if part is not target:
+                target.copy_(part)
             for k in range(self.front if stop < t else 0):  # one by one: source and target may overlap
                 staged[:, :, k] = window[:, :, stop - start + k]
         return result, window[:, :, stop - start :]

@@ -65,10 +65,12 @@ def _fused(attend: block_ops.Attention) -> Kernels:
     )
     coders = VaeOps(
         group_moments=fused_vae.group_moments,
+        latent_field=fused_vae.latent_field,
         apply_field=fused_vae.apply_field,
         convolve=fused_vae.convolve,
         add_residual=fused_vae.add_residual,
         place=fused_vae.place,
+        join_phases=fused_vae.join_phases,
         folds_bias=True,
     )
     return Kernels(block, coders, fused=True)

@@ -6,14 +6,21 @@ Each function here takes and gives what its twin in `vae` does, and calls the tw
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from sgm.modules.ops import vae
 from sgm.modules.ops.triton_support import runs_kernels
-from sgm.modules.ops.triton_vae import channel_moments, launch_add_residual, launch_apply_field
+from sgm.modules.ops.triton_vae import (
+    launch_add_residual,
+    launch_apply_field,
+    launch_group_moments,
+    launch_join_phases,
+    launch_norm_field,
+)
 from sgm.modules.ops.triton_vae_grad import field_gradients
-from sgm.modules.ops.vae import AffineField
+from sgm.modules.ops.vae import SAME_FRAMES, AffineField, FrameMap, Modulation
 
 _KINDS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -24,31 +31,35 @@ def group_moments(x: Tensor, groups: int, budget: int, bias: Tensor | None = Non
         return vae.group_moments(x, groups, budget, bias)
     if _learns(x) and bias is None:
         return _Moments.apply(x, groups)
-    return _moments(x, groups, bias) if _fits(x) else vae.group_moments(x, groups, budget, bias)
+    return launch_group_moments(x, groups, bias) if _fits(x) else vae.group_moments(x, groups, budget, bias)
 
 
-def _moments(x: Tensor, groups: int, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    means, squares, counts = (part.double() for part in channel_moments(x))
-    means = means if bias is None else means + bias
-    total = counts.sum() * (x.shape[1] // groups)
-    weights = counts[:, None, None]  # runs, groups, channels of a group
-    means, squares = (part.unflatten(2, (groups, -1)) for part in (means, squares))
-    mean = (means * weights).sum((1, 3)) / total
-    apart = means - mean[:, None, :, None]
-    variance = (squares + apart.square() * weights).sum((1, 3)) / total
-    return mean.float(), variance.float()
+def latent_field(
+    moments: tuple[Tensor, Tensor],
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    modulation: Modulation | None = None,
+    added: Tensor | None = None,
+) -> AffineField:
+    """One pass, the modulation's convolutions included, which it keeps in float32."""
+    if torch.is_grad_enabled() or not runs_kernels(moments[0]) or moments[0].dtype != torch.float32:
+        return vae.latent_field(moments, weight, bias, eps, modulation, added)
+    moments = (moments[0].contiguous(), moments[1].contiguous())
+    scale, shift = launch_norm_field(moments, (weight, bias, eps), added, modulation)
+    return AffineField(scale, shift, SAME_FRAMES if modulation is None else modulation.frame_map)
 
 
 def apply_field(x: Tensor, field: AffineField, *, swish: bool, out: Tensor | None = None) -> Tensor:
     scale, shift = field.scale, field.shift
     if out is None and x.stride(1) == 1 and scale.dtype == shift.dtype == torch.float32 and _learns(x):
-        return _Field.apply(x, scale, shift, swish)
+        return _Field.apply(x, scale, shift, swish, field.frame_map)
     fits = _fits(x) and x.stride(1) == 1 and scale.dtype == shift.dtype == torch.float32
     wants_grad = torch.is_grad_enabled() and (scale.requires_grad or shift.requires_grad)
     result = torch.empty_like(x) if out is None and fits else out
     if not fits or wants_grad or result.stride(1) != 1:
         return vae.apply_field(x, field, swish=swish, out=out)
-    launch_apply_field(x, *_dense_field(x, scale, shift), result, swish)
+    launch_apply_field(x, *_dense_field(x, scale, shift), result, swish, field.frame_map)
     return result
 
 
@@ -59,10 +70,58 @@ def _dense_field(x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tenso
     return scale, shift
 
 
-def convolve(conv: nn.Module, x: Tensor, bare: bool = False) -> Tensor:
+def convolve(conv: nn.Module, x: Tensor, bare: bool = False, spare: Tensor | None = None) -> Tensor:
     """The result is channels-last, as the kernels need it; cuDNN gives it so for channels-last weights."""
     layout = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
-    return vae.convolve(conv, x, bare).contiguous(memory_format=layout)
+    weight, bias, channels = conv.weight, None if bare else conv.bias, conv.out_channels
+    if torch.is_grad_enabled() or not runs_kernels(x):
+        return vae.convolve(conv, x, bare).contiguous(memory_format=layout)
+    if x.dtype in (torch.float16, torch.bfloat16) and (channels % 8 or x.shape[1] % 8) and conv.groups == 1:
+        x, weight, bias = _widened(conv, x, bias, layout)
+    if bias is None and spare is not None and _writes_in_place(x, weight, spare, layout):
+        return _convolve_into(conv, x, weight, spare)
+    return conv._conv_forward(x, weight, bias)[:, :channels].contiguous(memory_format=layout)
+
+
+def _widened(
+    conv: nn.Module, x: Tensor, bias: Tensor | None, layout: torch.memory_format
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x, weight and bias of the same convolution with channels up to multiples of 8, which fast kernels ask for.
+
+    What is added is zero, but where x gets channels one of them is of ones: its filter is the bias, at the middle of
+    the kernel, which never lies on the zeros around a frame.
+    """
+    outs, ins = conv.weight.shape[:2]
+    kind = {"dtype": x.dtype, "device": x.device, "memory_format": layout}
+    weight = torch.empty((_eights(outs), _eights(ins), *conv.weight.shape[2:]), **kind).zero_()
+    weight[:outs, :ins] = conv.weight
+    if ins == weight.shape[1]:
+        return x, weight, None if bias is None else F.pad(bias, (0, weight.shape[0] - outs))
+    wide = torch.empty((x.shape[0], weight.shape[1], *x.shape[2:]), **kind).zero_()
+    wide[:, :ins] = x
+    if bias is not None:
+        wide[:, ins] = 1
+        weight[:outs, ins][(slice(None), *(side // 2 for side in weight.shape[2:]))] = bias
+    return wide, weight, None
+
+
+def _eights(channels: int) -> int:
+    return -(-channels // 8) * 8
+
+
+def _writes_in_place(x: Tensor, weight: Tensor, out: Tensor, layout: torch.memory_format) -> bool:
+    """Whether cuDNN can convolve these straight into `out`: of one type, and in its layout without gaps."""
+    if not torch.backends.cudnn.is_acceptable(x) or out.shape[1] != weight.shape[0]:
+        return False
+    return all(part.dtype == x.dtype and part.is_contiguous(memory_format=layout) for part in (x, weight, out))
+
+
+def _convolve_into(conv: nn.Module, x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    cudnn = torch.backends.cudnn
+    exactly = cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
+    settings = (conv.padding, conv.stride, conv.dilation, conv.groups, cudnn.benchmark, exactly, cudnn.allow_tf32)
+    torch.ops.aten.cudnn_convolution.out(x, weight, *settings, out=out)
+    return out
 
 
 def add_residual(h: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -79,6 +138,13 @@ def place(x: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
         return vae.place(x, out, bias)
     shift = bias.float()[None, :, None, None, None].expand(x.shape[0], -1, 1, 1, 1).contiguous()
     launch_apply_field(x, torch.ones_like(shift), shift, out, swish=False)
+
+
+def join_phases(parts: Tensor, out: Tensor, frame_map: FrameMap, bias: Tensor) -> None:
+    """One pass."""
+    if not _fits(parts) or parts.stride(1) != 1 or out.stride(1) != 1:
+        return vae.join_phases(parts, out, frame_map, bias)
+    launch_join_phases(parts, out, frame_map, bias)
 
 
 def _is_dense(x: Tensor) -> bool:
@@ -102,7 +168,7 @@ def _learns(x: Tensor) -> bool:
 class _Moments(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-        mean, variance = _moments(x, groups)
+        mean, variance = launch_group_moments(x, groups, None)
         ctx.save_for_backward(x, mean)
         return mean, variance
 
@@ -122,17 +188,20 @@ class _Moments(torch.autograd.Function):
 
 class _Field(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, scale: Tensor, shift: Tensor, swish: bool) -> Tensor:
+    def forward(
+        ctx: FunctionCtx, x: Tensor, scale: Tensor, shift: Tensor, swish: bool, frame_map: FrameMap
+    ) -> Tensor:
         ctx.save_for_backward(x, scale, shift)
-        ctx.swish = swish
+        ctx.swish, ctx.frame_map = swish, frame_map
         result = torch.empty_like(x, memory_format=torch.channels_last_3d)
-        launch_apply_field(x, *_dense_field(x, scale, shift), result, swish)
+        launch_apply_field(x, *_dense_field(x, scale, shift), result, swish, frame_map)
         return result
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         x, scale, shift = ctx.saved_tensors
         grad = grad if grad.stride(1) == 1 else grad.contiguous(memory_format=torch.channels_last_3d)
-        to_x, to_scale, to_shift = field_gradients(x, grad, *_dense_field(x, scale, shift), ctx.swish)
-        return to_x, to_scale.sum_to_size(scale.shape), to_shift.sum_to_size(shift.shape), None
+        dense = _dense_field(x, scale, shift)
+        to_x, to_scale, to_shift = field_gradients(x, grad, *dense, ctx.swish, ctx.frame_map)
+        return to_x, to_scale.sum_to_size(scale.shape), to_shift.sum_to_size(shift.shape), None, None

@@ -5,14 +5,20 @@ Axes: b batch, c channels, t frames, h w pixels; h' w' pixels of a field, each a
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from sgm.modules.ops.vae import SAME_FRAMES, FrameMap, Modulation
+
 _MOST_CHANNELS = 64  # that a program handles: 128 bytes in half precision
 _MOMENT_ROWS, _MOMENT_STEPS = 64, 16
+_MERGE_TILE = 2048
 _FIELD_TILE = 4096
+_FIELD_PIXELS = 32
 
 
 @triton.jit
@@ -20,34 +26,111 @@ def _moments_kernel(
     x, means, squares, rows, channels, batch_stride,
     ROWS: tl.constexpr, COLS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Mean and sum of squared deviations of each channel over ROWS * STEPS pixels, merged as in Chan et al. 1979."""
+    """Mean and sum of squared deviations of each channel over ROWS * STEPS pixels.
+
+    Sums are of deviations from the mean of the first ROWS pixels, so that they do not cancel far from zero.
+    """
     chunk, sample = tl.program_id(0), tl.program_id(2)
     cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
-    mean = tl.zeros((COLS,), tl.float32)
-    square = tl.zeros((COLS,), tl.float32)
-    seen = 0.0
-    for step in range(STEPS):
-        first = (chunk * STEPS + step) * ROWS
-        row = first + tl.arange(0, ROWS)
+    first = chunk * (ROWS * STEPS)
+    row = first + tl.arange(0, ROWS)
+    inside = (row < rows)[:, None] & (cols < channels)[None, :]
+    at = sample.to(tl.int64) * batch_stride + row.to(tl.int64)[:, None] * channels + cols[None, :]
+    head = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    pivot = tl.sum(head, axis=0) / tl.minimum(rows - first, ROWS).to(tl.float32)
+    total = tl.where(inside, head - pivot[None, :], 0.0)
+    square = total * total
+    for _ in range(1, STEPS):
+        row += ROWS
+        at += ROWS * channels
         inside = (row < rows)[:, None] & (cols < channels)[None, :]
-        at = sample.to(tl.int64) * batch_stride + row.to(tl.int64)[:, None] * channels + cols[None, :]
-        value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-        count = tl.minimum(tl.maximum(rows - first, 0), ROWS).to(tl.float32)
-        part_mean = tl.sum(value, axis=0) / tl.maximum(count, 1.0)
-        centred = tl.where(inside, value - part_mean[None, :], 0.0)
-        share = count / tl.maximum(seen + count, 1.0)
-        apart = part_mean - mean
-        square += tl.sum(centred * centred, axis=0) + apart * apart * (seen * share)
-        mean += apart * share
-        seen += count
+        apart = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) - pivot[None, :]
+        apart = tl.where(inside, apart, 0.0)
+        total += apart
+        square += apart * apart
+    count = tl.minimum(rows - first, ROWS * STEPS).to(tl.float32)
+    moved = tl.sum(total, axis=0) / count
     out = (sample * tl.num_programs(0) + chunk) * channels + cols
-    tl.store(means + out, mean, mask=cols < channels)
-    tl.store(squares + out, square, mask=cols < channels)
+    tl.store(means + out, pivot + moved, mask=cols < channels)
+    tl.store(squares + out, tl.sum(square, axis=0) - moved * moved * count, mask=cols < channels)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _merge_moments_kernel(
+    means, squares, added, mean, variance, rows, runs, channels, per_group,
+    BIASED: tl.constexpr, RUN_ROWS: tl.constexpr, RUNS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """Mean and biased variance of a group of channels over all runs of pixels, in double precision."""
+    group, sample = tl.program_id(0), tl.program_id(1)
+    col = tl.arange(0, COLS)
+    channel = group * per_group + col
+    bias = tl.zeros((COLS,), tl.float64)
+    if BIASED:
+        bias = tl.load(added + channel, mask=col < per_group, other=0.0).to(tl.float64)
+    values = rows.to(tl.float64) * per_group
+    total = tl.zeros((RUNS, COLS), tl.float64)
+    for first in range(0, runs, RUNS):
+        run = first + tl.arange(0, RUNS)
+        inside = (run < runs)[:, None] & (col < per_group)[None, :]
+        count = tl.minimum(rows - run * RUN_ROWS, RUN_ROWS).to(tl.float64)
+        at = (sample * runs + run)[:, None] * channels + channel[None, :]
+        value = tl.load(means + at, mask=inside, other=0.0).to(tl.float64) + bias[None, :]
+        total += tl.where(inside, value * count[:, None], 0.0)
+    centre = tl.sum(tl.sum(total, axis=1), axis=0) / values
+    total = tl.zeros((RUNS, COLS), tl.float64)
+    for first in range(0, runs, RUNS):
+        run = first + tl.arange(0, RUNS)
+        inside = (run < runs)[:, None] & (col < per_group)[None, :]
+        count = tl.minimum(rows - run * RUN_ROWS, RUN_ROWS).to(tl.float64)
+        at = (sample * runs + run)[:, None] * channels + channel[None, :]
+        apart = tl.load(means + at, mask=inside, other=0.0).to(tl.float64) + bias[None, :] - centre
+        square = tl.load(squares + at, mask=inside, other=0.0).to(tl.float64)
+        total += tl.where(inside, square + apart * apart * count[:, None], 0.0)
+    spread = tl.sum(tl.sum(total, axis=1), axis=0) / values
+    out = sample * tl.num_programs(0) + group
+    tl.store(mean + out, centre.to(tl.float32))
+    tl.store(variance + out, spread.to(tl.float32))
 
 
 @triton.jit
+def _norm_field_kernel(
+    mean, variance, weight, bias, added, latent, scale_weight, scale_bias, shift_weight, shift_bias, scale, shift,
+    pixels, channels, per_group, eps, height, width, latent_b, latent_k, latent_t, latent_h, latent_w,
+    ADDED: tl.constexpr, LATENTS: tl.constexpr, PIXELS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """Scale and shift of a group normalisation, times and plus two 1x1x1 convolutions of LATENTS channels (0: none)."""
+    sample = tl.program_id(2)
+    cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    known = cols < channels
+    at = sample * (channels // per_group) + cols // per_group
+    a = tl.load(weight + cols, mask=known, other=0.0).to(tl.float32)
+    a = a / tl.sqrt(tl.load(variance + at, mask=known, other=1.0) + eps)
+    middle = tl.load(mean + at, mask=known, other=0.0)
+    if ADDED:
+        middle -= tl.load(added + cols, mask=known, other=0.0).to(tl.float32)
+    b = tl.load(bias + cols, mask=known, other=0.0).to(tl.float32) - middle * a
+    if LATENTS == 0:
+        tl.store(scale + sample * channels + cols, a, mask=known)
+        tl.store(shift + sample * channels + cols, b, mask=known)
+    else:
+        pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
+        place = pixel // width // height * latent_t + pixel // width % height * latent_h + pixel % width * latent_w
+        y = tl.zeros((PIXELS, COLS), tl.float32) + tl.load(scale_bias + cols, mask=known, other=0.0).to(tl.float32)
+        z = tl.zeros((PIXELS, COLS), tl.float32) + tl.load(shift_bias + cols, mask=known, other=0.0).to(tl.float32)
+        for k in range(LATENTS):
+            value = tl.load(latent + sample * latent_b + k * latent_k + place, mask=pixel < pixels, other=0.0)
+            value = value.to(tl.float32)[:, None]
+            y += value * tl.load(scale_weight + cols * LATENTS + k, mask=known, other=0.0).to(tl.float32)[None, :]
+            z += value * tl.load(shift_weight + cols * LATENTS + k, mask=known, other=0.0).to(tl.float32)[None, :]
+        out = (sample * pixels + pixel).to(tl.int64)[:, None] * channels + cols[None, :]
+        inside = (pixel < pixels)[:, None] & known[None, :]
+        tl.store(scale + out, a[None, :] * y, mask=inside)
+        tl.store(shift + out, z + b[None, :] * y, mask=inside)
+
+
+@triton.jit(do_not_specialize=["frame_repeat", "frame_offset"])
 def _apply_field_kernel(
-    x, out, scale, shift, cells, channels, height, width, field_height, field_width,
+    x, out, scale, shift, cells, channels, height, width, field_height, field_width, frame_repeat, frame_offset,
     x_b, x_t, x_h, x_w, out_b, out_t, out_h, out_w, field_b, field_t,
     SWISH: tl.constexpr, CELLS: tl.constexpr, REPEAT: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
@@ -61,7 +144,8 @@ def _apply_field_kernel(
     frame = (cell // per_row // height).to(tl.int64)
     known = (cell < cells)[:, None] & (cols < channels)[None, :]
     place = (row // (height // field_height)) * field_width + column // (width // field_width)
-    at = (sample * field_b + frame * field_t + place * channels)[:, None] + cols[None, :]
+    of_field = (frame + frame_offset) // frame_repeat
+    at = (sample * field_b + of_field * field_t + place * channels)[:, None] + cols[None, :]
     a = tl.load(scale + at, mask=known, other=0.0)
     b = tl.load(shift + at, mask=known, other=0.0)
     pixel = column[:, None] + tl.arange(0, REPEAT)[None, :]
@@ -89,30 +173,87 @@ def _add_residual_kernel(h, x, bias, values, channels, h_b, x_b, SIZE: tl.conste
     tl.store(h + sample * h_b + at, total.to(h.dtype.element_ty), mask=inside)
 
 
-def channel_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and sum of squared deviations (b, k, c) of k runs of pixels, and the number of pixels of each run (k,).
+@triton.jit(do_not_specialize=["frame_repeat", "frame_offset"])
+def _join_phases_kernel(
+    parts, out, bias, pixels, channels, height, width, frame_repeat, frame_offset,
+    parts_b, parts_t, parts_h, parts_w, out_b, out_t, out_h, out_w,
+    PIXELS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """Each pixel of `out` from the set of channels that belongs to its row and column, even or odd, plus bias."""
+    sample = tl.program_id(2).to(tl.int64)
+    cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
+    column = pixel % width
+    row = pixel // width % height
+    frame = (pixel // width // height).to(tl.int64)
+    inside = (pixel < pixels)[:, None] & (cols < channels)[None, :]
+    source = sample * parts_b + (frame + frame_offset) // frame_repeat * parts_t
+    source += (row // 2 + row % 2) * parts_h + (column // 2 + column % 2) * parts_w
+    source += (row % 2 * 2 + column % 2) * channels
+    value = tl.load(parts + source[:, None] + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+    value += tl.load(bias + cols, mask=cols < channels, other=0.0).to(tl.float32)[None, :]
+    target = sample * out_b + frame * out_t + row * out_h + column * out_w
+    tl.store(out + target[:, None] + cols[None, :], value.to(out.dtype.element_ty), mask=inside)
 
-    x is (b, c, t, h, w), channels-last; the results are float32.
-    """
+
+def launch_group_moments(x: Tensor, groups: int, added: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance (b, groups), float32, of x (b, c, t, h, w), channels-last, or of x + added (c,)."""
     b, c, t, h, w = x.shape
     rows, run = t * h * w, _MOMENT_ROWS * _MOMENT_STEPS
-    runs = triton.cdiv(rows, run)
-    block = channel_block(c)
+    runs, block, per_group = triton.cdiv(rows, run), channel_block(c), c // groups
     means, squares = x.new_empty((2, b, runs, c), dtype=torch.float32).unbind(0)
+    mean, variance = x.new_empty((2, b, groups), dtype=torch.float32).unbind(0)
+    cols = triton.next_power_of_2(per_group)
     with torch.cuda.device_of(x):
         _moments_kernel[(runs, triton.cdiv(c, block), b)](
             x, means, squares, rows, c, x.stride(0),
             ROWS=_MOMENT_ROWS, COLS=block, STEPS=_MOMENT_STEPS, num_warps=4,
         )  # fmt: skip
-    counts = torch.full((runs,), float(run), device=x.device)
-    counts[-1:].fill_(float(rows - run * (runs - 1)))
-    return means, squares, counts
+        _merge_moments_kernel[(groups, b)](
+            means, squares, x if added is None else added, mean, variance, rows, runs, c, per_group,
+            BIASED=added is not None, RUN_ROWS=run, RUNS=max(1, _MERGE_TILE // cols), COLS=cols, num_warps=8,
+        )  # fmt: skip
+    return mean, variance
 
 
-def launch_apply_field(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor, swish: bool) -> None:
+def launch_norm_field(
+    moments: tuple[Tensor, Tensor],
+    norm: tuple[Tensor, Tensor, float],
+    added: Tensor | None,
+    modulation: Modulation | None,
+) -> tuple[Tensor, Tensor]:
+    """Scale and shift (b, c, t', h', w') of a field, float32, channels-last; see `vae.latent_field`.
+
+    Args:
+        moments: mean and variance (b, groups), float32.
+        norm: weight (c,), bias (c,), eps.
+    """
+    (mean, variance), (weight, bias, eps) = moments, norm
+    (b, groups), c = mean.shape, weight.shape[0]
+    grid = (1, 1, 1) if modulation is None else tuple(modulation.latent.shape[2:])
+    scale, shift = mean.new_empty((2, b, *grid, c)).movedim(-1, 2).unbind(0)
+    block = channel_block(c)
+    convolutions, count, strides = (mean,) * 5, 0, (0,) * 5
+    if modulation is not None:
+        latent, _, *pair = modulation
+        convolutions = (latent, *(part for conv in pair for part in (conv.weight, conv.bias)))
+        count, strides = latent.shape[1], latent.stride()
+    with torch.cuda.device_of(mean):
+        _norm_field_kernel[(triton.cdiv(math.prod(grid), _FIELD_PIXELS), triton.cdiv(c, block), b)](
+            mean, variance, weight, bias, bias if added is None else added, *convolutions, scale, shift,
+            math.prod(grid), c, c // groups, eps, *grid[1:], *strides,
+            ADDED=added is not None, LATENTS=count, PIXELS=_FIELD_PIXELS, COLS=block, num_warps=4,
+        )  # fmt: skip
+    return scale, shift
+
+
+def launch_apply_field(
+    x: Tensor, scale: Tensor, shift: Tensor, out: Tensor, swish: bool, frame_map: FrameMap = SAME_FRAMES
+) -> None:
     """out = x * scale + shift, then swish if asked for; x and out (b, c, t, h, w) with unit stride along c.
 
-    `scale` and `shift` (b, c, t or 1, h', w') are float32, channels-last, with h' and w' that divide h and w.
+    `scale` and `shift` (b, c, t', h', w') are float32, channels-last, with h' and w' that divide h and w. The map says
+    which of their frames serves which of x; one alone serves all.
     """
     b, c, t, h, w = x.shape
     rows, cols = scale.shape[3:]
@@ -123,10 +264,21 @@ def launch_apply_field(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor, swi
     field_t = rows * cols * c if scale.shape[2] > 1 else 0
     with torch.cuda.device_of(x):
         _apply_field_kernel[(triton.cdiv(cells, per_program), triton.cdiv(c, block), b)](
-            x, out, scale, shift, cells, c, h, w, rows, cols,
-            *(x.stride(axis) for axis in (0, 2, 3, 4)), *(out.stride(axis) for axis in (0, 2, 3, 4)),
+            x, out, scale, shift, cells, c, h, w, rows, cols, *frame_map, *frame_strides(x), *frame_strides(out),
             scale.shape[2] * rows * cols * c, field_t,
             SWISH=swish, CELLS=per_program, REPEAT=repeat, COLS=block, num_warps=4,
+        )  # fmt: skip
+
+
+def launch_join_phases(parts: Tensor, out: Tensor, frame_map: FrameMap, bias: Tensor) -> None:
+    """`vae.join_phases` for parts and out with unit stride along c."""
+    b, c, t, h, w = out.shape
+    block = channel_block(c)
+    per_program = _FIELD_TILE // block
+    with torch.cuda.device_of(out):
+        _join_phases_kernel[(triton.cdiv(t * h * w, per_program), triton.cdiv(c, block), b)](
+            parts, out, bias, t * h * w, c, h, w, *frame_map, *frame_strides(parts), *frame_strides(out),
+            PIXELS=per_program, COLS=block, num_warps=4,
         )  # fmt: skip
 
 
@@ -147,3 +299,8 @@ def channel_block(channels: int) -> int:
 def power_of_two_in(number: int, limit: int) -> int:
     """The largest power of two that divides `number` and is at most `limit` (a power of two)."""
     return min(number & -number, limit)
+
+
+def frame_strides(x: Tensor) -> tuple[int, ...]:
+    """Strides of x (b, c, t, h, w) along all axes but c."""
+    return tuple(x.stride(axis) for axis in (0, 2, 3, 4))

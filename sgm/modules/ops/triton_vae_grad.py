@@ -7,20 +7,23 @@ a rectangle of pixels within one block.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sgm.modules.ops.triton_vae import channel_block, power_of_two_in
+from sgm.modules.ops.triton_vae import channel_block, frame_strides, power_of_two_in
+from sgm.modules.ops.vae import FrameMap
 
 _TILE = 4096
 _MOST_SIDE = 8  # pixels, of a cell
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["frame_repeat", "frame_offset"])
 def _field_gradient_kernel(
     x, grad, scale, shift, to_x, to_scale, to_shift, cells, channels, cell_rows, cell_cols, across_rows, across_cols,
-    field_cols, field_b, field_t, x_b, x_t, x_h, x_w, grad_b, grad_t, grad_h, grad_w, out_b, out_t, out_h, out_w,
+    field_cols, field_b, field_t, frame_repeat, frame_offset,
+    x_b, x_t, x_h, x_w, grad_b, grad_t, grad_h, grad_w, out_b, out_t, out_h, out_w,
     SWISH: tl.constexpr, CELLS: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """Gradient for x, and for each cell those of its scale and shift, of swish(x * scale + shift) or without swish."""
@@ -32,7 +35,8 @@ def _field_gradient_kernel(
     frame = (cell // cell_cols // cell_rows).to(tl.int64)
     known = (cell < cells)[:, None] & (cols < channels)[None, :]
     place = (row // across_rows) * field_cols + column // across_cols
-    at = (sample * field_b + frame * field_t + place * channels)[:, None] + cols[None, :]
+    of_field = (frame + frame_offset) // frame_repeat
+    at = (sample * field_b + of_field * field_t + place * channels)[:, None] + cols[None, :]
     a = tl.load(scale + at, mask=known, other=0.0)[:, None, :]
     b = tl.load(shift + at, mask=known, other=0.0)[:, None, :]
     pixel = tl.arange(0, HIGH * WIDE)
@@ -55,13 +59,14 @@ def _field_gradient_kernel(
 
 
 def field_gradients(
-    x: Tensor, grad: Tensor, scale: Tensor, shift: Tensor, swish: bool
+    x: Tensor, grad: Tensor, scale: Tensor, shift: Tensor, swish: bool, frame_map: FrameMap
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients for x, scale and shift of swish(x * scale + shift), or of x * scale + shift, given that of the result.
 
     Args:
         x, grad: (b, c, t, h, w) with unit stride along c.
-        scale, shift: (b, c, t or 1, h', w') float32, channels-last; h' and w' divide h and w.
+        scale, shift: (b, c, t', h', w') float32, channels-last; h' and w' divide h and w.
+        frame_map: which of their frames serves which of x, for t' > 1.
     """
     b, c, t, h, w = x.shape
     frames, rows, cols = scale.shape[2:]
@@ -75,18 +80,17 @@ def field_gradients(
         _field_gradient_kernel[(triton.cdiv(cells, per_program), triton.cdiv(c, block), b)](
             x, grad, scale, shift, to_x, to_scale, to_shift, cells, c, cell_rows, cell_cols,
             cell_rows // rows, cell_cols // cols, cols, frames * rows * cols * c, rows * cols * c if frames > 1 else 0,
-            *_strides(x), *_strides(grad), *_strides(to_x),
+            *frame_map, *frame_strides(x), *frame_strides(grad), *frame_strides(to_x),
             SWISH=swish, CELLS=per_program, HIGH=high, WIDE=wide, COLS=block, num_warps=4,
         )  # fmt: skip
-    return to_x, _over_cells(to_scale, scale), _over_cells(to_shift, shift)
+    return to_x, _over_cells(to_scale, scale, frame_map), _over_cells(to_shift, shift, frame_map)
 
 
-def _strides(x: Tensor) -> tuple[int, ...]:
-    return tuple(x.stride(axis) for axis in (0, 2, 3, 4))
-
-
-def _over_cells(parts: Tensor, field: Tensor) -> Tensor:
+def _over_cells(parts: Tensor, field: Tensor, frame_map: FrameMap) -> Tensor:
     """Sums of parts (b, t, cell rows, cell columns, c) over what one value of the field serves, in its shape."""
-    b, c, frames, rows, cols = field.shape
-    parts = parts.unflatten(3, (cols, -1)).unflatten(2, (rows, -1)).unflatten(1, (frames, -1))
-    return parts.sum((2, 4, 6)).movedim(-1, 1)
+    t, (frames, rows, cols) = parts.shape[1], field.shape[2:]
+    parts = parts.unflatten(3, (cols, -1)).unflatten(2, (rows, -1)).sum((3, 5))  # b t h' w' c
+    if frames > 1:  # frames that the field has before and behind those of x get nothing
+        behind = frames * frame_map.repeat - t - frame_map.offset
+        parts = F.pad(parts, (0, 0, 0, 0, 0, 0, frame_map.offset, behind))
+    return parts.unflatten(1, (frames, -1)).sum(2).movedim(-1, 1)

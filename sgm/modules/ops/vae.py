@@ -11,7 +11,7 @@ Axes: b batch, c channels, t frames, h w pixels of the activation; h' w' pixels 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -21,18 +21,46 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 
+class FrameMap(NamedTuple):
+    """Which frame of a shorter clip a frame of a longer one takes: frame k takes (k + offset) // repeat."""
+
+    repeat: int = 1
+    offset: int = 0
+
+    def after(self, start: int) -> FrameMap:
+        """The map of the longer clip without its first `start` frames."""
+        return FrameMap(self.repeat, self.offset + start)
+
+    def expand(self, z: Tensor, t: int) -> Tensor:
+        """The longer clip's first t frames, from z (b, c, t', h', w')."""
+        first, last = self.offset // self.repeat, (self.offset + t - 1) // self.repeat
+        needed, skipped = z[:, :, first : last + 1], self.offset - first * self.repeat
+        return needed if self.repeat == 1 else needed.repeat_interleave(self.repeat, 2)[:, :, skipped : skipped + t]
+
+
+SAME_FRAMES = FrameMap()
+
+
 @dataclass(frozen=True)
 class AffineField:
-    """x * scale + shift, each (b, c, t or 1, h', w') in float32 (or wider) and constant on blocks of h/h' x w/w'."""
+    """x * scale + shift, each (b, c, t', h', w') in float32 (or wider) and constant on blocks of h/h' x w/w'.
+
+    A field of one frame serves all frames of x; with t' > 1, `frame_map` says which serves which.
+    """
 
     scale: Tensor
     shift: Tensor
+    frame_map: FrameMap = SAME_FRAMES
 
-    def frames(self, start: int, stop: int) -> AffineField:
-        """The field of the frames start .. stop - 1."""
+    def after(self, start: int) -> AffineField:
+        """The field of x without its first `start` frames."""
+        return replace(self, frame_map=self.frame_map.after(start))
+
+    def expand(self, t: int) -> tuple[Tensor, Tensor]:
+        """Scale and shift, each (b, c, t or 1, h', w'), of an x of t frames."""
         if self.scale.shape[2] == 1:
-            return self
-        return AffineField(self.scale[:, :, start:stop], self.shift[:, :, start:stop])
+            return self.scale, self.shift
+        return self.frame_map.expand(self.scale, t), self.frame_map.expand(self.shift, t)
 
 
 def frame_spans(frames: int, frame_bytes: int, budget: int) -> list[tuple[int, int]]:
@@ -101,14 +129,16 @@ def norm_field(
     eps: float,
     modulation: tuple[Tensor, Tensor] | None = None,
     added: Tensor | None = None,
+    frame_map: FrameMap = SAME_FRAMES,
 ) -> AffineField:
     """Group normalisation (Wu & He 2018), optionally modulated, as a field: GN(x) * y + z with modulation = (y, z).
 
     Args:
         moments: mean and variance (b, groups).
         weight, bias: (c,).
-        modulation: y and z, (b, c, t, h', w').
+        modulation: y and z, (b, c, t', h', w').
         added: (c,), makes it the field of x for GN(x + added); the moments are those of x + added.
+        frame_map: from frames of x to those of the modulation.
     """
     mean, variance = moments
     per_channel = weight.shape[0] // mean.shape[1]
@@ -120,24 +150,56 @@ def norm_field(
     if modulation is None:
         return AffineField(scale, shift)
     y, z = (part.to(mean.dtype) for part in modulation)
-    return AffineField(scale * y, torch.addcmul(z, shift, y))
+    return AffineField(scale * y, torch.addcmul(z, shift, y), frame_map)
 
 
-def resize_latent(z: Tensor, size: tuple[int, int, int]) -> Tensor:
-    """Latent grid (b, c, t', h', w') brought to the frames of an activation of `size` (t, h, w) by nearest neighbour.
+class Modulation(NamedTuple):
+    """y and z of GN(x) * y + z as 1x1x1 convolutions of a latent grid (b, k, t', h', w'), see `fit_latent`."""
 
-    With an odd number of frames above one, latent frame 0 belongs to frame 0 alone and the others to the rest. Height
-    and width stay h', w' where they divide h, w (`apply_field` repeats them on the fly), else they are resized too.
+    latent: Tensor
+    frame_map: FrameMap
+    to_scale: nn.Conv3d
+    to_shift: nn.Conv3d
+
+
+def latent_field(
+    moments: tuple[Tensor, Tensor],
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    modulation: Modulation | None = None,
+    added: Tensor | None = None,
+) -> AffineField:
+    """`norm_field`, under the modulation that a latent gives."""
+    if modulation is None:
+        return norm_field(moments, weight, bias, eps, added=added)
+    y, z = modulation.to_scale(modulation.latent), modulation.to_shift(modulation.latent)
+    return norm_field(moments, weight, bias, eps, (y, z), added, modulation.frame_map)
+
+
+def fit_latent(z: Tensor, size: tuple[int, int, int]) -> tuple[Tensor, FrameMap]:
+    """Latent grid (b, c, t', h', w') for an activation of `size` (t, h, w), by nearest neighbour.
+
+    With an odd number of frames above one, latent frame 0 belongs to frame 0 alone and the others to the rest. Axes
+    that divide the activation's stay small, since `apply_field` repeats them on the fly; others are resized.
+
+    Raises:
+        ValueError: an odd t above one with a single latent frame.
     """
     t, h, w = size
-    rows, cols = z.shape[3:]
-    grid = (rows, cols) if h % rows == 0 and w % cols == 0 else (h, w)
-    if t > 1 and t % 2:
-        if z.shape[2] < 2:
-            raise ValueError(f"{t} frames need at least 2 latent frames, got {z.shape[2]}: frame 0 has its own.")
-        first, rest = z[:, :, :1], z[:, :, 1:]
-        return torch.cat([F.interpolate(first, (1, *grid)), F.interpolate(rest, (t - 1, *grid))], dim=2)
-    return F.interpolate(z, (t, *grid))
+    count, rows, cols = z.shape[2:]
+    if h % rows or w % cols:
+        z = F.interpolate(z, (count, h, w))
+    alone = 1 if t > 1 and t % 2 else 0
+    if count == 1 and alone:
+        raise ValueError(f"{t} frames need at least 2 latent frames, got 1: frame 0 has its own.")
+    if count == 1:
+        return z, SAME_FRAMES
+    repeat, left = divmod(t - alone, count - alone)
+    if repeat and not left:
+        return z, FrameMap(repeat, alone * (repeat - 1))
+    parts = [z[:, :, :alone], F.interpolate(z[:, :, alone:], (t - alone, *z.shape[3:]))]
+    return torch.cat(parts, dim=2), SAME_FRAMES
 
 
 def apply_field(x: Tensor, field: AffineField, *, swish: bool, out: Tensor | None = None) -> Tensor:
@@ -148,7 +210,7 @@ def apply_field(x: Tensor, field: AffineField, *, swish: bool, out: Tensor | Non
     if out is None and _is_lean(x):
         return lean_field(x, field, swish=swish)
     rows, cols = field.scale.shape[3:]
-    scale, shift = field.scale[:, :, :, :, None, :, None], field.shift[:, :, :, :, None, :, None]
+    scale, shift = (part[:, :, :, :, None, :, None] for part in field.expand(x.shape[2]))
     blocks = _blocks(x, rows, cols)
     if out is None:
         y = torch.addcmul(shift, blocks, scale).reshape(x.shape)
@@ -190,8 +252,11 @@ def doubled_frames(t: int) -> list[int]:
     return [k for k in range(t) for _ in range(1 if t % 2 and k == 0 else 2)]
 
 
-def convolve(conv: nn.Module, x: Tensor, bare: bool = False) -> Tensor:
-    """conv(x), `bare` without its bias: a convolution of frames, (n, c, h, w), or of a clip, (b, c, t, h, w)."""
+def convolve(conv: nn.Module, x: Tensor, bare: bool = False, spare: Tensor | None = None) -> Tensor:
+    """conv(x), `bare` without its bias: a convolution of frames, (n, c, h, w), or of a clip, (b, c, t, h, w).
+
+    `spare` is memory of the result's shape (maybe a view) that may be taken for it; without gradients only.
+    """
     return conv._conv_forward(x, conv.weight, None) if bare else conv(x)
 
 
@@ -209,14 +274,44 @@ def place(x: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
         torch.add(x, bias[:, None, None, None], out=out)
 
 
-def doubled_slices(t: int, start: int, stop: int) -> list[tuple[slice, slice]]:
-    """`doubled_frames(t)` as copies: frames from `start` on, frames of the result; for sources start .. stop - 1."""
-    if t % 2 == 0:
-        return [(slice(0, stop - start), slice(2 * start + k, 2 * stop + k - 1, 2)) for k in (0, 1)]
-    alone = [(slice(0, 1), slice(0, 1))] if start == 0 else []
-    first = max(start, 1)  # source k > 0 becomes the frames 2k - 1 and 2k
-    pairs = [(slice(first - start, stop - start), slice(2 * first - 1 + k, 2 * stop - 2 + k, 2)) for k in (0, 1)]
-    return alone + (pairs if stop > first else [])
+def doubled_span(t: int, start: int, stop: int) -> tuple[slice, FrameMap]:
+    """`doubled_frames(t)` for sources start .. stop - 1: frames of the result, and their map to these sources."""
+    odd = t % 2
+    target = slice(2 * start - odd if start else 0, 2 * stop - odd)
+    return target, FrameMap(2, odd if start == 0 else 0)
+
+
+def join_phases(parts: Tensor, out: Tensor, frame_map: FrameMap, bias: Tensor) -> None:
+    """Put the four results of `doubling_filters` together, plus bias (c,). No gradients.
+
+    Args:
+        parts: (b, 4 c, t', h + 1, w + 1), the filters' results for an image with one pixel of zeros around it.
+        out: a view (b, c, t, 2 h, 2 w), written.
+        frame_map: from frames of `out` to those of `parts`.
+    """
+    _, _, t, height, width = out.shape
+    parts = parts.unflatten(1, (4, -1))
+    for k, (row, col) in enumerate(((0, 0), (0, 1), (1, 0), (1, 1))):
+        y = parts[:, k, :, :, row : row + height // 2, col : col + width // 2]
+        for source, target in _copies(frame_map, t):
+            torch.add(y[:, :, source], bias[:, None, None, None], out=out[:, :, target, row::2, col::2])
+
+
+def place_frames(x: Tensor, out: Tensor, frame_map: FrameMap) -> None:
+    """Write x (b, c, t', h, w) into `out`, a view (b, c, t, h, w), frame by frame as the map says. No gradients."""
+    for source, target in _copies(frame_map, out.shape[2]):
+        out[:, :, target].copy_(x[:, :, source])
+
+
+def _copies(frame_map: FrameMap, t: int) -> list[tuple[slice, slice]]:
+    """A map of t frames as `repeat` copies at most: frames of the shorter clip, frames of the longer one."""
+    repeat, offset = frame_map
+    copies = []
+    for k in range(min(repeat, t)):
+        targets = range(k, t, repeat)
+        first = (k + offset) // repeat
+        copies.append((slice(first, first + len(targets)), slice(k, t, repeat)))
+    return copies
 
 
 def doubling_filters(weight: Tensor) -> Tensor:
@@ -249,7 +344,7 @@ def lean_moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
 
 def lean_field(x: Tensor, field: AffineField, *, swish: bool) -> Tensor:
     """`apply_field` with gradients for x and the field."""
-    return _Field.apply(x, field.scale, field.shift, swish)
+    return _Field.apply(x, *field.expand(x.shape[2]), swish)
 
 
 class _Moments(torch.autograd.Function):
@@ -320,10 +415,12 @@ class VaeOps(NamedTuple):
     """
 
     group_moments: Callable[..., tuple[Tensor, Tensor]] = group_moments
+    latent_field: Callable[..., AffineField] = latent_field
     apply_field: Callable[..., Tensor] = apply_field
     convolve: Callable[..., Tensor] = convolve
     add_residual: Callable[..., Tensor] = add_residual
     place: Callable[..., None] = place
+    join_phases: Callable[..., None] = join_phases
     folds_bias: bool = False
 
 
