@@ -34,8 +34,7 @@ class CachedFirstStage(nn.Module):
         `noise` (the latents' shape) replaces the draw's randn_like.
         """
         sampler = torch.randn_like if noise is None else lambda mean: noise.to(mean)
-        z, _ = self.regularization(moments.contiguous(), sampler)
-        return z
+        return self.regularization.latents(moments.contiguous(), sampler)
 
     def use_ops(self, ops: Any) -> None:
         """Nothing here has a choice of implementations."""

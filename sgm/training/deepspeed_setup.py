@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from sgm.config import ConfigError
+from sgm.training.flat_gradients import FlatGradients, fits_one_buffer
 from sgm.training.optimizer import OptimizerError, OptimizerSpec
 
 TOP_LEVEL = frozenset(
@@ -274,6 +275,8 @@ def _allow_own_optimizer(
 def _quiet_defaults(config: dict[str, Any]) -> None:
     """Where DeepSpeed's defaults would print or skip a check."""
     config.setdefault("steps_per_print", None)
+    # DeepSpeed's own measure of throughput, which nothing here reads, waits for the GPU twice a step.
+    config["timers"] = {"throughput": {"enabled": False}} | (config.get("timers") or {})
     if config["bf16"]["enabled"]:
         config["bf16"].setdefault("check_grad_overflow", True)
 
@@ -307,6 +310,8 @@ def start_engine(model: nn.Module, groups: list[dict[str, Any]], plan: DeepSpeed
         )
     ds_engine.basic_optimizer.state.clear()
     _look_for_bad_gradients_once(ds_engine.optimizer)
+    if model_parallel_world_size() == 1 and fits_one_buffer(ds_engine.optimizer):
+        FlatGradients(ds_engine.optimizer).take_over()
     scaler = getattr(ds_engine.optimizer, "loss_scaler", None)
     if getattr(scaler, "raise_error_at_min_scale", False):
         scaler.raise_error_at_min_scale = False  # the limit on skipped steps ends such a run, with advice

@@ -13,6 +13,7 @@ from tests.training_tiny import environment
 
 CASES = [f"{stage} {precision}" for stage in range(4) for precision in ("fp32", "bf16")]
 CASES += ["2 fp32 offload", "3 fp32 offload"]
+CASES += ["1 fp32 buckets", "1 bf16 buckets"]  # DeepSpeed's own reduction
 CASES += ["0 fp32 8bit", "2 fp32 offload 8bit", "2 bf16 8bit", "3 fp32 8bit"]
 
 
@@ -35,6 +36,12 @@ def test_losses_agree_with_stage_0(results, case):
     assert loss == pytest.approx(expected_loss, rel=tolerance)
     assert norm == pytest.approx(expected_norm, rel=tolerance)
     assert all(applied)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_that_fit_one_bucket_share_a_buffer_in_stage_1(results, case):
+    for rank in results[case]:
+        assert rank["one_buffer"] == (case in ("1 fp32", "1 bf16"))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,5 +1,5 @@
-"""Run by test_training_zero.py on several ranks: a toy model through the cases named "STAGE TYPE [offload] [8bit]";
-prints JSON."""
+"""Run by test_training_zero.py on several ranks: a toy model through the cases named "STAGE TYPE [offload] [8bit]
+[buckets]"; prints JSON."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from sgm.distributed import ensure_groups, init_distributed  # noqa: E402
 from sgm.training.deepspeed_setup import plan_deepspeed, start_engine  # noqa: E402
+from sgm.training.flat_gradients import FlatGradients  # noqa: E402
 from sgm.training.optimizer import (  # noqa: E402
     ema_state,
     ema_weights,
@@ -60,15 +61,20 @@ OPTIMIZERS = {
 }
 
 
-def build(stage: int, precision: str, ranks: int, offload: bool, optimizer: str):
+SETTINGS = {"offload": {"cpu_offload": True}, "buckets": {"reduce_bucket_size": 300}}  # less than all gradients
+
+
+def build(stage: int, precision: str, ranks: int, more: list[str]):
     section = {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": ACCUMULATION,
         "gradient_clipping": CLIPPING,
-        "zero_optimization": {"stage": stage, "cpu_offload": offload, "contiguous_gradients": False},
+        "zero_optimization": {"stage": stage, "contiguous_gradients": False},
         "bf16": {"enabled": precision == "bf16"},
-        "optimizer": OPTIMIZERS[optimizer],
+        "optimizer": OPTIMIZERS["8bit" if "8bit" in more else ""],
     }
+    for name in SETTINGS.keys() & more:
+        section["zero_optimization"] |= SETTINGS[name]
     plan = plan_deepspeed(section, device_type="cpu", data_parallel_size=ranks)
     model = Toy({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
     engine = start_engine(model, parameter_groups(model), plan, "cpu")
@@ -113,8 +119,8 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def case(rank: int, ranks: int, stage: int, precision: str, offload: bool, optimizer: str) -> dict:
-    engine, schedule = build(stage, precision, ranks, offload, optimizer)
+def case(rank: int, ranks: int, stage: int, precision: str, more: list[str]) -> dict:
+    engine, schedule = build(stage, precision, ranks, more)
     frozen = engine.module.frozen.weight.detach().clone() if stage < 3 else None
     losses = steps(engine, schedule, batches(rank), 3)
 
@@ -131,7 +137,7 @@ def case(rank: int, ranks: int, stage: int, precision: str, offload: bool, optim
     unharmed = same(before, weights(engine)) and schedule.steps == 3
     losses_after = steps(engine, schedule, source, 2)
 
-    again, schedule_again = build(stage, precision, ranks, offload, optimizer)
+    again, schedule_again = build(stage, precision, ranks, more)
     stored.seek(0)
     moments, ema, rate = torch.load(stored, weights_only=True)
     load_optimizer_state(again, moments)
@@ -151,8 +157,13 @@ def case(rank: int, ranks: int, stage: int, precision: str, offload: bool, optim
         "ema_differs": not same(before, averaged),
         "ema_equal_after_resume": same(averaged_weights(again), averaged_weights(engine)),
         "swapped_back": swapped_back,
+        "one_buffer": isinstance(getattr(_reducing(engine), "__self__", None), FlatGradients),
         "frozen_kept": frozen is None or torch.equal(frozen, engine.module.frozen.weight),
     }
+
+
+def _reducing(engine):
+    return getattr(engine.optimizer, "reduce_gradients", None)
 
 
 def main() -> None:
@@ -162,8 +173,7 @@ def main() -> None:
     results = {}
     for name in sys.argv[1:]:
         stage, precision, *more = name.split()
-        optimizer = "8bit" if "8bit" in more else ""
-        found = case(info.rank, info.world_size, int(stage), precision, "offload" in more, optimizer)
+        found = case(info.rank, info.world_size, int(stage), precision, more)
         gathered: list = [None] * info.world_size
         torch.distributed.all_gather_object(gathered, found)
         results[name] = gathered

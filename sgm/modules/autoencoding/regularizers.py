@@ -50,5 +50,11 @@ class DiagonalGaussianRegularizer(nn.Module):
         `noise_sampler(mean)` gives the noise; it is called once, and only when sampling.
         """
         posterior = DiagonalGaussian.from_moments(moments)
-        z = posterior.sample(noise_sampler(posterior.mean)) if self.sample else posterior.mean
-        return z, {"kl_loss": posterior.kl()}
+        return self._draw(posterior, noise_sampler), {"kl_loss": posterior.kl()}
+
+    def latents(self, moments: Tensor, noise_sampler: Callable[[Tensor], Tensor] = torch.randn_like) -> Tensor:
+        """The first of what `forward` gives, without the second."""
+        return self._draw(DiagonalGaussian.from_moments(moments), noise_sampler)
+
+    def _draw(self, posterior: DiagonalGaussian, noise_sampler: Callable[[Tensor], Tensor]) -> Tensor:
+        return posterior.sample(noise_sampler(posterior.mean)) if self.sample else posterior.mean

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from sgm.modules.ops.attention import attention
+from sgm.modules.ops.linear import apply_linear
 from sgm.modules.ops.modulation import Modulation, RotaryTable, gated_residual, head_norm_rotate, norm_modulate
 
 Heads = tuple[Tensor, Tensor, Tensor]
@@ -58,7 +59,7 @@ def split_heads(
 
 def linear_gelu(linear: nn.Module, x: Tensor) -> Tensor:
     """GELU in its tanh form (Hendrycks and Gimpel 2016, arXiv:1606.08415, section 2) of linear(x)."""
-    x = linear(x)
+    x = apply_linear(linear, x)
     if x.device.type == "cpu" and x.dtype == torch.float32:
         return _GeluBySigmoid.apply(x)
     return F.gelu(x, approximate="tanh")

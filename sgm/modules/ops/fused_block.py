@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sgm.distributed import model_parallel_world_size
 from sgm.modules.ops import block_ops, fused_training, modulation
+from sgm.modules.ops.linear import is_plain_linear, is_watched
 from sgm.modules.ops.modulation import Modulation, RotaryTable
 from sgm.modules.ops.triton_block import launch_head_norm_rotate, launch_residual_norm
 from sgm.modules.ops.triton_support import runs_kernels
@@ -76,7 +77,7 @@ def split_heads(
 
 def linear_gelu(linear: nn.Module, x: Tensor) -> Tensor:
     """The GELU joins the matrix product (cuBLASLt's epilogue, tanh form), which saves two passes over its result."""
-    tensors = (x, linear.weight, linear.bias) if _is_plain_linear(linear) else ()
+    tensors = (x, linear.weight, linear.bias) if is_plain_linear(linear) else ()
     if not (x.is_cuda and _fits(*tensors)) or _wants_grad(*tensors):
         return block_ops.linear_gelu(linear, x)
     flat = torch._addmm_activation(linear.bias, x.flatten(0, -2), linear.weight.t(), use_gelu=True)
@@ -108,19 +109,6 @@ def _values(norm: nn.LayerNorm) -> tuple[Tensor | None, Tensor | None, float]:
 
 def _is_plain_norm(norm: nn.Module, x: Tensor) -> bool:
     """A LayerNorm over the last axis, with weight and bias or neither, that nobody watches."""
-    if not isinstance(norm, nn.LayerNorm) or len(norm.normalized_shape) != 1 or _is_watched(norm):
+    if not isinstance(norm, nn.LayerNorm) or len(norm.normalized_shape) != 1 or is_watched(norm):
         return False
     return (norm.weight is None) == (norm.bias is None)
-
-
-def _is_plain_linear(linear: nn.Module) -> bool:
-    """torch's or SAT's linear layer itself (no adapter, no quantisation), with a bias, that nobody watches."""
-    from sat.mpu import ColumnParallelLinear
-
-    if type(linear) is ColumnParallelLinear:
-        return not linear.gather_output and linear.bias is not None and not _is_watched(linear)
-    return type(linear) is nn.Linear and linear.bias is not None and not _is_watched(linear)
-
-
-def _is_watched(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)

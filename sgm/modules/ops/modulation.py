@@ -45,20 +45,14 @@ def split_modulation(raw: Tensor) -> BlockModulation:
 def norm_modulate(x: Tensor, norm: nn.Module, text: Modulation, video: Modulation, text_length: int) -> Tensor:
     """norm(x) * (1 + scale) + shift, with the text's or the video's shift and scale; (b, n, d) -> (b, n, d)."""
     y = norm(x)
-    return _join(
-        (text.shift, y[:, :text_length], 1 + text.scale),
-        (video.shift, y[:, text_length:], 1 + video.scale),
-        y,
-    )
+    y_text, y_video = _split(y, text_length)
+    return _join((text.shift, y_text, 1 + text.scale), (video.shift, y_video, 1 + video.scale), y)
 
 
 def gated_residual(hidden: Tensor, update: Tensor, text_gate: Tensor, video_gate: Tensor, text_length: int) -> Tensor:
     """hidden + gate * update, with the text's or the video's gate (b, 1, d); all else (b, n, d)."""
-    return _join(
-        (hidden[:, :text_length], update[:, :text_length], text_gate),
-        (hidden[:, text_length:], update[:, text_length:], video_gate),
-        hidden,
-    )
+    text, video = zip(_split(hidden, text_length), _split(update, text_length), (text_gate, video_gate))
+    return _join(text, video, hidden)
 
 
 def head_norm_rotate(x: Tensor, norm: nn.Module | None, rotary: RotaryTable | None, text_length: int) -> Tensor:
@@ -81,6 +75,11 @@ def rotate(x: Tensor, table: RotaryTable) -> Tensor:
     turned = torch.stack((-odd, even), dim=-1).flatten(-2)
     cos, sin = table.cos[:, None], table.sin[:, None]
     return (x * cos + turned * sin).to(x.dtype)
+
+
+def _split(x: Tensor, text_length: int) -> tuple[Tensor, ...]:
+    """Text and video of (b, n, d). The gradient of one split is one pass; two slices' are five."""
+    return x.split((text_length, x.shape[1] - text_length), dim=1)
 
 
 def _join(
