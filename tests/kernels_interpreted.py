@@ -175,7 +175,8 @@ def test_convolution_with_channels_that_are_no_multiple_of_eight(widths, bare):
 @torch.no_grad()
 def test_decoding_in_chunks():
     """All operations together, against the plain ones."""
-    model = VideoAutoencoderInferenceWrapper(*configs({**TINY, "ch_mult": [1, 2], "temporal_compress_times": 2}))
+    small = {"ch_mult": [1, 2], "temporal_compress_times": 2, "num_res_blocks": 0}
+    model = VideoAutoencoderInferenceWrapper(*configs({**TINY, **small}))
     for parameter in model.parameters():
         if parameter.ndim == 1:  # norms that are not the identity, biases that are not small
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -183,8 +184,7 @@ def test_decoding_in_chunks():
     expected = model.decode(z)
     model.use_ops(choose_kernels("triton", "default", torch.device("cpu")).vae)
     model.set_channels_last()
-    torch.testing.assert_close(model.decode(z), expected, rtol=0, atol=2e-5 * expected.abs().max().item())
-    model.set_low_memory(slice_bytes=10_000)
+    model.set_low_memory(slice_bytes=4_000)  # some convolutions are cut, some are not
     torch.testing.assert_close(model.decode(z), expected, rtol=0, atol=2e-5 * expected.abs().max().item())
 
 

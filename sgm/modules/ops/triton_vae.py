@@ -76,7 +76,7 @@ def _merge_moments_kernel(
         at = (sample * runs + run)[:, None] * channels + channel[None, :]
         value = tl.load(means + at, mask=inside, other=0.0).to(tl.float64) + bias[None, :]
         total += tl.where(inside, value * count[:, None], 0.0)
-    centre = tl.sum(tl.sum(total, axis=1), axis=0) / values
+    centre = tl.sum(tl.sum(total, axis=0), axis=0) / values
     total = tl.zeros((RUNS, COLS), tl.float64)
     for first in range(0, runs, RUNS):
         run = first + tl.arange(0, RUNS)
@@ -86,7 +86,7 @@ def _merge_moments_kernel(
         apart = tl.load(means + at, mask=inside, other=0.0).to(tl.float64) + bias[None, :] - centre
         square = tl.load(squares + at, mask=inside, other=0.0).to(tl.float64)
         total += tl.where(inside, square + apart * apart * count[:, None], 0.0)
-    spread = tl.sum(tl.sum(total, axis=1), axis=0) / values
+    spread = tl.sum(tl.sum(total, axis=0), axis=0) / values
     out = sample * tl.num_programs(0) + group
     tl.store(mean + out, centre.to(tl.float32))
     tl.store(variance + out, spread.to(tl.float32))
