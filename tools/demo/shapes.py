@@ -38,13 +38,13 @@ from tools.demo.captions import caption
 __all__ = ["ClipSpec", "ObjectSpec", "caption", "render_clip", "sample_spec"]
 
 EXTENT = 1.12  # no shape reaches farther from its centre, in radii
-# Fast ones stay below seven pixels a frame in clips of 49 frames at 128x192: a VAE that keeps one frame in four blurs
+# Fast ones stay below five pixels a frame in clips of 49 frames at 128x192: a VAE that keeps one frame in four blurs
 # what is faster. That is why quick hops are low and orbits have a largest radius.
 TRAVEL = {"slow": 0.5, "medium": 0.72, "fast": 0.95}  # share of the free way that a clip covers
-HOPS = {"slow": 1.5, "medium": 2.0, "fast": 3.0}
-HOP_HEIGHT = {"slow": 0.36, "medium": 0.28, "fast": 0.2}  # at most, in shorter sides
-ORBITS = {"slow": 0.75, "medium": 1.0, "fast": 1.5}
-ORBIT_RADIUS = 0.25  # at most, in shorter sides
+HOPS = {"slow": 1.0, "medium": 1.5, "fast": 2.25}
+HOP_HEIGHT = {"slow": 0.3, "medium": 0.25, "fast": 0.2}  # at most, in shorter sides
+ORBITS = {"slow": 0.75, "medium": 1.0, "fast": 1.25}
+ORBIT_RADIUS = 0.2  # at most, in shorter sides
 TURNS = {"slow": 0.25, "medium": 0.5, "fast": 0.75}
 GROWTH = {"slow": 1.4, "medium": 1.7, "fast": 2.1}  # last radius over first
 WOBBLES = {"slow": 1.5, "medium": 2.0, "fast": 3.0}
