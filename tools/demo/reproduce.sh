@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains the bundled demo from nothing on one GPU: bash tools/demo/reproduce.sh WORK
+# Trains the bundled demo from nothing on one GPU: bash tools/demo/reproduce.sh WORK (on several: GPUS=2)
 #
 # WORK gets data, cache, runs, samples and scores (about 12 GB); WORK/demo is what the repository bundles as demo/.
 # Every stage is skipped when its result is there, so the same command goes on after an interruption.
@@ -19,12 +19,19 @@ weights=(
     --set "model.first_stage_config.params.ckpt_path=$work/vae/3d-vae.pt"
     --set "model.conditioner_config.params.emb_models.0.params.model_dir=$work/t5"
 )
+gpus="${GPUS:-1}"
+many=("$PYTHON")
+if ((gpus > 1)); then many+=(-m torch.distributed.run --standalone --nproc_per_node="$gpus"); fi
 stage() { echo "== $1 ($(date +%T))"; }
 
+draw() { # a data set of whole clips, and of a tenth as many with 17 frames
+    local words=(--withheld tools/demo/withheld.json --other-words 0.5 --workers "$workers")
+    "$PYTHON" tools/demo/make_dataset.py "$work/short" --frames 17 --count $((clips / 10)) --seed 2 "${words[@]}"
+    "$PYTHON" tools/demo/make_dataset.py "$work/clips" --count "$clips" --seed 1 "${words[@]}"
+}
 if [[ ! -e "$work/clips/meta.jsonl" ]]; then
     stage "clips"
-    "$PYTHON" tools/demo/make_dataset.py "$work/clips" --count "$clips" --seed 1 --withheld tools/demo/withheld.json \
-        --other-words 0.5 --workers "$workers" &
+    draw &
     making=$!
 fi
 if [[ ! -e "$work/t5/spiece.model" ]]; then
@@ -40,13 +47,13 @@ fi
 if [[ -n "${making:-}" ]]; then wait "$making"; fi
 
 stage "cache"
-"$PYTHON" tools/precompute_cache.py configs/demo_sft.yaml tools/demo/pretrain.yaml --cache-dir "$work/cache" \
-    --device "$device" --set "args.train_data=[$work/clips]" "${weights[@]}"
+"${many[@]}" tools/precompute_cache.py configs/demo_sft.yaml tools/demo/pretrain.yaml --cache-dir "$work/cache" \
+    --device "$device" --set "args.train_data=[$work/clips,$work/short]" "${weights[@]}"
 
 if [[ ! -e "$work/demo/SHA256SUMS" ]]; then
     stage "transformer"
-    "$PYTHON" train_video.py configs/demo_sft.yaml tools/demo/pretrain.yaml --cache-dir "$work/cache" \
-        --device "$device" --resume --set "args.train_data=[$work/clips]" --set "args.save=$work/runs" \
+    "${many[@]}" train_video.py configs/demo_sft.yaml tools/demo/pretrain.yaml --cache-dir "$work/cache" \
+        --device "$device" --resume --set "args.train_data=[$work/clips,$work/short]" --set "args.save=$work/runs" \
         --set "args.train_iters=$iterations" "${weights[@]}"
     run="$(ls -td "$work"/runs/*/ | head -1)"
     "$PYTHON" tools/demo/bundle.py --transformer "$run$iterations-ema" --vae "$work/vae/3d-vae.pt" \
