@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent
@@ -51,18 +51,17 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 NOT_ARGS = ("configs", "base", "set", "dry_run", "allow_target", "local_rank")
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str], listen: bool = False) -> int:
+    """`listen`: this is the process's own program, which Ctrl-C and SIGTERM stop without a half-written file."""
     options = parse(arguments)
-    from sgm.cli import exit_code
+    from sgm.cli import Interrupts, exit_code
 
-    return exit_code(lambda: run(options), "stopped; finished videos are kept (--skip-done goes on from there)")
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
+    interrupts = Interrupts().listen() if listen else Interrupts()
+    kept = "stopped; finished videos are kept (--skip-done goes on from there)"
+    return exit_code(lambda: run(options, interrupts.check), kept)
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace, check: Callable[[], None]) -> int:
     from sgm.config import load_run_config
     from sgm.inference.options import SampleArgs
     from sgm.inference.preflight import choose_config
@@ -83,9 +82,8 @@ def run(options: argparse.Namespace) -> int:
 
     from sgm.inference.run import sample
 
-    return sample(config, dry_run=options.dry_run)
+    return sample(config, check, dry_run=options.dry_run)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _interrupt)  # so that a launcher's stop also leaves no half-written file
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:], listen=True))

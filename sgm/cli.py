@@ -2,10 +2,37 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable
 
 BAD_INPUT, INTERRUPTED = 2, 130
+
+
+class Interrupts:
+    """Ctrl-C and a launcher's SIGTERM, both as KeyboardInterrupt.
+
+    Python drops an exception that is raised within a destructor or a callback, and a signal may come just there; so
+    long work calls `check` now and then, which raises again what was dropped.
+    """
+
+    def __init__(self) -> None:
+        self.received = False
+
+    def listen(self) -> Interrupts:
+        """Take over both signals, for the rest of the process."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._receive)
+        return self
+
+    def _receive(self, *_: object) -> None:
+        self.received = True
+        raise KeyboardInterrupt
+
+    def check(self) -> None:
+        """Raises KeyboardInterrupt if a signal has come."""
+        if self.received:
+            raise KeyboardInterrupt
 
 
 def exit_code(run: Callable[[], int | None], interrupted: str = "interrupted") -> int:

@@ -26,11 +26,15 @@ class StageTimes:
 
 
 class Progress:
-    """Reports to one process's standard error; silent where `shown` is false (other ranks)."""
+    """Reports to one process's standard error; silent where `shown` is false (other ranks).
 
-    def __init__(self, shown: bool, device: torch.device):
+    `check` is called at every sampling step; it stops a run by raising.
+    """
+
+    def __init__(self, shown: bool, device: torch.device, check: Callable[[], None] = lambda: None):
         self.shown = shown
         self.device = device
+        self.check = check
 
     def line(self, text: str) -> None:
         if self.shown:
@@ -54,7 +58,12 @@ class Progress:
     def steps(self, total: int) -> Iterator[Callable[..., None]]:
         """A sampler callback that moves a bar with the estimated time left."""
         with self.bar(total, "sampling", "step") as bar:
-            yield lambda *_: bar.update(1)
+
+            def step(*_: object) -> None:
+                self.check()
+                bar.update(1)
+
+            yield step
 
     @contextmanager
     def stage(self, name: str, times: StageTimes, what: str = "") -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,8 +20,8 @@ from sgm.inference.prompts import gather
 from sgm.inference.runner import Runner, out_of_memory_advice
 
 
-def sample(config: RunConfig[SampleArgs], *, dry_run: bool = False) -> int:
-    """Run `config` in this process; returns the exit status.
+def sample(config: RunConfig[SampleArgs], check: Callable[[], None], *, dry_run: bool = False) -> int:
+    """Run `config` in this process; returns the exit status. `check` is called at every sampling step, and may raise.
 
     Raises:
         ValueError subclasses of this package: bad configuration, weights, prompts or output, each with its remedy.
@@ -34,7 +35,7 @@ def sample(config: RunConfig[SampleArgs], *, dry_run: bool = False) -> int:
     info = init_distributed(_device_type(config.args.device, several=int(os.environ.get("WORLD_SIZE", "1")) > 1))
     try:
         device = _own_device(config.args.device, info)
-        progress = Progress(info.rank == 0, device)
+        progress = Progress(info.rank == 0, device, check)
         for note in config.notes:
             progress.line(f"note: {note}")
         if dry_run:

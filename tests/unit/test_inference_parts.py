@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import signal
+import sys
 from pathlib import Path
 
 import decord
@@ -246,3 +248,27 @@ def test_relative_paths_from_here_or_from_the_project(tmp_path, monkeypatch):
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "test.txt").touch()
     assert found_path("configs/test.txt") == "configs/test.txt"
+
+
+def test_an_interrupt_that_python_drops_stops_the_next_step(monkeypatch):
+    """A signal may come while a destructor runs, whose exceptions are printed and forgotten."""
+    from sgm.cli import Interrupts
+    from sgm.inference.progress import Progress
+
+    class Closing:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        interrupts = Interrupts().listen()
+        with Progress(False, torch.device("cpu"), interrupts.check).steps(3) as step:
+            step()
+            monkeypatch.setattr(sys, "unraisablehook", lambda *_: None)
+            closing = Closing()
+            del closing  # raises into nothing
+            with pytest.raises(KeyboardInterrupt):
+                step()
+    finally:
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+            signal.signal(number, handler)
