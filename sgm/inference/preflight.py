@@ -15,7 +15,7 @@ from sgm.weights.release import HOW_TO_GET, newest_run
 
 Args = TypeVar("Args")
 REPO = Path(__file__).resolve().parents[2]
-BUNDLED = "demo/"  # made at first use, so it need not exist
+BUNDLED = "demo/"  # its clips and caches are made at first use, so they need not exist
 SHIPPED_T5 = "google/t5-v1_1-xxl"
 _PLACEHOLDER = re.compile(r"\{your_[^}]*\}|^your .* path$")
 HOW_TO_GET_T5 = (
