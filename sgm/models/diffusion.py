@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sgm.modules.diffusionmodules.shortcuts import ShortcutRun
 from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
 from sgm.modules.ops.choice import Kernels
+from sgm.modules.ops.graphs import NetworkGraphs
 from sgm.util import get_obj_from_str, instantiate_from_config
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -87,6 +88,16 @@ class SATVideoDiffusionEngine(nn.Module):
         self.network.use_ops(kernels.block)
         if self.first_stage_model is not None:
             self.first_stage_model.use_ops(kernels.vae)
+
+    def use_graphs(self) -> None:
+        """Train with CUDA graphs of the network; its trainable parameters, on the GPU, stay where they are from now on.
+
+        Raises:
+            ValueError: a `network_wrapper` that is not made for it.
+        """
+        if not isinstance(self.model, OpenAIWrapper):
+            raise ValueError(f"args.cuda_graphs does not go with the network_wrapper {type(self.model).__name__}.")
+        self.model.graphs = NetworkGraphs(self.network)
 
     # --- pixels <-> latents ---------------------------------------------------------------------------------------
 

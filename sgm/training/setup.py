@@ -72,6 +72,22 @@ def refuse_approximations(accelerate: AccelerateArgs) -> None:
         raise ConfigError(f"accelerate: {', '.join(on)} are for sampling; leave them out of a training configuration")
 
 
+def check_graphs(args: TrainArgs, plan: DeepSpeedPlan, checkpointing: bool | str) -> None:
+    """Whether `args.cuda_graphs` goes with the rest of a configuration.
+
+    Raises:
+        ConfigError: something else runs code between the network's kernels.
+    """
+    obstacles = {
+        "checkpoint_activations": checkpointing,
+        "deepspeed.zero_optimization.stage: 3": plan.stage == 3,
+        "args.model_parallel_size above 1": args.model_parallel_size > 1,
+    }
+    found = [name for name, there in obstacles.items() if there]
+    if args.cuda_graphs and found:
+        raise ConfigError(f"args.cuda_graphs does not go with {' and '.join(found)}; leave one of them out")
+
+
 def meta_engine(model: Mapping[str, Any], dtype: str) -> SATVideoDiffusionEngine:
     """The engine without weights or memory, for estimates and for loading."""
     with torch.device("meta"):
@@ -93,6 +109,7 @@ def load_engine(
     kernels = choose_kernels(config.accelerate.kernels, config.accelerate.attention, device)
     model = training_model_section(config.model, args)
     engine = meta_engine(model, plan.dtype)
+    check_graphs(args, plan, engine.network.transformer.checkpoint_activations)
     to = {"device": device, "dtype": engine.dtype}
     loaded = None
     if args.load:
@@ -118,7 +135,10 @@ def load_engine(
             f"model.not_trainable_prefixes {list(engine.not_trainable_prefixes)} leaves nothing to train; "
             "['all'] needs a lora_config beside it (see the comments in configs/cogvideox_2b_sft.yaml)"
         )
-    return engine.to(device), loaded
+    engine.to(device)
+    if args.cuda_graphs and device.type == "cuda":
+        engine.use_graphs()
+    return engine, loaded
 
 
 # --- data ---------------------------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sgm.modules.ops.graphs import NetworkGraphs
+
 
 class OpenAIWrapper(nn.Module):
     """Holds the network as `diffusion_model` and unpacks the conditions for it.
@@ -21,6 +23,7 @@ class OpenAIWrapper(nn.Module):
         super().__init__()
         self.diffusion_model = diffusion_model
         self.dtype = dtype
+        self.graphs: NetworkGraphs | None = None  # runs the network in training, where it is set
 
     def forward(self, x: Tensor, t: Tensor, c: Mapping[str, Tensor], **kwargs: Any) -> Tensor:
         """Run the network.
@@ -35,4 +38,5 @@ class OpenAIWrapper(nn.Module):
         if "concat" in cond:
             x = torch.cat([x, cond["concat"].to(x.dtype)], dim=-3)
         extras = {"y": cond["vector"]} if "vector" in cond else {}
-        return self.diffusion_model(x, timesteps=t, context=cond.get("crossattn"), **extras, **kwargs)
+        network = self.graphs or self.diffusion_model
+        return network(x, timesteps=t, context=cond.get("crossattn"), **extras, **kwargs)
