@@ -12,32 +12,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.func import functional_call
 
 Replay = Callable[[], None]
 WARM_UP = 3  # runs before the recording: kernels compile, libraries take their workspaces
 
 
 class CudaRecorder:
-    """Records work on the GPU, into one pool of memory."""
+    """Records work on the GPU, on a stream of its own and into one pool of memory."""
 
     def __init__(self) -> None:
+        self._stream = torch.cuda.Stream()
         self._pool = torch.cuda.graph_pool_handle()
 
     def warm_up(self, work: Callable[[], Any]) -> None:
-        """Run `work` a few times, beside the stream of the run."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        """Run `work` a few times."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             for _ in range(WARM_UP):
                 work()
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self._stream)
         torch.cuda.synchronize()
 
     def record(self, work: Callable[[], None]) -> Replay:
         """Record `work`, which leaves what it makes where it can be found again; calling the result does it anew."""
         graph = torch.cuda.CUDAGraph()
         # Threads that read data go on taking page-locked memory, which the strict mode would not have.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             work()
         return graph.replay
 
@@ -46,24 +47,29 @@ class TrainingGraph:
     """Forward and backward pass of a network for inputs of one shape.
 
     Args:
-        network: called with `inputs`, which need no gradient; without hooks that move its parameters.
+        network: called as `network(x, timesteps=..., context=...)`.
+        inputs: x, timesteps and context, which need no gradient.
         recorder: `CudaRecorder`, or what does the same elsewhere.
     """
 
-    def __init__(self, network: Callable[..., Tensor], parameters: list[Tensor], inputs: list[Tensor], recorder: Any):
-        self._inputs = [tensor.detach().clone() for tensor in inputs]
-        self._network, self._parameters = network, parameters
+    def __init__(self, network: nn.Module, inputs: list[Tensor], recorder: Any):
+        self._network, self._inputs = network, [tensor.detach().clone() for tensor in inputs]
+        # Other leaves on the same memory: what autograd holds of the parameters themselves belongs to other streams.
+        self._leaves = {name: p.detach().requires_grad_() for name, p in network.named_parameters() if p.requires_grad}
         recorder.warm_up(self._both)
+        self._output = None  # with it goes what autograd knew of the warm-up
         self._forward = recorder.record(self._run)
         self._to_output = torch.zeros_like(self._output)
         self._backward = recorder.record(self._differentiate)
-        self._output = self._output.detach()  # the recorded graph of autograd is no longer needed
+        self._output = self._output.detach()
 
     def _run(self) -> None:
-        self._output = self._network(*self._inputs)
+        x, timesteps, context = self._inputs
+        named = {"timesteps": timesteps, "context": context}
+        self._output = functional_call(self._network, self._leaves, (x,), named)
 
     def _differentiate(self) -> None:
-        grads = torch.autograd.grad(self._output, self._parameters, self._to_output, allow_unused=True)
+        grads = torch.autograd.grad(self._output, list(self._leaves.values()), self._to_output, allow_unused=True)
         self._reached = [grad is not None for grad in grads]
         self._sizes = [grad.numel() for grad in grads if grad is not None]
         self._flat = torch.cat([grad.flatten() for grad in grads if grad is not None])
@@ -81,12 +87,13 @@ class TrainingGraph:
         return self._output
 
     def backward(self, to_output: Tensor) -> list[Tensor | None]:
-        """Gradients of the parameters for the inputs of the last `forward`; None for those out of its reach."""
+        """Gradients of the trainable parameters for the inputs of the last `forward`; None for those out of reach."""
         self._to_output.copy_(to_output)
         self._backward()
         # A copy, which the caller may keep: the next replay writes over `_flat`.
         parts = iter(self._flat.clone().split(self._sizes))
-        return [next(parts).view_as(p) if here else None for p, here in zip(self._parameters, self._reached)]
+        leaves = zip(self._leaves.values(), self._reached, strict=True)
+        return [next(parts).view_as(leaf) if reached else None for leaf, reached in leaves]
 
 
 class NetworkGraphs:
@@ -96,7 +103,8 @@ class NetworkGraphs:
     itself.
 
     Args:
-        network: called as `network(x, timesteps=..., context=...)`, of one type of weights.
+        network: called as `network(x, timesteps=..., context=...)`; its parameters, all of one type and trainable or
+            not from now on, stay where they are.
     """
 
     def __init__(self, network: nn.Module, recorder: Any = None):
@@ -115,11 +123,8 @@ class NetworkGraphs:
         key = tuple((tensor.shape, tensor.dtype) for tensor in inputs)
         if key not in self._graphs:
             self._recorder = self._recorder or CudaRecorder()
-            self._graphs[key] = TrainingGraph(self._call, self._parameters, inputs, self._recorder)
+            self._graphs[key] = TrainingGraph(self._network, inputs, self._recorder)
         return self._graphs[key]
-
-    def _call(self, x: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
-        return self._network(x, timesteps=timesteps, context=context)
 
 
 class _Replayed(torch.autograd.Function):
