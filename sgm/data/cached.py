@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from sgm.data.cache_store import CacheStore, Entry, FileStamp, ShardReader, text_key
 from sgm.data.clips import CaptionError, ClipSettings, caption_of
@@ -134,6 +135,19 @@ class CachedClips(Dataset):
         self.shapes = PackedShapes([self._moments[k].shape for k in range(len(scan.usable))])
         self.reader = ShardReader(store.shards)
 
+    def first_frames(self, frames: int) -> Dataset:
+        """The first `frames` pixel frames, 4k + 1, of each clip that is that long; possibly of none.
+
+        Latent frames are stored one after the other, so less is read. They are those of the whole clip: the encoder
+        looked back only, but normalised over all of it.
+        """
+        latents = (frames - 1) // 4 + 1
+        short = copy.copy(self)
+        short._moments = FirstFrames(self._moments, latents)
+        short.shapes = PackedShapes([(min(latents, t), *rest) for t, *rest in self.shapes])
+        held = [k for k, shape in enumerate(self.shapes) if shape[0] >= latents]
+        return short if len(held) == len(self) else Subset(short, held)
+
     def __len__(self) -> int:
         return len(self._paths)
 
@@ -158,6 +172,20 @@ class CachedClips(Dataset):
             "path": self._paths[index],
             "index": index,
         }
+
+
+class FirstFrames(Sequence[Entry]):
+    """Entries cut after their first `count` latent frames."""
+
+    def __init__(self, entries: Sequence[Entry], count: int):
+        self._entries, self._count = entries, count
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __getitem__(self, index: int) -> Entry:
+        entry = self._entries[index]
+        return replace(entry, shape=(min(self._count, entry.shape[0]), *entry.shape[1:]))
 
 
 class PackedEntries(Sequence[Entry]):

@@ -21,6 +21,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset, default_collate
 from sgm.data.cache_store import Entry
 from sgm.data.cached import EMBEDDING, MOMENTS, CachedClips
 from sgm.data.collate import require_one_shape
+from sgm.data.report import DatasetError
 from sgm.data.sampler import ClipSampler
 
 
@@ -94,6 +95,30 @@ def all_cached(dataset: Dataset) -> bool:
     if isinstance(dataset, ConcatDataset):
         return all(map(all_cached, dataset.datasets))
     return isinstance(dataset, CachedClips)
+
+
+def in_lengths(dataset: Dataset, lengths: Sequence[int]) -> Dataset:
+    """Each cached clip once in every one of `lengths` (pixel frames) that it has, from its beginning.
+
+    Raises:
+        DatasetError: no clip has so many frames.
+    """
+    parts = [part for frames in lengths if len(part := _first_frames(dataset, frames))]  # type: ignore[arg-type]
+    if not parts:
+        raise DatasetError(f"args.cache_lengths is {list(lengths)}, and every cached clip is shorter than that")
+    return ConcatDataset(parts)
+
+
+def _first_frames(dataset: Dataset, frames: int) -> Dataset:
+    if isinstance(dataset, CachedClips):
+        return dataset.first_frames(frames)
+    if not isinstance(dataset, Subset):
+        raise TypeError(f"{type(dataset).__name__} is neither CachedClips nor a part of them")
+    short = _first_frames(dataset.dataset, frames)
+    if not isinstance(short, Subset):
+        return Subset(short, dataset.indices)
+    held = set(short.indices)
+    return Subset(short.dataset, [index for index in dataset.indices if index in held])
 
 
 def find_clip(dataset: Dataset, index: int) -> tuple[CachedClips, int]:

@@ -142,6 +142,9 @@ def shapes_of(dataset: Dataset) -> Sequence[tuple[int, ...]] | None:
     if isinstance(dataset, Subset):
         whole = shapes_of(dataset.dataset)
         return None if whole is None else [whole[index] for index in dataset.indices]
+    if isinstance(dataset, ConcatDataset):
+        parts = [shapes_of(part) for part in dataset.datasets]
+        return None if None in parts else [shape for part in parts for shape in part]  # type: ignore[union-attr]
     return getattr(dataset, "shapes", None)
 
 

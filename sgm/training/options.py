@@ -66,6 +66,10 @@ class TrainArgs:
     cache_dir: str | None = option(None, "folder of encoded clips: VAE and text encoder are not loaded once it is full")
     cache_fill: bool = option(True, "encode what the cache lacks before training; false refuses")
     cache_dtype: str = option("fp16", "type of a new cache's values", choices=("fp16", "bf16", "fp32"))
+    cache_lengths: list[int] = option(
+        [], "pixel frames, 4k + 1: cached clips are trained on in each of these lengths that they have, from their "
+        "beginning ([1, 17]: as images and as short clips); none: as they are"
+    )  # fmt: skip
     only_log_video_latents: bool = option(False, "evaluation writes sampled latents, decodes no video")
     log_image: bool = option(True, "evaluation samples a video (or its latents), and writes it")
     eval_prompts: list[str] = option([], "prompts that evaluation samples beside the first validation clip's caption")
@@ -116,6 +120,10 @@ class TrainArgs:
             problems.append("args.save_frozen needs VAE and text encoder, which a run with args.cache_dir never loads")
         if self.cache_dir and self.eval_prompts:
             problems.append("args.eval_prompts needs the text encoder, which a run with args.cache_dir never loads")
+        if any(isinstance(n, bool) or n < 1 or n % 4 != 1 for n in self.cache_lengths):
+            problems.append(f"args.cache_lengths is {self.cache_lengths}; lengths are 4k + 1 frames: 1, 5, 9, ...")
+        if self.cache_lengths and not self.cache_dir:
+            problems.append("args.cache_lengths cuts cached clips; set args.cache_dir, or leave it out")
         try:
             split_shares(self.split)
             self.schedule(lr=1.0)

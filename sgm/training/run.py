@@ -22,6 +22,7 @@ from torch.utils.data import Subset
 
 from sgm import distributed
 from sgm.config import ConfigError, RunConfig, check_model_section
+from sgm.data.cached_batches import in_lengths
 from sgm.data.loader import create_loader
 from sgm.data.report import first_reasons
 from sgm.data.sources import exists
@@ -121,6 +122,8 @@ def _prepare(
     train_sets, valid_sets = _datasets(config, reports, cache)
     for line in left_out([*train_sets, *valid_sets]):
         say(line, flush=True)
+    if config.args.cache_lengths:
+        train_sets = [in_lengths(dataset, config.args.cache_lengths) for dataset in train_sets]
     loader = stack.enter_context(_loader(config.args, plan, train_sets))
     config = _with_epochs(config, plan, sum(map(len, train_sets)))  # type: ignore[arg-type]
     args = config.args

@@ -12,6 +12,7 @@ from torch.utils.data import ConcatDataset, Subset
 
 from sgm.data.cache_store import CacheError, CacheStore, FileStamp, Seen, text_key
 from sgm.data.cached import EMBEDDING, MOMENTS, CachedClips, scan_cached
+from sgm.data.cached_batches import in_lengths
 from sgm.data.clips import ClipSettings
 from sgm.data.collate import collate
 from sgm.data.loader import create_loader
@@ -64,6 +65,40 @@ def test_every_clip_has_its_own_encodings(filled):
         assert item[MOMENTS].dtype == torch.float16 and item["num_frames"] == 13
     with pytest.raises(IndexError):
         dataset[COUNT]
+
+
+def test_clips_in_several_lengths_begin_as_the_whole_ones(tmp_path):
+    """Clips of 4 and of 2 latent frames, as images, as 5 frames and as 13; whole, and a part of the set."""
+    (tmp_path / "data" / "videos").mkdir(parents=True)
+    (tmp_path / "data" / "labels").mkdir()
+    store = CacheStore(tmp_path / "cache", {"a": 1}, "fp16")
+    clips = {k: torch.randn(4 - 2 * (k % 2), 32, 8, 8).half() for k in range(6)}
+    seen = []
+    for k in clips:
+        path = tmp_path / "data" / "videos" / f"{k}.mp4"
+        path.write_bytes(b"")
+        (tmp_path / "data" / "labels" / f"{k}.txt").write_text(f"caption {k}\n")
+        seen.append((FileStamp.of(path), Seen(f"video:{k:032x}")))
+    store.add("video", {f"video:{k:032x}": clip for k, clip in clips.items()})
+    store.add("text", {text_key(f"caption {k}"): torch.full((3, 4), float(k)) for k in clips})
+    store.record(0, seen)
+    whole = scanned((CacheStore(tmp_path / "cache", {"a": 1}), tmp_path / "data"))
+    for dataset, numbers in ((whole, list(range(6))), (Subset(whole, [1, 4, 5]), [1, 4, 5])):
+        cut = in_lengths(dataset, [1, 5, 13])
+        long = [k for k in numbers if k % 2 == 0]
+        assert [(item["index"], item["num_frames"]) for item in (cut[n] for n in range(len(cut)))] == [
+            *((k, 1) for k in numbers), *((k, 5) for k in numbers), *((k, 13) for k in long)
+        ]  # fmt: skip
+        for n in range(len(cut)):
+            item = cut[n]
+            assert torch.equal(item[MOMENTS], clips[item["index"]][: len(item[MOMENTS])])
+            assert (item[EMBEDDING] == item["index"]).all()
+    with create_loader([in_lengths(whole, [1, 5])], 2, 1, seed=1) as loader:
+        kinds = {tuple(next(loader)[MOMENTS].shape) for _ in range(12)}
+    assert kinds == {(2, 1, 32, 8, 8), (2, 2, 32, 8, 8)}
+    assert [item[MOMENTS].shape[0] for item in (whole[0], whole[1])] == [4, 2]
+    with pytest.raises(DatasetError, match="cache_lengths"):
+        in_lengths(whole, [17])
 
 
 @pytest.mark.parametrize("workers", [0, 1])
