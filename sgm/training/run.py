@@ -42,6 +42,7 @@ from sgm.training.ready_cache import ReadyCache, ready_cache
 from sgm.training.saver import Saver, resume
 from sgm.training.schedule import LearningRate
 from sgm.training.setup import (
+    arrange_first_stage,
     build_datasets,
     check_buckets,
     checkpointing_mode,
@@ -129,6 +130,7 @@ def _prepare(
     args = config.args
 
     ds_engine = start_engine(engine, groups, plan, info.device.type)
+    arrange_first_stage(engine, config, plan)
     schedule = LearningRate(args.schedule(plan.optimizer.lr), ds_engine.basic_optimizer.param_groups)
     out = sys.stdout if info.rank == 0 else None
     log = stack.enter_context(RunLog(folder, args.train_iters, out, show_phases=plan.time_phases))

@@ -125,8 +125,6 @@ def load_engine(
     if engine.first_stage_model is not None and not args.cache_dir:
         load_first_stage(engine.first_stage_model, **to)
         engine.first_stage_model.set_low_memory(args.vae_low_memory)
-        if kernels.fused:
-            engine.first_stage_model.set_channels_last()
     if engine.conditioner is not None and not args.cache_dir:
         load_text_encoder(engine.conditioner, **to)
     engine.use_kernels(kernels)
@@ -139,6 +137,17 @@ def load_engine(
     if args.cuda_graphs and device.type == "cuda":
         engine.use_graphs()
     return engine, loaded
+
+
+def arrange_first_stage(engine: SATVideoDiffusionEngine, config: RunConfig[TrainArgs], plan: DeepSpeedPlan) -> None:
+    """Lay the first stage's weights out as fused kernels read them: after DeepSpeed, which cannot hand such tensors to
+    other ranks, has started. ZeRO 3 keeps its own layout.
+    """
+    if engine.first_stage_model is None or config.args.cache_dir or plan.stage == 3:
+        return
+    device = next(engine.first_stage_model.parameters()).device
+    if choose_kernels(config.accelerate.kernels, config.accelerate.attention, device).fused:
+        engine.first_stage_model.set_channels_last()
 
 
 # --- data ---------------------------------------------------------------------------------------------------------
