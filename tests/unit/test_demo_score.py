@@ -1,5 +1,5 @@
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +103,19 @@ def test_the_heart_of_the_style_is_no_other_shape():
     spec = ClipSpec((ObjectSpec("heart", "red", "large", "left", "medium"),), background="white", frames=9)
     (seen,), _ = measure(render_clip(spec))
     assert (seen.shape, seen.motion) == ("heart", "left")
+
+
+@pytest.mark.parametrize("background", ["white", "dark blue"])  # pale stripes are told from white
+@pytest.mark.parametrize(("colour", "size"), [("red", "large"), ("yellow", "large"), ("blue", "small")])
+def test_pale_stripes_belong_to_their_shape(background, colour, size):
+    plain = ClipSpec((ObjectSpec("heart", colour, size, "left", "medium"),), background=background, frames=9)
+    striped = replace(plain, objects=(replace(plain.objects[0], fill="striped"),))
+    (seen,), (found,) = measure(render_clip(plain))[0], measure(render_clip(striped))[0]
+    assert (seen.fill, seen.shape, seen.size, seen.motion) == ("plain", "heart", size, "left")
+    assert (found.fill, found.shape, found.size, found.motion) == ("striped", "heart", size, "left")
+    right = compare(*parse(f"a {size} striped {colour} heart moves left on a {background} background"), [seen],
+                    measure(render_clip(plain))[1])
+    assert right["fill"] == [False] and right["shape"] == [True]
 
 
 def test_an_empty_clip_has_nothing_right_of_its_shapes():

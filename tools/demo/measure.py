@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from tools.demo.attributes import BACKGROUNDS, COLOURS, DIRECTIONS, SIZES, lab
-from tools.demo.shapes import EXTENT, SDFS
+from tools.demo.shapes import EXTENT, SDFS, striped
 
 NAMES = (*COLOURS, *BACKGROUNDS)  # of labels, shapes' colours first
 BITS = 6  # colours are told apart on a grid of 64 steps a channel
@@ -28,6 +28,11 @@ ANGLES = 60
 SHAPE_FRAMES = 9
 MOVES = 0.04  # of the frame's shorter side: least way that counts as moving
 GROWS = 0.45  # least change of log area that counts as growing
+WIDEST_GAP = 10  # pixels between two stripes of the full colour
+PALE = 0.35  # of the way from a shape's colour to that of its pale stripes
+WHITE = 1.12  # white lies at 1.25
+ASIDE = 45.0  # most distance from that way, in RGB
+STRIPED = 0.25  # least share of pale pixels inside: drawn striped shapes have 0.45 or more, plain ones 0.01 or less
 TURNS = 0.04  # least changed part of the mask that counts as turning
 
 
@@ -41,6 +46,7 @@ class SeenShape:
     motion: str | None
     radius: float
     likeness: float
+    fill: str = "plain"
 
 
 @dataclass(frozen=True)
@@ -55,8 +61,12 @@ class SeenGround:
 def measure(frames: np.ndarray) -> tuple[tuple[SeenShape, ...], SeenGround]:
     """Shapes (none to two, by falling area) and background of a clip, uint8 (f, h, w, 3)."""
     colours = _shape_colours(frames)
-    masks = _masks(frames, colours)
-    seen = tuple(_measure_shape(colour, mask) for colour, mask in zip(colours, masks, strict=True))
+    fills, masks = [], []
+    for colour, mask in zip(colours, _masks(frames, colours), strict=True):
+        stripes = _stripes(frames, colour, mask)
+        fills.append("plain" if stripes is None else "striped")
+        masks.append(mask if stripes is None else _opened(mask | stripes))
+    seen = tuple(_measure_shape(*one) for one in zip(colours, masks, fills, strict=True))
     return seen, _measure_ground(frames, masks)
 
 
@@ -102,6 +112,35 @@ def _masks(frames: np.ndarray, colours: list[str]) -> list[np.ndarray]:
     return [_opened(of_pixel == NAMES.index(colour)) for colour in colours]
 
 
+def _stripes(frames: np.ndarray, colour: str, mask: np.ndarray) -> np.ndarray | None:
+    """The pale stripes between those of the full colour, of a striped shape; None for a plain one.
+
+    A pixel is pale by how far it is from the colour towards that of the stripes, which generated ones need not reach.
+    They make a shape striped if they are enough of its inside, in the middle one of the frames.
+    """
+    box = _surroundings(mask)
+    near = _eroded(_dilated(mask[box], WIDEST_GAP // 2), WIDEST_GAP // 2)
+    colour_rgb = np.array(COLOURS[colour], np.float32)
+    way, offset = striped(colour_rgb) - colour_rgb, frames[box] - colour_rgb
+    paleness = offset @ way / (way @ way)
+    aside = np.linalg.norm(offset - paleness[..., None] * way, axis=-1)
+    pale = (paleness > PALE) & (paleness < WHITE) & (aside < ASIDE)
+    inside = _eroded(near, 2)
+    areas = inside.sum(axis=(1, 2))
+    shares = (pale & inside).sum(axis=(1, 2))[areas > 0] / areas[areas > 0]
+    if not len(shares) or np.median(shares) < STRIPED:
+        return None
+    stripes = np.zeros_like(mask)
+    stripes[box] = pale & _dilated(mask[box], WIDEST_GAP // 2 + 1)  # the outermost stripe may be a pale one
+    return stripes
+
+
+def _surroundings(mask: np.ndarray) -> tuple[slice, slice, slice]:
+    """Where the mask of any frame is, and some way around."""
+    places = [np.flatnonzero(mask.any(axis=axes)) for axes in ((0, 2), (0, 1))]
+    return (slice(None), *(slice(max(0, at[0] - WIDEST_GAP), at[-1] + WIDEST_GAP + 1) for at in places))
+
+
 def _dilated(mask: np.ndarray, steps: int = 1) -> np.ndarray:
     """Every pixel that has one of the mask's within `steps` rows and columns."""
     for axis in (1, 2):
@@ -128,7 +167,7 @@ def _opened(mask: np.ndarray) -> np.ndarray:
 # ---- shapes ----
 
 
-def _measure_shape(colour: str, mask: np.ndarray) -> SeenShape:
+def _measure_shape(colour: str, mask: np.ndarray, fill: str) -> SeenShape:
     areas = mask.sum(axis=(1, 2)).astype(float)
     shape, likeness = _classify_shape(mask, areas)
     side = min(mask.shape[1:])
@@ -136,7 +175,7 @@ def _measure_shape(colour: str, mask: np.ndarray) -> SeenShape:
     radius = float(np.exp(np.log(present / _unit_area(shape)).mean() / 2)) / side
     size = min(SIZES, key=lambda name: abs(np.log(radius / SIZES[name])))
     motion = _classify_motion(mask, areas) if len(mask) > 1 else None
-    return SeenShape(colour, shape, size, motion, radius, likeness)
+    return SeenShape(colour, shape, size, motion, radius, likeness, fill)
 
 
 def _classify_shape(mask: np.ndarray, areas: np.ndarray) -> tuple[str, float]:

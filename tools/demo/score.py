@@ -1,4 +1,4 @@
-"""How often generated clips show what their captions say: colour, shape, size, motion, background.
+"""How often generated clips show what their captions say: colour, shape, size, motion, fill, background.
 
     python tools/demo/score.py FOLDER                     a data set (videos/, labels/), or sampled clips with JSON
     python tools/demo/score.py --pairs FILE.jsonl         lines {"file": mp4 beside FILE, "caption" or "prompt": text}
@@ -8,7 +8,7 @@
                                                           they mean; a data set's meta.jsonl has such lines as well
 
 Captions must be of the demo's grammar (`tools/demo/captions.py`). Each named shape is one count for colour, shape,
-size and motion; each clip one for the number of shapes, the background's pattern and its colours. "all" asks that a
+size, fill and motion; each clip one for number of shapes, pattern and colours of the background. "all" asks that a
 clip has everything right. The last column is what guessing evenly would give.
 """
 
@@ -37,7 +37,10 @@ from tools.demo.captions import Said, parse  # noqa: E402
 from tools.demo.measure import SeenGround, SeenShape, measure  # noqa: E402
 
 # Choices that a guess has; None where these differ from clip to clip.
-OF_SHAPE = {"colour": len(COLOURS), "shape": len(SHAPES), "size": len(SIZES), "motion": len(MOTIONS)}
+FILLS = ("plain", "striped")
+OF_SHAPE = {
+    "colour": len(COLOURS), "shape": len(SHAPES), "size": len(SIZES), "motion": len(MOTIONS), "fill": len(FILLS)
+}  # fmt: skip
 OF_CLIP = {"number": 2, "pattern": len(PATTERNS), "background": None, "all": None}
 EITHER_WAY = ("horizontal stripes", "vertical stripes", "checker")  # patterns whose two colours have no order
 
@@ -74,6 +77,7 @@ def compare(
         right["colour"].append(shape is not None and shape.colour == words.colour)
         right["shape"].append(shape is not None and shape.shape == words.shape)
         right["size"].append(shape is not None and shape.size == words.size)
+        right["fill"].append(shape is not None and shape.fill == words.fill)
         if words.motion is not None:
             right["motion"].append(shape is not None and shape.motion == words.motion)
     right["number"].append(len(said) == len(seen))

@@ -216,7 +216,13 @@ def _paint(item: ObjectSpec, px: np.ndarray, py: np.ndarray, scale: np.ndarray) 
     if item.fill == "plain":
         return np.broadcast_to(colour, (len(px), 1, 1, 3))
     stripe = _square_wave((px + py) * np.float32(0.5**0.5), 0.44, 0.25, scale)[..., None]
-    return colour + stripe * (255 - colour) * np.float32(0.8)
+    return colour + stripe * (striped(colour) - colour)
+
+
+def striped(colour: np.ndarray | tuple[int, int, int]) -> np.ndarray:
+    """Colour of the pale stripes between those of `colour`, float32 (..., 3)."""
+    colour = np.asarray(colour, np.float32)
+    return colour + (255 - colour) * np.float32(0.8)
 
 
 def _square_wave(position: np.ndarray, period: float, phase: float, pixels: np.ndarray | float) -> np.ndarray:
