@@ -21,7 +21,7 @@ from tools.demo.attributes import read_withheld
 from tools.demo.clip_feed import BatchShape, ClipFeed, FeedError, held_out_specs, make_batch
 from tools.demo.eval_vae import batches_of, border_ratio, evaluate, latent_statistics
 from tools.demo.vae_phases import learning_rate, parse_phases, phase_at
-from tools.demo.vae_training import Averages, LossWeights, rescale_latents, trainable_vae, vae_loss
+from tools.demo.vae_training import Averages, LossWeights, quieten_last_level, rescale_latents, trainable_vae, vae_loss
 
 REPO = Path(__file__).resolve().parents[2]
 SHAPE = BatchShape(3, 9, 32, 48)
@@ -176,6 +176,24 @@ def test_rescaling_gives_unit_latents_and_the_same_pictures(small_yaml, withheld
     np.testing.assert_allclose(figures["latents"]["deviation"], 1, rtol=1e-3)
     with pytest.raises(ValueError, match="16 positive factors"):
         rescale_latents(vae, -factors)
+
+
+@pytest.mark.parametrize("widths", ["[ 1, 1, 1, 1 ]", "[ 1, 2, 2, 2 ]"])  # the second with a shortcut between widths
+def test_a_loud_last_level_is_quietened_and_the_pictures_stay(tmp_path, widths):
+    lines = (REPO / "configs/demo_infer.yaml").read_text().splitlines()
+    kept = [line.split("ch_mult")[0] + f"ch_mult: {widths}" if "ch_mult" in line else line for line in lines]
+    (tmp_path / "demo.yaml").write_text("\n".join(kept))
+    torch.manual_seed(0)
+    vae = trainable_vae(merge_yaml([tmp_path / "demo.yaml"])["model"]["first_stage_config"]).eval()
+    z = torch.randn(1, 16, 3, 4, 4)
+    with torch.no_grad():
+        assert quieten_last_level(vae, z) == 1
+        vae.decoder.up[1].upsample.conv.weight *= 1e6
+        wanted = vae.decode(z)
+        assert quieten_last_level(vae, z) < 1e-2
+        torch.testing.assert_close(vae.decode(z), wanted, rtol=1e-3, atol=1e-3)
+        assert quieten_last_level(vae, z) == 1
+        assert torch.isfinite(vae.half().decode(z.half())).all()
 
 
 def test_border_ratio_looks_between_the_chunks():

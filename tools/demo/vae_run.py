@@ -14,9 +14,17 @@ from sgm.config import merge_yaml
 from sgm.models.autoencoder import VideoAutoencoder
 from sgm.weights.save import save_text
 from tools.demo.clip_feed import ClipFeed, Withheld, held_out_specs
-from tools.demo.eval_vae import TEST_SEED, evaluate, latent_statistics, summary
+from tools.demo.eval_vae import TEST_SEED, batches_of, evaluate, latent_statistics, summary
 from tools.demo.vae_phases import Phase
-from tools.demo.vae_training import LossWeights, Settings, export, rescale_latents, train, trainable_vae
+from tools.demo.vae_training import (
+    LossWeights,
+    Settings,
+    export,
+    quieten_last_level,
+    rescale_latents,
+    train,
+    trainable_vae,
+)
 
 STATISTICS_SEED = 7  # clips that the latents' scale is measured on, others than those of the report
 
@@ -39,6 +47,7 @@ def run(args: argparse.Namespace, phases: tuple[Phase, ...], withheld: Withheld,
     vae.requires_grad_(False).eval()
     scale, specs = model["scale_factor"], held_out_specs(args.test_clips, STATISTICS_SEED, withheld)
     rescale_latents(vae, 1 / scale / latent_statistics(vae, specs, device).deviation)
+    quieten_last_level(vae, vae.encode(next(batches_of(specs, device))))
     path = args.out / "vae" / "3d-vae.pt"
     export(vae, path, getattr(torch, args.store))
     figures = evaluate(_stored(vae, path), held_out_specs(args.test_clips, TEST_SEED, withheld), scale, device)

@@ -112,6 +112,34 @@ def rescale_latents(vae: nn.Module, factors: Tensor) -> None:
             layer.conv.weight /= factors[None, :, None, None, None]
 
 
+QUIET = 4096.0  # float16 ends at 65 504; other clips than those looked at may go higher
+
+
+def quieten_last_level(vae: VideoAutoencoder, latents: Tensor) -> float:
+    """Scale down the decoder's last level so that its values, for latents (b, c, t, h, w), stay below `QUIET`.
+
+    Nothing in training keeps that level's sums small, since norms read them, and float16 may not hold them. What adds
+    to them is multiplied by one power of two: the upsampling in front, and the last convolution of each block. Norms
+    give the same as before, but for their eps. Returns the factor; 1 where nothing was too large.
+    """
+    level, before = vae.decoder.up[0], vae.decoder.up[1].upsample.conv
+    seen: list[float] = []
+    watched = [vae.decoder.up[1].upsample, *level.block]
+    hooks = [part.register_forward_hook(lambda _, __, out: seen.append(float(out.abs().max()))) for part in watched]
+    with torch.no_grad():
+        vae.decode(latents)
+        for hook in hooks:
+            hook.remove()
+        factor = 2.0 ** min(0, math.floor(math.log2(QUIET / max(seen))))
+        for layer in (before, *(block.conv2.conv for block in level.block)):
+            layer.weight *= factor
+            layer.bias *= factor
+        for block in level.block:
+            if hasattr(block, "nin_shortcut"):  # what it takes is scaled already
+                block.nin_shortcut.bias *= factor
+    return factor
+
+
 def to_pixels(x: Tensor) -> Tensor:
     """uint8 (b, f, h, w, 3) -> (b, 3, f, h, w) in [-1, 1], float32; on a GPU channels stay last in memory."""
     pixels = x.movedim(-1, 1).float() / 127.5 - 1
