@@ -12,7 +12,7 @@ from tools.demo.captions import parse
 from tools.demo.measure import measure
 
 DEMO = REPO / "demo"
-PROMPT = "A large orange circle moves to the right over a plain dark blue background."
+PROMPT = "A large orange triangle moves to the right over a plain dark blue background."
 
 
 def test_files_are_those_of_the_hashes():
@@ -33,5 +33,5 @@ def test_a_clip_has_what_its_prompt_says(tmp_path):
     assert len(video) == 17
     shapes, ground = measure(video.get_batch(range(17)).asnumpy())
     (said,), (pattern, background, _) = parse(PROMPT)
-    assert [shape.colour for shape in shapes] == [said.colour]
+    assert [(shape.shape, shape.colour, shape.motion) for shape in shapes] == [(said.shape, said.colour, said.motion)]
     assert (ground.pattern, ground.background) == (pattern, background)

@@ -13,7 +13,7 @@ from tools.demo.make_dataset import Options, write_dataset
 
 FOLDER = Path(__file__).resolve().parents[2] / "demo" / "clips"
 PLAIN = "plain"
-COUNT = 32
+COUNT = 56
 
 
 def make_demo_clips(folder: Path) -> bool:

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Trains the bundled demo from nothing on one GPU: bash tools/demo/reproduce.sh WORK (on several: GPUS=2)
 #
-# WORK gets data, cache, runs, samples and scores (about 12 GB); WORK/demo is what the repository bundles as demo/.
+# WORK gets data, cache, runs, samples and scores (about 8 GB); WORK/demo is what the repository bundles as demo/.
 # Every stage is skipped when its result is there, so the same command goes on after an interruption.
-# Sizes may be set: CLIPS=20000 VAE_SECONDS=450 TEXT_SECONDS=190 ITERATIONS=4000 WORKERS=14 SEEDS=4 DEVICE=cuda.
+# Sizes may be set: CLIPS=14000 VAE_SECONDS=450 TEXT_SECONDS=190 SHORT=10000 ITERATIONS=7000 BATCH=96 WORKERS=14 SEEDS=4
+# DEVICE=cuda. SHORT and ITERATIONS are steps on images and 17 frames, and on whole clips in batches of BATCH a GPU.
 set -euo pipefail
 repo="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 work="${1:?usage: bash tools/demo/reproduce.sh WORK}"
@@ -13,8 +14,9 @@ cd "$repo"
 # shellcheck source=tools/setup_env.sh
 source tools/setup_env.sh
 
-clips="${CLIPS:-20000}" vae_seconds="${VAE_SECONDS:-450}" text_seconds="${TEXT_SECONDS:-190}"
-iterations="${ITERATIONS:-4000}" workers="${WORKERS:-14}" seeds="${SEEDS:-4}" device="${DEVICE:-cuda}"
+clips="${CLIPS:-14000}" vae_seconds="${VAE_SECONDS:-450}" text_seconds="${TEXT_SECONDS:-190}"
+short="${SHORT:-10000}" iterations="${ITERATIONS:-7000}" batch="${BATCH:-96}"
+workers="${WORKERS:-14}" seeds="${SEEDS:-4}" device="${DEVICE:-cuda}"
 weights=(
     --set "model.first_stage_config.params.ckpt_path=$work/vae/3d-vae.pt"
     --set "model.conditioner_config.params.emb_models.0.params.model_dir=$work/t5"
@@ -24,14 +26,10 @@ many=("$PYTHON")
 if ((gpus > 1)); then many+=(-m torch.distributed.run --standalone --nproc_per_node="$gpus"); fi
 stage() { echo "== $1 ($(date +%T))"; }
 
-draw() { # a data set of whole clips, and of a tenth as many with 17 frames
-    local words=(--withheld tools/demo/withheld.json --other-words 0.5 --workers "$workers")
-    "$PYTHON" tools/demo/make_dataset.py "$work/short" --frames 17 --count $((clips / 10)) --seed 2 "${words[@]}"
-    "$PYTHON" tools/demo/make_dataset.py "$work/clips" --count "$clips" --seed 1 "${words[@]}"
-}
 if [[ ! -e "$work/clips/meta.jsonl" ]]; then
     stage "clips"
-    draw &
+    "$PYTHON" tools/demo/make_dataset.py "$work/clips" --count "$clips" --seed 1 --other-words 0.5 \
+        --withheld tools/demo/withheld.json --workers "$workers" &
     making=$!
 fi
 if [[ ! -e "$work/t5/spiece.model" ]]; then
@@ -48,14 +46,21 @@ if [[ -n "${making:-}" ]]; then wait "$making"; fi
 
 stage "cache"
 "${many[@]}" tools/precompute_cache.py configs/demo_sft.yaml tools/demo/pretrain.yaml --cache-dir "$work/cache" \
-    --device "$device" --set "args.train_data=[$work/clips,$work/short]" "${weights[@]}"
+    --device "$device" --set "args.train_data=[$work/clips]" "${weights[@]}"
 
-if [[ ! -e "$work/demo/SHA256SUMS" ]]; then
-    stage "transformer"
+learn() { # NAME, then the rest of the command; goes on where an earlier run of it stopped
     "${many[@]}" train_video.py configs/demo_sft.yaml tools/demo/pretrain.yaml --cache-dir "$work/cache" \
-        --device "$device" --resume --set "args.train_data=[$work/clips,$work/short]" --set "args.save=$work/runs" \
-        --set "args.train_iters=$iterations" "${weights[@]}"
-    run="$(ls -td "$work"/runs/*/ | head -1)"
+        --device "$device" --resume --set "args.train_data=[$work/clips]" --set "args.save=$work/runs" \
+        --set "args.experiment_name=demo-$1" "${weights[@]}" "${@:2}"
+    run="$(ls -td "$work/runs/demo-$1"-*/ | head -1)"
+}
+if [[ ! -e "$work/demo/SHA256SUMS" ]]; then
+    stage "transformer: images and 17 frames"
+    learn short --set "args.train_iters=$short" --set args.lr_decay_ratio=0.2 --set "args.cache_lengths=[1,17]"
+    begun="$run$short-ema"
+    stage "transformer: 49 frames"
+    learn whole --set "args.train_iters=$iterations" --set "args.load=$begun" \
+        --set deepspeed.optimizer.params.lr=0.0015 --set "deepspeed.train_micro_batch_size_per_gpu=$batch"
     "$PYTHON" tools/demo/bundle.py --transformer "$run$iterations-ema" --vae "$work/vae/3d-vae.pt" \
         --text "$work/t5" --out "$work/demo"
 fi
@@ -69,3 +74,4 @@ cat "$work"/unseen/labels/*.txt > "$work/prompts.txt"
     --set "model.first_stage_config.params.ckpt_path=$work/demo/vae/3d-vae.pt" \
     --set "model.conditioner_config.params.emb_models.0.params.model_dir=$work/demo/t5"
 "$PYTHON" tools/demo/score.py "$work/samples" --json "$work/score.json" --workers "$workers"
+"$PYTHON" tools/demo/strips.py "$work/samples" --out "$work/strips.jpg"
