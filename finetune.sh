@@ -30,6 +30,7 @@ fi
 
 # shellcheck source=tools/setup_env.sh
 source "$repo/tools/setup_env.sh"
+keep_freed_memory
 
 if ((nproc * nnodes == 1)); then
     exec "$PYTHON" "$repo/train_video.py" ${arguments[@]+"${arguments[@]}"}

@@ -22,6 +22,7 @@ fi
 
 # shellcheck source=tools/setup_env.sh
 source "$repo/tools/setup_env.sh"
+keep_freed_memory
 
 if ((nproc == 1)); then
     exec "$PYTHON" "$repo/sample_video.py" ${arguments[@]+"${arguments[@]}"}

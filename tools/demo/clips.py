@@ -13,7 +13,8 @@ from tools.demo.make_dataset import Options, write_dataset
 
 FOLDER = Path(__file__).resolve().parents[2] / "demo" / "clips"
 PLAIN = "plain"
-COUNT = 56
+COUNT = 52  # clips of a style
+PLAIN_COUNT = 28  # beside them, so that what the model knows stays
 
 
 def make_demo_clips(folder: Path) -> bool:
@@ -29,13 +30,14 @@ def make_demo_clips(folder: Path) -> bool:
     name = folder.name
     if name not in (PLAIN, *STYLES):
         raise DatasetError(f"demo/clips/{name} is no demo data set; there are {', '.join((PLAIN, *STYLES))}.")
-    print(f"drawing {COUNT} clips into {os.path.relpath(folder)} (once)", file=sys.stderr, flush=True)
+    count = PLAIN_COUNT if name == PLAIN else COUNT
+    print(f"drawing {count} clips into {os.path.relpath(folder)} (once)", file=sys.stderr, flush=True)
     options = Options(style=None if name == PLAIN else name)
     try:
         FOLDER.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=FOLDER) as temporary:
             made = Path(temporary) / name
-            for _ in write_dataset(made, COUNT, options):
+            for _ in write_dataset(made, count, options):
                 pass
             os.replace(made, folder)
     except OSError as error:
