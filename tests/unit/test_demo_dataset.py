@@ -158,6 +158,10 @@ def test_contrast_is_guaranteed():
         for item in spec.objects:
             assert distance(item.colour, spec.background) >= MIN_CONTRAST
             assert not spec.second or distance(item.colour, spec.second) >= MIN_CONTRAST
+        spec = sample_spec(np.random.default_rng(i), style="striped-heart")
+        for item in spec.objects:
+            for name in filter(None, (spec.background, spec.second)):
+                assert min(distance(item.colour, name), distance(item.colour, name, stripes=True)) >= MIN_CONTRAST
 
 
 @pytest.mark.parametrize("style", [None, *STYLES])

@@ -118,6 +118,31 @@ def test_pale_stripes_belong_to_their_shape(background, colour, size):
     assert right["fill"] == [False] and right["shape"] == [True]
 
 
+@pytest.mark.parametrize("colour", ["red", "purple"])
+def test_stripes_that_are_not_pale_enough_are_no_second_shape(colour):
+    """A model's stripes may stop half-way, which is pink."""
+    item = ObjectSpec("heart", colour, "large", "right", "medium", fill="striped")
+    clips = [ClipSpec((replace(item, fill=fill),), background="black", frames=9) for fill in ("plain", "striped")]
+    plain, striped = (render_clip(clip).astype(np.float32) for clip in clips)
+    (seen,), _ = measure((plain + 0.55 * (striped - plain)).astype(np.uint8))
+    assert (seen.colour, seen.shape, seen.fill) == (colour, "heart", "striped")
+    beside = replace(item, shape="circle", colour="pink", size="small", place=(0.9, 0.5), fill="plain")
+    two = ClipSpec((replace(item, size="medium", place=(0.1, 0.5)), beside), background="black", frames=9)
+    assert {(s.shape, s.colour) for s in measure(render_clip(two))[0]} == {("heart", colour), ("circle", "pink")}
+
+
+def test_a_hole_over_a_pale_background_is_no_stripe():
+    item = ObjectSpec("ring", "green", "medium", "still", "medium")
+    (seen,), _ = measure(render_clip(ClipSpec((item,), "checker", "light blue", "dark green", frames=9)))
+    assert (seen.fill, seen.shape) == ("plain", "ring")
+
+
+def test_a_heart_turns_on_the_spot():
+    item = ObjectSpec("heart", "yellow", "large", "rotate", "fast", fill="striped")
+    (seen,), _ = measure(render_clip(ClipSpec((item,), background="gray", frames=33)))
+    assert (seen.shape, seen.motion) == ("heart", "rotate")
+
+
 def test_an_empty_clip_has_nothing_right_of_its_shapes():
     seen, ground = measure(np.full((5, 64, 96, 3), 16, np.uint8))
     assert seen == () and ground.pattern == "plain" and ground.background == "black"

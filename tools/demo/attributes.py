@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -113,23 +113,35 @@ def lab(rgb: np.ndarray) -> np.ndarray:
     return np.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], axis=-1)
 
 
+def pale(colour: str) -> np.ndarray:
+    """The other colour of a striped shape, sRGB 0..255, float32 (3,)."""
+    own = np.array(COLOURS[colour], np.float32)
+    return own + (255 - own) * np.float32(0.8)
+
+
 @cache
-def distance(colour: str, background: str, second: str = "", share: float = 0.0) -> float:
-    """CIELAB distance of a shape's colour to a background's, or to a mix of two of them."""
+def distance(colour: str, background: str, second: str = "", share: float = 0.0, stripes: bool = False) -> float:
+    """CIELAB distance of a shape's colour, or of its pale stripes, to a background's, or to a mix of two of them."""
     ground = np.array(BACKGROUNDS[background], np.float32)
     if second:
         ground = ground + share * (np.array(BACKGROUNDS[second], np.float32) - ground)
-    return float(np.linalg.norm(lab(np.array(COLOURS[colour])) - lab(ground)))
+    return float(np.linalg.norm(lab(pale(colour) if stripes else np.array(COLOURS[colour])) - lab(ground)))
 
 
-def stands_out(colour: str, pattern: str, background: str, second: str) -> bool:
-    """Whether a shape of this colour can be told from all of the background."""
-    if distance(colour, background) < MIN_CONTRAST or (second and distance(colour, second) < MIN_CONTRAST):
+def stands_out(colour: str, pattern: str, background: str, second: str, fill: str = "plain") -> bool:
+    """Whether a shape of this colour, with its stripes, can be told from all of the background."""
+    return all(
+        _stands_out(partial(distance, colour, stripes=stripes), pattern, background, second)
+        for stripes in ((False, True) if fill == "striped" else (False,))
+    )
+
+
+def _stands_out(away: Callable[..., float], pattern: str, background: str, second: str) -> bool:
+    if away(background) < MIN_CONTRAST or (second and away(second) < MIN_CONTRAST):
         return False
     if pattern != "gradient":
         return True
-    way = (distance(colour, background, second, share) for share in (0.2, 0.35, 0.5, 0.65, 0.8))
-    return min(way) >= MIN_GRADIENT_CONTRAST
+    return min(away(background, second, share) for share in (0.2, 0.35, 0.5, 0.65, 0.8)) >= MIN_GRADIENT_CONTRAST
 
 
 def is_possible(shape: str, motion: str) -> bool:

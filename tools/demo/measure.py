@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from itertools import permutations
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from tools.demo.attributes import BACKGROUNDS, COLOURS, DIRECTIONS, SIZES, lab
-from tools.demo.shapes import EXTENT, SDFS, striped
+from tools.demo.attributes import BACKGROUNDS, COLOURS, DIRECTIONS, SIZES, lab, pale
+from tools.demo.shapes import EXTENT, SDFS
 
 NAMES = (*COLOURS, *BACKGROUNDS)  # of labels, shapes' colours first
 BITS = 6  # colours are told apart on a grid of 64 steps a channel
@@ -28,11 +29,12 @@ ANGLES = 60
 SHAPE_FRAMES = 9
 MOVES = 0.04  # of the frame's shorter side: least way that counts as moving
 GROWS = 0.45  # least change of log area that counts as growing
-WIDEST_GAP = 10  # pixels between two stripes of the full colour
-PALE = 0.35  # of the way from a shape's colour to that of its pale stripes
+WIDEST_GAP = 32  # pixels between two stripes of the full colour
+PALE, TINT = 0.35, 0.15  # of the way from a shape's colour to that of its pale stripes
 WHITE = 1.12  # white lies at 1.25
 ASIDE = 45.0  # most distance from that way, in RGB
-STRIPED = 0.25  # least share of pale pixels inside: drawn striped shapes have 0.45 or more, plain ones 0.01 or less
+STRIPED = 0.25  # least share of pale pixels inside beyond that outside: drawn striped shapes have 0.45, plain ones none
+ITS_OWN = 0.8  # of a second colour's pixels, tints beside the first colour: then there is one shape
 TURNS = 0.04  # least changed part of the mask that counts as turning
 
 
@@ -60,7 +62,7 @@ class SeenGround:
 
 def measure(frames: np.ndarray) -> tuple[tuple[SeenShape, ...], SeenGround]:
     """Shapes (none to two, by falling area) and background of a clip, uint8 (f, h, w, 3)."""
-    colours = _shape_colours(frames)
+    colours = _without_tints(frames, _shape_colours(frames))
     fills, masks = [], []
     for colour, mask in zip(colours, _masks(frames, colours), strict=True):
         stripes = _stripes(frames, colour, mask)
@@ -106,6 +108,18 @@ def _shape_colours(frames: np.ndarray) -> list[str]:
     return [NAMES[i] for i in order if areas[i] >= least]
 
 
+def _without_tints(frames: np.ndarray, colours: list[str]) -> list[str]:
+    """Blurred between red and its pale stripes lies pink, which is no second shape then."""
+    masks = dict(zip(colours, _masks(frames, colours), strict=True))
+    for own, other in permutations(colours, 2):
+        box = _surroundings(masks[own])
+        paleness, aside = _paleness(frames[box], own)
+        tints = (paleness > TINT) & (aside < ASIDE) & _dilated(masks[own][box], WIDEST_GAP // 2 + 1)
+        if (tints & masks[other][box]).sum() > ITS_OWN * masks[other].sum():
+            return [own]
+    return colours
+
+
 def _masks(frames: np.ndarray, colours: list[str]) -> list[np.ndarray]:
     labels = tuple(NAMES.index(colour) for colour in colours) + tuple(range(len(COLOURS), len(NAMES)))
     of_pixel = _label(frames, labels)
@@ -116,23 +130,32 @@ def _stripes(frames: np.ndarray, colour: str, mask: np.ndarray) -> np.ndarray | 
     """The pale stripes between those of the full colour, of a striped shape; None for a plain one.
 
     A pixel is pale by how far it is from the colour towards that of the stripes, which generated ones need not reach.
-    They make a shape striped if they are enough of its inside, in the middle one of the frames.
+    They make a shape striped if they are so much more of its inside than of what is around.
     """
     box = _surroundings(mask)
     near = _eroded(_dilated(mask[box], WIDEST_GAP // 2), WIDEST_GAP // 2)
-    colour_rgb = np.array(COLOURS[colour], np.float32)
-    way, offset = striped(colour_rgb) - colour_rgb, frames[box] - colour_rgb
-    paleness = offset @ way / (way @ way)
-    aside = np.linalg.norm(offset - paleness[..., None] * way, axis=-1)
-    pale = (paleness > PALE) & (paleness < WHITE) & (aside < ASIDE)
-    inside = _eroded(near, 2)
-    areas = inside.sum(axis=(1, 2))
-    shares = (pale & inside).sum(axis=(1, 2))[areas > 0] / areas[areas > 0]
-    if not len(shares) or np.median(shares) < STRIPED:
+    paleness, aside = _paleness(frames[box], colour)
+    tints = (paleness > PALE) & (paleness < WHITE) & (aside < ASIDE)
+    if _covered(tints, _eroded(near, 2)) - _covered(tints, ~_dilated(near, 4)) < STRIPED:
         return None
     stripes = np.zeros_like(mask)
-    stripes[box] = pale & _dilated(mask[box], WIDEST_GAP // 2 + 1)  # the outermost stripe may be a pale one
+    stripes[box] = tints & _dilated(mask[box], WIDEST_GAP // 2)
     return stripes
+
+
+def _covered(mask: np.ndarray, region: np.ndarray) -> float:
+    """Part of a region that the mask covers, in the middle one of the frames that have any of it."""
+    areas = region.sum(axis=(1, 2))
+    shares = (mask & region).sum(axis=(1, 2))[areas > 0] / areas[areas > 0]
+    return float(np.median(shares)) if len(shares) else 0.0
+
+
+def _paleness(frames: np.ndarray, colour: str) -> tuple[np.ndarray, np.ndarray]:
+    """How far each pixel is on the way from a colour (0) to that of its stripes (1), and how far beside it."""
+    colour_rgb = np.array(COLOURS[colour], np.float32)
+    way, offset = pale(colour) - colour_rgb, frames - colour_rgb
+    paleness = offset @ way / (way @ way)
+    return paleness, np.linalg.norm(offset - paleness[..., None] * way, axis=-1)
 
 
 def _surroundings(mask: np.ndarray) -> tuple[slice, slice, slice]:

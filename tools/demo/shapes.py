@@ -31,6 +31,7 @@ from tools.demo.attributes import (
     ClipSpec,
     ObjectSpec,
     is_possible,
+    pale,
     stands_out,
 )
 from tools.demo.captions import caption
@@ -48,6 +49,8 @@ ORBIT_RADIUS = 0.2  # at most, in shorter sides
 TURNS = {"slow": 0.25, "medium": 0.5, "fast": 0.75}
 GROWTH = {"slow": 1.4, "medium": 1.7, "fast": 2.1}  # last radius over first
 WOBBLES = {"slow": 1.5, "medium": 2.0, "fast": 3.0}
+# In radii. A small heart's stripes are 9 pixels wide, the VAE's cells 8; its top has the full colour.
+STRIPE_PERIOD, STRIPE_PHASE = 0.84, 0.81
 DOT_PITCH, DOT_RADIUS = 0.25, 0.085  # in shorter sides
 Sdf = Callable[[np.ndarray, np.ndarray], np.ndarray]
 T = TypeVar("T")
@@ -110,8 +113,8 @@ def _star(x, y):
 
 
 def _heart(x, y):
-    # A square on its corner, with a half disc on each of its two upper sides.
-    u, v = (x - y - 0.1) * np.float32(0.5**0.5), (-x - y - 0.1) * np.float32(0.5**0.5)
+    # A square on its corner, with a half disc on each of its two upper sides; its centre of area lies in the middle.
+    u, v = (x - y + 0.239) * np.float32(0.5**0.5), (0.239 - x - y) * np.float32(0.5**0.5)
     half = 0.54
     discs = np.minimum(np.hypot(u - half, v), np.hypot(u, v - half)) - half
     return np.minimum(np.maximum(np.abs(u), np.abs(v)) - half, discs)
@@ -215,14 +218,8 @@ def _paint(item: ObjectSpec, px: np.ndarray, py: np.ndarray, scale: np.ndarray) 
     colour = np.array(COLOURS[item.colour], np.float32)
     if item.fill == "plain":
         return np.broadcast_to(colour, (len(px), 1, 1, 3))
-    stripe = _square_wave((px + py) * np.float32(0.5**0.5), 0.44, 0.25, scale)[..., None]
-    return colour + stripe * (striped(colour) - colour)
-
-
-def striped(colour: np.ndarray | tuple[int, int, int]) -> np.ndarray:
-    """Colour of the pale stripes between those of `colour`, float32 (..., 3)."""
-    colour = np.asarray(colour, np.float32)
-    return colour + (255 - colour) * np.float32(0.8)
+    stripe = _square_wave(py, STRIPE_PERIOD, STRIPE_PHASE, scale)[..., None]
+    return colour + stripe * (pale(item.colour) - colour)
 
 
 def _square_wave(position: np.ndarray, period: float, phase: float, pixels: np.ndarray | float) -> np.ndarray:
@@ -305,7 +302,7 @@ def sample_spec(
         objects.append(item)
     if style is not None:
         objects = [_restyle(item, style, frames) for item in objects]
-    pattern, background, second = _sample_background(rng, [item.colour for item in objects])
+    pattern, background, second = _sample_background(rng, objects)
     period, phase = _one_of(rng, PATTERN_PERIODS), _one_of(rng, PATTERN_PHASES)
     return ClipSpec(tuple(objects), pattern, background, second, period, phase, frames, height, width, fps)
 
@@ -330,12 +327,14 @@ def _restyle(item: ObjectSpec, name: str, frames: int) -> ObjectSpec:
     return replace(item, shape=style.shape or item.shape, fill=style.fill, motion=motion)
 
 
-def _sample_background(rng, colours: list[str]) -> tuple[str, str, str]:
+def _sample_background(rng, objects: list[ObjectSpec]) -> tuple[str, str, str]:
     pattern = _one_of(rng, PATTERNS)
     while True:
         background = _one_of(rng, tuple(BACKGROUNDS))
         second = "" if pattern == "plain" else _one_of(rng, tuple(BACKGROUNDS))
-        if background != second and all(stands_out(c, pattern, background, second) for c in colours):
+        if background != second and all(
+            stands_out(item.colour, pattern, background, second, item.fill) for item in objects
+        ):
             return pattern, background, second
 
 
