@@ -38,7 +38,8 @@ class FillSettings:
     Attributes:
         device: of the encoders.
         workers: decoding processes of this rank; 0 decodes here.
-        batch_size: clips of one shape through the VAE at a time; None: as many as one clip of 49x480x720 has pixels.
+        batch_size: clips of one shape through the VAE at a time; None: as many as one clip of 49x480x720 has pixels, on
+            a CPU one (several gain nothing there, and their memory is fetched from the system again and again).
         low_memory: the VAE takes a few frames at a time (the same result).
         rank, ranks: this process's share of the work.
         kernels: of the VAE.
@@ -54,7 +55,8 @@ class FillSettings:
 
     def batch_of(self, frames: Tensor) -> int:
         """Clips like these (f, 3, h, w) in a batch."""
-        return self.batch_size or max(1, min(64, BATCH_PIXELS * 3 // frames.numel()))
+        fitting = 1 if self.device.type == "cpu" else max(1, min(64, BATCH_PIXELS * 3 // frames.numel()))
+        return self.batch_size or fitting
 
 
 @dataclass(frozen=True)

@@ -243,6 +243,15 @@ def test_ranks_share_the_work(release, clips, tmp_path):
     assert len(scan.usable) == 4 and not scan.missing
 
 
+def test_small_clips_share_a_batch_on_a_gpu_only():
+    from sgm.training.precompute import FillSettings
+
+    small, large = torch.empty(49, 3, 128, 192, dtype=torch.uint8), torch.empty(49, 3, 480, 720, dtype=torch.uint8)
+    assert [FillSettings(torch.device("cuda")).batch_of(frames) for frames in (small, large)] == [14, 1]
+    assert [FillSettings(torch.device("cpu")).batch_of(frames) for frames in (small, large)] == [1, 1]
+    assert FillSettings(torch.device("cpu"), batch_size=3).batch_of(small) == 3
+
+
 def test_what_a_cache_cannot_replace_is_named(release, clips, tmp_path):
     made = content(release, clips, tmp_path, cache_dir=str(tmp_path / "cache"))
     made["model"]["conditioner_config"]["params"]["emb_models"][0]["is_trainable"] = True
