@@ -53,6 +53,16 @@ def test_settings_are_sensible_on_a_cpu(path):
     assert not config.notes and not training_advice(config.args, config.model, plan.optimizer.lr)
 
 
+@pytest.mark.parametrize("stage", [["args.cache_lengths=[1,17]", "args.lr_decay_ratio=0.2"], []])
+def test_pretraining_is_a_valid_overlay(stage):
+    """As tools/demo/reproduce.sh lays it over the configuration of fine-tuning, with its own data alone."""
+    overrides = ["args.train_data=[work/clips]", *stage]
+    config = load_run_config([SFT, REPO / "tools/demo/pretrain.yaml"], TrainArgs, overrides=overrides, flags={"cache_dir": "c"})
+    plan = plan_deepspeed(config.deepspeed, device_type="cuda", data_parallel_size=2)
+    assert (config.args.mode, config.args.load, plan.dtype) == ("pretrain", None, "bf16")
+    assert config.args.auto_warmup_steps == 0 and not config.args.eval_interval
+
+
 def test_the_unedited_shipped_file_means_the_demo(monkeypatch):
     monkeypatch.chdir(REPO)
     chosen, why = choose_config(train_video.SHIPPED, train_video.DEMO)

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Trains the bundled demo from nothing on one GPU: bash tools/demo/reproduce.sh WORK (on several: GPUS=2)
 #
-# WORK gets data, cache, runs, samples and scores (about 8 GB); WORK/demo is what the repository bundles as demo/.
+# WORK gets data, cache, runs, samples and scores (about 15 GB); WORK/demo is what the repository bundles as demo/.
 # Every stage is skipped when its result is there, so the same command goes on after an interruption.
-# Sizes may be set: CLIPS=14000 VAE_SECONDS=450 TEXT_SECONDS=190 SHORT=10000 ITERATIONS=7000 BATCH=96 WORKERS=14 SEEDS=4
+# Sizes may be set: CLIPS=30000 VAE_SECONDS=450 TEXT_SECONDS=190 SHORT=10000 ITERATIONS=21000 BATCH=96 WORKERS=14 SEEDS=4
 # DEVICE=cuda. SHORT and ITERATIONS are steps on images and 17 frames, and on whole clips in batches of BATCH a GPU.
 set -euo pipefail
 repo="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
@@ -14,8 +14,8 @@ cd "$repo"
 # shellcheck source=tools/setup_env.sh
 source tools/setup_env.sh
 
-clips="${CLIPS:-14000}" vae_seconds="${VAE_SECONDS:-450}" text_seconds="${TEXT_SECONDS:-190}"
-short="${SHORT:-10000}" iterations="${ITERATIONS:-7000}" batch="${BATCH:-96}"
+clips="${CLIPS:-30000}" vae_seconds="${VAE_SECONDS:-450}" text_seconds="${TEXT_SECONDS:-190}"
+short="${SHORT:-10000}" iterations="${ITERATIONS:-21000}" batch="${BATCH:-96}"
 workers="${WORKERS:-14}" seeds="${SEEDS:-4}" device="${DEVICE:-cuda}"
 weights=(
     --set "model.first_stage_config.params.ckpt_path=$work/vae/3d-vae.pt"
@@ -28,7 +28,7 @@ stage() { echo "== $1 ($(date +%T))"; }
 
 if [[ ! -e "$work/clips/meta.jsonl" ]]; then
     stage "clips"
-    "$PYTHON" tools/demo/make_dataset.py "$work/clips" --count "$clips" --seed 1 --other-words 0.5 \
+    "$PYTHON" tools/demo/make_dataset.py "$work/clips" --count "$clips" --seed 1 --other-words 0.55 \
         --withheld tools/demo/withheld.json --workers "$workers" &
     making=$!
 fi
