@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sgm.modules.ops.modulation import RotaryTable
-from sgm.modules.ops.triton_block import _aligned, _or, _row_vector
+from sgm.modules.ops.triton_block import _aligned, _or, _vector
 
 _TILE = 4096  # values of a tensor that a program holds
 _PROGRAMS = 512  # for each sample, or for the queries and for the keys
@@ -38,11 +38,11 @@ def _residual_norm_backward_kernel(
     cols = tl.arange(0, COLS)
     col_inside = cols < d
     if NORM:
-        slope = 1.0 + _row_vector(text_scale, video_scale, is_text, sample * scale_stride + cols, col_inside)
+        slope = 1.0 + _vector(text_scale, video_scale, is_text, sample * scale_stride + cols, col_inside)[None, :]
         if AFFINE:
             slope = slope * tl.load(weight + cols, mask=col_inside, other=0.0).to(tl.float32)[None, :]
     if RESIDUAL:
-        gate = _row_vector(text_gate, video_gate, is_text, sample * gate_stride + cols, col_inside)
+        gate = _vector(text_gate, video_gate, is_text, sample * gate_stride + cols, col_inside)[None, :]
     plain_sum = tl.zeros((COLS,), tl.float32)
     normed_sum = tl.zeros((COLS,), tl.float32)
     gate_sum = tl.zeros((COLS,), tl.float32)
