@@ -14,7 +14,7 @@ from tools.demo.make_dataset import Options, write_dataset
 FOLDER = Path(__file__).resolve().parents[2] / "demo" / "clips"
 PLAIN = "plain"
 COUNT = 52  # clips of a style
-PLAIN_COUNT = 28  # beside them, so that what the model knows stays
+PLAIN_COUNT = 16  # beside them, so that what the model knows stays
 
 
 def make_demo_clips(folder: Path) -> bool:
