@@ -33,7 +33,7 @@ WIDEST_GAP = 32  # pixels between two stripes of the full colour
 PALE, TINT = 0.35, 0.15  # of the way from a shape's colour to that of its pale stripes
 WHITE = 1.12  # white lies at 1.25
 ASIDE = 45.0  # most distance from that way, in RGB
-STRIPED = 0.25  # least share of pale pixels inside beyond that outside: drawn striped shapes have 0.45, plain ones none
+STRIPED = 0.25  # least share of pale pixels inside a striped shape, beyond that outside
 ITS_OWN = 0.8  # of a second colour's pixels, tints beside the first colour: then there is one shape
 TURNS = 0.04  # least changed part of the mask that counts as turning
 
