@@ -62,13 +62,13 @@ class SeenGround:
 
 def measure(frames: np.ndarray) -> tuple[tuple[SeenShape, ...], SeenGround]:
     """Shapes (none to two, by falling area) and background of a clip, uint8 (f, h, w, 3)."""
-    colours = _without_tints(frames, _shape_colours(frames))
+    found = _without_tints(frames, _masks(frames, _shape_colours(frames)))
     fills, masks = [], []
-    for colour, mask in zip(colours, _masks(frames, colours), strict=True):
+    for colour, mask in found.items():
         stripes = _stripes(frames, colour, mask)
         fills.append("plain" if stripes is None else "striped")
         masks.append(mask if stripes is None else _opened(mask | stripes))
-    seen = tuple(_measure_shape(*one) for one in zip(colours, masks, fills, strict=True))
+    seen = tuple(_measure_shape(*one) for one in zip(found, masks, fills, strict=True))
     return seen, _measure_ground(frames, masks)
 
 
@@ -108,22 +108,22 @@ def _shape_colours(frames: np.ndarray) -> list[str]:
     return [NAMES[i] for i in order if areas[i] >= least]
 
 
-def _without_tints(frames: np.ndarray, colours: list[str]) -> list[str]:
+def _masks(frames: np.ndarray, colours: list[str]) -> dict[str, np.ndarray]:
+    """The mask of each colour, in their order."""
+    labels = tuple(NAMES.index(colour) for colour in colours) + tuple(range(len(COLOURS), len(NAMES)))
+    of_pixel = _label(frames, labels)
+    return {colour: _opened(of_pixel == NAMES.index(colour)) for colour in colours}
+
+
+def _without_tints(frames: np.ndarray, masks: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Blurred between red and its pale stripes lies pink, which is no second shape then."""
-    masks = dict(zip(colours, _masks(frames, colours), strict=True))
-    for own, other in permutations(colours, 2):
+    for own, other in permutations(masks, 2):
         box = _surroundings(masks[own])
         paleness, aside = _paleness(frames[box], own)
         tints = (paleness > TINT) & (aside < ASIDE) & _dilated(masks[own][box], WIDEST_GAP // 2 + 1)
         if (tints & masks[other][box]).sum() > ITS_OWN * masks[other].sum():
-            return [own]
-    return colours
-
-
-def _masks(frames: np.ndarray, colours: list[str]) -> list[np.ndarray]:
-    labels = tuple(NAMES.index(colour) for colour in colours) + tuple(range(len(COLOURS), len(NAMES)))
-    of_pixel = _label(frames, labels)
-    return [_opened(of_pixel == NAMES.index(colour)) for colour in colours]
+            return _masks(frames, [own])
+    return masks
 
 
 def _stripes(frames: np.ndarray, colour: str, mask: np.ndarray) -> np.ndarray | None:
@@ -133,13 +133,14 @@ def _stripes(frames: np.ndarray, colour: str, mask: np.ndarray) -> np.ndarray | 
     They make a shape striped if they are so much more of its inside than of what is around.
     """
     box = _surroundings(mask)
-    near = _eroded(_dilated(mask[box], WIDEST_GAP // 2), WIDEST_GAP // 2)
+    reach = _dilated(mask[box], WIDEST_GAP // 2)
+    near = _eroded(reach, WIDEST_GAP // 2)
     paleness, aside = _paleness(frames[box], colour)
     tints = (paleness > PALE) & (paleness < WHITE) & (aside < ASIDE)
     if _covered(tints, _eroded(near, 2)) - _covered(tints, ~_dilated(near, 4)) < STRIPED:
         return None
     stripes = np.zeros_like(mask)
-    stripes[box] = tints & _dilated(mask[box], WIDEST_GAP // 2)
+    stripes[box] = tints & reach
     return stripes
 
 

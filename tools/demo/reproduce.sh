@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains the bundled demo from nothing on one GPU: bash tools/demo/reproduce.sh WORK (on several: GPUS=2)
 #
-# WORK gets data, cache, runs, samples and scores (about 15 GB); WORK/demo is what the repository bundles as demo/.
+# WORK gets data, cache, runs, samples and scores (about 17 GB); WORK/demo is what the repository bundles as demo/.
 # Every stage is skipped when its result is there, so the same command goes on after an interruption.
 # Sizes may be set: CLIPS=30000 VAE_SECONDS=450 TEXT_SECONDS=190 SHORT=10000 ITERATIONS=21000 BATCH=96 WORKERS=14 SEEDS=4
 # DEVICE=cuda. SHORT and ITERATIONS are steps on images and 17 frames, and on whole clips in batches of BATCH a GPU.
