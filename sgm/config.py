@@ -49,6 +49,9 @@ def option(default: Any, help: str, *, choices: Sequence[Any] = (), at_least: fl
     return dataclasses.field(default=default, metadata=metadata)
 
 
+EXACT = ("kernels", "attention", "cpu_bf16")  # switches of `accelerate:` with the same result within rounding
+
+
 @dataclass(frozen=True)
 class AccelerateArgs:
     """The `accelerate:` section: faster ways to the same result, and from `step_cache` on, to nearly the same."""
@@ -61,8 +64,16 @@ class AccelerateArgs:
     )
     attention: str = option(
         "default",
-        "implementation of attention that is tried first: default (PyTorch chooses), cudnn, flash",
-        choices=("default", "cudnn", "flash"),
+        "implementation of attention that is tried first: default (PyTorch chooses), cudnn, flash, flash4 (the package "
+        "flash-attn-4, for GPUs of compute capability 9 and 10)",
+        choices=("default", "cudnn", "flash", "flash4"),
+    )
+    cpu_bf16: bool | str = option(
+        False,
+        "matrix products of the transformer and convolutions of the VAE in bfloat16 on a CPU, weights and all else as "
+        "they are: auto where the CPU has instructions for them (AVX512-BF16, AMX), true also elsewhere, where it is "
+        "slow; no effect on a GPU",
+        choices=(False, True, "auto"),
     )
     step_cache: bool = option(
         False, "sampling steps that run the first layer alone; what the others add is predicted from earlier steps"
@@ -98,7 +109,7 @@ class AccelerateArgs:
     def approximate(self) -> dict[str, Any]:
         """The switches that change results, where they are on; the step cache's options with it only."""
         defaults = dataclasses.asdict(AccelerateArgs())
-        values = {name: v for name, v in dataclasses.asdict(self).items() if name not in ("kernels", "attention")}
+        values = {name: v for name, v in dataclasses.asdict(self).items() if name not in EXACT}
         cache = {name: v for name, v in values.items() if name.startswith("step_cache") and self.step_cache}
         return cache | {n: v for n, v in values.items() if not n.startswith("step_cache") and v != defaults[n]}
 

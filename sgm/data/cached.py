@@ -104,7 +104,8 @@ class CachedClips(Dataset):
     """Encoded clips of a folder.
 
     An item holds `moments` (t, 2c, h, w) and `txt_embedding` (l, d) in the cache's type, `txt`, `num_frames` (pixel
-    frames), `fps`, `path` and `index`.
+    frames), `fps`, `path`, `index`, and `prior`: this object's attribute, whether the clips are to keep what the model
+    knows.
 
     Args:
         report: file of `sgm.data.report` that says what is usable and what is not.
@@ -134,6 +135,7 @@ class CachedClips(Dataset):
         self._texts = PackedEntries([store.entry(text_key(clip.caption)) for clip in scan.usable])
         self.shapes = PackedShapes([self._moments[k].shape for k in range(len(scan.usable))])
         self.reader = ShardReader(store.shards)
+        self.prior = False
 
     def first_frames(self, frames: int) -> Dataset:
         """The first `frames` pixel frames, 4k + 1, of each clip that is that long; possibly of none.
@@ -171,6 +173,7 @@ class CachedClips(Dataset):
             "fps": self.settings.fps,
             "path": self._paths[index],
             "index": index,
+            "prior": self.prior,
         }
 
 

@@ -93,6 +93,7 @@ class SFTDataset(Dataset):
         self._broken = torch.zeros(len(self.paths), dtype=torch.uint8).share_memory_()
         # `paths` and the others have them, in a form that forked workers do not copy
         self.report.usable, self.report.captions, self.report.shapes = [], [], []
+        self.prior = False
 
     @classmethod
     def create_dataset_function(cls, path: str, args: Any, **kwargs: Any) -> SFTDataset:
@@ -104,7 +105,8 @@ class SFTDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """A clip: `mp4` float32 (f, 3, h, w) in [-1, 1], `txt`, `num_frames` (f), `fps` (that of the clip), and
-        `path` and `index` of the clip that was in fact read.
+        `path` and `index` of the clip that was in fact read, and `prior`, this object's attribute: whether the clips
+        are to keep what the model knows.
 
         Raises:
             IndexError: no such clip.
@@ -125,7 +127,7 @@ class SFTDataset(Dataset):
                 self._mark_broken(candidate, path, fault)
                 continue
             size = {"num_frames": len(frames), "fps": self.settings.fps}
-            return {"mp4": frames, "txt": caption, **size, "path": str(path), "index": candidate}
+            return {"mp4": frames, "txt": caption, **size, "path": str(path), "index": candidate, "prior": self.prior}
         where = f"; see {self.report_path}" if self.report_path else ""
         raise DatasetError(f"{self.data_dir}: none of the {len(self)} clips can be read any more{where}")
 

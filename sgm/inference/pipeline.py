@@ -67,12 +67,13 @@ class TextToVideo:
         with torch.device("meta"):
             self.engine = SATVideoDiffusionEngine(**model, dtype=self.args.dtype)
         self.engine.eval().requires_grad_(False)
-        self.kernels = choose_kernels(config.accelerate.kernels, config.accelerate.attention, device)
+        fast = config.accelerate
+        self.kernels = choose_kernels(fast.kernels, fast.attention, device, fast.cpu_bf16)
         self.engine.use_kernels(self.kernels)
-        self.fp8 = config.accelerate.fp8
+        self.fp8 = fast.fp8
         if self.fp8:
             check_fp8(device)
-        self.shortcuts = shortcuts_of(config.accelerate)
+        self.shortcuts = shortcuts_of(fast)
         self.calls: CallCount | None = None  # of the last sampling run, where shortcuts were taken
         self.facts = WeightFacts()
         self._loaded: set[str] = set()

@@ -14,6 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from sgm.modules.diffusionmodules.denoiser import Network
 from sgm.modules.diffusionmodules.shortcuts import ShortcutRun
 from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
 from sgm.modules.ops.choice import Kernels
@@ -68,6 +69,8 @@ class SATVideoDiffusionEngine(nn.Module):
         self.log_keys = tuple(log_keys or ())
         self.not_trainable_prefixes = tuple(not_trainable_prefixes)
         self.first_stage_autocast = not disable_first_stage_autocast
+        self.kernels = Kernels()
+        self.base: Network | None = None  # what the network was, for samples of a batch that are to keep it
 
         wrapper = get_obj_from_str(network_wrapper) if network_wrapper else OpenAIWrapper
         network = instantiate_from_config(network_config, dtype=dtype)
@@ -85,6 +88,7 @@ class SATVideoDiffusionEngine(nn.Module):
 
     def use_kernels(self, kernels: Kernels) -> None:
         """Run network and first stage with these implementations of their operations."""
+        self.kernels = kernels
         self.network.use_ops(kernels.block)
         if self.first_stage_model is not None:
             self.first_stage_model.use_ops(kernels.vae)
@@ -172,7 +176,8 @@ class SATVideoDiffusionEngine(nn.Module):
         if detailed is None:
             loss = self.loss_fn(self.model, self.denoiser, self.conditioner, z, batch).mean()
             return loss, {"loss": loss.detach()}
-        details = detailed(self.model, self.denoiser, self.conditioner, z, batch)
+        kept = {} if self.base is None else {"base": self.base}
+        details = detailed(self.model, self.denoiser, self.conditioner, z, batch, **kept)
         loss = details.loss.mean()
         logs = {"sample_loss": details.loss.detach(), "timestep_share": details.timestep_share}
         return loss, {"loss": loss.detach()} | logs

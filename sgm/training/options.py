@@ -53,7 +53,13 @@ class TrainArgs:
     save_frozen: bool = option(False, "save text encoder and VAE as well, as the original does (10 GB more at 2B)")
     log_interval: int = option(50, "iterations between progress lines", at_least=1)
     train_data: list[str] = option([], "training folders, each with videos/ and labels/")
-    train_data_weights: list[float] | None = option(None, "share of each training folder; default: its size")
+    prior_data: list[str] = option(
+        [], "further training folders, of clips like those that the model knows: their target is the prediction of the "
+        "model as it was loaded, so that it does not forget them; full fine-tuning keeps a copy of the network for it"
+    )  # fmt: skip
+    train_data_weights: list[float] | None = option(
+        None, "share of each folder of train_data and prior_data; default: its size"
+    )
     valid_data: list[str] | None = option(None, "validation folders; may be the training ones")
     split: str = option("1000,1,1", "shares of train, validation and test data, where valid_data is not given")
     data_order: str = option(
@@ -109,11 +115,17 @@ class TrainArgs:
         if not self.train_data:
             problems.append("args.train_data is empty: name at least one folder with videos/ and labels/")
         weights = self.train_data_weights
-        if weights is not None and (len(weights) != len(self.train_data) or not all(0 < w < math.inf for w in weights)):
+        folders = self.training_folders
+        if weights is not None and (len(weights) != len(folders) or not all(0 < w < math.inf for w in weights)):
             problems.append(
                 f"args.train_data_weights is {weights}; it needs one positive number for each of the "
-                f"{len(self.train_data)} folders of train_data"
+                f"{len(folders)} folders of train_data{' and prior_data' if self.prior_data else ''}"
             )
+        both = set(self.train_data) & set(self.prior_data)
+        if both:
+            problems.append(f"args.prior_data and args.train_data both name {min(both)}; a folder is one or the other")
+        if self.prior_data and not self.load:
+            problems.append("args.prior_data keeps what a loaded model knows; set args.load, or leave it out")
         if self.mode == "finetune" and not self.load:
             problems.append("args.load is not set: fine-tuning starts from transformer weights (or set mode: pretrain)")
         if self.cache_dir and self.save_frozen:
@@ -131,6 +143,16 @@ class TrainArgs:
             problems.append(f"args: {error}")
         if problems:
             raise ConfigError("; ".join(problems))
+
+    @property
+    def training_folders(self) -> list[str]:
+        """Those that are trained on: of the new, then of the known."""
+        return [*self.train_data, *self.prior_data]
+
+    @property
+    def data_folders(self) -> list[str]:
+        """Each folder of the run once."""
+        return list(dict.fromkeys([*self.training_folders, *(self.valid_data or [])]))
 
     def schedule(self, lr: float) -> ScheduleSettings:
         """The learning-rate settings of a run of `train_iters` steps."""

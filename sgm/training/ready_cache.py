@@ -38,11 +38,6 @@ class ReadyCache:
         return cached_datasets(scans, self.store, self.settings, reports, name, dist.get_rank() == 0)
 
 
-def data_folders(args: TrainArgs) -> list[str]:
-    """Training and validation folders, each once."""
-    return list(dict.fromkeys([*args.train_data, *(args.valid_data or [])]))
-
-
 def ready_cache(
     config: RunConfig[TrainArgs],
     dtype: str,
@@ -66,7 +61,7 @@ def ready_cache(
     if info.rank == 0:
         for note in _differences(store, dtype, cache_identity(config.model, settings)):
             say(f"note: {note}", flush=True)
-    folders = data_folders(args)
+    folders = args.data_folders
     scans = _scan(store, config, folders)
     short = [scan for scan in scans if scan.missing]
     if short:
@@ -76,9 +71,10 @@ def ready_cache(
                 f"{store.folder} lacks {lacking}. Fill it with tools/precompute_cache.py, or leave out args.cache_fill"
             )
         say(f"cache: encoding {lacking}", flush=True)
+        fast = config.accelerate
         how = FillSettings(
             info.device, args.num_workers, batch_size, args.vae_low_memory, info.rank, info.world_size,
-            choose_kernels(config.accelerate.kernels, config.accelerate.attention, info.device),
+            choose_kernels(fast.kernels, fast.attention, info.device, fast.cpu_bf16),
         )  # fmt: skip
         fill(store, config.model, [clip for scan in short for clip in scan.missing], settings, how,
              lambda line: say(line, flush=True))  # fmt: skip

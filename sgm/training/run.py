@@ -47,6 +47,7 @@ from sgm.training.setup import (
     check_buckets,
     checkpointing_mode,
     load_engine,
+    mark_prior,
     memory_needs,
     planned_needs,
     split_validation,
@@ -115,8 +116,9 @@ def _prepare(
     ranks = distributed.data_parallel_world_size()
     needs.append(memory_needs(engine, config, plan, ranks))
     groups = parameter_groups(engine)
+    products = ", products in bf16" if engine.kernels.cpu_bf16 else ""
     say(f"training {count(groups):,} of {sum(p.numel() for p in engine.parameters()):,} values; {info.world_size} "
-        f"process{'es' if info.world_size > 1 else ''}, {plan.dtype}, ZeRO {plan.stage}", flush=True)  # fmt: skip
+        f"process{'es' if info.world_size > 1 else ''}, {plan.dtype}{products}, ZeRO {plan.stage}", flush=True)  # fmt: skip
     say("\n".join(needs[0].report(free_memory(info.device))), flush=True)
 
     reports = folder or Path(from_first(lambda: stack.enter_context(_temporary_folder())))
@@ -175,6 +177,7 @@ def with_found_places(config: RunConfig[TrainArgs]) -> RunConfig[TrainArgs]:
     args = dataclasses.replace(
         args,
         train_data=[found_path(folder) for folder in args.train_data],
+        prior_data=[found_path(folder) for folder in args.prior_data],
         valid_data=valid,
         cache_dir=args.cache_dir and found_path(args.cache_dir),
     )
@@ -186,16 +189,11 @@ def _make_what_is_missing(
 ) -> None:
     """The demo's clips, by the first process of a machine while the others wait."""
     if info.local_rank == 0:
-        for folder in _data_folders(config.args) if make_data else ():
-            if not folder.exists():
-                make_data(folder)
+        for folder in map(Path, config.args.data_folders) if make_data else ():
+            if not folder.expanduser().exists():
+                make_data(folder.expanduser())
     if info.world_size > 1:
         dist.barrier()
-
-
-def _data_folders(args: TrainArgs) -> list[Path]:
-    """Each data folder once."""
-    return [Path(path).expanduser() for path in dict.fromkeys([*args.train_data, *(args.valid_data or [])])]
 
 
 def _check_places(config: RunConfig[TrainArgs], dry_run: bool) -> None:
@@ -206,7 +204,8 @@ def _check_places(config: RunConfig[TrainArgs], dry_run: bool) -> None:
     """
     # With a cache only what is missing from it needs the encoders, whose absence is noticed then.
     check_paths({} if config.args.cache_dir else config.model, config.args.load)
-    folders = {"train_data": config.args.train_data, "valid_data": config.args.valid_data or []}
+    args = config.args
+    folders = {"train_data": args.train_data, "prior_data": args.prior_data, "valid_data": args.valid_data or []}
     problems = [f"args.{place} is still the placeholder {text!r}" for place, text in placeholders_in(folders)]
     problems += [
         f"args.{name}: no folder {path}, nor a manifest or shard"
@@ -263,13 +262,17 @@ def _datasets(config: RunConfig[TrainArgs], reports: Path, cache: ReadyCache | N
     args = config.args
     build = cache.datasets if cache else partial(build_datasets, config.data)
     train_sets = build(args.train_data, reports, "train_data")
+    prior_sets = build(args.prior_data, reports, "prior_data")
+    for dataset in prior_sets:
+        mark_prior(dataset)
     if not args.eval_interval and not args.epochs:
-        return train_sets, []
+        return train_sets + prior_sets, []
     if args.valid_data == args.train_data:
-        return train_sets, train_sets
+        return train_sets + prior_sets, train_sets
     if args.valid_data:
-        return train_sets, build(args.valid_data, reports, "valid_data")
-    return split_validation(train_sets, args.split, args.seed)
+        return train_sets + prior_sets, build(args.valid_data, reports, "valid_data")
+    train_sets, valid_sets = split_validation(train_sets, args.split, args.seed)
+    return train_sets + prior_sets, valid_sets
 
 
 def left_out(datasets: list[Any]) -> list[str]:

@@ -28,6 +28,7 @@ from sgm.training.cache import cached_model_section
 from sgm.training.deepspeed_setup import DeepSpeedPlan
 from sgm.training.memory import MemoryNeeds
 from sgm.training.options import TrainArgs, split_shares
+from sgm.training.prior import BaseNetwork, needs_copy
 from sgm.util import check_params, get_obj_from_str, instantiate_from_config, split_config
 
 T5_XXL, T5_XXL_VALUES = "google/t5-v1_1-xxl", 4_762_310_656
@@ -88,6 +89,18 @@ def check_graphs(args: TrainArgs, plan: DeepSpeedPlan, checkpointing: bool | str
         raise ConfigError(f"args.cuda_graphs does not go with {' and '.join(found)}; leave one of them out")
 
 
+def check_prior(args: TrainArgs, plan: DeepSpeedPlan) -> None:
+    """Whether `args.prior_data` goes with the rest of a configuration.
+
+    Raises:
+        ConfigError: the network cannot be run a second time within a step.
+    """
+    obstacles = {"args.cuda_graphs": args.cuda_graphs, "deepspeed.zero_optimization.stage: 3": plan.stage == 3}
+    found = [name for name, there in obstacles.items() if there]
+    if args.prior_data and found:
+        raise ConfigError(f"args.prior_data does not go with {' and '.join(found)}; leave one of them out")
+
+
 def meta_engine(model: Mapping[str, Any], dtype: str) -> SATVideoDiffusionEngine:
     """The engine without weights or memory, for estimates and for loading."""
     with torch.device("meta"):
@@ -105,11 +118,13 @@ def load_engine(
         KernelError: `accelerate.kernels` do not run on `device`.
     """
     args = config.args
-    refuse_approximations(config.accelerate)
-    kernels = choose_kernels(config.accelerate.kernels, config.accelerate.attention, device)
+    fast = config.accelerate
+    refuse_approximations(fast)
+    kernels = choose_kernels(fast.kernels, fast.attention, device, fast.cpu_bf16)
     model = training_model_section(config.model, args)
     engine = meta_engine(model, plan.dtype)
     check_graphs(args, plan, engine.network.transformer.checkpoint_activations)
+    check_prior(args, plan)
     to = {"device": device, "dtype": engine.dtype}
     loaded = None
     if args.load:
@@ -134,6 +149,8 @@ def load_engine(
             "['all'] needs a lora_config beside it (see the comments in configs/cogvideox_2b_sft.yaml)"
         )
     engine.to(device)
+    if args.prior_data:
+        engine.base = BaseNetwork(engine.model)
     if args.cuda_graphs and device.type == "cuda":
         engine.use_graphs()
     return engine, loaded
@@ -145,8 +162,7 @@ def arrange_first_stage(engine: SATVideoDiffusionEngine, config: RunConfig[Train
     """
     if engine.first_stage_model is None or config.args.cache_dir or plan.stage == 3:
         return
-    device = next(engine.first_stage_model.parameters()).device
-    if choose_kernels(config.accelerate.kernels, config.accelerate.attention, device).fused:
+    if engine.kernels.fused:
         engine.first_stage_model.set_channels_last()
 
 
@@ -180,6 +196,17 @@ def build_datasets(
         if not first and takes_report:
             made.append(cls(**{**params, **extra, "validate": "report"}))
     return made
+
+
+def mark_prior(dataset: Any) -> None:
+    """Let a data set's items say that they keep what the model knows.
+
+    Raises:
+        ConfigError: a class that is not made for it.
+    """
+    if not hasattr(dataset, "prior"):
+        raise ConfigError(f"args.prior_data: {type(dataset).__name__} gives items without `prior`, see SFTDataset")
+    dataset.prior = True
 
 
 def _wait_for_first() -> None:
@@ -237,6 +264,8 @@ def memory_needs(
     """Sizes of a run for the estimate; `engine` may lie on the meta device (then without adapters)."""
     trained = sum(p.numel() for p in engine.parameters() if p.requires_grad)
     values = sum(p.numel() for p in engine.parameters())
+    if config.args.prior_data and needs_copy(engine.model):
+        values += sum(p.numel() for p in engine.model.parameters())
     frames, height, width = _clip_size(config)
     network = engine.network
     grid = network.patch.grid((frames - 1) // 4 + 1, height // 8, width // 8)

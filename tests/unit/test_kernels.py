@@ -220,7 +220,8 @@ def test_cpu_benchmark_prints_json_lines(capsys, monkeypatch, tmp_path):
     assert list(run)[-3:] == ["sample", "decode", "whole"] and run["whole"]["peak_gib"] > 0
     assert run["whole"]["ms"] >= run["sample"]["ms"] + run["decode"]["ms"]
     for part in ("dit", "vae_decode", "vae_encode"):
-        ours, theirs = (line for line in lines if line.get("part") == part)
+        ours, half, theirs = (line for line in lines if line.get("part") == part)
+        assert half["variant"] == "ours, bf16" and 0 < half["error_to_ours"] < 2e-2
         assert ours["variant"] == "ours" and ours["ms"] > 0 and ours["limit_ms"] > 0
         assert theirs["variant"] == "diffusers"
         assert "skipped" in theirs or theirs["error_to_ours"] < 1e-4

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sgm.modules.ops.attention import BACKENDS, attention_by
+from sgm.modules.ops.attention import NAMES, AttentionError, attention_by
 from sgm.modules.ops.block_ops import BlockOps
 from sgm.modules.ops.modulation import split_modulation
 from tools.bench.measure import Ceilings, emit, relative_error, time_runs
@@ -75,8 +75,12 @@ def _bench_attention(network: nn.Module, frames: int, device: torch.device, ceil
     flops = 4.0 * 2 * n * n * network.hidden_size
     limit = ceilings.limit_ms(flops)
     expected: Tensor | None = None
-    for name in ("default", *BACKENDS):
-        attend = attention_by(name)
+    for name in NAMES:
+        try:
+            attend = attention_by(name, device)
+        except AttentionError as error:
+            emit(part="block", operation=f"attention_{name}", skipped=str(error))
+            continue
         timing = time_runs(lambda a=attend: a(*heads), device, SECONDS, least=5)
         expected = timing.result if expected is None else expected
         emit(

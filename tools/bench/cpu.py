@@ -1,10 +1,10 @@
 """Speed on the CPU: `python tools/bench/cpu.py`. Prints JSON lines.
 
-Sizes are those of a configuration (default: the demo's), weights random, everything float32. First a whole run by its
+Sizes are those of a configuration (default: the demo's), weights random, float32. First a whole run by its
 stages (imports beyond PyTorch's, building, loading, text encoder, sampling, decoding) and its peak of resident memory;
-after it the transformer's forward on a guidance pair and the VAE's decode and encode, ours and diffusers' with
-the same weights (where diffusers is installed). Each names its limit: its arithmetic at the rate of a large matrix
-product, measured in the same run. On a machine that does other work meanwhile, only ratios mean anything.
+after it the transformer's forward on a guidance pair and the VAE's decode and encode: ours, ours with products in
+bfloat16 (`accelerate.cpu_bf16`), and diffusers' with the same weights (where it is installed). Each names its limit: its
+arithmetic at the rate of a large matrix product in float32, measured in the same run. On a machine that does other work meanwhile, only ratios mean anything.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from sgm.config import RunConfig, load_run_config
 from sgm.inference.noise import SampleId
 from sgm.inference.options import SampleArgs
 from sgm.inference.placement import peak_memory
+from sgm.modules.ops.choice import Kernels, choose_kernels
 from sgm.weights.random_release import write_random_release
 from tools.bench import models
 from tools.bench.flops import conv_flops, network_flops
@@ -69,10 +70,18 @@ class Bench:
         return timing.result
 
     def compare(
-        self, part: str, ours: Callable[[], Tensor], build: Callable[[], Callable[[], Tensor]], flops: float
+        self,
+        part: str,
+        ours: Callable[[], Tensor],
+        use: Callable[[Kernels], None],
+        build: Callable[[], Callable[[], Tensor]],
+        flops: float,
     ) -> None:
-        """Time ours, and what `build` makes of diffusers where it is installed."""
+        """Time ours, plain and on other kernels by `use`, and what `build` makes of diffusers where it is there."""
         expected = self.report(part, "ours", ours, flops)
+        use(choose_kernels("plain", "default", CPU, products=True))
+        self.report(part, "ours, bf16", ours, flops, expected)
+        use(Kernels())
         try:
             theirs = build()
         except ImportError as error:
@@ -132,7 +141,7 @@ def bench_dit(bench: Bench) -> None:
         other = models.diffusers_network_like(network, bench.config)
         return lambda: other(hidden_states=x, encoder_hidden_states=text, timestep=steps, return_dict=False)[0]
 
-    bench.compare("dit", lambda: network(x, steps, text), build, flops)
+    bench.compare("dit", lambda: network(x, steps, text), lambda k: network.use_ops(k.block), build, flops)
 
 
 def bench_decode(bench: Bench) -> None:
@@ -164,7 +173,8 @@ def _bench_first_stage(
         other = models.diffusers_coder_like(stage, bench.config, coder)
         return lambda: theirs(other)
 
-    bench.compare("vae_" + coder.removesuffix("r"), lambda: ours(stage), build, flops)
+    part = "vae_" + coder.removesuffix("r")
+    bench.compare(part, lambda: ours(stage), lambda k: stage.use_ops(k.vae), build, flops)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

@@ -78,7 +78,7 @@ def training_limit(network: nn.Module, tokens: int, rank: int, attention: str, c
     place = next(network.parameters())
     shape = (1, network.hidden_size // width, tokens, width)
     heads = [torch.randn(shape, device=place.device, dtype=place.dtype, requires_grad=True) for _ in range(3)]
-    attend, slope = attention_by(attention), torch.randn(shape, device=place.device, dtype=place.dtype)
+    attend, slope = attention_by(attention, place.device), torch.randn(shape, device=place.device, dtype=place.dtype)
 
     def both_ways() -> Tensor:
         with torch.enable_grad():

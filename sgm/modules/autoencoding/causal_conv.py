@@ -69,15 +69,18 @@ def frames_of(x: Activation, start: int, stop: int) -> Tensor:
     return x[:, :, start:stop] if isinstance(x, Tensor) else x.frames(start, stop)
 
 
+_ON_ONEDNN = (torch.float32, torch.bfloat16)
+
+
 class ClipConv3d(nn.Conv3d):
     """Conv3d that runs in oneDNN on a CPU, whatever the size of the clip.
 
-    PyTorch itself leaves a single float32 clip to a matrix product per frame of unfolded patches where b * c * t * h
+    PyTorch itself leaves a single clip to a matrix product per frame of unfolded patches where b * c * t * h
     is at most 20480 (width does not count), which takes up to ten times as long.
     """
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if x.device.type != "cpu" or x.dtype != torch.float32 or not torch.backends.mkldnn.enabled:
+        if x.device.type != "cpu" or x.dtype not in _ON_ONEDNN or not torch.backends.mkldnn.enabled:
             return super()._conv_forward(x, weight, bias)
         return torch.mkldnn_convolution(x, weight, bias, self.padding, self.stride, self.dilation, self.groups)
 

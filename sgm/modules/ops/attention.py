@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -14,6 +15,11 @@ BACKENDS: dict[str, list[SDPBackend]] = {
     "cudnn": [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
     "flash": [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
 }
+NAMES = ("default", *BACKENDS, "flash4")
+
+
+class AttentionError(ValueError):
+    """An implementation of attention does not run here; the message says why."""
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -25,8 +31,17 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value)
 
 
-def attention_by(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """`attention` by torch's own choice ("default"), or with one of `BACKENDS` first."""
+def attention_by(name: str, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """`attention` by torch's own choice ("default"), with one of `BACKENDS` first, or by FlashAttention-4 ("flash4").
+
+    Raises:
+        AttentionError: "flash4" without its package, or on another device than a GPU that it was written for.
+    """
+    if name == "flash4":
+        from sgm.modules.ops import flash4
+
+        flash4.demand_flash4(device)
+        return flash4.flash4_attention
     return attention if name == "default" else partial(_attention_ordered, BACKENDS[name])
 
 

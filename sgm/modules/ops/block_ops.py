@@ -89,6 +89,7 @@ class BlockOps(NamedTuple):
     residual_norm: Callable[..., tuple[Tensor, Tensor]] = residual_norm
     gated_residual: Callable[..., Tensor] = gated_residual
     split_heads: Callable[..., Heads] = split_heads
+    linear: Callable[[nn.Module, Tensor], Tensor] = apply_linear
     linear_gelu: Callable[[nn.Module, Tensor], Tensor] = linear_gelu
     attention: Attention = attention
 

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 import torch
 
-from sgm.modules.ops import block_ops, vae
-from sgm.modules.ops.attention import BACKENDS, attention_by
+from sgm.modules.ops import block_ops, cpu_bf16, vae
+from sgm.modules.ops.attention import NAMES, AttentionError, attention_by
 from sgm.modules.ops.block_ops import BlockOps
 from sgm.modules.ops.triton_support import INTERPRETED, has_triton
 from sgm.modules.ops.vae import VaeOps
 
 KERNELS = ("auto", "plain", "triton")
-ATTENTION = ("default", *BACKENDS)
+CPU_BF16 = (False, True, "auto")
 
 
 class KernelError(ValueError):
@@ -22,34 +22,53 @@ class KernelError(ValueError):
 
 @dataclass(frozen=True)
 class Kernels:
-    """Operations of the transformer's blocks and of the VAE. `fused`: made for GPUs and channels-last weights."""
+    """Operations of the transformer's blocks and of the VAE.
+
+    `fused`: made for GPUs and channels-last weights; `cpu_bf16`: products in bfloat16 on a CPU.
+    """
 
     block: BlockOps = block_ops.PLAIN
     vae: VaeOps = vae.PLAIN
     fused: bool = False
+    cpu_bf16: bool = False
 
 
-def choose_kernels(kernels: str, attention: str, device: torch.device) -> Kernels:
+def choose_kernels(kernels: str, attention: str, device: torch.device, products: bool | str = False) -> Kernels:
     """The operations for `device`.
 
     Args:
         kernels: "plain": PyTorch's operations; "triton": fused kernels; "auto": fused on a GPU where Triton is
             installed, plain elsewhere.
-        attention: "default": torch chooses; else one of `BACKENDS`, tried first.
+        attention: "default": torch chooses; else another of `NAMES`, tried first.
+        products: matrix products and convolutions in bfloat16 on a CPU: True, or "auto": where it has instructions
+            for them. Changes nothing on other devices.
     Raises:
         KernelError: "triton" without Triton or without a GPU, or an unknown name.
     """
-    for name, value, choices in (("kernels", kernels, KERNELS), ("attention", attention, ATTENTION)):
+    for name, value, choices in (
+        ("kernels", kernels, KERNELS),
+        ("attention", attention, NAMES),
+        ("cpu_bf16", products, CPU_BF16),
+    ):
         if value not in choices:
-            raise KernelError(f"accelerate.{name} is {value!r}; choose one of {', '.join(choices)}.")
+            raise KernelError(f"accelerate.{name} is {value!r}; choose one of {', '.join(map(str, choices))}.")
     on_gpu = device.type == "cuda" or INTERPRETED
     if kernels == "triton" and not (on_gpu and has_triton()):
         missing = "Triton is not installed" if on_gpu else f"the device is {device.type}, which Triton does not serve"
         raise KernelError(f"accelerate.kernels is 'triton', but {missing}; write auto or plain.")
-    attend = attention_by(attention)
-    if kernels == "plain" or not (on_gpu and has_triton()):
-        return Kernels(block_ops.PLAIN._replace(attention=attend))
-    return _fused(attend)
+    try:
+        attend = attention_by(attention, device)
+    except AttentionError as error:
+        raise KernelError(f"accelerate.attention is {attention!r}, but {error}; or choose another.") from error
+    if kernels != "plain" and on_gpu and has_triton():
+        return _fused(attend)
+    plain = block_ops.PLAIN._replace(attention=attend)
+    half = products is True or (products == "auto" and cpu_bf16.has_bf16_products())
+    if device.type != "cpu" or not half:
+        return Kernels(plain)
+    operations = {"linear": cpu_bf16.linear, "linear_gelu": cpu_bf16.linear_gelu, "attention": cpu_bf16.attention}
+    block, coders = plain._replace(**operations), vae.PLAIN._replace(convolve=cpu_bf16.convolve)
+    return Kernels(block, coders, cpu_bf16=True)
 
 
 def _fused(attend: block_ops.Attention) -> Kernels:

@@ -46,5 +46,6 @@ def run_layer(mode: bool | str, layer: Callable[..., Any], *args: Any, **kwargs:
 
 
 def _attention_ops() -> list[Any]:
-    found = (getattr(torch.ops.aten, name, None) for name in _ATTENTION_NAMES)
+    found = [getattr(torch.ops.aten, name, None) for name in _ATTENTION_NAMES]
+    found.append(getattr(torch.ops.cogvideox_sat, "flash4", None))
     return [packet.default for packet in found if packet is not None]

@@ -14,8 +14,8 @@ from sgm.modules.ops.modulation import Modulation, RotaryTable
 
 # The fastest on an H200 at the model's shapes. Tokens that a program of `_residual_norm_kernel` takes, its warps with a
 # norm, and without (no sum to share then); values that a program of `_head_norm_rotate_kernel` holds, its warps.
-_ROWS, _NORM_WARPS, _GATE_WARPS = 32, 4, 8
-_HEAD_TILE, _HEAD_WARPS = 4096, 8
+_ROWS, _NORM_WARPS, _GATE_WARPS = 4, 4, 8
+_HEAD_TILE, _HEAD_WARPS = 1024, 4
 
 
 @triton.jit

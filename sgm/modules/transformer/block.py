@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from sgm.modules.ops.block_ops import PLAIN, BlockOps
-from sgm.modules.ops.linear import apply_linear
 from sgm.modules.ops.modulation import BlockModulation, RotaryTable
 from sgm.modules.ops.recompute import run_layer
 from sgm.modules.ops.step_cache import LayerRunner, run_layers
@@ -85,7 +84,7 @@ def dit_block(
 
     text, video = modulation.text_mlp, modulation.video_mlp
     hidden, x = ops.residual_norm(hidden, x, *gates, norm, text, video, text_length)
-    x = apply_linear(layer.mlp.dense_4h_to_h, ops.linear_gelu(layer.mlp.dense_h_to_4h, x))
+    x = ops.linear(layer.mlp.dense_4h_to_h, ops.linear_gelu(layer.mlp.dense_h_to_4h, x))
     return ops.gated_residual(hidden, x, text.gate, video.gate, text_length)
 
 
@@ -104,10 +103,10 @@ def joint_attention(
     The rows of `query_key_value` are the thirds q, k, v, each with its heads one after the other.
     """
     head_width = module.hidden_size_per_attention_head
-    qkv = apply_linear(module.query_key_value, x)
+    qkv = ops.linear(module.query_key_value, x)
     heads = ops.split_heads(qkv, head_width, query_norm, key_norm, rotary, text_length)
     mixed = (attend or ops.attention)(*(part.transpose(1, 2) for part in heads))  # (b, h, n, hd)
-    return apply_linear(module.dense, mixed.transpose(1, 2).flatten(2))
+    return ops.linear(module.dense, mixed.transpose(1, 2).flatten(2))
 
 
 class DiTLayer(BaseTransformerLayer):
