@@ -43,19 +43,23 @@ MIN_GRADIENT_CONTRAST = 26.0  # the same along a gradient's way, which may pass 
 WITHHELD_FIELDS = ("shape", "colour", "motion")
 
 
+STRIPED_SIZES = ("medium", "large")  # a small shape's stripes are as wide as a cell of the VAE
+
+
 @dataclass(frozen=True)
 class Style:
-    """A look that clips have on request only: what it changes of a shape."""
+    """A look that clips have on request only: what it changes of a shape, and the sizes that it comes in."""
 
     shape: str | None = None
     fill: str = "plain"
     motion: str | None = None
+    sizes: tuple[str, ...] = tuple(SIZES)
 
 
 STYLES = {
-    "striped-heart": Style(shape="heart", fill="striped"),
+    "striped-heart": Style("heart", "striped", sizes=STRIPED_SIZES),
     "wobble": Style(motion="wobble"),
-    "wobbling-striped-heart": Style("heart", "striped", "wobble"),
+    "wobbling-striped-heart": Style("heart", "striped", "wobble", STRIPED_SIZES),
 }
 
 

@@ -292,9 +292,10 @@ def sample_spec(
         raise ValueError(f"unknown style {style!r}; choose one of {', '.join(STYLES)}")
     count = 1 + (rng.random() < two)
     pick = sorted(withheld) if only_withheld else None
+    sizes = [name for name in tuple(SIZES)[: 3 if count == 1 else 2] if style is None or name in STYLES[style].sizes]
     objects: list[ObjectSpec] = []
     while len(objects) < count:
-        item = _sample_object(rng, frames, count, pick)
+        item = _sample_object(rng, frames, sizes, pick)
         if pick is None and frames > 1 and item.combination in withheld:
             continue
         if any(item.shape == other.shape or item.colour == other.colour for other in objects):
@@ -307,7 +308,7 @@ def sample_spec(
     return ClipSpec(tuple(objects), pattern, background, second, period, phase, frames, height, width, fps)
 
 
-def _sample_object(rng, frames: int, count: int, pick: list[tuple[str, str, str]] | None) -> ObjectSpec:
+def _sample_object(rng, frames: int, sizes: list[str], pick: list[tuple[str, str, str]] | None) -> ObjectSpec:
     while True:
         if pick is not None:
             shape, colour, motion = pick[rng.integers(len(pick))]
@@ -316,7 +317,7 @@ def _sample_object(rng, frames: int, count: int, pick: list[tuple[str, str, str]
             motion = _one_of(rng, MOTIONS) if frames > 1 else "still"
         if is_possible(shape, motion):
             break
-    size = _one_of(rng, tuple(SIZES)[: 3 if count == 1 else 2])
+    size = _one_of(rng, tuple(sizes))
     speed = "medium" if motion == "still" else _one_of(rng, SPEEDS)
     return ObjectSpec(shape, colour, size, motion, speed, (_unit(rng), _unit(rng)), _unit(rng))
 
