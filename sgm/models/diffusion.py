@@ -71,6 +71,7 @@ class SATVideoDiffusionEngine(nn.Module):
         self.first_stage_autocast = not disable_first_stage_autocast
         self.kernels = Kernels()
         self.base: Network | None = None  # what the network was, for samples of a batch that are to keep it
+        self.base_weight = 1.0  # of their loss
 
         wrapper = get_obj_from_str(network_wrapper) if network_wrapper else OpenAIWrapper
         network = instantiate_from_config(network_config, dtype=dtype)
@@ -176,7 +177,7 @@ class SATVideoDiffusionEngine(nn.Module):
         if detailed is None:
             loss = self.loss_fn(self.model, self.denoiser, self.conditioner, z, batch).mean()
             return loss, {"loss": loss.detach()}
-        kept = {} if self.base is None else {"base": self.base}
+        kept = {} if self.base is None else {"base": self.base, "base_weight": self.base_weight}
         details = detailed(self.model, self.denoiser, self.conditioner, z, batch, **kept)
         loss = details.loss.mean()
         logs = {"sample_loss": details.loss.detach(), "timestep_share": details.timestep_share}

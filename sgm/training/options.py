@@ -57,6 +57,7 @@ class TrainArgs:
         [], "further training folders, of clips like those that the model knows: their target is the prediction of the "
         "model as it was loaded, so that it does not forget them; full fine-tuning keeps a copy of the network for it"
     )  # fmt: skip
+    prior_weight: float = option(1.0, "weight of the loss of prior_data's clips", at_least=0)
     train_data_weights: list[float] | None = option(
         None, "share of each folder of train_data and prior_data; default: its size"
     )

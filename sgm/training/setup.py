@@ -150,7 +150,7 @@ def load_engine(
         )
     engine.to(device)
     if args.prior_data:
-        engine.base = BaseNetwork(engine.model)
+        engine.base, engine.base_weight = BaseNetwork(engine.model), args.prior_weight
     if args.cuda_graphs and device.type == "cuda":
         engine.use_graphs()
     return engine, loaded

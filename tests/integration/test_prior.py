@@ -93,12 +93,13 @@ def test_only_marked_samples_have_the_base_for_their_target(parts, tmp_path):
     batch = {"txt": ["a", "b", "c"], "prior": torch.tensor([False, True, False])}
     cond = {"crossattn": torch.randn(3, 12, 32)}
 
-    def losses(model, base):
-        return engine.loss_fn.detailed(model, engine.denoiser, lambda _: cond, z, batch, idx, noise, base).loss
+    def losses(model, base, weight=1.0):
+        return engine.loss_fn.detailed(model, engine.denoiser, lambda _: cond, z, batch, idx, noise, base, weight).loss
 
     plain, mixed = losses(engine.model, None), losses(engine.model, engine.base)
     assert torch.equal(mixed[[0, 2]], plain[[0, 2]])
     assert not torch.allclose(mixed[1], plain[1], rtol=0.05)
+    torch.testing.assert_close(losses(engine.model, engine.base, 3.0), mixed * torch.tensor([1.0, 3.0, 1.0]))
     at_home = copy.copy(engine.base)._copy
     assert losses(at_home, engine.base)[1] < 1e-10
 

@@ -150,6 +150,12 @@ def test_edges_are_soft():
     assert 40 < between.sum() < 300
 
 
+@pytest.mark.parametrize("style", STYLES)
+def test_a_style_comes_in_its_sizes(style):
+    seen = {item.size for i in range(60) for item in sample_spec(np.random.default_rng(i), style=style).objects}
+    assert seen == set(STYLES[style].sizes)
+
+
 def test_contrast_is_guaranteed():
     from tools.demo.attributes import distance
 

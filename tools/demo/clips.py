@@ -13,8 +13,8 @@ from tools.demo.make_dataset import Options, write_dataset
 
 FOLDER = Path(__file__).resolve().parents[2] / "demo" / "clips"
 PLAIN = "plain"
-COUNT = 52  # clips of a style
-PLAIN_COUNT = 16  # beside them, so that what the model knows stays
+COUNT = 64  # clips of a style, one shape each
+PLAIN_COUNT = 40  # beside them, so that what the model knows stays
 
 
 def make_demo_clips(folder: Path) -> bool:
@@ -32,7 +32,7 @@ def make_demo_clips(folder: Path) -> bool:
         raise DatasetError(f"demo/clips/{name} is no demo data set; there are {', '.join((PLAIN, *STYLES))}.")
     count = PLAIN_COUNT if name == PLAIN else COUNT
     print(f"drawing {count} clips into {os.path.relpath(folder)} (once)", file=sys.stderr, flush=True)
-    options = Options(style=None if name == PLAIN else name)
+    options = Options() if name == PLAIN else Options(style=name, two=0.0)
     try:
         FOLDER.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=FOLDER) as temporary:

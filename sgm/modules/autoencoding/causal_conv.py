@@ -69,7 +69,11 @@ def frames_of(x: Activation, start: int, stop: int) -> Tensor:
     return x[:, :, start:stop] if isinstance(x, Tensor) else x.frames(start, stop)
 
 
-_ON_ONEDNN = (torch.float32, torch.bfloat16)
+def _takes(dtype: torch.dtype) -> bool:
+    """Whether oneDNN convolves this type on this CPU."""
+    if not torch.backends.mkldnn.enabled:
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class ClipConv3d(nn.Conv3d):
@@ -80,7 +84,7 @@ class ClipConv3d(nn.Conv3d):
     """
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if x.device.type != "cpu" or x.dtype not in _ON_ONEDNN or not torch.backends.mkldnn.enabled:
+        if x.device.type != "cpu" or not _takes(x.dtype):
             return super()._conv_forward(x, weight, bias)
         return torch.mkldnn_convolution(x, weight, bias, self.padding, self.stride, self.dilation, self.groups)
 

@@ -122,17 +122,19 @@ class VideoDiffusionLoss:
         idx: Tensor | None = None,
         noise: Tensor | None = None,
         base: Network | None = None,
+        base_weight: float = 1.0,
     ) -> LossDetails:
         """As `__call__`, with the timesteps that were drawn.
 
-        With a `base`, samples whose entry in batch["prior"] (b,) is true have its estimate for their target, not z.
+        With a `base`, samples whose entry in batch["prior"] (b,) is true have its estimate for their target, not z, and
+        `base_weight` times the weight.
         """
         cond = conditioner(batch)
         extras = {key: batch[key] for key in self.batch2model_keys if key in batch}
         signal, idx, noise = self._draw(z, idx, noise)
         noised = add_noise(z, noise, signal)
         estimate = denoiser(network, noised, signal, cond, idx=idx, **extras)
-        target = z.float()
+        target, weight = z.float(), snr_weight(signal, self.min_snr_value)
         if base is not None:
             (kept,) = batch["prior"].nonzero(as_tuple=True)  # on the CPU, so that nobody waits for the device
             if len(kept):
@@ -142,7 +144,8 @@ class VideoDiffusionLoss:
                     base, noised[rows], signal[rows], {name: given.pop(name) for name in cond}, idx=idx[rows], **given
                 )
                 target = target.index_copy(0, rows, known.float())
-        loss = weighted_error(estimate, target, snr_weight(signal, self.min_snr_value), self.type)
+                weight = weight.index_copy(0, rows, base_weight * weight[rows])
+        loss = weighted_error(estimate, target, weight, self.type)
         return LossDetails(loss, idx / self.sigma_sampler.num_idx)
 
     def _draw(self, z: Tensor, idx: Tensor | None, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
