@@ -116,9 +116,9 @@ def _prepare(
     ranks = distributed.data_parallel_world_size()
     needs.append(memory_needs(engine, config, plan, ranks))
     groups = parameter_groups(engine)
-    products = ", products in bf16" if engine.kernels.cpu_bf16 else ""
+    types = plan.dtype + (", products in bf16" if engine.kernels.cpu_bf16 else "")
     say(f"training {count(groups):,} of {sum(p.numel() for p in engine.parameters()):,} values; {info.world_size} "
-        f"process{'es' if info.world_size > 1 else ''}, {plan.dtype}{products}, ZeRO {plan.stage}", flush=True)  # fmt: skip
+        f"process{'es' if info.world_size > 1 else ''}, {types}, ZeRO {plan.stage}", flush=True)  # fmt: skip
     say("\n".join(needs[0].report(free_memory(info.device))), flush=True)
 
     reports = folder or Path(from_first(lambda: stack.enter_context(_temporary_folder())))

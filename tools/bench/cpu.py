@@ -3,8 +3,9 @@
 Sizes are those of a configuration (default: the demo's), weights random, float32. First a whole run by its
 stages (imports beyond PyTorch's, building, loading, text encoder, sampling, decoding) and its peak of resident memory;
 after it the transformer's forward on a guidance pair and the VAE's decode and encode: ours, ours with products in
-bfloat16 (`accelerate.cpu_bf16`), and diffusers' with the same weights (where it is installed). Each names its limit: its
-arithmetic at the rate of a large matrix product in float32, measured in the same run. On a machine that does other work meanwhile, only ratios mean anything.
+bfloat16 (`accelerate.cpu_bf16`), and diffusers' with the same weights (where it is installed). Each names its limit:
+its arithmetic at the rate of a large matrix product in float32, measured in the same run. On a machine that does other
+work meanwhile, only ratios mean anything.
 """
 
 from __future__ import annotations

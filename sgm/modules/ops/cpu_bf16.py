@@ -18,7 +18,7 @@ from sgm.modules.ops.linear import apply_linear
 
 HALF = torch.bfloat16
 LARGEST_SCORES = 2**26
-"""Attention scores (b heads n^2) that are held at once; above it PyTorch's own attention, which holds none, takes over."""
+"""Attention scores (b heads n^2) that are held at once; for more, PyTorch's own attention, which holds none."""
 
 
 def has_bf16_products() -> bool:
