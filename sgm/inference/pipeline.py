@@ -68,8 +68,7 @@ class TextToVideo:
             self.engine = SATVideoDiffusionEngine(**model, dtype=self.args.dtype)
         self.engine.eval().requires_grad_(False)
         fast = config.accelerate
-        self.kernels = choose_kernels(fast.kernels, fast.attention, device, fast.cpu_bf16)
-        self.engine.use_kernels(self.kernels)
+        self.engine.use_kernels(choose_kernels(fast.kernels, fast.attention, device, fast.cpu_bf16))
         self.fp8 = fast.fp8
         if self.fp8:
             check_fp8(device)
@@ -122,7 +121,7 @@ class TextToVideo:
         elif part == "first_stage":
             self.facts.first_stage = load_first_stage(self.engine.first_stage_model, **to)
             lean = self.placement.kind == "lean"
-            if self.kernels.fused or (lean and self.device.type == "cuda"):
+            if self.engine.kernels.fused or (lean and self.device.type == "cuda"):
                 # in the other layout cuDNN turns its input and result around, in memory of its own
                 self.engine.first_stage_model.set_channels_last()
             self.engine.first_stage_model.set_low_memory(lean, cache_on_cpu=lean)

@@ -46,7 +46,7 @@ def describe(pipeline: TextToVideo, prompts: Sequence[Prompt]) -> list[str]:
     t = args.sampling_num_frames
     listed = [f"prompt {p.index}: {p.text if len(p.text) <= 100 else p.text[:100] + '...'}" for p in prompts]
     more = len(listed) - _SHOWN_PROMPTS
-    products = ", products in bf16" if pipeline.kernels.cpu_bf16 else ""
+    products = ", products in bf16" if pipeline.engine.kernels.cpu_bf16 else ""
     return [
         f"device {pipeline.device}, {args.dtype}{products}, placement {args.placement}",
         f"{4 * t - 3} frames of {width}x{height} ({t} latent frames), {pipeline.num_steps} steps, "

@@ -271,7 +271,7 @@ class Runner:
             "size": [height, width],
             "fps": self.args.sampling_fps,
             "dtype": self.args.dtype,
-            "products": "bf16" if self.pipeline.kernels.cpu_bf16 else self.args.dtype,
+            "products": "bf16" if self.pipeline.engine.kernels.cpu_bf16 else self.args.dtype,
             "approximate": self.config.accelerate.approximate(),
             "network_passes": asdict(self.pipeline.calls) if self.pipeline.calls else None,
             "latents_sha256": latents_digest(latents),

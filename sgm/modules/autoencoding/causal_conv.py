@@ -79,8 +79,8 @@ def _takes(dtype: torch.dtype) -> bool:
 class ClipConv3d(nn.Conv3d):
     """Conv3d that runs in oneDNN on a CPU, whatever the size of the clip.
 
-    PyTorch itself leaves a single clip to a matrix product per frame of unfolded patches where b * c * t * h
-    is at most 20480 (width does not count), which takes up to ten times as long.
+    PyTorch itself leaves a single clip to a matrix product per frame of unfolded patches where b * c * t * h is at most
+    20480 (width does not count), which takes up to ten times as long.
     """
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -43,7 +43,7 @@ def choose_kernels(kernels: str, attention: str, device: torch.device, products:
         products: matrix products and convolutions in bfloat16 on a CPU: True, or "auto": where it has instructions
             for them. Changes nothing on other devices.
     Raises:
-        KernelError: "triton" without Triton or without a GPU, or an unknown name.
+        KernelError: "triton" without Triton or without a GPU, "flash4" where it does not run, or an unknown name.
     """
     for name, value, choices in (
         ("kernels", kernels, KERNELS),
