@@ -89,13 +89,17 @@ def check_graphs(args: TrainArgs, plan: DeepSpeedPlan, checkpointing: bool | str
         raise ConfigError(f"args.cuda_graphs does not go with {' and '.join(found)}; leave one of them out")
 
 
-def check_prior(args: TrainArgs, plan: DeepSpeedPlan) -> None:
+def check_prior(args: TrainArgs, plan: DeepSpeedPlan, loss_fn: Any) -> None:
     """Whether `args.prior_data` goes with the rest of a configuration.
 
     Raises:
-        ConfigError: the network cannot be run a second time within a step.
+        ConfigError: the network cannot be run a second time within a step, or the loss takes no other target.
     """
-    obstacles = {"args.cuda_graphs": args.cuda_graphs, "deepspeed.zero_optimization.stage: 3": plan.stage == 3}
+    obstacles = {
+        "args.cuda_graphs": args.cuda_graphs,
+        "deepspeed.zero_optimization.stage: 3": plan.stage == 3,
+        f"the loss_fn_config {type(loss_fn).__name__}": not hasattr(loss_fn, "detailed"),
+    }
     found = [name for name, there in obstacles.items() if there]
     if args.prior_data and found:
         raise ConfigError(f"args.prior_data does not go with {' and '.join(found)}; leave one of them out")
@@ -124,7 +128,7 @@ def load_engine(
     model = training_model_section(config.model, args)
     engine = meta_engine(model, plan.dtype)
     check_graphs(args, plan, engine.network.transformer.checkpoint_activations)
-    check_prior(args, plan)
+    check_prior(args, plan, engine.loss_fn)
     to = {"device": device, "dtype": engine.dtype}
     loaded = None
     if args.load:

@@ -131,6 +131,12 @@ def test_what_does_not_go_with_it_is_refused(parts, tmp_path, override, message)
         train(load_run_config([path], TrainArgs, overrides=overrides))
 
 
+def test_a_loss_that_takes_no_other_target_is_refused(parts, tmp_path):
+    config = config_of(parts, tmp_path, None, "model.loss_fn_config={target: torch.nn.MSELoss}")
+    with pytest.raises(ConfigError, match="args.prior_data does not go with the loss_fn_config MSELoss"):
+        load_engine(config, PLAN, CPU)
+
+
 def test_a_folder_is_new_or_known(parts, tmp_path):
     path = write_yaml(tmp_path / "c.yaml", content_of(parts, None, None))
     with pytest.raises(ConfigError, match="both name .*new; a folder is one or the other"):
