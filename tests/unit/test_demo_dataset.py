@@ -254,6 +254,15 @@ def test_styles_only_on_request():
         sample_spec(np.random.default_rng(0), style="watercolour")
 
 
+def test_motions_may_be_chosen():
+    chosen = ("rotate", "orbit")
+    seen = {o.motion for i in range(40) for o in sample_spec(np.random.default_rng(i), motions=chosen).objects}
+    assert seen == set(chosen)
+    for wrong in ((), ("hover",)):
+        with pytest.raises(ValueError, match="choose one or more of left"):
+            sample_spec(np.random.default_rng(0), motions=wrong)
+
+
 def run(*arguments) -> None:
     assert main([str(a) for a in arguments]) == 0
 
@@ -310,6 +319,9 @@ def test_labels_in_other_words_keep_their_captions(tmp_path):
         ["out", "--height", "63"],
         ["out", "--style", "oil"],
         ["out", "--count", "0"],
+        ["out", "--motion", "hover"],
+        ["out", "--motion", "rotate", "--style", "wobble"],
+        ["out", "--motion", "rotate", "--only-withheld", "--withheld", "tools/demo/withheld.json"],
     ],
 )
 def test_wrong_arguments_stop_with_usage(arguments, capsys):

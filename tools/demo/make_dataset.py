@@ -27,7 +27,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tools.demo.attributes import STYLES, read_withheld, write_withheld  # noqa: E402
+from tools.demo.attributes import MOTIONS, STYLES, read_withheld, write_withheld  # noqa: E402
 from tools.demo.shapes import ClipSpec, caption, render_clip, sample_spec  # noqa: E402
 from tools.demo.wordings import HELD_OUT, TRAINING, reword  # noqa: E402
 
@@ -47,6 +47,7 @@ class Options:
     withheld: frozenset[tuple[str, str, str]] = frozenset()
     only_withheld: bool = False
     style: str | None = None
+    motions: tuple[str, ...] = MOTIONS
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--withheld", type=Path, help="list of (shape, colour, motion) to leave out")
     parser.add_argument("--only-withheld", action="store_true", help="make clips of the withheld list only")
     parser.add_argument("--style", choices=tuple(STYLES), help="a look that clips never have otherwise")
+    parser.add_argument("--motion", choices=MOTIONS, action="append", help="this motion only (may be repeated)")
     parser.add_argument("--other-words", type=float, default=0.0, metavar="SHARE", help="share of freely worded labels")
     parser.add_argument("--held-out-words", action="store_true", help="of these, forms that no training text has")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
@@ -150,6 +152,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("name the folder OUT to write to")
     if args.only_withheld and (args.withheld is None or args.frames == 1):
         parser.error("--only-withheld needs --withheld FILE, and more than one frame")
+    if args.motion and args.only_withheld:
+        parser.error("--motion and --only-withheld exclude each other: the withheld list names motions")
+    if args.motion and args.style and STYLES[args.style].motion:
+        parser.error(f"--motion does not go with --style {args.style}, which has a motion of its own")
     if args.count < 1 or args.workers < 1 or min(args.height, args.width) < 32 or args.height % 2 or args.width % 2:
         parser.error("--count and --workers must be positive, --height and --width even and at least 32")
     if args.seed < 0 or not 0 <= args.two <= 1 or not args.fps > 0:
@@ -170,7 +176,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"make_dataset.py: {error}", file=sys.stderr)
         return 2
     fields = (args.seed, args.frames, args.height, args.width, args.fps, args.two)
-    options = Options(*fields, withheld, args.only_withheld, args.style)
+    options = Options(*fields, withheld, args.only_withheld, args.style, tuple(args.motion or MOTIONS))
     words = Words(args.other_words, args.held_out_words)
     for done in write_dataset(args.out, args.count, options, min(args.workers, args.count), args.crf, words):
         if done % 100 == 0 or done == args.count:

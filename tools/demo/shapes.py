@@ -10,7 +10,7 @@ Distances inside a shape are negative, in units of its radius.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -273,6 +273,7 @@ def sample_spec(
     withheld: frozenset[tuple[str, str, str]] = frozenset(),
     only_withheld: bool = False,
     style: str | None = None,
+    motions: Sequence[str] = MOTIONS,
 ) -> ClipSpec:
     """A random clip.
 
@@ -282,10 +283,13 @@ def sample_spec(
         withheld: (shape, colour, motion) that no shape may show.
         only_withheld: every shape shows one of `withheld` instead.
         style: a name of `STYLES`; without it no clip shows what a style brings.
+        motions: those of `MOTIONS` to draw from; `only_withheld` takes its own.
 
     Raises:
-        ValueError: unknown style; `only_withheld` without a list or where its motions cannot be shown.
+        ValueError: unknown style or motion; `only_withheld` without a list or where its motions cannot be shown.
     """
+    if not motions or not set(motions) <= set(MOTIONS):
+        raise ValueError(f"motions are {list(motions)}; choose one or more of {', '.join(MOTIONS)}")
     if only_withheld and (frames == 1 or not withheld):
         raise ValueError("only_withheld needs a withheld list, and more than one frame: its combinations name motions")
     if style is not None and style not in STYLES:
@@ -295,7 +299,7 @@ def sample_spec(
     sizes = [name for name in tuple(SIZES)[: 3 if count == 1 else 2] if style is None or name in STYLES[style].sizes]
     objects: list[ObjectSpec] = []
     while len(objects) < count:
-        item = _sample_object(rng, frames, sizes, pick)
+        item = _sample_object(rng, frames, sizes, motions, pick)
         if pick is None and frames > 1 and item.combination in withheld:
             continue
         if any(item.shape == other.shape or item.colour == other.colour for other in objects):
@@ -308,13 +312,15 @@ def sample_spec(
     return ClipSpec(tuple(objects), pattern, background, second, period, phase, frames, height, width, fps)
 
 
-def _sample_object(rng, frames: int, sizes: list[str], pick: list[tuple[str, str, str]] | None) -> ObjectSpec:
+def _sample_object(
+    rng, frames: int, sizes: list[str], motions: Sequence[str], pick: list[tuple[str, str, str]] | None
+) -> ObjectSpec:
     while True:
         if pick is not None:
             shape, colour, motion = pick[rng.integers(len(pick))]
         else:
             shape, colour = _one_of(rng, SHAPES), _one_of(rng, tuple(COLOURS))
-            motion = _one_of(rng, MOTIONS) if frames > 1 else "still"
+            motion = _one_of(rng, motions) if frames > 1 else "still"
         if is_possible(shape, motion):
             break
     size = _one_of(rng, tuple(sizes))
