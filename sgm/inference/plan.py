@@ -18,14 +18,6 @@ _SHOWN_PROMPTS = 20
 _PARTS = {"conditioner": "text encoder", "model": "transformer", "first_stage_model": "VAE"}
 
 
-def text_encoder_is_local(model: Mapping[str, Any]) -> bool:
-    """Whether every embedder's folder can be read here and now; nothing is fetched."""
-    from sgm.modules.encoders.t5_files import is_local
-
-    folders = [v for place, v in weight_paths(model, None).items() if place.endswith("model_dir")]
-    return bool(folders) and all(is_local(folder) for folder in folders)
-
-
 def weight_lines(model: Mapping[str, Any], load: str | None) -> list[str]:
     """A line for each weight path: there, or what is to be done."""
     paths = weight_paths(model, load)

@@ -13,11 +13,12 @@ from sgm.distributed import DistInfo, init_distributed, shutdown
 from sgm.inference.fit import SamplingError
 from sgm.inference.options import SampleArgs
 from sgm.inference.pipeline import TextToVideo
-from sgm.inference.plan import report, text_encoder_is_local
+from sgm.inference.plan import report
 from sgm.inference.preflight import check_paths, with_found_paths
 from sgm.inference.progress import Progress
 from sgm.inference.prompts import gather
 from sgm.inference.runner import Runner, out_of_memory_advice
+from sgm.modules.encoders.modules import text_is_local
 
 
 def sample(config: RunConfig[SampleArgs], check: Callable[[], None], *, dry_run: bool = False) -> int:
@@ -70,7 +71,7 @@ def _print_plan(config: RunConfig[SampleArgs], device: torch.device, rank: int) 
     args = config.args
     asks = args.decode_latents or (args.input_type == "cli" and not args.prompts)
     prompts = [] if asks else gather(args.prompts, args.input_file, config.files)[0]
-    pipeline = TextToVideo(config, device, with_text_encoder=text_encoder_is_local(config.model))
+    pipeline = TextToVideo(config, device, with_text_encoder=text_is_local(config.model))
     print(report(config, pipeline, prompts), flush=True)
 
 

@@ -18,7 +18,7 @@ from sgm.data.dataset import SFTDataset
 from sgm.data.report import list_source
 from sgm.data.sources import ListedClip
 from sgm.modules.encoders import t5_files
-from sgm.modules.encoders.modules import FrozenT5Embedder
+from sgm.modules.encoders.modules import T5_XXL, FrozenT5Embedder
 from sgm.util import check_params, get_obj_from_str, split_config
 from sgm.weights import weights_fingerprint
 
@@ -69,7 +69,7 @@ def cache_identity(model: Mapping[str, Any], settings: ClipSettings) -> dict[str
     identity = {
         "vae weights": weights_fingerprint(Path(checkpoint).expanduser()) if found else None,
         "vae encoder": json.dumps([get_obj_from_str(coder_target).__qualname__, coder], sort_keys=True),
-        "text encoder weights": _text_fingerprint(text.get("model_dir", "google/t5-v1_1-xxl"), text.get("cache_dir")),
+        "text encoder weights": _text_fingerprint(text.get("model_dir", T5_XXL), text.get("cache_dir")),
         "max_length": int(text.get("max_length", 77)),
         "video_size": list(settings.video_size),
         "fps": settings.fps,

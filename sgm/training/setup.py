@@ -19,8 +19,7 @@ from sgm.config import AccelerateArgs, ConfigError, RunConfig
 from sgm.data.buckets import parse_buckets
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.models.loading import LoadedNetwork, load_first_stage, load_network, load_text_encoder
-from sgm.modules.encoders import t5_files
-from sgm.modules.encoders.modules import FrozenT5Embedder
+from sgm.modules.encoders.modules import text_is_local
 from sgm.modules.ops.choice import choose_kernels
 from sgm.modules.ops.recompute import MODES, stronger_mode
 from sgm.modules.transformer.positions import LARGEST_STRETCH
@@ -31,7 +30,7 @@ from sgm.training.options import TrainArgs, split_shares
 from sgm.training.prior import BaseNetwork, needs_copy
 from sgm.util import check_params, get_obj_from_str, instantiate_from_config, split_config
 
-T5_XXL, T5_XXL_VALUES = "google/t5-v1_1-xxl", 4_762_310_656
+T5_XXL_VALUES = 4_762_310_656
 
 # --- the engine ---------------------------------------------------------------------------------------------------
 
@@ -297,7 +296,7 @@ def memory_needs(
 def planned_needs(config: RunConfig[TrainArgs], plan: DeepSpeedPlan, data_parallel_size: int) -> MemoryNeeds:
     """`memory_needs` before anything is loaded. A text encoder whose files are not here counts as T5 XXL."""
     model = training_model_section(config.model, config.args)
-    absent = 0 if _text_encoder_is_here(model) else T5_XXL_VALUES
+    absent = 0 if text_is_local(model) else T5_XXL_VALUES
     if absent:
         model["conditioner_config"] = None
     engine = meta_engine(model, plan.dtype)
@@ -307,13 +306,6 @@ def planned_needs(config: RunConfig[TrainArgs], plan: DeepSpeedPlan, data_parall
     engine.freeze_untrained()
     needs = memory_needs(engine, config, plan, data_parallel_size)
     return replace(needs, frozen=needs.frozen + absent, encoder_values=needs.encoder_values + absent)
-
-
-def _text_encoder_is_here(model: Mapping[str, Any]) -> bool:
-    embedders = ((model.get("conditioner_config") or {}).get("params") or {}).get("emb_models") or []
-    texts = [e for e in embedders if issubclass(get_obj_from_str(e["target"]), FrozenT5Embedder)]
-    params = [{"model_dir": T5_XXL, **(e.get("params") or {})} for e in texts]
-    return all(t5_files.is_local(str(p["model_dir"]), p.get("cache_dir")) for p in params)
 
 
 def _clip_size(config: RunConfig[TrainArgs]) -> tuple[int, int, int]:

@@ -5,7 +5,7 @@ Shape letters: b batch, l tokens, d width of the encoder (4096 for XXL).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +15,12 @@ from torch import Tensor, nn
 
 from sgm.modules.conditioner import AbstractEmbModel, GeneralConditioner
 from sgm.modules.encoders import t5_files
+from sgm.util import get_obj_from_str
 from sgm.weights import assign_state
 
-__all__ = ["FrozenT5Embedder", "GeneralConditioner", "NonFiniteEmbeddingError", "TokenizedPrompts"]
+__all__ = ["FrozenT5Embedder", "GeneralConditioner", "NonFiniteEmbeddingError", "TokenizedPrompts", "text_is_local"]
+
+T5_XXL = "google/t5-v1_1-xxl"
 
 _SHARED, _TIED = "shared.weight", "encoder.embed_tokens.weight"
 _DECODER_KEYS = ("decoder.", "lm_head.")  # the other half of a full T5 checkpoint
@@ -63,7 +66,7 @@ class FrozenT5Embedder(AbstractEmbModel):
 
     def __init__(
         self,
-        model_dir: str = "google/t5-v1_1-xxl",
+        model_dir: str = T5_XXL,
         device: torch.device | str | None = None,
         max_length: int = 77,
         freeze: bool = True,
@@ -163,6 +166,14 @@ class FrozenT5Embedder(AbstractEmbModel):
     def forward(self, texts: str | Sequence[str]) -> Tensor:
         """Same as `encode`."""
         return self.encode(texts)
+
+
+def text_is_local(model: Mapping[str, Any]) -> bool:
+    """Whether the files of every text encoder of a model section can be read here and now; nothing is fetched."""
+    embedders = ((model.get("conditioner_config") or {}).get("params") or {}).get("emb_models") or []
+    texts = [e for e in embedders if issubclass(get_obj_from_str(e["target"]), FrozenT5Embedder)]
+    params = [{"model_dir": T5_XXL, **(e.get("params") or {})} for e in texts]
+    return all(t5_files.is_local(str(p["model_dir"]), p.get("cache_dir")) for p in params)
 
 
 def load_tokenizer(model_dir: str, cache_dir: str | None = None) -> Any:
