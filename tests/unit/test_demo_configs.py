@@ -53,7 +53,14 @@ def test_settings_are_sensible_on_a_cpu(path):
     assert not config.notes and not training_advice(config.args, config.model, plan.optimizer.lr)
 
 
-@pytest.mark.parametrize("stage", [["args.cache_lengths=[1,17]", "args.lr_decay_ratio=0.2"], []])
+@pytest.mark.parametrize(
+    "stage",
+    [
+        ["args.cache_lengths=[1,17]", "args.lr_decay_ratio=0.2"],
+        [],
+        ["args.train_data=[work/clips,work/spins]", "args.train_data_weights=[0.5,0.5]"],
+    ],
+)
 def test_pretraining_is_a_valid_overlay(stage):
     """As tools/demo/reproduce.sh lays it over the configuration of fine-tuning, with its own data alone."""
     overrides = ["args.train_data=[work/clips]", *stage]

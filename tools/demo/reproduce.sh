@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Trains the bundled demo from nothing on one GPU: bash tools/demo/reproduce.sh WORK (on several: GPUS=2)
 #
-# WORK gets data, cache, runs, samples and scores (about 17 GB); WORK/demo is what the repository bundles as demo/.
+# WORK gets data, cache, runs, samples and scores (about 21 GB); WORK/demo is what the repository bundles as demo/.
 # Every stage is skipped when its result is there, so the same command goes on after an interruption.
-# Sizes may be set: CLIPS=30000 VAE_SECONDS=450 TEXT_SECONDS=190 SHORT=10000 ITERATIONS=21000 BATCH=96 WORKERS=14 SEEDS=4
-# DEVICE=cuda. SHORT and ITERATIONS are steps on images and 17 frames, and on whole clips in batches of BATCH a GPU.
+# Sizes may be set: CLIPS=30000 SPINS=8000 VAE_SECONDS=450 TEXT_SECONDS=190 SHORT=10000 ITERATIONS=21000 SPIN_STEPS=14000
+# BATCH=96 WORKERS=14 SEEDS=4 DEVICE=cuda. SHORT are steps on images and 17 frames, ITERATIONS on whole clips in batches of
+# BATCH a GPU; in SPIN_STEPS more half of the clips show shapes that turn, the one motion that needs many more samples.
 set -euo pipefail
 repo="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 work="${1:?usage: bash tools/demo/reproduce.sh WORK}"
@@ -14,8 +15,8 @@ cd "$repo"
 # shellcheck source=tools/setup_env.sh
 source tools/setup_env.sh
 
-clips="${CLIPS:-30000}" vae_seconds="${VAE_SECONDS:-450}" text_seconds="${TEXT_SECONDS:-190}"
-short="${SHORT:-10000}" iterations="${ITERATIONS:-21000}" batch="${BATCH:-96}"
+clips="${CLIPS:-30000}" spins="${SPINS:-8000}" vae_seconds="${VAE_SECONDS:-450}" text_seconds="${TEXT_SECONDS:-190}"
+short="${SHORT:-10000}" iterations="${ITERATIONS:-21000}" spin_steps="${SPIN_STEPS:-14000}" batch="${BATCH:-96}"
 workers="${WORKERS:-14}" seeds="${SEEDS:-4}" device="${DEVICE:-cuda}"
 weights=(
     --set "model.first_stage_config.params.ckpt_path=$work/vae/3d-vae.pt"
@@ -26,11 +27,18 @@ many=("$PYTHON")
 if ((gpus > 1)); then many+=(-m torch.distributed.run --standalone --nproc_per_node="$gpus"); fi
 stage() { echo "== $1 ($(date +%T))"; }
 
+making=()
 if [[ ! -e "$work/clips/meta.jsonl" ]]; then
     stage "clips"
     "$PYTHON" tools/demo/make_dataset.py "$work/clips" --count "$clips" --seed 1 --other-words 0.55 \
         --withheld tools/demo/withheld.json --workers "$workers" &
-    making=$!
+    making+=($!)
+fi
+if [[ ! -e "$work/spins/meta.jsonl" ]]; then
+    stage "clips of shapes that turn"
+    "$PYTHON" tools/demo/make_dataset.py "$work/spins" --count "$spins" --seed 4 --two 0.15 --motion rotate \
+        --other-words 0.6 --withheld tools/demo/withheld.json --workers "$workers" &
+    making+=($!)
 fi
 if [[ ! -e "$work/t5/spiece.model" ]]; then
     stage "text encoder"
@@ -42,11 +50,11 @@ if [[ ! -e "$work/vae/3d-vae.pt" ]]; then
     "$PYTHON" tools/demo/train_vae.py "$work" --config configs/demo_infer.yaml --seconds "$vae_seconds" \
         --device "$device" --workers "$workers"
 fi
-if [[ -n "${making:-}" ]]; then wait "$making"; fi
+for drawing in "${making[@]}"; do wait "$drawing"; done
 
 stage "cache"
 "${many[@]}" tools/precompute_cache.py configs/demo_sft.yaml tools/demo/pretrain.yaml --cache-dir "$work/cache" \
-    --device "$device" --set "args.train_data=[$work/clips]" "${weights[@]}"
+    --device "$device" --set "args.train_data=[$work/clips,$work/spins]" "${weights[@]}"
 
 learn() { # NAME, then the rest of the command; goes on where an earlier run of it stopped
     "${many[@]}" train_video.py configs/demo_sft.yaml tools/demo/pretrain.yaml --cache-dir "$work/cache" \
@@ -61,7 +69,12 @@ if [[ ! -e "$work/demo/SHA256SUMS" ]]; then
     stage "transformer: 49 frames"
     learn whole --set "args.train_iters=$iterations" --set "args.load=$begun" \
         --set deepspeed.optimizer.params.lr=0.0015 --set "deepspeed.train_micro_batch_size_per_gpu=$batch"
-    "$PYTHON" tools/demo/bundle.py --transformer "$run$iterations-ema" --vae "$work/vae/3d-vae.pt" \
+    begun="$run$iterations-ema"
+    stage "transformer: half of the clips turn"
+    learn spins --set "args.train_iters=$spin_steps" --set "args.load=$begun" \
+        --set "args.train_data=[$work/clips,$work/spins]" --set "args.train_data_weights=[0.5,0.5]" \
+        --set deepspeed.optimizer.params.lr=0.0012 --set "deepspeed.train_micro_batch_size_per_gpu=$batch"
+    "$PYTHON" tools/demo/bundle.py --transformer "$run$spin_steps-ema" --vae "$work/vae/3d-vae.pt" \
         --text "$work/t5" --out "$work/demo"
 fi
 
