@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from sgm.modules import GeneralConditioner
 from sgm.modules.conditioner import AbstractEmbModel, ConditionerError, drop_samples
 from sgm.modules.encoders import t5_files
-from sgm.modules.encoders.modules import FrozenT5Embedder, NonFiniteEmbeddingError
+from sgm.modules.encoders.modules import FrozenT5Embedder, NonFiniteEmbeddingError, text_is_local
 from sgm.modules.encoders.t5_files import EncoderFilesError, wanted_files
 from sgm.weights import WeightsError
 
@@ -334,12 +334,32 @@ def test_hub_without_network_or_cache(tmp_path, monkeypatch):
         FrozenT5Embedder("google/t5-v1_1-xxl", cache_dir=str(tmp_path))
 
 
-def test_hub_cache_is_used_without_network(release, embedder, tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    repo = tmp_path / "models--someone--t5"
+def hub_cache(release, folder) -> None:
+    """As the hub's library leaves someone/t5 behind."""
+    repo = folder / "models--someone--t5"
     shutil.copytree(release, repo / "snapshots" / "abc123")
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text("abc123")
+
+
+def model_with_texts(*params) -> dict:
+    target = "sgm.modules.encoders.modules.FrozenT5Embedder"
+    return {"conditioner_config": {"params": {"emb_models": [{"target": target, "params": p} for p in params]}}}
+
+
+def test_whether_the_text_encoder_is_local(release, tmp_path):
+    here, cache = {"model_dir": str(release)}, str(tmp_path / "cache")
+    hub_cache(release, tmp_path / "cache")
+    hub = {"model_dir": "someone/t5"}
+    assert text_is_local(model_with_texts(here)) and text_is_local(model_with_texts(hub | {"cache_dir": cache}))
+    assert not text_is_local(model_with_texts(hub | {"cache_dir": str(tmp_path)}))
+    assert not text_is_local(model_with_texts(here, {"model_dir": str(tmp_path / "absent" / "t5")}))
+    assert text_is_local({})  # nothing to be read
+
+
+def test_hub_cache_is_used_without_network(release, embedder, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    hub_cache(release, tmp_path)
     found = FrozenT5Embedder("someone/t5", max_length=12, cache_dir=str(tmp_path))
     assert same_weights(found, embedder)
 

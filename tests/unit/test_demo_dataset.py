@@ -320,6 +320,7 @@ def test_labels_in_other_words_keep_their_captions(tmp_path):
         ["out", "--style", "oil"],
         ["out", "--count", "0"],
         ["out", "--motion", "hover"],
+        ["out", "--motion", "rotate", "--frames", "1"],
         ["out", "--motion", "rotate", "--style", "wobble"],
         ["out", "--motion", "rotate", "--only-withheld", "--withheld", "tools/demo/withheld.json"],
     ],

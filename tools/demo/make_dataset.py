@@ -152,8 +152,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("name the folder OUT to write to")
     if args.only_withheld and (args.withheld is None or args.frames == 1):
         parser.error("--only-withheld needs --withheld FILE, and more than one frame")
-    if args.motion and args.only_withheld:
-        parser.error("--motion and --only-withheld exclude each other: the withheld list names motions")
+    if args.motion and (args.only_withheld or args.frames == 1):
+        parser.error("--motion goes with neither --only-withheld, whose list names motions, nor one frame, without any")
     if args.motion and args.style and STYLES[args.style].motion:
         parser.error(f"--motion does not go with --style {args.style}, which has a motion of its own")
     if args.count < 1 or args.workers < 1 or min(args.height, args.width) < 32 or args.height % 2 or args.width % 2:
