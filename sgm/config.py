@@ -97,6 +97,9 @@ class AccelerateArgs:
     guidance_least: float = option(
         0.0, "the last difference also counts where |scale - 1| is below this: where guidance hardly acts", at_least=0
     )
+    guidance_keep_first: int = option(
+        0, "at so many first steps the unconditional branch is always asked: they decide what is where", at_least=0
+    )
     fp8: bool = option(False, "the blocks' linear layers in 8-bit floats (GPUs from capability 8.9 on; CPU: simulated)")
 
     def __post_init__(self) -> None:
@@ -106,10 +109,17 @@ class AccelerateArgs:
                 f"accelerate.guidance_interval is {interval}; it must be [start, end] with 0 <= start < end <= 1"
             )
 
+    @property
+    def reuses_guidance(self) -> bool:
+        """Whether some steps use the last difference of the two branches again."""
+        return self.guidance_every > 1 or self.guidance_least > 0
+
     def approximate(self) -> dict[str, Any]:
-        """The switches that change results, where they are on; the step cache's options with it only."""
+        """The switches that change results, where they are on; an option of another switch with that one only."""
         defaults = dataclasses.asdict(AccelerateArgs())
         values = {name: v for name, v in dataclasses.asdict(self).items() if name not in EXACT}
+        if not self.reuses_guidance:
+            del values["guidance_keep_first"]
         cache = {name: v for name, v in values.items() if name.startswith("step_cache") and self.step_cache}
         return cache | {n: v for n, v in values.items() if not n.startswith("step_cache") and v != defaults[n]}
 

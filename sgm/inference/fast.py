@@ -15,7 +15,8 @@ from sgm.modules.ops.step_cache import SkipRule
 def shortcuts_of(accelerate: AccelerateArgs) -> Shortcuts | None:
     """The shortcuts that the section asks for; None where it asks for none."""
     start, end = accelerate.guidance_interval
-    guidance = GuidanceRule(start, end, accelerate.guidance_every, accelerate.guidance_least)
+    kept = accelerate.guidance_keep_first if accelerate.reuses_guidance else 0
+    guidance = GuidanceRule(start, end, accelerate.guidance_every, accelerate.guidance_least, kept)
     skip = _skip_rule(accelerate) if accelerate.step_cache else None
     return None if skip is None and guidance == GuidanceRule() else Shortcuts(skip, guidance)
 
@@ -45,6 +46,11 @@ def check_shortcuts(shortcuts: Shortcuts | None, sampler: BaseDiffusionSampler, 
         problems.append(
             f"step_cache never skips one of step_cache_keep_first + step_cache_keep_last = {kept} steps, and the run "
             f"has {steps}: lower these or set accelerate.step_cache=false"
+        )
+    if shortcuts.guidance.keep_first >= steps:
+        problems.append(
+            f"accelerate.guidance_keep_first={shortcuts.guidance.keep_first} keeps every step's guidance, and the run "
+            f"has {steps}: lower it or leave out guidance_every and guidance_least"
         )
     if shortcuts.guidance != GuidanceRule() and isinstance(sampler.guider, IdentityGuider):
         problems.append("guidance_interval, guidance_every and guidance_least need a guider, and the sampler has none")

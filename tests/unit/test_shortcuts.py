@@ -204,6 +204,20 @@ def test_guidance_at_every_second_call_and_where_it_acts(engine):
     assert network_batches(engine, lambda: sample(engine, guidance_interval=[0.5, 1.0], guidance_every=2)) == [1] * 4 + [2, 1, 2, 1]
 
 
+def test_the_first_steps_keep_their_guidance(engine):
+    def batches(**switches: object) -> list[int]:
+        return network_batches(engine, lambda: sample(engine, **switches))
+
+    assert batches(guidance_every=3, guidance_keep_first=4) == [2, 2, 2, 2, 1, 1, 2, 1]
+    scales = engine.sampler.guidance_scales()
+    expected = [2 if k < 5 or abs(scale - 1) >= 2 else 1 for k, scale in enumerate(scales)]
+    assert batches(guidance_least=2.0, guidance_keep_first=5) == expected != batches(guidance_least=2.0)
+    late = batches(guidance_interval=[0.5, 1.0], guidance_every=2, guidance_keep_first=6)
+    assert late == [1] * 4 + [2, 2, 1, 2]  # outside the interval there is none to keep
+    assert shortcuts_of(AccelerateArgs(guidance_keep_first=4)) is None  # alone it says nothing
+    assert AccelerateArgs(guidance_keep_first=4).approximate() == {}
+
+
 def test_reused_difference_under_constant_guidance():
     """With a denoiser whose branches differ by a constant in predicted noise, reuse is exact."""
     sampler = VPSDEDPMPP2MSampler(
@@ -256,6 +270,10 @@ def test_shortcuts_that_could_never_be_taken(engine):
     check_shortcuts(shortcuts, engine.sampler, 9)
     with pytest.raises(SamplingError, match=r"keep_last = 8 steps, and the run has 8"):
         check_shortcuts(shortcuts, engine.sampler, 8)
+    guided = shortcuts_of(AccelerateArgs(guidance_every=2, guidance_keep_first=6))
+    check_shortcuts(guided, engine.sampler, 7)
+    with pytest.raises(SamplingError, match=r"guidance_keep_first=6 keeps every step's guidance, and the run has 6"):
+        check_shortcuts(guided, engine.sampler, 6)
     unguided = VPSDEDPMPP2MSampler(
         {"target": "sgm.modules.diffusionmodules.discretizer.ZeroSNRDDPMDiscretization"}, num_steps=6
     )

@@ -14,7 +14,7 @@ from tools.demo.make_dataset import Options, write_dataset
 FOLDER = Path(__file__).resolve().parents[2] / "demo" / "clips"
 PLAIN = "plain"
 COUNT = 64  # clips of a style, one shape each
-PLAIN_COUNT = 40  # beside them, so that what the model knows stays
+PLAIN_COUNT = 80  # beside them, so that what the model knows stays
 
 
 def make_demo_clips(folder: Path) -> bool:

@@ -33,12 +33,14 @@ class GuidanceRule:
         every: inside that part the branch is asked at every k-th whole conditional call; in between the last
             difference of the two answers is used again, in terms of the predicted noise, where it changes least.
         least: the difference is also used again where the guider multiplies it by less than this (|scale - 1|).
+        keep_first: at so many first steps of the run, which decide what is where, the branch is asked all the same.
     """
 
     start: float = 0.0
     end: float = 1.0
     every: int = 1
     least: float = 0.0
+    keep_first: int = 0
 
     def guides(self, step: int, steps: int) -> bool:
         """Whether step `step` of `steps` is guided: its middle lies in the part."""
@@ -152,7 +154,7 @@ class ShortcutRun:
         if not rule.guides(self._step, len(self.scales)):
             return False
         due = self._since_pair + 1 >= rule.every and abs(self.scales[self._step] - 1) >= rule.least
-        return due or self._difference is None
+        return due or self._step < rule.keep_first or self._difference is None
 
     def _may_skip(self) -> bool:
         if self._cache is None:
