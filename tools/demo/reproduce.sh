@@ -3,9 +3,10 @@
 #
 # WORK gets data, cache, runs, samples and scores (about 21 GB); WORK/demo is what the repository bundles as demo/.
 # Every stage is skipped when its result is there, so the same command goes on after an interruption.
-# Sizes may be set: CLIPS=30000 SPINS=8000 VAE_SECONDS=450 TEXT_SECONDS=190 SHORT=10000 ITERATIONS=21000 SPIN_STEPS=14000
-# BATCH=96 WORKERS=14 SEEDS=4 DEVICE=cuda. SHORT are steps on images and 17 frames, ITERATIONS on whole clips in batches of
-# BATCH a GPU; in SPIN_STEPS more half of the clips show shapes that turn, the one motion that needs many more samples.
+# Sizes may be set: CLIPS=30000 SPINS=8000 VAE_SECONDS=450 TEST_CLIPS=48 TEXT_SECONDS=190 SHORT=10000 ITERATIONS=21000
+# SPIN_STEPS=14000 BATCH=96 WORKERS=14 PROMPTS=64 SEEDS=4 DEVICE=cuda. SHORT are steps on images and 17 frames, ITERATIONS
+# on whole clips in batches of BATCH a GPU; in SPIN_STEPS more half of the clips show shapes that turn, the one motion that
+# needs many more samples.
 set -euo pipefail
 repo="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 work="${1:?usage: bash tools/demo/reproduce.sh WORK}"
@@ -15,9 +16,10 @@ cd "$repo"
 # shellcheck source=tools/setup_env.sh
 source tools/setup_env.sh
 
-clips="${CLIPS:-30000}" spins="${SPINS:-8000}" vae_seconds="${VAE_SECONDS:-450}" text_seconds="${TEXT_SECONDS:-190}"
+clips="${CLIPS:-30000}" spins="${SPINS:-8000}" text_seconds="${TEXT_SECONDS:-190}"
+vae_seconds="${VAE_SECONDS:-450}" test_clips="${TEST_CLIPS:-48}"
 short="${SHORT:-10000}" iterations="${ITERATIONS:-21000}" spin_steps="${SPIN_STEPS:-14000}" batch="${BATCH:-96}"
-workers="${WORKERS:-14}" seeds="${SEEDS:-4}" device="${DEVICE:-cuda}"
+workers="${WORKERS:-14}" prompts="${PROMPTS:-64}" seeds="${SEEDS:-4}" device="${DEVICE:-cuda}"
 weights=(
     --set "model.first_stage_config.params.ckpt_path=$work/vae/3d-vae.pt"
     --set "model.conditioner_config.params.emb_models.0.params.model_dir=$work/t5"
@@ -48,7 +50,7 @@ fi
 if [[ ! -e "$work/vae/3d-vae.pt" ]]; then
     stage "VAE"
     "$PYTHON" tools/demo/train_vae.py "$work" --config configs/demo_infer.yaml --seconds "$vae_seconds" \
-        --device "$device" --workers "$workers"
+        --device "$device" --workers "$workers" --test-clips "$test_clips"
 fi
 for drawing in "${making[@]}"; do wait "$drawing"; done
 
@@ -56,30 +58,31 @@ stage "cache"
 "${many[@]}" tools/precompute_cache.py configs/demo_sft.yaml tools/demo/pretrain.yaml --cache-dir "$work/cache" \
     --device "$device" --set "args.train_data=[$work/clips,$work/spins]" "${weights[@]}"
 
-learn() { # NAME, then the rest of the command; goes on where an earlier run of it stopped
+learn() { # NAME, folders with a comma between, then the rest of the command; goes on where an earlier run of it stopped
     "${many[@]}" train_video.py configs/demo_sft.yaml tools/demo/pretrain.yaml --cache-dir "$work/cache" \
-        --device "$device" --resume --set "args.train_data=[$work/clips]" --set "args.save=$work/runs" \
-        --set "args.experiment_name=demo-$1" "${weights[@]}" "${@:2}"
+        --device "$device" --resume --set "args.train_data=[$2]" --set "args.save=$work/runs" \
+        --set "args.experiment_name=demo-$1" "${weights[@]}" "${@:3}"
     run="$(ls -td "$work/runs/demo-$1"-*/ | head -1)"
 }
 if [[ ! -e "$work/demo/SHA256SUMS" ]]; then
     stage "transformer: images and 17 frames"
-    learn short --set "args.train_iters=$short" --set args.lr_decay_ratio=0.2 --set "args.cache_lengths=[1,17]"
+    learn short "$work/clips" --set "args.train_iters=$short" --set args.lr_decay_ratio=0.2 \
+        --set "args.cache_lengths=[1,17]"
     begun="$run$short-ema"
     stage "transformer: 49 frames"
-    learn whole --set "args.train_iters=$iterations" --set "args.load=$begun" \
+    learn whole "$work/clips" --set "args.train_iters=$iterations" --set "args.load=$begun" \
         --set deepspeed.optimizer.params.lr=0.0015 --set "deepspeed.train_micro_batch_size_per_gpu=$batch"
     begun="$run$iterations-ema"
     stage "transformer: half of the clips turn"
-    learn spins --set "args.train_iters=$spin_steps" --set "args.load=$begun" \
-        --set "args.train_data=[$work/clips,$work/spins]" --set "args.train_data_weights=[0.5,0.5]" \
+    learn spins "$work/clips,$work/spins" --set "args.train_iters=$spin_steps" --set "args.load=$begun" \
+        --set "args.train_data_weights=[0.5,0.5]" \
         --set deepspeed.optimizer.params.lr=0.0012 --set "deepspeed.train_micro_batch_size_per_gpu=$batch"
     "$PYTHON" tools/demo/bundle.py --transformer "$run$spin_steps-ema" --vae "$work/vae/3d-vae.pt" \
         --text "$work/t5" --out "$work/demo"
 fi
 
 stage "score"
-"$PYTHON" tools/demo/make_dataset.py "$work/unseen" --count 64 --seed 9 --two 0 --withheld tools/demo/withheld.json \
+"$PYTHON" tools/demo/make_dataset.py "$work/unseen" --count "$prompts" --seed 9 --two 0 --withheld tools/demo/withheld.json \
     --only-withheld --workers "$workers"
 cat "$work"/unseen/labels/*.txt > "$work/prompts.txt"
 "$PYTHON" sample_video.py configs/demo_infer.yaml --input-file "$work/prompts.txt" --output-dir "$work/samples" \
