@@ -81,9 +81,11 @@ def check_writable(folder: Path) -> None:
     Raises:
         OutputError: the folder cannot be made or written to.
     """
-    with replacing(folder / ".write-test") as temporary:
-        temporary.write_text("")
-    (folder / ".write-test").unlink()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()  # a name of its own: other ranks probe the folder, too
+    except OSError as error:
+        raise OutputError(f"cannot write in {folder}: {error.strerror}. Choose another --output-dir.") from error
 
 
 def to_uint8(x: Tensor) -> Tensor:

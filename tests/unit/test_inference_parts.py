@@ -6,6 +6,7 @@ import io
 import json
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import decord
@@ -177,6 +178,13 @@ def test_folders_that_cannot_be_written(tmp_path):
             writer.check_writable(folder)
     writer.check_writable(tmp_path / "new")
     assert not list((tmp_path / "new").iterdir())
+
+
+def test_a_folder_is_checked_by_many_at_once(tmp_path):
+    """Ranks, and commands that share an output folder, must not take each other's probe away."""
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(writer.check_writable, [tmp_path / "out"] * 400))  # raises what any of them raised
+    assert not list((tmp_path / "out").iterdir())
 
 
 # --- options and paths -----------------------------------------------------------------------------------------------
