@@ -99,6 +99,23 @@ def iterations(run: Path) -> list[Path]:
 # --- writing -----------------------------------------------------------------------------------------------------
 
 
+def new_run(wanted: Path) -> Path:
+    """Make the folder `wanted`, or WANTED-2, WANTED-3, ...: the first that is not there yet.
+
+    It is made here and not only named, so that commands started in the same minute get one each.
+    """
+    wanted.parent.mkdir(parents=True, exist_ok=True)
+    run, number = wanted, 1
+    while True:
+        try:
+            run.mkdir()
+        except FileExistsError:
+            number += 1
+            run = wanted.with_name(f"{wanted.name}-{number}")
+        else:
+            return run
+
+
 def staging_folder(run: Path, iteration: int) -> Path:
     """Where a checkpoint grows; same file system as its final place."""
     return run / f"{PARTIAL}{iteration}"

@@ -31,6 +31,7 @@ from sgm.inference.preflight import check_paths, found_path, lies_in_demo, place
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.training.boards import Board, TensorBoard, WeightsAndBiases
 from sgm.training.checkpoint import find_resume, resume_hash
+from sgm.training.ckpt_folder import new_run
 from sgm.training.deepspeed_setup import DeepSpeedPlan, plan_deepspeed, start_engine
 from sgm.training.evaluate import Evaluation, evaluation_batches
 from sgm.training.faults import SkipGuard, TrainingStopped, out_of_memory_advice
@@ -240,12 +241,7 @@ def _run_folder(args: TrainArgs) -> Path | None:
         return None
 
     def choose() -> str:
-        stem = Path(args.save).expanduser() / f"{args.experiment_name}-{datetime.now():%m-%d-%H-%M}"
-        folder, number = stem, 2
-        while folder.exists() and any(folder.iterdir()):
-            folder, number = stem.with_name(f"{stem.name}-{number}"), number + 1
-        folder.mkdir(parents=True, exist_ok=True)
-        return str(folder)
+        return str(new_run(Path(args.save).expanduser() / f"{args.experiment_name}-{datetime.now():%m-%d-%H-%M}"))
 
     return Path(from_first(choose))
 

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from sgm.training.checkpoint import (
     resume_hash,
     save_checkpoint,
 )
+from sgm.training.ckpt_folder import new_run
 from sgm.weights import WeightsError
 from sgm.weights.release import locate
 from tests.checkpoint_tiny import configuration, leftovers, put_back, state_of, step, toy_run
@@ -297,3 +299,10 @@ def test_saving_an_iteration_again_replaces_it(tmp_path, run):
     name = f"{NETWORK}0.weight"
     assert torch.equal(load_module(tmp_path / "2")[name], run.module.state_dict()[name])
     assert not leftovers(tmp_path)
+
+
+def test_runs_started_together_get_a_folder_each(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(new_run, [tmp_path / "save" / "try-01-02-03-04"] * 40))
+    assert len(set(made)) == 40 and set(made) == set((tmp_path / "save").iterdir())
+    assert {"try-01-02-03-04", "try-01-02-03-04-2", "try-01-02-03-04-40"} <= {run.name for run in made}
