@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import numpy as np
@@ -19,6 +20,10 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
+
+# Ranks wait for the one that looks through the clips, or for the last share of a cache to be filled: hours. Without a
+# limit of our own DeepSpeed's ten minutes would end the run. A peer that died is noticed by the launcher, not by this.
+PATIENCE = timedelta(days=7)
 
 
 class DistributedError(ValueError):
@@ -64,7 +69,7 @@ def init_distributed(device_type: str | None = None) -> DistInfo:
             prepare_deepspeed(kind)
             import deepspeed
 
-            deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+            deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=PATIENCE)
     return DistInfo(rank, world_size, local_rank, device)
 
 

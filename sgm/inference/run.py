@@ -43,9 +43,7 @@ def sample(config: RunConfig[SampleArgs], check: Callable[[], None], *, dry_run:
             _print_plan(config, device, info.rank)
             return 0
         pipeline = TextToVideo(config, device, with_text_encoder=config.args.decode_latents is None)
-        _run(Runner(config, pipeline, progress, info.rank, info.world_size))
-        if info.world_size > 1:
-            torch.distributed.barrier()
+        _run(Runner(config, pipeline, progress, info.rank, info.world_size))  # ranks do not wait for one another
     finally:
         shutdown()
     return 0

@@ -110,7 +110,8 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1",
+              "DEEPSPEED_TIMEOUT": "0"}  # minutes after which its own groups would give up: ours do not
     workers = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.tensor_parallel_worker", str(folder)],
