@@ -74,10 +74,14 @@ class FileStamp:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a file was found to hold: the key of its content, or why no clip can be taken from it."""
+    """What a file was found to hold: the key of its content, or why no clip can be taken from it.
+
+    A reason that is `passing` (see `sgm.data.video_io.VideoError`) counts until the cache is opened again.
+    """
 
     key: str | None
     rejected: str | None = None
+    passing: bool = False
 
 
 class CacheStore:
@@ -106,6 +110,7 @@ class CacheStore:
         self._entries: dict[str, Entry] = {}
         self._seen: dict[FileStamp, Seen] = {}
         self._paths: set[str] = set()
+        self._found = {path: path.stat().st_size for path in self.folder.glob("files-*.jsonl")}
         self.refresh()
 
     def __contains__(self, name: str) -> bool:
@@ -146,13 +151,15 @@ class CacheStore:
             SaveError: it cannot be written.
         """
         dtype = STORAGE[self.storage]
-        stored = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+        # In an order that the file's name tells: another process that encodes the same clips replaces this file by one
+        # with the same layout, so that whoever has read its head goes on reading the right places.
+        stored = {name: tensors[name].to(dtype) for name in sorted(tensors)}
         for name, tensor in stored.items():
             if not bool(torch.isfinite(tensor).all()):
                 raise CacheError(
                     f"{name} has values outside {self.storage}; make a new cache with --storage bf16 or fp32"
                 )
-        digest = hashlib.sha256("\n".join(sorted(stored)).encode()).hexdigest()[:16]
+        digest = hashlib.sha256("\n".join([self.storage, *stored]).encode()).hexdigest()[:16]
         path = self.folder / f"{kind}-{digest}.safetensors"
         save_safetensors(path, stored, {"identity": self._digest()})
         if path not in self.shards:
@@ -163,7 +170,9 @@ class CacheStore:
         """Note what files hold. Each rank appends to a file of its own. Raises SaveError."""
         lines = []
         for stamp, seen in found:
-            content = {"rejected": seen.rejected} if seen.key is None else {"key": seen.key}
+            content: dict[str, Any] = {"rejected": seen.rejected} if seen.key is None else {"key": seen.key}
+            if seen.passing:
+                content["passing"] = True
             lines.append(json.dumps({"path": stamp.path, "size": stamp.size, "mtime_ns": stamp.mtime_ns, **content}))
             self._remember(stamp, seen)
         path = self.folder / f"files-{rank:05d}.jsonl"
@@ -246,11 +255,15 @@ class CacheStore:
         return entries
 
     def _read_files(self, path: Path) -> None:
-        for line in path.read_bytes().splitlines():
+        place = 0
+        for line in path.read_bytes().splitlines(keepends=True):
+            place += len(line)
             try:
                 said = json.loads(line)
                 stamp = FileStamp(said["path"], said["size"], said["mtime_ns"])
-                self._remember(stamp, Seen(said.get("key"), said.get("rejected")))
+                seen = Seen(said.get("key"), said.get("rejected"), said.get("passing", False))
+                if not (seen.passing and place <= self._found.get(path, 0)):  # of an earlier run: it may be over
+                    self._remember(stamp, seen)
             except (ValueError, KeyError, TypeError):
                 continue  # cut off by a crash: the file is looked at again
 

@@ -35,6 +35,10 @@ class DecodeError(ValueError):
     """The decoder refused, crashed or hung; the message is the reason alone."""
 
 
+class DecoderLostError(DecodeError):
+    """It crashed or hung, which need not be the video's fault: memory ran out, a network drive stood still."""
+
+
 class DecodeProcess:
     """A decoding process and its pipes. Not for use by two threads at once.
 
@@ -103,9 +107,9 @@ class DecodeProcess:
             raise  # an answer: the process is in step and goes on
         except TimeoutError:
             self._kill()
-            raise DecodeError(f"decoding took longer than {timeout:g} s and was stopped") from None
+            raise DecoderLostError(f"decoding took longer than {timeout:g} s and was stopped") from None
         except (EOFError, BrokenPipeError):
-            raise DecodeError(f"the decoder crashed ({self._kill(EXIT_SECONDS)})") from None
+            raise DecoderLostError(f"the decoder crashed ({self._kill(EXIT_SECONDS)})") from None
         except BaseException:
             self._kill()  # interrupted between request and answer: the next answer would be the wrong one
             raise

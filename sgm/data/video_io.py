@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from sgm.data.container import ContainerError, inspect
-from sgm.data.decoder import DecodeError, DecodeProcess, thread_decoder
+from sgm.data.decoder import DecodeError, DecodeProcess, DecoderLostError, thread_decoder
 from sgm.data.sources import Place, is_image
 
 DECODE_TIMEOUT = 60.0  # seconds for one clip
@@ -25,15 +25,19 @@ CROP_MODES = ("center", "random")
 
 
 class VideoError(ValueError):
-    """A file that cannot be read as a video. `path` and `reason` hold the message's two parts."""
+    """A file that cannot be read as a video. `path` and `reason` hold the message's two parts.
 
-    def __init__(self, path: str | Path, reason: str):
+    With `passing` the fault may be of the moment (see `DecoderLostError`, or the drive's), and the file a good one.
+    """
+
+    def __init__(self, path: str | Path, reason: str, passing: bool = False):
         super().__init__(f"{path}: {reason}")
         self.path = Path(path)
         self.reason = reason
+        self.passing = passing
 
     def __reduce__(self):
-        return type(self), (self.path, self.reason)
+        return type(self), (self.path, self.reason, self.passing)
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ def probe(path: str | Path, timeout: float = DECODE_TIMEOUT, decoder: DecodeProc
         codec = inspect(path)
         found = (decoder or thread_decoder()).probe(path, timeout)
     except (ContainerError, DecodeError, OSError) as error:
-        raise VideoError(path, str(error)) from error
+        raise VideoError(path, str(error), isinstance(error, (DecoderLostError, OSError))) from error
     frames, fps = int(found["frames"]), found["fps"]
     if frames < 1 or not (math.isfinite(fps) and fps > 0):
         raise VideoError(path, f"{frames} frames at {fps} frames per second")
@@ -97,7 +101,7 @@ def read_frames(
         inspect(path)
         frames = (decoder or thread_decoder()).read(path, indices, timeout)
     except (ContainerError, DecodeError, OSError) as error:
-        raise VideoError(path, str(error)) from error
+        raise VideoError(path, str(error), isinstance(error, (DecoderLostError, OSError))) from error
     return torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous()
 
 
@@ -111,7 +115,8 @@ def read_image(path: str | Path) -> Tensor:
         with Place.of(path).open() as file, Image.open(file) as image:
             pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise VideoError(path, f"no readable picture ({error})") from error
+        of_the_drive = getattr(error, "errno", None) is not None  # Pillow's own OSErrors have no number
+        raise VideoError(path, f"no readable picture ({error})", of_the_drive) from error
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].contiguous()
 
 

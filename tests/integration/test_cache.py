@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ import torch
 
 from sgm.config import load_run_config
 from sgm.data.cache_store import CacheError
+from sgm.data.decoder import thread_decoder
 from sgm.models import loading
 from sgm.models.autoencoder import VideoAutoencoder
 from sgm.modules.encoders.modules import FrozenT5Embedder
@@ -223,6 +226,18 @@ def test_an_interrupted_filling_goes_on(release, clips, tmp_path, capsys, monkey
     assert precompute(path, tmp_path / "cache", *more) == 0
     assert "4 videos and 4 captions" in capsys.readouterr().out
     assert 5 <= len(calls) <= 6  # the batch that was under way at the interruption may be lost, no more
+
+
+def test_a_decoder_that_was_killed_does_not_cost_the_clip(release, clips, tmp_path, capsys):
+    path = write_yaml(tmp_path / "config.yaml", content(release, clips, tmp_path))
+    decoder = thread_decoder()
+    decoder.probe(next(clips.rglob("*.mp4")), 60)
+    os.kill(decoder.pid, signal.SIGKILL)  # as the system does when memory runs out
+    assert precompute(path, tmp_path / "cache", "--workers", "0") == 0
+    said = capsys.readouterr()
+    assert "the decoder crashed" in said.out + said.err and "3 clips, 1 rejected" in said.out
+    assert precompute(path, tmp_path / "cache", "--workers", "0") == 0
+    assert "4 clips, 0 rejected" in capsys.readouterr().out
 
 
 def test_ranks_share_the_work(release, clips, tmp_path):

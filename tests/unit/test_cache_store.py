@@ -44,6 +44,32 @@ def test_more_shards_than_open_files(tmp_path, monkeypatch):
     assert len(reader._open) == 2
 
 
+def test_two_commands_that_encode_the_same_clips_leave_each_other_s_places_right(tmp_path):
+    """Each replaces the other's shard by one in which the clips arrived in another order."""
+    first, second = CacheStore(tmp_path, IDENTITY, "fp32"), CacheStore(tmp_path, IDENTITY, "fp32")
+    made = tensors(5)
+    first.add("video", made)
+    second.add("video", dict(reversed(made.items())))
+    reader = ShardReader(first.shards)
+    assert all(torch.equal(reader.read(first.entry(name)), tensor) for name, tensor in made.items())
+    assert len(list(tmp_path.glob("video-*"))) == 1
+
+
+def test_a_passing_fault_is_forgotten_when_the_cache_is_opened_again(tmp_path):
+    bad, slow = FileStamp("/bad.mp4", 1, 2), FileStamp("/slow.mp4", 1, 2)
+    first, second = CacheStore(tmp_path, IDENTITY), CacheStore(tmp_path, IDENTITY)
+    first.record(0, [(bad, Seen(None, "too short")), (slow, Seen(None, "took too long", passing=True))])
+    second.refresh()  # another rank of the same run
+    assert first.seen(slow) == second.seen(slow) == Seen(None, "took too long", passing=True)
+    later = CacheStore(tmp_path, IDENTITY)
+    later.refresh()
+    assert later.seen(slow) is None and later.seen(bad) == Seen(None, "too short")
+    later.record(1, [(slow, Seen("video:1"))])
+    later.record(0, [(FileStamp("/other.mp4", 1, 2), Seen(None, "took too long", passing=True))])
+    later.refresh()
+    assert later.seen(slow) == Seen("video:1") and later.seen(FileStamp("/other.mp4", 1, 2)).passing
+
+
 def test_files_are_known_by_size_and_time(tmp_path):
     video = tmp_path / "a.mp4"
     video.write_bytes(b"one")
