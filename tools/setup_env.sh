@@ -42,8 +42,20 @@ _choose_python() {
         exit 2
     fi
     echo "setting up $_repo/.venv with $("$base" --version) (once; downloads about 1 GB on a CPU machine, more for CUDA)" >&2
-    [[ -x "$_repo/.venv/bin/python" ]] || "$base" -m venv "$_repo/.venv"
     PYTHON="$_repo/.venv/bin/python"
+    if command -v flock >/dev/null; then # commands started together: one installs, the others wait
+        exec 9>"$_repo/.venv.lock"
+        if ! flock -n 9; then
+            echo "another command is doing so just now; waiting for it" >&2
+            flock 9
+            if _complete "$PYTHON"; then
+                exec 9>&-
+                return
+            fi
+        fi
+    fi
+    # An interrupted start left an environment without pip.
+    "$PYTHON" -m pip --version >/dev/null 2>&1 || "$PYTHON" -m ensurepip >/dev/null 2>&1 || "$base" -m venv "$_repo/.venv"
     local file
     for file in "$_repo/requirements.txt" ${EXTRA_REQUIREMENTS:-}; do
         if ! "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$file" 2> >(grep -v '^WARNING: Location' >&2); then
@@ -51,6 +63,7 @@ _choose_python() {
             exit 2
         fi
     done
+    exec 9>&- # not to be inherited by what runs next
 }
 
 _choose_python
