@@ -436,7 +436,7 @@ def test_interrupt_keeps_finished_videos(config, tmp_path):
     (tmp_path / "prompts.txt").write_text("".join(f"number {k}\n" for k in range(500)), encoding="utf-8")
     run = start(config, "--steps", 30)
     deadline = time.monotonic() + 200
-    while not list((tmp_path / "out").rglob("*.json")) and time.monotonic() < deadline and run.poll() is None:
+    while not list((tmp_path / "out").rglob("000000.json")) and time.monotonic() < deadline and run.poll() is None:
         time.sleep(0.05)
     run.send_signal(signal.SIGINT)
     _, err = run.communicate(timeout=60)
