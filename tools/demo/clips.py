@@ -41,5 +41,7 @@ def make_demo_clips(folder: Path) -> bool:
                 pass
             os.replace(made, folder)
     except OSError as error:
+        if folder.is_dir():  # another command drew the same clips at the same time and was first
+            return True
         raise DatasetError(f"cannot draw the demo's clips into {folder}: {error.strerror or error}.") from error
     return True
