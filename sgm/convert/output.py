@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sgm.convert.lazy import ConvertError, Deferred, summed_bytes
+from sgm.lock import sole_holder
 from sgm.weights.save import PARTIAL, SaveError, remove, require_space, save_safetensors, save_text, write_failed
 
 SHARD_BYTES = 5 << 30
@@ -28,27 +29,28 @@ def whole_folder(target: Path, *, overwrite: bool, inputs: Mapping[str, Path], n
         inputs: what is read, by the option that names it; none may lie in an existing target.
         needed: bytes that are going to be written.
     Raises:
-        ConvertError: `target` is there, or holds an input.
+        ConvertError: `target` is there, or holds an input, or another process is writing it.
         SaveError: no room, no permission.
     """
     target = target.expanduser().absolute()
     staging = target.with_name(PARTIAL + target.name)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _restore(target)
-        _refuse_existing(target, overwrite, inputs)
-        remove(staging)
-        require_space(target.parent, needed)
-        staging.mkdir()
+        with sole_holder(target.with_name(f".lock-{target.name}")) as alone:
+            if not alone:
+                raise ConvertError(f"another command is writing {target} just now; wait for it, or choose another.")
+            _restore(target)
+            _refuse_existing(target, overwrite, inputs)
+            remove(staging)
+            require_space(target.parent, needed)
+            staging.mkdir()
+            try:
+                yield staging
+                _take_place(staging, target)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
     except OSError as error:
         raise write_failed(target, error) from error
-    try:
-        yield staging
-        _take_place(staging, target)
-    except OSError as error:
-        raise write_failed(target, error) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _refuse_existing(target: Path, overwrite: bool, inputs: Mapping[str, Path]) -> None:

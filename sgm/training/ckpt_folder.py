@@ -1,5 +1,6 @@
 """A run's folder of checkpoints: what makes one complete, how a new one takes its place, which are deleted.
 
+    RUN/.lock                                     held while a command trains into the run
     RUN/latest                                    iteration that SAT's loader takes
     RUN/model_config.json                         class name and number of tensor-parallel parts, as SAT writes it
     RUN/100/mp_rank_00_model_states.pt            weights, one file a tensor-parallel part
@@ -22,6 +23,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from sgm.lock import sole_holder
 from sgm.training.state import CheckpointError
 from sgm.weights.save import PARTIAL, remove, remove_leftovers, save_text, sync_folder
 
@@ -30,6 +32,7 @@ logger = logging.getLogger(__name__)
 RECORD = "run.json"
 RESUME = "resume"
 MERGED = "merged"
+LOCK = ".lock"  # held by the command that trains into the run
 _REPLACED = ".replaced-"
 
 
@@ -138,6 +141,14 @@ def restore_replaced(place: Path) -> None:
             aside.rename(target)
 
 
+def _restore_unless_live(run: Path) -> None:
+    """`restore_replaced`, but not under the hands of a command that is saving into this run."""
+    if any(run.glob(f"{_REPLACED}*")):
+        with sole_holder(run / LOCK) as alone:
+            if alone:
+                restore_replaced(run)
+
+
 def publish(run: Path, staging: Path, iteration: int) -> Path:
     """Move what is staged to its places: `ema` and `merged` where there are such, then `main`, whose name counts.
 
@@ -196,10 +207,13 @@ def prune(run: Path, keep_last: int, newest: int) -> None:
         if int(old.name) == newest:
             continue
         try:
-            aside = old.with_name(f"{PARTIAL}old-{old.name}")
-            old.rename(aside)  # gone at once, however long the deletion takes
-            for path in (aside, run / f"{old.name}-ema", run / MERGED / old.name):
-                remove(path)
+            asides = [  # all gone at once, however long the deletion takes; after a kill `settle` deletes the rest
+                path.rename(path.with_name(f"{PARTIAL}old-{path.name}"))
+                for path in (old, run / f"{old.name}-ema", run / MERGED / old.name)
+                if path.exists()
+            ]
+            for aside in asides:
+                remove(aside)
         except OSError as error:
             logger.warning("iteration %d was saved, but %s could not be deleted: %s", newest, old, error)
 
@@ -220,7 +234,7 @@ def newest_of_experiment(root: Path, name: str, config_hash: str) -> Path | None
     best: tuple[float, int] | None = None
     found: Path | None = None
     for run in sorted(root.glob(f"{glob.escape(name)}-*")):
-        restore_replaced(run)
+        _restore_unless_live(run)
         for folder in iterations(run):
             try:
                 record = RunRecord.read(folder)
@@ -254,7 +268,7 @@ def named_checkpoint(path: Path, config_hash: str) -> Path:
 
 
 def _last_complete(run: Path) -> tuple[Path, RunRecord]:
-    restore_replaced(run)
+    _restore_unless_live(run)
     reasons = []
     for folder in reversed(iterations(run)):
         try:

@@ -28,10 +28,11 @@ from sgm.data.report import first_reasons
 from sgm.data.sources import exists
 from sgm.distributed import DistInfo, from_first
 from sgm.inference.preflight import check_paths, found_path, lies_in_demo, placeholders_in, with_found_paths
+from sgm.lock import sole_holder
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.training.boards import Board, TensorBoard, WeightsAndBiases
-from sgm.training.checkpoint import find_resume, resume_hash
-from sgm.training.ckpt_folder import new_run
+from sgm.training.checkpoint import CheckpointError, find_resume, resume_hash
+from sgm.training.ckpt_folder import LOCK, new_run
 from sgm.training.deepspeed_setup import DeepSpeedPlan, plan_deepspeed, start_engine
 from sgm.training.evaluate import Evaluation, evaluation_batches
 from sgm.training.faults import SkipGuard, TrainingStopped, out_of_memory_advice
@@ -109,6 +110,8 @@ def _prepare(
     found = _find_resume(config, say)
     cache = ready_cache(config, plan.dtype, info, say) if config.args.cache_dir else None
     folder = found.parent if found else _run_folder(config.args)
+    if folder:
+        _hold(folder, stack)
     seed_all(config.args.seed)  # the same on all ranks, for what is initialised at random
     engine, loaded = load_engine(config, plan, info.device)
     check_buckets(engine.network, config.data)
@@ -244,6 +247,19 @@ def _run_folder(args: TrainArgs) -> Path | None:
         return str(new_run(Path(args.save).expanduser() / f"{args.experiment_name}-{datetime.now():%m-%d-%H-%M}"))
 
     return Path(from_first(choose))
+
+
+def _hold(folder: Path, stack: ExitStack) -> None:
+    """Keep other commands from training into the same folder until `stack` is left.
+
+    Raises:
+        CheckpointError: on every rank; another command does so already.
+    """
+    if not from_first(lambda: stack.enter_context(sole_holder(folder / LOCK))):
+        raise CheckpointError(
+            f"another command is still training into {folder}; end it or wait for it. To go on from another run, give "
+            "its folder to --resume."
+        )
 
 
 def _temporary_folder() -> AbstractContextManager[str]:

@@ -292,6 +292,17 @@ def test_keep_last_deletes_old_complete_ones_only_and_after_the_new_is_there(tmp
     assert (tmp_path / "5").is_dir() and (tmp_path / "latest").read_text() == "5"
 
 
+def test_a_kill_while_an_old_checkpoint_is_deleted_leaves_nothing_of_it(tmp_path, run, monkeypatch):
+    save(tmp_path, run, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr("sgm.training.ckpt_folder.remove", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            save(tmp_path, run, 4, keep_last=1)
+    assert not (tmp_path / "2").exists() and not (tmp_path / "2-ema").exists() and leftovers(tmp_path)
+    save(tmp_path, run, 6)
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["4", "4-ema", "6", "6-ema"]
+
+
 def test_saving_an_iteration_again_replaces_it(tmp_path, run):
     save(tmp_path, run, 2)
     step(run)

@@ -264,7 +264,7 @@ def test_killed_run_leaves_nothing_that_looks_finished(tmp_path: Path) -> None:
     assert ready.wait(60)
     run.kill()
     run.join()
-    assert [p.name for p in tmp_path.iterdir()] == [".partial-o"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock-o", ".partial-o"]
     with whole_folder(tmp_path / "o", overwrite=False, inputs={}) as folder:
         assert not list(folder.iterdir())
         (folder / "new").write_text("")
@@ -274,6 +274,17 @@ def test_killed_run_leaves_nothing_that_looks_finished(tmp_path: Path) -> None:
         with whole_folder(tmp_path / "o", overwrite=False, inputs={}):
             pass
     assert (tmp_path / "o" / "new").is_file() and [p.name for p in tmp_path.iterdir()] == ["o"]
+
+
+def test_two_commands_do_not_write_one_folder(tmp_path: Path) -> None:
+    with whole_folder(tmp_path / "o", overwrite=True, inputs={}) as folder:
+        (folder / "1").write_text("")
+        with pytest.raises(ConvertError, match="another command is writing .*/o just now"):
+            with whole_folder(tmp_path / "o", overwrite=True, inputs={}):
+                raise AssertionError("it was let in")
+        (folder / "2").write_text("")
+    assert [p.name for p in tmp_path.iterdir()] == ["o"]
+    assert sorted(p.name for p in (tmp_path / "o").iterdir()) == ["1", "2"]
 
 
 def test_bad_sizes_and_configurations(release: Path, tmp_path: Path, capsys: Any) -> None:

@@ -1,0 +1,71 @@
+"""A file that one process holds at a time; the system lets go of it when the holder ends, however it ends."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+_held: set[int] = set()
+
+
+@contextmanager
+def sole_holder(path: Path) -> Iterator[bool]:
+    """Hold `path`, a file that is made for it and goes afterwards; False where another process holds it.
+
+    On a file system without locks (some cluster drives) it is as if no one else were there; the log says so.
+
+    Raises:
+        OSError: the file cannot be made.
+    """
+    handle = _take(path)
+    try:
+        yield handle is not None
+    finally:
+        if handle is not None:
+            path.unlink(missing_ok=True)  # before it is let go: who has opened it by now will see that it is gone
+            _held.discard(handle)
+            os.close(handle)
+
+
+def _take(path: Path) -> int | None:
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            return None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                os.close(handle)
+                raise
+            logger.warning("%s: this file system has no locks (%s); two commands could meet here", path, error.strerror)
+        if _is_still_there(handle, path):
+            _held.add(handle)
+            return handle
+        os.close(handle)
+
+
+def _is_still_there(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _let_go_in_child() -> None:
+    """A forked worker that outlives its parent for a moment must not hold what the parent held."""
+    for handle in _held:
+        os.close(handle)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)
