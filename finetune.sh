@@ -41,4 +41,6 @@ if ((nnodes > 1)) || [[ -n "${MASTER_PORT:-}" ]]; then
 else
     launch+=(--standalone) # one machine: a free port
 fi
+# After SIGTERM or Ctrl-C the launcher gives its processes so many seconds to finish their step and save (its own: 30).
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-1800}"
 exec "$PYTHON" -m torch.distributed.run "${launch[@]}" "$repo/train_video.py" ${arguments[@]+"${arguments[@]}"}

@@ -108,7 +108,8 @@ def send(out, head):
 
 
 def main():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to a whole job: the parent's to handle
+        signal.signal(number, signal.SIG_IGN)
     # Keep the answers' pipe to ourselves: libraries that print must not disturb it.
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -114,7 +117,7 @@ def create_loader(
         num_workers=num_workers,
         collate_fn=collate,
         pin_memory=pin,
-        worker_init_fn=seed_worker,
+        worker_init_fn=prepare_worker,
         generator=torch.Generator().manual_seed(_worker_seed(sampler)),
         **(parallel if num_workers else {}),
     )
@@ -148,8 +151,27 @@ def shapes_of(dataset: Dataset) -> Sequence[tuple[int, ...]] | None:
     return getattr(dataset, "shapes", None)
 
 
-def seed_worker(worker_id: int) -> None:
-    """Give Python's and numpy's generators the worker's own seed, which torch derives from the loader's."""
+def heed_parent_only() -> None:
+    """In a worker: let the parent alone stop this process.
+
+    Schedulers and terminals send SIGTERM and SIGINT to every process of a job; a worker that died of one would take its
+    parent along before that has saved. The parent's own SIGTERM (it ends workers so) still counts.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_at_word_of, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_at_word_of(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
+
+
+def prepare_worker(worker_id: int) -> None:
+    """In a worker: heed the parent only, and seed Python's and numpy's generators, too, as torch has seeded its own."""
+    heed_parent_only()
     seed = torch.initial_seed()
     random.seed(seed)
     np.random.seed(seed % 2**32)

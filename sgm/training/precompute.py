@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from sgm.data.cache_store import CacheError, CacheStore, FileStamp, Seen, text_key, video_key
 from sgm.data.cached import CaptionedVideo
 from sgm.data.clips import CLIP_FAULTS, ClipSettings, load_frames, to_unit_range
+from sgm.data.loader import prepare_worker
 from sgm.models.diffusion import DTYPES
 from sgm.modules.ops.choice import Kernels
 from sgm.util import instantiate_from_config
@@ -62,12 +63,13 @@ class FillSettings:
 @dataclass(frozen=True)
 class DecodedClip:
     """What a worker found: the file's state, the key of its content, and frames uint8 (f, 3, h, w) unless the moments
-    are known already, or the reason why there is no clip."""
+    are known already, or the reason why there is no clip, which may be `passing`."""
 
     stamp: FileStamp
     key: str | None
     frames: Tensor | None
     reason: str = ""
+    passing: bool = False
 
 
 def fill(
@@ -137,7 +139,7 @@ def _fill_videos(
         for clip in _decoded(clips, settings, frozenset(known), how.workers):
             progress.add(1)
             if clip.frames is None or clip.key in known:
-                writer.note(how.rank, clip.stamp, Seen(clip.key, clip.reason or None))
+                writer.note(how.rank, clip.stamp, Seen(clip.key, clip.reason or None, clip.passing))
                 continue
             known.add(clip.key)
             writer.note(how.rank, clip.stamp, Seen(clip.key))
@@ -234,6 +236,7 @@ def _decoded(
         batch_size=None,
         num_workers=workers,
         collate_fn=_as_it_is,
+        worker_init_fn=prepare_worker,
         **parallel,  # type: ignore[arg-type]
     )
     return iter(loader)
@@ -259,9 +262,10 @@ class _Videos(Dataset):
             key = video_key(path)
             frames = None if key in self.known else load_frames(path, self.settings)
         except CLIP_FAULTS as fault:
-            return DecodedClip(stamp, None, None, getattr(fault, "reason", str(fault)))
+            reason = getattr(fault, "reason", str(fault))
+            return DecodedClip(stamp, None, None, reason, getattr(fault, "passing", False))
         except OSError as error:
-            return DecodedClip(stamp, None, None, f"it cannot be read: {error.strerror}")
+            return DecodedClip(stamp, None, None, f"it cannot be read: {error.strerror}", passing=True)
         return DecodedClip(stamp, key, frames)
 
 

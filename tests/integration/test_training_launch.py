@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import train_video
+from sgm.training.checkpoint import CheckpointError
 from sgm.weights import read_checkpoint
 from tests.training_tiny import (
     REPO,
@@ -133,22 +134,49 @@ def test_a_dying_rank_ends_the_job(config, tmp_path):
             job.wait(timeout=60)
 
 
-def test_sigterm_saves_and_leaves(config, tmp_path):
+def test_sigterm_to_the_whole_job_saves_and_leaves(config, tmp_path):
+    """Schedulers send it to every process: to the workers and their decoders, too."""
     log = tmp_path / "log.txt"
+    path = config(train_iters=9000, num_workers=1, save_interval=2)
     with log.open("w") as out:
-        launch = command(config(train_iters=9000))
-        job = subprocess.Popen(launch, env=environment(), stdout=out, stderr=out, cwd=REPO)
+        job = subprocess.Popen(
+            command(path), env=environment(), stdout=out, stderr=out, cwd=REPO, start_new_session=True
+        )
     try:
-        wait_for("   2/9000", job, log)
-        job.terminate()
+        wait_for("/2\n", job, log)
+        (folder,) = (tmp_path / "save").iterdir()
+        with pytest.raises(CheckpointError, match="another command is still training into"):
+            train_video.run(train_video.parse([str(path), "--resume", str(folder)]))
+        os.killpg(job.pid, signal.SIGTERM)
         assert job.wait(timeout=60) == 128 + signal.SIGTERM
     finally:
         if job.poll() is None:
             job.kill()
-    assert "SIGTERM: saving at iteration" in log.read_text()
+    assert "SIGTERM: saving at iteration" in log.read_text() and "left out" not in log.read_text()
+    last = int((folder / "latest").read_text())
+    assert last >= 2 and (folder / str(last) / "mp_rank_00_model_states.pt").is_file()
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="reads /proc for the launcher's environment")
+def test_sigterm_to_the_launcher_of_two_ranks_saves(config, tmp_path):
+    log = tmp_path / "log.txt"
+    with log.open("w") as out:
+        launch = ["bash", REPO / "finetune.sh", "--nproc", "2", config(train_iters=9000)]
+        job = subprocess.Popen(launch, env=environment(PYTHON=sys.executable), stdout=out, stderr=out, cwd=tmp_path)
+    try:
+        wait_for("   2/9000", job, log)
+        known = dict(v.split("=", 1) for v in Path(f"/proc/{job.pid}/environ").read_text().split("\0") if "=" in v)
+        assert int(known["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) >= 600  # seconds until a rank that saves would be killed
+        job.terminate()
+        assert job.wait(timeout=60) != 0
+    finally:
+        if job.poll() is None:
+            job.kill()
+    assert "SIGTERM: saving at iteration" in log.read_text(), log.read_text()[-3000:]
     (folder,) = (tmp_path / "save").iterdir()
     last = int((folder / "latest").read_text())
     assert last >= 2 and (folder / str(last) / "mp_rank_00_model_states.pt").is_file()
+    assert train_video.main([str(tmp_path / "config.yaml"), "--resume", str(folder), "--dry-run"]) == 0
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(config, tmp_path):
