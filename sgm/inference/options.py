@@ -38,7 +38,7 @@ class SampleArgs:
     output_dir: str = option("outputs/", "folder for results")
     only_save_latents: bool = option(False, "write latents instead of videos; decode them later with --decode-latents")
     decode_latents: str | None = option(None, "decode latents that an earlier run saved: a file, or a folder of them")
-    skip_done: bool = option(False, "leave out samples whose video and JSON are there already")
+    skip_done: bool = option(False, "leave out samples whose video and JSON are there, from the same request")
     placement: str = option(
         "stages",
         "all: every part stays on the device; stages: one at a time; lean: parts are streamed through layer by layer",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
 import platform
 import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -89,6 +92,7 @@ class Runner:
         return written
 
     def _run_list(self, prompts: Sequence[Prompt]) -> int:
+        self._tell_what_is_made_anew(prompts)
         todo = [p for p in prompts if self._missing(p)]
         if len(todo) < len(prompts):
             self.progress.line(f"{len(prompts) - len(todo)} of {len(prompts)} prompts are done already")
@@ -140,9 +144,28 @@ class Runner:
 
     def _missing(self, prompt: Prompt) -> list[int]:
         """Samples of a prompt that have to be made."""
-        latents_only = self.args.only_save_latents
         skip = self.args.skip_done
-        return [k for k in range(self.args.batch_size) if not (skip and self.files(prompt, k).done(latents_only))]
+        return [k for k in range(self.args.batch_size) if not (skip and self._is_there(prompt, k, otherwise=False))]
+
+    def _is_there(self, prompt: Prompt, sample: int, *, otherwise: bool) -> bool:
+        """Whether there is a sample that was made as this run would make it; or, `otherwise`, by another request."""
+        there = self.files(prompt, sample).done(self.args.only_save_latents)
+        return there and bool(self._differences(prompt, sample)) == otherwise
+
+    def _differences(self, prompt: Prompt, sample: int) -> list[str]:
+        """In what the request that made an earlier sample differs from this run's."""
+        wanted = json.loads(json.dumps(self._request(prompt)))  # as it comes back from the file
+        record = read_record(self.files(prompt, sample).record)
+        pairs = {name: (record[name], value) for name, value in wanted.items() if record.get(name, value) != value}
+        texts = {name: [shorten(str(value), 60, placeholder=" ...") for value in pair] for name, pair in pairs.items()}
+        return [f"{n} {old}, now {new}" if old != new else f"another {n}" for n, (old, new) in texts.items()]
+
+    def _tell_what_is_made_anew(self, prompts: Sequence[Prompt]) -> None:
+        for prompt in prompts:
+            for k in range(self.args.batch_size if self.args.skip_done else 0):
+                if self._is_there(prompt, k, otherwise=True):
+                    differences = "; ".join(self._differences(prompt, k))
+                    self.progress.line(f"prompt {prompt.index}: made anew, it was made otherwise: {differences}")
 
     def _encode(self, prompts: Sequence[Prompt]) -> list[EncodedPrompt]:
         self._load("conditioner")
@@ -252,16 +275,14 @@ class Runner:
     def _stage(self, name: str, times: StageTimes, what: str = ""):
         return self.progress.stage(name, times, what)
 
-    def _record(self, prompt: Prompt, sample: int, latents: Tensor) -> dict[str, Any]:
+    def _request(self, prompt: Prompt) -> dict[str, Any]:
+        """What a user asks of a sample; two samples of one request are the same but for their number."""
         sampler = self.pipeline.engine.sampler
-        network = self.pipeline.facts.network
         height, width = self.pipeline.image_size
         return {
             "prompt": prompt.text,
-            "refined_prompt": prompt.refined or None,
+            "refine": self.args.refine,
             "negative_prompt": self.args.negative_prompt,
-            "prompt_index": prompt.index,
-            "sample_index": sample,
             "seed": self.args.seed,
             "seed_mode": self.args.seed_mode,
             "sampler": type(sampler).__name__,
@@ -271,8 +292,18 @@ class Runner:
             "size": [height, width],
             "fps": self.args.sampling_fps,
             "dtype": self.args.dtype,
-            "products": "bf16" if self.pipeline.engine.kernels.cpu_bf16 else self.args.dtype,
             "approximate": self.config.accelerate.approximate(),
+            "load": self.args.load and os.path.abspath(os.path.expanduser(self.args.load)),
+            "lora": [os.path.abspath(os.path.expanduser(text)) for text in self.args.lora],
+        }
+
+    def _record(self, prompt: Prompt, sample: int, latents: Tensor) -> dict[str, Any]:
+        network = self.pipeline.facts.network
+        return self._request(prompt) | {
+            "refined_prompt": prompt.refined or None,
+            "prompt_index": prompt.index,
+            "sample_index": sample,
+            "products": "bf16" if self.pipeline.engine.kernels.cpu_bf16 else self.args.dtype,
             "network_passes": asdict(self.pipeline.calls) if self.pipeline.calls else None,
             "latents_sha256": latents_digest(latents),
             "weights": {

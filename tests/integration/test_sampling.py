@@ -123,6 +123,26 @@ def test_prompt_file_blank_lines_skip_done_and_long_prompts(config, tmp_path, ca
     assert made.keys() == stamps.keys() and sum(made[p] != stamps[p] for p in made) == 1
 
 
+def test_skip_done_tells_requests_apart(config, tmp_path, capsys):
+    """Another seed, or a long prompt with another end, which the folder's name does not show, is not done already."""
+    long = "a " * 70
+    wish = [config, "--prompt", f"{long}red", "--only-save-latents", "--skip-done"]
+    for changed, said in [
+        ([], ""),
+        ([], "1 of 1 prompts are done already"),
+        (["--seed", 5], "made anew, it was made otherwise: seed 42, now 5"),
+        (["--seed", 5, "--steps", 3], "it was made otherwise: num_steps 2, now 3"),
+        (["--prompt", f"{long}blue"], "it was made otherwise: another prompt"),
+    ]:
+        arguments = [*wish[:1], *changed, *wish[3:]] if "--prompt" in changed else [*wish, *changed]
+        (before,) = list(records(tmp_path / "out").values()) or [None]
+        assert main(*arguments) == 0
+        err = capsys.readouterr().err
+        assert said in err and ("made anew" in err) == ("made otherwise" in said), err
+        (after,) = records(tmp_path / "out").values()
+        assert (before == after) == ("done already" in said)
+
+
 def test_guidance_scale_and_negative_prompt_have_their_effect(config, tmp_path):
     digests = []
     for k, extra in enumerate(([], ["--guidance-scale", 2], ["--negative-prompt", "blurry"], ["--seed", 5])):
@@ -156,7 +176,17 @@ def test_single_stream_of_the_original_draws_as_the_engine_does(config, release,
 def test_half_precision_and_every_placement(config, release, tmp_path, precision, placement):
     assert main(config, "--prompt", "x", "--set", f"args.{precision}=true", "--placement", placement) == 0
     (facts,) = records(tmp_path / "out").values()
-    assert facts["dtype"] == precision and facts["placement"] == placement
+    assert facts["dtype"] == {"bf16": "bf16", "fp16": "fp32"}[precision] and facts["placement"] == placement
+
+
+def test_float16_is_not_computed_on_a_cpu(config, capsys):
+    for cpu_bf16 in ("auto", "false"):
+        wish = ["--prompt", "x", "--set", "args.fp16=true", "--set", f"accelerate.cpu_bf16={cpu_bf16}"]
+        assert main(config, *wish, "--only-save-latents") == 0
+        assert "a CPU has no use for float16; this run computes in float32" in capsys.readouterr().err
+        assert main(config, *wish, "--dry-run") == 0
+        said = capsys.readouterr()
+        assert "computes in float32" in said.err and "device cpu, fp32" in said.out
 
 
 def test_adapters_act_and_are_recorded(config, release, tmp_path, capsys):
