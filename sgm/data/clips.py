@@ -71,7 +71,8 @@ class ClipSettings:
 
     def __post_init__(self):
         problems = []
-        if len(self.video_size) != 2 or any(int(side) != side or side < 1 for side in self.video_size):
+        whole = [isinstance(side, int | float) and side == int(side) and side > 0 for side in self.video_size]
+        if len(whole) != 2 or not all(whole):
             problems.append(f"video_size is {self.video_size}, expected [height, width] in pixels")
         if self.missing_caption not in MISSING_CAPTION:
             problems.append(f"missing_caption is {self.missing_caption!r}, choose one of {', '.join(MISSING_CAPTION)}")

@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sgm.weights.save import PARTIAL
+from sgm.weights.save import PARTIAL, probe
 
 
 class OutputError(ValueError):
@@ -73,8 +72,7 @@ def check_writable(folder: Path) -> None:
         OutputError: the folder cannot be made or written to.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()  # a name of its own: other ranks probe the folder, too
+        probe(folder)
     except OSError as error:
         raise OutputError(f"cannot write in {folder}: {error.strerror}. Choose another --output-dir.") from error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,22 +39,37 @@ def clip_settings(data: Mapping[str, Any] | None) -> tuple[ClipSettings, Callabl
     if cls is not SFTDataset:
         hint = "; it reads shards too (set txt_key)" if issubclass(cls, SFTDataset) else ""
         raise ConfigError(f"args.cache_dir holds clips of data_video.SFTDataset{hint}; data.target is {target}")
-    given = dict(check_params(target, cls, params))
+    given = check_params(target, cls, params)
     if given.get("sampling") == "random":
         raise ConfigError("data.params.sampling: random gives other frames each time, which no cache can hold")
-    listing = {name: given.pop(name) for name in ("images", "txt_key") if name in given}
-    listing["order"] = given.pop("file_order", "sorted")
-    for name in ("data_dir", "validate", "report"):
-        given.pop(name, None)
-    if "skip_frms_num" in given:
-        given["skip_frames"] = given.pop("skip_frms_num")
-    if "video_size" in given:
-        given["video_size"] = tuple(given["video_size"])
+    listing = {name: given[name] for name in ("images", "txt_key") if name in given}
+    listing["order"] = given.get("file_order", "sorted")
+    return _settings(given), partial(list_source, **listing)
+
+
+def settings_of(data: Mapping[str, Any]) -> ClipSettings | None:
+    """How clips are taken by a `data:` section's class; None where that is none of ours.
+
+    Raises:
+        ConfigError: wrong settings.
+    """
+    target, params = split_config(data)
+    cls = get_obj_from_str(target)
+    return _settings(check_params(target, cls, params)) if issubclass(cls, SFTDataset) else None
+
+
+def _settings(params: Mapping[str, Any]) -> ClipSettings:
+    renamed = {{"skip_frms_num": "skip_frames"}.get(name, name): value for name, value in params.items()}
+    given = {field.name: renamed[field.name] for field in fields(ClipSettings) if field.name in renamed}
     try:
+        if "video_size" in given:
+            given["video_size"] = tuple(given["video_size"])
         given["buckets"] = parse_buckets(given.get("buckets") or ())
-        return ClipSettings(**given), partial(list_source, **listing)
+        return ClipSettings(**given)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    except TypeError as error:
+        raise ConfigError(f"data.params: a value of another kind than expected ({error})") from error
 
 
 def cache_identity(model: Mapping[str, Any], settings: ClipSettings) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,8 +43,8 @@ from sgm.training.ckpt_weights import (
     merged_tensors,
     write_together,
 )
-from sgm.training.options import RESUME_MAY_CHANGE
 from sgm.training.partitions import ema_weights
+from sgm.training.same_run import resume_hash
 from sgm.training.state import CheckpointError, TrainState, capture_rng, restore_rng
 from sgm.weights import WeightsError, read_checkpoint
 from sgm.weights.files import tensors_of
@@ -64,15 +64,6 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-
-
-def resume_hash(config: RunConfig[Any]) -> str:
-    """Identity of what a run learns: equal for a run and its continuation.
-
-    With `epochs` the number of iterations follows from the data, and does not count.
-    """
-    follows = {"train_iters"} if getattr(config.args, "epochs", None) else set()
-    return config.hash(("args", "model", "data", "deepspeed"), ignore=RESUME_MAY_CHANGE | follows)
 
 
 # --- saving ------------------------------------------------------------------------------------------------------
@@ -265,13 +256,19 @@ def _resume_name(rank: int) -> str:
 # --- loading -----------------------------------------------------------------------------------------------------
 
 
-def find_resume(save_root: str | Path, experiment_name: str | None, config_hash: str) -> Path | None:
+def find_resume(
+    save_root: str | Path,
+    experiment_name: str | None,
+    config_hash: str | None,
+    explain: Callable[[Path], list[str]] | None = None,
+) -> Path | None:
     """The iteration folder to go on from, found by rank 0 and told to all.
 
     Args:
         save_root: folder of runs; or, without `experiment_name`, one run's or one iteration's folder.
         experiment_name: look at the runs `save_root/experiment_name-*`; the one saved last wins.
-        config_hash: what `resume_hash` gives for this run.
+        config_hash: what `resume_hash` gives for this run; None takes a checkpoint of any.
+        explain: in what a run's folder differs from this run, for the error; see `sgm.training.same_run`.
     Returns:
         None where a search finds nothing. Incomplete checkpoints are named in the log and passed over.
     Raises:
@@ -282,7 +279,7 @@ def find_resume(save_root: str | Path, experiment_name: str | None, config_hash:
     def look() -> tuple[str | None, str | None]:
         try:
             if experiment_name is None:
-                return str(named_checkpoint(root, config_hash)), None
+                return str(named_checkpoint(root, config_hash, explain)), None
             found = newest_of_experiment(root, experiment_name, config_hash)
             return (str(found) if found else None), None
         except (CheckpointError, OSError) as error:

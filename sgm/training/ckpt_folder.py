@@ -19,11 +19,13 @@ from __future__ import annotations
 import glob
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from sgm.lock import sole_holder
+from sgm.training.same_run import CONFIG_FILE
 from sgm.training.state import CheckpointError
 from sgm.weights.save import PARTIAL, remove, remove_leftovers, save_text, sync_folder
 
@@ -105,9 +107,8 @@ def iterations(run: Path) -> list[Path]:
 def new_run(wanted: Path) -> Path:
     """Make the folder `wanted`, or WANTED-2, WANTED-3, ...: the first that is not there yet.
 
-    It is made here and not only named, so that commands started in the same minute get one each.
+    It is made here and not only named, so that commands started in the same minute get one each. Its parent is there.
     """
-    wanted.parent.mkdir(parents=True, exist_ok=True)
     run, number = wanted, 1
     while True:
         try:
@@ -229,8 +230,8 @@ def _is_complete(folder: Path) -> bool:
 # --- finding -----------------------------------------------------------------------------------------------------
 
 
-def newest_of_experiment(root: Path, name: str, config_hash: str) -> Path | None:
-    """The last saved complete checkpoint of `root/name-*` with this configuration; None where there is none."""
+def newest_of_experiment(root: Path, name: str, config_hash: str | None) -> Path | None:
+    """The last saved complete checkpoint of `root/name-*` with this configuration (None: with any), if there is one."""
     best: tuple[float, int] | None = None
     found: Path | None = None
     for run in sorted(root.glob(f"{glob.escape(name)}-*")):
@@ -241,14 +242,16 @@ def newest_of_experiment(root: Path, name: str, config_hash: str) -> Path | None
             except CheckpointError as error:
                 logger.warning("passed over: %s", error)
                 continue
-            if record.config_hash != config_hash:
+            if config_hash not in (None, record.config_hash):
                 logger.info("passed over: %s is of another configuration (%s)", folder, record.config_hash)
             elif best is None or (record.saved_at, record.iteration) > best:
                 best, found = (record.saved_at, record.iteration), folder
     return found
 
 
-def named_checkpoint(path: Path, config_hash: str) -> Path:
+def named_checkpoint(
+    path: Path, config_hash: str | None, explain: Callable[[Path], list[str]] | None = None
+) -> Path:
     """The checkpoint that a user named: an iteration's folder, or a run's folder (then its last complete one).
 
     Raises:
@@ -258,11 +261,12 @@ def named_checkpoint(path: Path, config_hash: str) -> Path:
         folder, record = path, RunRecord.read(path)
     else:
         folder, record = _last_complete(path)
-    if record.config_hash != config_hash:
+    if config_hash not in (None, record.config_hash):
+        known = explain(folder.parent) if explain else []
+        why = "; ".join(known) or f"hash {record.config_hash}, this run's is {config_hash}"
         raise CheckpointError(
-            f"{folder} was written under another configuration (hash {record.config_hash}, this run's is "
-            f"{config_hash}); going on would not be the same run. Compare {folder.parent / 'training_config.yaml'}; to "
-            f"start a new run from its weights, set args.load to {folder}."
+            f"{folder} was written under another configuration ({why}); going on would not be the same run. Compare "
+            f"{folder.parent / CONFIG_FILE}; to start a new run from its weights, set args.load to {folder}."
         )
     return folder
 

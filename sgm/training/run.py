@@ -31,7 +31,7 @@ from sgm.inference.preflight import check_paths, found_path, lies_in_demo, place
 from sgm.lock import sole_holder
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.training.boards import Board, TensorBoard, WeightsAndBiases
-from sgm.training.checkpoint import CheckpointError, find_resume, resume_hash
+from sgm.training.checkpoint import CheckpointError, find_resume
 from sgm.training.ckpt_folder import LOCK, new_run
 from sgm.training.deepspeed_setup import DeepSpeedPlan, plan_deepspeed, start_engine
 from sgm.training.evaluate import Evaluation, evaluation_batches
@@ -41,12 +41,13 @@ from sgm.training.metrics import RunLog
 from sgm.training.optimizer import count, parameter_groups
 from sgm.training.options import TrainArgs, training_advice, trains_lora
 from sgm.training.ready_cache import ReadyCache, ready_cache
+from sgm.training.same_run import CONFIG_FILE, differences, resume_hash
 from sgm.training.saver import Saver, resume
 from sgm.training.schedule import LearningRate
 from sgm.training.setup import (
     arrange_first_stage,
     build_datasets,
-    check_buckets,
+    check_clips,
     checkpointing_mode,
     load_engine,
     mark_prior,
@@ -56,6 +57,7 @@ from sgm.training.setup import (
 )
 from sgm.training.timing import PhaseClock, phases_of_step
 from sgm.training.trainer import Trainer
+from sgm.weights.save import probe
 
 
 def train(
@@ -81,6 +83,7 @@ def train(
     plan = plan_deepspeed(
         config.deepspeed, device_type=kind, data_parallel_size=distributed.data_parallel_world_size()
     )
+    check_clips(config, plan.dtype)
     say = print if info.rank == 0 else _silent
     advice = training_advice(args, config.model, plan.optimizer.lr)
     for note in (*config.notes, *plan.notes, *_activation_note(config), *advice):
@@ -107,6 +110,7 @@ def _prepare(
     say: Callable[..., None],
 ) -> Trainer:
     """Everything up to the first iteration; what must be closed goes onto `stack`."""
+    _check_writable(config.args.save)
     found = _find_resume(config, say)
     cache = ready_cache(config, plan.dtype, info, say) if config.args.cache_dir else None
     folder = found.parent if found else _run_folder(config.args)
@@ -114,7 +118,6 @@ def _prepare(
         _hold(folder, stack)
     seed_all(config.args.seed)  # the same on all ranks, for what is initialised at random
     engine, loaded = load_engine(config, plan, info.device)
-    check_buckets(engine.network, config.data)
     if loaded:
         say(f"weights: {loaded.source}", *(f"note: {note}" for note in loaded.notes), sep="\n", flush=True)
     ranks = distributed.data_parallel_world_size()
@@ -152,7 +155,7 @@ def _prepare(
     if info.rank == 0:
         log.boards = _boards(config, folder, trainer.iteration)
     if folder and info.rank == 0:
-        (folder / "training_config.yaml").write_text(config.as_yaml(), encoding="utf-8")
+        (folder / CONFIG_FILE).write_text(config.as_yaml(), encoding="utf-8")
         say(f"run folder {folder}", flush=True)
     return trainer
 
@@ -228,13 +231,18 @@ def _find_resume(config: RunConfig[TrainArgs], say: Callable[..., None]) -> Path
     args = config.args
     if not args.resume:
         return None
+    explain = partial(differences, config=config)
     if args.resume != "auto":
-        return find_resume(Path(args.resume), None, resume_hash(config))
+        return find_resume(Path(args.resume), None, resume_hash(config), explain)
     if not args.save:
         raise ConfigError("--resume looks for runs in args.save, which is not set; set it or give the run's folder")
     found = find_resume(Path(args.save), args.experiment_name, resume_hash(config))
     if found is None:
         say(f"no earlier run of this configuration in {args.save}: starting a new one", flush=True)
+        other = find_resume(Path(args.save), args.experiment_name, None)
+        if other:
+            changed = "; ".join(explain(other.parent)) or f"see its {CONFIG_FILE}"
+            say(f"warning: {other} is of another configuration: {changed}", flush=True)
     return found
 
 
@@ -247,6 +255,21 @@ def _run_folder(args: TrainArgs) -> Path | None:
         return str(new_run(Path(args.save).expanduser() / f"{args.experiment_name}-{datetime.now():%m-%d-%H-%M}"))
 
     return Path(from_first(choose))
+
+
+def _check_writable(save: str | None) -> None:
+    """Raises CheckpointError, on every rank."""
+
+    def problem() -> str | None:
+        try:
+            probe(Path(save).expanduser())  # type: ignore[arg-type]
+        except OSError as error:
+            return error.strerror or str(error)
+        return None
+
+    reason = from_first(problem) if save else None
+    if reason:
+        raise CheckpointError(f"cannot write in args.save, {save}: {reason}. Set it to another folder.")
 
 
 def _hold(folder: Path, stack: ExitStack) -> None:

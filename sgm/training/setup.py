@@ -16,14 +16,14 @@ from torch import nn
 from torch.utils.data import Dataset, Subset
 
 from sgm.config import AccelerateArgs, ConfigError, RunConfig
-from sgm.data.buckets import parse_buckets
+from sgm.data.buckets import SIDE_STEP, Bucket
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.models.loading import LoadedNetwork, load_first_stage, load_network, load_text_encoder
 from sgm.modules.encoders.modules import text_is_local
 from sgm.modules.ops.choice import choose_kernels
 from sgm.modules.ops.recompute import MODES, stronger_mode
 from sgm.modules.transformer.positions import LARGEST_STRETCH
-from sgm.training.cache import cached_model_section
+from sgm.training.cache import cached_model_section, settings_of
 from sgm.training.deepspeed_setup import DeepSpeedPlan
 from sgm.training.memory import MemoryNeeds
 from sgm.training.options import TrainArgs, split_shares
@@ -217,29 +217,40 @@ def _wait_for_first() -> None:
         dist.barrier()
 
 
-def check_buckets(network: Any, data: Mapping[str, Any] | None) -> None:
-    """Whether the network has positions for every bucket of the `data:` section.
+def check_clips(config: RunConfig[TrainArgs], dtype: str) -> None:
+    """Whether the `data:` section's clips are possible and the network has positions for them; loads nothing.
 
     Raises:
-        ConfigError: too many frames, or a side of more than `LARGEST_STRETCH` times the network's own.
+        ConfigError: wrong settings, too many frames, a side that the network cannot cut into patches, or one of more
+            than `LARGEST_STRETCH` times the network's own.
     """
-    problems = []
-    for bucket in parse_buckets(((data or {}).get("params") or {}).get("buckets") or ()):
-        try:
-            grid = network.patch.grid((bucket.frames - 1) // 4 + 1, bucket.height // 8, bucket.width // 8)
-            network.mixins.pos_embed.check_grid(grid)
-        except ValueError as error:
-            problems.append(f"{bucket}: {error}")
-            continue
-        stretch = network.mixins.pos_embed.stretch(grid)
-        if stretch > LARGEST_STRETCH:
-            own = f"{network.latent_height * 8}x{network.latent_width * 8}"
-            problems.append(
-                f"{bucket}: a side is {stretch:.2g} times that of the network's {own} pixels, more than "
-                f"{LARGEST_STRETCH:g}"
-            )
+    settings = settings_of(config.data) if config.data else None
+    if settings is None:
+        return
+    model = training_model_section(config.model, config.args)
+    model["conditioner_config"] = None
+    network = meta_engine(model, dtype).network
+    clips = settings.buckets or (Bucket(settings.max_num_frames, *settings.video_size),)
+    problems = [f"{clip}: {problem}" for clip in clips if (problem := _unsuitable(clip, network))]
     if problems:
-        raise ConfigError(f"data.params.buckets does not suit this network: {'; '.join(problems)}")
+        keys = "data.params.buckets does" if settings.buckets else "data.params.max_num_frames and video_size do"
+        raise ConfigError(f"{keys} not suit this network: {'; '.join(problems)}")
+
+
+def _unsuitable(clip: Bucket, network: Any) -> str | None:
+    """Why a network cannot train on such clips, or None."""
+    if clip.height % SIDE_STEP or clip.width % SIDE_STEP:
+        return f"height and width must be multiples of {SIDE_STEP}"
+    try:
+        grid = network.patch.grid((clip.frames - 1) // 4 + 1, clip.height // 8, clip.width // 8)
+        network.mixins.pos_embed.check_grid(grid)
+    except ValueError as error:
+        return str(error)
+    stretch = network.mixins.pos_embed.stretch(grid)
+    if stretch > LARGEST_STRETCH:
+        own = f"{network.latent_height * 8}x{network.latent_width * 8}"
+        return f"a side is {stretch:.2g} times that of the network's {own} pixels, more than {LARGEST_STRETCH:g}"
+    return None
 
 
 def split_validation(datasets: Sequence[Dataset], split: str, seed: int) -> tuple[list[Dataset], list[Dataset]]:

@@ -15,6 +15,7 @@ import os
 import pickle
 import shutil
 import sys
+import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -123,6 +124,12 @@ def write_failed(path: Path, error: OSError) -> SaveError:
         f"cannot write {path}: {reason} ({_free(path.parent)} free). What was there before is unchanged. Make room or "
         "choose another place (in training: args.keep_last, args.save)."
     )
+
+
+def probe(folder: Path) -> None:
+    """Make a folder and write in it, before hours of work go there. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()  # a name of its own: other ranks look, too
 
 
 def require_space(folder: Path, needed: int) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from sgm.config import ConfigError, load_run_config
 from sgm.training import trainer as trainer_module
+from sgm.training.checkpoint import CheckpointError
 from sgm.training.faults import SkipGuard, TrainingStopped
 from sgm.training.options import TrainArgs
 from sgm.training.run import train
@@ -53,6 +54,57 @@ def test_data_keys(prepared, parts):
     assert (sampler.sizes, sampler.weights, sampler.order, sampler.seed) == ([2, 1], [1.0, 3.0], "sequential", 11)
     assert (loader["batch_size"], loader["num_workers"], loader["prefetch_factor"]) == (2, 2, 3)
     assert torch.initial_seed() == 11
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("fps=0", ["frame rate is 0"]),
+        ("fps=x", ["fps"]),
+        ("max_num_frames=6", ["max_num_frames is 6", "choose 5 or 9"]),
+        ("max_num_frames=97", ["97x16x32", "25 latent frames", "max_num_frames and video_size"]),
+        ("video_size=[16]", ["expected [height, width]"]),
+        ("video_size=[20,40]", ["5x20x40", "multiples of 16"]),
+        ("video_size=[64,128]", ["a side is 4 times", "16x32"]),
+    ],
+)
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_clips_that_cannot_be_are_refused_before_anything_is_loaded(parts, tmp_path, setting, words, dry_run):
+    made = configuration(*parts[:2], tmp_path / "save")
+    config = load_run_config([write_yaml(tmp_path / "c.yaml", made)], TrainArgs, overrides=[f"data.params.{setting}"])
+    with pytest.raises(ConfigError) as error:
+        train(config, dry_run=dry_run)
+    assert all(word in str(error.value) for word in words), error.value
+    assert not (tmp_path / "save").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_loaded(parts, tmp_path, monkeypatch):
+    release, two, _ = parts
+    monkeypatch.setattr("sgm.training.run.load_engine", None)
+    (tmp_path / "file").write_text("")
+    for save in ("/proc/none", str(tmp_path / "file"), str(tmp_path / "file" / "below")):
+        path = write_yaml(tmp_path / "c.yaml", configuration(release, two, save))
+        with pytest.raises(CheckpointError, match=f"cannot write in args.save, {save}: "):
+            train(load_run_config([path], TrainArgs))
+
+
+def test_a_changed_key_is_named_when_a_run_is_to_go_on(parts, tmp_path, capsys):
+    """By name it is refused; the search starts a new run, and says in what the old one differs."""
+    release, two, _ = parts
+    path = write_yaml(tmp_path / "c.yaml", configuration(release, two, tmp_path / "save", train_iters=2))
+    assert train(load_run_config([path], TrainArgs)) == 0
+    (run,) = (tmp_path / "save").iterdir()
+    changed = ["args.seed=4", "deepspeed.optimizer.params.lr=0.5", "args.log_interval=7"]
+    with pytest.raises(CheckpointError) as error:
+        train(load_run_config([path], TrainArgs, overrides=changed, flags={"resume": str(run)}))
+    said = str(error.value)
+    assert "args.seed: " in said and " there, 4 here" in said and "log_interval" not in said
+    assert "deepspeed.optimizer.params.lr: 0.001 there, 0.5 here" in said
+    capsys.readouterr()
+    assert train(load_run_config([path], TrainArgs, overrides=["args.train_iters=3"], flags={"resume": "auto"})) == 0
+    out = capsys.readouterr().out
+    assert f"warning: {run / '2'} is of another configuration: args.train_iters: 2 there, 3 here\n" in out
+    assert len(list((tmp_path / "save").iterdir())) == 2
 
 
 def test_videos_left_out_are_counted_and_named(prepared, tmp_path, capsys):

@@ -314,6 +314,6 @@ def test_saving_an_iteration_again_replaces_it(tmp_path, run):
 
 def test_runs_started_together_get_a_folder_each(tmp_path):
     with ThreadPoolExecutor(8) as pool:
-        made = list(pool.map(new_run, [tmp_path / "save" / "try-01-02-03-04"] * 40))
-    assert len(set(made)) == 40 and set(made) == set((tmp_path / "save").iterdir())
+        made = list(pool.map(new_run, [tmp_path / "try-01-02-03-04"] * 40))
+    assert len(set(made)) == 40 and set(made) == set(tmp_path.iterdir())
     assert {"try-01-02-03-04", "try-01-02-03-04-2", "try-01-02-03-04-40"} <= {run.name for run in made}
