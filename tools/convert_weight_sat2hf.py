@@ -34,7 +34,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--config", type=Path, help="YAML of the network, where the tensors do not say enough")
     add("--scheduler", choices=("dpm", "ddim"), default="dpm")
     add("--max_shard_size", default="5GiB", help="largest weight file (5GiB, 500MB)")
-    add("--partial", action="store_true", help="convert what is given, without a pipeline around it")
+    add("--partial", action="store_true", help="convert what is given and diffusers can hold, without a pipeline")
     add("--allow_drift", action="store_true", help="tensor-parallel parts: take part 0's where whole tensors differ")
     add("--overwrite", action="store_true", help="replace an existing output folder")
     return parser.parse_args(arguments)

@@ -281,13 +281,16 @@ def _hf_vae(state: dict[str, Deferred]) -> Found:
 def _vae(state: Mapping[str, Deferred], what: str) -> Found:
     try:
         params = vae_sizes.params_of(state, "it")
-        wanted = vae_sizes.sat_shapes(params)
+        decoder = vae_sizes.decoder_widths(state, params)
+        wanted = vae_sizes.sat_shapes(params, decoder)
     except ValueError as error:
         return _found(what, state, facts=[str(error)])
     part = _found(what, state, foreign=[name for name in state if name not in wanted])
     part.missing = [name for name in wanted if name not in state]
     part.facts = [f"{params['z_channels']} latent channels, width {params['ch']} x {params['ch_mult']}, "
                   f"{params['num_res_blocks']} blocks a level"]  # fmt: skip
+    if decoder != [params["ch"] * factor for factor in params["ch_mult"]]:
+        part.facts.append(f"its decoder's levels are {decoder} channels wide: diffusers cannot hold it")
     return part
 
 

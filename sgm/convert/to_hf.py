@@ -43,7 +43,8 @@ class ToHf:
             sampler's schedule replace the published models'.
         scheduler: "dpm" (the counterpart of SAT's sampler) or "ddim".
         shard_bytes: largest weight file.
-        partial: write the components that there are, without a pipeline around them.
+        partial: write the components that there are, without a pipeline around them; a VAE that diffusers cannot hold
+            is left out.
         allow_drift: see `open_sat`.
         overwrite: replace an existing output folder.
     """
@@ -95,7 +96,7 @@ def convert(request: ToHf) -> list[str]:
         ConvertError, WeightsError, SaveError, ...: what is wrong; nothing is left in `output` then.
     """
     weights = None if request.transformer is None else open_sat(request.transformer, allow_drift=request.allow_drift)
-    parts, sizes = _components(request, weights)
+    parts, sizes, notes = _components(request, weights)
     missing = [name for name in ("transformer", "vae", "text_encoder") if name not in {p.name for p in parts}]
     if missing and not request.partial:
         options = {"transformer": "--transformer_ckpt_path", "vae": "--vae_ckpt_path",
@@ -116,7 +117,7 @@ def convert(request: ToHf) -> list[str]:
             _write_pipeline(folder, sizes, _scales(request, sizes)[1], request.scheduler)
     lines = [line for part in parts for line in part.described()]
     absent = f" (no pipeline: {', '.join(missing)} absent)" if missing else ""
-    return [*lines, f"written: {request.output}{absent}"]
+    return [*lines, *notes, f"written: {request.output}{absent}"]
 
 
 def export_lora(request: ToHf, fold_scale: bool = False) -> list[str]:
@@ -141,17 +142,28 @@ def export_lora(request: ToHf, fold_scale: bool = False) -> list[str]:
 # --- components ------------------------------------------------------------------------------------------------------
 
 
-def _components(request: ToHf, weights: SatWeights | None) -> tuple[list[Component], Sizes | None]:
+def _components(request: ToHf, weights: SatWeights | None) -> tuple[list[Component], Sizes | None, list[str]]:
+    """(what can be written, sizes of the transformer, what is left out and why)."""
     transformer, sizes = (None, None) if weights is None else _transformer(request, weights)
     dtype = request.dtype or _usual_dtype(weights)
-    vae = _vae(request, weights, sizes)
+    vae, notes = None, []
+    try:
+        vae = _vae(request, weights, sizes)
+    except vae_sizes.UnequalWidthsError as error:
+        if not request.partial:
+            raise vae_sizes.UnequalWidthsError(
+                f"{error} With --partial the transformer and the text encoder are converted without it."
+            ) from error
+        if transformer is None and request.text_encoder is None:
+            raise
+        notes = [f"vae: left out: {error}"]
     text = _text_encoder(request, weights, sizes)
     parts = [part for part in (transformer, vae, text) if part is not None]
     for part in parts:
         part.plan = {name: cast(f"{part.name}: {name}", value, dtype) for name, value in part.plan.items()}
         if part is text:
             part.config["torch_dtype"] = str(dtype).removeprefix("torch.")
-    return parts, sizes
+    return parts, sizes, notes
 
 
 def _usual_dtype(weights: SatWeights | None) -> torch.dtype:

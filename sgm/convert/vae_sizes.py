@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +14,11 @@ from sgm.convert.lazy import ConvertError, Deferred, demand_shapes
 Shapes = dict[str, tuple[int, ...]]
 _CONV_IN, _LATENT_IN, _CONV_OUT = "encoder.conv_in.conv.weight", "decoder.conv_in.conv.weight", "decoder.conv_out.conv"
 _BLOCK = re.compile(r"encoder\.down\.(\d+)\.block\.(\d+)\.conv1\.conv\.weight$")
+_LEVEL_CONV = re.compile(r"\.(\d+)\.block\.\d+\.conv[12]\.conv\.weight$")
+
+
+class UnequalWidthsError(ConvertError):
+    """A VAE whose encoder and decoder differ in width, which diffusers' class cannot hold."""
 
 
 def params_of(state: Mapping[str, Tensor | Deferred], source: str) -> dict[str, Any]:
@@ -45,10 +51,33 @@ def params_of(state: Mapping[str, Tensor | Deferred], source: str) -> dict[str, 
     }
 
 
-def sat_shapes(params: Mapping[str, Any]) -> Shapes:
-    """Every tensor of a VAE with these `params` and its shape."""
+def decoder_widths(state: Mapping[str, Tensor | Deferred], params: Mapping[str, Any]) -> list[int]:
+    """Channels of the decoder's levels, the finest first; those of `params` (the encoder's) unless both sides are sure.
+
+    All convolutions of a level must say the same: one misshapen tensor is a fault of the file, not another width.
+    """
+    widths = _widths(params)
+    encoder, decoder = (_agreed(state, side, len(widths)) for side in ("encoder.down", "decoder.up"))
+    return decoder if decoder and encoder == widths else widths
+
+
+def _agreed(state: Mapping[str, Tensor | Deferred], side: str, levels: int) -> list[int] | None:
+    found: dict[int, set[int]] = defaultdict(set)
+    for name, value in state.items():
+        if name.startswith(side) and (match := _LEVEL_CONV.search(name)):
+            found[int(match[1])].add(value.shape[0])
+    whole = found.keys() == set(range(levels)) and all(len(rows) == 1 for rows in found.values())
+    return [min(found[level]) for level in range(levels)] if whole else None
+
+
+def _widths(params: Mapping[str, Any]) -> list[int]:
+    return [params["ch"] * factor for factor in params["ch_mult"]]
+
+
+def sat_shapes(params: Mapping[str, Any], decoder: Sequence[int] | None = None) -> Shapes:
+    """Every tensor of a VAE with these `params` and its shape; `decoder`: widths of its levels, if not the same."""
     z = params["z_channels"]
-    widths = [params["ch"] * factor for factor in params["ch_mult"]]
+    widths = _widths(params)
     last, blocks = widths[-1], params["num_res_blocks"]
     shapes = _conv("encoder.conv_in.conv", widths[0], params["in_channels"])
     before = widths[0]
@@ -59,11 +88,13 @@ def sat_shapes(params: Mapping[str, Any]) -> Shapes:
         if level < len(widths) - 1:
             shapes |= _tensor(f"encoder.down.{level}.downsample.conv", (width, width, 3, 3))
     shapes |= _tensor("encoder.norm_out", (last,)) | _conv("encoder.conv_out.conv", 2 * z, last)
-    shapes |= _conv("decoder.conv_in.conv", last, z)
-    for side, latent in (("encoder", None), ("decoder", z)):
-        for k in (1, 2):
-            shapes |= _residual(f"{side}.mid.block_{k}", last, last, latent)
-    before = last
+    for k in (1, 2):
+        shapes |= _residual(f"encoder.mid.block_{k}", last, last)
+    widths = list(decoder or widths)
+    before = widths[-1]
+    shapes |= _conv("decoder.conv_in.conv", before, z)
+    for k in (1, 2):
+        shapes |= _residual(f"decoder.mid.block_{k}", before, before, z)
     for level in reversed(range(len(widths))):
         for k in range(blocks + 1):
             shapes |= _residual(f"decoder.up.{level}.block.{k}", before, widths[level], z)
@@ -77,8 +108,15 @@ def check(state: Mapping[str, Tensor | Deferred], params: Mapping[str, Any], sou
     """Demand every tensor in its shape, and no other.
 
     Raises:
+        UnequalWidthsError: encoder and decoder differ.
         ConvertError: lists what is missing, unknown, or misshapen.
     """
+    encoder, decoder = _widths(params), decoder_widths(state, params)
+    if encoder != decoder:
+        raise UnequalWidthsError(
+            f"{source}: the levels of its encoder are {encoder} channels wide, those of its decoder {decoder}; "
+            "diffusers' AutoencoderKLCogVideoX has one list (block_out_channels) for both and cannot hold it."
+        )
     demand_shapes(state, sat_shapes(params), source, "a whole CogVideoX autoencoder")
 
 

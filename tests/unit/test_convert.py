@@ -190,6 +190,20 @@ def test_vae_sizes_and_names() -> None:
     assert vae_sizes.sat_shapes(VAE_PARAMS) == {name: tuple(t.shape) for name, t in state.items()}
 
 
+def test_a_decoder_of_other_width_is_told_from_a_fault_of_the_file() -> None:
+    state = {name: torch.empty(shape, device="meta") for name, shape in vae_sizes.sat_shapes(VAE_PARAMS, [64] * 4).items()}
+    params = vae_sizes.params_of(state, "vae")
+    assert params == VAE_PARAMS and vae_sizes.decoder_widths(state, params) == [64] * 4
+    with pytest.raises(vae_sizes.UnequalWidthsError, match=r"encoder are \[32, 64, 64, 128\].*decoder \[64, 64, 64, 64\]"):
+        vae_sizes.check(state, params, "vae")
+    same_width = {name: torch.empty(shape, device="meta") for name, shape in vae_sizes.sat_shapes(VAE_PARAMS).items()}
+    for side in ("decoder.up.0", "encoder.down.1"):
+        name = f"{side}.block.0.conv2.conv.weight"
+        with pytest.raises(ValueError, match=f"not a whole CogVideoX autoencoder: {name} is") as found:
+            vae_sizes.check(same_width | {name: torch.empty(40, 40, 3, 3, 3, device="meta")}, params, "vae")
+        assert not isinstance(found.value, vae_sizes.UnequalWidthsError)
+
+
 # --- kinds of checkpoints --------------------------------------------------------------------------------------------
 
 

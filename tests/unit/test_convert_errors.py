@@ -24,6 +24,8 @@ from sgm.weights.save import SaveError, save_pt, save_safetensors
 from tests.convert_tiny import adapter_matrices, make_release, rewrite
 from tools import convert_weight_hf2sat, convert_weight_sat2hf, inspect_weights
 
+REPO = Path(__file__).resolve().parents[2]
+
 
 @pytest.fixture(scope="module")
 def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -63,6 +65,25 @@ def refused(main: Callable[[list[str]], int], arguments: list[str], capsys: Any,
 def test_what_a_pipeline_lacks_is_named(release: Path, tmp_path: Path, capsys: Any) -> None:
     refused(convert_weight_sat2hf.main, [*whole(release)[:2], "--output_path", str(tmp_path / "o")], capsys,
             "--vae_ckpt_path", "--text_encoder_path", "--partial")  # fmt: skip
+
+
+def test_the_demo_s_vae_is_none_of_diffusers_and_partial_leaves_it_out(tmp_path: Path, capsys: Any) -> None:
+    """Its encoder and decoder differ in width, for which diffusers has one list."""
+    demo, main = REPO / "demo", convert_weight_sat2hf.main
+    vae = ["--vae_ckpt_path", str(demo / "vae" / "3d-vae.pt")]
+    out = ["--output_path", str(tmp_path / "o"), "--config", str(REPO / "configs" / "demo_infer.yaml")]
+    others = ["--transformer_ckpt_path", str(demo / "transformer"), "--text_encoder_path", str(demo / "t5")]
+    for arguments in ([*others, *vae, *out], [*vae, *out, "--partial"]):
+        refused(main, arguments, capsys, "encoder are [32, 64, 64, 64]", "decoder [64, 64, 64, 64]",
+                "AutoencoderKLCogVideoX has one list")  # fmt: skip
+    refused(main, [*others, *vae, *out], capsys, "With --partial the transformer and the text encoder are converted")
+    assert main([*others, *vae, *out, "--partial"]) == 0
+    said = capsys.readouterr().out
+    assert "vae: left out: " in said and "no pipeline: vae absent" in said
+    made = tmp_path / "o"
+    assert sorted(path.name for path in made.iterdir()) == ["text_encoder", "tokenizer", "transformer"]
+    config = json.loads((made / "transformer" / "config.json").read_text())
+    assert (config["sample_width"], config["max_text_seq_length"]) == (24, 64)
 
 
 def test_wrong_family(release: Path, hf: Path, tmp_path: Path, capsys: Any) -> None:
@@ -350,6 +371,12 @@ def test_inspection_of_every_layout(release: Path, hf: Path, tmp_path: Path, cap
     assert "does not belong (1): odd.weight" in inspected(capsys, str(odd))
     save_safetensors(tmp_path / "x.safetensors", {"some.tensor": torch.zeros(2, dtype=torch.int8)})
     assert "unknown tensors" in inspected(capsys, str(tmp_path / "x.safetensors"))
+
+
+def test_inspection_tells_a_decoder_s_own_width(capsys: Any) -> None:
+    text = inspected(capsys, str(REPO / "demo" / "vae"), "--no_hash")
+    assert "width 32 x [1, 2, 2, 2]" in text and "decoder's levels are [64, 64, 64, 64]" in text
+    assert "missing" not in text and "wrong shape" not in text
 
 
 def test_inspection_is_safe(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
