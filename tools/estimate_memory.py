@@ -58,12 +58,13 @@ def needs_of(configs: list[Path], overrides: list[str], gpus: int, device: str):
     """`MemoryNeeds` of a configuration."""
     from sgm import distributed
     from sgm.config import check_model_section, load_run_config
+    from sgm.inference.preflight import with_found_paths
     from sgm.models.diffusion import SATVideoDiffusionEngine
     from sgm.training.deepspeed_setup import plan_deepspeed
     from sgm.training.options import TrainArgs
     from sgm.training.setup import planned_needs
 
-    config = load_run_config(configs, TrainArgs, overrides=overrides)
+    config = with_found_paths(load_run_config(configs, TrainArgs, overrides=overrides))
     check_model_section(config.model, SATVideoDiffusionEngine)
     plan = plan_deepspeed(config.deepspeed, device_type=device, data_parallel_size=gpus)
     distributed.init_distributed("cpu")

@@ -124,6 +124,15 @@ def test_tool_prints_a_row_for_each_switch(capsys):
     assert sizes == sorted(sizes, reverse=True) and "low_memory.yaml and args.cache_dir" in rows[-1][2]
 
 
+def test_tool_finds_the_project_s_weights_from_any_folder(tmp_path, monkeypatch):
+    def encoders() -> int:
+        return estimate_memory.needs_of([REPO / "configs" / "demo_lora.yaml"], ["args.cache_dir=null"], 1, "cuda").frozen
+
+    at_home = encoders()
+    monkeypatch.chdir(tmp_path)
+    assert encoders() == at_home  # not with T5 XXL in place of the demo's
+
+
 def test_tool_names_what_is_wrong(capsys):
     assert estimate_memory.main([str(SFT), "--set", "deepspeed.zero_optimization.stage=7"]) == 2
     assert "stage must be 0, 1, 2 or 3" in capsys.readouterr().err
