@@ -66,9 +66,13 @@ def _training_dtype(deepspeed: dict) -> str:
 
 
 def _tell(ready) -> None:
+    from sgm.data.sources import passed_over_line
+
     for scan in ready.scans.values():
         for rejection in scan.rejected[:20]:
             print(f"rejected: {rejection.path}: {rejection.reason}")
+        if scan.passed_over:
+            print(f"{scan.folder}: {passed_over_line(scan.passed_over)}")
     store = ready.store
     size = sum(path.stat().st_size for path in store.shards)
     what = f"{len(store.names('video'))} videos and {len(store.names('text'))} captions"

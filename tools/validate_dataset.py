@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -41,7 +42,9 @@ def main(arguments: list[str]) -> int:
 
 def run(options: argparse.Namespace) -> int:
     from sgm.config import merge_yaml
+    from sgm.data.sources import passed_over_line, passed_over_of
     from sgm.data.validate import as_json, contact_sheet, examine, summary, table
+    from sgm.inference.preflight import found_path
     from sgm.training.cache import clip_settings, text_encoder_params
     from sgm.weights.save import save_text
 
@@ -49,17 +52,28 @@ def run(options: argparse.Namespace) -> int:
     data = config.get("data") or {"target": "data_video.SFTDataset", "params": {}}
     settings, list_all = clip_settings(data)
     sources = options.data or [*_named(config, "train_data"), *_named(config, "valid_data")]
+    passed_over: Counter[str] = Counter()
+
+    def list_and_count(source: Path) -> list:
+        clips = list_all(source)
+        passed_over.update(passed_over_of(clips))
+        return clips
+
     params = text_encoder_params(config.get("model") or {})
-    tokenizer = _tokenizer(options.tokenizer or params.get("model_dir"), int(params.get("max_length", 226)))
+    model_dir = options.tokenizer or params.get("model_dir")
+    tokenizer = _tokenizer(model_dir and found_path(model_dir), int(params.get("max_length", 226)))
     facts = [
         fact
-        for source in dict.fromkeys(sources)
-        for fact in examine(Path(source).expanduser(), settings, list_all, tokenizer, options.workers)
+        for source in dict.fromkeys(map(found_path, sources))
+        for fact in examine(Path(source).expanduser(), settings, list_and_count, tokenizer, options.workers)
     ]
     print("\n".join(table(facts, options.rows)))
     print("\n".join(summary(facts, tokenizer is not None)))
+    if passed_over:
+        print(f"  {passed_over_line(passed_over)}")
     if options.json:
-        save_text(options.json, json.dumps(as_json(facts, settings), indent=1, ensure_ascii=False) + "\n")
+        content = as_json(facts, settings) | {"passed_over": dict(passed_over)}
+        save_text(options.json, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
         print(f"facts: {options.json}")
     usable = [fact for fact in facts if fact.usable]
     if options.sheet and usable:

@@ -15,8 +15,8 @@ from torch.utils.data import Dataset, Subset
 from sgm.data.cache_store import CacheStore, Entry, FileStamp, ShardReader, text_key
 from sgm.data.clips import CaptionError, ClipSettings, caption_of
 from sgm.data.dataset import PackedShapes, PackedStrings
-from sgm.data.report import DatasetError, Rejection, Report, first_reasons
-from sgm.data.sources import ListedClip
+from sgm.data.report import DatasetError, Rejection, Report, first_reasons, nothing_in
+from sgm.data.sources import ListedClip, passed_over_of
 
 MOMENTS, EMBEDDING = "moments", "txt_embedding"  # entries of a batch
 
@@ -37,6 +37,7 @@ class CacheScan:
     Attributes:
         usable: both encodings are there. missing: something has to be encoded. rejected: with reasons.
         changed: how many of `missing` were in the cache, and have changed since.
+        passed_over: see `sgm.data.sources.Listing`.
     """
 
     folder: str
@@ -44,6 +45,7 @@ class CacheScan:
     missing: list[CaptionedVideo] = field(default_factory=list)
     rejected: list[Rejection] = field(default_factory=list)
     changed: int = 0
+    passed_over: dict[str, int] = field(default_factory=dict)
 
     def shortfall(self) -> str:
         """What is missing, in a few words."""
@@ -63,8 +65,9 @@ def scan_cached(
         DatasetError: no such source, nothing in it, or captions missing where `settings.missing_caption` is "error".
     """
     folder = Path(folder).expanduser().absolute()
-    scan, unnamed = CacheScan(str(folder)), []
-    for clip in list_all(folder):
+    clips = list_all(folder)
+    scan, unnamed = CacheScan(str(folder), passed_over=passed_over_of(clips)), []
+    for clip in clips:
         try:
             caption = caption_of(clip, settings.missing_caption)
         except CaptionError as fault:
@@ -78,7 +81,7 @@ def scan_cached(
             "missing_caption to 'skip' or 'empty'"
         )
     if not (scan.usable or scan.missing or scan.rejected):
-        raise DatasetError(f"{folder}: no .mp4 files in this folder or below it; expected videos/NAME.mp4")
+        raise DatasetError(nothing_in(folder, scan.passed_over))
     return scan
 
 
@@ -125,7 +128,10 @@ class CachedClips(Dataset):
     ):
         self.data_dir, self.settings, self.report_path = Path(scan.folder), settings, report
         self.report = Report(scan.folder, asdict(settings), [c.path for c in scan.usable], scan.rejected)
+        self.report.passed_over = scan.passed_over
         self.report.require_usable()
+        if write_report:
+            self.report.tell_passed_over()
         if report is not None and write_report:
             self.report.write(report)
         self.report.usable = []

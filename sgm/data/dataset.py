@@ -18,7 +18,7 @@ from sgm.data.buckets import parse_buckets
 from sgm.data.clips import CLIP_FAULTS, CaptionError, ClipSettings, load_clip
 from sgm.data.frames import ClipError, frame_indices
 from sgm.data.report import LEVELS, DatasetError, Report, append_broken, list_source, scan
-from sgm.data.sources import ListedClip, base_of
+from sgm.data.sources import ListedClip, base_of, passed_over_of
 from sgm.data.video_io import DECODE_TIMEOUT
 
 __all__ = ["ClipError", "DatasetError", "SFTDataset", "frame_indices"]
@@ -162,12 +162,14 @@ class SFTDataset(Dataset):
             clips = self._list_all(self.data_dir)
             listed = Report(str(self.data_dir), asdict(self.settings), [clip.path for clip in clips])
             listed.captions = [clip.caption for clip in clips]
+            listed.passed_over = passed_over_of(clips)
             return listed
         clips = self._list_all(self.data_dir.absolute())
         report = scan(self.data_dir, self.settings, level=validate, clips=clips)
         if self.report_path:
             report.write(self.report_path)
         logger.info(report.summary())
+        report.tell_passed_over()
         return report
 
     def _known_report(self) -> Report:

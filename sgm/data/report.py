@@ -7,9 +7,10 @@ clips that turn out broken during training are appended as `{"status": "broken",
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,9 +18,10 @@ from typing import TypeVar
 
 from sgm.data.clips import CLIP_FAULTS, CaptionError, CheckedClip, ClipSettings, caption_of, check_clip
 from sgm.data.decoder import DecodeProcess
-from sgm.data.sources import ListedClip, exists, list_clips
+from sgm.data.sources import ListedClip, Listing, exists, list_clips, passed_over_line, passed_over_of
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 LEVELS = ("probe", "captions")
 REASONS_SHOWN = 5
@@ -43,7 +45,7 @@ class Report:
 
     `usable` keeps the order in which the videos were listed; `captions` and `shapes` go with it: what the source says
     itself (None: a caption file does), and (frames, height, width) of the clip (None: not looked at). `settings` are
-    those under which they were checked.
+    those under which they were checked. `passed_over`: see `sgm.data.sources.Listing`.
     """
 
     data_dir: str
@@ -53,6 +55,7 @@ class Report:
     broken: list[Rejection] = field(default_factory=list)
     captions: list[str | None] = field(default_factory=list)
     shapes: list[tuple[int, int, int] | None] = field(default_factory=list)
+    passed_over: dict[str, int] = field(default_factory=dict)
 
     def summary(self) -> str:
         """One line for the log."""
@@ -61,12 +64,17 @@ class Report:
             line += f", {len(self.broken)} found broken in training"
         return line + (f" (first: {first_reasons(self.rejected, 1)})" if self.rejected else "")
 
+    def tell_passed_over(self) -> None:
+        """Log that the folder holds videos or pictures that were not even looked at; they count as nothing."""
+        if self.passed_over:
+            logger.warning("%s: %s", self.data_dir, passed_over_line(self.passed_over))
+
     def require_usable(self) -> None:
         """Raises DatasetError, with the first reasons, when there is nothing to train on."""
         if self.usable:
             return
         if not self.rejected:
-            raise DatasetError(f"{self.data_dir}: no .mp4 files in this folder or below it; expected videos/NAME.mp4")
+            raise DatasetError(nothing_in(self.data_dir, self.passed_over))
         raise DatasetError(
             f"{self.data_dir}: none of the {len(self.rejected)} videos is usable: {first_reasons(self.rejected)}"
         )
@@ -76,6 +84,8 @@ class Report:
         path = Path(path)
         counts = {"usable": len(self.usable), "rejected": len(self.rejected)}
         head = {"status": "head", "data_dir": self.data_dir, **counts, "settings": self.settings}
+        if self.passed_over:
+            head["passed_over"] = self.passed_over
         lines = [head, *map(_usable_line, self.usable, self._filled(self.captions), self._filled(self.shapes))]
         lines += [{"status": "rejected", **asdict(r)} for r in self.rejected]
         lines += [{"status": "broken", **asdict(r)} for r in self.broken]
@@ -98,6 +108,7 @@ class Report:
         report.usable = [line["path"] for line in usable]
         report.captions = [line.get("caption") for line in usable]
         report.shapes = [tuple(line["clip"]) if "clip" in line else None for line in usable]  # type: ignore[misc]
+        report.passed_over = lines[0].get("passed_over", {})
         report.rejected = _rejections(lines, "rejected")
         report.broken = _rejections(lines, "broken")
         return report
@@ -148,8 +159,8 @@ def scan(
     if level not in LEVELS:
         raise ValueError(f"unknown level {level!r} of checking; choose one of {', '.join(LEVELS)}")
     data_dir = Path(data_dir).absolute()
-    clips = list_source(data_dir, order) if clips is None else list(clips)
-    report = Report(str(data_dir), asdict(settings))
+    clips = list_source(data_dir, order) if clips is None else clips
+    report = Report(str(data_dir), asdict(settings), passed_over=passed_over_of(clips))
     found = check_all(clips, settings, level, num_threads or min(16, os.cpu_count() or 1))
     for clip, result in zip(clips, found, strict=True):
         if isinstance(result, Exception):
@@ -174,9 +185,15 @@ def first_reasons(rejected: Sequence[Rejection], count: int = REASONS_SHOWN) -> 
     return shown + (f"; and {more} more" if more > 0 else "")
 
 
+def nothing_in(source: str | Path, passed_over: Mapping[str, int]) -> str:
+    """What to say of a source without clips."""
+    besides = f"; {passed_over_line(passed_over)}" if passed_over else ""
+    return f"{source}: no .mp4 files in this folder or below it; expected videos/NAME.mp4{besides}"
+
+
 def list_source(
     data_dir: str | Path, order: str = "sorted", images: bool = False, txt_key: str = "txt"
-) -> list[ListedClip]:
+) -> Listing:
     """All clips of a source, see `sgm.data.sources.list_clips`. DatasetError where there is none so named."""
     if not exists(data_dir):
         raise DatasetError(f"{data_dir}: no such folder, manifest (.csv, .jsonl) or shard (.tar)")

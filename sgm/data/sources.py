@@ -12,7 +12,8 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -38,6 +39,19 @@ class ListedClip:
 
     path: str
     caption: str | None = None
+
+
+class Listing(list[ListedClip]):
+    """Clips of a source, in order.
+
+    Attributes:
+        passed_over: how many videos and pictures a folder holds that are no clips for their ending alone, by that
+            (".mov": 3).
+    """
+
+    def __init__(self, clips: Iterable[ListedClip] = (), passed_over: Mapping[str, int] | None = None):
+        super().__init__(clips)
+        self.passed_over = dict(passed_over or {})
 
 
 @dataclass(frozen=True)
@@ -105,7 +119,7 @@ def is_image(path: str | Path) -> bool:
 
 def list_clips(
     source: str | Path, order: str = "sorted", images: bool = False, txt_key: str = "txt"
-) -> list[ListedClip]:
+) -> Listing:
     """All clips of a source.
 
     Args:
@@ -120,28 +134,55 @@ def list_clips(
     """
     source = Path(source)
     if source.suffix.lower() in MANIFEST_SUFFIXES and source.is_file():
-        return read_manifest(source)
+        return Listing(read_manifest(source))
     if source.suffix.lower() == ARCHIVE_SUFFIX and source.is_file():
-        return read_shard(source, txt_key)
+        return Listing(read_shard(source, txt_key))
     suffixes = VIDEO_SUFFIXES + (IMAGE_SUFFIXES if images else ())
-    files = list_files(source, suffixes, order)
+    files, passed_over = _walk(source, suffixes, order, (*MANIFEST_VIDEO_SUFFIXES, *IMAGE_SUFFIXES))
     if files:
-        return [ListedClip(str(path)) for path in files]
-    return [clip for shard in list_files(source, (ARCHIVE_SUFFIX,), order) for clip in read_shard(shard, txt_key)]
+        return Listing((ListedClip(str(path)) for path in files), passed_over)
+    shards = list_files(source, (ARCHIVE_SUFFIX,), order)
+    return Listing((clip for shard in shards for clip in read_shard(shard, txt_key)), passed_over)
+
+
+def passed_over_of(clips: Sequence[ListedClip]) -> dict[str, int]:
+    """What the folder that was listed holds besides, see `Listing`; nothing for a plain list."""
+    return clips.passed_over if isinstance(clips, Listing) else {}
+
+
+def passed_over_line(counts: Mapping[str, int]) -> str:
+    """`Listing.passed_over` for people, with what would take these files; "" where there are none."""
+    if not counts:
+        return ""
+    pictures = any(ending in IMAGE_SUFFIXES for ending in counts)
+    videos = any(ending in MANIFEST_VIDEO_SUFFIXES for ending in counts)
+    ways = ["pictures: data.params.images=true"] if pictures else []
+    ways += ["other videos: name them in a LIST.csv"] if videos else []
+    named = ", ".join(f"{count} {ending}" for ending, count in sorted(counts.items()))
+    return f"passed over: {named} ({'; '.join(ways)})"
 
 
 def list_files(folder: str | Path, suffixes: tuple[str, ...], order: str = "sorted") -> list[Path]:
     """Files below a folder by their endings, in sorted order, or ("walk", as the original) as the disk lists them."""
+    return _walk(folder, suffixes, order)[0]
+
+
+def _walk(
+    folder: str | Path, suffixes: tuple[str, ...], order: str, counted: tuple[str, ...] = ()
+) -> tuple[list[Path], Counter[str]]:
+    """(files that end as `suffixes`, how many others end as `counted`, by ending): one walk, folders may be large."""
     if order not in FILE_ORDERS:
         raise ValueError(f"unknown file order {order!r}; choose one of {', '.join(FILE_ORDERS)}")
-    found = [
-        os.path.join(where, name)
-        for where, _, names in os.walk(folder)
-        for name in names
-        if name.lower().endswith(suffixes)
-    ]
-    paths = [Path(path) for path in found]
-    return sorted(paths) if order == "sorted" else paths
+    paths: list[Path] = []
+    others: Counter[str] = Counter()
+    for where, _, names in os.walk(folder):
+        for name in names:
+            lower = name.lower()
+            if lower.endswith(suffixes):
+                paths.append(Path(os.path.join(where, name)))
+            elif counted and lower.endswith(counted):
+                others["." + lower.rpartition(".")[2]] += 1
+    return (sorted(paths) if order == "sorted" else paths), others
 
 
 def exists(source: str | Path) -> bool:

@@ -16,7 +16,7 @@ from sgm.data.buckets import kept_share
 from sgm.data.clips import CLIP_FAULTS, CaptionError, ClipSettings, caption_of, load_frames
 from sgm.data.decoder import DecodeProcess
 from sgm.data.report import DatasetError, per_thread, reason_of
-from sgm.data.sources import ListedClip, is_image
+from sgm.data.sources import ListedClip, is_image, passed_over_line, passed_over_of
 from sgm.data.video_io import VideoInfo, probe
 from sgm.weights.save import atomic_write
 
@@ -88,7 +88,8 @@ def examine(
     """
     clips = list_all(source.absolute())
     if not clips:
-        raise DatasetError(f"{source}: no clips in it; expected videos/NAME.mp4, a manifest or shards")
+        besides = f"; {passed_over_line(passed_over_of(clips))}" if passed_over_of(clips) else ""
+        raise DatasetError(f"{source}: no clips in it; expected videos/NAME.mp4, a manifest or shards{besides}")
     workers = workers or min(16, os.cpu_count() or 1)
     facts = per_thread(clips, lambda clip, decoder: _facts_of(source, clip, settings, decoder), workers)
     for fact in facts:

@@ -16,7 +16,7 @@ from sgm.data.cached_batches import in_lengths
 from sgm.data.clips import ClipSettings
 from sgm.data.collate import collate
 from sgm.data.loader import create_loader
-from sgm.data.report import DatasetError, list_source
+from sgm.data.report import DatasetError, Report, list_source
 
 SETTINGS = ClipSettings((64, 64), skip_frames=0)
 COUNT = 1000
@@ -162,6 +162,23 @@ def test_what_the_cache_does_not_hold_is_told_apart(filled, tmp_path):
         CachedClips(scan, store, SETTINGS)
     with pytest.raises(DatasetError, match="captions are missing"):
         scan_cached(data, ClipSettings((64, 64), missing_caption="error"), store, list_source)
+    (tmp_path / "empty").mkdir()
     with pytest.raises(DatasetError, match="no .mp4 files"):
-        (tmp_path / "empty").mkdir()
         scan_cached(tmp_path / "empty", SETTINGS, store, list_source)
+    (tmp_path / "empty" / "a.mov").write_bytes(b"")
+    with pytest.raises(DatasetError, match="no .mp4 files.*1 .mov .*LIST.csv"):
+        scan_cached(tmp_path / "empty", SETTINGS, store, list_source)
+
+
+def test_what_is_passed_over_is_in_the_report(filled, tmp_path, caplog):
+    store, data = filled
+    scan = scan_cached(data, SETTINGS, store, list_source)
+    assert scan.passed_over == {}
+    CachedClips(scan, store, SETTINGS, tmp_path / "none.jsonl")
+    assert "passed_over" not in (tmp_path / "none.jsonl").read_text() and not caplog.text
+    scan.passed_over = {".png": 2}
+    CachedClips(scan, store, SETTINGS, tmp_path / "some.jsonl", write_report=False)
+    assert not caplog.text  # one rank says it
+    CachedClips(scan, store, SETTINGS, tmp_path / "some.jsonl")
+    assert Report.read(tmp_path / "some.jsonl").passed_over == {".png": 2}
+    assert "passed over: 2 .png (pictures: data.params.images=true)" in caplog.text

@@ -180,6 +180,23 @@ def test_what_is_wrong_is_reported(folder, tmp_path, caplog):
     assert [json.loads(line)["status"] for line in file.read_text().splitlines()].count("usable") == 3
 
 
+def test_what_is_passed_over_is_said_and_counts_as_nothing(folder, tmp_path, caplog, monkeypatch):
+    (folder / "videos" / "a.mov").write_bytes(b"")
+    (folder / "images").mkdir()
+    for name in ("b.png", "c.PNG"):
+        (folder / "images" / name).write_bytes(b"")
+    file, walks, walk = tmp_path / "report.jsonl", [], os.walk
+    monkeypatch.setattr(os, "walk", lambda top: walks.append(top) or walk(top))
+    dataset = SFTDataset(folder, **SMALL, report=file)
+    assert len(walks) == 1  # folders may be large
+    assert len(dataset) == 6 and dataset.report.rejected == []
+    assert caplog.text.count("passed over: 1 .mov, 2 .png (pictures: data.params.images=true; other videos") == 1
+    head = json.loads(file.read_text().splitlines()[0])
+    assert (head["usable"], head["rejected"], head["passed_over"]) == (6, 0, {".mov": 1, ".png": 2})
+    again = SFTDataset(folder, **SMALL, validate="report", report=file)  # what other ranks do: they say nothing
+    assert again.report.passed_over == head["passed_over"] and caplog.text.count("passed over") == 1
+
+
 def test_missing_captions_by_choice(folder):
     caption_path(folder / "videos" / "c2.mp4").unlink()
     assert len(SFTDataset(folder, **SMALL, missing_caption="skip")) == 5
@@ -195,6 +212,10 @@ def test_nothing_usable_is_an_error_with_reasons(tmp_path):
         SFTDataset(tmp_path / "absent", **SMALL)
     with pytest.raises(DatasetError, match="no .mp4 files"):
         SFTDataset(tmp_path, **SMALL)
+    (tmp_path / "a.mov").write_bytes(b"")
+    for validate in ("probe", "none"):
+        with pytest.raises(DatasetError, match="no .mp4 files.*1 .mov .*name them in a LIST.csv"):
+            SFTDataset(tmp_path, **SMALL, validate=validate)
     for i in range(8):
         (tmp_path / f"{i}.mp4").write_bytes(b"")
         write_caption(tmp_path / f"{i}.mp4", "text")

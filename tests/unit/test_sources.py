@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import random
 import tarfile
 from pathlib import Path
 
@@ -156,6 +157,7 @@ def test_shard_clips_start_at_a_random_frame(tmp_path):
     writer.close()
     write_shard(tmp_path / "s.tar", {"1.mp4": path.read_bytes(), "1.caption": b"ramp"})
     dataset = VideoDataset(tmp_path / "s.tar", [16, 32], 5, 8, skip_frms_num=2)
+    random.seed(0)  # by chance the sixty draws may lack a start
     starts = {round(float((dataset[0]["mp4"][0].mean() + 1) * 12.75)) for _ in range(60)}
     assert len(starts) > 5 and min(starts) == 2 and max(starts) <= 14  # at most 20 - 2 - 5 + the original's one more
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -80,3 +81,39 @@ def test_exit_status(config, data, tmp_path, capsys):
     assert "and 5 more" in said and "give --tokenizer DIR" in said
     assert TOOL.main(["--data", str(tmp_path / "none")]) == 2
     assert "no such folder" in capsys.readouterr().err
+
+
+def test_the_project_s_text_encoder_is_found_from_any_folder(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small = ["--set", "data.params.video_size=[16,32]", "data.params.max_num_frames=5", "data.params.skip_frms_num=0"]
+    options = [small[0], small[1], small[0], small[2], small[0], small[3]]
+    assert TOOL.main([str(REPO / "configs" / "demo_lora.yaml"), "--data", str(data), *options]) == 0
+    said = capsys.readouterr().out
+    assert "longest caption" in said and "no text encoder" not in said
+
+
+def test_files_of_other_kinds_are_counted(config, data, tmp_path, capsys):
+    folder = tmp_path / "data"
+    shutil.copytree(data, folder)
+    (folder / "videos" / "a.MOV").write_bytes(b"")
+    (folder / "notes.md").write_text("no clip")
+    (folder / "images").mkdir()
+    shutil.move(folder / "videos" / "square.png", folder / "images" / "square.png")
+    code = TOOL.main([str(config), "--data", str(folder), "--json", str(tmp_path / "f.json")])
+    said = capsys.readouterr().out
+    assert code == 0 and "4 of 7 clips usable" in said  # pictures are on
+    assert "passed over: 1 .mov (other videos: name them in a LIST.csv)" in said
+    assert json.loads((tmp_path / "f.json").read_text())["passed_over"] == {".mov": 1}
+    assert TOOL.main([str(config), "--data", str(folder), "--set", "data.params.images=false"]) == 0
+    said = capsys.readouterr().out
+    hints = "pictures: data.params.images=true; other videos: name them in a LIST.csv"
+    assert "4 of 6 clips usable" in said and f"passed over: 1 .mov, 1 .png ({hints})" in said
+    (tmp_path / "movs").mkdir()
+    (tmp_path / "movs" / "a.mov").write_bytes(b"")
+    assert TOOL.main([str(config), "--data", str(tmp_path / "movs")]) == 2
+    assert "passed over: 1 .mov (other videos: name them in a LIST.csv)" in capsys.readouterr().err
+
+
+def test_nothing_is_said_where_nothing_is_passed_over(config, capsys):
+    assert TOOL.main([str(config)]) == 0
+    assert "passed over" not in capsys.readouterr().out
