@@ -43,4 +43,4 @@ else
 fi
 # After SIGTERM or Ctrl-C the launcher gives its processes so many seconds to finish their step and save (its own: 30).
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-1800}"
-exec "$PYTHON" -m torch.distributed.run "${launch[@]}" "$repo/train_video.py" ${arguments[@]+"${arguments[@]}"}
+exec "$PYTHON" "$repo/sgm/launch.py" "${launch[@]}" "$repo/train_video.py" ${arguments[@]+"${arguments[@]}"}

@@ -27,4 +27,4 @@ keep_freed_memory
 if ((nproc == 1)); then
     exec "$PYTHON" "$repo/sample_video.py" ${arguments[@]+"${arguments[@]}"}
 fi
-exec "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$nproc" "$repo/sample_video.py" ${arguments[@]+"${arguments[@]}"}
+exec "$PYTHON" "$repo/sgm/launch.py" --standalone --nproc_per_node="$nproc" "$repo/sample_video.py" ${arguments[@]+"${arguments[@]}"}

@@ -8,13 +8,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from sgm.cli import Interrupts, Parser, exit_code
+
 REPO = Path(__file__).resolve().parent
 SHIPPED = REPO / "configs" / "cogvideox_2b_infer.yaml"
 DEMO = REPO / "configs" / "demo_infer.yaml"
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("configs", nargs="*", metavar="CONFIG.yaml", help=f"later files win; default {SHIPPED.name}")
     add = parser.add_argument
     add("--base", nargs="+", default=[], metavar="CONFIG.yaml", help="the same, in the original's form")
@@ -54,8 +56,6 @@ NOT_ARGS = ("configs", "base", "set", "dry_run", "allow_target", "local_rank")
 def main(arguments: list[str], listen: bool = False) -> int:
     """`listen`: this is the process's own program, which Ctrl-C and SIGTERM stop without a half-written file."""
     options = parse(arguments)
-    from sgm.cli import Interrupts, exit_code
-
     interrupts = Interrupts().listen() if listen else Interrupts()
     kept = "stopped; finished videos are kept (--skip-done goes on from there)"
     return exit_code(lambda: run(options, interrupts.check), kept)

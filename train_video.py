@@ -7,13 +7,15 @@ import os
 import sys
 from pathlib import Path
 
+from sgm.cli import Parser, exit_code
+
 REPO = Path(__file__).resolve().parent
 SHIPPED = REPO / "configs" / "cogvideox_2b_sft.yaml"
 DEMO = REPO / "configs" / "demo_lora.yaml"
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("configs", nargs="*", metavar="CONFIG.yaml", help=f"later files win; default {SHIPPED.name}")
     parser.add_argument("--base", nargs="+", default=[], metavar="CONFIG.yaml", help="the same, in the original's form")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key: args.seed=7")
@@ -31,8 +33,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
-    from sgm.cli import exit_code
-
     return exit_code(lambda: run(options), "stopped before training began")
 
 

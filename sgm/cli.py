@@ -1,12 +1,38 @@
-"""What every command line here does with the end of its work: an exit code, and one line where a person is at fault."""
+"""What every command line here does with the end of its work: an exit code, and one line where a person is at fault.
+
+Of several ranks that `sgm.launch` started, the first to say something says it for all: a file that they share holds
+what was said. It is written after the words are out and under a lock: a rank that is ended half way silences no other.
+"""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import os
 import signal
 import sys
 from collections.abc import Callable
+from typing import IO, Any, NoReturn
 
-BAD_INPUT, INTERRUPTED = 2, 130
+BAD_INPUT, INTERRUPTED, TERMINATED = 2, 130, 143
+SAID = "COGVIDEOX_SAID"  # environment: the file of what the ranks have said
+
+
+class Parser(argparse.ArgumentParser):
+    """Options and file names in any order; ranks that are given the same command line say the same once."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """With options between the file names, too: `a.yaml --seed 7 b.yaml`."""
+        return self.parse_intermixed_args(args, namespace)
+
+    def print_help(self, file: IO[str] | None = None) -> None:
+        _say_once(self.format_help().rstrip("\n"), file or sys.stdout)
+
+    def error(self, message: str) -> NoReturn:
+        _say_once(f"{self.format_usage()}{self.prog}: error: {message}", sys.stderr)
+        sys.exit(BAD_INPUT)
 
 
 class Interrupts:
@@ -29,6 +55,13 @@ class Interrupts:
         self.received = True
         raise KeyboardInterrupt
 
+    @staticmethod
+    def let_go() -> None:
+        """Give back what was taken over: a signal that comes while the process leaves ends it without a word."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if isinstance(getattr(signal.getsignal(number), "__self__", None), Interrupts):
+                signal.signal(number, signal.SIG_DFL)
+
     def check(self) -> None:
         """Raises KeyboardInterrupt if a signal has come."""
         if self.received:
@@ -45,13 +78,17 @@ def exit_code(run: Callable[[], int | None], interrupted: str = "interrupted") -
         interrupted: what is said after Ctrl-C: what was kept, and how to go on.
     """
     try:
-        return run() or 0
+        code = run() or 0
+        Interrupts.let_go()
+        return code
     except KeyboardInterrupt:
-        print(f"\n{interrupted}", file=sys.stderr, flush=True)
+        Interrupts.let_go()
+        _say_once(f"\n{interrupted}", sys.stderr, only_first=True)
         return INTERRUPTED
     except (ValueError, FileNotFoundError) as error:
         if not is_ours(error):
             raise
+        Interrupts.let_go()
         report(error)
         return BAD_INPUT
 
@@ -62,4 +99,36 @@ def is_ours(error: Exception) -> bool:
 
 
 def report(error: Exception) -> None:
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    """Print an error without its traceback; once where several ranks have the same."""
+    _say_once(f"error: {error}", sys.stderr)
+
+
+def _say_once(text: str, out: IO[str], only_first: bool = False) -> None:
+    """Print `text` unless another rank has; with `only_first`, unless another rank has said anything.
+
+    A rank that the launcher ends because another one failed has nothing to add to that one's error.
+    """
+    shared = os.environ.get(SAID)
+    if not shared:
+        _print(text, out)
+        return
+    mark = hashlib.sha256(text.encode()).hexdigest()
+    try:
+        handle = open(shared, "a+", encoding="ascii")
+    except OSError:  # the launcher is gone
+        _print(text, out)
+        return
+    with handle:
+        with contextlib.suppress(OSError):  # no locks on this file system: at worst it is said twice
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        handle.seek(0)
+        said = handle.read().split()
+        if mark in said or (only_first and said):
+            return
+        _print(text, out)
+        handle.write(f"{mark}\n")
+
+
+def _print(text: str, out: IO[str]) -> None:
+    with contextlib.suppress(BrokenPipeError):  # `--help | head`: the reader has seen enough
+        print(text, file=out, flush=True)

@@ -39,8 +39,8 @@ def environment() -> dict[str, str]:
 
 
 def start(*arguments: Any, ranks: int = 1, **options: Any) -> subprocess.Popen[str]:
-    """The command as a process of its own, or several under torchrun."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    """The command as a process of its own, or several as inference.sh starts them."""
+    launcher = [str(REPO / "sgm" / "launch.py"), "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     line = [sys.executable, *launcher, str(REPO / "sample_video.py"), *map(str, arguments)]
     return subprocess.Popen(
         line, cwd=REPO, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options

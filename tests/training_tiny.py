@@ -189,7 +189,7 @@ def command(*arguments: Any, ranks: int = 1, nodes: int = 1, node: int = 0, port
     script = [str(REPO / "train_video.py"), *map(str, arguments)]
     if ranks * nodes == 1:
         return [sys.executable, *script]
-    launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--nnodes={nodes}"]
+    launch = [sys.executable, str(REPO / "sgm" / "launch.py"), f"--nproc_per_node={ranks}", f"--nnodes={nodes}"]
     return [*launch, f"--node_rank={node}", "--master_addr=127.0.0.1", f"--master_port={port}", *script]
 
 
