@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -166,7 +167,7 @@ def load_run_config(
     Args:
         files: YAML files, later ones win.
         args_type: dataclass of `option` fields that the `args:` section fills.
-        overrides: `a.b=c` texts of `--set`; the value is read as YAML.
+        overrides: `a.b=c` texts of `--set`; the value is read as YAML, but `{your_path}` as text.
         flags: named command-line flags, `args` names to values; None values are left out.
     Raises:
         ConfigError: listing every problem.
@@ -194,6 +195,10 @@ def load_run_config(
     )  # fmt: skip
 
 
+# A placeholder such as {your_path}/vae: YAML would read a mapping with one key, or nothing valid.
+_BRACED_WORD = re.compile(r"\{[^{}:,]*[^{}:,\s][^{}:,]*\}[^{}]*$")
+
+
 def merge_yaml(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The plain mapping that the files and overrides give together."""
     from omegaconf import OmegaConf
@@ -208,7 +213,8 @@ def merge_yaml(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> di
         if not equals or not key.strip():
             raise ConfigError(f"--set {text!r}: expected KEY=VALUE, for example --set args.seed=7")
         try:
-            OmegaConf.update(merged, key.strip(), OmegaConf.create(f"v: {value}").v, merge=False)
+            read = value.strip() if _BRACED_WORD.match(value.strip()) else OmegaConf.create(f"v: {value}").v
+            OmegaConf.update(merged, key.strip(), read, merge=False)
         except (OmegaConfBaseException, YAMLError, ValueError, TypeError, IndexError, AttributeError) as error:
             raise ConfigError(f"--set {text!r}: {str(error).splitlines()[0]}") from error
     try:
@@ -347,7 +353,7 @@ def _checked(value: Any, metadata: Mapping[str, Any]) -> Any:
         return value
     if metadata.get("choices") and value not in metadata["choices"]:
         raise ValueError(f"{value!r} is not one of {', '.join(map(repr, metadata['choices']))}")
-    if metadata.get("at_least") is not None and value < metadata["at_least"]:
+    if metadata.get("at_least") is not None and not value >= metadata["at_least"]:  # nan is not, either
         raise ValueError(f"must be at least {metadata['at_least']}, got {value!r}")
     return value
 
@@ -370,10 +376,11 @@ def check_model_section(model: Mapping[str, Any], engine: type) -> None:
     """
     import inspect
 
-    from sgm.util import check_tree
+    from sgm.util import annotations, check_tree, typed
 
     known = [n for n in inspect.signature(engine).parameters]
     problems = [f"unknown key model.{n}{_nearest(n, known)}" for n in model if n not in known]
+    problems += [f"model.{n}: {problem}" for n, problem in typed(model, annotations(engine))[1].items()]
     problems += check_tree(model)
     if problems:
         raise ConfigError(_listing(problems, ["the model section"]))

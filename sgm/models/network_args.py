@@ -5,11 +5,12 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 
 from sgm.modules.ops.recompute import MODES
+from sgm.util import typed
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -45,14 +46,17 @@ class TransformerArgs:
         """From a YAML mapping.
 
         Raises:
-            NetworkConfigError: an unknown name, or a value that the architecture does not allow.
+            NetworkConfigError: an unknown name, a wrong type, or a value that the architecture does not allow.
         """
         given = dict(vars(values) if isinstance(values, Namespace) else values)
         known = [field.name for field in fields(cls)]
         for name in given:
             if name not in known:
                 raise NetworkConfigError(f"transformer_args takes no {name!r}; it takes {', '.join(known)}.")
-        args = cls(**given)
+        fitting, problems = typed(given, get_type_hints(cls))
+        for name, problem in problems.items():
+            raise NetworkConfigError(f"transformer_args.{name}: {problem}.")
+        args = cls(**fitting)
         if args.checkpoint_activations not in MODES:
             raise NetworkConfigError(
                 f"transformer_args.checkpoint_activations is {args.checkpoint_activations!r}; choose true, false, "

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from sgm import util
-from sgm.config import ConfigError, coerce, load_run_config, merge_yaml, option
+from sgm.config import ConfigError, check_model_section, coerce, load_run_config, merge_yaml, option
 from sgm.inference.options import SampleArgs
+from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.util import TargetError, check_tree, get_obj_from_str, instantiate_from_config
 
 REPO = Path(__file__).resolve().parents[2]
@@ -97,6 +99,20 @@ def test_bad_overrides_are_quoted(tmp_path, text):
         merge_yaml([write(tmp_path, "a.yaml", "args: {many: [a]}")], [text])
 
 
+@pytest.mark.parametrize(
+    ("value", "read"),
+    [("{your_path}", "{your_path}"), ("{your_path}/vae/3d-vae.pt", "{your_path}/vae/3d-vae.pt"), ("{a: 1}", {"a": 1}),
+     ("{}", {}), ("{a, b}", {"a": None, "b": None}), ("[{a: 1}]", [{"a": 1}]), ("{}x", None)],
+)  # fmt: skip
+def test_a_braced_word_is_a_placeholder(tmp_path, value, read):
+    file = write(tmp_path, "a.yaml", "args: {load: x}")
+    if read is None:
+        with pytest.raises(ConfigError, match="--set"):
+            merge_yaml([file], [f"args.load={value}"])
+    else:
+        assert merge_yaml([file], [f"args.load={value}"])["args"]["load"] == read
+
+
 def test_stray_quote_of_the_guide(tmp_path):
     file = write(tmp_path, "a.yaml", "model: {log_keys: [\"txt'\"]}")
     config = load_run_config([file], Args)
@@ -166,6 +182,73 @@ def test_trees_are_checked_without_building():
             "params": {"in_featurez": 3}}]}  # fmt: skip
     first, second = check_tree(tree)
     assert first.startswith("model.a: ") and second.startswith("model.b[1]: ") and "in_features" in second
+
+
+NETWORK, SAMPLER = "dit_video_concat.DiffusionTransformer", "sgm.modules.diffusionmodules.sampling.VPSDEDPMPP2MSampler"
+GUIDER, T5 = "sgm.modules.diffusionmodules.guiders.DynamicCFG", "sgm.modules.encoders.modules.FrozenT5Embedder"
+
+
+@pytest.mark.parametrize(
+    ("target", "params", "problem"),
+    [
+        (NETWORK, {"num_layers": "six"}, "num_layers: expected a whole number, got 'six'"),
+        (NETWORK, {"num_layers": 6.5}, "num_layers: expected a whole number, got 6.5"),
+        (NETWORK, {"num_layers": None}, "num_layers: expected a whole number, got None"),
+        (NETWORK, {"num_layers": [6]}, r"num_layers: expected a whole number, got \[6\]"),
+        (NETWORK, {"patch_size": "x"}, "patch_size: expected a whole number, got 'x'"),
+        (NETWORK, {"elementwise_affine": "False"}, "elementwise_affine: expected true or false, got 'False'"),
+        (SAMPLER, {"num_steps": "x"}, "num_steps: expected a whole number, got 'x'"),
+        (GUIDER, {"scale": True}, "scale: expected a number, got True"),
+        (GUIDER, {"scale": "nan"}, "scale: expected a number, got 'nan'"),
+        (T5, {"model_dir": {"your_path": None}}, "model_dir: expected text, got {'your_path': None}"),
+    ],
+)
+def test_values_of_a_wrong_type_are_refused(target, params, problem):
+    with pytest.raises(TargetError, match=problem.partition(": ")[2]):
+        util.check_params(target, get_obj_from_str(target), params)
+    (found,) = check_tree({"part": {"target": target, "params": params}})
+    assert re.fullmatch(rf"model\.part\.params\.{problem}", found)
+    (found,) = check_tree({"part": {"target": target, "params": 5}})
+    assert "`params:` must be a mapping, it is 5" in found
+
+
+@pytest.mark.parametrize(
+    ("target", "params", "built_with"),
+    [
+        (NETWORK, {"num_layers": 6, "patch_size": [1, 2, 2], "time_embed_dim": None}, {}),
+        (NETWORK, {"num_layers": 6.0, "height_interpolation": "1e-5"}, {"num_layers": 6, "height_interpolation": 1e-5}),
+        (GUIDER, {"scale": 6, "exp": "5"}, {"exp": 5}),
+        (SAMPLER, {"num_steps": None, "verbose": 1, "device": "cpu"}, {"verbose": True}),
+        ("torch.nn.Identity", {"anything": "x"}, {}),
+        ("torch.nn.Linear", {"in_features": 3, "device": "meta"}, {}),
+    ],
+)
+def test_values_that_read_as_the_type_are_accepted(target, params, built_with):
+    found = util.check_params(target, get_obj_from_str(target), params)
+    assert found == params | built_with and {k: type(v) for k, v in found.items()} == {
+        k: type(v) for k, v in (params | built_with).items()
+    }
+    assert check_tree({"target": target, "params": params}) == []
+
+
+def test_what_stands_beside_targets_and_in_the_engine_is_typed():
+    model = merge_yaml([REPO / "configs" / "demo_infer.yaml"])["model"]
+    check_model_section(model, SATVideoDiffusionEngine)
+    model["scale_factor"] = "1e-1"
+    check_model_section(model, SATVideoDiffusionEngine)
+    model["scale_factor"] = "abc"
+    model["conditioner_config"]["params"]["emb_models"][0] |= {"ucg_rate": "x", "is_trainable": "no"}
+    with pytest.raises(ConfigError) as error:
+        check_model_section(model, SATVideoDiffusionEngine)
+    for words in ("model.scale_factor: expected a number, got 'abc'", "emb_models[0].ucg_rate: expected a number, got 'x'",
+                  "emb_models[0].is_trainable: expected true or false, got 'no'", "3 problems"):  # fmt: skip
+        assert words in str(error.value)
+
+
+@pytest.mark.parametrize("name", [p.name for p in sorted((REPO / "configs").glob("*.yaml"))])
+def test_every_shipped_model_section_has_the_right_types(name):
+    files = [REPO / "configs" / "cogvideox_2b_sft.yaml", REPO / "configs" / name]
+    check_model_section(merge_yaml(files)["model"], SATVideoDiffusionEngine)
 
 
 def test_names_without_effect_are_said_once(caplog):
