@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 
 from sgm.config import ConfigError, option
 
@@ -51,7 +52,11 @@ class SampleArgs:
     latent_channels: int | None = option(None, "checked against the network's input channels if given")
 
     def __post_init__(self) -> None:
-        problems = []
+        problems = [
+            f"args.{field.name} is {value}; it must be a finite number"
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), float) and not math.isfinite(value)
+        ]
         if self.fp16 and self.bf16:
             problems.append("args.fp16 and args.bf16 are both true; choose one")
         if self.sampling_num_frames % 2 == 0:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from sgm.config import ConfigError, RunConfig, merge_yaml
-from sgm.weights.release import HOW_TO_GET, newest_run
+from sgm.weights.release import how_to_get, newest_run
 
 Args = TypeVar("Args")
 REPO = Path(__file__).resolve().parents[2]
@@ -22,6 +22,10 @@ HOW_TO_GET_T5 = (
     "The text encoder is one folder with what text_encoder/ and tokenizer/ of the diffusers release hold (config.json, "
     "two safetensors shards with their index, spiece.model and three small JSON files), or a hub id that lies in the "
     f"Hugging Face cache (`hf download {SHIPPED_T5}`; about 45 GB, since that repository holds the decoder too)."
+)
+HOW_TO_GET_ADAPTER = (
+    "An adapter (PATH or PATH:SCALE) is the folder of a LoRA run, one of its iterations or a file of it; one in "
+    "diffusers' form is converted by tools/convert_weight_hf2sat.py --lora_only. README, 'LoRA', has the steps."
 )
 
 
@@ -110,23 +114,34 @@ def check_paths(model: Mapping[str, Any], load: str | None, lora: Sequence[str] 
     """Demand that every weight path is edited and exists.
 
     Raises:
-        PathError: naming every offending place.
+        PathError: naming every offending place, and how to get what is missing.
     """
     paths = weight_paths(model, load)
     left = unedited(paths)
-    problems = [f"{place} is still the placeholder {paths[place]!r}" for place in left]
-    problems += [
-        f"{place}: {value} does not exist"
+    problems = {place: f"{place} is still the placeholder {paths[place]!r}" for place in left}
+    problems |= {
+        place: f"{place}: {value} does not exist"
         for place, value in paths.items()
         if place not in left
         and not Path(value).expanduser().exists()
         and not (place.endswith("model_dir") and _is_hub_name(value))
-    ]
-    adapters = map(adapter_path, lora)
-    problems += [f"args.lora: {p} does not exist" for p in adapters if not p.exists() and newest_run(p) is None]
+    }
+    for text, path in zip(lora, map(adapter_path, lora)):
+        if not path.exists() and newest_run(path) is None:
+            problems[f"args.lora {text}"] = f"args.lora: {path} does not exist"
     if problems:
         title = f"{len(problems)} weight path{'s' if len(problems) > 1 else ''} to set:"
-        raise PathError("\n".join([title, *(f"  - {p}" for p in problems), HOW_TO_GET, HOW_TO_GET_T5]))
+        raise PathError("\n".join([title, *(f"  - {p}" for p in problems.values()), *_remedies(problems)]))
+
+
+def _remedies(places: Iterable[str]) -> list[str]:
+    """How to get the weights that are missing at these places, and no others."""
+    lacking = list(places)
+    archives = {"args.load": "transformer.zip", "model.first_stage_config.params.ckpt_path": "vae.zip"}
+    wanted = [archive for place, archive in archives.items() if place in lacking]
+    lines = [how_to_get(*wanted)] if wanted else []
+    lines += [HOW_TO_GET_T5] if any(place.endswith("model_dir") for place in lacking) else []
+    return lines + ([HOW_TO_GET_ADAPTER] if any(place.startswith("args.lora") for place in lacking) else [])
 
 
 def adapter_path(text: str) -> Path:

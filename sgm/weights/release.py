@@ -6,6 +6,7 @@ A checkpoint may hold the transformer alone (the published files), or the whole 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -22,11 +23,19 @@ _PART = re.compile(r"mp_rank_(\d+)_model_states\.(?:pt|safetensors)$")
 _DATE = re.compile(r"(-\d\d){4}(-\d+)?$")
 _NETWORK_ROOTS = ("mixins.", "transformer.", "time_embed.", "ofs_embed.")
 
-HOW_TO_GET = (
-    "Get the weights: unpack transformer.zip and vae.zip of the SAT release into one folder, or make that folder from "
-    "the diffusers release with tools/convert_weight_hf2sat.py; random ones for a trial come from "
-    "tools/make_weights.py. README, 'Weights', has the steps."
-)
+DIFFUSERS_ADAPTERS = frozenset({"pytorch_lora_weights.safetensors", "adapter_model.safetensors"})
+
+
+def how_to_get(*archives: str) -> str:
+    """Where the named archives of the SAT release come from, or what takes their place."""
+    return (
+        f"Get the weights: unpack {' and '.join(archives)} of the SAT release into one folder, or make that folder "
+        "from the diffusers release with tools/convert_weight_hf2sat.py; random ones for a trial come from "
+        "tools/make_weights.py. README, 'Weights', has the steps."
+    )
+
+
+HOW_TO_GET = how_to_get("transformer.zip", "vae.zip")
 
 
 @dataclass
@@ -69,10 +78,14 @@ class Adapter:
         path, colon, tail = text.rpartition(":")
         if not colon or Path(text).exists():
             return cls(text)
+        wrong = f"--lora {text!r}: expected PATH or PATH:SCALE, {tail!r} is not a number."
         try:
-            return cls(path, float(tail))
+            scale = float(tail)
         except ValueError as error:
-            raise WeightsError(f"--lora {text!r}: expected PATH or PATH:SCALE, {tail!r} is not a number.") from error
+            raise WeightsError(wrong) from error
+        if not math.isfinite(scale):
+            raise WeightsError(wrong)
+        return cls(path, scale)
 
 
 def locate(path: str | Path) -> tuple[list[Path], int | None]:
@@ -144,6 +157,11 @@ def _what_lies_in(folder: Path) -> str:
     iterations = [n for n in names if _iteration_of(n) is not None]
     if iterations:
         return f"no `latest` file in it; name one of its iterations ({', '.join(iterations)}) or write it to `latest`."
+    if not DIFFUSERS_ADAPTERS.isdisjoint(names):
+        return (
+            "it holds an adapter in diffusers' or PEFT's form; make a SAT folder of it with "
+            f"tools/convert_weight_hf2sat.py --lora_only --input_path {folder} --output_path FOLDER and name that."
+        )
     return f"no `latest` and no mp_rank_00_model_states.pt in it (found: {', '.join(names[:8]) or 'nothing'})."
 
 

@@ -253,6 +253,15 @@ VAE = "model.first_stage_config.params.ckpt_path"
         (["--load", "nowhere/transformer"], ["args.load: nowhere/transformer does not exist"]),
         (["--set", f"{VAE}=/nowhere/vae.pt"], ["/nowhere/vae.pt does not exist"]),
         (["--set", f"{MODEL_DIR}=/nowhere/t5"], ["/nowhere/t5 does not exist", "spiece.model"]),
+        (["--set", "args.load={your_ckpt}"], ["args.load is still the placeholder '{your_ckpt}'", "transformer.zip"]),
+        (["--guidance-scale", "nan"], ["args.guidance_scale is nan", "finite"]),
+        (["--set", "model.sampler_config.params.num_steps=x"],
+         ["model.sampler_config.params.num_steps: expected a whole number, got 'x'"]),
+        (["--dry-run", "--set", "model.sampler_config.params.num_steps=x"], ["num_steps: expected a whole number"]),
+        (["--set", "model.scale_factor=abc"], ["model.scale_factor: expected a number, got 'abc'"]),
+        (["--set", "model.network_config.params.num_layers=six"], ["num_layers: expected a whole number, got 'six'"]),
+        (["--set", "model.network_config.params.transformer_args.max_sequence_length=x"],
+         ["transformer_args.max_sequence_length: expected a whole number, got 'x'"]),
         (["--lora", "/nowhere/lora.pt:0.5"], ["args.lora: /nowhere/lora.pt does not exist"]),
         (["--num-frames", "4"], ["odd", "3 or 5"]),
         (["--num-frames", "5"], ["5 latent frames", "more than the 2"]),
@@ -283,6 +292,14 @@ def test_bad_input_is_one_clear_error(config, tmp_path, capsys, arguments, words
     err = capsys.readouterr().err
     assert all(word in err for word in words), err
     assert err.count("error: ") == 1 and not list((tmp_path / "out").rglob("*.mp4"))
+
+
+def test_an_adapter_in_diffusers_form_is_to_be_converted(config, tmp_path, capsys):
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "pytorch_lora_weights.safetensors").touch()
+    assert main(config, "--prompt", "x", "--lora", tmp_path / "hf") == 2
+    err = capsys.readouterr().err
+    assert "hf is not a SAT checkpoint folder" in err and "tools/convert_weight_hf2sat.py --lora_only" in err
 
 
 def test_bad_prompt_files(config, tmp_path, capsys):
@@ -361,9 +378,10 @@ def test_nan_gives_an_error_and_no_video(config, release, tmp_path, capsys):
         content["module"]["model.diffusion_model.time_embed.0.bias"][0] = float("nan")
 
     file = changed(release, tmp_path / "nan.pt", poison)
-    assert main(config, "--prompt", "x", "--load", file, "--set", "args.fp16=true") == 2
-    err = capsys.readouterr().err
-    assert "NaN" in err and "no video was written" in err and "bf16" in err
+    for precision, advice in (("bf16", "use float32"), ("fp16", "the weights are damaged")):  # the latter in float32
+        assert main(config, "--prompt", "x", "--load", file, "--set", f"args.{precision}=true") == 2
+        err = capsys.readouterr().err
+        assert "NaN" in err and "no video was written" in err and advice in err
     assert not [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
 
 
@@ -433,7 +451,7 @@ def test_dry_run_prints_configuration_and_plan_and_makes_nothing(tmp_path, monke
 def test_dry_run_of_the_full_size_without_weights(capsys):
     assert main(REPO / "configs" / "cogvideox_2b_infer.yaml", "--dry-run", "--device", "cpu", "--prompt", "x") == 0
     shown = capsys.readouterr().out
-    assert "49 frames of 720x480" in shown and "weights of the transformer: 3.22 GiB" in shown and "placeholder" in shown
+    assert "49 frames of 720x480" in shown and "weights of the transformer: 6.44 GiB" in shown and "placeholder" in shown
 
 
 # --- processes ---------------------------------------------------------------------------------------------------

@@ -198,6 +198,8 @@ def test_a_folder_is_checked_by_many_at_once(tmp_path):
         ({"sampling_image_size": [480]}, "multiples of 16"),
         ({"sampling_image_size": [0, 16]}, "multiples of 16"),
         ({"fp16": True, "bf16": True}, "choose one"),
+        ({"guidance_scale": float("nan")}, "guidance_scale is nan; it must be a finite number"),
+        ({"guidance_scale": float("inf")}, "finite"),
     ],
 )
 def test_options_that_cannot_be(options, words):
@@ -246,6 +248,33 @@ def test_edited_paths(shipped, tmp_path):
     check_paths(model, str(tmp_path / "transformer"))
     with pytest.raises(PathError, match="args.load: someone/transformer does not exist"):
         check_paths(model, "someone/transformer")
+
+
+@pytest.mark.parametrize(
+    ("missing", "told"),
+    [
+        ("load", {"transformer.zip"}),
+        ("vae", {"vae.zip"}),
+        ("t5", {"text_encoder/"}),
+        ("lora", {"--lora_only"}),
+        ("load vae", {"transformer.zip and vae.zip"}),
+        ("load lora", {"transformer.zip", "--lora_only"}),
+    ],
+)
+def test_help_is_of_the_kind_that_is_missing(tmp_path, missing, told):
+    for name in ("load", "vae", "t5", "lora"):
+        if name not in missing.split():
+            (tmp_path / name).mkdir()
+    model = {
+        "first_stage_config": {"params": {"ckpt_path": str(tmp_path / "vae")}},
+        "conditioner_config": {"params": {"emb_models": [{"params": {"model_dir": str(tmp_path / "t5")}}]}},
+    }
+    with pytest.raises(PathError) as error:
+        check_paths(model, str(tmp_path / "load"), [f"{tmp_path / 'lora'}:0.5"])
+    text = str(error.value)
+    assert text.startswith(f"{len(missing.split())} weight path") and all(words in text for words in told)
+    every = {"transformer.zip", "vae.zip", "text_encoder/", "--lora_only"}
+    assert not any(words in text for words in every if words not in " ".join(told))
 
 
 def test_relative_paths_from_here_or_from_the_project(tmp_path, monkeypatch):
