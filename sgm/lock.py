@@ -29,7 +29,7 @@ def sole_holder(path: Path) -> Iterator[bool]:
     try:
         yield handle is not None
     finally:
-        if handle is not None:
+        if handle in _held:  # not in a forked child, whose parent may still be at work
             path.unlink(missing_ok=True)  # before it is let go: who has opened it by now will see that it is gone
             _held.discard(handle)
             os.close(handle)
