@@ -5,10 +5,12 @@ Importing this module costs nothing beyond torch; DeepSpeed and SAT are imported
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import random
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,9 +23,10 @@ from torch import Tensor
 
 T = TypeVar("T")
 
-# Ranks wait for the one that looks through the clips, or for the last share of a cache to be filled: hours. Without a
-# limit of our own DeepSpeed's ten minutes would end the run. A peer that died is noticed by the launcher, not by this.
-PATIENCE = timedelta(days=7)
+# After so long a collective of training counts as hung; it has to outlast a checkpoint written to a slow drive.
+# DEEPSPEED_TIMEOUT (minutes) overrides it. What takes longer, before training, is waited for with `wait_for_all`.
+COLLECTIVE_LIMIT = timedelta(hours=1)
+_meetings = itertools.count()
 
 
 class DistributedError(ValueError):
@@ -69,7 +72,8 @@ def init_distributed(device_type: str | None = None) -> DistInfo:
             prepare_deepspeed(kind)
             import deepspeed
 
-            deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=PATIENCE)
+            limit = {} if "DEEPSPEED_TIMEOUT" in os.environ else {"timeout": COLLECTIVE_LIMIT}
+            deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, **limit)
     return DistInfo(rank, world_size, local_rank, device)
 
 
@@ -153,11 +157,28 @@ def model_parallel_world_size() -> int:
     return groups.get_model_parallel_world_size() if groups is not None else 1
 
 
+def wait_for_all() -> None:
+    """Return when every rank has come here, however long that takes.
+
+    Not a barrier: that has a limit, within which a rank that looks through all clips or fills the last share of a cache
+    need not arrive, and it would not hear a signal. A rank that dies is noticed by the launcher.
+    """
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return
+    store = torch.distributed.distributed_c10d._get_default_store()
+    key = f"sgm/meeting/{next(_meetings)}"
+    if store.add(key, 1) == torch.distributed.get_world_size():
+        store.set(f"{key}/all", "here")
+    while not store.check([f"{key}/all"]):
+        time.sleep(0.05)
+
+
 def from_first(make: Callable[[], T]) -> T:
-    """What rank 0 makes, on every rank; without process groups what this process makes."""
+    """What rank 0 makes, however long it takes, on every rank; without process groups what this process makes."""
     if not torch.distributed.is_initialized():
         return make()
     held = [make() if torch.distributed.get_rank() == 0 else None]
+    wait_for_all()
     if torch.distributed.get_world_size() > 1:
         torch.distributed.broadcast_object_list(held)
     return held[0]  # type: ignore[return-value]

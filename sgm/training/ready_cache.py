@@ -13,7 +13,7 @@ from sgm.config import RunConfig
 from sgm.data.cache_store import CacheError, CacheStore
 from sgm.data.cached import CachedClips, CacheScan
 from sgm.data.clips import ClipSettings
-from sgm.distributed import DistInfo, from_first
+from sgm.distributed import DistInfo, from_first, wait_for_all
 from sgm.modules.ops.choice import choose_kernels
 from sgm.training.cache import cache_identity, cached_datasets, clip_settings, open_store, scan_folders
 from sgm.training.options import TrainArgs
@@ -78,7 +78,7 @@ def ready_cache(
         )  # fmt: skip
         fill(store, config.model, [clip for scan in short for clip in scan.missing], settings, how,
              lambda line: say(line, flush=True))  # fmt: skip
-        _wait_for_all()
+        wait_for_all()
         store.refresh()
         scans = _scan(store, config, folders)
         _require_complete(store, scans)
@@ -97,7 +97,7 @@ def _open(config: RunConfig[TrainArgs], settings: ClipSettings, dtype: str, rank
         return open_store(args.cache_dir, config.model, settings, args.cache_dtype, dtype)  # type: ignore[arg-type]
 
     store = opened() if rank == 0 else None
-    _wait_for_all()
+    wait_for_all()
     return store or opened()
 
 
@@ -122,8 +122,3 @@ def _differences(store: CacheStore, dtype: str, identity: dict[str, object]) -> 
     if store.encoded_as != dtype:
         notes.append(f"{store.folder} was encoded in {store.encoded_as}, this run computes in {dtype}")
     return notes
-
-
-def _wait_for_all() -> None:
-    if dist.get_world_size() > 1:
-        dist.barrier()

@@ -199,8 +199,7 @@ def _make_what_is_missing(
         for folder in map(Path, config.args.data_folders) if make_data else ():
             if not folder.expanduser().exists():
                 make_data(folder.expanduser())
-    if info.world_size > 1:
-        dist.barrier()
+    distributed.wait_for_all()
 
 
 def _check_places(config: RunConfig[TrainArgs], dry_run: bool) -> None:

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, Subset
 
 from sgm.config import AccelerateArgs, ConfigError, RunConfig
 from sgm.data.buckets import SIDE_STEP, Bucket
+from sgm.distributed import wait_for_all
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.models.loading import LoadedNetwork, load_first_stage, load_network, load_text_encoder
 from sgm.modules.encoders.modules import text_is_local
@@ -195,7 +196,7 @@ def build_datasets(
             extra["report"] = reports / f"{name}_{k}.jsonl"
         if first or not takes_report:
             made.append(cls(**{**params, **extra}))
-        _wait_for_first()
+        wait_for_all()
         if not first and takes_report:
             made.append(cls(**{**params, **extra, "validate": "report"}))
     return made
@@ -210,11 +211,6 @@ def mark_prior(dataset: Any) -> None:
     if not hasattr(dataset, "prior"):
         raise ConfigError(f"args.prior_data: {type(dataset).__name__} gives items without `prior`, see SFTDataset")
     dataset.prior = True
-
-
-def _wait_for_first() -> None:
-    if dist.get_world_size() > 1:
-        dist.barrier()
 
 
 def check_clips(config: RunConfig[TrainArgs], dtype: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -98,6 +99,42 @@ def test_preserve_rng() -> None:
     assert (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark) == before
 
 
+WAITING = """
+import os, signal, sys, time, torch
+from datetime import timedelta
+from sgm.distributed import from_first, wait_for_all
+rank = int(os.environ["RANK"])
+store = torch.distributed.FileStore(sys.argv[1], 2)
+store.add("started", 1)
+while store.add("started", 0) < 2:  # on a busy machine one imports for longer than the limit below
+    time.sleep(0.01)
+torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=4), store=store, world_size=2, rank=rank)
+found = from_first(lambda: time.sleep(5) or "found")
+try:
+    print(found, flush=True)
+    wait_for_all() if rank == 1 else time.sleep(60)
+except KeyboardInterrupt:
+    print("stopped", flush=True)
+os._exit(0)
+"""
+
+
+def test_waiting_outlasts_the_limit_of_collectives_and_hears_signals(tmp_path: Path) -> None:
+    clean = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "LOCAL_RANK")}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", WAITING, str(tmp_path / "store")], cwd=REPO, env=clean | {"RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    for rank in ranks:
+        assert rank.stdout.readline() == "found\n", rank.communicate()[1]
+    for rank in ranks:
+        rank.send_signal(signal.SIGINT)
+    assert [rank.communicate(timeout=60)[0] for rank in ranks] == ["stopped\n"] * 2
+
+
 # --- tensor parallelism -----------------------------------------------------------------------------------------------
 
 
@@ -110,8 +147,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1",
-              "DEEPSPEED_TIMEOUT": "0"}  # minutes after which its own groups would give up: ours do not
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     workers = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.tensor_parallel_worker", str(folder)],
