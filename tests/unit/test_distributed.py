@@ -103,6 +103,7 @@ WAITING = """
 import os, signal, sys, time, torch
 from datetime import timedelta
 from sgm.distributed import from_first, wait_for_all
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 rank = int(os.environ["RANK"])
 store = torch.distributed.FileStore(sys.argv[1], 2)
 store.add("started", 1)
@@ -128,11 +129,15 @@ def test_waiting_outlasts_the_limit_of_collectives_and_hears_signals(tmp_path: P
         )
         for rank in range(2)
     ]  # fmt: skip
-    for rank in ranks:
-        assert rank.stdout.readline() == "found\n", rank.communicate()[1]
-    for rank in ranks:
-        rank.send_signal(signal.SIGINT)
-    assert [rank.communicate(timeout=60)[0] for rank in ranks] == ["stopped\n"] * 2
+    try:
+        for rank in ranks:
+            assert rank.stdout.readline() == "found\n", rank.communicate()[1]
+        for rank in ranks:
+            rank.send_signal(signal.SIGINT)
+        assert [rank.communicate(timeout=60)[0] for rank in ranks] == ["stopped\n"] * 2
+    finally:
+        for rank in ranks:
+            rank.kill()
 
 
 # --- tensor parallelism -----------------------------------------------------------------------------------------------
