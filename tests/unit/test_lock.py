@@ -21,7 +21,7 @@ from pathlib import Path
 from sgm.lock import sole_holder
 with sole_holder(Path(sys.argv[1])) as alone:
     child = os.fork() if len(sys.argv) > 2 else None
-    print(alone, child, flush=True)
+    os.write(1, f"{alone} {child}\\n".encode())  # in one piece, whoever else writes
     time.sleep(60)
 """
 
