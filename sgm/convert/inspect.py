@@ -289,7 +289,7 @@ def _vae(state: Mapping[str, Deferred], what: str) -> Found:
     part.missing = [name for name in wanted if name not in state]
     part.facts = [f"{params['z_channels']} latent channels, width {params['ch']} x {params['ch_mult']}, "
                   f"{params['num_res_blocks']} blocks a level"]  # fmt: skip
-    if decoder != [params["ch"] * factor for factor in params["ch_mult"]]:
+    if decoder != vae_sizes.encoder_widths(params):
         part.facts.append(f"its decoder's levels are {decoder} channels wide: diffusers cannot hold it")
     return part
 

@@ -56,7 +56,7 @@ def decoder_widths(state: Mapping[str, Tensor | Deferred], params: Mapping[str, 
 
     All convolutions of a level must say the same: one misshapen tensor is a fault of the file, not another width.
     """
-    widths = _widths(params)
+    widths = encoder_widths(params)
     encoder, decoder = (_agreed(state, side, len(widths)) for side in ("encoder.down", "decoder.up"))
     return decoder if decoder and encoder == widths else widths
 
@@ -70,14 +70,15 @@ def _agreed(state: Mapping[str, Tensor | Deferred], side: str, levels: int) -> l
     return [min(found[level]) for level in range(levels)] if whole else None
 
 
-def _widths(params: Mapping[str, Any]) -> list[int]:
+def encoder_widths(params: Mapping[str, Any]) -> list[int]:
+    """Channels of the encoder's levels, the finest first."""
     return [params["ch"] * factor for factor in params["ch_mult"]]
 
 
 def sat_shapes(params: Mapping[str, Any], decoder: Sequence[int] | None = None) -> Shapes:
     """Every tensor of a VAE with these `params` and its shape; `decoder`: widths of its levels, if not the same."""
     z = params["z_channels"]
-    widths = _widths(params)
+    widths = encoder_widths(params)
     last, blocks = widths[-1], params["num_res_blocks"]
     shapes = _conv("encoder.conv_in.conv", widths[0], params["in_channels"])
     before = widths[0]
@@ -111,7 +112,7 @@ def check(state: Mapping[str, Tensor | Deferred], params: Mapping[str, Any], sou
         UnequalWidthsError: encoder and decoder differ.
         ConvertError: lists what is missing, unknown, or misshapen.
     """
-    encoder, decoder = _widths(params), decoder_widths(state, params)
+    encoder, decoder = encoder_widths(params), decoder_widths(state, params)
     if encoder != decoder:
         raise UnequalWidthsError(
             f"{source}: the levels of its encoder are {encoder} channels wide, those of its decoder {decoder}; "

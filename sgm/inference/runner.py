@@ -145,17 +145,15 @@ class Runner:
     def _missing(self, prompt: Prompt) -> list[int]:
         """Samples of a prompt that have to be made."""
         skip = self.args.skip_done
-        return [k for k in range(self.args.batch_size) if not (skip and self._is_there(prompt, k, otherwise=False))]
+        return [k for k in range(self.args.batch_size) if not (skip and self._differences(prompt, k) == [])]
 
-    def _is_there(self, prompt: Prompt, sample: int, *, otherwise: bool) -> bool:
-        """Whether there is a sample that was made as this run would make it; or, `otherwise`, by another request."""
-        there = self.files(prompt, sample).done(self.args.only_save_latents)
-        return there and bool(self._differences(prompt, sample)) == otherwise
-
-    def _differences(self, prompt: Prompt, sample: int) -> list[str]:
-        """In what the request that made an earlier sample differs from this run's."""
+    def _differences(self, prompt: Prompt, sample: int) -> list[str] | None:
+        """In what the request that made an earlier sample differs from this run's; None where there is no sample."""
+        files = self.files(prompt, sample)
+        if not files.done(self.args.only_save_latents):
+            return None
         wanted = json.loads(json.dumps(self._request(prompt)))  # as it comes back from the file
-        record = read_record(self.files(prompt, sample).record)
+        record = read_record(files.record)
         pairs = {name: (record[name], value) for name, value in wanted.items() if record.get(name, value) != value}
         texts = {name: [shorten(str(value), 60, placeholder=" ...") for value in pair] for name, pair in pairs.items()}
         return [f"{n} {old}, now {new}" if old != new else f"another {n}" for n, (old, new) in texts.items()]
@@ -163,9 +161,10 @@ class Runner:
     def _tell_what_is_made_anew(self, prompts: Sequence[Prompt]) -> None:
         for prompt in prompts:
             for k in range(self.args.batch_size if self.args.skip_done else 0):
-                if self._is_there(prompt, k, otherwise=True):
-                    differences = "; ".join(self._differences(prompt, k))
-                    self.progress.line(f"prompt {prompt.index}: made anew, it was made otherwise: {differences}")
+                differences = self._differences(prompt, k)
+                if differences:
+                    why = "; ".join(differences)
+                    self.progress.line(f"prompt {prompt.index}: made anew, it was made otherwise: {why}")
 
     def _encode(self, prompts: Sequence[Prompt]) -> list[EncodedPrompt]:
         self._load("conditioner")
