@@ -91,8 +91,16 @@ def test_a_device_that_it_is_not_for_is_refused():
         choose_kernels("plain", "flash4", torch.device("cpu"))
 
 
-@pytest.mark.parametrize(("capability", "said"), [((8, 9), "9.x and 10.x.*Some GPU has 8.9"), ((9, 0), "pip install")])
-def test_an_old_gpu_and_a_missing_package_are_named(monkeypatch, capability, said):
+@pytest.mark.parametrize(
+    ("capability", "cuda", "said"),
+    [
+        ((8, 9), "13.0", "9.x and 10.x.*Some GPU has 8.9"),
+        ((9, 0), "13.0", r"pip install \"flash-attn-4\[cu13\]==\S+\" \"nvidia-cutlass-dsl\[cu13\]=="),
+        ((9, 0), "12.8", r"pip install \"flash-attn-4==\S+\" \"nvidia-cutlass-dsl=="),
+    ],
+)
+def test_an_old_gpu_and_a_missing_package_are_named(monkeypatch, capability, cuda, said):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
     flash4._library.cache_clear()

@@ -1,5 +1,5 @@
 """Attention by FlashAttention-4 (package flash-attn-4): on an H200, at the model's shape, 1.3 times as fast as
-cuDNN's. Optional: `pip install "flash-attn-4==4.0.0b36"`; its kernels are compiled at first use, in seconds.
+cuDNN's. Optional (`HOW_TO_INSTALL`); its kernels are compiled at first use, in seconds.
 
 It is an operator of its own, so that activation checkpointing can keep its result (`sgm.modules.ops.recompute`).
 PyTorch's switch for it (`torch.nn.attention.activate_flash_attention_impl`) fails with the releases of the package that
@@ -21,7 +21,9 @@ from torch.autograd.function import FunctionCtx
 from sgm.modules.ops.attention import AttentionError, attention
 
 CAPABILITIES = (9, 10)
-PACKAGE = "flash-attn-4==4.0.0b36"
+# What was measured together: flash-attn-4 leaves its compiler's version open, and 4.8.1 warns at every kernel.
+# `{cuda}` is "[cu13]", or nothing for a PyTorch with CUDA 12.
+HOW_TO_INSTALL = 'pip install "flash-attn-4{cuda}==4.0.0b36" "nvidia-cutlass-dsl{cuda}==4.7.1" "quack-kernels==0.6.5"'
 _HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -51,7 +53,8 @@ def _library() -> ModuleType:
     try:
         return importlib.import_module("flash_attn.cute.interface")
     except ImportError as error:
-        raise AttentionError(f'FlashAttention-4 does not load ({error}); pip install "{PACKAGE}"') from error
+        how = HOW_TO_INSTALL.format(cuda="" if (torch.version.cuda or "").startswith("12") else "[cu13]")
+        raise AttentionError(f"FlashAttention-4 does not load ({error}); {how}") from error
 
 
 @torch.library.custom_op("cogvideox_sat::flash4", mutates_args=())
