@@ -44,8 +44,8 @@ def transformer_outputs(options: argparse.Namespace, config: Mapping[str, Any]) 
     """(ours, theirs) on the CPU; only one network is on the device at a time."""
     from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 
-    from sgm.inference.preflight import found_path
     from sgm.models.loading import Adapter, load_network
+    from sgm.places import found_path
     from sgm.util import instantiate_from_config
 
     device = torch.device(options.device)
@@ -93,7 +93,7 @@ def vae_outputs(options: argparse.Namespace, config: Mapping[str, Any]) -> dict[
     """(ours, theirs) of a short clip's moments and of 3 decoded latent frames, an eighth of the picture's area."""
     from diffusers import AutoencoderKLCogVideoX
 
-    from sgm.inference.preflight import found_path
+    from sgm.places import found_path
     from sgm.util import instantiate_from_config
 
     device, params = torch.device(options.device), config["model"]["network_config"]["params"]

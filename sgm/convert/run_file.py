@@ -10,8 +10,9 @@ import torch
 
 from sgm.config import merge_yaml
 from sgm.convert.dit_sizes import Sizes
+from sgm.places import CONFIGS
 
-SHIPPED = Path(__file__).resolve().parents[2] / "configs" / "cogvideox_2b_infer.yaml"
+SHIPPED = CONFIGS / "cogvideox_2b_infer.yaml"
 
 
 def run_file(

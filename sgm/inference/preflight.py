@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -11,11 +10,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sgm.config import ConfigError, RunConfig, merge_yaml
+from sgm.places import INSTALLED, found_path, shown
 from sgm.weights.release import how_to_get, newest_run
 
 Args = TypeVar("Args")
-REPO = Path(__file__).resolve().parents[2]
-BUNDLED = "demo/"  # its clips and caches are made at first use, so they need not exist
 SHIPPED_T5 = "google/t5-v1_1-xxl"
 _PLACEHOLDER = re.compile(r"\{your_[^}]*\}|^your .* path$")
 HOW_TO_GET_T5 = (
@@ -65,19 +63,6 @@ def with_found_paths(config: RunConfig[Args]) -> RunConfig[Args]:
     return replace(config, model=model, args=replace(config.args, load=load))
 
 
-def found_path(value: str) -> str:
-    """`value`, or the same below the project's folder where only that exists or lies in the bundled demo."""
-    below = REPO / value
-    if Path(value).expanduser().exists() or not (below.exists() or value.startswith(BUNDLED)):
-        return value
-    return str(below)
-
-
-def lies_in_demo(path: str) -> bool:
-    """Whether a path is below the project's demo folder, where things are made at first use."""
-    return (REPO / BUNDLED) in Path(path).expanduser().absolute().parents
-
-
 def unedited(paths: Mapping[str, str]) -> list[str]:
     """Places that still hold what the shipped file says, including the text encoder's hub name if it is not cached."""
     return [
@@ -102,10 +87,10 @@ def choose_config(default: Path, fallback: Path) -> tuple[Path, str | None]:
     content = merge_yaml([default])
     paths = weight_paths(content.get("model") or {}, (content.get("args") or {}).get("load"))
     if paths and len(unedited(paths)) == len(paths):
-        shown = os.path.relpath(default), os.path.relpath(fallback)
+        how = "copy the file, edit these in the copy and name it" if INSTALLED else "edit these"
         return fallback, (
-            f"{shown[0]} still has its placeholder paths, so the bundled demo runs ({shown[1]}). "
-            f"To run CogVideoX-2B, edit these: {', '.join(paths)}."
+            f"{shown(default)} still has its placeholder paths, so the bundled demo runs ({shown(fallback)}). "
+            f"To run CogVideoX-2B, {how}: {', '.join(paths)}."
         )
     return default, None
 

@@ -27,9 +27,10 @@ from sgm.data.loader import create_loader
 from sgm.data.report import first_reasons
 from sgm.data.sources import exists
 from sgm.distributed import DistInfo, from_first
-from sgm.inference.preflight import check_paths, found_path, lies_in_demo, placeholders_in, with_found_paths
+from sgm.inference.preflight import check_paths, placeholders_in, with_found_paths
 from sgm.lock import sole_holder
 from sgm.models.diffusion import SATVideoDiffusionEngine
+from sgm.places import found_path, lies_in_demo
 from sgm.training.boards import Board, TensorBoard, WeightsAndBiases
 from sgm.training.checkpoint import CheckpointError, find_resume
 from sgm.training.ckpt_folder import LOCK, new_run

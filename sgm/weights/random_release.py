@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sgm.places import CONFIGS
 from sgm.util import instantiate_from_config
 from sgm.weights.files import WeightsError
 from sgm.weights.release import NETWORK_PREFIX
@@ -178,7 +179,7 @@ def _t5_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator) ->
 def _corpus() -> list[str]:
     from string import ascii_letters, digits, punctuation
 
-    text = (Path(__file__).resolve().parents[2] / "configs" / "test.txt").read_text(encoding="utf-8").splitlines()
+    text = (CONFIGS / "test.txt").read_text(encoding="utf-8").splitlines()
     return [*text, *(" ".join(ascii_letters + digits + punctuation) for _ in range(2))]
 
 

@@ -19,9 +19,10 @@ from sgm.config import ConfigError, merge_yaml
 from sgm.inference import writer
 from sgm.inference.noise import SampleId, StackedNoise
 from sgm.inference.options import SampleArgs
-from sgm.inference.preflight import PathError, check_paths, choose_config, found_path, unedited, weight_paths
+from sgm.inference.preflight import PathError, check_paths, choose_config, unedited, weight_paths
 from sgm.inference.prompts import Prompt, PromptError, ask, find_prompt_file, gather, read_prompt_file, safe_name, share
 from sgm.inference.writer import OutputError, SampleFiles
+from sgm.places import found_path
 
 REPO = Path(__file__).resolve().parents[2]
 
