@@ -3,8 +3,7 @@
 set -euo pipefail
 repo="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$repo"
-EXTRA_REQUIREMENTS="$repo/tests/requirements.txt"
-EXTRA_IMPORTS="pytest, ruff, diffusers, peft"
+WITH_TESTS=1
 # shellcheck source=tools/setup_env.sh
 source "$repo/tools/setup_env.sh"
 "$PYTHON" -m ruff check .

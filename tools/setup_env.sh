@@ -1,69 +1,155 @@
 # Sourced by inference.sh, finetune.sh and tests/run.sh: sets PYTHON to an interpreter that can run the project.
 #
-# An interpreter that already imports everything is used as it is and nothing is installed: $PYTHON, then an active
-# environment's python, then .venv of this repository. Otherwise .venv is made and requirements.txt installed into it.
-# Further requirement files may be named in EXTRA_REQUIREMENTS, with their imports in EXTRA_IMPORTS.
+# An interpreter that already has everything is used as it is and nothing is installed: $PYTHON, then an active
+# environment's python. Otherwise this repository's .venv is used; it is made, and requirements.txt installed into it,
+# where that has not been done yet, was interrupted, or was done for other requirements. $PYTHON then says with which
+# Python. WITH_TESTS=1: also what the tests need.
 
 _repo="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-_imports="torch, triton, sat, deepspeed, transformers, sentencepiece, safetensors, omegaconf, einops, imageio, imageio_ffmpeg, decord, PIL, tqdm${EXTRA_IMPORTS:+, $EXTRA_IMPORTS}"
+_venv="$_repo/.venv"
+_requirements=("$_repo/requirements.txt")
+_imports="torch, sat, deepspeed, transformers, sentencepiece, safetensors, omegaconf, einops, imageio, imageio_ffmpeg, decord, PIL, tqdm, tensorboardX, requests, wandb"
+if [[ "${WITH_TESTS:-}" == 1 ]]; then
+    _requirements+=("$_repo/tests/requirements.txt")
+    _imports+=", pytest, ruff, uv, hatchling, hatch_requirements_txt, diffusers, peft, accelerate"
+fi
+_versions="3.11 to 3.14" # as in pyproject.toml
+_name_version='import platform, sys; print("Python " + platform.python_version(), f"({sys.executable})")'
 
-# find_spec in place of import: importing all of them takes half a minute.
-_complete() {
-    "$1" - "$_imports" >/dev/null 2>&1 <<'PY'
+_fits() {
+    "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null
+}
+
+# What an interpreter lacks, empty if nothing. find_spec in place of import: importing all takes half a minute.
+_lacking() {
+    "$1" - "$_imports" 2>/dev/null <<'PY' || echo "Python $_versions"
 import importlib.util, sys
-assert sys.version_info >= (3, 10)
-missing = [n for n in sys.argv[1].split(", ") if importlib.util.find_spec(n) is None]
-sys.exit(1 if missing else 0)
+assert (3, 11) <= sys.version_info < (3, 15)
+names = sys.argv[1].split(", ") + ["triton"] * (sys.platform == "linux")
+print(", ".join(n for n in names if importlib.util.find_spec(n) is None))
 PY
 }
 
+# What .venv was made for, to be compared with the file .venv/.complete.
+_wanted() {
+    local file
+    for file in "${_requirements[@]}"; do
+        echo "$(cksum <"$file") ${file#"$_repo/"}"
+    done
+}
+
+# Of the lines in .complete those of files that are not asked for stay: tests/run.sh adds to what inference.sh made.
+_venv_is_complete() {
+    [[ -x "$_venv/bin/python" && -f "$_venv/.complete" ]] && ! grep -qvxFf "$_venv/.complete" <(_wanted)
+}
+
+# An explicit $PYTHON that cannot serve is an error, also where .venv would do.
+_check_named_python() {
+    if ! command -v "$PYTHON" >/dev/null; then
+        echo "error: PYTHON=$PYTHON is not there" >&2
+        return 2
+    elif ! _fits "$PYTHON"; then
+        echo "error: PYTHON=$PYTHON is $("$PYTHON" -c "$_name_version"); $_versions is needed" >&2
+        return 2
+    fi
+}
+
 _newest_python() {
-    local name
-    for name in python3.12 python3.11 python3.10 python3.13 python3 python; do
-        if command -v "$name" >/dev/null && "$name" -c 'import sys, venv; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+    local name found=""
+    for name in python3.12 python3.11 python3.13 python3.14 python3 python; do
+        command -v "$name" >/dev/null || continue
+        if _fits "$name" && "$name" -c 'import ensurepip, venv' 2>/dev/null; then
             command -v "$name"
             return
         fi
+        found="${found:-$("$name" -c "$_name_version" 2>/dev/null || true)}"
     done
-    return 1
+    echo "error: Python $_versions with its venv module is needed, and ${found:-none at all} is what is here." \
+        "Install one (Debian, Ubuntu: apt install python3-venv), or name one: PYTHON=/path/to/python bash ${0##*/}" >&2
+    return 2
 }
 
 _choose_python() {
-    local candidate
-    for candidate in "${PYTHON:-}" "${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/python}" "${CONDA_PREFIX:+$CONDA_PREFIX/bin/python}" "$_repo/.venv/bin/python"; do
-        if [[ -n "$candidate" ]] && command -v "$candidate" >/dev/null && _complete "$candidate"; then
+    local candidate lacking base="" notes=()
+    if [[ "${PYTHON:-}" == "$_venv"/* ]]; then
+        PYTHON="" # whether .venv has everything is asked below
+    elif [[ -n "${PYTHON:-}" ]]; then
+        _check_named_python || exit 2
+        lacking="$(_lacking "$PYTHON")"
+        [[ -n "$lacking" ]] || return 0
+        base="$(command -v "$PYTHON")"
+        echo "note: PYTHON=$PYTHON lacks $lacking, so $_venv is used" >&2
+    fi
+    for candidate in "${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/python}" "${CONDA_PREFIX:+$CONDA_PREFIX/bin/python}"; do
+        if [[ -n "$base" || -z "$candidate" || "$candidate" == "$_venv"/* ]] || ! command -v "$candidate" >/dev/null; then
+            continue
+        fi
+        lacking="$(_lacking "$candidate")"
+        if [[ -z "$lacking" ]]; then
             PYTHON="$candidate"
             return
         fi
+        notes+=("note: the active environment ($candidate) lacks $lacking, so $_venv is used")
     done
-    local base
-    if ! base="$(_newest_python)"; then
-        echo "error: Python 3.10 or newer (with its venv module) is needed and was not found; install it or set PYTHON" >&2
-        exit 2
+    PYTHON="$_venv/bin/python"
+    if ! _venv_is_complete; then
+        [[ -n "$base" ]] || base="$(_newest_python)" || exit 2
+        ((${#notes[@]} == 0)) || printf '%s\n' "${notes[@]}" >&2
+        _set_up "$base"
     fi
-    echo "setting up $_repo/.venv with $("$base" --version) (once; downloads about 1 GB on a CPU machine, more for CUDA)" >&2
-    PYTHON="$_repo/.venv/bin/python"
+}
+
+_set_up() {
+    local base="$1" python="$PYTHON" file
+    echo "setting up $_venv with $("$base" -c "$_name_version"), once; PyTorch for Linux brings CUDA, 3 GB to download" >&2
     if command -v flock >/dev/null; then # commands started together: one installs, the others wait
         exec 9>"$_repo/.venv.lock"
         if ! flock -n 9; then
             echo "another command is doing so just now; waiting for it" >&2
             flock 9
-            if _complete "$PYTHON"; then
+            if _venv_is_complete; then
                 exec 9>&-
                 return
             fi
         fi
     fi
+    if [[ -x "$python" ]] && ! _fits "$python"; then
+        echo "error: $_venv has $("$python" -c "$_name_version"); $_versions is needed. Remove it: rm -r $_venv" >&2
+        exit 2
+    fi
     # An interrupted start left an environment without pip.
-    "$PYTHON" -m pip --version >/dev/null 2>&1 || "$PYTHON" -m ensurepip >/dev/null 2>&1 || "$base" -m venv "$_repo/.venv"
-    local file
-    for file in "$_repo/requirements.txt" ${EXTRA_REQUIREMENTS:-}; do
-        if ! "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$file" 2> >(grep -v '^WARNING: Location' >&2); then
-            echo "error: installing $file failed; see the lines above, or set PYTHON to an interpreter that has everything" >&2
+    "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >/dev/null 2>&1 || "$base" -m venv "$_venv" || exit 2
+    _forget_half_installed
+    _renew_pip
+    for file in "${_requirements[@]}"; do
+        echo "installing ${file#"$_repo/"}: $(grep -c '^[^#]' "$file") packages and what they need" >&2
+        if ! "$python" -m pip install --disable-pip-version-check -r "$file" 1>&2 2> >(grep -v '^WARNING: Location' >&2); then
+            echo "error: $file is not installed; the lines above say why. The same command goes on from here;" \
+                "or set PYTHON to an interpreter that has everything" >&2
             exit 2
         fi
     done
+    { [[ -f "$_venv/.complete" ]] && grep -vFf <(printf ' %s\n' "${_requirements[@]#"$_repo/"}") "$_venv/.complete"; _wanted; } \
+        >"$_venv/.complete.new" || true
+    mv "$_venv/.complete.new" "$_venv/.complete"
     exec 9>&- # not to be inherited by what runs next
+}
+
+# pip writes a package's RECORD last, and takes one that was interrupted before for installed. It is to be seen as absent.
+_forget_half_installed() {
+    "$python" - <<'PY'
+import pathlib, shutil, sysconfig
+for folder in pathlib.Path(sysconfig.get_path("purelib")).glob("*.dist-info"):
+    record = folder / "RECORD"
+    if not record.is_file() or f"{folder.name}/INSTALLER" not in record.read_text(encoding="utf-8"):
+        shutil.rmtree(folder)
+PY
+}
+
+# pip 25.2 and later go on with a download that broke off, and show how far the installation is.
+_renew_pip() {
+    "$python" -m pip install --quiet --disable-pip-version-check --retries 1 "pip>=25.2,<27" 2>/dev/null ||
+        echo "note: $("$python" -m pip --version | cut -d' ' -f1,2) could not be renewed and is used as it is" >&2
 }
 
 _choose_python

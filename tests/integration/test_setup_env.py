@@ -1,4 +1,4 @@
-"""tools/setup_env.sh, as inference.sh sources it: a start that was interrupted, and a second one meanwhile."""
+"""tools/setup_env.sh, as inference.sh sources it: which Python it takes, and what it goes on from."""
 
 from __future__ import annotations
 
@@ -7,41 +7,131 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 
 REPO = Path(__file__).resolve().parents[2]
+PROGRAMS = ("bash", "cksum", "command", "cut", "dirname", "flock", "grep", "mv")
+OLD = """#!/bin/bash
+says="import sys, platform; sys.version_info = (3, 10, 13, 'final', 0); platform.python_version = lambda: '3.10.13'"
+case "$1" in
+    -c) exec {python} -c "$says
+$2" ;;
+    -) exec {python} -c "$says
+$(while read -r line; do echo "$line"; done)" "${{@:2}}" ;;
+esac
+exec {python} "$@"
+"""
 
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """A project that requires nothing, so that its environment is made quickly."""
-    (tmp_path / "tools").mkdir()
-    shutil.copy(REPO / "tools" / "setup_env.sh", tmp_path / "tools")
-    (tmp_path / "requirements.txt").write_text("")
-    return tmp_path
+    folder = tmp_path / "project"
+    (folder / "tools").mkdir(parents=True)
+    shutil.copy(REPO / "tools" / "setup_env.sh", folder / "tools")
+    (folder / "requirements.txt").write_text("# nothing\n")
+    return folder
 
 
-def source(project: Path) -> subprocess.Popen:
-    """Source the script and print what it chose, and pip's version there; only this Python's own folder is searched."""
+def source(project: Path, path: str | None = None, **environment: str) -> subprocess.Popen:
+    """Source the script and print what it chose, and pip's version there; only this Python's own folder is searched.
+
+    pip asks no index: packages come from the project's folder `wheels`.
+    """
     known = {k: v for k, v in os.environ.items() if k not in ("PYTHON", "VIRTUAL_ENV", "CONDA_PREFIX")}
-    base = Path(sys.base_prefix, "bin")
+    known |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(project / "wheels")}
+    known |= {"PATH": path or f"{Path(sys.base_prefix, 'bin')}:/usr/bin:/bin"}
     script = 'set -euo pipefail; source tools/setup_env.sh; echo "$PYTHON"; "$PYTHON" -m pip --version'
     return subprocess.Popen(
-        ["bash", "-c", script], cwd=project, env={**known, "PATH": f"{base}:/usr/bin:/bin"},
+        ["bash", "-c", script], cwd=project, env=known | environment,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+
+
+def set_up(project: Path, **environment: str) -> str:
+    """What it says on the way; the environment is complete after it."""
+    command = source(project, **environment)
+    out, err = command.communicate(timeout=120)
+    assert command.returncode == 0, err
+    assert out.splitlines()[0] == str(project / ".venv" / "bin" / "python")
+    return err
+
+
+def add_package(project: Path, version: str) -> None:
+    """Require the package `probe`, of which a wheel is made."""
+    (project / "wheels").mkdir(exist_ok=True)
+    info = f"probe-{version}.dist-info"
+    files = {
+        "probe.py": f"VERSION = {version!r}\n",
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: probe\nVersion: {version}\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    record = "".join(f"{name},,\n" for name in (*files, f"{info}/RECORD"))
+    with zipfile.ZipFile(project / "wheels" / f"probe-{version}-py3-none-any.whl", "w") as wheel:
+        for name, text in (*files.items(), (f"{info}/RECORD", record)):
+            wheel.writestr(name, text)
+    (project / "requirements.txt").write_text(f"# what is needed\nprobe=={version}\n")
+
+
+def probe(project: Path) -> str:
+    words = [project / ".venv" / "bin" / "python", "-c", "import probe; print(probe.VERSION)"]
+    return subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_it_says_what_it_installs_and_does_so_once(project):
+    add_package(project, "1.0")
+    said = set_up(project)
+    assert "setting up" in said and "with Python 3." in said and "1 packages" in said
+    assert "probe-1.0" in said and "Installing collected packages: probe" in said
+    assert probe(project) == "1.0" and set_up(project) == ""
+
+
+def test_changed_requirements_are_installed(project):
+    add_package(project, "1.0")
+    set_up(project)
+    add_package(project, "2.0")
+    assert "setting up" in set_up(project) and probe(project) == "2.0" and set_up(project) == ""
+
+
+def test_the_tests_packages_are_added_to_what_is_there(project):
+    add_package(project, "1.0")
+    set_up(project)
+    (project / "tests").mkdir()
+    (project / "tests" / "requirements.txt").write_text("# nothing\n")
+    assert "installing tests/requirements.txt" in set_up(project, WITH_TESTS="1")
+    assert set_up(project, WITH_TESTS="1") == set_up(project) == ""
+
+
+def test_a_package_that_was_half_installed_is_installed_anew(project):
+    """pip was killed while it unpacked: the package's own list of files, which it writes last, is not there yet."""
+    add_package(project, "1.0")
+    set_up(project)
+    (package,) = (project / ".venv").rglob("probe.py")
+    package.write_text("")
+    (package.parent / "probe-1.0.dist-info" / "RECORD").unlink()
+    (project / ".venv" / ".complete").unlink()
+    set_up(project)
+    assert probe(project) == "1.0"
+
+
+def test_a_failed_installation_is_no_environment(project):
+    add_package(project, "1.0")
+    (project / "requirements.txt").write_text("absent==1.0\n")
+    command = source(project)
+    out, err = command.communicate(timeout=120)
+    assert command.returncode == 2 and out == ""
+    assert "No matching distribution found for absent==1.0" in err and "The same command goes on from here" in err
+    add_package(project, "1.0")
+    assert "setting up" in set_up(project) and probe(project) == "1.0"
 
 
 def test_an_interrupted_start_is_repaired(project):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", project / ".venv"], check=True)  # killed before pip
     (project / ".venv" / "mine").write_text("")
-    command = source(project)
-    out, err = command.communicate(timeout=120)
-    assert command.returncode == 0 and "setting up" in err, err
-    python, pip = out.splitlines()
-    assert python == str(project / ".venv" / "bin" / "python") and pip.startswith("pip ")
+    assert "setting up" in set_up(project)
     assert (project / ".venv" / "mine").exists()
 
 
@@ -54,3 +144,68 @@ def test_a_second_command_waits_for_the_first(project):
         assert not (project / ".venv").exists()
     out, err = command.communicate(timeout=120)
     assert command.returncode == 0 and str(project / ".venv") in out, err
+
+
+@pytest.fixture
+def old_python(tmp_path: Path) -> Path:
+    """A folder of programs in which `python3` says that it is Python 3.10.13."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in PROGRAMS:
+        if found := shutil.which(name):
+            (folder / name).symlink_to(found)
+    script = folder / "python3"
+    script.write_text(OLD.format(python=sys.executable))
+    script.chmod(0o755)
+    return folder
+
+
+@pytest.mark.parametrize("how", ["found", "named", "absent"])
+def test_an_unfit_python_is_one_line_before_anything_is_made(project, old_python, how):
+    if how == "found":
+        command, said = source(project, str(old_python)), "Python 3.11 to 3.14 with its venv module is needed, and Python 3.10.13"
+    elif how == "named":
+        command, said = source(project, PYTHON=str(old_python / "python3")), "is Python 3.10.13"
+    else:
+        command, said = source(project, PYTHON="/nowhere/python"), "PYTHON=/nowhere/python is not there"
+    out, err = command.communicate(timeout=60)
+    assert command.returncode == 2 and out == ""
+    assert err.startswith("error: ") and err.count("\n") == 1 and said in err, err
+    assert not (project / ".venv").exists()
+
+
+def test_an_environment_of_an_old_python_is_named(project, old_python):
+    (project / ".venv" / "bin").mkdir(parents=True)
+    shutil.copy(old_python / "python3", project / ".venv" / "bin" / "python")
+    command = source(project)
+    out, err = command.communicate(timeout=60)
+    assert command.returncode == 2 and out == ""
+    assert f"{project}/.venv has Python 3.10.13" in err and f"rm -r {project}/.venv" in err
+
+
+def test_an_incomplete_interpreter_is_named_and_becomes_the_base(project):
+    bare = project.parent / "bare"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", bare], check=True)
+    python = str(bare / "bin" / "python")
+    note = f"{project}/.venv is used"
+    said = set_up(project, PYTHON=python)
+    assert "lacks torch, sat, deepspeed" in said and note in said and f"({python})" in said
+    assert set_up(project, PYTHON=python).count("\n") == 1 and note in set_up(project, PYTHON=python)
+
+
+def test_an_incomplete_active_environment_is_named_once(project):
+    bare = project.parent / "bare"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", bare], check=True)
+    said = set_up(project, VIRTUAL_ENV=str(bare))
+    assert f"the active environment ({bare}/bin/python) lacks torch" in said
+    assert set_up(project, VIRTUAL_ENV=str(bare)) == ""
+
+
+def test_an_interpreter_with_everything_is_used_as_it_is(project):
+    """This one: nothing is made."""
+    for environment in ({"PYTHON": sys.executable}, {"VIRTUAL_ENV": sys.prefix}):
+        command = source(project, **environment)
+        out, err = command.communicate(timeout=60)
+        assert command.returncode == 0 and err == "", err
+        assert Path(out.splitlines()[0]).resolve() == Path(sys.executable).resolve()
+    assert not (project / ".venv").exists()
