@@ -6,17 +6,16 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 from sgm.cli import Interrupts, Parser, exit_code
+from sgm.places import CONFIGS, found_path
 
-REPO = Path(__file__).resolve().parent
-SHIPPED = REPO / "configs" / "cogvideox_2b_infer.yaml"
-DEMO = REPO / "configs" / "demo_infer.yaml"
+SHIPPED = CONFIGS / "cogvideox_2b_infer.yaml"
+DEMO = CONFIGS / "demo_infer.yaml"
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = Parser(description=__doc__)
+def parse(arguments: list[str], prog: str | None = None) -> argparse.Namespace:
+    parser = Parser(prog, description=__doc__)
     parser.add_argument("configs", nargs="*", metavar="CONFIG.yaml", help=f"later files win; default {SHIPPED.name}")
     add = parser.add_argument
     add("--base", nargs="+", default=[], metavar="CONFIG.yaml", help="the same, in the original's form")
@@ -53,9 +52,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 NOT_ARGS = ("configs", "base", "set", "dry_run", "allow_target", "local_rank")
 
 
-def main(arguments: list[str], listen: bool = False) -> int:
-    """`listen`: this is the process's own program, which Ctrl-C and SIGTERM stop without a half-written file."""
-    options = parse(arguments)
+def main(arguments: list[str], prog: str | None = None, listen: bool = False) -> int:
+    """Returns the exit code.
+
+    Args:
+        prog: how the command is called in its help; by default as the script is.
+        listen: this is the process's own program, which Ctrl-C and SIGTERM stop without a half-written file.
+    """
+    options = parse(arguments, prog)
     interrupts = Interrupts().listen() if listen else Interrupts()
     kept = "stopped; finished videos are kept (--skip-done goes on from there)"
     return exit_code(lambda: run(options, interrupts.check), kept)
@@ -71,7 +75,7 @@ def run(options: argparse.Namespace, check: Callable[[], None]) -> int:
         os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
     for prefix in options.allow_target:
         allow_target(prefix)
-    files = [*options.base, *options.configs]
+    files = [found_path(file) for file in (*options.base, *options.configs)]
     if not files:
         chosen, why = choose_config(SHIPPED, DEMO)
         files = [chosen]

@@ -5,17 +5,18 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from sgm.cli import Parser, exit_code
+from sgm.places import CONFIGS, found_path, lies_in_demo
 
-REPO = Path(__file__).resolve().parent
-SHIPPED = REPO / "configs" / "cogvideox_2b_sft.yaml"
-DEMO = REPO / "configs" / "demo_lora.yaml"
+SHIPPED = CONFIGS / "cogvideox_2b_sft.yaml"
+DEMO = CONFIGS / "demo_lora.yaml"
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = Parser(description=__doc__)
+def parse(arguments: list[str], prog: str | None = None) -> argparse.Namespace:
+    parser = Parser(prog, description=__doc__)
     parser.add_argument("configs", nargs="*", metavar="CONFIG.yaml", help=f"later files win; default {SHIPPED.name}")
     parser.add_argument("--base", nargs="+", default=[], metavar="CONFIG.yaml", help="the same, in the original's form")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key: args.seed=7")
@@ -31,9 +32,20 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: list[str]) -> int:
-    options = parse(arguments)
-    return exit_code(lambda: run(options), "stopped before training began")
+def main(arguments: list[str], prog: str | None = None, leave: bool = False) -> int:
+    """Returns the exit code.
+
+    Args:
+        prog: how the command is called in its help; by default as the script is.
+        leave: end the process with that code where it is not 0, without waiting for other ranks.
+    """
+    options = parse(arguments, prog)
+    code = exit_code(lambda: run(options), "stopped before training began")
+    if leave and "sgm.training.run" in sys.modules:  # else nothing was begun
+        from sgm.training.run import exit_quietly
+
+        exit_quietly(code)
+    return code
 
 
 def run(options: argparse.Namespace) -> int:
@@ -46,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
         os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
     for prefix in options.allow_target:
         allow_target(prefix)
-    files = [*options.base, *options.configs]
+    files = [found_path(file) for file in (*options.base, *options.configs)]
     if not files:
         chosen, why = choose_config(SHIPPED, DEMO)
         files = [chosen]
@@ -57,13 +69,30 @@ def run(options: argparse.Namespace) -> int:
     config = load_run_config(files, TrainArgs, overrides=options.set, flags=flags)
 
     from sgm.training.run import train
-    from tools.demo.clips import make_demo_clips
 
-    return train(config, dry_run=options.dry_run, make_data=make_demo_clips)
+    return train(config, dry_run=options.dry_run, make_data=_demo_clips())
+
+
+def _demo_clips() -> Callable[[Path], bool]:
+    """What draws the demo's clips where they are not there. It lies in tools/, which an installed package lacks."""
+    from sgm.config import ConfigError
+
+    try:
+        from tools.demo.clips import make_demo_clips
+    except ModuleNotFoundError as error:
+        if error.name not in ("tools", "tools.demo"):
+            raise
+
+        def make_demo_clips(folder: Path) -> bool:
+            if lies_in_demo(str(folder)):
+                raise ConfigError(
+                    f"{folder} is not there: the demo's clips are drawn by tools/, which is not part of the installed "
+                    "package. In a checkout: bash finetune.sh configs/demo_lora.yaml"
+                )
+            return False
+
+    return make_demo_clips
 
 
 if __name__ == "__main__":
-    code = main(sys.argv[1:])
-    from sgm.training.run import exit_quietly
-
-    exit_quietly(code)
+    sys.exit(main(sys.argv[1:], leave=True))

@@ -11,10 +11,13 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import platform
 import signal
 import sys
 from collections.abc import Callable
 from typing import IO, Any, NoReturn
+
+from sgm.places import PROJECT
 
 BAD_INPUT, INTERRUPTED, TERMINATED = 2, 130, 143
 SAID = "COGVIDEOX_SAID"  # environment: the file of what the ranks have said
@@ -72,7 +75,8 @@ def exit_code(run: Callable[[], int | None], interrupted: str = "interrupted") -
     """Run a command and give its exit code: what it returns (None is 0), 2 for bad input, 130 after Ctrl-C.
 
     Errors of this package (`ValueError` and `FileNotFoundError` subclasses defined in `sgm`) say what to do and are
-    printed alone; any other one is a bug and keeps its traceback.
+    printed alone, and so is what to do about a package that is not installed; any other error is a bug and keeps its
+    traceback.
 
     Args:
         interrupted: what is said after Ctrl-C: what was kept, and how to go on.
@@ -91,6 +95,21 @@ def exit_code(run: Callable[[], int | None], interrupted: str = "interrupted") -
         Interrupts.let_go()
         report(error)
         return BAD_INPUT
+    except ModuleNotFoundError as error:
+        if not error.name or error.name.split(".")[0] in ("sgm", "tools") or "." in error.name:
+            raise
+        Interrupts.let_go()
+        _say_once(f"error: {_how_to_install(error.name)}", sys.stderr)
+        return BAD_INPUT
+
+
+def _how_to_install(package: str) -> str:
+    listed = PROJECT / "requirements.txt"
+    own = f"; in one of your own (Python 3.11 to 3.14): pip install -r {listed}" if listed.is_file() else ""
+    return (
+        f"{sys.executable} (Python {platform.python_version()}) lacks the package {package!r}. "
+        f"`bash inference.sh` and `bash finetune.sh` set up an environment that has everything{own}"
+    )
 
 
 def is_ours(error: Exception) -> bool:
