@@ -1,4 +1,4 @@
-"""Every command and every YAML snippet of README holds, and every shipped configuration builds."""
+"""Every command and every YAML snippet of README and docs holds, and every shipped configuration builds."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from sgm.inference.options import SampleArgs
 from sgm.training.options import TrainArgs
 from tests.sampling_tiny import REPO, main
 
-README = (REPO / "README.md").read_text(encoding="utf-8")
-GENERAL = {"mkdir", "unzip", "git", "mv", "cd"}  # tools that a README may name without explanation
+PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").glob("*.md"))]
+TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+GENERAL = {"mkdir", "unzip", "git", "mv", "cd", "source"}  # tools that a README may name without explanation
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    return re.findall(rf"^```{language}\n(.*?)^```", TEXT, flags=re.MULTILINE | re.DOTALL)
 
 
 def commands() -> list[list[str]]:
@@ -39,9 +40,20 @@ def test_command(words, capsys, monkeypatch):
     program, *rest = words
     if program in GENERAL:
         return
+    if program == "pip" or rest[:2] == ["-m", "pip"]:
+        _installation(rest[rest.index("install") :])
+        return
+    if rest[:1] == ["-m"]:
+        (script, *arguments) = rest[rest.index("sgm") :] if "sgm" in rest else rest[1:]
+    else:
+        script, *arguments = words if program == "cogvideox-sat" else rest
+    if script in ("sgm", "cogvideox-sat"):
+        {"sample": _sampling, "train": _training}[arguments[0]](arguments[1:])
+        return
+    if program == "python" and script == "venv":
+        return
     assert program in ("bash", "python"), f"unknown program {program}"
-    script, *arguments = rest
-    assert (REPO / script).is_file(), f"README names {script}, which is not there"
+    assert (REPO / script).is_file(), f"{script} is named, but not there"
     known = {"inference.sh": _sampling, "sample_video.py": _sampling, "finetune.sh": _training, "train_video.py": _training}
     if script in known:
         known[script](arguments)
@@ -57,9 +69,22 @@ def _sampling(arguments: list[str]) -> None:
         assert code == 0
 
 
+def _installation(words: list[str]) -> None:
+    """A requirement file that is there, this project with extras that it has, or packages with a version."""
+    assert words[0] == "install"
+    for word in (w for w in words[1:] if not w.startswith("-")):
+        folder, _, extras = word.partition("[")
+        if folder == ".":
+            assert extras in ("", "test]")
+        else:
+            assert (REPO / word).is_file() or re.search(r"==\d", word), word
+
+
 def _training(arguments: list[str]) -> None:
     import train_video
 
+    if "--help" in arguments:
+        return
     options = train_video.parse([a for a in arguments if not a.startswith("--nproc")])
     if options.configs:
         load_run_config([REPO / file for file in options.configs], TrainArgs, overrides=options.set)
@@ -123,3 +148,16 @@ def _with_base(file: Path) -> list[Path]:
         return [file]
     (named,) = re.findall(rf"^#   bash \w+\.sh ((?:configs/\S+ )+configs/{re.escape(file.name)})$", text, re.MULTILINE)
     return [REPO / name for name in named.split()]
+
+
+def test_the_way_to_install_flash_attention_is_one():
+    from sgm.modules.ops.flash4 import HOW_TO_INSTALL
+
+    told = [command for command in re.findall(r"`(pip install [^`]*flash-attn-4[^`]*)`", TEXT)]
+    assert len(told) == 2 and set(told) == {HOW_TO_INSTALL.format(cuda="[cu13]")}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page: Path):
+    links = re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []
