@@ -49,7 +49,7 @@ _check_named_python() {
         echo "error: PYTHON=$PYTHON is not there" >&2
         return 2
     elif ! _fits "$PYTHON"; then
-        echo "error: PYTHON=$PYTHON is $("$PYTHON" -c "$_name_version"); $_versions is needed" >&2
+        echo "error: PYTHON=$PYTHON is Python $("$PYTHON" -c "import platform; print(platform.python_version())"); $_versions is needed" >&2
         return 2
     fi
 }
