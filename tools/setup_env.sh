@@ -38,7 +38,7 @@ _wanted() {
     done
 }
 
-# Of the lines in .complete those of files that are not asked for stay: tests/run.sh adds to what inference.sh made.
+# More than is asked for will do: inference.sh takes what tests/run.sh made.
 _venv_is_complete() {
     [[ -x "$_venv/bin/python" && -f "$_venv/.complete" ]] && ! grep -qvxFf "$_venv/.complete" <(_wanted)
 }
@@ -119,6 +119,7 @@ _set_up() {
     fi
     # An interrupted start left an environment without pip.
     "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >/dev/null 2>&1 || "$base" -m venv "$_venv" || exit 2
+    rm -f "$_venv/.complete" # until all is installed, it is complete for no requirements
     _forget_half_installed
     _renew_pip
     for file in "${_requirements[@]}"; do
@@ -129,8 +130,7 @@ _set_up() {
             exit 2
         fi
     done
-    { [[ -f "$_venv/.complete" ]] && grep -vFf <(printf ' %s\n' "${_requirements[@]#"$_repo/"}") "$_venv/.complete"; _wanted; } \
-        >"$_venv/.complete.new" || true
+    _wanted >"$_venv/.complete.new"
     mv "$_venv/.complete.new" "$_venv/.complete"
     exec 9>&- # not to be inherited by what runs next
 }

@@ -26,14 +26,31 @@ exec {python} "$@"
 """
 
 
-@pytest.fixture
-def project(tmp_path: Path) -> Path:
+def make_project(folder: Path) -> Path:
     """A project that requires nothing, so that its environment is made quickly."""
-    folder = tmp_path / "project"
     (folder / "tools").mkdir(parents=True)
     shutil.copy(REPO / "tools" / "setup_env.sh", folder / "tools")
     (folder / "requirements.txt").write_text("# nothing\n")
     return folder
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    return make_project(tmp_path / "project")
+
+
+@pytest.fixture(scope="module")
+def first_set_up(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A project that requires `probe` 1.0, set up, and what the script said."""
+    project = make_project(tmp_path_factory.mktemp("made") / "project")
+    add_package(project, "1.0")
+    return project, set_up(project)
+
+
+@pytest.fixture
+def made(first_set_up: tuple[Path, str], tmp_path: Path) -> Path:
+    """A copy of that project; the Python of a copied environment works in its new place."""
+    return Path(shutil.copytree(first_set_up[0], tmp_path / "project", symlinks=True))
 
 
 def source(project: Path, path: str | None = None, **environment: str) -> subprocess.Popen:
@@ -81,44 +98,37 @@ def probe(project: Path) -> str:
     return subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def test_it_says_what_it_installs_and_does_so_once(project):
-    add_package(project, "1.0")
-    said = set_up(project)
+def test_it_says_what_it_installs_and_does_so_once(first_set_up):
+    project, said = first_set_up
     assert "setting up" in said and "with Python 3." in said and "1 packages" in said
     assert "probe-1.0" in said and "Installing collected packages: probe" in said
     assert probe(project) == "1.0" and set_up(project) == ""
 
 
-def test_changed_requirements_are_installed(project):
-    add_package(project, "1.0")
-    set_up(project)
-    add_package(project, "2.0")
-    assert "setting up" in set_up(project) and probe(project) == "2.0" and set_up(project) == ""
+def test_changed_requirements_are_installed(made):
+    add_package(made, "2.0")
+    assert "setting up" in set_up(made) and probe(made) == "2.0" and set_up(made) == ""
 
 
-def test_the_tests_packages_are_added_to_what_is_there(project):
-    add_package(project, "1.0")
-    set_up(project)
-    (project / "tests").mkdir()
-    (project / "tests" / "requirements.txt").write_text("# nothing\n")
-    assert "installing tests/requirements.txt" in set_up(project, WITH_TESTS="1")
-    assert set_up(project, WITH_TESTS="1") == set_up(project) == ""
+def test_the_tests_packages_are_added_to_what_is_there(made):
+    (made / "tests").mkdir()
+    (made / "tests" / "requirements.txt").write_text("# nothing\n")
+    assert "installing tests/requirements.txt" in set_up(made, WITH_TESTS="1")
+    assert set_up(made, WITH_TESTS="1") == set_up(made) == ""
 
 
-def test_a_package_that_was_half_installed_is_installed_anew(project):
+def test_a_package_that_was_half_installed_is_installed_anew(made):
     """pip was killed while it unpacked: the package's own list of files, which it writes last, is not there yet."""
-    add_package(project, "1.0")
-    set_up(project)
-    (package,) = (project / ".venv").rglob("probe.py")
+    (package,) = (made / ".venv").rglob("probe.py")
     package.write_text("")
     (package.parent / "probe-1.0.dist-info" / "RECORD").unlink()
-    (project / ".venv" / ".complete").unlink()
-    set_up(project)
-    assert probe(project) == "1.0"
+    (made / ".venv" / ".complete").unlink()
+    set_up(made)
+    assert probe(made) == "1.0"
 
 
-def test_a_failed_installation_is_no_environment(project):
-    add_package(project, "1.0")
+def test_a_failed_installation_is_no_environment(made):
+    project = made
     (project / "requirements.txt").write_text("absent==1.0\n")
     command = source(project)
     out, err = command.communicate(timeout=120)
@@ -193,12 +203,13 @@ def test_an_incomplete_interpreter_is_named_and_becomes_the_base(project):
     assert set_up(project, PYTHON=python).count("\n") == 1 and note in set_up(project, PYTHON=python)
 
 
-def test_an_incomplete_active_environment_is_named_once(project):
-    bare = project.parent / "bare"
+def test_an_incomplete_active_environment_is_named_once(made):
+    (made / ".venv" / ".complete").unlink()
+    bare = made.parent / "bare"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", bare], check=True)
-    said = set_up(project, VIRTUAL_ENV=str(bare))
+    said = set_up(made, VIRTUAL_ENV=str(bare))
     assert f"the active environment ({bare}/bin/python) lacks torch" in said
-    assert set_up(project, VIRTUAL_ENV=str(bare)) == ""
+    assert set_up(made, VIRTUAL_ENV=str(bare)) == ""
 
 
 def test_an_interpreter_with_everything_is_used_as_it_is(project):
