@@ -2,9 +2,9 @@
 # All tests: bash tests/run.sh [pytest arguments]. Sets up the environment when needed.
 set -euo pipefail
 repo="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-cd "$repo"
 WITH_TESTS=1
 # shellcheck source=tools/setup_env.sh
 source "$repo/tools/setup_env.sh"
+cd "$repo"
 "$PYTHON" -m ruff check .
 exec "$PYTHON" -m pytest "$@"
