@@ -74,13 +74,13 @@ def _run(runner: Runner) -> None:
 
 
 def _print_plan(config: RunConfig[SampleArgs], device: torch.device, rank: int) -> None:
-    if rank != 0:
-        return
     args = config.args
     asks = args.decode_latents or (args.input_type == "cli" and not args.prompts)
     prompts = [] if asks else gather(args.prompts, args.input_file, config.files)[0]
+    # On all ranks: it makes process groups.
     pipeline = TextToVideo(config, device, with_text_encoder=text_is_local(config.model))
-    print(report(config, pipeline, prompts), flush=True)
+    if rank == 0:
+        print(report(config, pipeline, prompts), flush=True)
 
 
 def _device_type(device: str | None, several: bool) -> str | None:
