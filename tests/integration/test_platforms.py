@@ -1,7 +1,8 @@
-"""Where Triton has no release (macOS): sampling and training work with PyTorch's operations."""
+"""What a Mac has and lacks: no Triton, and a GPU that is not used. Sampling and training work with PyTorch's operations."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,21 @@ def test_fused_kernels_are_refused_by_name(short):
 def test_training_is_planned():
     done = run("train_video", "configs/demo_lora.yaml", "--dry-run")
     assert done.returncode == 0 and "1300 iterations" in done.stdout, done.stderr
+
+
+def test_deepspeed_leaves_a_mac_s_gpu_alone():
+    """DeepSpeed asks PyTorch for that GPU's memory to find out whether there is one."""
+    mac = (
+        "import sys, torch; torch.mps.current_allocated_memory = torch.mps.recommended_max_memory = lambda: 0\n"
+        "here, sys.platform = sys.platform, 'darwin'; import sgm; sys.platform = here\n"
+        "from deepspeed.accelerator import get_accelerator; print(get_accelerator().device_name())"
+    )
+    known = {k: v for k, v in os.environ.items() if k != "DS_ACCELERATOR"} | {"CUDA_VISIBLE_DEVICES": ""}
+    found = [
+        subprocess.run([sys.executable, "-c", code], cwd=REPO, env=known, capture_output=True, text=True, timeout=300)
+        for code in (mac, mac.replace("import sgm", "pass"))
+    ]
+    assert [done.stdout.split()[-1] for done in found] == ["cpu", "mps"], found
 
 
 def test_sat_s_own_rotary_embedding_says_what_it_lacks():
