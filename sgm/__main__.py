@@ -12,7 +12,7 @@ from sgm.cli import Parser
 
 def main() -> int:
     """Run the entry that the first word of the command line names, with the words after it."""
-    parser = Parser(prog="cogvideox-sat", description=__doc__.split("\n")[0].replace("`", ""))
+    parser = Parser(prog="cogvideox-sat", description="Text to video with CogVideoX models, and their fine-tuning.")
     parser.add_argument("entry", choices=("sample", "train"), help="text to video; fine-tuning (each has a --help)")
     name = parser.parse_args(sys.argv[1:2]).entry
     prog, arguments = f"{parser.prog} {name}", sys.argv[2:]

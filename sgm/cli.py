@@ -12,12 +12,13 @@ import fcntl
 import hashlib
 import os
 import platform
+import shlex
 import signal
 import sys
 from collections.abc import Callable
 from typing import IO, Any, NoReturn
 
-from sgm.places import PROJECT
+from sgm.places import INSTALLED, PROJECT
 
 BAD_INPUT, INTERRUPTED, TERMINATED = 2, 130, 143
 SAID = "COGVIDEOX_SAID"  # environment: the file of what the ranks have said
@@ -103,12 +104,18 @@ def exit_code(run: Callable[[], int | None], interrupted: str = "interrupted") -
         return BAD_INPUT
 
 
+OF_THE_TESTS = ("accelerate", "diffusers", "peft", "pytest")  # tests/requirements.txt
+
+
 def _how_to_install(package: str) -> str:
-    listed = PROJECT / "requirements.txt"
-    own = f"; in one of your own (Python 3.11 to 3.14): pip install -r {listed}" if listed.is_file() else ""
+    lacks = f"{sys.executable} (Python {platform.python_version()}) lacks the package {package!r}"
+    if INSTALLED:
+        return f"{lacks}: install this project again, with its requirements (pip install FOLDER)"
+    tests, scripts = package in OF_THE_TESTS, ("bash tests/run.sh", "bash inference.sh")
+    listed = PROJECT / ("tests/requirements.txt" if tests else "requirements.txt")
     return (
-        f"{sys.executable} (Python {platform.python_version()}) lacks the package {package!r}. "
-        f"`bash inference.sh` and `bash finetune.sh` set up an environment that has everything{own}"
+        f"{lacks}. `{scripts[not tests]}` sets up an environment that has it; "
+        f"in one of your own (Python 3.11 to 3.14): pip install -r {shlex.quote(str(listed))}"
     )
 
 

@@ -20,7 +20,7 @@ if __name__ == "__main__":
     # Python puts a script's own folder first, where `config`, `data` and others would stand before packages.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from sgm.cli import BAD_INPUT, INTERRUPTED, SAID, TERMINATED
+from sgm.cli import BAD_INPUT, INTERRUPTED, SAID, TERMINATED, exit_code
 
 SPOKEN_FOR = (BAD_INPUT, INTERRUPTED, TERMINATED)  # codes of a rank that has said why it left
 # What torchrun logs of ends that are told here, or by the ranks.
@@ -29,12 +29,9 @@ TOLD = ("Sending process %s closing signal", "failed (exitcode", "Received %s de
 
 def main(arguments: list[str]) -> int:
     """Run torchrun with `arguments`; returns the exit code. Errors of the launch itself keep their traceback."""
-    try:
-        with tempfile.TemporaryDirectory(prefix="cogvideox-launch-") as folder:
-            os.environ[SAID] = os.path.join(folder, "said")
-            return _launch(arguments)
-    except KeyboardInterrupt:  # before torchrun listens itself
-        return INTERRUPTED
+    with tempfile.TemporaryDirectory(prefix="cogvideox-launch-") as folder:
+        os.environ[SAID] = os.path.join(folder, "said")
+        return exit_code(lambda: _launch(arguments))
 
 
 def _launch(arguments: list[str]) -> int:

@@ -10,20 +10,25 @@ _PACKAGE = Path(__file__).resolve().parent
 INSTALLED = (_PACKAGE / "shipped").is_dir()
 PROJECT = _PACKAGE / "shipped" if INSTALLED else _PACKAGE.parent
 CONFIGS = PROJECT / "configs"
-BUNDLED = "demo/"  # its clips and caches are made at first use, so they need not exist
+DEMO = "demo/"  # its clips and caches are made at first use, so they need not exist
 
 
 def found_path(value: str) -> str:
-    """`value`, or the same below the project's folder where only that exists or lies in the bundled demo."""
+    """`value`, or the same below the project's folder where only that exists.
+
+    In a checkout also what does not exist yet and lies in its demo; into an installed package nothing is written.
+    """
     below = PROJECT / value
-    if Path(value).expanduser().exists() or not (below.exists() or value.startswith(BUNDLED)):
+    made_there = not INSTALLED and value.startswith(DEMO)
+    if Path(value).expanduser().exists() or not (below.exists() or made_there):
         return value
     return str(below)
 
 
 def lies_in_demo(path: str) -> bool:
-    """Whether a path is below the project's demo folder, where things are made at first use."""
-    return (PROJECT / BUNDLED) in Path(path).expanduser().absolute().parents
+    """Whether a path is below the demo folder, where things are made at first use: the checkout's, or one here."""
+    home = Path.cwd() if INSTALLED else PROJECT
+    return (home / DEMO) in Path(path).expanduser().absolute().parents
 
 
 def shown(path: Path) -> str:

@@ -14,6 +14,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import sgm
+from sgm import cli
 from tests.conftest import REPO
 
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
@@ -101,6 +102,7 @@ def test_an_installed_copy_samples_the_demo(site, tmp_path):
 def test_an_installed_copy_plans_training_and_says_what_it_lacks(site, tmp_path):
     done = run(command(site, "train", "configs/demo_lora.yaml", "--dry-run"), tmp_path, PYTHONPATH=str(site))
     assert done.returncode == 0 and "1300 iterations" in done.stdout, done.stderr
+    assert "cache_dir: demo/cache/striped-heart" in done.stdout  # below the current folder, not inside the package
     done = run(command(site, "train", "configs/demo_lora.yaml"), tmp_path, PYTHONPATH=str(site))
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "drawn by tools/" in done.stderr and "bash finetune.sh configs/demo_lora.yaml" in done.stderr
@@ -135,3 +137,16 @@ def test_a_missing_package_is_named_with_the_way_out(tmp_path):
         assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
         assert "lacks the package" in done.stderr and "bash inference.sh" in done.stderr
         assert f"pip install -r {REPO / 'requirements.txt'}" in done.stderr
+
+
+def test_a_missing_package_of_the_tests_and_of_an_installed_copy(monkeypatch, capsys):
+    def fail():
+        raise ModuleNotFoundError("No module named 'diffusers'", name="diffusers")
+
+    assert cli.exit_code(fail) == 2
+    said = capsys.readouterr().err
+    assert "`bash tests/run.sh`" in said and f"pip install -r {REPO / 'tests' / 'requirements.txt'}" in said
+    monkeypatch.setattr(cli, "INSTALLED", True)
+    assert cli.exit_code(fail) == 2
+    said = capsys.readouterr().err
+    assert "install this project again" in said and "bash" not in said
