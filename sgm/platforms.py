@@ -1,8 +1,8 @@
 """What SwissArmyTransformer and DeepSpeed need to be told on a Mac, before anything imports them.
 
 `import sat` reaches for Triton, which has no release there, because of one class, `FastRotaryEmbedding`, that language
-models of SAT use and this project does not: a stand-in takes the place of that module of SAT. DeepSpeed takes the GPU
-of a Mac, which nothing here uses.
+models of SAT use and this project does not: a stand-in takes the place of that module of SAT. DeepSpeed
+0.19.8 takes the GPU of a Mac (its `accelerator/real_accelerator.py`), which nothing here uses.
 """
 
 from __future__ import annotations
