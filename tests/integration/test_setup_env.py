@@ -257,7 +257,8 @@ def test_an_incomplete_interpreter_is_named_and_becomes_the_base(made, tmp_path)
 def test_an_incomplete_active_environment_is_named_once(made, tmp_path):
     (made / ".venv" / ".complete").unlink()
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
-    (tmp_path / "probe").mkdir()  # a folder of that name is no package
+    info = next((made / ".venv").rglob("probe-1.0.dist-info"))
+    shutil.copytree(info, made / info.name)  # what lies in the current folder is not installed
     bare = str(tmp_path / "bare")
     assert f"the active environment ({bare}/bin/python) lacks probe" in set_up(made, VIRTUAL_ENV=bare)
     assert set_up(made, VIRTUAL_ENV=bare) == ""
