@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 
 from sgm.cli import Interrupts, Parser, exit_code
-from sgm.places import CONFIGS, found_path
+from sgm.places import CONFIGS
 
 SHIPPED = CONFIGS / "cogvideox_2b_infer.yaml"
 DEMO = CONFIGS / "demo_infer.yaml"
@@ -68,19 +68,14 @@ def main(arguments: list[str], prog: str | None = None, listen: bool = False) ->
 def run(options: argparse.Namespace, check: Callable[[], None]) -> int:
     from sgm.config import load_run_config
     from sgm.inference.options import SampleArgs
-    from sgm.inference.preflight import choose_config
+    from sgm.inference.preflight import config_files
     from sgm.util import allow_target
 
     if options.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
     for prefix in options.allow_target:
         allow_target(prefix)
-    files = [found_path(file) for file in (*options.base, *options.configs)]
-    if not files:
-        chosen, why = choose_config(SHIPPED, DEMO)
-        files = [chosen]
-        if why and os.environ.get("RANK", "0") == "0":
-            print(why, file=sys.stderr, flush=True)
+    files = config_files([*options.base, *options.configs], SHIPPED, DEMO)
     flags = {name: value for name, value in vars(options).items() if name not in NOT_ARGS}
     config = load_run_config(files, SampleArgs, overrides=options.set, flags=flags)
 

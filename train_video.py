@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sgm.cli import Parser, exit_code
-from sgm.places import CONFIGS, found_path, lies_in_demo
+from sgm.places import CONFIGS, lies_in_demo
 
 SHIPPED = CONFIGS / "cogvideox_2b_sft.yaml"
 DEMO = CONFIGS / "demo_lora.yaml"
@@ -50,7 +50,7 @@ def main(arguments: list[str], prog: str | None = None, leave: bool = False) -> 
 
 def run(options: argparse.Namespace) -> int:
     from sgm.config import load_run_config
-    from sgm.inference.preflight import choose_config
+    from sgm.inference.preflight import config_files
     from sgm.training.options import TrainArgs
     from sgm.util import allow_target
 
@@ -58,12 +58,7 @@ def run(options: argparse.Namespace) -> int:
         os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
     for prefix in options.allow_target:
         allow_target(prefix)
-    files = [found_path(file) for file in (*options.base, *options.configs)]
-    if not files:
-        chosen, why = choose_config(SHIPPED, DEMO)
-        files = [chosen]
-        if why and os.environ.get("RANK", "0") == "0":
-            print(why, file=sys.stderr, flush=True)
+    files = config_files([*options.base, *options.configs], SHIPPED, DEMO)
     flags = {"resume": options.resume, "device": options.device, "seed": options.seed,
              "cache_dir": options.cache_dir}  # fmt: skip
     config = load_run_config(files, TrainArgs, overrides=options.set, flags=flags)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -76,6 +78,19 @@ def _cached(repository: str) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
     return isinstance(try_to_load_from_cache(repository, "config.json"), str)
+
+
+def config_files(named: Sequence[str], default: Path, fallback: Path) -> list[str | Path]:
+    """The configuration files that a command line names, from here or the project; if none, the one of `choose_config`.
+
+    Why it is the fallback is said on the standard error, by the first rank.
+    """
+    if named:
+        return [found_path(file) for file in named]
+    chosen, why = choose_config(default, fallback)
+    if why and os.environ.get("RANK", "0") == "0":
+        print(why, file=sys.stderr, flush=True)
+    return [chosen]
 
 
 def choose_config(default: Path, fallback: Path) -> tuple[Path, str | None]:
