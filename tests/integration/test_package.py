@@ -70,7 +70,7 @@ def test_pip_reads_what_the_requirement_files_say(wheel):
     assert {normal(str(r)) for r in told if "extra" not in str(r.marker or "")} == required("requirements.txt")
 
 
-def test_the_pythons_are_the_same_everywhere(wheel):
+def test_the_pythons_are_the_same_everywhere():
     pythons = 'requires-python = ">=3.11,<3.15"'
     assert pythons in (REPO / "pyproject.toml").read_text()
     script = (REPO / "tools" / "setup_env.sh").read_text()

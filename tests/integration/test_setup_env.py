@@ -220,7 +220,7 @@ def test_the_python_of_an_environment_is_gone(made):
     assert probe(made) == "1.0" and (made / "mine").exists()
 
 
-def test_a_checkout_that_cannot_be_written(made, monkeypatch):
+def test_a_checkout_that_cannot_be_written(made):
     """Its environment is used if it lacks nothing. Run as root, who may write anywhere, this asks the script's own test."""
     script = made / "tools" / "setup_env.sh"
     script.write_text(script.read_text().replace('[[ -w "$_repo" &&', '[[ "" &&'))
