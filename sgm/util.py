@@ -38,7 +38,7 @@ TARGET_ALIASES: dict[str, str] = {
     "diffusion_video.SATVideoDiffusionEngine": "sgm.models.diffusion.SATVideoDiffusionEngine",
     "data_video.SFTDataset": "sgm.data.dataset.SFTDataset",
     "data_video.VideoDataset": "sgm.data.shards.VideoDataset",
-    "sat.ops.FusedEmaAdam": "sgm.training.optimizer.FusedEmaAdam",
+    "sat.ops.FusedEmaAdam": "sgm.training.optimizers.ema_adam.FusedEmaAdam",
     "sat.model.finetune.lora2.LoraMixin": f"{_TRANSFORMER}.lora.LoraMixin",
     "vae_modules.autoencoder.VideoAutoencoderInferenceWrapper":
         "sgm.models.autoencoder.VideoAutoencoderInferenceWrapper",

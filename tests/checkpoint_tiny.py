@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from sgm.config import AccelerateArgs, RunConfig
-from sgm.training.optimizer import FusedEmaAdam
-from sgm.training.partitions import ema_state, load_ema_state, load_optimizer_state, optimizer_state
-from sgm.training.state import TrainState, capture_rng
+from sgm.training.checkpoints.partitions import ema_state, load_ema_state, load_optimizer_state, optimizer_state
+from sgm.training.checkpoints.state import TrainState, capture_rng
+from sgm.training.optimizers.ema_adam import FusedEmaAdam
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class ToyEngine(nn.Module):
 
 
 def toy_run(seed: int = 0) -> Any:
-    """What `sgm.training.partitions` needs of a DeepSpeed engine, without DeepSpeed: stage 0 in float32."""
+    """What `sgm.training.checkpoints.partitions` needs of a DeepSpeed engine, without DeepSpeed: stage 0 in float32."""
     module = ToyEngine(seed)
     optimizer = FusedEmaAdam([p for p in module.parameters() if p.requires_grad], lr=0.01)
     return SimpleNamespace(

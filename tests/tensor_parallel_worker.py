@@ -38,8 +38,8 @@ def run(network: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
 
 def main(folder: Path) -> None:
     from sgm.distributed import ensure_groups, init_distributed, model_parallel_rank, shutdown
-    from sgm.modules.transformer.tensor_parallel import partition_state
     from sgm.weights import assign_state
+    from sgm.weights.tensor_parallel import partition_state
 
     info = init_distributed("cpu")
     ensure_groups(2)

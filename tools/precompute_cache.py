@@ -36,10 +36,10 @@ def main(arguments: list[str]) -> int:
 
 def run(options: argparse.Namespace) -> int:
     from sgm import distributed
+    from sgm.cache.ready import ready_cache
     from sgm.config import load_run_config
     from sgm.inference.preflight import check_paths
     from sgm.training.options import TrainArgs
-    from sgm.training.ready_cache import ready_cache
     from sgm.training.run import device_type, with_found_places
     from sgm.util import allow_target
 

@@ -41,11 +41,11 @@ def main(arguments: list[str]) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
+    from sgm.cache.identity import clip_settings, text_encoder_params
     from sgm.config import merge_yaml
     from sgm.data.sources import passed_over_line, passed_over_of
     from sgm.data.validate import as_json, contact_sheet, examine, summary, table
     from sgm.places import found_path
-    from sgm.training.cache import clip_settings, text_encoder_params
     from sgm.weights.save import save_text
 
     config = merge_yaml(options.configs, options.set) if options.configs else {}

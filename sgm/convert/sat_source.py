@@ -12,9 +12,9 @@ from torch import Tensor
 
 from sgm.convert.lazy import ConvertError, Deferred, all_deferred, deferred
 from sgm.modules.transformer.lora_state import LoraSpec, lora_spec_of, split_lora
-from sgm.modules.transformer.tensor_parallel import PartitionError, cut_of
 from sgm.weights.files import read_checkpoint, tensors_of
 from sgm.weights.release import read_parts, weights_entry
+from sgm.weights.tensor_parallel import PartitionError, cut_of
 
 TEXT_ENCODER = "conditioner.embedders.0.transformer."
 FIRST_STAGE = "first_stage_model."

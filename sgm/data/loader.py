@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
+from sgm.cache.batches import CachedBatches, all_cached
 from sgm.data.buckets import BucketSampler
-from sgm.data.cached_batches import CachedBatches, all_cached
 from sgm.data.collate import collate
 from sgm.data.sampler import ClipSampler
 

@@ -92,7 +92,7 @@ def _assign_base(
     if absent:
         loaded.notes.append(f"computed from the configuration: {', '.join(absent)}")
     from sgm.distributed import model_parallel_rank, model_parallel_world_size
-    from sgm.modules.transformer.tensor_parallel import partition_state
+    from sgm.weights.tensor_parallel import partition_state
 
     unused = {name: torch.zeros(network.state_dict()[name].shape) for name in network.dead_keys() if name not in base}
     whole = {**{name: computed[name] for name in absent}, **unused, **base}

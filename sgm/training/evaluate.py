@@ -21,9 +21,9 @@ from sgm.data.collate import collate
 from sgm.data.loader import shapes_of
 from sgm.distributed import data_parallel_rank, data_parallel_world_size, model_parallel_rank, preserve_rng
 from sgm.inference.writer import OutputError, to_uint8, write_video
-from sgm.training.bins import BINS, bin_means, bin_sums
-from sgm.training.metrics import RunLog
 from sgm.training.step import batch_latents
+from sgm.training.watch.bins import BINS, bin_means, bin_sums
+from sgm.training.watch.run_log import RunLog
 
 _SEED_STRIDE = 1_000_003  # between the seeds of evaluation batches
 

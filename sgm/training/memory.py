@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from sgm.training.log_codes import BYTES_A_MOMENT
+from sgm.training.optimizers.log_codes import BYTES_A_MOMENT
 
 GIB = 2**30
 EIGHT_BIT_MOMENTS = 2 * BYTES_A_MOMENT

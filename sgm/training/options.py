@@ -9,7 +9,7 @@ from typing import Any
 
 from sgm.config import ConfigError, option
 from sgm.modules.ops.recompute import MODES
-from sgm.training.schedule import STYLES, ScheduleError, ScheduleSettings
+from sgm.training.optimizers.schedule import STYLES, ScheduleError, ScheduleSettings
 
 # (lowest, recommended, highest) rates with Adam; a run outside is warned. See `sensible_rates`.
 PUBLISHED_WIDTH = 1920  # of CogVideoX-2B, for which these are meant

@@ -21,8 +21,9 @@ import torch.distributed as dist
 from torch.utils.data import Subset
 
 from sgm import distributed
+from sgm.cache.batches import in_lengths
+from sgm.cache.ready import ReadyCache, ready_cache
 from sgm.config import ConfigError, RunConfig, check_model_section
-from sgm.data.cached_batches import in_lengths
 from sgm.data.loader import create_loader
 from sgm.data.report import first_reasons
 from sgm.data.sources import exists
@@ -31,21 +32,18 @@ from sgm.inference.preflight import check_paths, placeholders_in, with_found_pat
 from sgm.lock import sole_holder
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.places import found_path, lies_in_demo
-from sgm.training.boards import Board, TensorBoard, WeightsAndBiases
-from sgm.training.checkpoint import CheckpointError, find_resume
-from sgm.training.ckpt_folder import LOCK, new_run
-from sgm.training.deepspeed_setup import DeepSpeedPlan, plan_deepspeed, start_engine
+from sgm.training.checkpoints.checkpoint import CheckpointError, find_resume
+from sgm.training.checkpoints.folder import LOCK, new_run
+from sgm.training.checkpoints.same_run import CONFIG_FILE, differences, resume_hash
+from sgm.training.checkpoints.saver import Saver, resume
 from sgm.training.evaluate import Evaluation, evaluation_batches
 from sgm.training.faults import SkipGuard, TrainingStopped, out_of_memory_advice
 from sgm.training.memory import MemoryNeeds, free_memory
-from sgm.training.metrics import RunLog
-from sgm.training.optimizer import count, parameter_groups
+from sgm.training.optimizers.ema_adam import count, parameter_groups
+from sgm.training.optimizers.schedule import LearningRate
 from sgm.training.options import TrainArgs, training_advice, trains_lora
-from sgm.training.ready_cache import ReadyCache, ready_cache
-from sgm.training.same_run import CONFIG_FILE, differences, resume_hash
-from sgm.training.saver import Saver, resume
-from sgm.training.schedule import LearningRate
-from sgm.training.setup import (
+from sgm.training.setup.deepspeed import DeepSpeedPlan, plan_deepspeed, start_engine
+from sgm.training.setup.parts import (
     arrange_first_stage,
     build_datasets,
     check_clips,
@@ -56,8 +54,10 @@ from sgm.training.setup import (
     planned_needs,
     split_validation,
 )
-from sgm.training.timing import PhaseClock, phases_of_step
 from sgm.training.trainer import Trainer
+from sgm.training.watch.boards import Board, TensorBoard, WeightsAndBiases
+from sgm.training.watch.run_log import RunLog
+from sgm.training.watch.timing import PhaseClock, phases_of_step
 from sgm.weights.save import probe
 
 

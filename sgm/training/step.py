@@ -16,9 +16,9 @@ import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor
 
-from sgm.training.bins import BINS, bin_sums
-from sgm.training.partitions import basic_optimizer, load_scaler_state, scaler_state
-from sgm.training.timing import PhaseClock
+from sgm.training.checkpoints.partitions import basic_optimizer, load_scaler_state, scaler_state
+from sgm.training.watch.bins import BINS, bin_sums
+from sgm.training.watch.timing import PhaseClock
 
 _BAD = 1  # place of the number of bad losses among what ranks share
 

@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sgm.data.loader import ClipLoader
+from sgm.training.checkpoints.partitions import scaler_state
+from sgm.training.checkpoints.saver import Saver
+from sgm.training.checkpoints.state import CheckpointError
 from sgm.training.evaluate import Evaluation
 from sgm.training.faults import SkipGuard, StopSignal
-from sgm.training.metrics import RunLog, Standing
+from sgm.training.optimizers.schedule import LearningRate
 from sgm.training.options import TrainArgs
-from sgm.training.partitions import scaler_state
-from sgm.training.saver import Saver
-from sgm.training.schedule import LearningRate
-from sgm.training.state import CheckpointError
 from sgm.training.step import StepOutcome, training_step
-from sgm.training.timing import PhaseClock, memory_facts
+from sgm.training.watch.run_log import RunLog, Standing
+from sgm.training.watch.timing import PhaseClock, memory_facts
 
 
 @dataclass

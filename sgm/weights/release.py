@@ -179,7 +179,7 @@ def read_transformer(path: str | Path) -> Checkpoint:
     parts = read_parts(path)
     network = [part.network for part in parts]
     if len(network) > 1:
-        from sgm.modules.transformer.tensor_parallel import merge_partitions
+        from sgm.weights.tensor_parallel import merge_partitions
 
         network = [merge_partitions(network)]
     return replace(parts[0], files=[file for part in parts for file in part.files], network=network[0])

@@ -18,7 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from sgm.training.checkpoint import find_resume, load_module, load_state, resume_hash, save_checkpoint  # noqa: E402
+from sgm.training.checkpoints.checkpoint import find_resume, load_module, load_state, resume_hash, save_checkpoint  # noqa: E402
 from sgm.weights import save as writers  # noqa: E402
 from tests.checkpoint_tiny import configuration, leftovers, state_of, step, toy_run  # noqa: E402
 

@@ -21,9 +21,9 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from sgm import distributed  # noqa: E402
-from sgm.training import checkpoint as checkpoints  # noqa: E402
-from sgm.training import ckpt_weights  # noqa: E402
-from sgm.training.checkpoint import (  # noqa: E402
+from sgm.training.checkpoints import checkpoint as checkpoints  # noqa: E402
+from sgm.training.checkpoints import weights as ckpt_weights  # noqa: E402
+from sgm.training.checkpoints.checkpoint import (  # noqa: E402
     CheckpointError,
     find_resume,
     load_module,
@@ -32,9 +32,9 @@ from sgm.training.checkpoint import (  # noqa: E402
     resume_hash,
     save_checkpoint,
 )
-from sgm.training.deepspeed_setup import plan_deepspeed, start_engine  # noqa: E402
-from sgm.training.optimizer import FusedEmaAdam, parameter_groups  # noqa: E402
-from sgm.training.partitions import load_ema_state, load_optimizer_state  # noqa: E402
+from sgm.training.checkpoints.partitions import load_ema_state, load_optimizer_state  # noqa: E402
+from sgm.training.optimizers.ema_adam import FusedEmaAdam, parameter_groups  # noqa: E402
+from sgm.training.setup.deepspeed import plan_deepspeed, start_engine  # noqa: E402
 from sgm.util import instantiate_from_config  # noqa: E402
 from sgm.weights.release import read_transformer  # noqa: E402
 from tests.checkpoint_tiny import configuration, leftovers, state_of  # noqa: E402
@@ -247,8 +247,8 @@ def _toy_run(folder: Path) -> Path:
 def parts(folder: Path) -> dict[str, Any]:
     """Two parts of one network: each writes its own file; adapter and merged weights come out whole."""
     from sgm.modules.transformer.lora import merge_lora_state
-    from sgm.modules.transformer.tensor_parallel import partition_state
     from sgm.weights import assign_state
+    from sgm.weights.tensor_parallel import partition_state
 
     whole = torch.load(folder / "whole.pt", weights_only=True)
     distributed.ensure_groups(2)

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from sgm.cache.store import CacheError
 from sgm.config import load_run_config
-from sgm.data.cache_store import CacheError
 from sgm.data.decoder import thread_decoder
 from sgm.models import loading
 from sgm.models.autoencoder import VideoAutoencoder
@@ -115,7 +115,7 @@ def test_a_cached_run_gives_the_same_losses_and_loads_no_encoder(plain, cache, r
 
 def test_the_posterior_is_drawn_anew_each_time(cache, release, clips, tmp_path):
     """Mean and spread over many draws of one clip are those that the moments say."""
-    from sgm.models.cached_stage import CachedFirstStage
+    from sgm.cache.stand_ins import CachedFirstStage
 
     made = content(release, clips, tmp_path, cache_dir=str(cache))
     config = load_run_config([write_yaml(tmp_path / "config.yaml", made)], TrainArgs)
@@ -131,7 +131,7 @@ def test_the_posterior_is_drawn_anew_each_time(cache, release, clips, tmp_path):
 
 
 def cached_items(config, folder: str):
-    from sgm.training.cache import cached_datasets, clip_settings, open_store, scan_folders
+    from sgm.cache.identity import cached_datasets, clip_settings, open_store, scan_folders
 
     settings, _ = clip_settings(config.data)
     store = open_store(config.args.cache_dir, config.model, settings, "fp32", "fp32")
@@ -241,8 +241,8 @@ def test_a_decoder_that_was_killed_does_not_cost_the_clip(release, clips, tmp_pa
 
 
 def test_ranks_share_the_work(release, clips, tmp_path):
-    from sgm.training.cache import clip_settings, open_store, scan_folders
-    from sgm.training.precompute import FillSettings, fill
+    from sgm.cache.fill import FillSettings, fill
+    from sgm.cache.identity import clip_settings, open_store, scan_folders
 
     made = content(release, clips, tmp_path, cache_dir=str(tmp_path / "cache"))
     config = load_run_config([write_yaml(tmp_path / "config.yaml", made)], TrainArgs)
@@ -259,7 +259,7 @@ def test_ranks_share_the_work(release, clips, tmp_path):
 
 
 def test_small_clips_share_a_batch_on_a_gpu_only():
-    from sgm.training.precompute import FillSettings
+    from sgm.cache.fill import FillSettings
 
     small, large = torch.empty(49, 3, 128, 192, dtype=torch.uint8), torch.empty(49, 3, 480, 720, dtype=torch.uint8)
     assert [FillSettings(torch.device("cuda")).batch_of(frames) for frames in (small, large)] == [14, 1]

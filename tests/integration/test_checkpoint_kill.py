@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sgm.training.checkpoint import find_resume, load_state, resume_hash
+from sgm.training.checkpoints.checkpoint import find_resume, load_state, resume_hash
 from tests.checkpoint_tiny import configuration, leftovers
 from tests.training_tiny import environment
 

@@ -12,7 +12,7 @@ import torch
 
 from sgm.config import ConfigError, load_run_config
 from sgm.training import trainer as trainer_module
-from sgm.training.checkpoint import CheckpointError
+from sgm.training.checkpoints.checkpoint import CheckpointError
 from sgm.training.faults import SkipGuard, TrainingStopped
 from sgm.training.options import TrainArgs
 from sgm.training.run import train

@@ -16,7 +16,7 @@ from sgm.training import trainer
 from sgm.training.faults import TrainingStopped
 from sgm.training.options import TrainArgs
 from sgm.training.run import train
-from sgm.training.timing import PHASES
+from sgm.training.watch.timing import PHASES
 from sgm.weights import read_checkpoint
 from sgm.weights.release import read_transformer
 from tests.training_tiny import configuration, write_clips, write_release, write_yaml

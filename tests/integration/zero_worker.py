@@ -16,9 +16,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from sgm.distributed import ensure_groups, init_distributed  # noqa: E402
-from sgm.training.deepspeed_setup import plan_deepspeed, start_engine  # noqa: E402
-from sgm.training.flat_gradients import FlatGradients  # noqa: E402
-from sgm.training.optimizer import (  # noqa: E402
+from sgm.training.optimizers.ema_adam import (  # noqa: E402
     ema_state,
     ema_weights,
     load_ema_state,
@@ -26,7 +24,9 @@ from sgm.training.optimizer import (  # noqa: E402
     optimizer_state,
     parameter_groups,
 )
-from sgm.training.schedule import LearningRate, ScheduleSettings  # noqa: E402
+from sgm.training.optimizers.flat_gradients import FlatGradients  # noqa: E402
+from sgm.training.optimizers.schedule import LearningRate, ScheduleSettings  # noqa: E402
+from sgm.training.setup.deepspeed import plan_deepspeed, start_engine  # noqa: E402
 from sgm.training.step import training_step  # noqa: E402
 
 ACCUMULATION = 2

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from sgm.training import adam8bit
-from sgm.training.log_codes import BLOCK, STEP, decode, empty_codes, encode
-from sgm.training.optimizer import AdamW8bit, FusedEmaAdam, OptimizerError, OptimizerSpec
+from sgm.training.optimizers import adam8bit
+from sgm.training.optimizers.ema_adam import AdamW8bit, FusedEmaAdam, OptimizerError, OptimizerSpec
+from sgm.training.optimizers.log_codes import BLOCK, STEP, decode, empty_codes, encode
 
 CPU = torch.device("cpu")
 

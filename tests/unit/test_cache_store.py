@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sgm.data.cache_store import CacheError, CacheStore, FileStamp, Seen, ShardReader, text_key, video_key
+from sgm.cache.store import CacheError, CacheStore, FileStamp, Seen, ShardReader, text_key, video_key
 
 IDENTITY = {"vae weights": "abc", "video_size": [16, 32], "fps": 8}
 
@@ -33,7 +33,7 @@ def test_tensors_come_back_from_any_process(tmp_path):
 
 
 def test_more_shards_than_open_files(tmp_path, monkeypatch):
-    monkeypatch.setattr("sgm.data.cache_store.OPEN_FILES", 2)
+    monkeypatch.setattr("sgm.cache.store.OPEN_FILES", 2)
     store = CacheStore(tmp_path, IDENTITY)
     made = tensors(6)
     for name, tensor in made.items():

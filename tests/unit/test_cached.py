@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.utils.data import ConcatDataset, Subset
 
-from sgm.data.cache_store import CacheError, CacheStore, FileStamp, Seen, text_key
-from sgm.data.cached import EMBEDDING, MOMENTS, CachedClips, scan_cached
-from sgm.data.cached_batches import in_lengths
+from sgm.cache.batches import in_lengths
+from sgm.cache.dataset import EMBEDDING, MOMENTS, CachedClips, scan_cached
+from sgm.cache.store import CacheError, CacheStore, FileStamp, Seen, text_key
 from sgm.data.clips import ClipSettings
 from sgm.data.collate import collate
 from sgm.data.loader import create_loader

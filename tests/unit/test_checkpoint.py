@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from sgm.training.checkpoint import (
+from sgm.training.checkpoints.checkpoint import (
     CheckpointError,
     capture_rng,
     find_resume,
@@ -24,7 +24,7 @@ from sgm.training.checkpoint import (
     resume_hash,
     save_checkpoint,
 )
-from sgm.training.ckpt_folder import new_run
+from sgm.training.checkpoints.folder import new_run
 from sgm.weights import WeightsError
 from sgm.weights.release import locate
 from tests.checkpoint_tiny import configuration, leftovers, put_back, state_of, step, toy_run
@@ -295,7 +295,7 @@ def test_keep_last_deletes_old_complete_ones_only_and_after_the_new_is_there(tmp
 def test_a_kill_while_an_old_checkpoint_is_deleted_leaves_nothing_of_it(tmp_path, run, monkeypatch):
     save(tmp_path, run, 2)
     with monkeypatch.context() as patch:
-        patch.setattr("sgm.training.ckpt_folder.remove", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("sgm.training.checkpoints.folder.remove", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             save(tmp_path, run, 4, keep_last=1)
     assert not (tmp_path / "2").exists() and not (tmp_path / "2-ema").exists() and leftovers(tmp_path)

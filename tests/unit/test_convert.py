@@ -26,11 +26,11 @@ from sgm.convert.to_hf import ToHf, convert, export_lora
 from sgm.convert.to_sat import ToSat, import_lora
 from sgm.convert.to_sat import convert as convert_back
 from sgm.models.loading import load_network
-from sgm.modules.transformer.tensor_parallel import partition_state
 from sgm.weights import read_checkpoint
 from sgm.weights.files import tensors_of
 from sgm.weights.release import NETWORK_PREFIX, Adapter, read_transformer
 from sgm.weights.save import save_pt, save_safetensors
+from sgm.weights.tensor_parallel import partition_state
 from tests.convert_tiny import VAE_PARAMS, adapter_matrices, make_release, model_section, rewrite
 from tests.dit_tiny import tiny_config, tiny_network
 

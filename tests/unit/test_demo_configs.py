@@ -11,8 +11,8 @@ import train_video
 from sgm.config import load_run_config, merge_yaml
 from sgm.data.report import DatasetError
 from sgm.inference.preflight import choose_config
-from sgm.training.deepspeed_setup import plan_deepspeed
 from sgm.training.options import TrainArgs, training_advice, trains_lora
+from sgm.training.setup.deepspeed import plan_deepspeed
 from sgm.weights.release import locate, newest_run
 from tests.conftest import REPO
 from tools.demo import clips

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sgm import distributed
-from sgm.modules.transformer.tensor_parallel import PartitionError, cut_of, merge_partitions, partition_state
+from sgm.weights.tensor_parallel import PartitionError, cut_of, merge_partitions, partition_state
 from tests.dit_tiny import tiny_network
 from tests.tensor_parallel_worker import VARIANTS, build, run
 

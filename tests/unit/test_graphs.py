@@ -11,9 +11,9 @@ import torch
 from sgm.config import ConfigError
 from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
 from sgm.modules.ops.graphs import NetworkGraphs
-from sgm.training.deepspeed_setup import plan_deepspeed
 from sgm.training.options import TrainArgs
-from sgm.training.setup import check_graphs
+from sgm.training.setup.deepspeed import plan_deepspeed
+from sgm.training.setup.parts import check_graphs
 from tests.dit_tiny import random_inputs, tiny_network
 
 

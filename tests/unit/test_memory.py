@@ -9,9 +9,9 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from sgm.modules.ops.recompute import MODES
-from sgm.training.adam8bit import AdamW8bit
 from sgm.training.faults import out_of_memory_advice
 from sgm.training.memory import BACKWARD_TENSORS, GIB, MemoryNeeds
+from sgm.training.optimizers.adam8bit import AdamW8bit
 from tests.conftest import REPO
 from tests.dit_tiny import random_inputs, tiny_network
 from tools import estimate_memory
@@ -140,8 +140,8 @@ def test_tool_names_what_is_wrong(capsys):
 
 def test_overlays_change_what_they_say():
     from sgm.config import load_run_config
-    from sgm.training.deepspeed_setup import plan_deepspeed
     from sgm.training.options import TrainArgs
+    from sgm.training.setup.deepspeed import plan_deepspeed
 
     config = load_run_config([SFT, LORA, LOW], TrainArgs, overrides=["deepspeed.optimizer.type=AdamW8bit"])
     plan = plan_deepspeed(config.deepspeed, device_type="cuda")

@@ -14,11 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-from sgm.training.bins import BINS, bin_means, bin_sums
-from sgm.training.boards import TensorBoard, WatchError, WeightsAndBiases
-from sgm.training.curve import draw_losses, read_records
-from sgm.training.metrics import AVERAGE_STEPS, RunLog, Standing, duration
 from sgm.training.step import StepOutcome
+from sgm.training.watch.bins import BINS, bin_means, bin_sums
+from sgm.training.watch.boards import TensorBoard, WatchError, WeightsAndBiases
+from sgm.training.watch.curve import draw_losses, read_records
+from sgm.training.watch.run_log import AVERAGE_STEPS, RunLog, Standing, duration
 
 
 class Terminal(io.StringIO):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from sgm.training.optimizer import FusedEmaAdam, OptimizerError, OptimizerSpec, ema_decay, parameter_groups
+from sgm.training.optimizers.ema_adam import FusedEmaAdam, OptimizerError, OptimizerSpec, ema_decay, parameter_groups
 from sgm.util import get_obj_from_str
 
 SETTINGS = {"lr": 2e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 1e-4}
@@ -107,7 +107,7 @@ def test_a_parameter_may_bring_its_own_rate():
         ("Adam", {"adam_w_mode": False}, torch.optim.Adam),
         ("SGD", {"momentum": 0.9}, torch.optim.SGD),
         ("torch.optim.RAdam", {}, torch.optim.RAdam),
-        ("sgm.training.optimizer.FusedEmaAdam", {"ema_decay": 0.99}, FusedEmaAdam),
+        ("sgm.training.optimizers.ema_adam.FusedEmaAdam", {"ema_decay": 0.99}, FusedEmaAdam),
     ],
 )
 def test_optimizers_by_name(kind, params, expected):

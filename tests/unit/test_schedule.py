@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sgm.training.schedule import LearningRate, ScheduleError, ScheduleSettings, learning_rate
+from sgm.training.optimizers.schedule import LearningRate, ScheduleError, ScheduleSettings, learning_rate
 
 LR = 2e-4
 # The original's rates (base 2e-4, 1000 iterations, warm-up 1 %), by optimizer step from 0.

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sgm.data.cache_store import FileStamp, video_key
+from sgm.cache.store import FileStamp, video_key
 from sgm.data.dataset import SFTDataset
 from sgm.data.loader import create_loader
 from sgm.data.report import DatasetError

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from sgm.training import timing
-from sgm.training.timing import PhaseClock
+from sgm.training.watch import timing
+from sgm.training.watch.timing import PhaseClock
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ import copy
 import pytest
 
 from sgm.config import ConfigError, load_run_config
-from sgm.training.deepspeed_setup import plan_deepspeed
 from sgm.training.faults import SkipGuard, TrainingStopped
 from sgm.training.options import TrainArgs, sensible_rates, split_shares, training_advice
+from sgm.training.setup.deepspeed import plan_deepspeed
 from tests.conftest import REPO
 
 SHIPPED = REPO / "configs" / "cogvideox_2b_sft.yaml"

@@ -27,12 +27,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import torch
 
-from sgm.data.cache_store import STORAGE, CacheStore, FileStamp, Seen, text_key
-from sgm.data.cached import EMBEDDING, MOMENTS, CachedClips, scan_cached
+from sgm.cache.dataset import EMBEDDING, MOMENTS, CachedClips, scan_cached
+from sgm.cache.fill import ShardWriter
+from sgm.cache.store import STORAGE, CacheStore, FileStamp, Seen, text_key
 from sgm.data.clips import ClipSettings
 from sgm.data.loader import ClipLoader, create_loader
 from sgm.data.report import list_source
-from sgm.training.precompute import ShardWriter
 from tools.bench.measure import emit
 
 DISTINCT = 32  # different random encodings; what they hold does not matter

@@ -315,7 +315,7 @@ def apply_adapter(
     if spec.layers[-1] >= network.num_layers:
         raise LoraError(f"the adapter reaches layer {spec.layers[-1]}; the network has 0 to {network.num_layers - 1}.")
     if model_parallel_world_size() > 1:
-        from sgm.modules.transformer.tensor_parallel import partition_state
+        from sgm.weights.tensor_parallel import partition_state
 
         lora = partition_state(lora, model_parallel_rank(), model_parallel_world_size())
     pairs = collect_pairs(lora)

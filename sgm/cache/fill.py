@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from sgm.data.cache_store import CacheError, CacheStore, FileStamp, Seen, text_key, video_key
-from sgm.data.cached import CaptionedVideo
+from sgm.cache.dataset import CaptionedVideo
+from sgm.cache.store import CacheError, CacheStore, FileStamp, Seen, text_key, video_key
 from sgm.data.clips import CLIP_FAULTS, ClipSettings, load_frames, to_unit_range
 from sgm.data.loader import prepare_worker
 from sgm.models.diffusion import DTYPES

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from sgm import distributed
 from sgm.config import RunConfig
-from sgm.training.ckpt_folder import (
+from sgm.training.checkpoints.folder import (
     MERGED,
     RESUME,
     RunRecord,
@@ -35,7 +35,10 @@ from sgm.training.ckpt_folder import (
     settle,
     staging_folder,
 )
-from sgm.training.ckpt_weights import (
+from sgm.training.checkpoints.partitions import ema_weights
+from sgm.training.checkpoints.same_run import resume_hash
+from sgm.training.checkpoints.state import CheckpointError, TrainState, capture_rng, restore_rng
+from sgm.training.checkpoints.weights import (
     Tensors,
     as_metadata,
     checkpoint_tensors,
@@ -43,9 +46,6 @@ from sgm.training.ckpt_weights import (
     merged_tensors,
     write_together,
 )
-from sgm.training.partitions import ema_weights
-from sgm.training.same_run import resume_hash
-from sgm.training.state import CheckpointError, TrainState, capture_rng, restore_rng
 from sgm.weights import WeightsError, read_checkpoint
 from sgm.weights.files import tensors_of
 from sgm.weights.release import locate
@@ -82,7 +82,7 @@ def save_checkpoint(
 ) -> Path:
     """Write the checkpoint of `state.iteration` into a run's folder; collective over all processes.
 
-    It appears complete or not at all (see `sgm.training.ckpt_folder`), and earlier ones stay as they are until it has.
+    It appears complete or not at all (see `checkpoints.folder`), and earlier ones stay as they are until it has.
 
     Args:
         folder: the run's folder, seen by every process.
@@ -225,7 +225,7 @@ class _Job:
             parts = [part for _, part in sorted((p for p in found if p[1]), key=lambda p: p[0])]
         with self.together():
             if self.rank == 0:
-                from sgm.modules.transformer.tensor_parallel import merge_partitions
+                from sgm.weights.tensor_parallel import merge_partitions
 
                 facts = {"format": "pt", "iteration": str(self.iteration), **as_metadata(self.lora or {})}
                 save_safetensors(self.staging / "main" / "lora.safetensors", merge_partitions(parts), facts)
@@ -268,7 +268,7 @@ def find_resume(
         save_root: folder of runs; or, without `experiment_name`, one run's or one iteration's folder.
         experiment_name: look at the runs `save_root/experiment_name-*`; the one saved last wins.
         config_hash: what `resume_hash` gives for this run; None takes a checkpoint of any.
-        explain: in what a run's folder differs from this run, for the error; see `sgm.training.same_run`.
+        explain: in what a run's folder differs from this run, for the error; see `sgm.training.checkpoints.same_run`.
     Returns:
         None where a search finds nothing. Incomplete checkpoints are named in the log and passed over.
     Raises:

@@ -1,4 +1,4 @@
-"""Gathers everything a run needs to go on exactly, and hands it to `sgm.training.checkpoint`; and puts it back."""
+"""Gathers everything a run needs to go on exactly, and hands it to `checkpoints.checkpoint`; and puts it back."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sgm.config import RunConfig
-from sgm.training.checkpoint import load_state, save_checkpoint
-from sgm.training.options import TrainArgs
-from sgm.training.partitions import (
+from sgm.training.checkpoints.checkpoint import load_state, save_checkpoint
+from sgm.training.checkpoints.partitions import (
     ema_state,
     load_ema_state,
     load_optimizer_state,
@@ -17,7 +16,8 @@ from sgm.training.partitions import (
     optimizer_state,
     scaler_state,
 )
-from sgm.training.state import TrainState, capture_rng, restore_rng
+from sgm.training.checkpoints.state import TrainState, capture_rng, restore_rng
+from sgm.training.options import TrainArgs
 
 if TYPE_CHECKING:
     from sgm.training.trainer import Trainer

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Subset
 
-from sgm.data.cache_store import CacheStore, Entry, FileStamp, ShardReader, text_key
+from sgm.cache.store import CacheStore, Entry, FileStamp, ShardReader, text_key
 from sgm.data.clips import CaptionError, ClipSettings, caption_of
 from sgm.data.dataset import PackedShapes, PackedStrings
 from sgm.data.report import DatasetError, Rejection, Report, first_reasons, nothing_in

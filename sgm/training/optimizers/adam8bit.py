@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgm.training.averaging import EMA_LIMIT, ShadowSettings
-from sgm.training.log_codes import BLOCK, MOST_BLOCKS, decode, empty_codes, encode
+from sgm.training.optimizers.averaging import EMA_LIMIT, ShadowSettings
+from sgm.training.optimizers.log_codes import BLOCK, MOST_BLOCKS, decode, empty_codes, encode
 
 # Values worked on at a time. On a GPU: bounds the float32 temporaries to about 200 MB. On a CPU: fits its caches, with
 # enough for 16 cores. (Not by the number of cores: rounding depends on it, and a resumed run shall repeat itself.)
@@ -18,7 +18,7 @@ CALLS_PER_SLICE = 4  # numbers for rounding that one slice of one step uses up
 
 
 class AdamW8bit(torch.optim.Optimizer):
-    """AdamW (Loshchilov & Hutter 2019) with both moments in 8 bits (see `sgm.training.log_codes`).
+    """AdamW (Loshchilov & Hutter 2019) with both moments in 8 bits (see `sgm.training.optimizers.log_codes`).
 
     Per parameter p <- p - lr (m'/(sqrt(v') + eps) + weight_decay p), with m' and v' bias-corrected and taken before
     they are rounded for keeping. The state holds `m_codes` int8, `v_codes` uint8 and a `tops` int16 for every 256

@@ -10,10 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sgm.cache.dataset import EMBEDDING, MOMENTS, CachedClips, CacheScan, scan_cached
+from sgm.cache.store import CacheStore
 from sgm.config import ConfigError
 from sgm.data.buckets import parse_buckets
-from sgm.data.cache_store import CacheStore
-from sgm.data.cached import EMBEDDING, MOMENTS, CachedClips, CacheScan, scan_cached
 from sgm.data.clips import ClipSettings
 from sgm.data.dataset import SFTDataset
 from sgm.data.report import list_source
@@ -106,13 +106,13 @@ def cached_model_section(model: Mapping[str, Any]) -> dict[str, Any]:
     model = copy.deepcopy(dict(model))
     regularizer = model["first_stage_config"]["params"].get("regularizer_config")
     model["first_stage_config"] = {
-        "target": "sgm.models.cached_stage.CachedFirstStage",
+        "target": "sgm.cache.stand_ins.CachedFirstStage",
         "params": {"regularizer_config": regularizer},
     }
     embedder = model["conditioner_config"]["params"]["emb_models"][0]
     embedder.pop("input_key", None)
     embedder |= {
-        "target": "sgm.modules.encoders.cached.CachedTextEmbedder",
+        "target": "sgm.cache.stand_ins.CachedTextEmbedder",
         "input_keys": [_TEXT_KEY, EMBEDDING],
         "params": {},
     }

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from sgm.lock import sole_holder
-from sgm.training.same_run import CONFIG_FILE
-from sgm.training.state import CheckpointError
+from sgm.training.checkpoints.same_run import CONFIG_FILE
+from sgm.training.checkpoints.state import CheckpointError
 from sgm.weights.save import PARTIAL, remove, remove_leftovers, save_text, sync_folder
 
 logger = logging.getLogger(__name__)

@@ -1,7 +1,7 @@
 """Optimizers: AdamW with an averaged copy of the weights, parameter groups, and building one from its YAML name.
 
-Reading and writing the state of an optimizer inside a DeepSpeed engine is in `sgm.training.partitions` and offered
-here as well.
+Reading and writing the state of an optimizer inside a DeepSpeed engine is in `training.checkpoints.partitions` and
+offered here as well.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sgm.training.adam8bit import AdamW8bit
-from sgm.training.averaging import EMA_LIMIT, ShadowSettings, ema_decay
-from sgm.training.log_codes import BYTES_A_MOMENT
-from sgm.training.partitions import (
+from sgm.training.checkpoints.partitions import (
     ema_state,
     ema_weights,
     load_ema_state,
     load_optimizer_state,
     optimizer_state,
 )
+from sgm.training.optimizers.adam8bit import AdamW8bit
+from sgm.training.optimizers.averaging import EMA_LIMIT, ShadowSettings, ema_decay
+from sgm.training.optimizers.log_codes import BYTES_A_MOMENT
 from sgm.util import TargetError, check_params, get_obj_from_str
 
 __all__ = [

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset, default_collate
 
-from sgm.data.cache_store import Entry
-from sgm.data.cached import EMBEDDING, MOMENTS, CachedClips
+from sgm.cache.dataset import EMBEDDING, MOMENTS, CachedClips
+from sgm.cache.store import Entry
 from sgm.data.collate import require_one_shape
 from sgm.data.report import DatasetError
 from sgm.data.sampler import ClipSampler

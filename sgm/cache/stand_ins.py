@@ -1,13 +1,14 @@
-"""The first stage of a run on cached clips: it draws from stored posteriors, and has no weights."""
+"""What stands in for VAE and text encoder in a run on cached clips: neither has weights, both take what is stored."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sgm.modules.conditioner import AbstractEmbModel
 from sgm.util import instantiate_from_config
 
 _REGULARIZER = {"target": "sgm.modules.autoencoding.regularizers.DiagonalGaussianRegularizer"}
@@ -44,3 +45,23 @@ class CachedFirstStage(nn.Module):
         raise NotCachedError(
             "a run on cached clips has no decoder: set args.only_log_video_latents: True, or leave out args.cache_dir"
         )
+
+
+class CachedTextEmbedder(AbstractEmbModel):
+    """Stands for a frozen encoder whose embeddings lie in the batch; its input keys are the captions and those.
+
+    The captions stay an input so that what is said of them (`force_zero_embeddings`) keeps its meaning. Caption dropout
+    is the conditioner's, as for any embedder.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Says where the engine lives and in which type; real even when the engine is built on the meta device.
+        self.register_buffer("place", torch.empty(0, device="cpu"), persistent=False)
+
+    def forward(self, texts: Sequence[str], embedding: Tensor) -> Tensor:
+        """Embeddings (b, l, d) of b texts, on the module's device and in its type."""
+        if len(texts) != len(embedding):
+            raise ValueError(f"{len(texts)} captions with {len(embedding)} embeddings")
+        # Converted there: the CPU would take longer, and what it makes is not page-locked.
+        return embedding.to(self.place.device, non_blocking=True).to(self.place.dtype)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import Dataset, Subset
 
+from sgm.cache.identity import cached_model_section, settings_of
 from sgm.config import AccelerateArgs, ConfigError, RunConfig
 from sgm.data.buckets import SIDE_STEP, Bucket
 from sgm.distributed import wait_for_all
@@ -24,11 +25,10 @@ from sgm.modules.encoders.modules import text_is_local
 from sgm.modules.ops.choice import choose_kernels
 from sgm.modules.ops.recompute import MODES, stronger_mode
 from sgm.modules.transformer.positions import LARGEST_STRETCH
-from sgm.training.cache import cached_model_section, settings_of
-from sgm.training.deepspeed_setup import DeepSpeedPlan
 from sgm.training.memory import MemoryNeeds
 from sgm.training.options import TrainArgs, split_shares
 from sgm.training.prior import BaseNetwork, needs_copy
+from sgm.training.setup.deepspeed import DeepSpeedPlan
 from sgm.util import check_params, get_obj_from_str, instantiate_from_config, split_config
 
 T5_XXL_VALUES = 4_762_310_656

@@ -1,7 +1,7 @@
 """The YAML's `deepspeed:` section: checked, translated for today's DeepSpeed, and the engine built from it.
 
 Upstream files carry keys that DeepSpeed has dropped or never knew; each has its meaning here, or is named with the
-reason why it has none. The optimizer is built by `sgm.training.optimizer`, so that no C++ compiler is needed.
+reason why it has none. The optimizer is built by `sgm.training.optimizers.ema_adam`, so that no C++ compiler is needed.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 from torch import nn
 
 from sgm.config import ConfigError
-from sgm.training.flat_gradients import FlatGradients, fits_one_buffer
-from sgm.training.optimizer import OptimizerError, OptimizerSpec
+from sgm.training.optimizers.ema_adam import OptimizerError, OptimizerSpec
+from sgm.training.optimizers.flat_gradients import FlatGradients, fits_one_buffer
 
 TOP_LEVEL = frozenset(
     """activation_checkpointing aio amp autotuning bf16 checkpoint comet comms_logger communication_data_type compile
@@ -48,7 +48,7 @@ class DeepSpeedPlan:
         clipping: largest norm of the gradient; 0 for none. Applied by DeepSpeed, or by `sgm.training.step` where the
             gradient is not wrapped (float32 without ZeRO).
         notes: what was translated, or has no effect.
-        time_phases: `wall_clock_breakdown` was asked for; the run times its phases itself (`sgm.training.timing`).
+        time_phases: `wall_clock_breakdown` was asked for; the run times its phases itself (`watch.timing`).
     """
 
     config: dict[str, Any]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sgm.modules.transformer.lora_state import MATRIX, lora_delta
-from sgm.training.state import CheckpointError
+from sgm.training.checkpoints.state import CheckpointError
 from sgm.weights import WeightsError, weights_fingerprint
 from sgm.weights.release import NETWORK_PREFIX, locate
 from sgm.weights.save import Deferred

@@ -9,15 +9,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from sgm.cache.dataset import CachedClips, CacheScan
+from sgm.cache.fill import FillSettings, fill
+from sgm.cache.identity import cache_identity, cached_datasets, clip_settings, open_store, scan_folders
+from sgm.cache.store import CacheError, CacheStore
 from sgm.config import RunConfig
-from sgm.data.cache_store import CacheError, CacheStore
-from sgm.data.cached import CachedClips, CacheScan
 from sgm.data.clips import ClipSettings
 from sgm.distributed import DistInfo, from_first, wait_for_all
 from sgm.modules.ops.choice import choose_kernels
-from sgm.training.cache import cache_identity, cached_datasets, clip_settings, open_store, scan_folders
 from sgm.training.options import TrainArgs
-from sgm.training.precompute import FillSettings, fill
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from typing import Any, TextIO
 import numpy as np
 
 from sgm.inference.writer import OutputError
-from sgm.training.bins import BIN_NAMES, BINS, bin_means
-from sgm.training.boards import Board
-from sgm.training.curve import draw_losses, read_records
 from sgm.training.step import StepOutcome
+from sgm.training.watch.bins import BIN_NAMES, BINS, bin_means
+from sgm.training.watch.boards import Board
+from sgm.training.watch.curve import draw_losses, read_records
 
 METRICS, CURVE = "metrics.jsonl", "loss.png"
 DRAW_SECONDS = 60.0  # between two drawings of the loss, at least

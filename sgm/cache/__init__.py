@@ -1,0 +1,1 @@
+"""Encoded clips: stored by content, read in place of videos and captions."""
