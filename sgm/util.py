@@ -40,10 +40,8 @@ TARGET_ALIASES: dict[str, str] = {
     "data_video.VideoDataset": "sgm.data.shards.VideoDataset",
     "sat.ops.FusedEmaAdam": "sgm.training.optimizers.ema_adam.FusedEmaAdam",
     "sat.model.finetune.lora2.LoraMixin": f"{_TRANSFORMER}.lora.LoraMixin",
-    "vae_modules.autoencoder.VideoAutoencoderInferenceWrapper":
-        "sgm.models.autoencoder.VideoAutoencoderInferenceWrapper",
-    "vae_modules.regularizers.DiagonalGaussianRegularizer":
-        "sgm.modules.autoencoding.regularizers.DiagonalGaussianRegularizer",
+    "vae_modules.autoencoder.VideoAutoencoderInferenceWrapper": "sgm.models.autoencoder.VideoAutoencoderInferenceWrapper",
+    "vae_modules.regularizers.DiagonalGaussianRegularizer": "sgm.modules.autoencoding.regularizers.DiagonalGaussianRegularizer",
     "vae_modules.cp_enc_dec.ContextParallelEncoder3D": "sgm.modules.autoencoding.coders.ContextParallelEncoder3D",
     "vae_modules.cp_enc_dec.ContextParallelDecoder3D": "sgm.modules.autoencoding.coders.ContextParallelDecoder3D",
     "sgm.modules.GeneralConditioner": "sgm.modules.conditioner.GeneralConditioner",

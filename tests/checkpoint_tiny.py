@@ -28,7 +28,9 @@ class Args:
 
 
 def configuration(**args: Any) -> RunConfig[Args]:
-    return RunConfig(Args(**args), {"scale_factor": 1.0}, None, {"zero_optimization": {"stage": 0}}, AccelerateArgs(), (), ())
+    return RunConfig(
+        Args(**args), {"scale_factor": 1.0}, None, {"zero_optimization": {"stage": 0}}, AccelerateArgs(), (), ()
+    )
 
 
 class ToyEngine(nn.Module):

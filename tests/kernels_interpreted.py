@@ -118,7 +118,9 @@ def test_field_under_a_latent(shape, grid, start, dtype):
     moments, width = (torch.randn(shape[0], 16), torch.rand(shape[0], 16) + 0.1), shape[1]
     weight, bias, added = torch.randn(3, width).to(dtype)
     convolutions = [nn.Conv3d(7, width, 1).to(dtype) for _ in range(2)]
-    latent, frame_map = vae.fit_latent(torch.randn(shape[0], 7, 9, *grid[1:]).to(dtype)[:, :, 2 : 2 + grid[0]], shape[2:])
+    latent, frame_map = vae.fit_latent(
+        torch.randn(shape[0], 7, 9, *grid[1:]).to(dtype)[:, :, 2 : 2 + grid[0]], shape[2:]
+    )
     modulation = Modulation(latent, frame_map, *convolutions)
     exact = Modulation(latent.float(), frame_map, *(copy.deepcopy(conv).float() for conv in convolutions))
     x = torch.randn(shape).to(dtype).contiguous(memory_format=LAST)[:, :, start:]
@@ -154,7 +156,10 @@ def test_sums_with_a_bias(dtype):
     h, x = (torch.randn(2, 32, 3, 5, 9).to(dtype).contiguous(memory_format=LAST) for _ in range(2))
     bias = torch.randn(32).to(dtype)
     expected = (h.float() + x.float() + bias.float()[:, None, None, None]).to(dtype)
-    close(fused_vae.add_residual(h.clone(memory_format=torch.preserve_format)[:, :, 1:], x[:, :, 1:], bias), expected[:, :, 1:])
+    close(
+        fused_vae.add_residual(h.clone(memory_format=torch.preserve_format)[:, :, 1:], x[:, :, 1:], bias),
+        expected[:, :, 1:],
+    )
     larger = torch.full((2, 32, 6, 10, 18), float("nan"), dtype=dtype).contiguous(memory_format=LAST)
     fused_vae.place(x, larger[:, :, ::2, 1::2, ::2], bias)
     close(larger[:, :, ::2, 1::2, ::2], (x.float() + bias.float()[:, None, None, None]).to(dtype))

@@ -7,4 +7,5 @@ WITH_TESTS=1
 source "$repo/tools/setup_env.sh"
 cd "$repo"
 "$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check --quiet .
 exec "$PYTHON" -m pytest "$@"

@@ -205,7 +205,7 @@ def match_rule(name: str, ending: str, templates: Iterable[str]) -> tuple[Rule, 
         return None
     module = name[: end.start()]
     layer = re.search(r"(?<=\.)\d+(?=\.|$)", module)
-    for number in ([layer[0], ""] if layer else [""]):
+    for number in [layer[0], ""] if layer else [""]:
         template = re.sub(rf"(?<=\.){number}(?=\.|$)", "{i}", module, count=1) if number else module
         if template in templates and template in _RULE_OF:
             return _RULE_OF[template], number, {**end.groupdict(), "template": template}

@@ -108,9 +108,7 @@ def convert(request: ToHf) -> list[str]:
     if not parts:
         raise ConvertError("nothing to convert: give --transformer_ckpt_path, --vae_ckpt_path or --text_encoder_path.")
     needed = sum(summed_bytes(part.plan) for part in parts)
-    with whole_folder(
-        request.output, overwrite=request.overwrite, inputs=request.inputs(), needed=needed
-    ) as folder:
+    with whole_folder(request.output, overwrite=request.overwrite, inputs=request.inputs(), needed=needed) as folder:
         for part in parts:
             _write(folder, part, request.shard_bytes)
         if not missing and sizes is not None:

@@ -113,7 +113,6 @@ class Report:
         report.broken = _rejections(lines, "broken")
         return report
 
-
     def _filled(self, values: list) -> list:
         return values or [None] * len(self.usable)
 
@@ -191,9 +190,7 @@ def nothing_in(source: str | Path, passed_over: Mapping[str, int]) -> str:
     return f"{source}: no .mp4 files in this folder or below it; expected videos/NAME.mp4{besides}"
 
 
-def list_source(
-    data_dir: str | Path, order: str = "sorted", images: bool = False, txt_key: str = "txt"
-) -> Listing:
+def list_source(data_dir: str | Path, order: str = "sorted", images: bool = False, txt_key: str = "txt") -> Listing:
     """All clips of a source, see `sgm.data.sources.list_clips`. DatasetError where there is none so named."""
     if not exists(data_dir):
         raise DatasetError(f"{data_dir}: no such folder, manifest (.csv, .jsonl) or shard (.tar)")

@@ -69,7 +69,6 @@ class Place:
             return cls(Path(path))
         return cls(Path(inside["archive"]), int(inside["begin"]), int(inside["size"]))
 
-
     def open(self) -> BinaryIO:
         """The bytes as a file of their own. Raises OSError."""
         file = self.file.open("rb")
@@ -117,9 +116,7 @@ def is_image(path: str | Path) -> bool:
     return str(path).lower().endswith(IMAGE_SUFFIXES)
 
 
-def list_clips(
-    source: str | Path, order: str = "sorted", images: bool = False, txt_key: str = "txt"
-) -> Listing:
+def list_clips(source: str | Path, order: str = "sorted", images: bool = False, txt_key: str = "txt") -> Listing:
     """All clips of a source.
 
     Args:

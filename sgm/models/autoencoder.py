@@ -377,9 +377,9 @@ def _noise_sampler(
     if noise is not None:
         return lambda mean: _fitting(noise, mean)
     if generator is not None:
-        return lambda mean: torch.randn(
-            mean.shape, generator=generator, device=generator.device, dtype=mean.dtype
-        ).to(mean.device)
+        return lambda mean: torch.randn(mean.shape, generator=generator, device=generator.device, dtype=mean.dtype).to(
+            mean.device
+        )
     return sampler or torch.randn_like
 
 

@@ -155,8 +155,10 @@ def _build_embedder(config: Mapping[str, Any]) -> AbstractEmbModel:
 def _embed(embedder: AbstractEmbModel, batch: Mapping[str, Any]) -> list[Tensor]:
     absent = [key for key in embedder.input_keys if key not in batch]
     if absent:
-        raise ConditionerError(f"{type(embedder).__name__} needs {', '.join(absent)} from the batch, "
-                               f"which holds {', '.join(map(str, batch)) or 'nothing'}.")
+        raise ConditionerError(
+            f"{type(embedder).__name__} needs {', '.join(absent)} from the batch, "
+            f"which holds {', '.join(map(str, batch)) or 'nothing'}."
+        )
     with torch.set_grad_enabled(embedder.is_trainable and torch.is_grad_enabled()):
         made = embedder(*(batch[key] for key in embedder.input_keys))
     return list(made) if isinstance(made, list | tuple) else [made]

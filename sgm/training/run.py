@@ -81,9 +81,7 @@ def train(
         _make_what_is_missing(config, info, make_data)
     _check_places(config, dry_run)
     distributed.ensure_groups(args.model_parallel_size)
-    plan = plan_deepspeed(
-        config.deepspeed, device_type=kind, data_parallel_size=distributed.data_parallel_world_size()
-    )
+    plan = plan_deepspeed(config.deepspeed, device_type=kind, data_parallel_size=distributed.data_parallel_world_size())
     check_clips(config, plan.dtype)
     say = print if info.rank == 0 else _silent
     advice = training_advice(args, config.model, plan.optimizer.lr)

@@ -95,9 +95,7 @@ def random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator)
 # --- text encoder ------------------------------------------------------------------------------------------------
 
 
-def _write_text_encoder(
-    model: Mapping[str, Any], folder: Path, dtype: torch.dtype, generator: torch.Generator
-) -> None:
+def _write_text_encoder(model: Mapping[str, Any], folder: Path, dtype: torch.dtype, generator: torch.Generator) -> None:
     from transformers import T5EncoderModel
 
     width = model["network_config"]["params"]["modules"]["patch_embed_config"]["params"]["text_hidden_size"]

@@ -59,9 +59,7 @@ class Deferred:
         """
         made = self.make().detach()
         if tuple(made.shape) != self.shape or made.dtype != self.dtype:
-            raise SaveError(
-                f"a tensor announced as {self.dtype} {self.shape} came as {made.dtype} {tuple(made.shape)}"
-            )
+            raise SaveError(f"a tensor announced as {self.dtype} {self.shape} came as {made.dtype} {tuple(made.shape)}")
         made = made.cpu().contiguous()
         return made if made.untyped_storage().nbytes() == self.nbytes else made.clone()
 
@@ -347,9 +345,7 @@ def check_plain(content: Any) -> None:
 
 def size_of(content: Any) -> int:
     """Bytes of all tensors in a nested structure."""
-    sizes = {
-        _identity(v): _deferred(v).nbytes for _, v in _leaves(content, "") if isinstance(v, Tensor | Deferred)
-    }
+    sizes = {_identity(v): _deferred(v).nbytes for _, v in _leaves(content, "") if isinstance(v, Tensor | Deferred)}
     return sum(sizes.values())
 
 

@@ -302,10 +302,13 @@ def mixed(clips, tmp_path_factory) -> Path:
 
 def test_mixed_clips_train_in_buckets_the_same_from_videos_and_from_a_cache(release, mixed, tmp_path):
     """One run with three kinds of clips, batch 2; resumed from its middle it goes on with the same losses."""
+
     def made(folder: Path, **args) -> dict:
         given = content(release, mixed, folder, eval_interval=6, strict_eval=True, save_interval=3, **args)
         given["data"]["params"] = MIXED
-        given["model"]["network_config"]["params"]["modules"]["pos_embed_config"]["params"]["other_sizes"] = "interpolate"
+        given["model"]["network_config"]["params"]["modules"]["pos_embed_config"]["params"]["other_sizes"] = (
+            "interpolate"
+        )
         return given
 
     for name in ("plain", "cached"):

@@ -19,9 +19,7 @@ def results_of(mode: str, folder: Path) -> list[dict]:
     from tests.training_tiny import environment
 
     start = [sys.executable, str(WORKER)] if mode == "sat" else LAUNCH
-    done = subprocess.run(
-        [*start, mode, str(folder)], env=environment(), capture_output=True, text=True, timeout=240
-    )
+    done = subprocess.run([*start, mode, str(folder)], env=environment(), capture_output=True, text=True, timeout=240)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert done.returncode == 0 and lines, done.stderr[-4000:]
     return json.loads(lines[0].removeprefix("RESULT "))

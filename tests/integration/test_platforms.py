@@ -24,7 +24,16 @@ def run(entry: str, *words: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def short(tmp_path: Path) -> tuple[str, ...]:
-    return ("--prompt", "a small red star moves to the left", "--num-frames", "1", "--steps", "2", "--output-dir", str(tmp_path))
+    return (
+        "--prompt",
+        "a small red star moves to the left",
+        "--num-frames",
+        "1",
+        "--steps",
+        "2",
+        "--output-dir",
+        str(tmp_path),
+    )
 
 
 def test_sampling(short, tmp_path):

@@ -41,7 +41,9 @@ def content_of(parts, save: Path | None, lora: int | None, **args) -> dict:
 
 
 def config_of(parts, folder: Path, lora: int | None, *overrides: str):
-    return load_run_config([write_yaml(folder / "c.yaml", content_of(parts, None, lora))], TrainArgs, overrides=overrides)
+    return load_run_config(
+        [write_yaml(folder / "c.yaml", content_of(parts, None, lora))], TrainArgs, overrides=overrides
+    )
 
 
 @pytest.mark.parametrize("cached", [False, True])

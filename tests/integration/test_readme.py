@@ -54,7 +54,12 @@ def test_command(words, capsys, monkeypatch):
         return
     assert program in ("bash", "python"), f"unknown program {program}"
     assert (REPO / script).is_file(), f"{script} is named, but not there"
-    known = {"inference.sh": _sampling, "sample_video.py": _sampling, "finetune.sh": _training, "train_video.py": _training}
+    known = {
+        "inference.sh": _sampling,
+        "sample_video.py": _sampling,
+        "finetune.sh": _training,
+        "train_video.py": _training,
+    }
     if script in known:
         known[script](arguments)
     elif script.endswith(".py"):

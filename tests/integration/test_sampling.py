@@ -155,7 +155,10 @@ def test_guidance_scale_and_negative_prompt_have_their_effect(config, tmp_path):
 
 def test_single_stream_of_the_original_draws_as_the_engine_does(config, release, tmp_path):
     """seed_mode upstream: the global stream, seeded once; two prompts in a row."""
-    assert main(config, "--seed-mode", "upstream", "--seed", 3, "--prompt", "a", "--prompt", "b", "--only-save-latents") == 0
+    assert (
+        main(config, "--seed-mode", "upstream", "--seed", 3, "--prompt", "a", "--prompt", "b", "--only-save-latents")
+        == 0
+    )
     from sgm.config import load_run_config
     from sgm.inference.options import SampleArgs
     from sgm.inference.pipeline import TextToVideo
@@ -304,7 +307,11 @@ def test_an_adapter_in_diffusers_form_is_to_be_converted(config, tmp_path, capsy
 
 def test_bad_prompt_files(config, tmp_path, capsys):
     file = tmp_path / "prompts.txt"
-    for content, words in [(b"", "holds no prompt"), (b"\n \n", "2 blank lines"), (b"good\nbad \xff\n", "line 2: byte 5")]:
+    for content, words in [
+        (b"", "holds no prompt"),
+        (b"\n \n", "2 blank lines"),
+        (b"good\nbad \xff\n", "line 2: byte 5"),
+    ]:
         file.write_bytes(content)
         assert main(config) == 2
         assert words in capsys.readouterr().err
@@ -318,7 +325,11 @@ def test_output_folder_that_cannot_be_written(config, tmp_path, capsys):
 
 def test_text_encoder_folders_that_are_not_whole(config, golden, tmp_path, capsys):
     folder = tmp_path / "t5"
-    for name, words in (("spiece.model", "spiece.model"), ("model.safetensors", "weights"), ("config.json", "config.json")):
+    for name, words in (
+        ("spiece.model", "spiece.model"),
+        ("model.safetensors", "weights"),
+        ("config.json", "config.json"),
+    ):
         shutil.copytree(golden / "t5_tiny", folder)
         (folder / name).unlink()
         assert main(config, "--prompt", "x", "--set", f"{MODEL_DIR}={folder}") == 2
@@ -341,9 +352,14 @@ def test_bad_transformer_files(config, release, tmp_path, capsys):
     hostile = changed(release, tmp_path / "hostile.pt", lambda c: c | {"extra": RunsCode(mark)})
     cut = tmp_path / "cut.pt"
     cut.write_bytes(network_file(release).read_bytes()[:-3000])
-    lacking = changed(release, tmp_path / "lacking.pt", lambda c: {"module": {
-        k: v for k, v in c["module"].items() if "time_embed.0.bias" not in k}})
-    wide = changed(release, tmp_path / "wide.pt", lambda c: {"module": {k: torch.cat([v, v]) for k, v in c["module"].items()}})
+    lacking = changed(
+        release,
+        tmp_path / "lacking.pt",
+        lambda c: {"module": {k: v for k, v in c["module"].items() if "time_embed.0.bias" not in k}},
+    )
+    wide = changed(
+        release, tmp_path / "wide.pt", lambda c: {"module": {k: torch.cat([v, v]) for k, v in c["module"].items()}}
+    )
     for file, words in [
         (hostile, ["hostile.pt was not loaded", "run code"]),
         (cut, ["cut.pt", "truncated"]),
@@ -451,7 +467,9 @@ def test_dry_run_prints_configuration_and_plan_and_makes_nothing(tmp_path, monke
 def test_dry_run_of_the_full_size_without_weights(capsys):
     assert main(REPO / "configs" / "cogvideox_2b_infer.yaml", "--dry-run", "--device", "cpu", "--prompt", "x") == 0
     shown = capsys.readouterr().out
-    assert "49 frames of 720x480" in shown and "weights of the transformer: 6.44 GiB" in shown and "placeholder" in shown
+    assert (
+        "49 frames of 720x480" in shown and "weights of the transformer: 6.44 GiB" in shown and "placeholder" in shown
+    )
 
 
 # --- processes ---------------------------------------------------------------------------------------------------
@@ -496,7 +514,9 @@ def test_interrupt_keeps_finished_videos(config, tmp_path):
 
 
 def test_help_is_quick_and_light():
-    code = "import sys, sample_video\ntry: sample_video.main(['--help'])\nexcept SystemExit: pass\n" \
-           "assert 'torch' not in sys.modules and 'omegaconf' not in sys.modules"
+    code = (
+        "import sys, sample_video\ntry: sample_video.main(['--help'])\nexcept SystemExit: pass\n"
+        "assert 'torch' not in sys.modules and 'omegaconf' not in sys.modules"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, env=environment())
     assert done.returncode == 0 and "--prompt" in done.stdout, done.stderr

@@ -31,7 +31,7 @@ def make_project(folder: Path) -> Path:
     """A project that requires nothing, so that its environment is made quickly."""
     (folder / "tools").mkdir(parents=True)
     shutil.copy(REPO / "tools" / "setup_env.sh", folder / "tools")
-    (folder / "requirements.txt").write_text("# nothing\nabsent==1.0; sys_platform == \"no system\"\n")
+    (folder / "requirements.txt").write_text('# nothing\nabsent==1.0; sys_platform == "no system"\n')
     return folder
 
 
@@ -173,7 +173,10 @@ def old_python(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("how", ["found", "named", "absent"])
 def test_an_unfit_python_is_one_line_before_anything_is_made(project, old_python, how):
     if how == "found":
-        command, said = source(project, str(old_python)), "Python 3.11 to 3.14 with its venv module is needed, and Python 3.10.13"
+        command, said = (
+            source(project, str(old_python)),
+            "Python 3.11 to 3.14 with its venv module is needed, and Python 3.10.13",
+        )
     elif how == "named":
         command, said = source(project, PYTHON=str(old_python / "python3")), "is Python 3.10.13"
     else:

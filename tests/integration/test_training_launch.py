@@ -95,8 +95,12 @@ def test_two_nodes_without_a_compiler(config, tmp_path):
     path = config(lora=4, stage=1, train_iters=2)
     nodes = [
         subprocess.Popen(
-            ["/bin/bash", str(REPO / "finetune.sh"), str(path)], env=environment(**shared, NODE_RANK=str(node)),
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path,
+            ["/bin/bash", str(REPO / "finetune.sh"), str(path)],
+            env=environment(**shared, NODE_RANK=str(node)),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=tmp_path,
         )  # fmt: skip
         for node in (0, 1)
     ]

@@ -106,7 +106,8 @@ def test_a_run_writes_the_originals_layout(release, clips, tmp_path):
     for name in ("inputs", "reconstructions", "samples"):
         assert (folder / "video" / f"{name}_gs-000002" / "000000.mp4").stat().st_size > 0
     assert sorted(p.name for p in (folder / "video" / "samples_gs-000004").iterdir()) == [
-        f"{k:06d}.mp4" for k in range(3)  # the clip's caption, then the prompts
+        f"{k:06d}.mp4"
+        for k in range(3)  # the clip's caption, then the prompts
     ]
     assert (folder / "video_texts" / "00000004").read_text() == "clip number 0 of a moving gradient\n"
     assert yaml.safe_load((folder / "training_config.yaml").read_text())["args"]["train_iters"] == 4

@@ -13,8 +13,19 @@ from torch import Tensor
 from sgm.modules import GeneralConditioner
 from sgm.modules.encoders.modules import FrozenT5Embedder
 
-CASES = ("plain", "short", "empty", "blank", "spaces", "long", "unknown", "fullwidth", "digits", "special_in_text",
-         "punct")
+CASES = (
+    "plain",
+    "short",
+    "empty",
+    "blank",
+    "spaces",
+    "long",
+    "unknown",
+    "fullwidth",
+    "digits",
+    "special_in_text",
+    "punct",
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +49,9 @@ def conditioner(golden: Path) -> GeneralConditioner:
     entry = {
         "target": "sgm.modules.encoders.modules.FrozenT5Embedder",
         "params": {"model_dir": str(golden / "t5_tiny"), "max_length": 12, "device": "cpu"},
-        "is_trainable": False, "input_key": "txt", "ucg_rate": 0.1,
+        "is_trainable": False,
+        "input_key": "txt",
+        "ucg_rate": 0.1,
     }
     return GeneralConditioner([entry]).float()
 

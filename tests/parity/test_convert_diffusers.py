@@ -250,7 +250,9 @@ def test_exported_adapter_in_the_pipeline(
         pipeline.unload_lora_weights()
 
 
-def test_the_comparing_tool(release: Path, yaml: Path, pipeline_folder: Path, adapter: Path, tmp_path: Path, capsys: Any) -> None:
+def test_the_comparing_tool(
+    release: Path, yaml: Path, pipeline_folder: Path, adapter: Path, tmp_path: Path, capsys: Any
+) -> None:
     pytest.importorskip("peft")
     from tools import compare_diffusers
 
@@ -258,7 +260,9 @@ def test_the_comparing_tool(release: Path, yaml: Path, pipeline_folder: Path, ad
     export_lora(ToHf(tmp_path / "lora", adapter))
     assert compare_diffusers.main([*common, "--lora", str(adapter), "--hf_lora", str(tmp_path / "lora")]) == 0
     printed = capsys.readouterr().out
-    assert "the same numbers" in printed and all(part in printed for part in ("transformer", "VAE encoder", "VAE decoder"))
+    assert "the same numbers" in printed and all(
+        part in printed for part in ("transformer", "VAE encoder", "VAE decoder")
+    )
     other = make_release(tmp_path / "other")
     changed = rewrite(other / "transformer", tmp_path / "c.pt", lambda m: {n: t * 1.001 for n, t in m.items()})
     assert compare_diffusers.main([*common[:-1], str(changed)]) == 1

@@ -92,7 +92,10 @@ def sample_both(
         "params": {"num_steps": steps, "discretization_config": DISCRETIZATION, "guider_config": {
             "target": f"{MODULES}.guiders.DynamicCFG", "params": {"scale": 6, "exp": 5, "num_steps": steps}}},
     })  # fmt: skip
-    kinds = {"VideoDDIMSampler": diffusers.CogVideoXDDIMScheduler, "VPSDEDPMPP2MSampler": diffusers.CogVideoXDPMScheduler}
+    kinds = {
+        "VideoDDIMSampler": diffusers.CogVideoXDDIMScheduler,
+        "VPSDEDPMPP2MSampler": diffusers.CogVideoXDPMScheduler,
+    }
     scheduler = kinds[sampler](**SCHEDULE)
     theirs.scheduler = inject(scheduler, engine, steps) if injected else scheduler
     draw = torch.Generator().manual_seed(1)

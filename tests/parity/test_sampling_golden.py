@@ -35,8 +35,11 @@ def cases(golden: Path) -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def denoiser() -> DiscreteDenoiser:
     return DiscreteDenoiser(
-        {"target": f"{ROOT}.denoiser_weighting.EpsWeighting"}, {"target": f"{ROOT}.denoiser_scaling.VideoScaling"},
-        1000, ZERO_SNR, quantize_c_noise=False,
+        {"target": f"{ROOT}.denoiser_weighting.EpsWeighting"},
+        {"target": f"{ROOT}.denoiser_scaling.VideoScaling"},
+        1000,
+        ZERO_SNR,
+        quantize_c_noise=False,
     )
 
 
@@ -63,8 +66,13 @@ def sample(sampler, denoise, cases, noise=None, **kwargs) -> tuple[Tensor, list[
     source = iter(cases["noise"] if noise is None else noise)
     steps: list[Tensor] = []
     out = sampler(
-        denoise, cases["x0"], {"crossattn": cases["context"]}, {"crossattn": cases["uncond_context"]},
-        noise_sampler=lambda x: next(source), callback=lambda i, n, x, denoised: steps.append(x), **kwargs,
+        denoise,
+        cases["x0"],
+        {"crossattn": cases["context"]},
+        {"crossattn": cases["uncond_context"]},
+        noise_sampler=lambda x: next(source),
+        callback=lambda i, n, x, denoised: steps.append(x),
+        **kwargs,
     )
     return out, steps
 
@@ -118,15 +126,24 @@ def test_dynamic_scales(cases, sampler_steps, guider_steps):
 # --- runs with the analytic network -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("cls", "n", "case", "params", "call"), [
-    (SDE, 10, "dynamic", {}, {}), (ODE, 10, "dynamic", {}, {}), (DDIM, 10, "dynamic", {}, {}),
-    (SDE, 50, "dynamic", {}, {}), (ODE, 50, "dynamic", {}, {}), (DDIM, 50, "dynamic", {}, {}),
-    (SDE, 10, "guider50", {}, {}), (SDE, 10, "vanilla6", {}, {}), (DDIM, 10, "vanilla6", {}, {}),
-    (DDIM, 10, "vanilla6_scale_arg2.5", {}, {"scale": 2.5}),
-    (DDIM, 10, "scale_arg1_no_guidance", {}, {"scale": 1}),
-    (SDE, 10, "fixed1", {"fixed_frames": 1}, {}),
-    (SDE, 10, "fixed1_sdedit", {"fixed_frames": 1, "sdedit": True}, {}),
-])
+@pytest.mark.parametrize(
+    ("cls", "n", "case", "params", "call"),
+    [
+        (SDE, 10, "dynamic", {}, {}),
+        (ODE, 10, "dynamic", {}, {}),
+        (DDIM, 10, "dynamic", {}, {}),
+        (SDE, 50, "dynamic", {}, {}),
+        (ODE, 50, "dynamic", {}, {}),
+        (DDIM, 50, "dynamic", {}, {}),
+        (SDE, 10, "guider50", {}, {}),
+        (SDE, 10, "vanilla6", {}, {}),
+        (DDIM, 10, "vanilla6", {}, {}),
+        (DDIM, 10, "vanilla6_scale_arg2.5", {}, {"scale": 2.5}),
+        (DDIM, 10, "scale_arg1_no_guidance", {}, {"scale": 1}),
+        (SDE, 10, "fixed1", {"fixed_frames": 1}, {}),
+        (SDE, 10, "fixed1_sdedit", {"fixed_frames": 1, "sdedit": True}, {}),
+    ],
+)
 def test_run(cases, denoiser, cls, n, case, params, call):
     noise = [cases[f"noise_sdedit.{k:02d}"] for k in range(27)] if params.get("sdedit") else None
     out, steps = sample(build(cls, n, case, **params), partial(denoiser, analytic_network), cases, noise, **call)
@@ -146,6 +163,7 @@ def test_all_recorded_runs_are_covered(cases):
 
 def test_the_tolerance_tells_right_from_wrong(cases, denoiser):
     """Leaving out the snap to the denoiser's own table, the smallest of the usual slips, is caught."""
+
     def unsnapped(x, sigma, cond, idx):
         c = denoiser.scaling(sigma.view(-1, 1, 1, 1, 1), idx=idx)
         return c.skip * x + c.out * analytic_network(x, idx, cond)
@@ -210,8 +228,11 @@ def test_recorded_calls(cases, denoiser, shared_golden):
         params = {"fixed_frames": 1, "sdedit": "sdedit" in case} if "fixed" in case else {}
         scale = {"vanilla6_scale_arg2.5": 2.5, "scale_arg1_no_guidance": 1}.get(case)
         build(cls, int(n), case, **params)(
-            partial(denoiser, network), cases["x0"], {"crossattn": cases["context"]},
-            {"crossattn": cases["uncond_context"]}, scale=scale,
+            partial(denoiser, network),
+            cases["x0"],
+            {"crossattn": cases["context"]},
+            {"crossattn": cases["uncond_context"]},
+            scale=scale,
             noise_sampler=lambda x, draws=draws: draws.append(1) or torch.zeros_like(x),
         )
         assert len(draws) == fact["noise_draws"] and len(calls) == fact["network_calls"]

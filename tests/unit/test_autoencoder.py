@@ -315,9 +315,7 @@ def test_weight_files(vae: VideoAutoencoderInferenceWrapper, stored: Callable[..
         VideoAutoencoderInferenceWrapper(*configs(TINY), ckpt_path=str(path))
 
 
-def test_meta_structure_is_filled_later(
-    vae: VideoAutoencoderInferenceWrapper, stored: Callable[..., Path]
-) -> None:
+def test_meta_structure_is_filled_later(vae: VideoAutoencoderInferenceWrapper, stored: Callable[..., Path]) -> None:
     with torch.device("meta"):
         loaded = VideoAutoencoderInferenceWrapper(*configs(TINY), ckpt_path=str(stored("pt")))
     loaded.load_weights(device="cpu", dtype=torch.bfloat16)

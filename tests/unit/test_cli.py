@@ -49,7 +49,11 @@ def test_ranks_say_the_same_once(tmp_path, monkeypatch, capsys):
     assert cli.exit_code(stop, "kept") == 130  # ended because of the others: they have said why
     assert capsys.readouterr().err == "error: one\nerror: two\n"
     (tmp_path / "said").unlink()
-    assert [cli.exit_code(stop, "kept"), cli.exit_code(stop, "kept"), cli.exit_code(lambda: fail("one"))] == [130, 130, 2]
+    assert [cli.exit_code(stop, "kept"), cli.exit_code(stop, "kept"), cli.exit_code(lambda: fail("one"))] == [
+        130,
+        130,
+        2,
+    ]
     assert capsys.readouterr().err == "\nkept\nerror: one\n"
     monkeypatch.setenv(cli.SAID, str(tmp_path / "gone" / "said"))  # with the launcher
     assert cli.exit_code(lambda: fail("one")) == 2 and capsys.readouterr().err == "error: one\n"

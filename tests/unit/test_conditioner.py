@@ -86,6 +86,7 @@ class Constant(AbstractEmbModel):
 @pytest.fixture
 def constants(monkeypatch):
     """Conditioners of `Constant` embedders, which stand outside the packages that a YAML may name."""
+
     def build(*entries):
         monkeypatch.setattr("sgm.modules.conditioner.instantiate_from_config", lambda c: Constant(**c["params"]))
         return GeneralConditioner([{"target": "Constant", **entry} for entry in entries])
@@ -103,7 +104,9 @@ BATCH = {"n": torch.tensor([2.0, 3.0]), "m": torch.tensor([10.0, 20.0])}
 def test_outputs_are_sorted_by_rank(constants):
     out = constants(entry([4]), entry([5, 6]), entry([3, 7, 2, 2]))(BATCH)
     assert {key: tuple(value.shape) for key, value in out.items()} == {
-        "vector": (2, 4), "crossattn": (2, 5, 6), "concat": (2, 3, 7, 2, 2),
+        "vector": (2, 4),
+        "crossattn": (2, 5, 6),
+        "concat": (2, 3, 7, 2, 2),
     }
 
 
@@ -111,7 +114,9 @@ def test_outputs_of_one_kind_are_joined(constants):
     kinds = ([4], [5, 6], [3, 7, 2, 2])
     out = constants(*(entry(shape) for shape in kinds), *(entry(shape) for shape in kinds))(BATCH)
     assert [tuple(out[key].shape) for key in ("vector", "crossattn", "concat")] == [
-        (2, 8), (2, 5, 12), (2, 3, 14, 2, 2),
+        (2, 8),
+        (2, 5, 12),
+        (2, 3, 14, 2, 2),
     ]
 
 
@@ -174,11 +179,14 @@ def test_frozen_embedders_stay_in_eval_without_gradients(constants):
     assert out["vector"].requires_grad
 
 
-@pytest.mark.parametrize(("config", "message"), [
-    ({"params": {"shape": [1]}}, "set input_key"),
-    (entry([1], ucg_rate=1.5), "ucg_rate is a probability, not 1.5"),
-    (entry([1], legacy_ucg_value=""), "unknown legacy_ucg_value"),
-])
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"params": {"shape": [1]}}, "set input_key"),
+        (entry([1], ucg_rate=1.5), "ucg_rate is a probability, not 1.5"),
+        (entry([1], legacy_ucg_value=""), "unknown legacy_ucg_value"),
+    ],
+)
 def test_entries_are_checked(constants, config, message):
     with pytest.raises(ConditionerError, match=message):
         constants(config)
@@ -203,8 +211,10 @@ def test_shards(folder, embedder):
 
 
 def test_diffusers_layout(folder, embedder, tmp_path):
-    for sub, names in (("text_encoder", ["config.json", "model.safetensors"]),
-                       ("tokenizer", ["spiece.model", "tokenizer_config.json", "special_tokens_map.json"])):
+    for sub, names in (
+        ("text_encoder", ["config.json", "model.safetensors"]),
+        ("tokenizer", ["spiece.model", "tokenizer_config.json", "special_tokens_map.json"]),
+    ):
         (tmp_path / "repo" / sub).mkdir(parents=True)
         for name in names:
             shutil.move(folder / name, tmp_path / "repo" / sub / name)
@@ -220,10 +230,21 @@ def test_tokenizer_files_of_the_release(folder, embedder):
     plain = {**flags, "lstrip": False, "rstrip": False}
     decoder = {str(k): {"content": token, **plain} for k, token in enumerate(("<pad>", "</s>", "<unk>"))}
     decoder |= {str(k): {"content": token, **flags} for token, k in sentinels.items()}
-    config = {**special, "added_tokens_decoder": decoder, "extra_ids": 100, "legacy": True, "model_max_length": 512,
-              "clean_up_tokenization_spaces": True, "sp_model_kwargs": {}, "tokenizer_class": "T5Tokenizer"}
-    for name, content in (("added_tokens.json", sentinels), ("special_tokens_map.json", special),
-                          ("tokenizer_config.json", config)):
+    config = {
+        **special,
+        "added_tokens_decoder": decoder,
+        "extra_ids": 100,
+        "legacy": True,
+        "model_max_length": 512,
+        "clean_up_tokenization_spaces": True,
+        "sp_model_kwargs": {},
+        "tokenizer_class": "T5Tokenizer",
+    }
+    for name, content in (
+        ("added_tokens.json", sentinels),
+        ("special_tokens_map.json", special),
+        ("tokenizer_config.json", config),
+    ):
         (folder / name).write_text(json.dumps(content))
     shard(folder)
     assert len(list(folder.iterdir())) == 8
@@ -251,17 +272,29 @@ def test_one_name_of_the_embedding_is_enough(folder, embedder, name):
 
 
 def test_decoder_of_a_full_checkpoint_is_left_out(folder, embedder):
-    rewrite(folder, lambda state: state.update({"decoder.final_layer_norm.weight": torch.ones(32),
-                                                "lm_head.weight": torch.ones(4, 32)}))
+    rewrite(
+        folder,
+        lambda state: state.update(
+            {"decoder.final_layer_norm.weight": torch.ones(32), "lm_head.weight": torch.ones(4, 32)}
+        ),
+    )
     assert same_weights(load(folder), embedder)
 
 
 def test_loading_is_silent_and_offline(release):
-    code = ("import sys; from sgm.modules.encoders.modules import FrozenT5Embedder; "
-            "e = FrozenT5Embedder(sys.argv[1], max_length=12); e(['a cat ' * 600])")
+    code = (
+        "import sys; from sgm.modules.encoders.modules import FrozenT5Embedder; "
+        "e = FrozenT5Embedder(sys.argv[1], max_length=12); e(['a cat ' * 600])"
+    )
     env = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    done = subprocess.run([sys.executable, "-c", code, str(release)], capture_output=True, text=True, env=env,
-                          cwd=Path(__file__).parents[2], timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(release)],
+        capture_output=True,
+        text=True,
+        env=env,
+        cwd=Path(__file__).parents[2],
+        timeout=120,
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -307,11 +340,14 @@ def test_truncated_weights(folder):
         load(folder)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda state: state.pop(LAST_BLOCK), "missing from the file"),
-    (lambda state: state.update({"stray": torch.ones(1)}), "not of this model"),
-    (lambda state: state.update({LAST_BLOCK: torch.ones(3, 3)}), "wrong shape"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop(LAST_BLOCK), "missing from the file"),
+        (lambda state: state.update({"stray": torch.ones(1)}), "not of this model"),
+        (lambda state: state.update({LAST_BLOCK: torch.ones(3, 3)}), "wrong shape"),
+    ],
+)
 def test_weights_that_do_not_fit(folder, change, message):
     rewrite(folder, change)
     with pytest.raises(WeightsError, match=message):
@@ -364,18 +400,39 @@ def test_hub_cache_is_used_without_network(release, embedder, tmp_path, monkeypa
     assert same_weights(found, embedder)
 
 
-@pytest.mark.parametrize(("names", "wanted"), [
-    (["config.json", "spiece.model", "pytorch_model.bin", "tf_model.h5", "README.md"],
-     ["config.json", "pytorch_model.bin", "spiece.model"]),
-    (["model_index.json", "text_encoder/config.json", "text_encoder/model.safetensors.index.json",
-      "text_encoder/model-00001-of-00002.safetensors", "text_encoder/model-00002-of-00002.safetensors",
-      "tokenizer/spiece.model", "tokenizer/added_tokens.json", "transformer/diffusion_pytorch_model.safetensors"],
-     ["text_encoder/config.json", "text_encoder/model-00001-of-00002.safetensors",
-      "text_encoder/model-00002-of-00002.safetensors", "text_encoder/model.safetensors.index.json",
-      "tokenizer/added_tokens.json", "tokenizer/spiece.model"]),
-    (["config.json", "model.safetensors", "pytorch_model.bin", "spiece.model"],
-     ["config.json", "model.safetensors", "spiece.model"]),
-])
+@pytest.mark.parametrize(
+    ("names", "wanted"),
+    [
+        (
+            ["config.json", "spiece.model", "pytorch_model.bin", "tf_model.h5", "README.md"],
+            ["config.json", "pytorch_model.bin", "spiece.model"],
+        ),
+        (
+            [
+                "model_index.json",
+                "text_encoder/config.json",
+                "text_encoder/model.safetensors.index.json",
+                "text_encoder/model-00001-of-00002.safetensors",
+                "text_encoder/model-00002-of-00002.safetensors",
+                "tokenizer/spiece.model",
+                "tokenizer/added_tokens.json",
+                "transformer/diffusion_pytorch_model.safetensors",
+            ],
+            [
+                "text_encoder/config.json",
+                "text_encoder/model-00001-of-00002.safetensors",
+                "text_encoder/model-00002-of-00002.safetensors",
+                "text_encoder/model.safetensors.index.json",
+                "tokenizer/added_tokens.json",
+                "tokenizer/spiece.model",
+            ],
+        ),
+        (
+            ["config.json", "model.safetensors", "pytorch_model.bin", "spiece.model"],
+            ["config.json", "model.safetensors", "spiece.model"],
+        ),
+    ],
+)
 def test_only_what_is_needed_is_downloaded(names, wanted):
     assert wanted_files(names) == wanted
 

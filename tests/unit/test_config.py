@@ -34,7 +34,9 @@ def write(folder: Path, name: str, text: str) -> Path:
 def test_precedence(tmp_path):
     files = [write(tmp_path, "a.yaml", "args: {count: 2, rate: 1e-8, name: x}\nmodel: {k: {a: 1, b: 2}}"),
              write(tmp_path, "b.yaml", "args: {count: 3}\nmodel: {k: {b: 5}}")]  # fmt: skip
-    config = load_run_config(files, Args, overrides=["args.count=4", "args.many=[p, q]"], flags={"count": 5, "name": None})
+    config = load_run_config(
+        files, Args, overrides=["args.count=4", "args.many=[p, q]"], flags={"count": 5, "name": None}
+    )
     assert config.args == Args(5, 1e-8, "x", False, ["p", "q"]) and config.model == {"k": {"a": 1, "b": 5}}
     assert load_run_config(files, Args, overrides=["args.count=4"]).args.count == 4
     assert load_run_config(files, Args).args.count == 3
@@ -114,7 +116,7 @@ def test_a_braced_word_is_a_placeholder(tmp_path, value, read):
 
 
 def test_stray_quote_of_the_guide(tmp_path):
-    file = write(tmp_path, "a.yaml", "model: {log_keys: [\"txt'\"]}")
+    file = write(tmp_path, "a.yaml", 'model: {log_keys: ["txt\'"]}')
     config = load_run_config([file], Args)
     assert config.model["log_keys"] == ["txt"] and "stray quote" in config.notes[0]
 

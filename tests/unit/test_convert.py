@@ -124,7 +124,11 @@ def test_scales_of_a_configuration_go_along_both_ways(release: Path, tmp_path: P
     convert_back(ToSat(tmp_path / "hf", tmp_path / "sat"))
     written = merge_yaml([tmp_path / "sat" / "infer.yaml"])["model"]
     assert written["scale_factor"] == 0.5
-    shifts = [written["denoiser_config"], written["sampler_config"], written["loss_fn_config"]["params"]["sigma_sampler_config"]]
+    shifts = [
+        written["denoiser_config"],
+        written["sampler_config"],
+        written["loss_fn_config"]["params"]["sigma_sampler_config"],
+    ]
     assert [node["params"]["discretization_config"]["params"]["shift_scale"] for node in shifts] == [2.5] * 3
 
 
@@ -191,10 +195,14 @@ def test_vae_sizes_and_names() -> None:
 
 
 def test_a_decoder_of_other_width_is_told_from_a_fault_of_the_file() -> None:
-    state = {name: torch.empty(shape, device="meta") for name, shape in vae_sizes.sat_shapes(VAE_PARAMS, [64] * 4).items()}
+    state = {
+        name: torch.empty(shape, device="meta") for name, shape in vae_sizes.sat_shapes(VAE_PARAMS, [64] * 4).items()
+    }
     params = vae_sizes.params_of(state, "vae")
     assert params == VAE_PARAMS and vae_sizes.decoder_widths(state, params) == [64] * 4
-    with pytest.raises(vae_sizes.UnequalWidthsError, match=r"encoder are \[32, 64, 64, 128\].*decoder \[64, 64, 64, 64\]"):
+    with pytest.raises(
+        vae_sizes.UnequalWidthsError, match=r"encoder are \[32, 64, 64, 128\].*decoder \[64, 64, 64, 64\]"
+    ):
         vae_sizes.check(state, params, "vae")
     same_width = {name: torch.empty(shape, device="meta") for name, shape in vae_sizes.sat_shapes(VAE_PARAMS).items()}
     for side in ("decoder.up.0", "encoder.down.1"):
@@ -244,7 +252,9 @@ def test_whole_engine_save_gives_all_parts(release: Path, hf: Path, yaml: Path, 
     text["encoder.embed_tokens.weight"] = text["shared.weight"]
 
     def add(module: dict[str, Tensor]) -> None:
-        module[NETWORK_PREFIX + "mixins.pos_embed.pos_embedding"] = tiny_network().state_dict()["mixins.pos_embed.pos_embedding"]
+        module[NETWORK_PREFIX + "mixins.pos_embed.pos_embedding"] = tiny_network().state_dict()[
+            "mixins.pos_embed.pos_embedding"
+        ]
         module.update({f"first_stage_model.{n}": t for n, t in vae.items()})
         module.update({f"conditioner.embedders.0.transformer.{n}": t for n, t in text.items()})
 
@@ -256,7 +266,9 @@ def test_whole_engine_save_gives_all_parts(release: Path, hf: Path, yaml: Path, 
     lines = convert(ToHf(tmp_path / "hf", checkpoint, text_encoder=str(small), dtype=torch.float32))
     for name in ("transformer", "vae", "text_encoder"):
         same(component(tmp_path / "hf" / name), component(hf / name))
-        assert json.loads((tmp_path / "hf" / name / "config.json").read_text()) == json.loads((hf / name / "config.json").read_text())
+        assert json.loads((tmp_path / "hf" / name / "config.json").read_text()) == json.loads(
+            (hf / name / "config.json").read_text()
+        )
     assert any("left out" in line and "pos_embedding" in line for line in lines)
     assert (tmp_path / "hf" / "model_index.json").is_file()
 
@@ -271,7 +283,10 @@ def test_single_components_and_pickled_files(release: Path, hf: Path, tmp_path: 
         with pytest.raises(ValueError, match=f"{name} alone; convert it with --partial"):
             convert_back(ToSat(old, tmp_path / name))
         convert_back(ToSat(old, tmp_path / name, partial=True))
-    same(read_transformer(tmp_path / "transformer" / "transformer").network, read_transformer(release / "transformer").network)
+    same(
+        read_transformer(tmp_path / "transformer" / "transformer").network,
+        read_transformer(release / "transformer").network,
+    )
     vae = Path("vae", "3d-vae.pt")
     same(read_checkpoint(tmp_path / "vae" / vae)["state_dict"], read_checkpoint(release / vae)["state_dict"])
 
@@ -291,7 +306,9 @@ def test_adapter_folded_in_on_the_way_back(hf: Path, release: Path, tmp_path: Pa
 
 def test_default_type_is_half_and_bfloat16_stays(release: Path, tmp_path: Path) -> None:
     convert(whole(release, tmp_path / "half", dtype=None))
-    kinds = {t.dtype for part in ("transformer", "vae", "text_encoder") for t in component(tmp_path / "half" / part).values()}
+    kinds = {
+        t.dtype for part in ("transformer", "vae", "text_encoder") for t in component(tmp_path / "half" / part).values()
+    }
     assert kinds == {torch.float16}
     bf16 = rewrite(release / "transformer", tmp_path / "b.pt", lambda m: {n: t.bfloat16() for n, t in m.items()})
     convert(ToHf(tmp_path / "bf", bf16, partial=True))
@@ -378,7 +395,11 @@ def test_stabilised_scaling_and_stated_alpha_go_along(tmp_path: Path) -> None:
 
 def test_tensors_of_a_checkpoint_are_all_accounted_for(release: Path, tmp_path: Path) -> None:
     """An unknown name is refused, it never vanishes."""
-    odd = rewrite(release / "transformer", tmp_path / "o.pt", lambda m: m.update({NETWORK_PREFIX + "extra.weight": torch.zeros(1)}))
+    odd = rewrite(
+        release / "transformer",
+        tmp_path / "o.pt",
+        lambda m: m.update({NETWORK_PREFIX + "extra.weight": torch.zeros(1)}),
+    )
     with pytest.raises(ValueError, match="extra.weight"):
         transformer_of(odd, tmp_path / "x")
     vae = tensors_of(read_checkpoint(release / "vae" / "3d-vae.pt")["state_dict"])

@@ -157,7 +157,9 @@ class Hostile:
 
 def test_incomplete_transformer_lists_what_is_missing(release: Path, tmp_path: Path, capsys: Any) -> None:
     gone = NETWORK_PREFIX + "transformer.layers.1.mlp.dense_h_to_4h.bias"
-    file = rewrite(release / "transformer", tmp_path / "in" / "w.pt", lambda m: {n: t for n, t in m.items() if n != gone})
+    file = rewrite(
+        release / "transformer", tmp_path / "in" / "w.pt", lambda m: {n: t for n, t in m.items() if n != gone}
+    )
     refused(convert_weight_sat2hf.main, ["--transformer_ckpt_path", str(file), "--output_path", str(tmp_path / "o"), "--partial"],
             capsys, "missing (1): transformer.layers.1.mlp.dense_h_to_4h.bias")  # fmt: skip
 
@@ -191,19 +193,43 @@ def test_adapters_that_do_not_fit(release: Path, tmp_path: Path, capsys: Any) ->
     refused(to_hf, [*base, "--lora", adapter("rank.pt", adapter_matrices(rank=4), rank=8)], capsys, "rank 8", "rank 4")
     mixed = adapter_matrices(rank=4) | {n: t for n, t in adapter_matrices(rank=2).items() if "layers.1." in n}
     refused(to_hf, [*base, "--lora", adapter("mixed.pt", mixed)], capsys, "mixes ranks [2, 4]")
-    refused(to_hf, [*base, "--lora", adapter("wide.pt", adapter_matrices(width=96))], capsys, "another model", "[192, 192]")
-    refused(to_hf, [*base, "--lora", adapter("deep.pt", adapter_matrices(layers=3))], capsys, "transformer_blocks.2.", "lacks")
+    refused(
+        to_hf, [*base, "--lora", adapter("wide.pt", adapter_matrices(width=96))], capsys, "another model", "[192, 192]"
+    )
+    refused(
+        to_hf,
+        [*base, "--lora", adapter("deep.pt", adapter_matrices(layers=3))],
+        capsys,
+        "transformer_blocks.2.",
+        "lacks",
+    )
     lonely = {n: t for n, t in adapter_matrices().items() if not n.endswith("dense.matrix_B.0")}
     refused(to_hf, [*base, "--lora", adapter("lonely.pt", lonely)], capsys, "each A needs its B")
     refused(to_hf, [*base, "--lora", f"{good}:strong"], capsys, "PATH:SCALE", "strong")
     refused(to_hf, [*base, "--lora_only"], capsys, "holds no LoRA matrices")
     refused(to_hf, [*base, "--lora", str(inputs / "none.pt")], capsys, "no adapter at")
     refused(to_hf, [*base, "--lora", adapter("word.pt", adapter_matrices(), alpha="two")], capsys, "no numbers", "two")
-    peft = {f"transformer.transformer_blocks.0.attn1.to_out.0.lora_{k}.weight": torch.zeros(s) for k, s in (("A", (4, 192)), ("B", (192, 3)))}
+    peft = {
+        f"transformer.transformer_blocks.0.attn1.to_out.0.lora_{k}.weight": torch.zeros(s)
+        for k, s in (("A", (4, 192)), ("B", (192, 3)))
+    }
     save_safetensors(inputs / "peft.safetensors", peft)
-    refused(convert_weight_hf2sat.main, ["--lora_only", "--input_path", str(inputs / "peft.safetensors"), *out], capsys, "ranks [3, 4]")
-    save_safetensors(inputs / "q.safetensors", {f"transformer_blocks.0.attn1.to_q.lora_{k}.weight": torch.zeros(4, 4) for k in "AB"})
-    refused(convert_weight_hf2sat.main, ["--lora_only", "--input_path", str(inputs / "q.safetensors"), *out], capsys, "all of", "to_k")
+    refused(
+        convert_weight_hf2sat.main,
+        ["--lora_only", "--input_path", str(inputs / "peft.safetensors"), *out],
+        capsys,
+        "ranks [3, 4]",
+    )
+    save_safetensors(
+        inputs / "q.safetensors", {f"transformer_blocks.0.attn1.to_q.lora_{k}.weight": torch.zeros(4, 4) for k in "AB"}
+    )
+    refused(
+        convert_weight_hf2sat.main,
+        ["--lora_only", "--input_path", str(inputs / "q.safetensors"), *out],
+        capsys,
+        "all of",
+        "to_k",
+    )
 
 
 def test_existing_output_is_kept_unless_overwrite(release: Path, tmp_path: Path, capsys: Any) -> None:
@@ -354,7 +380,10 @@ def test_inspection_of_every_layout(release: Path, hf: Path, tmp_path: Path, cap
 
     text = inspected(capsys, str(release / "transformer"))
     file = release / "transformer" / "1000" / "mp_rank_00_model_states.pt"
-    assert "CogVideoX transformer of width 192 with 2 layers (sine positions) in SAT's layout" in text and "iteration 1000" in text
+    assert (
+        "CogVideoX transformer of width 192 with 2 layers (sine positions) in SAT's layout" in text
+        and "iteration 1000" in text
+    )
     assert "float32" in text and hashlib.sha256(file.read_bytes()).hexdigest() in text
     text = inspected(capsys, str(hf), "--no_hash")
     assert "in diffusers' layout" in text and "T5 text encoder" in text and "VAE in diffusers' layout" in text
@@ -367,7 +396,9 @@ def test_inspection_of_every_layout(release: Path, hf: Path, tmp_path: Path, cap
     assert "rank 4, alpha 4, on attention of 1 layers" in inspected(capsys, str(tmp_path / "p.safetensors"))
     save_safetensors(tmp_path / "p.safetensors", peft, {"lora_adapter_metadata": '{"transformer.lora_alpha": 8}'})
     assert "rank 4, alpha 8, on" in inspected(capsys, str(tmp_path / "p.safetensors"))
-    odd = rewrite(release / "transformer", tmp_path / "o.pt", lambda m: m.update({NETWORK_PREFIX + "odd.weight": torch.zeros(1)}))
+    odd = rewrite(
+        release / "transformer", tmp_path / "o.pt", lambda m: m.update({NETWORK_PREFIX + "odd.weight": torch.zeros(1)})
+    )
     assert "does not belong (1): odd.weight" in inspected(capsys, str(odd))
     save_safetensors(tmp_path / "x.safetensors", {"some.tensor": torch.zeros(2, dtype=torch.int8)})
     assert "unknown tensors" in inspected(capsys, str(tmp_path / "x.safetensors"))
@@ -393,5 +424,3 @@ def test_inspection_is_safe(tmp_path: Path, capsys: Any, monkeypatch: pytest.Mon
     (tmp_path / "loop").symlink_to(tmp_path)
     assert "holds no weight files" in inspected(capsys, str(tmp_path), status=2)
     assert "no file or folder" in inspected(capsys, str(tmp_path / "none"), status=2)
-
-

@@ -20,7 +20,14 @@ def release(tmp_path_factory) -> Path:
 
 
 def bundle(release: Path, out: Path, *extra: str) -> int:
-    parts = ["--transformer", str(release / "transformer"), "--vae", str(release / "vae" / "3d-vae.pt"), "--text", str(T5)]
+    parts = [
+        "--transformer",
+        str(release / "transformer"),
+        "--vae",
+        str(release / "vae" / "3d-vae.pt"),
+        "--text",
+        str(T5),
+    ]
     return main([*parts, "--out", str(out), *extra])
 
 

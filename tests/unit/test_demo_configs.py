@@ -37,7 +37,9 @@ def test_model_section_is_the_sampling_demos(path):
 def test_syncing_follows_the_sampling_demo(path):
     own, infer = path.read_text(), INFER.read_text()
     assert synced(own, infer) == own
-    changed = infer.replace("max_sequence_length: 64", "max_sequence_length: 65").replace("  load: ", "  load: elsewhere/")
+    changed = infer.replace("max_sequence_length: 64", "max_sequence_length: 65").replace(
+        "  load: ", "  load: elsewhere/"
+    )
     found, expected = yaml.safe_load(synced(own, changed)), yaml.safe_load(own)
     assert found["args"].pop("load") == "elsewhere/" + expected["args"].pop("load")
     trunk = [content["model"]["network_config"]["params"]["transformer_args"] for content in (found, expected)]
@@ -64,7 +66,9 @@ def test_settings_are_sensible_on_a_cpu(path):
 def test_pretraining_is_a_valid_overlay(stage):
     """As tools/demo/reproduce.sh lays it over the configuration of fine-tuning, with its own data alone."""
     overrides = ["args.train_data=[work/clips]", *stage]
-    config = load_run_config([SFT, REPO / "tools/demo/pretrain.yaml"], TrainArgs, overrides=overrides, flags={"cache_dir": "c"})
+    config = load_run_config(
+        [SFT, REPO / "tools/demo/pretrain.yaml"], TrainArgs, overrides=overrides, flags={"cache_dir": "c"}
+    )
     plan = plan_deepspeed(config.deepspeed, device_type="cuda", data_parallel_size=2)
     assert (config.args.mode, config.args.load, plan.dtype) == ("pretrain", None, "bf16")
     assert config.args.auto_warmup_steps == 0 and not config.args.eval_interval
@@ -90,7 +94,9 @@ def test_clips_are_drawn_whole_into_the_demos_folder_only(tmp_path, monkeypatch)
 
 
 def test_a_run_may_be_named_without_its_date(tmp_path):
-    for k, name in enumerate(["try-01-02-03-04", "try-01-02-03-05", "try-01-02-03-05-2", "try-it-01-02-03-09", "try-x"]):
+    for k, name in enumerate(
+        ["try-01-02-03-04", "try-01-02-03-05", "try-01-02-03-05-2", "try-it-01-02-03-09", "try-x"]
+    ):
         part = tmp_path / name / "7"
         part.mkdir(parents=True)
         (part / "mp_rank_00_model_states.pt").touch()

@@ -75,7 +75,9 @@ def test_soft_noisy_clips_are_still_understood():
 @pytest.mark.parametrize("size", SIZES)
 def test_each_shape_at_each_size(shape, size):
     for colour in COLOURS:
-        spec = ClipSpec((ObjectSpec(shape, colour, size, "still", "medium", (0.31, 0.62)),), background="black", frames=1)
+        spec = ClipSpec(
+            (ObjectSpec(shape, colour, size, "still", "medium", (0.31, 0.62)),), background="black", frames=1
+        )
         (seen,), ground = measure(render_clip(spec))
         assert (seen.shape, seen.colour, seen.size, seen.motion) == (shape, colour, size, None)
         assert (ground.pattern, ground.background, ground.second) == ("plain", "black", "")
@@ -113,8 +115,11 @@ def test_pale_stripes_belong_to_their_shape(background, colour, size):
     (seen,), (found,) = measure(render_clip(plain))[0], measure(render_clip(striped))[0]
     assert (seen.fill, seen.shape, seen.size, seen.motion) == ("plain", "heart", size, "left")
     assert (found.fill, found.shape, found.size, found.motion) == ("striped", "heart", size, "left")
-    right = compare(*parse(f"a {size} striped {colour} heart moves left on a {background} background"), [seen],
-                    measure(render_clip(plain))[1])
+    right = compare(
+        *parse(f"a {size} striped {colour} heart moves left on a {background} background"),
+        [seen],
+        measure(render_clip(plain))[1],
+    )
     assert right["fill"] == [False] and right["shape"] == [True]
 
 
@@ -157,7 +162,9 @@ def test_noise_is_no_shape_with_a_motion():
 
 
 def test_two_shapes_are_matched_in_either_order():
-    left, right_ = (ObjectSpec(s, c, "medium", m, "medium") for s, c, m in (("star", "red", "up"), ("ring", "blue", "down")))
+    left, right_ = (
+        ObjectSpec(s, c, "medium", m, "medium") for s, c, m in (("star", "red", "up"), ("ring", "blue", "down"))
+    )
     seen = measure(render_clip(ClipSpec((left, right_), background="white", frames=17)))
     good = "a red star moves up and a blue ring moves down on a white background"
     turned = "a blue ring moves down and a red star moves up on a white background"
@@ -224,7 +231,9 @@ def test_what_cannot_be_scored_is_an_error(written, tmp_path, capsys):
     clip = find_pairs(written)[0].file
     with pytest.raises(ScoreError, match="no background is named"):
         score_pairs([Pair(clip, "a panda plays the guitar")])
-    (tmp_path / "pairs.jsonl").write_text(json.dumps({"file": "absent.mp4", "caption": "a red star on a gray background"}))
+    (tmp_path / "pairs.jsonl").write_text(
+        json.dumps({"file": "absent.mp4", "caption": "a red star on a gray background"})
+    )
     assert main(["--pairs", str(tmp_path / "pairs.jsonl"), "--workers", "1"]) == 2
     assert "absent.mp4: no such file" in capsys.readouterr().err
     with pytest.raises(SystemExit):

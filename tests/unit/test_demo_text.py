@@ -65,7 +65,9 @@ def test_directions_never_name_another_one():
         for way in (*words.ways(motion, False), *words.ways(motion, True)):
             assert "{" not in way
             if "from" not in way and "starting" not in way and "across" not in way:
-                named = {w for w in ("left", "right", "up", "down") if w in way.replace("upper", "up").replace("low", "down")}
+                named = {
+                    w for w in ("left", "right", "up", "down") if w in way.replace("upper", "up").replace("low", "down")
+                }
                 named |= {"up"} if "top" in way or "north" in way else set()
                 named |= {"down"} if "bottom" in way or "south" in way else set()
                 named |= {"left"} if "west" in way else {"right"} if "east" in way else set()
@@ -91,7 +93,9 @@ def test_texts_vary_and_say_every_attribute():
 
 
 def test_the_right_one_comes_first_only_where_the_text_says_so():
-    spec = ClipSpec((ObjectSpec("star", "red", "small", "grow", "slow"), ObjectSpec("ring", "blue", "large", "up", "fast")))
+    spec = ClipSpec(
+        (ObjectSpec("star", "red", "small", "grow", "slow"), ObjectSpec("ring", "blue", "large", "up", "fast"))
+    )
     swapped = 0
     for text in texts_of(spec, 300):
         star = min(text.find(w) for w in words.SHAPES["star"] if w in text)

@@ -18,7 +18,9 @@ def halves(uncond: float, cond: float) -> torch.Tensor:
 
 def test_unconditional_half_comes_first():
     x, sigma, joined = VanillaCFG(6).prepare_inputs(
-        torch.tensor([[5.0]]), torch.tensor([0.3]), {"crossattn": torch.ones(1, 2, 2)},
+        torch.tensor([[5.0]]),
+        torch.tensor([0.3]),
+        {"crossattn": torch.ones(1, 2, 2)},
         {"crossattn": torch.zeros(1, 2, 2)},
     )
     assert x.tolist() == [[5.0], [5.0]] and sigma.tolist() == pytest.approx([0.3, 0.3])

@@ -38,7 +38,7 @@ REPO = Path(__file__).resolve().parents[2]
         ("../../etc/passwd", "....etcpasswd"),
         ("..", "prompt"),
         ("///", "prompt"),
-        ("say \"hi\" <now>?", "say_hi_now"),
+        ('say "hi" <now>?', "say_hi_now"),
         ("tab\tnew\x00line", "tabnewline"),
         ("C:\\temp", "Ctemp"),
         ("x" * 300, "x" * 120),
@@ -106,7 +106,10 @@ def test_noise_of_a_sample_does_not_depend_on_its_company():
     for _ in range(3):
         a, b = together.like(x), alone.like(x[:1])
         assert a.shape == x.shape and torch.equal(a[1], b[0]) and not torch.equal(a[0], a[1])
-    draws = [StackedNoise([SampleId(*i)]).start((50,)).sum().item() for i in [(1, 0, 0), (1, 0, 1), (1, 1, 0), (2, 0, 0), (11, 0, 0)]]
+    draws = [
+        StackedNoise([SampleId(*i)]).start((50,)).sum().item()
+        for i in [(1, 0, 0), (1, 0, 1), (1, 1, 0), (2, 0, 0), (11, 0, 0)]
+    ]
     assert len(set(draws)) == 5
     normal = StackedNoise([SampleId(0, 0, 0)]).start((100_000,))
     assert abs(normal.mean()) < 0.02 and abs(normal.std() - 1) < 0.02
@@ -227,7 +230,10 @@ def test_first_trial_runs_the_demo_and_says_so():
 def test_edited_paths(shipped, tmp_path):
     model, load = shipped
     assert len(unedited(weight_paths(model, load))) == 3
-    stage, embedder = model["first_stage_config"]["params"], model["conditioner_config"]["params"]["emb_models"][0]["params"]
+    stage, embedder = (
+        model["first_stage_config"]["params"],
+        model["conditioner_config"]["params"]["emb_models"][0]["params"],
+    )
     for name in ("transformer", "t5"):
         (tmp_path / name).mkdir()
     with pytest.raises(PathError) as error:

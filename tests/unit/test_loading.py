@@ -95,7 +95,7 @@ def test_weights_that_fit_are_the_files_own_pages(tmp_path):
     save(source, tmp_path / "w.pt")
     network = empty()
     load(network, tmp_path / "w.pt", force=True)
-    (low, high), = _mapped(tmp_path / "w.pt")
+    ((low, high),) = _mapped(tmp_path / "w.pt")
     parameters = [p for n, p in network.named_parameters() if "pos_embedding" not in n]
     assert all(low <= p.data_ptr() < high for p in parameters)
     half = empty()
@@ -107,7 +107,9 @@ def test_weights_that_fit_are_the_files_own_pages(tmp_path):
 
 
 def _mapped(file: Path) -> list[tuple[int, int]]:
-    spans = [line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines() if str(file) in line]
+    spans = [
+        line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines() if str(file) in line
+    ]
     return [(int(a, 16), int(b, 16)) for a, b in spans]
 
 

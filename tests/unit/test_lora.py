@@ -84,11 +84,14 @@ def test_extra_targets_and_layers() -> None:
     }
 
 
-@pytest.mark.parametrize(("options", "scaling"), [
-    ({}, 1 / 4),
-    ({"lora_alpha": 8}, 2.0),
-    ({"lora_alpha": 8, "rank_stabilised": True}, 4.0),
-])
+@pytest.mark.parametrize(
+    ("options", "scaling"),
+    [
+        ({}, 1 / 4),
+        ({"lora_alpha": 8}, 2.0),
+        ({"lora_alpha": 8, "rank_stabilised": True}, 4.0),
+    ],
+)
 def test_scaling(options: dict[str, Any], scaling: float) -> None:
     for layer in lora_layers(adapted(**options)).values():
         assert layer.scaling == scaling
@@ -260,12 +263,15 @@ def test_adapters_that_do_not_fit() -> None:
         lora_spec_of({"time_embed.0.matrix_A.0": torch.zeros(2, 4), "time_embed.0.matrix_B.0": torch.zeros(4, 2)})
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"r": 0}, "rank r is 0"),
-    ({"qlora": True}, "qlora"),
-    ({"targets": ["attention", "norms"]}, "norms are unknown; choose from attention, mlp, adaln"),
-    ({"layer_range": [0, 2]}, r"layers \[2\]; the network has 0 to 1"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"r": 0}, "rank r is 0"),
+        ({"qlora": True}, "qlora"),
+        ({"targets": ["attention", "norms"]}, "norms are unknown; choose from attention, mlp, adaln"),
+        ({"layer_range": [0, 2]}, r"layers \[2\]; the network has 0 to 1"),
+    ],
+)
 def test_options_that_cannot_be(options: dict[str, Any], message: str) -> None:
     with pytest.raises(LoraError, match=message):
         LoraMixin(2, **options)

@@ -17,8 +17,11 @@ SAMPLER = {
     "params": {"uniform_sampling": True, "num_idx": 1000, "discretization_config": ZERO_SNR},
 }
 DENOISER = DiscreteDenoiser(
-    {"target": f"{ROOT}.denoiser_weighting.EpsWeighting"}, {"target": f"{ROOT}.denoiser_scaling.VideoScaling"},
-    1000, ZERO_SNR, quantize_c_noise=False,
+    {"target": f"{ROOT}.denoiser_weighting.EpsWeighting"},
+    {"target": f"{ROOT}.denoiser_scaling.VideoScaling"},
+    1000,
+    ZERO_SNR,
+    quantize_c_noise=False,
 )
 
 
@@ -123,16 +126,23 @@ def test_gradients_reach_the_network():
 def test_batch_entries_for_the_network():
     seen = []
     batch = {"concat_images": 1, "ofs": 2, "txt": ["a"]}
-    loss_of(build(batch2model_keys="ofs"), torch.randn(1, 1, 1, 2, 2),
-            lambda x, t, c, **kw: seen.append(kw) or x, batch=batch)
+    loss_of(
+        build(batch2model_keys="ofs"),
+        torch.randn(1, 1, 1, 2, 2),
+        lambda x, t, c, **kw: seen.append(kw) or x,
+        batch=batch,
+    )
     assert seen == [{"concat_images": 1, "ofs": 2}]
 
 
-@pytest.mark.parametrize(("params", "message"), [
-    ({"type": "lpips"}, "'lpips' is not known; choose 'l2' or 'l1'"),
-    ({"fixed_frames": 1}, "fixed_frames=1 would have no effect"),
-    ({"block_scale": 0.1, "block_size": 2}, "block_scale=0.1, block_size=2 would"),
-])
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"type": "lpips"}, "'lpips' is not known; choose 'l2' or 'l1'"),
+        ({"fixed_frames": 1}, "fixed_frames=1 would have no effect"),
+        ({"block_scale": 0.1, "block_size": 2}, "block_scale=0.1, block_size=2 would"),
+    ],
+)
 def test_loss_parameters_are_checked(params, message):
     with pytest.raises(ValueError, match=message):
         build(**params)
@@ -146,11 +156,23 @@ def test_weighted_error_means_over_all_but_the_batch():
 # --- timesteps --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("world", "rank", "span"), [
-    (1, 0, (0, 1000)), (2, 1, (500, 1000)), (3, 2, (0, 1000)), (4, 1, (250, 500)), (4, 3, (750, 1000)),
-    (6, 1, (0, 500)), (6, 5, (500, 1000)), (8, 7, (875, 1000)), (16, 1, (0, 125)), (16, 15, (875, 1000)),
-    (40, 39, (975, 1000)), (64, 63, (875, 1000)),
-])
+@pytest.mark.parametrize(
+    ("world", "rank", "span"),
+    [
+        (1, 0, (0, 1000)),
+        (2, 1, (500, 1000)),
+        (3, 2, (0, 1000)),
+        (4, 1, (250, 500)),
+        (4, 3, (750, 1000)),
+        (6, 1, (0, 500)),
+        (6, 5, (500, 1000)),
+        (8, 7, (875, 1000)),
+        (16, 1, (0, 125)),
+        (16, 15, (875, 1000)),
+        (40, 39, (975, 1000)),
+        (64, 63, (875, 1000)),
+    ],
+)
 def test_ranks_share_the_timesteps(world, rank, span):
     got = rank_range(rank, world, 1000)
     assert (got.low, got.high) == span

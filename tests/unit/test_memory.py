@@ -126,7 +126,9 @@ def test_tool_prints_a_row_for_each_switch(capsys):
 
 def test_tool_finds_the_project_s_weights_from_any_folder(tmp_path, monkeypatch):
     def encoders() -> int:
-        return estimate_memory.needs_of([REPO / "configs" / "demo_lora.yaml"], ["args.cache_dir=null"], 1, "cuda").frozen
+        return estimate_memory.needs_of(
+            [REPO / "configs" / "demo_lora.yaml"], ["args.cache_dir=null"], 1, "cuda"
+        ).frozen
 
     at_home = encoders()
     monkeypatch.chdir(tmp_path)

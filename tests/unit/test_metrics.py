@@ -69,7 +69,9 @@ def test_record_holds_everything_of_its_interval(tmp_path):
     assert (first["lr"], first["loss_scale"], first["samples"]) == (1e-3, 8.0, 6)
     assert second["samples_per_second"] == pytest.approx(6 / (2 * second["seconds_per_step"]))
     assert first["phases"] == {"forward": 0.5} and first["peak_bytes"] == 2**30 and first["rss_bytes"] == 2**31
-    assert "average" in out.getvalue() and "peak 1.00 GiB" in out.getvalue() and "0.25 s of it waiting" in out.getvalue()
+    assert (
+        "average" in out.getvalue() and "peak 1.00 GiB" in out.getvalue() and "0.25 s of it waiting" in out.getvalue()
+    )
     told = board.told[0][1]
     assert told["train/loss"] == 3.0 and told["memory/peak_gib"] == 1.0 and told["seconds/forward"] == 0.5
     assert told["loss_by_timestep/100-199"] == 4.0 and "loss_by_timestep/000-099" not in told
@@ -153,7 +155,9 @@ def test_losses_are_put_where_their_timesteps_lie():
 
 @pytest.mark.parametrize("scale", [1.0, 1000.0])  # the second range needs a logarithmic axis
 def test_picture_shows_all_curves(tmp_path, scale):
-    lines = [{"kind": "train", "iteration": k, "loss": scale / k, "loss_average": 1.1 * scale / k} for k in range(1, 60)]
+    lines = [
+        {"kind": "train", "iteration": k, "loss": scale / k, "loss_average": 1.1 * scale / k} for k in range(1, 60)
+    ]
     lines += [{"kind": "valid", "iteration": 30, "loss": scale / 25}, {"kind": "saved", "iteration": 30}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert draw_losses(tmp_path / "metrics.jsonl", tmp_path / "loss.png")

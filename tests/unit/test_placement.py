@@ -95,7 +95,9 @@ def test_blocks_in_any_order_and_a_failing_one(network):
     streamer = BlockStreamer(network, blocks, CPU, pin=False)
     streamer.streams = LateStreams()
     streamer.enter()
-    broken = blocks[3][0].attention.dense.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("broken")))
+    broken = blocks[3][0].attention.dense.register_forward_pre_hook(
+        lambda *_: (_ for _ in ()).throw(RuntimeError("broken"))
+    )
     with pytest.raises(RuntimeError, match="broken"):
         run(network)
     streamer.leave()

@@ -151,11 +151,14 @@ def test_computed_state_is_real_on_the_meta_device() -> None:
             assert table.dtype == torch.float32 and torch.equal(table, real.state_dict()[name])
 
 
-@pytest.mark.parametrize(("build", "message"), [
-    (lambda: Basic3DPositionEmbeddingMixin(4, 5, 3, hidden_size=36), "36 is no multiple of 16"),
-    (lambda: Rotary3DPositionEmbeddingMixin(4, 5, 3, 32, hidden_size_head=20, text_length=7), "20 is no multiple"),
-    (lambda: rotary_mixin(rot_v=True), "rot_v"),
-])
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Basic3DPositionEmbeddingMixin(4, 5, 3, hidden_size=36), "36 is no multiple of 16"),
+        (lambda: Rotary3DPositionEmbeddingMixin(4, 5, 3, 32, hidden_size_head=20, text_length=7), "20 is no multiple"),
+        (lambda: rotary_mixin(rot_v=True), "rot_v"),
+    ],
+)
 def test_sizes_that_cannot_be(build, message: str) -> None:  # noqa: ANN001
     with pytest.raises(ValueError, match=message):
         build()

@@ -96,7 +96,10 @@ def test_request_and_answer(server: Server) -> None:
     assert asked(server, "un renard \u96ea") == ("A red fox walks.", [])
     (request,) = server.asked
     assert request["path"] == "/v1/chat/completions" and request["model"] == "tiny" and request["stream"] is False
-    assert request["messages"] == [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": "un renard \u96ea"}]
+    assert request["messages"] == [
+        {"role": "system", "content": SYSTEM_PROMPT},
+        {"role": "user", "content": "un renard \u96ea"},
+    ]
     assert server.headers[0]["Authorization"] == f"Bearer {KEY}"
 
 
@@ -172,14 +175,22 @@ def test_passing_failures_are_tried_again_then_reported(server: Server, case: st
 
 
 def test_waits_double_and_heed_the_server(server: Server) -> None:
-    server.script = [status(500), status(429, Retry_After="7"), status(429, Retry_After="Fri, 01 Jan 2027"), says("a caption")]
+    server.script = [
+        status(500),
+        status(429, Retry_After="7"),
+        status(429, Retry_After="Fri, 01 Jan 2027"),
+        says("a caption"),
+    ]
     assert asked(server, attempts=4) == ("a caption", [1.0, 7.0, 4.0])
     server.script = [status(429, Retry_After="9999"), says("a caption")]
     assert asked(server)[1] == [60.0]
 
 
 FATAL: dict[str, tuple[Reply, str]] = {
-    "401": (status(401, json.dumps({"error": {"message": f"bad key {KEY}"}}).encode()), "401: bad key .key.. Check OPENAI_API_KEY"),
+    "401": (
+        status(401, json.dumps({"error": {"message": f"bad key {KEY}"}}).encode()),
+        "401: bad key .key.. Check OPENAI_API_KEY",
+    ),
     "403": (status(403), "403.*OPENAI_API_KEY"),
     "404": (status(404, b'{"error": {"message": "no such model"}}'), "no such model.*'tiny'.*--model"),
     "quota": (status(429, b'{"error": {"message": "You exceeded your current quota"}}'), "no quota left"),
@@ -217,7 +228,9 @@ def test_no_network(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
 
 @pytest.mark.parametrize(("url", "key", "words"), [("", "", "needs OPENAI_API_KEY"), ("file:///etc", "k", "must be an address"),
                                                    ("localhost:8000", "k", "must be an address"), ("http://x/v1", "a\u00e4", "characters")])  # fmt: skip
-def test_settings_are_checked_first(monkeypatch: pytest.MonkeyPatch, url: str, key: str, words: str, capsys: Any) -> None:
+def test_settings_are_checked_first(
+    monkeypatch: pytest.MonkeyPatch, url: str, key: str, words: str, capsys: Any
+) -> None:
     monkeypatch.setenv("OPENAI_BASE_URL", url)
     monkeypatch.setenv("OPENAI_API_KEY", key)
     assert convert_demo.main(["--prompt", "x"]) == 2
@@ -250,7 +263,11 @@ def test_a_file_keeps_its_order_and_blank_lines(wishes: Path, tmp_path: Path) ->
     target = tmp_path / "captions.txt"
     outcome = refine_file(wishes, target, Endpoint(), fake({}, calls), jobs=4)
     assert target.read_text() == "caption of one\n\ncaption of two two\ncaption of three three\ncaption of one\n"
-    assert outcome.failures == {} and sorted(calls) == ["one", "three three", "two two"] and sorted(tmp_path.iterdir()) == [target, wishes]
+    assert (
+        outcome.failures == {}
+        and sorted(calls) == ["one", "three three", "two two"]
+        and sorted(tmp_path.iterdir()) == [target, wishes]
+    )
     with pytest.raises(PromptError, match="--overwrite"):
         refine_file(wishes, target, Endpoint(), fake({}, calls))
     with pytest.raises(PromptError, match="the input file itself"):
@@ -260,14 +277,21 @@ def test_a_file_keeps_its_order_and_blank_lines(wishes: Path, tmp_path: Path) ->
 
 def test_failed_lines_are_named_and_tried_again(wishes: Path, tmp_path: Path) -> None:
     target, reports = tmp_path / "captions.txt", []
-    outcome = refine_file(wishes, target, Endpoint(), fake({"two two": RefineError("refused")}, []), report=reports.append)
+    outcome = refine_file(
+        wishes, target, Endpoint(), fake({"two two": RefineError("refused")}, []), report=reports.append
+    )
     assert outcome.failures == {3: "refused"} and not target.exists()
     assert [line for line in reports if "failed" in line] == ["line 3: failed: refused"]
     journal = tmp_path / "captions.txt.progress.jsonl"
     journal.write_bytes(journal.read_bytes() + b'{"prompt": "two two", "capt\xe9')  # killed while writing
     calls: list[str] = []
     outcome = refine_file(wishes, target, Endpoint(), fake({}, calls))
-    assert calls == ["two two"] and outcome.reused == 3 and outcome.asked == 1 and "caption of two two" in target.read_text()
+    assert (
+        calls == ["two two"]
+        and outcome.reused == 3
+        and outcome.asked == 1
+        and "caption of two two" in target.read_text()
+    )
     assert not journal.exists()
 
 

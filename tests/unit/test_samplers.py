@@ -116,6 +116,7 @@ def test_deterministic_samplers_draw_nothing(cls):
 
 def test_start_noise_does_not_matter_to_the_sde_sampler_beyond_the_first_call():
     """At zero SNR the factor of x is 0: two starts give one result if the denoiser is blind to x."""
+
     def blind(x, sigma, cond, idx):
         return torch.ones_like(x)
 
@@ -138,6 +139,7 @@ def test_default_noise_is_randn_like():
 @pytest.mark.parametrize("cls", ALL)
 def test_a_batch_gives_what_its_samples_give(cls):
     """With one generator a sample, results do not depend on the batching."""
+
     def per_sample(seeds):
         generators = [torch.Generator().manual_seed(s) for s in seeds]
         return lambda x: torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators])

@@ -28,7 +28,10 @@ def config(module: str, name: str) -> dict:
 
 def discrete(scaling: str = "VideoScaling", table: dict = ZERO_SNR, **params) -> DiscreteDenoiser:
     return DiscreteDenoiser(
-        config("denoiser_weighting", "EpsWeighting"), config("denoiser_scaling", scaling), 1000, table,
+        config("denoiser_weighting", "EpsWeighting"),
+        config("denoiser_scaling", scaling),
+        1000,
+        table,
         **{"quantize_c_noise": False, **params},
     )
 

@@ -201,7 +201,9 @@ def test_guidance_at_every_second_call_and_where_it_acts(engine):
     expected = [2 if k < 2 or abs(scale - 1) >= 2 else 1 for k, scale in enumerate(scales)]
     assert set(expected) == {1, 2}
     assert network_batches(engine, lambda: sample(engine, guidance_least=2.0)) == expected
-    assert network_batches(engine, lambda: sample(engine, guidance_interval=[0.5, 1.0], guidance_every=2)) == [1] * 4 + [2, 1, 2, 1]
+    assert network_batches(engine, lambda: sample(engine, guidance_interval=[0.5, 1.0], guidance_every=2)) == [
+        1
+    ] * 4 + [2, 1, 2, 1]
 
 
 def test_the_first_steps_keep_their_guidance(engine):
@@ -221,7 +223,10 @@ def test_the_first_steps_keep_their_guidance(engine):
 def test_reused_difference_under_constant_guidance():
     """With a denoiser whose branches differ by a constant in predicted noise, reuse is exact."""
     sampler = VPSDEDPMPP2MSampler(
-        {"target": "sgm.modules.diffusionmodules.discretizer.ZeroSNRDDPMDiscretization", "params": {"shift_scale": 3.0}},
+        {
+            "target": "sgm.modules.diffusionmodules.discretizer.ZeroSNRDDPMDiscretization",
+            "params": {"shift_scale": 3.0},
+        },
         num_steps=6,
         guider_config={"target": "sgm.modules.diffusionmodules.guiders.VanillaCFG", "params": {"scale": 4.0}},
     )

@@ -83,7 +83,10 @@ def test_sensible_rates_follow_the_model():
 
     def lora(**params):
         modules = {"lora_config": {"params": {"r": 16, **params}}}
-        return {"not_trainable_prefixes": ["all"], "network_config": {"params": {"hidden_size": 192, "modules": modules}}}
+        return {
+            "not_trainable_prefixes": ["all"],
+            "network_config": {"params": {"hidden_size": 192, "modules": modules}},
+        }
 
     plain = sensible_rates(lora())
     assert plain == pytest.approx([3e-4, 3e-3, 3e-2])  # 1e-4, 1e-3, 1e-2 at 1920, by the root of the width

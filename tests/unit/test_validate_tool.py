@@ -42,7 +42,10 @@ def data(tmp_path_factory) -> Path:
 def config(data, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("config") / "c.yaml"
     params = {"buckets": [[5, 16, 32], [1, 16, 32]], "skip_frms_num": 0, "images": True}
-    embedder = {"target": "sgm.modules.encoders.modules.FrozenT5Embedder", "params": {"model_dir": str(T5), "max_length": 12}}
+    embedder = {
+        "target": "sgm.modules.encoders.modules.FrozenT5Embedder",
+        "params": {"model_dir": str(T5), "max_length": 12},
+    }
     path.write_text(yaml.safe_dump({
         "args": {"train_data": [str(data)]},
         "data": {"target": "data_video.SFTDataset", "params": params},

@@ -140,6 +140,7 @@ def bench(clips: CachedClips, store: CacheStore, workers: int, options: argparse
     limit = raw_rate(store, options.clips, options.batch, max(1, workers))
     profile = cProfile.Profile() if options.profile and workers == 0 else None
     with create_loader(clips, options.batch, workers, prefetch=options.prefetch, seed=1) as loader:
+
         def place(tensor: torch.Tensor) -> object:
             return tensor.to("cuda", non_blocking=True).to(dtype) if cuda else None
 

@@ -53,7 +53,7 @@ class Clip:
 
 
 def variants_of(exact: AccelerateArgs, fast: AccelerateArgs, extra: Sequence[str] = ()) -> dict[str, AccelerateArgs]:
-    """"exact"; each kind of the fast switches alone; all of them ("fast"); and those given as texts "a=1,b=[0,1]"."""
+    """ "exact"; each kind of the fast switches alone; all of them ("fast"); and those given as texts "a=1,b=[0,1]"."""
     changes = {name: value for name, value in asdict(fast).items() if value != getattr(exact, name)}
     variants = {"exact": exact}
     for kind in KINDS:

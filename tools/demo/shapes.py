@@ -152,9 +152,7 @@ def _track(spec: ObjectSpec, clip: ClipSpec, left: float, right: float) -> tuple
     return left + margin + x, margin + y, radius, angle, stretch
 
 
-def _path(
-    spec: ObjectSpec, u: np.ndarray, free_x: float, free_y: float, side: float
-) -> tuple[np.ndarray, np.ndarray]:
+def _path(spec: ObjectSpec, u: np.ndarray, free_x: float, free_y: float, side: float) -> tuple[np.ndarray, np.ndarray]:
     """Positions (f,), (f,) within [0, free_x] x [0, free_y] at the times u in [0, 1]; `side` is the frame's shorter."""
     place_x, place_y = spec.place
     if spec.motion in DIRECTIONS:

@@ -1,6 +1,6 @@
 """One picture of many sampled clips: a strip of frames for each, its prompt above.
 
-    python tools/demo/strips.py outputs/demo --out demo/strips.jpg --count 12
+python tools/demo/strips.py outputs/demo --out demo/strips.jpg --count 12
 """
 
 from __future__ import annotations

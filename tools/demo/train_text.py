@@ -187,7 +187,6 @@ class Batches(Dataset):
         row[: len(kept)] = torch.tensor(kept)
         return row
 
-
     def _chances(self, rng: random.Random) -> Chances:
         share = self.settings.held_words
         return WITH_HELD if share and rng.random() < share else TRAINING
@@ -478,9 +477,7 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = parse_arguments(arguments)
     try:
-        settings = Settings(
-            args.seed, args.steps, args.seconds, args.specs, args.lr, held_words=args.held_words
-        )
+        settings = Settings(args.seed, args.steps, args.seconds, args.specs, args.lr, held_words=args.held_words)
         report = run(settings, args.out, args.device, args.workers, args.test_texts)
         save_text(args.report or args.out.with_name(args.out.name + ".json"), json.dumps(report, indent=1) + "\n")
     except (WeightsError, SaveError, OSError) as error:

@@ -22,7 +22,7 @@ class Phase:
 
 
 def parse_phases(text: str) -> tuple[Phase, ...]:
-    """"SHARE:PIECESxFRAMESxHEIGHTxWIDTH,..."; shares are relative. Raises FeedError."""
+    """ "SHARE:PIECESxFRAMESxHEIGHTxWIDTH,..."; shares are relative. Raises FeedError."""
     phases = []
     for part in text.split(","):
         try:

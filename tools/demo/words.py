@@ -140,8 +140,15 @@ VERTICAL = ("{v}", "{v}wards", "{v}ward", "straight {v}", "towards the {t}", "to
             "from {b} to {t}", "from the {b} to the {t}", "vertically {v}", "{v} the screen", "in an {v}ward direction",
             "to the {t} of the frame", "from the {b} edge to the {t} edge", "towards the {t} side", "to the {u} edge",
             "towards the {t} of the picture", "{n}wards", "vertically from {b} to {t}")  # fmt: skip
-HELD_VERTICAL = ("in the direction of the {t}", "further and further {v}", "straight to the {t}", "directly {v}",
-                 "starting at the {b} and ending at the {t}", "toward the {t} border", "{v}wards over the screen")
+HELD_VERTICAL = (
+    "in the direction of the {t}",
+    "further and further {v}",
+    "straight to the {t}",
+    "directly {v}",
+    "starting at the {b} and ending at the {t}",
+    "toward the {t} border",
+    "{v}wards over the screen",
+)
 DIAGONAL = ("to the {u} {l}", "towards the {u} {l}", "{v} and to the {l}", "diagonally {v} and {l}",
             "towards the {t} {l} corner", "to the {t} {l}", "{v} and {l}", "{l} and {v}", "{v}wards and {l}wards",
             "{v}-{l}", "{v} {l}", "to the {t}-{l} corner", "diagonally to the {u} {l}",
@@ -151,9 +158,16 @@ DIAGONAL = ("to the {u} {l}", "towards the {u} {l}", "{v} and to the {l}", "diag
             "from the {b} {r} corner to the {t} {l} corner", "diagonally {v}wards to the {l}", "{v} towards the {l}",
             "toward the {u} {l} corner", "{v} and leaning {l}", "at an angle, {v} and {l}",
             "diagonally to the {l} and {v}")  # fmt: skip
-HELD_DIAGONAL = ("in the direction of the {u} {l}", "on a diagonal, {v} and to the {l}", "both {v} and {l}",
-                 "{l}wards and {v}wards", "into the {u} {l} corner", "diagonally {l} and {v}",
-                 "starting at the {b} {r} and ending at the {t} {l}", "diagonally into the {t} {l} corner")
+HELD_DIAGONAL = (
+    "in the direction of the {u} {l}",
+    "on a diagonal, {v} and to the {l}",
+    "both {v} and {l}",
+    "{l}wards and {v}wards",
+    "into the {u} {l} corner",
+    "diagonally {l} and {v}",
+    "starting at the {b} {r} and ending at the {t} {l}",
+    "diagonally into the {t} {l} corner",
+)
 OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
 TOP = {"up": "top", "down": "bottom"}
 UPPER = {"up": "upper", "down": "lower"}

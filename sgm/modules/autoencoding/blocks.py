@@ -91,9 +91,7 @@ class SpatialNorm3D(nn.Module):
         self.conv_y = CausalConv3d(latent_channels, channels, kernel_size=1)
         self.conv_b = CausalConv3d(latent_channels, channels, kernel_size=1)
 
-    def field(
-        self, x: Activation, zq: Tensor, run: ClipPass = WHOLE_CLIP, bias: Tensor | None = None
-    ) -> AffineField:
+    def field(self, x: Activation, zq: Tensor, run: ClipPass = WHOLE_CLIP, bias: Tensor | None = None) -> AffineField:
         """The normalisation of x (b, c, t, h, w), or of x + bias, under the latent zq (b, z, t', h', w')."""
         latent, frame_map = fit_latent(zq, (x.shape[2], x.shape[3], x.shape[4]))
         modulation = Modulation(latent, frame_map, self.conv_y.conv, self.conv_b.conv)

@@ -87,8 +87,10 @@ class Discretization(ABC):
             ScheduleError: n out of range.
         """
         if not 1 <= n <= self.num_timesteps:
-            raise ScheduleError(f"the schedule has {self.num_timesteps} timesteps: num_steps must be 1 to "
-                                f"{self.num_timesteps}, not {n}.")
+            raise ScheduleError(
+                f"the schedule has {self.num_timesteps} timesteps: num_steps must be 1 to "
+                f"{self.num_timesteps}, not {n}."
+            )
         timesteps = trailing_timesteps(n, self.num_timesteps)
         abar = torch.tensor(self.alphas_cumprod[timesteps], dtype=torch.float32, device="cpu")
         values = self.values_from(abar).flip(0)

@@ -42,8 +42,10 @@ def join_conditions(cond: Conditions, uncond: Conditions) -> dict[str, Any]:
         elif _same(value, uncond[name]):
             joined[name] = value
         else:
-            raise ValueError(f"condition {name!r} differs between the conditional and the unconditional half; "
-                             f"only {', '.join(BATCHED_CONDITIONS)} may.")
+            raise ValueError(
+                f"condition {name!r} differs between the conditional and the unconditional half; "
+                f"only {', '.join(BATCHED_CONDITIONS)} may."
+            )
     return joined
 
 
@@ -159,6 +161,9 @@ class DynamicCFG(VanillaCFG):
         if step_index is None:
             raise ValueError("DynamicCFG needs step_index, the position that its scale is read at.")
         if scale is not None:
-            warnings.warn(f"DynamicCFG ignores scale={scale} given to the call: it follows its own configured curve. "
-                          "For a constant scale set guider_config to VanillaCFG.", stacklevel=2)
+            warnings.warn(
+                f"DynamicCFG ignores scale={scale} given to the call: it follows its own configured curve. "
+                "For a constant scale set guider_config to VanillaCFG.",
+                stacklevel=2,
+            )
         return guide(denoised, self.scale_at(step_index))

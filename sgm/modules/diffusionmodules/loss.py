@@ -79,8 +79,10 @@ class VideoDiffusionLoss:
         idle = {"block_scale": block_scale, "block_size": block_size, "fixed_frames": fixed_frames or None}
         given = [f"{name}={value}" for name, value in idle.items() if value is not None]
         if given:
-            raise ValueError(f"VideoDiffusionLoss: {', '.join(given)} would have no effect (nor has it in the "
-                             "original); remove it from loss_fn_config.params.")
+            raise ValueError(
+                f"VideoDiffusionLoss: {', '.join(given)} would have no effect (nor has it in the "
+                "original); remove it from loss_fn_config.params."
+            )
         self.sigma_sampler = instantiate_from_config(sigma_sampler_config)
         self.type = type
         self.offset_noise_level = offset_noise_level

@@ -281,8 +281,11 @@ class VideoDDIMSampler(BaseDiffusionSampler):
 
     def _call_scale(self, scale: float | Tensor | None) -> float | Tensor | None:
         if scale is not None and not self.takes_call_scale:
-            warnings.warn(f"{type(self).__name__} ignores scale={scale} given to the call, as the original does: set "
-                          "the scale in guider_config.", stacklevel=3)
+            warnings.warn(
+                f"{type(self).__name__} ignores scale={scale} given to the call, as the original does: set "
+                "the scale in guider_config.",
+                stacklevel=3,
+            )
             return None
         return scale
 

@@ -171,9 +171,7 @@ class ShortcutRun:
             self._since_pair += 1
             return self._asked(denoiser, question)
         self._cache.step = self._step
-        out = denoiser(
-            question.x, question.signal, question.conditions, layer_runner=self._cache, **question.extras
-        )
+        out = denoiser(question.x, question.signal, question.conditions, layer_runner=self._cache, **question.extras)
         if self._cache_skipped():
             self.calls.first_layer += 1
         else:

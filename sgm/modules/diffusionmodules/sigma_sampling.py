@@ -41,8 +41,10 @@ def rank_range(rank: int, world_size: int, num_idx: int, group_num: int = 0) -> 
         raise ValueError(f"data-parallel rank {rank} is outside a world of {world_size}.")
     groups = group_num or uniform_groups(world_size, num_idx)
     if groups < 1 or world_size % groups or num_idx % groups:
-        raise ValueError(f"group_num={group_num} must divide the {world_size} data-parallel ranks and the {num_idx} "
-                         f"timesteps; 0 chooses {uniform_groups(world_size, num_idx)}.")
+        raise ValueError(
+            f"group_num={group_num} must divide the {world_size} data-parallel ranks and the {num_idx} "
+            f"timesteps; 0 chooses {uniform_groups(world_size, num_idx)}."
+        )
     width, interval = world_size // groups, num_idx // groups
     low = rank // width * interval
     return IndexRange(low, low + interval)

@@ -94,8 +94,9 @@ def files_in(folder: Path, need_weights: bool = True) -> T5Files:
         missing.append(f"weights (one of {', '.join(WEIGHT_FILES)}) in {encoder}")
     missing += [f"{path} (named in {found.name})" for path in weights if found and not path.is_file()]
     if missing:
-        raise EncoderFilesError(f"the text encoder in {folder} is incomplete; missing: {'; '.join(missing)}. "
-                                f"{HOW_TO_GET}")
+        raise EncoderFilesError(
+            f"the text encoder in {folder} is incomplete; missing: {'; '.join(missing)}. {HOW_TO_GET}"
+        )
     return T5Files(encoder / CONFIG, tokenizer, weights)
 
 

@@ -188,9 +188,7 @@ class _Moments(torch.autograd.Function):
 
 class _Field(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, x: Tensor, scale: Tensor, shift: Tensor, swish: bool, frame_map: FrameMap
-    ) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor, scale: Tensor, shift: Tensor, swish: bool, frame_map: FrameMap) -> Tensor:
         ctx.save_for_backward(x, scale, shift)
         ctx.swish, ctx.frame_map = swish, frame_map
         result = torch.empty_like(x, memory_format=torch.channels_last_3d)

@@ -82,9 +82,7 @@ def _split(x: Tensor, text_length: int) -> tuple[Tensor, ...]:
     return x.split((text_length, x.shape[1] - text_length), dim=1)
 
 
-def _join(
-    text: tuple[Tensor, Tensor, Tensor], video: tuple[Tensor, Tensor, Tensor], like: Tensor
-) -> Tensor:
+def _join(text: tuple[Tensor, Tensor, Tensor], video: tuple[Tensor, Tensor, Tensor], like: Tensor) -> Tensor:
     """a + b * c of text and of video, one behind the other along the tokens, shaped as `like` (b, n, d).
 
     Without a graph to record both parts are written straight into the result, which saves a copy of the sequence.

@@ -116,9 +116,7 @@ def _moments_at_once(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
         return mean, variance
     # On a CPU the reduction runs value by value, while group normalisation finds the same moments (by the pairwise
     # update too, on contiguous memory) six times as fast, its result included.
-    _, mean, inverse = torch.native_group_norm(
-        x.contiguous(), None, None, *x.shape[:2], x[0, 0].numel(), groups, 0.0
-    )
+    _, mean, inverse = torch.native_group_norm(x.contiguous(), None, None, *x.shape[:2], x[0, 0].numel(), groups, 0.0)
     return mean, inverse.square().reciprocal()
 
 

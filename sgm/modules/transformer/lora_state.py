@@ -118,8 +118,10 @@ def collect_pairs(state: Mapping[str, Tensor]) -> dict[str, tuple[list[Tensor], 
                 f"{linear} has matrix_A {sorted(kinds['A'])} and matrix_B {sorted(kinds['B'])}; each A needs its B. "
                 "The file is incomplete."
             )
-    return {linear: ([k["A"][i] for i in sorted(k["A"])], [k["B"][i] for i in sorted(k["B"])])
-            for linear, k in found.items()}
+    return {
+        linear: ([k["A"][i] for i in sorted(k["A"])], [k["B"][i] for i in sorted(k["B"])])
+        for linear, k in found.items()
+    }
 
 
 def _target_of(linear: str) -> tuple[str, int]:

@@ -151,9 +151,7 @@ class _Job:
         rank, world_size = _place()
         stage = engine.zero_optimization_stage() if hasattr(engine, "zero_optimization_stage") else 0
         facts = lora_facts(module, getattr(config.args, "load", None))
-        return cls(
-            run, module, state.iteration, resume_hash(config), facts, lora_only, rank, world_size, int(stage)
-        )
+        return cls(run, module, state.iteration, resume_hash(config), facts, lora_only, rank, world_size, int(stage))
 
     @property
     def staging(self) -> Path:

@@ -249,9 +249,7 @@ def newest_of_experiment(root: Path, name: str, config_hash: str | None) -> Path
     return found
 
 
-def named_checkpoint(
-    path: Path, config_hash: str | None, explain: Callable[[Path], list[str]] | None = None
-) -> Path:
+def named_checkpoint(path: Path, config_hash: str | None, explain: Callable[[Path], list[str]] | None = None) -> Path:
     """The checkpoint that a user named: an iteration's folder, or a run's folder (then its last complete one).
 
     Raises:

@@ -40,6 +40,7 @@ __all__ = [
     "parameter_groups",
 ]
 
+
 class OptimizerError(ValueError):
     """The `optimizer:` section cannot be used. The message says which entry and what is possible."""
 

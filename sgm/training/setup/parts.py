@@ -173,9 +173,7 @@ def arrange_first_stage(engine: SATVideoDiffusionEngine, config: RunConfig[Train
 # --- data ---------------------------------------------------------------------------------------------------------
 
 
-def build_datasets(
-    data: Mapping[str, Any] | None, folders: Sequence[str], reports: Path, name: str
-) -> list[Dataset]:
+def build_datasets(data: Mapping[str, Any] | None, folders: Sequence[str], reports: Path, name: str) -> list[Dataset]:
     """One data set a folder. Rank 0 checks the videos and writes `reports/NAME_k.jsonl`; the others take its word.
 
     Raises:
@@ -325,9 +323,7 @@ def _clip_size(config: RunConfig[TrainArgs]) -> tuple[int, int, int]:
     return int(params.get("max_num_frames") or network["num_frames"]), int(height), int(width)
 
 
-def _widest_map(
-    engine: SATVideoDiffusionEngine, model: Mapping[str, Any], frames: int, height: int, width: int
-) -> int:
+def _widest_map(engine: SATVideoDiffusionEngine, model: Mapping[str, Any], frames: int, height: int, width: int) -> int:
     """Values of the first stage's largest feature map: its first level at full resolution."""
     if not hasattr(engine.first_stage_model, "encoder") or model.get("latent_input"):
         return 0

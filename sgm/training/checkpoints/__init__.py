@@ -1,0 +1,1 @@
+"""What a run keeps: SAT's layout, the state to resume from, and which run is which."""

@@ -1,0 +1,1 @@
+"""Optimizers of training, and the rate's schedule."""
