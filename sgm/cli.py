@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable
 from typing import IO, Any, NoReturn
 
+from sgm.errors import SgmError
 from sgm.places import INSTALLED, PROJECT
 
 BAD_INPUT, INTERRUPTED, TERMINATED = 2, 130, 143
@@ -75,9 +76,8 @@ class Interrupts:
 def exit_code(run: Callable[[], int | None], interrupted: str = "interrupted") -> int:
     """Run a command and give its exit code: what it returns (None is 0), 2 for bad input, 130 after Ctrl-C.
 
-    Errors of this package (`ValueError` and `FileNotFoundError` subclasses defined in `sgm`) say what to do and are
-    printed alone, and so is what to do about a package that is not installed; any other error is a bug and keeps its
-    traceback.
+    An `SgmError` says what to do and is printed alone, and so is what to do about a package that is not installed; any
+    other error is a bug and keeps its traceback.
 
     Args:
         interrupted: what is said after Ctrl-C: what was kept, and how to go on.
@@ -90,9 +90,7 @@ def exit_code(run: Callable[[], int | None], interrupted: str = "interrupted") -
         Interrupts.let_go()
         _say_once(f"\n{interrupted}", sys.stderr, only_first=True)
         return INTERRUPTED
-    except (ValueError, FileNotFoundError) as error:
-        if not is_ours(error):
-            raise
+    except SgmError as error:
         Interrupts.let_go()
         report(error)
         return BAD_INPUT
@@ -117,11 +115,6 @@ def _how_to_install(package: str) -> str:
         f"{lacks}. `{scripts[not tests]}` sets up an environment that has it; "
         f"in one of your own (Python 3.11 to 3.14): pip install -r {shlex.quote(str(listed))}"
     )
-
-
-def is_ours(error: Exception) -> bool:
-    """Whether an error was defined by this package."""
-    return type(error).__module__.startswith("sgm.")
 
 
 def report(error: Exception) -> None:

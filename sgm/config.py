@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from sgm.errors import SgmError
+
 Args = TypeVar("Args")
 
 SECTIONS = ("args", "model", "data", "deepspeed", "accelerate")
@@ -38,7 +40,7 @@ UPSTREAM_ARGS = frozenset(
 )
 
 
-class ConfigError(ValueError):
+class ConfigError(SgmError):
     """The configuration is wrong; the message lists every problem with its place and remedy."""
 
 

@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sgm.errors import SgmError
+
 T = TypeVar("T")
 
 # After so long a collective of training counts as hung; it has to outlast a checkpoint written to a slow drive.
@@ -29,7 +31,7 @@ COLLECTIVE_LIMIT = timedelta(hours=1)
 _meetings = itertools.count()
 
 
-class DistributedError(ValueError):
+class DistributedError(SgmError):
     """The launch environment, or a request for process groups, is not consistent. The message says in what."""
 
 

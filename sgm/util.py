@@ -17,12 +17,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from sgm.config import coerce
+from sgm.errors import SgmError
 
 logger = logging.getLogger(__name__)
 
 ALLOWED_PREFIXES: list[str] = ["sgm.", "sat.", "torch.nn.", "torch.optim.", "deepspeed.ops."]
 
 _TRANSFORMER = "sgm.modules.transformer"
+_VAE, _VAE_PARTS = "sgm.models.autoencoder", "sgm.modules.autoencoding"
 _MIXINS = {
     "ImagePatchEmbeddingMixin": f"{_TRANSFORMER}.patch_embed.ImagePatchEmbeddingMixin",
     "Basic3DPositionEmbeddingMixin": f"{_TRANSFORMER}.positions.Basic3DPositionEmbeddingMixin",
@@ -40,10 +42,10 @@ TARGET_ALIASES: dict[str, str] = {
     "data_video.VideoDataset": "sgm.data.shards.VideoDataset",
     "sat.ops.FusedEmaAdam": "sgm.training.optimizers.ema_adam.FusedEmaAdam",
     "sat.model.finetune.lora2.LoraMixin": f"{_TRANSFORMER}.lora.LoraMixin",
-    "vae_modules.autoencoder.VideoAutoencoderInferenceWrapper": "sgm.models.autoencoder.VideoAutoencoderInferenceWrapper",
-    "vae_modules.regularizers.DiagonalGaussianRegularizer": "sgm.modules.autoencoding.regularizers.DiagonalGaussianRegularizer",
-    "vae_modules.cp_enc_dec.ContextParallelEncoder3D": "sgm.modules.autoencoding.coders.ContextParallelEncoder3D",
-    "vae_modules.cp_enc_dec.ContextParallelDecoder3D": "sgm.modules.autoencoding.coders.ContextParallelDecoder3D",
+    "vae_modules.autoencoder.VideoAutoencoderInferenceWrapper": f"{_VAE}.VideoAutoencoderInferenceWrapper",
+    "vae_modules.regularizers.DiagonalGaussianRegularizer": f"{_VAE_PARTS}.regularizers.DiagonalGaussianRegularizer",
+    "vae_modules.cp_enc_dec.ContextParallelEncoder3D": f"{_VAE_PARTS}.coders.ContextParallelEncoder3D",
+    "vae_modules.cp_enc_dec.ContextParallelDecoder3D": f"{_VAE_PARTS}.coders.ContextParallelDecoder3D",
     "sgm.modules.GeneralConditioner": "sgm.modules.conditioner.GeneralConditioner",
     "sgm.modules.encoders.modules.GeneralConditioner": "sgm.modules.conditioner.GeneralConditioner",
 }
@@ -56,7 +58,7 @@ NO_EFFECT_PARAMS: dict[str, frozenset[str]] = {
 _warned_no_effect: set[tuple[str, str]] = set()
 
 
-class TargetError(ValueError):
+class TargetError(SgmError):
     """A `target:` cannot be resolved, is not allowed, or does not take the params given. The message says which."""
 
 

@@ -18,17 +18,16 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--no_hash", action="store_true", help="do not read the whole file for its SHA-256")
     options = parser.parse_args(arguments)
 
-    from sgm.cli import BAD_INPUT, is_ours, report
+    from sgm.cli import BAD_INPUT, report
     from sgm.convert.inspect import inspect
+    from sgm.errors import SgmError
 
     status = 0
     for path in options.paths:
         try:
             for found in inspect(path, with_hash=not options.no_hash):
                 print("\n".join(found.lines()))
-        except (ValueError, FileNotFoundError) as error:
-            if not is_ours(error):
-                raise
+        except SgmError as error:
             report(error)
             status = BAD_INPUT
     return status

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sgm.errors import SgmError
 from sgm.modules.conditioner import AbstractEmbModel
 from sgm.util import instantiate_from_config
 
 _REGULARIZER = {"target": "sgm.modules.autoencoding.regularizers.DiagonalGaussianRegularizer"}
 
 
-class NotCachedError(ValueError):
+class NotCachedError(SgmError):
     """Something was asked for that a run on cached clips does not have."""
 
 

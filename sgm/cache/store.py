@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from sgm.data.sources import Place
+from sgm.errors import SgmError
 from sgm.weights.save import SaveError, save_safetensors, save_text, write_failed
 
 FORMAT = 1
@@ -36,7 +37,7 @@ OPEN_FILES = 64  # shards a process keeps open
 _TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
-class CacheError(ValueError):
+class CacheError(SgmError):
     """A cache that cannot be used: of another configuration, damaged, or incomplete. The message says which."""
 
 

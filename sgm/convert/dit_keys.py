@@ -15,6 +15,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from sgm.convert.lazy import all_deferred, made, row_parts, stacked
+from sgm.errors import SgmError
 from sgm.weights.save import Deferred
 
 Value = TypeVar("Value")
@@ -26,7 +27,7 @@ POSITIONS = ("mixins.pos_embed.pos_embedding", "patch_embed.pos_embedding")
 NOT_IN_HF = ("mixins.pos_embed.freqs_sin", "mixins.pos_embed.freqs_cos", "transformer.position_embeddings.weight")
 
 
-class TransformerKeyError(ValueError):
+class TransformerKeyError(SgmError):
     """Names or tensors that do not form a CogVideoX transformer of the expected layout. The message lists them."""
 
 

@@ -11,10 +11,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from sgm.errors import SgmError
+
 Value = TypeVar("Value")
 
 
-class KeyMapError(ValueError):
+class KeyMapError(SgmError):
     """Names that belong to no 3D VAE of the expected layout. The message lists them."""
 
 

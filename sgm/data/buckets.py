@@ -15,11 +15,12 @@ import numpy as np
 
 from sgm.data.frames import CAUSAL_STRIDE, ClipError
 from sgm.data.sampler import ClipSampler, shares
+from sgm.errors import SgmError
 
 SIDE_STEP = 16  # pixels: a factor of 8 in the autoencoder, patches of 2
 
 
-class BucketError(ValueError):
+class BucketError(SgmError):
     """Buckets that no clip or no network can have."""
 
 

@@ -19,11 +19,12 @@ from sgm.data.decoder import DecodeProcess
 from sgm.data.frames import ClipError, check_settings, frame_indices
 from sgm.data.sources import VIDEO_SUFFIXES, ListedClip, first_line, is_image, list_files
 from sgm.data.video_io import DECODE_TIMEOUT, VideoError, VideoInfo, probe, read_frames, resize_crop
+from sgm.errors import SgmError
 
 MISSING_CAPTION = ("skip", "error", "empty")
 
 
-class CaptionError(ValueError):
+class CaptionError(SgmError):
     """A clip without a usable caption. `path` is the caption file, `reason` what is wrong with it."""
 
     def __init__(self, path: str | Path, reason: str):

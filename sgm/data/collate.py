@@ -7,8 +7,10 @@ from typing import Any
 
 from torch.utils.data import default_collate
 
+from sgm.errors import SgmError
 
-class CollateError(ValueError):
+
+class CollateError(SgmError):
     """Clips that cannot share a batch."""
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from sgm.data.sources import Place
+from sgm.errors import SgmError
 
 # First bytes of files that are often found under a video's name. ffmpeg would decode the pictures as one-frame videos.
 NOT_VIDEO: tuple[tuple[bytes, str], ...] = (
@@ -29,7 +30,7 @@ CODECS = {
 }  # fmt: skip
 
 
-class ContainerError(ValueError):
+class ContainerError(SgmError):
     """The file cannot be a complete video; the message is the reason alone."""
 
 

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from sgm.data.sources import Place
+from sgm.errors import SgmError
 
 CHILD = Path(__file__).with_name("_decoder_child.py")
 START_SECONDS = 120.0  # importing decord on a busy machine or a slow network drive
@@ -31,7 +32,7 @@ EXIT_SECONDS = 2.0
 PIPE_BYTES = 1 << 20
 
 
-class DecodeError(ValueError):
+class DecodeError(SgmError):
     """The decoder refused, crashed or hung; the message is the reason alone."""
 
 

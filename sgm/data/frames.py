@@ -6,10 +6,12 @@ from collections.abc import Callable
 
 import numpy as np
 
+from sgm.errors import SgmError
+
 CAUSAL_STRIDE = 4  # the video autoencoder takes one frame, then groups of four: f = 4k + 1
 
 
-class ClipError(ValueError):
+class ClipError(SgmError):
     """A video from which no clip can be taken under the given settings."""
 
 

@@ -19,6 +19,7 @@ from typing import TypeVar
 from sgm.data.clips import CLIP_FAULTS, CaptionError, CheckedClip, ClipSettings, caption_of, check_clip
 from sgm.data.decoder import DecodeProcess
 from sgm.data.sources import ListedClip, Listing, exists, list_clips, passed_over_line, passed_over_of
+from sgm.errors import SgmError
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ LEVELS = ("probe", "captions")
 REASONS_SHOWN = 5
 
 
-class DatasetError(ValueError):
+class DatasetError(SgmError):
     """A data set that cannot be trained on."""
 
 

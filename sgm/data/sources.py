@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from sgm.errors import SgmError
+
 VIDEO_SUFFIXES = (".mp4",)
 MANIFEST_VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -29,7 +31,7 @@ FILE_ORDERS = ("sorted", "walk")
 _INSIDE = re.compile(r"(?P<archive>.+\.tar)!(?P<begin>\d+)\+(?P<size>\d+)!(?P<name>.+)", re.DOTALL)
 
 
-class SourceError(ValueError):
+class SourceError(SgmError):
     """A manifest or an archive that cannot be read; the message names the place."""
 
 

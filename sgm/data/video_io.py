@@ -19,12 +19,13 @@ from torch import Tensor
 from sgm.data.container import ContainerError, inspect
 from sgm.data.decoder import DecodeError, DecodeProcess, DecoderLostError, thread_decoder
 from sgm.data.sources import Place, is_image
+from sgm.errors import SgmError
 
 DECODE_TIMEOUT = 60.0  # seconds for one clip
 CROP_MODES = ("center", "random")
 
 
-class VideoError(ValueError):
+class VideoError(SgmError):
     """A file that cannot be read as a video. `path` and `reason` hold the message's two parts.
 
     With `passing` the fault may be of the moment (see `DecoderLostError`, or the drive's), and the file a good one.

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from sgm.errors import SgmError
 from sgm.inference.options import SampleArgs
 from sgm.models.diffusion import SATVideoDiffusionEngine
 
 
-class SamplingError(ValueError):
+class SamplingError(SgmError):
     """The model cannot give this sample; the message says why and what to change."""
 
 

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from sgm.errors import SgmError
+
 _NAME_CHARACTERS = 120  # of the prompt, as the original
 _NAME_BYTES = 200  # file systems allow 255 bytes a name; emoji and CJK text take up to 4 a character
 _UNSAFE = re.compile(r'[\x00-\x1f\x7f\\<>:"|?*]')
 
 
-class PromptError(ValueError):
+class PromptError(SgmError):
     """Prompts cannot be read; the message says where."""
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
+from sgm.errors import SgmError
 from sgm.inference.prompts import Prompt
 
 DEFAULT_URL = "https://api.openai.com/v1"
@@ -47,7 +48,7 @@ complete it.
 """
 
 
-class RefineError(ValueError):
+class RefineError(SgmError):
     """A prompt could not be refined; says why and what to do. `fatal`: other prompts will fail in the same way."""
 
     def __init__(self, message: str, fatal: bool = False) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import sgm
 from sgm.config import ConfigError, RunConfig
+from sgm.errors import SgmError
 from sgm.inference.fit import SamplingError
 from sgm.inference.noise import SampleId
 from sgm.inference.options import SampleArgs
@@ -86,7 +87,7 @@ class Runner:
             except torch.OutOfMemoryError:
                 print(f"error: {out_of_memory_advice(self.args)}", file=sys.stderr)
             except ValueError as error:
-                if not type(error).__module__.startswith("sgm."):
+                if not isinstance(error, SgmError):
                     traceback.print_exc()  # a bug, to be seen whole
                 print(f"error: {error}", file=sys.stderr)
         return written

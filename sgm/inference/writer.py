@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sgm.errors import SgmError
 from sgm.weights.save import PARTIAL, probe
 
 
-class OutputError(ValueError):
+class OutputError(SgmError):
     """A result cannot be written; the message says where and why."""
 
 

@@ -9,13 +9,14 @@ from typing import Any, get_type_hints
 
 import torch
 
+from sgm.errors import SgmError
 from sgm.modules.ops.recompute import MODES
 from sgm.util import typed
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-class NetworkConfigError(ValueError):
+class NetworkConfigError(SgmError):
     """The network cannot be built as configured. The message names the parameter, its value and the choices."""
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sgm.errors import SgmError
 from sgm.util import instantiate_from_config
 
 # An embedding's number of axes decides what it is to the network.
@@ -19,7 +20,7 @@ JOIN_AXIS = {"vector": 1, "crossattn": 2, "concat": -3}
 _EMBEDDER_KEYS = frozenset({"target", "params", "is_trainable", "ucg_rate", "input_key", "input_keys", "name"})
 
 
-class ConditionerError(ValueError):
+class ConditionerError(SgmError):
     """An embedder's configuration or the batch does not fit; the message names the embedder and the keys."""
 
 

@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
+from sgm.errors import SgmError
 from sgm.training.memory import MemoryNeeds, gib
 
 
-class TrainingStopped(ValueError):
+class TrainingStopped(SgmError):
     """The run cannot usefully go on; the message gives the reason and what to change."""
 
 

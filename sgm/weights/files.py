@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sgm.errors import SgmError
+
 _SAFETENSORS_SUFFIX = ".safetensors"
 
 
-class WeightsError(ValueError):
+class WeightsError(SgmError):
     """A weight file cannot be used: damaged, unsafe, or not what the model needs. The message says which and why."""
 
 

@@ -25,12 +25,14 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from sgm.errors import SgmError
+
 PARTIAL = ".partial-"  # prefix of everything that is not finished
 _FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EFBIG: "the file grew too large"}
 _SPARE = 16 << 20  # bytes to leave free for small files beside the big ones
 
 
-class SaveError(ValueError):
+class SaveError(SgmError):
     """A file could not be written; the message says which, why, and what to do. An earlier file of that name stays."""
 
 

@@ -14,8 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sgm.errors import SgmError
 
-class PartitionError(ValueError):
+
+class PartitionError(SgmError):
     """A state dict cannot be cut, or parts do not belong together. The message names the tensor."""
 
 

@@ -16,8 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sgm.errors import SgmError
 
-class ScheduleError(ValueError):
+
+class ScheduleError(SgmError):
     """A schedule cannot be built as asked; the message gives the value and the valid range."""
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sgm.errors import SgmError
 from sgm.modules.conditioner import AbstractEmbModel, GeneralConditioner
 from sgm.modules.encoders import t5_files
 from sgm.util import get_obj_from_str
@@ -26,7 +27,7 @@ _SHARED, _TIED = "shared.weight", "encoder.embed_tokens.weight"
 _DECODER_KEYS = ("decoder.", "lm_head.")  # the other half of a full T5 checkpoint
 
 
-class NonFiniteEmbeddingError(ValueError):
+class NonFiniteEmbeddingError(SgmError):
     """A text embedding holds inf or nan."""
 
 

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from sgm.errors import SgmError
+
 # Preferred implementation, then those that stand in where it does not take the device, dtype or shape at hand.
 BACKENDS: dict[str, list[SDPBackend]] = {
     "cudnn": [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
@@ -18,7 +20,7 @@ BACKENDS: dict[str, list[SDPBackend]] = {
 NAMES = ("default", *BACKENDS, "flash4")
 
 
-class AttentionError(ValueError):
+class AttentionError(SgmError):
     """An implementation of attention does not run here; the message says why."""
 
 

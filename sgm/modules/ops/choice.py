@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from sgm.errors import SgmError
 from sgm.modules.ops import block_ops, cpu_bf16, vae
 from sgm.modules.ops.attention import NAMES, AttentionError, attention_by
 from sgm.modules.ops.block_ops import BlockOps
@@ -16,7 +17,7 @@ KERNELS = ("auto", "plain", "triton")
 CPU_BF16 = (False, True, "auto")
 
 
-class KernelError(ValueError):
+class KernelError(SgmError):
     """The kernels asked for do not run here; the message says why and what to choose."""
 
 

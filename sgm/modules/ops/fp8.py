@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sgm.errors import SgmError
 from sgm.modules.ops.triton_support import has_triton, runs_kernels
 
 E4M3 = torch.float8_e4m3fn
@@ -24,7 +25,7 @@ LEAST_CAPABILITY = (8, 9)
 MULTIPLE = 16  # what the GPU's product demands of k and n
 
 
-class Fp8Error(ValueError):
+class Fp8Error(SgmError):
     """8-bit linear layers cannot be had here; the message says why and what to do."""
 
 

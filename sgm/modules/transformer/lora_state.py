@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sgm.errors import SgmError
+
 # Kind of target -> linears of layer {i} as (name, pairs of matrices).
 TARGETS: dict[str, tuple[tuple[str, int], ...]] = {
     "attention": (
@@ -30,7 +32,7 @@ MATRIX = re.compile(r"^(?P<linear>.+)\.matrix_(?P<kind>[AB])\.(?P<part>\d+)$")
 _ORIGINAL = ".original."
 
 
-class LoraError(ValueError):
+class LoraError(SgmError):
     """An adapter is misconfigured, incomplete, or does not fit the network. The message says where."""
 
 

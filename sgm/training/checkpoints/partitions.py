@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sgm.errors import SgmError
+
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 
 
-class OptimizerStateError(ValueError):
+class OptimizerStateError(SgmError):
     """A stored optimizer state does not belong to this run's optimizer. The message says in what they differ."""
 
 

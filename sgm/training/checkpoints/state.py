@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sgm.errors import SgmError
 
-class CheckpointError(ValueError):
+
+class CheckpointError(SgmError):
     """A checkpoint cannot be written or used; the message says which and what to do. Raised alike on every rank."""
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sgm.errors import SgmError
 from sgm.training.checkpoints.partitions import (
     ema_state,
     ema_weights,
@@ -41,7 +42,7 @@ __all__ = [
 ]
 
 
-class OptimizerError(ValueError):
+class OptimizerError(SgmError):
     """The `optimizer:` section cannot be used. The message says which entry and what is possible."""
 
 

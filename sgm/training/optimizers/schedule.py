@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sgm.errors import SgmError
+
 STYLES = ("linear", "cosine", "constant", "exponential", "None")
 
 
-class ScheduleError(ValueError):
+class ScheduleError(SgmError):
     """The learning-rate settings contradict each other. The message says which."""
 
 

@@ -9,8 +9,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from sgm.errors import SgmError
 
-class WatchError(ValueError):
+
+class WatchError(SgmError):
     """A board cannot be opened. The message says which and what to do."""
 
 
