@@ -28,8 +28,9 @@ from sgm.data.loader import create_loader
 from sgm.data.report import first_reasons
 from sgm.data.sources import exists
 from sgm.distributed import DistInfo, from_first
+from sgm.files import SaveError, require_writable
 from sgm.inference.preflight import check_paths, placeholders_in, with_found_paths
-from sgm.lock import sole_holder
+from sgm.lock import try_lock
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.places import found_path, lies_in_demo
 from sgm.training.checkpoints.checkpoint import CheckpointError, find_resume
@@ -58,7 +59,6 @@ from sgm.training.trainer import Trainer
 from sgm.training.watch.boards import Board, TensorBoard, WeightsAndBiases
 from sgm.training.watch.run_log import RunLog
 from sgm.training.watch.timing import PhaseClock, phases_of_step
-from sgm.weights.save import probe
 
 
 def train(
@@ -260,14 +260,14 @@ def _check_writable(save: str | None) -> None:
 
     def problem() -> str | None:
         try:
-            probe(Path(save).expanduser())  # type: ignore[arg-type]
-        except OSError as error:
-            return error.strerror or str(error)
+            require_writable(Path(save or "").expanduser())
+        except SaveError as error:
+            return str(error)
         return None
 
     reason = from_first(problem) if save else None
     if reason:
-        raise CheckpointError(f"cannot write in args.save, {save}: {reason}. Set it to another folder.")
+        raise CheckpointError(f"{reason} Set args.save to another folder.")
 
 
 def _hold(folder: Path, stack: ExitStack) -> None:
@@ -276,7 +276,7 @@ def _hold(folder: Path, stack: ExitStack) -> None:
     Raises:
         CheckpointError: on every rank; another command does so already.
     """
-    if not from_first(lambda: stack.enter_context(sole_holder(folder / LOCK))):
+    if not from_first(lambda: stack.enter_context(try_lock(folder / LOCK))):
         raise CheckpointError(
             f"another command is still training into {folder}; end it or wait for it. To go on from another run, give "
             "its folder to --resume."
