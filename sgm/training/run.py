@@ -220,7 +220,7 @@ def _check_places(config: RunConfig[TrainArgs], dry_run: bool) -> None:
     ]
     if problems:
         raise ConfigError(
-            "\n".join([*problems, "A data folder holds videos/NAME.mp4 and labels/NAME.txt (README, 'Fine-tuning')."])
+            "\n".join([*problems, "A data folder holds videos/NAME.mp4 and labels/NAME.txt (docs/data.md)."])
         )
 
 
