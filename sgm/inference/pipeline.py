@@ -20,9 +20,10 @@ from sgm.inference.fit import SamplingError, check_fit, check_latents
 from sgm.inference.noise import SampleId, StackedNoise
 from sgm.inference.options import SampleArgs
 from sgm.inference.placement import Placement
+from sgm.inference.rehearsal import rehearse
 from sgm.inference.writer import to_uint8
 from sgm.models.diffusion import Cond, SATVideoDiffusionEngine
-from sgm.models.loading import Adapter, LoadedNetwork, load_first_stage, load_network, load_text_encoder
+from sgm.models.loading import Adapter, LoadedNetwork, load_first_stage, load_network, load_text_encoder, on_meta
 from sgm.modules.diffusionmodules.shortcuts import CallCount, ShortcutRun
 from sgm.modules.ops.choice import choose_kernels
 from sgm.modules.ops.fp8 import check_fp8
@@ -64,7 +65,7 @@ class TextToVideo:
         model = _for_inference(config.model)
         if not with_text_encoder:
             del model["conditioner_config"]
-        with torch.device("meta"):
+        with on_meta():
             self.engine = SATVideoDiffusionEngine(**model, dtype=self.args.dtype)
         self.engine.eval().requires_grad_(False)
         fast = config.accelerate
@@ -115,6 +116,13 @@ class TextToVideo:
         """Read a part's weights ("conditioner", "network" or "first_stage") unless they are there."""
         if part in self._loaded:
             return
+        if not self._loaded and self.engine.kernels.fused and self.device.type == "cuda":
+            rehearse(
+                self.engine,
+                self.latent_shape,
+                network=self.args.decode_latents is None,
+                decoder=not self.args.only_save_latents,
+            )
         to = {"device": self.placement.load_device, "dtype": self.engine.dtype}
         if part == "conditioner":
             self.facts.text_encoder = load_text_encoder(self.engine.conditioner, **to)
