@@ -21,7 +21,6 @@ from sgm.modules.ops import (
     fused_vae,
     triton_block,
     triton_block_backward,
-    triton_support,
     triton_vae,
     vae,
 )
