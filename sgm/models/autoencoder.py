@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sgm.modules.autoencoding.causal_cache import cache_on
 from sgm.modules.autoencoding.causal_conv import CPU_SLICE_BYTES, DECODE_SLICE_BYTES, SLICE_BYTES, ClipPass
+from sgm.modules.autoencoding.coders import ContextParallelDecoder3D, ContextParallelEncoder3D
 from sgm.modules.autoencoding.first_stage import FirstStage
 from sgm.modules.autoencoding.tiling import Tiling, blend_tiles
 from sgm.modules.ops.vae import PLAIN, VaeOps
@@ -75,6 +76,8 @@ class VideoAutoencoder(FirstStage):
     """
 
     frozen = False
+    encoder: ContextParallelEncoder3D
+    decoder: ContextParallelDecoder3D
     ops: VaeOps = PLAIN  # implementation of the coders' operations
 
     def __init__(
@@ -99,26 +102,23 @@ class VideoAutoencoder(FirstStage):
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """A training pass in one go: x (b, 3, f, h, w) -> latents, reconstruction like x, {"kl_loss": scalar}."""
-        z, log = self.encode(x, return_reg_log=True, noise=noise)
+        with self._grad_mode(x):
+            z, log = self.regularization(self.moments(x), _noise_sampler(noise))
         return z, self.decode(z, chunked=False), log
 
     def encode(
         self,
         x: Tensor,
-        unregularized: bool = False,
-        return_reg_log: bool = False,
         *,
         noise: Tensor | None = None,
         noise_sampler: NoiseSampler | None = None,
         generator: torch.Generator | None = None,
         allow_any_length: bool = False,
-    ) -> Any:
+    ) -> Tensor:
         """Latents of a clip or an image, drawn from the posterior.
 
         Args:
             x: (b, 3, f, h, w) in [-1, 1]; f = 1 or 4k + 1, h and w multiples of 8.
-            unregularized: give (moments (b, 2c, t, h/8, w/8), {}) instead.
-            return_reg_log: give (z, {"kl_loss": scalar}) instead.
             noise, noise_sampler, generator: at most one. The posterior's noise itself; a function that takes the mean
                 and gives it; a generator to draw it with. None: `torch.randn_like(mean)`.
             allow_any_length: accept other f too, which give ceil(f / 4) latent frames. Wherever a level meets an even
@@ -128,15 +128,16 @@ class VideoAutoencoder(FirstStage):
         Raises:
             ValueError: wrong shape or length, or more than one source of noise.
         """
-        self._check_pixels(x, allow_any_length)
         sampler = _noise_sampler(noise, noise_sampler, generator)
         with self._grad_mode(x):
+            return self.regularization.latents(self.moments(x, allow_any_length=allow_any_length), sampler)
+
+    def moments(self, x: Tensor, *, allow_any_length: bool = False) -> Tensor:
+        """Mean and log variance of the posterior, (b, 2c, t, h/8, w/8), for `encode`'s x."""
+        self._check_pixels(x, allow_any_length)
+        with self._grad_mode(x):
             # randn_like follows the memory layout, which must not change what a seed gives
-            moments = self._moments(x.to(self.dtype)).contiguous()
-            if unregularized:
-                return moments, {}
-            z, log = self.regularization(moments, sampler)
-        return (z, log) if return_reg_log else z
+            return self._encoded(x.to(self.dtype)).contiguous()
 
     def decode(self, z: Tensor, chunked: bool = True) -> Tensor:
         """Pixels of latents z (b, c, t, h', w') (already divided by `scale_factor`): (b, 3, f, 8h', 8w'), near [-1, 1].
@@ -231,7 +232,7 @@ class VideoAutoencoder(FirstStage):
             self, state, source=str(path), device=device, dtype=dtype, ignore_prefixes=tuple(ignore_keys), hint=hint
         )
 
-    def _moments(self, x: Tensor) -> Tensor:
+    def _encoded(self, x: Tensor) -> Tensor:
         run = ClipPass(slice_bytes=self._slice_bytes(x), ops=self.ops)
         tiling, factor = self.memory.tiling, self.strides.space
         if tiling is None:
@@ -239,8 +240,8 @@ class VideoAutoencoder(FirstStage):
         size = self.strides.latent_size(x.shape[3], x.shape[4])
 
         def render(_: int, rows: slice, cols: slice) -> Tensor:
-            pixels = (..., *(slice(part.start * factor, part.stop * factor) for part in (rows, cols)))
-            return self.encoder(x[pixels], run)
+            rows, cols = (slice(part.start * factor, part.stop * factor) for part in (rows, cols))
+            return self.encoder(x[..., rows, cols], run)
 
         return blend_tiles(tiling.boxes(*size), render, size, scale=1)
 
@@ -370,7 +371,7 @@ class VideoAutoencoderInferenceWrapper(VideoAutoencoder):
 
 
 def _noise_sampler(
-    noise: Tensor | None, sampler: NoiseSampler | None, generator: torch.Generator | None
+    noise: Tensor | None, sampler: NoiseSampler | None = None, generator: torch.Generator | None = None
 ) -> NoiseSampler:
     sources = {"noise": noise, "noise_sampler": sampler, "generator": generator}
     given = [name for name, source in sources.items() if source is not None]

@@ -160,7 +160,7 @@ def bench_encode(bench: Bench) -> None:
     _bench_first_stage(
         bench,
         "encoder",
-        lambda stage: stage.encode(x, unregularized=True)[0],
+        lambda stage: stage.moments(x),
         lambda other: other.encode(x, return_dict=False)[0].parameters,
     )
 
