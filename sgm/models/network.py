@@ -190,7 +190,7 @@ class DiffusionTransformer(BaseModel):
     @property
     def dtype(self) -> torch.dtype:
         """Type of the weights, and so of the computation and the result."""
-        return self.time_embed[0].bias.dtype
+        return self.time_embed.get_parameter("0.bias").dtype
 
     def forward(
         self,
@@ -239,7 +239,7 @@ class DiffusionTransformer(BaseModel):
             raise ValueError(
                 "this model needs `ofs` (2.0 for the published one)." if ofs is None else "this model takes no `ofs`."
             )
-        if ofs is None:
+        if ofs is None or self.ofs_embed_dim is None:
             return embedded
         return embedded + self.ofs_embed(timestep_embedding(ofs, self.ofs_embed_dim, dtype=self.dtype))
 

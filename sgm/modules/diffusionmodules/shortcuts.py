@@ -125,7 +125,7 @@ class ShortcutRun:
         cond = self._conditional(denoiser, question.half(slice(self.samples, None))).float()
         if not self.shortcuts.guidance.guides(self._step, len(self.scales)):
             return torch.cat([cond, cond])
-        if both and not self._cache_skipped():
+        if self._difference is None or (both and not self._cache_skipped()):
             uncond = self._asked(denoiser, question.half(slice(self.samples))).float()
             self._remember(uncond, cond, question.signal)
             return torch.cat([uncond, cond])
@@ -134,7 +134,8 @@ class ShortcutRun:
     def _both(self, denoiser: DenoiserFn, question: Question) -> Tensor:
         """One call for both branches, as without shortcuts."""
         out = self._conditional(denoiser, question)
-        self._remember(*out.float().chunk(2), question.signal)
+        uncond, cond = out.float().chunk(2)
+        self._remember(uncond, cond, question.signal)
         return out
 
     def _remember(self, uncond: Tensor, cond: Tensor, signal: Tensor) -> None:

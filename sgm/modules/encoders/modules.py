@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from sgm.modules.conditioner import AbstractEmbModel, GeneralConditioner
 from sgm.modules.encoders import t5_files
 from sgm.util import get_obj_from_str
 from sgm.weights import assign_state
+
+if TYPE_CHECKING:
+    from transformers import T5EncoderModel, T5Tokenizer  # seconds to import
 
 __all__ = ["FrozenT5Embedder", "GeneralConditioner", "NonFiniteEmbeddingError", "TokenizedPrompts", "text_is_local"]
 
@@ -141,7 +144,7 @@ class FrozenT5Embedder(AbstractEmbModel):
                 *kept, end = tokens
                 cut, tokens = kept[self.max_length - 1 :], [*kept[: self.max_length - 1], end]
             row[: len(tokens)] = torch.tensor(tokens, device="cpu")
-            truncated.append(self.tokenizer.decode(cut, skip_special_tokens=True) if cut else "")
+            truncated.append(str(self.tokenizer.decode(cut, skip_special_tokens=True)) if cut else "")
         return TokenizedPrompts(ids, truncated)
 
     def encode(self, texts: str | Sequence[str]) -> Tensor:
@@ -177,21 +180,22 @@ def text_is_local(model: Mapping[str, Any]) -> bool:
     return all(t5_files.is_local(str(p["model_dir"]), p.get("cache_dir")) for p in params)
 
 
-def load_tokenizer(model_dir: str, cache_dir: str | None = None) -> Any:
+def load_tokenizer(model_dir: str, cache_dir: str | None = None) -> T5Tokenizer:
     """The tokenizer of a text encoder's folder or hub id. Raises EncoderFilesError."""
     return _tokenizer(t5_files.resolve(model_dir, cache_dir))
 
 
-def _tokenizer(files: t5_files.T5Files) -> Any:
+def _tokenizer(files: t5_files.T5Files) -> T5Tokenizer:
     """The sentencepiece tokenizer; T5's own class, since the automatic choice fails on the release's folder."""
     from transformers import T5Tokenizer  # seconds to import
 
     # `legacy`: of the two ways that transformers 4 has around special tokens, the original's (and transformers 5's).
-    options = {"legacy": True, "clean_up_tokenization_spaces": False}
-    return T5Tokenizer.from_pretrained(str(files.tokenizer), local_files_only=True, **options)
+    return T5Tokenizer.from_pretrained(
+        str(files.tokenizer), local_files_only=True, legacy=True, clean_up_tokenization_spaces=False
+    )
 
 
-def _build_encoder(files: t5_files.T5Files) -> Any:
+def _build_encoder(files: t5_files.T5Files) -> T5EncoderModel:
     """A `T5EncoderModel` of the files' configuration on the meta device, its two names of the embedding tied."""
     from transformers import T5Config, T5EncoderModel
 
