@@ -56,7 +56,7 @@ class SATVideoDiffusionEngine(nn.Module):
         input_key: entry of a training batch with the clip, (b, f, 3, h, w) in [-1, 1].
         latent_input: the batch holds first-stage samples (b, c, t, h, w), unscaled, in place of pixels.
         not_trainable_prefixes: parameter-name prefixes that stay frozen; ["all"] trains LoRA matrices only.
-        log_keys: entries of the conditioning that validation logs.
+        log_keys: without effect; validation logs captions.
 
     Attributes:
         model: wrapper around the network, as denoiser and loss call it.
@@ -92,7 +92,6 @@ class SATVideoDiffusionEngine(nn.Module):
         self.scale_factor = float(scale_factor)
         self.latent_input = latent_input
         self.input_key = input_key
-        self.log_keys = tuple(log_keys or ())
         self.not_trainable_prefixes = tuple(not_trainable_prefixes)
         self.first_stage_autocast = not disable_first_stage_autocast
         self.kernels = Kernels()
@@ -185,26 +184,26 @@ class SATVideoDiffusionEngine(nn.Module):
     # --- pixels <-> latents ---------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def encode_first_stage(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
+    def encode_first_stage(self, x: Tensor) -> Tensor:
         """Pixels (b, 3, f, h, w) in [-1, 1] to scaled latents (b, c, t, h/8, w/8), a draw from the posterior.
 
-        `noise` (the latents' shape) replaces the draw's randn_like. With `latent_input`, x is such a draw already.
+        With `latent_input`, x is such a draw already.
         """
         if self.latent_input:
             return x * self.scale_factor
         with self._first_stage_precision(x.device):
-            z = self.first_stage.encode(x.to(self.dtype), noise=noise)
+            z = self.first_stage.encode(x.to(self.dtype))
         return z * self.scale_factor
 
     @torch.no_grad()
-    def decode_first_stage(self, z: Tensor, chunked: bool = True) -> Tensor:
+    def decode_first_stage(self, z: Tensor) -> Tensor:
         """Scaled latents (b, c, t, h, w), t odd, to pixels (b, 3, 4t-3, 8h, 8w) in about [-1, 1] (not clamped).
 
-        `chunked` decodes latents [0:3], [3:5], ... with a causal cache, as the original samples; False is one go,
-        as the original logs during training. Group normalisation sees different spans, so the two differ.
+        In chunks, as the original samples. (What it logs during training it decodes in one go: group normalisation sees
+        other spans then, and gives other frames.)
         """
         with self._first_stage_precision(z.device):
-            return self.first_stage.decode((z / self.scale_factor).to(self.dtype), chunked=chunked)
+            return self.first_stage.decode((z / self.scale_factor).to(self.dtype))
 
     def _first_stage_precision(self, device: torch.device) -> torch.autocast:
         enabled = self.first_stage_autocast and self.dtype != torch.float32

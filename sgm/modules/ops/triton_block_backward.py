@@ -3,6 +3,8 @@
 A program goes through many rows and adds up what the vectors (gates, modulations, weights) get from them; the programs'
 sums are added by PyTorch, in an order that does not change from run to run.
 
+Triton's language has no types for what a kernel is given.
+
 Axes: b batch, l text tokens, n all tokens (text first), d width, h heads, hd width of a head.
 """
 

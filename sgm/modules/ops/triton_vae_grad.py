@@ -1,5 +1,7 @@
 """The Triton kernel for the gradients of a field (`vae.AffineField`), for activations stored channels-last.
 
+Triton's language has no types for what a kernel is given.
+
 Axes: b batch, c channels, t frames, h w pixels; h' w' pixels of a field, each a block of h/h' x w/w' pixels. A cell is
 a rectangle of pixels within one block.
 """
