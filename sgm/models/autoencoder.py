@@ -101,7 +101,7 @@ class VideoAutoencoder(FirstStage):
     def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """A training pass in one go: x (b, 3, f, h, w) -> latents, reconstruction like x, {"kl_loss": scalar}."""
         with self._grad_mode(x):
-            z, log = self.regularization(self.moments(x), _draw(noise, None))
+            z, log = self.regularization(self.moments(x), _noise_source(noise, None))
         return z, self.decode(z, chunked=False), log
 
     def encode(
@@ -124,7 +124,7 @@ class VideoAutoencoder(FirstStage):
         Raises:
             ValueError: wrong shape or length, or noise and a generator.
         """
-        draw = _draw(noise, generator)
+        draw = _noise_source(noise, generator)
         with self._grad_mode(x):
             return self.regularization.latents(self.moments(x, allow_any_length=allow_any_length), draw)
 
@@ -133,7 +133,7 @@ class VideoAutoencoder(FirstStage):
         self._check_pixels(x, allow_any_length)
         with self._grad_mode(x):
             # randn_like follows the memory layout, which must not change what a seed gives
-            return self._encoded(x.to(self.dtype)).contiguous()
+            return self._run_encoder(x.to(self.dtype)).contiguous()
 
     def decode(self, z: Tensor, chunked: bool = True) -> Tensor:
         """Pixels of latents z (b, c, t, h', w') (already divided by `scale_factor`): (b, 3, f, 8h', 8w'), near [-1, 1].
@@ -228,7 +228,7 @@ class VideoAutoencoder(FirstStage):
             self, state, source=str(path), device=device, dtype=dtype, ignore_prefixes=tuple(ignore_keys), hint=hint
         )
 
-    def _encoded(self, x: Tensor) -> Tensor:
+    def _run_encoder(self, x: Tensor) -> Tensor:
         run = ClipPass(slice_bytes=self._slice_bytes(x), ops=self.ops)
         tiling, factor = self.memory.tiling, self.strides.space
         if tiling is None:
@@ -366,12 +366,12 @@ class VideoAutoencoderInferenceWrapper(VideoAutoencoder):
         return super().train(False)
 
 
-def _draw(noise: Tensor | None, generator: torch.Generator | None) -> Callable[[Tensor], Tensor]:
+def _noise_source(noise: Tensor | None, generator: torch.Generator | None) -> Callable[[Tensor], Tensor]:
     """From the posterior's mean to its noise."""
     if noise is not None and generator is not None:
         raise ValueError("encode takes one source of noise, got noise and generator.")
     if noise is not None:
-        return lambda mean: _fitting(noise, mean)
+        return lambda mean: _checked_noise(noise, mean)
     if generator is not None:
         return lambda mean: torch.randn(mean.shape, generator=generator, device=generator.device, dtype=mean.dtype).to(
             mean.device
@@ -379,7 +379,7 @@ def _draw(noise: Tensor | None, generator: torch.Generator | None) -> Callable[[
     return torch.randn_like
 
 
-def _fitting(noise: Tensor, mean: Tensor) -> Tensor:
+def _checked_noise(noise: Tensor, mean: Tensor) -> Tensor:
     if noise.shape != mean.shape:
         raise ValueError(f"noise has shape {tuple(noise.shape)}, the latents have {tuple(mean.shape)}.")
     return noise.to(device=mean.device, dtype=mean.dtype)

@@ -101,8 +101,8 @@ class SATVideoDiffusionEngine(nn.Module):
         wrapper = get_obj_from_str(network_wrapper) if network_wrapper else OpenAIWrapper
         network = instantiate_from_config(network_config, dtype=dtype)
         self.model = wrapper(network, dtype=self.dtype)
-        self.conditioner = _frozen(conditioner_config, self.dtype)
-        self.first_stage_model = _frozen(first_stage_config, self.dtype)
+        self.conditioner = _build_frozen(conditioner_config, self.dtype)
+        self.first_stage_model = _build_frozen(first_stage_config, self.dtype)
         self.denoiser = instantiate_from_config(denoiser_config)
         self._sampler: VideoDDIMSampler | None = instantiate_from_config(sampler_config) if sampler_config else None
         self.loss_fn = instantiate_from_config(loss_fn_config) if loss_fn_config else None
@@ -117,20 +117,20 @@ class SATVideoDiffusionEngine(nn.Module):
     @property
     def text_conditioner(self) -> GeneralConditioner:
         """The conditioner."""
-        return _present(self.conditioner, "conditioner")
+        return _required(self.conditioner, "conditioner")
 
     @property
     def text_encoder(self) -> FrozenT5Embedder:
         """The conditioner's first embedder."""
         embedder = self.text_conditioner.embedders[0]
         if not isinstance(embedder, FrozenT5Embedder):
-            raise AbsentPartError(f"this engine has no text encoder: captions are embedded by {_kind(embedder)}")
+            raise AbsentPartError(f"this engine has no text encoder: captions are embedded by {_class_name(embedder)}")
         return embedder
 
     @property
     def first_stage(self) -> FirstStage:
         """The autoencoder, or what stands in for it."""
-        return _present(self.first_stage_model, "first_stage")
+        return _required(self.first_stage_model, "first_stage")
 
     @property
     def strides(self) -> Strides:
@@ -142,13 +142,13 @@ class SATVideoDiffusionEngine(nn.Module):
         """The first stage, where it is the autoencoder itself."""
         stage = self.first_stage
         if not isinstance(stage, VideoAutoencoderInferenceWrapper):
-            raise AbsentPartError(f"this engine has no autoencoder: its first stage is {_kind(stage)}")
+            raise AbsentPartError(f"this engine has no autoencoder: its first stage is {_class_name(stage)}")
         return stage
 
     @property
     def loss(self) -> Loss:
         """The training loss."""
-        return _present(self.loss_fn, "loss_fn")
+        return _required(self.loss_fn, "loss_fn")
 
     @property
     def has_sampler(self) -> bool:
@@ -158,7 +158,7 @@ class SATVideoDiffusionEngine(nn.Module):
     @property
     def sampler(self) -> VideoDDIMSampler:
         """The sampler."""
-        return _present(self._sampler, "sampler")
+        return _required(self._sampler, "sampler")
 
     @sampler.setter
     def sampler(self, sampler: VideoDDIMSampler) -> None:
@@ -316,13 +316,13 @@ class SATVideoDiffusionEngine(nn.Module):
         return samples.to(self.dtype)
 
 
-def _present(part: T | None, name: str) -> T:
+def _required(part: T | None, name: str) -> T:
     if part is None:
         raise AbsentPartError(f"this engine was built without a {name}: its model section has no `{name}_config`")
     return part
 
 
-def _kind(part: object) -> str:
+def _class_name(part: object) -> str:
     return type(part).__name__
 
 
@@ -332,7 +332,7 @@ def _denoise(
     return denoiser(network, x, sigma, c, **kw, **network_inputs)
 
 
-def _frozen(config: Mapping[str, Any] | None, dtype: torch.dtype) -> Any:
+def _build_frozen(config: Mapping[str, Any] | None, dtype: torch.dtype) -> Any:
     if config is None:
         return None
     return instantiate_from_config(config).to(dtype).eval().requires_grad_(False)
