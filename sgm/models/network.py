@@ -133,7 +133,7 @@ class DiffusionTransformer(BaseModel):
         ensure_groups(args.model_parallel_size)
         with preserve_rng(), quiet_libraries():
             # SAT leaves process groups and seeds alone when it is handed a transformer.
-            super().__init__(None, transformer=_trunk(args, offers, num_attention_heads, parallel_output, dtype))
+            super().__init__(None, transformer=_build_trunk(args, offers, num_attention_heads, parallel_output, dtype))
             self.hidden_size, self.num_layers, self.patch = hidden_size, num_layers, patch
             self.in_channels, self.out_channels = in_channels, out_channels
             self.latent_height, self.latent_width = latent_height, latent_width
@@ -219,7 +219,7 @@ class DiffusionTransformer(BaseModel):
         """
         if y is not None:
             raise ValueError("class conditioning (y) was given, but this network has none.")
-        x = _with_images(x, concat_images).to(self.dtype)
+        x = _append_images(x, concat_images).to(self.dtype)
         context = context.to(self.dtype)
         self._check_inputs(x, timesteps, context)
         grid = self.patch.grid(x.shape[1], *x.shape[3:])
@@ -312,7 +312,7 @@ class DiffusionTransformer(BaseModel):
         return [[layer, *adaln.layer_parts(i)] for i, layer in enumerate(self.transformer.layers)]
 
 
-def _trunk(
+def _build_trunk(
     args: TransformerArgs, sizes: Mapping[str, Any], heads: int, parallel_output: bool, dtype: str
 ) -> DiTTransformer:
     return DiTTransformer(
@@ -337,7 +337,7 @@ def _build_mixin(config: Mapping[str, Any], offers: Mapping[str, Any]) -> nn.Mod
     return instantiate_from_config(config, **{k: v for k, v in offers.items() if k in taken and k not in params})
 
 
-def _with_images(x: Tensor, images: Tensor | None) -> Tensor:
+def _append_images(x: Tensor, images: Tensor | None) -> Tensor:
     if images is None:
         return x
     if images.shape[0] * 2 == x.shape[0]:

@@ -129,7 +129,7 @@ def decode(engine: Any, z: Tensor) -> Tensor:
     """
     odd = z.shape[1] - (z.shape[1] + 1) % 2
     with _low_memory(engine.first_stage_model):
-        pixels = engine.decode_first_stage(rearrange(z[:, :odd], "b t c h w -> b c t h w"), chunked=True)
+        pixels = engine.decode_first_stage(rearrange(z[:, :odd], "b t c h w -> b c t h w"))
     return rearrange(pixels, "b c f h w -> b f c h w").cpu()
 
 

@@ -1,5 +1,7 @@
 """Triton kernels of a transformer block. Each is one pass over its tensors; arithmetic is float32 throughout.
 
+Triton's language has no types for what a kernel is given.
+
 Axes: b batch, l text tokens, n all tokens (text first), d width, h heads, hd width of a head.
 """
 

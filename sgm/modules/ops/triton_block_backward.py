@@ -3,6 +3,8 @@
 A program goes through many rows and adds up what the vectors (gates, modulations, weights) get from them; the programs'
 sums are added by PyTorch, in an order that does not change from run to run.
 
+Triton's language has no types for what a kernel is given.
+
 Axes: b batch, l text tokens, n all tokens (text first), d width, h heads, hd width of a head.
 """
 
@@ -159,7 +161,7 @@ def launch_residual_norm_backward(
     b, n, d = summed.shape
     cols = triton.next_power_of_2(d)
     rows = max(1, _TILE // cols)
-    text_programs, programs = _share(triton.cdiv(text_length, rows), triton.cdiv(n - text_length, rows))
+    text_programs, programs = _split_programs(triton.cdiv(text_length, rows), triton.cdiv(n - text_length, rows))
     update = residual[0] if residual else summed
     weight, eps = norm[:2] if norm else (None, 0.0)
     gates, gate_stride = aligned(residual[1:], b, d) if residual else ((summed, summed), 0)
@@ -215,7 +217,7 @@ def launch_head_norm_rotate_backward(
     return result, sums.sum(1)
 
 
-def _share(text_blocks: int, video_blocks: int) -> tuple[int, int]:
+def _split_programs(text_blocks: int, video_blocks: int) -> tuple[int, int]:
     """Programs for the text, and all programs, so that each has about as many runs of rows; none without rows."""
     whole = text_blocks + video_blocks
     programs = min(_PROGRAMS, whole)

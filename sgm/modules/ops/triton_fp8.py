@@ -1,4 +1,7 @@
-"""Triton kernel for 8-bit linear layers: rows to e4m3 codes and scales in one pass, see `sgm.modules.ops.fp8`."""
+"""Triton kernel for 8-bit linear layers: rows to e4m3 codes and scales in one pass, see `sgm.modules.ops.fp8`.
+
+Triton's language has no types for what a kernel is given.
+"""
 
 from __future__ import annotations
 

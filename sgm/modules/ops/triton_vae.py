@@ -1,5 +1,7 @@
 """Triton kernels of the 3D VAE, for activations stored channels-last: a pixel's channels lie side by side.
 
+Triton's language has no types for what a kernel is given.
+
 Axes: b batch, c channels, t frames, h w pixels; h' w' pixels of a field, each a block of h/h' x w/w' pixels.
 """
 

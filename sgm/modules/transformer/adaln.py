@@ -86,7 +86,7 @@ class AdaLNMixin(BaseMixin):
             modulation,
             inputs.rotary,
             inputs.text_length,
-            self._attend(hidden_states, layer_id, inputs),
+            self._attention_hook(hidden_states, layer_id, inputs),
             self.ops,
         )
 
@@ -97,7 +97,7 @@ class AdaLNMixin(BaseMixin):
             parts += [self.query_layernorm_list[layer_id], self.key_layernorm_list[layer_id]]
         return parts
 
-    def _attend(self, hidden: Tensor, layer_id: int, inputs: NetworkInputs) -> Attend | None:
+    def _attention_hook(self, hidden: Tensor, layer_id: int, inputs: NetworkInputs) -> Attend | None:
         """What a further mixin puts around attention or in its place (SAT's `attention_fn`), else None."""
         hook = self.transformer.hooks.get("attention_fn")
         if hook is None or hook is HOOKS_DEFAULT["attention_fn"]:

@@ -207,7 +207,7 @@ def is_adapted(module: nn.Module) -> TypeGuard[AdaptedLinear]:
     return hasattr(module, "matrix_A") and hasattr(module, "matrix_B") and hasattr(module, "original")
 
 
-def _is_sats(layer: AdaptedLinear) -> TypeGuard[_SatLoraLinear]:
+def _is_sat_adapter(layer: AdaptedLinear) -> TypeGuard[_SatLoraLinear]:
     return not isinstance(layer, LoraLinear)
 
 
@@ -228,7 +228,7 @@ def set_lora_scale(module: nn.Module, scale: float) -> None:
     for layer in layers.values():
         if isinstance(layer, LoraLinear):
             layer.adapter_scale = float(scale)
-        elif _is_sats(layer):  # which multiplies by one factor only
+        elif _is_sat_adapter(layer):  # which multiplies by one factor only
             layer.scaling = layer.lora_alpha / layer.r * scale
 
 
