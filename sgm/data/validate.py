@@ -71,7 +71,7 @@ class TokenCounter:
         self._tokenizer = load_tokenizer(model_dir)
 
     def __call__(self, text: str) -> int:
-        return len(self._tokenizer(text, verbose=False).input_ids)
+        return len(self._tokenizer.encode(text))
 
 
 def examine(
