@@ -250,6 +250,8 @@ def new_encoder(folder: Path, spiece: bytes, settings: Settings) -> FrozenT5Embe
 
 def save_encoder(embedder: FrozenT5Embedder, out: Path, spiece: bytes) -> None:
     """Write the release's folder in float16, as a whole or not at all. Raises SaveError, WeightsError."""
+    from transformers import T5Config
+
     state = {name: p.detach().to("cpu", torch.float16) for name, p in embedder.transformer.named_parameters()}
     broken = [name for name, t in state.items() if not bool(torch.isfinite(t).all())]
     if broken:
@@ -257,7 +259,8 @@ def save_encoder(embedder: FrozenT5Embedder, out: Path, spiece: bytes) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=out.parent) as temporary:
         made = Path(temporary) / out.name
-        write_text_encoder(made, embedder.transformer.config, spiece, state, max_length=LENGTH)
+        config = T5Config.from_pretrained(embedder.files.config.parent)
+        write_text_encoder(made, config, spiece, state, max_length=LENGTH)
         if out.exists():
             shutil.rmtree(out)
         made.replace(out)
@@ -331,7 +334,7 @@ def train(embedder: FrozenT5Embedder, readers: Readers, spiece: bytes, settings:
             break
         for group in optimizer.param_groups:
             group["lr"] = group["speed"] * settings.lr * min(1, (step + 1) / 50) * (1.01 + math.cos(math.pi * done)) / 2
-        embedding = embedder.transformer(input_ids=ids.to(device)).last_hidden_state
+        embedding = embedder.transformer(ids.to(device))
         loss = readers.loss(embedding, rows.to(device))
         total = loss + settings.agreement * min(1, 2 * done) * disagreement(embedding)
         optimizer.zero_grad(set_to_none=True)

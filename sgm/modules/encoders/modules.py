@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,8 +16,10 @@ from torch import Tensor, nn
 
 from sgm.modules.conditioner import AbstractEmbModel, GeneralConditioner
 from sgm.modules.encoders import t5_files
+from sgm.modules.encoders.t5 import T5Config, T5EncoderModel
 from sgm.util import get_obj_from_str
 from sgm.weights import assign_state
+from sgm.weights.meta import WithoutValues
 
 __all__ = ["FrozenT5Embedder", "GeneralConditioner", "NonFiniteEmbeddingError", "TokenizedPrompts", "text_is_local"]
 
@@ -57,7 +60,7 @@ class FrozenT5Embedder(AbstractEmbModel):
         freeze: no gradients, always in eval mode.
         cache_dir: the hub's cache folder; None for its default.
     Raises:
-        EncoderFilesError: files are missing.
+        EncoderFilesError: files are missing, or the configuration is not a T5's.
         WeightsError: files are damaged or do not fit the configuration.
 
     Weights are loaded on construction, except under `torch.device("meta")`; then `load_weights` fills the module, or a
@@ -77,7 +80,6 @@ class FrozenT5Embedder(AbstractEmbModel):
             raise ValueError(f"max_length must be at least 1 (226 for CogVideoX), not {max_length}.")
         self.max_length = max_length
         self.files = t5_files.resolve(str(model_dir), cache_dir)
-        self.tokenizer = _tokenizer(self.files)
         self.transformer = _build_encoder(self.files)
         self.frozen = freeze
         if freeze:
@@ -120,6 +122,11 @@ class FrozenT5Embedder(AbstractEmbModel):
             hint=f"The configuration is {self.files.config}.",
         )
 
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Read when the first text is tokenized."""
+        return _tokenizer(self.files)
+
     @property
     def device(self) -> torch.device:
         """Where token ids must go: the device of the token embedding."""
@@ -155,7 +162,7 @@ class FrozenT5Embedder(AbstractEmbModel):
         ids = self.tokenize(texts).ids.to(self.device)
         no_grad = torch.no_grad() if self.frozen else nullcontext()
         with no_grad, torch.autocast(self.device.type, enabled=False):
-            embedding = self.transformer(input_ids=ids).last_hidden_state
+            embedding = self.transformer(ids)
         if not bool(torch.isfinite(embedding).all()):
             raise NonFiniteEmbeddingError(
                 f"the text encoder gave inf or nan in {embedding.dtype}. T5 can leave the range of float16: run in "
@@ -183,19 +190,14 @@ def load_tokenizer(model_dir: str, cache_dir: str | None = None) -> Any:
 
 def _tokenizer(files: t5_files.T5Files) -> Any:
     """The sentencepiece tokenizer; T5's own class, since the automatic choice fails on the release's folder."""
-    from transformers import T5Tokenizer  # seconds to import
+    from transformers import T5Tokenizer  # half a second
 
     # `legacy`: of the two ways that transformers 4 has around special tokens, the original's (and transformers 5's).
     options = {"legacy": True, "clean_up_tokenization_spaces": False}
     return T5Tokenizer.from_pretrained(str(files.tokenizer), local_files_only=True, **options)
 
 
-def _build_encoder(files: t5_files.T5Files) -> Any:
-    """A `T5EncoderModel` of the files' configuration on the meta device, its two names of the embedding tied."""
-    from transformers import T5Config, T5EncoderModel
-
-    config = T5Config.from_pretrained(str(files.config.parent), local_files_only=True)
-    with torch.device("meta"):
-        encoder = T5EncoderModel(config)
-    encoder.encoder.embed_tokens.weight = encoder.shared.weight
-    return encoder
+def _build_encoder(files: t5_files.T5Files) -> T5EncoderModel:
+    """The encoder of the files' configuration on the meta device."""
+    with torch.device("meta"), WithoutValues():
+        return T5EncoderModel(T5Config.read(files.config))
