@@ -6,15 +6,13 @@ sin-cos position table and the rotary models' unused position embedding, which t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
 from sgm.modules.conditioner import GeneralConditioner
@@ -27,28 +25,6 @@ from sgm.weights.release import Adapter, Checkpoint, read_transformer
 
 if TYPE_CHECKING:
     from sgm.models.network import DiffusionTransformer  # at run time its `target:` brings it, and SAT with it
-
-
-class _WithoutValues(TorchFunctionMode):
-    """Leaves initial values undrawn where there is nothing to hold them.
-
-    Besides taking time for nothing, PyTorch 2.13 draws normal numbers on the meta device by way of `torch._dynamo`,
-    whose import takes a second.
-    """
-
-    FILLS = (Tensor.normal_, Tensor.uniform_, Tensor.zero_, Tensor.fill_)
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if func in self.FILLS and args[0].is_meta:
-            return args[0]
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def on_meta() -> Iterator[None]:
-    """Modules built in this context have shapes and types alone: no memory, no values, no time for drawing any."""
-    with torch.device("meta"), _WithoutValues():
-        yield
 
 
 @dataclass

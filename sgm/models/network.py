@@ -29,6 +29,7 @@ from sgm.modules.transformer.lora import LoraMixin
 from sgm.modules.transformer.patch_embed import PatchSize
 from sgm.modules.transformer.sat_base import BaseModel
 from sgm.util import get_obj_from_str, instantiate_from_config, split_config
+from sgm.weights.meta import WithoutValues
 
 MIXINS = ("pos_embed", "patch_embed", "adaln_layer", "final_layer")
 # Hooks of SAT that reach this network; the others belong to parts of SAT's layer that are not used here.
@@ -131,7 +132,7 @@ class DiffusionTransformer(BaseModel):
             time_interpolation=time_interpolation,
         )
         ensure_groups(args.model_parallel_size)
-        with preserve_rng(), quiet_libraries():
+        with preserve_rng(), quiet_libraries(), WithoutValues():
             # SAT leaves process groups and seeds alone when it is handed a transformer.
             super().__init__(None, transformer=_build_trunk(args, offers, num_attention_heads, parallel_output, dtype))
             self.hidden_size, self.num_layers, self.patch = hidden_size, num_layers, patch
