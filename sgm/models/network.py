@@ -190,7 +190,7 @@ class DiffusionTransformer(BaseModel):
     @property
     def dtype(self) -> torch.dtype:
         """Type of the weights, and so of the computation and the result."""
-        return self.time_embed.get_parameter("0.bias").dtype
+        return next(self.time_embed.parameters()).dtype
 
     def forward(
         self,
