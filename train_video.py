@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sgm.cli import Parser, exit_code
-from sgm.places import CONFIGS, lies_in_demo
+from sgm.places import CONFIGS
+
+if TYPE_CHECKING:
+    from sgm.config import RunConfig
+    from sgm.training.options import TrainArgs
 
 SHIPPED = CONFIGS / "cogvideox_2b_sft.yaml"
 DEMO = CONFIGS / "demo_lora.yaml"
@@ -49,6 +52,15 @@ def main(arguments: list[str], prog: str | None = None, leave: bool = False) -> 
 
 
 def run(options: argparse.Namespace) -> int:
+    config = configuration(options)
+
+    from sgm.training.run import train
+
+    return train(config, dry_run=options.dry_run)
+
+
+def configuration(options: argparse.Namespace) -> RunConfig[TrainArgs]:
+    """The run that a command line asks for."""
     from sgm.config import load_run_config
     from sgm.inference.preflight import config_files
     from sgm.training.options import TrainArgs
@@ -61,32 +73,7 @@ def run(options: argparse.Namespace) -> int:
     files = config_files([*options.base, *options.configs], SHIPPED, DEMO)
     flags = {"resume": options.resume, "device": options.device, "seed": options.seed,
              "cache_dir": options.cache_dir}  # fmt: skip
-    config = load_run_config(files, TrainArgs, overrides=options.set, flags=flags)
-
-    from sgm.training.run import train
-
-    return train(config, dry_run=options.dry_run, make_data=_demo_clips())
-
-
-def _demo_clips() -> Callable[[Path], bool]:
-    """What draws the demo's clips where they are not there. It lies in tools/, which an installed package lacks."""
-    from sgm.config import ConfigError
-
-    try:
-        from tools.demo.clips import make_demo_clips
-    except ModuleNotFoundError as error:
-        if error.name not in ("tools", "tools.demo"):
-            raise
-
-        def make_demo_clips(folder: Path) -> bool:
-            if lies_in_demo(str(folder)):
-                raise ConfigError(
-                    f"{folder} is not there: the demo's clips are drawn by tools/, which is not part of the installed "
-                    "package. In a checkout: bash finetune.sh configs/demo_lora.yaml"
-                )
-            return False
-
-    return make_demo_clips
+    return load_run_config(files, TrainArgs, overrides=options.set, flags=flags)
 
 
 if __name__ == "__main__":
