@@ -27,7 +27,8 @@ from torch import Tensor
 
 from sgm.data.sources import Place
 from sgm.errors import SgmError
-from sgm.weights.save import SaveError, save_safetensors, save_text, write_failed
+from sgm.files import SaveError, write_failed, write_json
+from sgm.weights.save import save_safetensors
 
 FORMAT = 1
 KINDS = ("video", "text")
@@ -216,7 +217,7 @@ class CacheStore:
         except OSError as error:
             raise SaveError(f"cannot make the cache folder {self.folder}: {error.strerror}") from error
         content = {"format": FORMAT, "storage": self.storage, "encoded_as": self.encoded_as, "identity": self.identity}
-        save_text(head, json.dumps(content, indent=1) + "\n")
+        write_json(head, content)
 
     def _compare(self, found: Mapping[str, Any]) -> None:
         known = {name: value for name, value in self.identity.items() if value is not None}

@@ -20,6 +20,7 @@ from sgm.data.clips import CLIP_FAULTS, CaptionError, CheckedClip, ClipSettings,
 from sgm.data.decoder import DecodeProcess
 from sgm.data.sources import ListedClip, Listing, exists, list_clips, passed_over_line, passed_over_of
 from sgm.errors import SgmError
+from sgm.files import write_text
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -91,9 +92,7 @@ class Report:
         lines += [{"status": "rejected", **asdict(r)} for r in self.rejected]
         lines += [{"status": "broken", **asdict(r)} for r in self.broken]
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        temporary.replace(path)
+        write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
     @classmethod
     def read(cls, path: str | Path) -> Report:

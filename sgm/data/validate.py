@@ -18,7 +18,7 @@ from sgm.data.decoder import DecodeProcess
 from sgm.data.report import DatasetError, per_thread, reason_of
 from sgm.data.sources import ListedClip, is_image, passed_over_line, passed_over_of
 from sgm.data.video_io import VideoInfo, probe
-from sgm.weights.save import atomic_write
+from sgm.files import atomic_write
 
 THUMBNAIL = 160  # pixels, the longer side
 SHEET_FRAMES = 4  # of each clip

@@ -25,7 +25,8 @@ HOW_TO_GET_T5 = (
 )
 HOW_TO_GET_ADAPTER = (
     "An adapter (PATH or PATH:SCALE) is the folder of a LoRA run, one of its iterations or a file of it; one in "
-    "diffusers' form is converted by tools/convert_weight_hf2sat.py --lora_only. README, 'LoRA', has the steps."
+    "diffusers' form is converted by tools/convert_weight_hf2sat.py --lora_only. docs/sampling.md, 'LoRA', has the "
+    "steps."
 )
 
 

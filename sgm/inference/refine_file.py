@@ -14,9 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sgm.files import write_failed, write_text
 from sgm.inference.prompts import Prompt, PromptError, read_prompt_file
 from sgm.inference.refine import SYSTEM_PROMPT, Endpoint, RefineError
-from sgm.weights.save import save_text, write_failed
 
 Refiner = Callable[[str, Endpoint], str]
 
@@ -99,7 +99,7 @@ def refine_file(
             return outcome
         for prompt in prompts:
             lines[prompt.index] = journal.captions[prompt.text]
-        save_text(target, "\n".join(lines) + "\n")
+        write_text(target, "\n".join(lines) + "\n")
     except OSError as error:
         raise write_failed(target, error) from error
     journal.path.unlink(missing_ok=True)

@@ -19,6 +19,7 @@ from torch import Tensor
 import sgm
 from sgm.config import ConfigError, RunConfig
 from sgm.errors import SgmError
+from sgm.files import write_json
 from sgm.inference.fit import SamplingError
 from sgm.inference.noise import SampleId
 from sgm.inference.options import SampleArgs
@@ -34,7 +35,6 @@ from sgm.inference.writer import (
     read_latents,
     read_record,
     write_contact_sheet,
-    write_json,
     write_latents,
     write_video,
 )

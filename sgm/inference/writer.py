@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,11 +16,13 @@ import torch
 from torch import Tensor
 
 from sgm.errors import SgmError
-from sgm.weights.save import PARTIAL, probe
+from sgm.files import advising, replacing, require_writable, write_failed
+
+ANOTHER_FOLDER = "Choose another --output-dir."
 
 
 class OutputError(SgmError):
-    """A result cannot be written; the message says where and why."""
+    """A result cannot be encoded, or read again; the message says which and why."""
 
 
 @dataclass(frozen=True)
@@ -52,30 +53,21 @@ class SampleFiles:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` (same suffix) that becomes `path` if the block succeeds and vanishes otherwise."""
-    temporary = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+def _written(path: Path) -> Iterator[Path]:
+    """A temporary name that becomes `path`, see `replacing`; its folder is made."""
+    with advising(ANOTHER_FOLDER):
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise write_failed(path, error) from error
+        with replacing(path) as temporary:
             yield temporary
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}. Choose another --output-dir.") from error
 
 
 def check_writable(folder: Path) -> None:
-    """Fail before an hour of sampling, not after it.
-
-    Raises:
-        OutputError: the folder cannot be made or written to.
-    """
-    try:
-        probe(folder)
-    except OSError as error:
-        raise OutputError(f"cannot write in {folder}: {error.strerror}. Choose another --output-dir.") from error
+    """Fail before an hour of sampling, not after it. Raises SaveError."""
+    with advising(ANOTHER_FOLDER):
+        require_writable(folder)
 
 
 def to_uint8(x: Tensor) -> Tensor:
@@ -93,7 +85,7 @@ def write_video(path: Path, frames: np.ndarray, fps: int) -> None:
     """
     import imageio.v2 as imageio
 
-    with replacing(path) as temporary:
+    with _written(path) as temporary:
         try:
             with imageio.get_writer(temporary, fps=fps, codec="libx264", quality=8, macro_block_size=2) as writer:
                 for frame in frames:
@@ -114,13 +106,8 @@ def write_contact_sheet(path: Path, frames: np.ndarray, count: int = 8, columns:
     sheet = Image.new("RGB", (columns * cell[0], math.ceil(len(picked) / columns) * cell[1]))
     for k, frame in enumerate(picked):
         sheet.paste(Image.fromarray(frame).resize(cell), ((k % columns) * cell[0], (k // columns) * cell[1]))
-    with replacing(path) as temporary:
+    with _written(path) as temporary:
         sheet.save(temporary)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -136,7 +123,7 @@ def write_latents(path: Path, latents: Tensor, facts: Mapping[str, Any]) -> None
     """Scaled latents (t, c, h, w) of one sample; `facts` go into the header as JSON text."""
     from safetensors.torch import save_file
 
-    with replacing(path) as temporary:
+    with _written(path) as temporary:
         save_file({"latents": latents.cpu().contiguous()}, str(temporary), {"facts": json.dumps(facts)})
 
 

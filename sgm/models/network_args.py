@@ -11,7 +11,7 @@ import torch
 
 from sgm.errors import SgmError
 from sgm.modules.ops.recompute import MODES
-from sgm.util import typed
+from sgm.typed import typed
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

@@ -29,8 +29,9 @@ from sgm.data.loader import create_loader
 from sgm.data.report import first_reasons
 from sgm.data.sources import exists
 from sgm.distributed import DistInfo, from_first
+from sgm.files import SaveError, require_writable
 from sgm.inference.preflight import check_paths, placeholders_in, with_found_paths
-from sgm.lock import sole_holder
+from sgm.lock import try_lock
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.places import INSTALLED, PROJECT, found_path, lies_in_demo, shown
 from sgm.training.checkpoints.checkpoint import CheckpointError, find_resume
@@ -59,7 +60,6 @@ from sgm.training.trainer import Trainer
 from sgm.training.watch.boards import Board, TensorBoard, WeightsAndBiases
 from sgm.training.watch.run_log import RunLog
 from sgm.training.watch.timing import PhaseClock, phases_of_step
-from sgm.weights.save import probe
 
 
 def train(config: RunConfig[TrainArgs], *, dry_run: bool = False) -> int:
@@ -210,7 +210,7 @@ def _check_places(config: RunConfig[TrainArgs], dry_run: bool) -> None:
 def _how_to_get_data(folders: list[str]) -> str:
     undrawn = [folder for folder in folders if lies_in_demo(folder) and not Path(folder).expanduser().exists()]
     if not undrawn:
-        return "A data folder holds videos/NAME.mp4 and labels/NAME.txt (README, 'Fine-tuning')."
+        return "A data folder holds videos/NAME.mp4 and labels/NAME.txt (docs/data.md)."
     if INSTALLED:
         return (
             "The demo's clips are drawn by tools/, which is not part of the installed package. In a checkout: bash "
@@ -256,14 +256,14 @@ def _check_writable(save: str | None) -> None:
 
     def problem() -> str | None:
         try:
-            probe(Path(save).expanduser())  # type: ignore[arg-type]
-        except OSError as error:
-            return error.strerror or str(error)
+            require_writable(Path(save or "").expanduser())
+        except SaveError as error:
+            return str(error)
         return None
 
     reason = from_first(problem) if save else None
     if reason:
-        raise CheckpointError(f"cannot write in args.save, {save}: {reason}. Set it to another folder.")
+        raise CheckpointError(f"{reason} Set args.save to another folder.")
 
 
 def _hold(folder: Path, stack: ExitStack) -> None:
@@ -272,7 +272,7 @@ def _hold(folder: Path, stack: ExitStack) -> None:
     Raises:
         CheckpointError: on every rank; another command does so already.
     """
-    if not from_first(lambda: stack.enter_context(sole_holder(folder / LOCK))):
+    if not from_first(lambda: stack.enter_context(try_lock(folder / LOCK))):
         raise CheckpointError(
             f"another command is still training into {folder}; end it or wait for it. To go on from another run, give "
             "its folder to --resume."

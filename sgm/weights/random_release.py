@@ -13,16 +13,20 @@ import logging
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from sgm.files import atomic_write, write_text
 from sgm.places import CONFIGS
 from sgm.util import instantiate_from_config
 from sgm.weights.files import WeightsError
 from sgm.weights.release import NETWORK_PREFIX
-from sgm.weights.save import Deferred, atomic_write, save_pt, save_safetensors, save_text
+from sgm.weights.save import Deferred, save_pt, save_safetensors
+
+if TYPE_CHECKING:
+    from transformers import T5Config
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +62,7 @@ def write_random_release(
     state = _random_state(network, dtype, generator, leave_out=absent)
     folder = _made(out / "transformer" / str(ITERATION))
     save_pt(folder / "mp_rank_00_model_states.pt", {"module": {NETWORK_PREFIX + n: t for n, t in state.items()}})
-    save_text(out / "transformer" / "latest", str(ITERATION))
+    write_text(out / "transformer" / "latest", str(ITERATION))
 
 
 def _made(folder: Path) -> Path:
@@ -134,23 +138,24 @@ def write_text_encoder(
         index |= dict.fromkeys(part, file)
     total = sum(torch.Size(t.shape).numel() * t.dtype.itemsize for t in tensors.values())
     content = {"metadata": {"total_size": total}, "weight_map": index}
-    save_text(folder / "model.safetensors.index.json", json.dumps(content, indent=1))
-    save_text(folder / "config.json", json.dumps(config.to_dict(), indent=1, default=str))
-    atomic_write(folder / "spiece.model", lambda file: file.write(spiece) and None)
+    write_text(folder / "model.safetensors.index.json", json.dumps(content, indent=1))
+    write_text(folder / "config.json", json.dumps(config.to_dict(), indent=1, default=str))
+    atomic_write(folder / "spiece.model", lambda file: file.write(spiece))
     special = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    save_text(folder / "special_tokens_map.json", json.dumps(special, indent=1))
+    write_text(folder / "special_tokens_map.json", json.dumps(special, indent=1))
     extra = {f"<extra_id_{i}>": piece_count(spiece) + EXTRA_IDS - 1 - i for i in range(EXTRA_IDS)}
-    save_text(folder / "added_tokens.json", json.dumps(extra, indent=1))
+    write_text(folder / "added_tokens.json", json.dumps(extra, indent=1))
     tokenizer = {"tokenizer_class": "T5Tokenizer", "extra_ids": EXTRA_IDS, "model_max_length": max_length, **special}
-    save_text(folder / "tokenizer_config.json", json.dumps(tokenizer, indent=1))
+    write_text(folder / "tokenizer_config.json", json.dumps(tokenizer, indent=1))
 
 
-def _t5_config(width: int, vocabulary: int) -> Any:
+def _t5_config(width: int, vocabulary: int) -> T5Config:
     """T5 v1.1 XXL's sizes for width 4096, small ones otherwise."""
     from transformers import T5Config
 
     xxl = width == 4096
-    return T5Config(
+    # The base class takes the last three; its field list, which a type checker reads, has them not.
+    fields: dict[str, Any] = dict(
         vocab_size=32128 if xxl else vocabulary,
         d_model=width,
         d_kv=64 if xxl else max(8, width // 4),
@@ -163,6 +168,7 @@ def _t5_config(width: int, vocabulary: int) -> Any:
         architectures=["T5EncoderModel"],
         decoder_start_token_id=0,
     )
+    return T5Config(**fields)
 
 
 def _t5_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -323,15 +323,15 @@ def test_shards_hold_at_most_their_size(tmp_path: Path) -> None:
     assert [parse_size(t) for t in ("5GB", "1.5 MiB", "1000", "2kb")] == [5 * 10**9, 3 << 19, 1000, 2000]
 
 
-def test_commands_of_the_readme(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """Every command of its section, in order, in a folder that holds what they name."""
+def test_commands_of_the_page(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Every command of docs/conversion.md, in order, in a folder that holds what they name."""
     pytest.importorskip("diffusers")
     from tools import compare_diffusers, convert_weight_hf2sat, convert_weight_sat2hf, inspect_weights
 
     named = (compare_diffusers, convert_weight_hf2sat, convert_weight_sat2hf, inspect_weights)
     tools = {f"tools/{tool.__name__.rpartition('.')[2]}.py": tool for tool in named}
-    section = (REPO / "README.md").read_text().split("## Converting weights")[1].split("\n## ")[0]
-    block = section.split("```shell")[1].split("```")[0].replace("\\\n", " ")
+    page = (REPO / "docs" / "conversion.md").read_text()
+    block = page.split("```shell")[1].split("```")[0].replace("\\\n", " ")
     commands = [shlex.split(line, comments=True) for line in block.splitlines() if line.startswith("python ")]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "CogVideoX-2b").symlink_to(hf)

@@ -16,6 +16,7 @@ from PIL import Image
 
 from sgm.config import ConfigError, merge_yaml
 from sgm.data.video_io import probe, read_frames
+from sgm.files import SaveError, replacing, write_json
 from sgm.inference import writer
 from sgm.inference.noise import SampleId, StackedNoise
 from sgm.inference.options import SampleArgs
@@ -142,7 +143,7 @@ def test_video_and_contact_sheet(tmp_path):
     writer.write_contact_sheet(files.sheet, frames(1, 480, 720))
     assert Image.open(files.sheet).size == (240, 160)
     assert not files.done(latents_only=False)
-    writer.write_json(files.record, {"prompt": "été"})
+    write_json(files.record, {"prompt": "été"})
     assert files.done(latents_only=False) and not files.done(latents_only=True)
     assert json.loads(files.record.read_text(encoding="utf-8")) == {"prompt": "été"}
     assert {p.name for p in files.folder.iterdir()} == {"000000.mp4", "000000.png", "000000.json"}
@@ -165,7 +166,7 @@ def test_latents_keep_values_and_facts(tmp_path):
 def test_a_writer_that_fails_leaves_nothing_new(tmp_path, monkeypatch):
     target = tmp_path / "x.json"
     target.write_text("before")
-    with pytest.raises(KeyboardInterrupt), writer.replacing(target) as temporary:
+    with pytest.raises(KeyboardInterrupt), replacing(target) as temporary:
         temporary.write_text("half")
         raise KeyboardInterrupt
     assert target.read_text() == "before" and list(tmp_path.iterdir()) == [target]
@@ -178,7 +179,7 @@ def test_a_writer_that_fails_leaves_nothing_new(tmp_path, monkeypatch):
 def test_folders_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "sub", Path("/proc/none")):
-        with pytest.raises(OutputError, match="--output-dir"):
+        with pytest.raises(SaveError, match="--output-dir"):
             writer.check_writable(folder)
     writer.check_writable(tmp_path / "new")
     assert not list((tmp_path / "new").iterdir())

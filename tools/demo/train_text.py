@@ -34,6 +34,7 @@ from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from sgm.files import SaveError, write_json
 from sgm.modules.encoders.modules import FrozenT5Embedder  # noqa: E402
 from sgm.weights import WeightsError  # noqa: E402
 from sgm.weights.random_release import (  # noqa: E402
@@ -42,7 +43,6 @@ from sgm.weights.random_release import (  # noqa: E402
     train_sentencepiece,
     write_text_encoder,
 )
-from sgm.weights.save import SaveError, save_text  # noqa: E402
 from tools.demo.attributes import BACKGROUNDS, COLOURS, PATTERNS, SIZES, SPEEDS, ClipSpec, ObjectSpec  # noqa: E402
 from tools.demo.captions import Said, parse  # noqa: E402
 from tools.demo.wordings import (  # noqa: E402
@@ -479,7 +479,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         settings = Settings(args.seed, args.steps, args.seconds, args.specs, args.lr, held_words=args.held_words)
         report = run(settings, args.out, args.device, args.workers, args.test_texts)
-        save_text(args.report or args.out.with_name(args.out.name + ".json"), json.dumps(report, indent=1) + "\n")
+        write_json(args.report or args.out.with_name(args.out.name + ".json"), report)
     except (WeightsError, SaveError, OSError) as error:
         print(f"train_text.py: {error}", file=sys.stderr)
         return 2

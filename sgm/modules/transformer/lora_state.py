@@ -9,12 +9,14 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from sgm.errors import SgmError
+
+Value = TypeVar("Value")
 
 # Kind of target -> linears of layer {i} as (name, pairs of matrices).
 TARGETS: dict[str, tuple[tuple[str, int], ...]] = {
@@ -69,7 +71,7 @@ class LoraSpec:
         return lora_scaling(self.rank, self.alpha, self.rank_stabilised)
 
 
-def split_lora(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def split_lora(state: Mapping[str, Value]) -> tuple[dict[str, Value], dict[str, Value]]:
     """(base, adapter): the base under plain names (without `.original.`), and the matrices under theirs."""
     lora = {name: value for name, value in state.items() if MATRIX.match(name)}
     base = {name.replace(_ORIGINAL, "."): value for name, value in state.items() if name not in lora}

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from sgm import distributed
 from sgm.config import RunConfig
+from sgm.files import SaveError, remove, require_space
 from sgm.training.checkpoints.folder import (
     MERGED,
     RESUME,
@@ -49,7 +50,7 @@ from sgm.training.checkpoints.weights import (
 from sgm.weights import WeightsError, read_checkpoint
 from sgm.weights.files import tensors_of
 from sgm.weights.release import locate
-from sgm.weights.save import SaveError, remove, require_space, save_pt, save_safetensors, size_of
+from sgm.weights.save import save_pt, save_safetensors, size_of
 
 __all__ = [
     "CheckpointError",
@@ -174,7 +175,8 @@ class _Job:
             yield
         except (SaveError, CheckpointError, WeightsError, OSError) as error:
             failure = error
-        reports = _gather(str(failure) if failure else None)
+        advice = " (args.keep_last and args.save say how many checkpoints are kept, and where.)"
+        reports = _gather(f"{failure}{advice if isinstance(failure, SaveError) else ''}" if failure else None)
         told = [f"{'' if self.world_size == 1 else f'rank {r}: '}{text}" for r, text in enumerate(reports) if text]
         if told:
             if self.rank == 0:
