@@ -84,7 +84,7 @@ def _text_problems(engine: SATVideoDiffusionEngine) -> list[str]:
 
 
 def _sampler_problems(engine: SATVideoDiffusionEngine, args: SampleArgs) -> list[str]:
-    if engine.sampler is None:
+    if not engine.has_sampler:
         return ["the model section has no sampler_config"]
     problems = []
     try:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sgm.modules.autoencoding.causal_cache import cache_on
 from sgm.modules.autoencoding.causal_conv import CPU_SLICE_BYTES, DECODE_SLICE_BYTES, SLICE_BYTES, ClipPass
+from sgm.modules.autoencoding.first_stage import FirstStage
 from sgm.modules.autoencoding.tiling import Tiling, blend_tiles
 from sgm.modules.ops.vae import PLAIN, VaeOps
 from sgm.util import instantiate_from_config
@@ -64,7 +65,7 @@ def chunk_bounds(t: int) -> list[tuple[int, int]]:
     return [(0, 1)] if t == 1 else [(0, 3), *((k, k + 2) for k in range(3, t, 2))]
 
 
-class VideoAutoencoder(nn.Module):
+class VideoAutoencoder(FirstStage):
     """Encoder, posterior and decoder, with gradients.
 
     Args:
