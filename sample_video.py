@@ -68,7 +68,7 @@ def main(arguments: list[str], prog: str | None = None, listen: bool = False) ->
 def run(options: argparse.Namespace, check: Callable[[], None]) -> int:
     from sgm.config import load_run_config
     from sgm.inference.options import SampleArgs
-    from sgm.inference.preflight import config_files
+    from sgm.placeholders import config_files
     from sgm.util import allow_target
 
     if options.local_rank is not None:

@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
 def configuration(options: argparse.Namespace) -> RunConfig[TrainArgs]:
     """The run that a command line asks for."""
     from sgm.config import load_run_config
-    from sgm.inference.preflight import config_files
+    from sgm.placeholders import config_files
     from sgm.training.options import TrainArgs
     from sgm.util import allow_target
 

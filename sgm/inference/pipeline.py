@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from sgm.config import RunConfig
+from sgm.data.video_out import to_uint8
 from sgm.inference.fast import check_shortcuts, shortcuts_of
 from sgm.inference.fit import SamplingError, check_fit, check_latents
 from sgm.inference.noise import SampleId, StackedNoise
 from sgm.inference.options import SampleArgs
 from sgm.inference.placement import Placement
-from sgm.inference.writer import to_uint8
 from sgm.models.diffusion import Cond, SATVideoDiffusionEngine
 from sgm.models.loading import Adapter, LoadedNetwork, load_first_stage, load_network, load_text_encoder
 from sgm.modules.diffusionmodules.shortcuts import CallCount, ShortcutRun

@@ -15,11 +15,11 @@ from sgm.inference.fit import SamplingError
 from sgm.inference.options import SampleArgs
 from sgm.inference.pipeline import TextToVideo
 from sgm.inference.plan import report
-from sgm.inference.preflight import check_paths, with_found_paths
 from sgm.inference.progress import Progress
 from sgm.inference.prompts import gather
 from sgm.inference.runner import Runner, out_of_memory_advice
 from sgm.modules.encoders.modules import text_is_local
+from sgm.weights.preflight import check_paths, with_found_paths
 
 
 def sample(config: RunConfig[SampleArgs], check: Callable[[], None], *, dry_run: bool = False) -> int:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import sgm
 from sgm.config import ConfigError, RunConfig
+from sgm.data.video_out import write_contact_sheet, write_video
 from sgm.errors import SgmError
 from sgm.files import write_json
 from sgm.inference.fit import SamplingError
@@ -34,9 +35,8 @@ from sgm.inference.writer import (
     latents_digest,
     read_latents,
     read_record,
-    write_contact_sheet,
     write_latents,
-    write_video,
+    writing_into,
 )
 
 
@@ -225,7 +225,8 @@ class Runner:
             write_latents(files.latents, latents, record)
         else:
             self._write_frames_or_latents(files, latents, times, record)
-        write_json(files.record, record | self._measured(times))
+        with writing_into(files.folder):
+            write_json(files.record, record | self._measured(times))
         self.progress.line(f"  {files.latents if self.args.only_save_latents else files.video}")
 
     def _write_frames_or_latents(
@@ -243,7 +244,7 @@ class Runner:
         self._load("first_stage")
         with self._stage("decode", times):
             frames = self.pipeline.decode(latents)
-        with self._stage("write", times):
+        with self._stage("write", times), writing_into(files.folder):
             write_video(files.video, frames, self.args.sampling_fps)
             write_contact_sheet(files.sheet, frames)
 
@@ -254,7 +255,8 @@ class Runner:
             times = StageTimes()
             files = SampleFiles(file.parent)
             self._write_frames(files, latents, times)
-            write_json(files.record, facts | {"decoded_from": file.name} | self._measured(times))
+            with writing_into(files.folder):
+                write_json(files.record, facts | {"decoded_from": file.name} | self._measured(times))
             self.progress.line(f"  {files.video}")
         return len(found)
 

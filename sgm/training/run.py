@@ -30,9 +30,9 @@ from sgm.data.report import first_reasons
 from sgm.data.sources import exists
 from sgm.distributed import DistInfo, from_first
 from sgm.files import SaveError, require_writable
-from sgm.inference.preflight import check_paths, placeholders_in, with_found_paths
 from sgm.lock import try_lock
 from sgm.models.diffusion import SATVideoDiffusionEngine
+from sgm.placeholders import placeholders_in
 from sgm.places import INSTALLED, PROJECT, found_path, lies_in_demo, shown
 from sgm.training.checkpoints.checkpoint import CheckpointError, find_resume
 from sgm.training.checkpoints.folder import LOCK, new_run
@@ -60,6 +60,7 @@ from sgm.training.trainer import Trainer
 from sgm.training.watch.boards import Board, TensorBoard, WeightsAndBiases
 from sgm.training.watch.run_log import RunLog
 from sgm.training.watch.timing import PhaseClock, phases_of_step
+from sgm.weights.preflight import check_paths, with_found_paths
 
 
 def train(config: RunConfig[TrainArgs], *, dry_run: bool = False) -> int:

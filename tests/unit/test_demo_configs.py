@@ -12,7 +12,7 @@ import yaml
 
 import train_video
 from sgm.config import load_run_config, merge_yaml
-from sgm.inference.preflight import choose_config
+from sgm.placeholders import choose_config
 from sgm.training.options import TrainArgs, training_advice, trains_lora
 from sgm.training.setup.deepspeed import plan_deepspeed
 from sgm.weights.release import locate, newest_run
