@@ -17,6 +17,7 @@ from sgm.data.clips import CaptionError, ClipSettings, caption_of
 from sgm.data.dataset import PackedShapes, PackedStrings
 from sgm.data.report import DatasetError, Rejection, Report, first_reasons, nothing_in
 from sgm.data.sources import ListedClip, passed_over_of
+from sgm.modules.autoencoding.strides import STRIDES
 
 MOMENTS, EMBEDDING = "moments", "txt_embedding"  # entries of a batch
 
@@ -149,7 +150,7 @@ class CachedClips(Dataset):
         Latent frames are stored one after the other, so less is read. They are those of the whole clip: the encoder
         looked back only, but normalised over all of it.
         """
-        latents = (frames - 1) // 4 + 1
+        latents = STRIDES.latent_frames(frames)
         short = copy.copy(self)
         short._moments = FirstFrames(self._moments, latents)
         short.shapes = PackedShapes([(min(latents, t), *rest) for t, *rest in self.shapes])
@@ -175,7 +176,7 @@ class CachedClips(Dataset):
         index %= len(self)
         return {
             "txt": self._captions[index],
-            "num_frames": 4 * (self._moments[index].shape[0] - 1) + 1,
+            "num_frames": STRIDES.pixel_frames(self._moments[index].shape[0]),
             "fps": self.settings.fps,
             "path": self._paths[index],
             "index": index,

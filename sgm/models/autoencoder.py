@@ -88,6 +88,7 @@ class VideoAutoencoder(FirstStage):
         self.encoder = instantiate_from_config(encoder_config)
         self.decoder = instantiate_from_config(decoder_config)
         self.loss = instantiate_from_config(loss_config or _NO_LOSS)
+        self.strides = self.encoder.strides
         self.regularization = instantiate_from_config(regularizer_config or _REGULARIZER)
         self.memory = MemoryPlan()
 
@@ -189,7 +190,7 @@ class VideoAutoencoder(FirstStage):
         if tile is None:
             self.memory = replace(self.memory, tiling=None)
             return
-        factor = self.decoder.space_factor
+        factor = self.decoder.strides.space
         if any(size % factor for size in (*tile, overlap)):
             raise ValueError(f"tile {tile} and overlap {overlap} must be multiples of {factor} pixels.")
         self.memory = replace(self.memory, tiling=Tiling(tile[0] // factor, tile[1] // factor, overlap // factor))
@@ -232,10 +233,10 @@ class VideoAutoencoder(FirstStage):
 
     def _moments(self, x: Tensor) -> Tensor:
         run = ClipPass(slice_bytes=self._slice_bytes(x), ops=self.ops)
-        tiling, factor = self.memory.tiling, self.encoder.space_factor
+        tiling, factor = self.memory.tiling, self.strides.space
         if tiling is None:
             return self.encoder(x, run)
-        size = (x.shape[3] // factor, x.shape[4] // factor)
+        size = self.strides.latent_size(x.shape[3], x.shape[4])
 
         def render(_: int, rows: slice, cols: slice) -> Tensor:
             pixels = (..., *(slice(part.start * factor, part.stop * factor) for part in (rows, cols)))
@@ -251,7 +252,7 @@ class VideoAutoencoder(FirstStage):
         first = next(pieces)
         if len(bounds) == 1:
             return first
-        frames = self.decoder.time_factor * (z.shape[2] - 1) + 1
+        frames = self.decoder.strides.pixel_frames(z.shape[2])
         result = first.new_empty((*first.shape[:2], frames, *first.shape[3:]))
         result[:, :, : first.shape[2]] = first
         done = first.shape[2]
@@ -284,7 +285,7 @@ class VideoAutoencoder(FirstStage):
         def render(index: int, rows: slice, cols: slice) -> Tensor:
             return self.decoder(z[..., rows, cols], runs[index])
 
-        return blend_tiles(boxes, render, (z.shape[3], z.shape[4]), scale=self.decoder.space_factor)
+        return blend_tiles(boxes, render, (z.shape[3], z.shape[4]), scale=self.decoder.strides.space)
 
     def _slice_bytes(self, x: Tensor) -> int:
         return min(self.memory.slice_bytes, CPU_SLICE_BYTES) if x.device.type == "cpu" else self.memory.slice_bytes
@@ -297,7 +298,7 @@ class VideoAutoencoder(FirstStage):
         return torch.set_grad_enabled(self._wants_grad(x))
 
     def _check_pixels(self, x: Tensor, any_length: bool) -> None:
-        channels, factor, step = self.encoder.in_channels, self.encoder.space_factor, self.encoder.time_factor
+        channels, factor, step = self.encoder.in_channels, self.strides.space, self.strides.time
         if x.ndim != 5 or x.shape[1] != channels:
             raise ValueError(f"encode takes (b, {channels}, f, h, w), got shape {tuple(x.shape)}.")
         frames, height, width = x.shape[2:]
@@ -306,11 +307,11 @@ class VideoAutoencoder(FirstStage):
                 f"encode takes a height and width that are multiples of {factor}, got {height}x{width}. "
                 f"Resize or crop to {max(1, height // factor) * factor}x{max(1, width // factor) * factor}."
             )
-        if frames % step != 1 % step and not any_length:
-            below = max(1, (frames - 1) // step * step + 1)
+        if not self.strides.is_whole(frames) and not any_length:
+            below = self.strides.longest_clip(frames)
             raise ValueError(
-                f"encode takes {step}k + 1 frames (1, {step + 1}, {2 * step + 1}, ...), got {frames}. Trim the clip to "
-                f"{below}, or pass allow_any_length=True for what the network does with other lengths."
+                f"encode takes {self.strides.clip_lengths} frames (1, {step + 1}, {2 * step + 1}, ...), got {frames}. "
+                f"Trim the clip to {below}, or pass allow_any_length=True for what the network does with other lengths."
             )
 
     def _check_latents(self, z: Tensor) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sgm.errors import SgmError
 from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
 from sgm.modules.autoencoding.first_stage import FirstStage
+from sgm.modules.autoencoding.strides import STRIDES, Strides
 from sgm.modules.conditioner import GeneralConditioner
 from sgm.modules.diffusionmodules.denoiser import Denoiser, Network
 from sgm.modules.diffusionmodules.loss import DetailedLoss, Loss
@@ -131,6 +132,11 @@ class SATVideoDiffusionEngine(nn.Module):
     def first_stage(self) -> FirstStage:
         """The autoencoder, or what stands in for it."""
         return _present(self.first_stage_model, "first_stage")
+
+    @property
+    def strides(self) -> Strides:
+        """How clips and latents belong together; the releases' where there is no first stage."""
+        return STRIDES if self.first_stage_model is None else self.first_stage_model.strides
 
     @property
     def autoencoder(self) -> VideoAutoencoderInferenceWrapper:

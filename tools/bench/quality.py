@@ -31,8 +31,12 @@ from sgm.inference.noise import SampleId
 from sgm.inference.options import SampleArgs
 from sgm.inference.pipeline import EncodedPrompt, TextToVideo
 from sgm.inference.prompts import gather
+<<<<<<< HEAD
 from sgm.typed import build_args
 from sgm.weights.preflight import with_found_paths
+=======
+from sgm.modules.autoencoding.strides import STRIDES
+>>>>>>> types
 from tools.bench.measure import emit, relative_error
 from tools.demo.captions import caption, parse
 from tools.demo.measure import measure
@@ -179,7 +183,7 @@ def compare_variants(options: argparse.Namespace) -> int:
     if options.input_file:
         prompts = [p.text for p in gather([], options.input_file, config.files)[0]]
     else:
-        prompts = demo_captions(options.count, 4 * config.args.sampling_num_frames - 3, options.seed)
+        prompts = demo_captions(options.count, STRIDES.pixel_frames(config.args.sampling_num_frames), options.seed)
     try:
         run(config, config.accelerate if options.only_variants else fast, prompts, options.variant)
     finally:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sgm.modules.autoencoding.blocks import Downsample3D, ResnetBlock3D, Upsample3D, make_norm, norm_of
 from sgm.modules.autoencoding.causal_conv import WHOLE_CLIP, Activation, CausalConv3d, ClipPass
+from sgm.modules.autoencoding.strides import STRIDES, Strides
 
 
 class ContextParallelEncoder3D(nn.Module):
@@ -49,13 +50,13 @@ class ContextParallelEncoder3D(nn.Module):
         z_channels: int,
         double_z: bool = True,
         gather_norm: bool = False,
-        temporal_compress_times: int = 4,
+        temporal_compress_times: int = STRIDES.time,
     ) -> None:
         super().__init__()
         time_levels = _time_levels(temporal_compress_times, ch_mult, attn_resolutions)
         widths = [ch * factor for factor in ch_mult]
         self.in_channels, self.out_channels = in_channels, 2 * z_channels if double_z else z_channels
-        self.space_factor, self.time_factor = 2 ** (len(widths) - 1), temporal_compress_times
+        self.strides = Strides.from_coder(ch_mult, temporal_compress_times)
         self.conv_in = CausalConv3d(in_channels, ch)
         self.down = nn.ModuleList()
         for level, width in enumerate(widths):
@@ -101,13 +102,13 @@ class ContextParallelDecoder3D(nn.Module):
         z_channels: int,
         double_z: bool = True,
         gather_norm: bool = False,
-        temporal_compress_times: int = 4,
+        temporal_compress_times: int = STRIDES.time,
     ) -> None:
         super().__init__()
         time_levels = _time_levels(temporal_compress_times, ch_mult, attn_resolutions)
         widths = [ch * factor for factor in ch_mult]
         self.z_channels = z_channels
-        self.space_factor, self.time_factor = 2 ** (len(widths) - 1), temporal_compress_times
+        self.strides = Strides.from_coder(ch_mult, temporal_compress_times)
         self.conv_in = CausalConv3d(z_channels, widths[-1])
         self.mid = _Middle(widths[-1], z_channels, dropout)
         levels = []

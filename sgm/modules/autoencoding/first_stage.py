@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from torch import Tensor, nn
 
 from sgm.modules.autoencoding.regularizers import DiagonalGaussianRegularizer
+from sgm.modules.autoencoding.strides import STRIDES, Strides
 from sgm.modules.ops.vae import VaeOps
 
 
@@ -15,9 +16,11 @@ class FirstStage(nn.Module, ABC):
 
     Attributes:
         regularization: from the encoder's moments to latents.
+        strides: how sizes of pixels and latents belong together.
     """
 
     regularization: DiagonalGaussianRegularizer
+    strides: Strides = STRIDES
 
     @abstractmethod
     def encode(self, x: Tensor, *, noise: Tensor | None = None) -> Tensor:
