@@ -35,7 +35,8 @@ def write_video(path: Path, frames: np.ndarray, fps: int) -> None:
 
     with replacing(path) as temporary:
         try:
-            with imageio.get_writer(temporary, fps=fps, codec="libx264", quality=8, macro_block_size=2) as writer:
+            writer = imageio.get_writer(temporary, fps=fps, codec="libx264", quality=8, macro_block_size=2)
+            with writer:
                 for frame in frames:
                     writer.append_data(frame)
         except (OSError, RuntimeError) as error:

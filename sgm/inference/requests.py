@@ -17,6 +17,7 @@ from torch import Tensor
 
 import sgm
 from sgm.config import RunConfig
+from sgm.inference.fit import Scaled
 from sgm.inference.options import SampleArgs
 from sgm.inference.pipeline import TextToVideo
 from sgm.inference.progress import StageTimes
@@ -132,6 +133,7 @@ class Requests:
     def of(self, prompt: Prompt) -> Request:
         """What is asked of each sample of a prompt."""
         args, sampler = self.args, self.pipeline.engine.sampler
+        guider = sampler.guider
         return Request(
             prompt=prompt.text,
             refine=args.refine,
@@ -140,7 +142,7 @@ class Requests:
             seed_mode=args.seed_mode,
             sampler=type(sampler).__name__,
             num_steps=self.pipeline.num_steps,
-            guidance=Guidance(type(sampler.guider).__name__, getattr(sampler.guider, "scale", None)),
+            guidance=Guidance(type(guider).__name__, guider.scale if isinstance(guider, Scaled) else None),
             latent_frames=args.sampling_num_frames,
             size=self.pipeline.image_size,
             fps=args.sampling_fps,

@@ -20,7 +20,7 @@ from sgm.files import write_json
 from sgm.inference.fit import SamplingError
 from sgm.inference.noise import SampleId
 from sgm.inference.options import SampleArgs
-from sgm.inference.pipeline import EncodedPrompt, TextToVideo
+from sgm.inference.pipeline import EncodedPrompt, Part, TextToVideo
 from sgm.inference.progress import Progress, StageTimes
 from sgm.inference.prompts import Prompt, ask, gather, share
 from sgm.inference.refine import Endpoint, refine_prompt
@@ -218,7 +218,7 @@ class Runner:
         if not self.args.only_save_latents:
             self._load("first_stage")
 
-    def _load(self, part: str) -> None:
+    def _load(self, part: Part) -> None:
         if not self.pipeline.is_loaded(part):
             with self._stage(f"load {part.split('_')[0]}", self.load_times):
                 self.pipeline.load(part)

@@ -31,12 +31,9 @@ from sgm.inference.noise import SampleId
 from sgm.inference.options import SampleArgs
 from sgm.inference.pipeline import EncodedPrompt, TextToVideo
 from sgm.inference.prompts import gather
-<<<<<<< HEAD
+from sgm.modules.autoencoding.strides import STRIDES
 from sgm.typed import build_args
 from sgm.weights.preflight import with_found_paths
-=======
-from sgm.modules.autoencoding.strides import STRIDES
->>>>>>> types
 from tools.bench.measure import emit, relative_error
 from tools.demo.captions import caption, parse
 from tools.demo.measure import measure
