@@ -21,7 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train_video  # noqa: E402
 from sgm.cli import Interrupts, exit_code  # noqa: E402
 from sgm.errors import SgmError  # noqa: E402
+from sgm.flags import run_config  # noqa: E402
 from sgm.places import found_path  # noqa: E402
+from sgm.training.options import TrainArgs  # noqa: E402
 
 FOLDER = Path(__file__).resolve().parents[2] / "demo" / "clips"
 PLAIN = "plain"
@@ -62,9 +64,10 @@ def demo_folders(arguments: list[str]) -> list[Path]:
     try:
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
             options = train_video.parse(arguments)
-            named = [] if options.dry_run else train_video.configuration(options).args.data_folders
+            config = run_config(options, TrainArgs, train_video.SHIPPED, train_video.DEMO)
     except (SystemExit, SgmError):
         return []
+    named = [] if options.dry_run else config.args.data_folders
     return [folder for folder in map(Path, map(found_path, named)) if lies_in_clips(folder)]
 
 
