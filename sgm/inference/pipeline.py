@@ -223,7 +223,7 @@ class TextToVideo:
                 shortcuts=run,
             ).cpu()
         self.calls = run.calls if run else None
-        _demand_finite(latents, "latents", self.args.dtype)
+        _check_finite(latents, "latents", self.args.dtype)
         return latents
 
     def decode(self, latents: Tensor) -> np.ndarray:
@@ -239,7 +239,7 @@ class TextToVideo:
         frames: list[np.ndarray] = []
         with torch.no_grad(), self.placement.use(stage.decoder):
             for pixels in stage.decode_chunks(z.to(self.engine.dtype)):
-                _demand_finite(pixels, "pixels", self.args.dtype)
+                _check_finite(pixels, "pixels", self.args.dtype)
                 frames.append(to_uint8(pixels)[0].cpu().numpy())
         return np.concatenate(frames)
 
@@ -258,7 +258,7 @@ def _row(cond: Cond, k: int) -> Cond:
     return {name: value[k : k + 1].cpu() for name, value in cond.items()}
 
 
-def _demand_finite(x: Tensor, what: str, dtype: str) -> None:
+def _check_finite(x: Tensor, what: str, dtype: str) -> None:
     if not bool(torch.isfinite(x).all()):
         advice = {
             "fp16": "float16 overflowed; use --set args.fp16=false args.bf16=true, or float32",

@@ -92,11 +92,10 @@ def test_line_k_belongs_to_rank_k_modulo_world_size():
     assert [[p.index for p in share(prompts, rank, 3)] for rank in range(3)] == [[0, 3], [1, 4], [5]]
 
 
-def test_asking_until_the_end_of_input():
-    answers = iter(["one\n", "  \n", "two\n", ""])
-    out = io.StringIO()
-    assert list(ask(lambda: next(answers), out)) == [Prompt(0, "one"), Prompt(1, "two")]
-    assert out.getvalue().count("Ctrl-D") == 4
+def test_asking_until_the_end_of_input(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\n  \ntwo\n"))
+    assert list(ask()) == [Prompt(0, "one"), Prompt(1, "two")]
+    assert capsys.readouterr().err.count("Ctrl-D") == 4
 
 
 # --- noise -------------------------------------------------------------------------------------------------------
