@@ -21,8 +21,9 @@ from sgm.inference.fit import SamplingError, Scaled, check_fit, check_latents
 from sgm.inference.noise import SampleId, StackedNoise
 from sgm.inference.options import SampleArgs
 from sgm.inference.placement import Placement
+from sgm.inference.rehearsal import rehearse
 from sgm.models.diffusion import Cond, SATVideoDiffusionEngine
-from sgm.models.loading import Adapter, LoadedNetwork, load_first_stage, load_network, load_text_encoder
+from sgm.models.loading import Adapter, LoadedNetwork, load_first_stage, load_network, load_text_encoder, on_meta
 from sgm.modules.diffusionmodules.shortcuts import CallCount, ShortcutRun
 from sgm.modules.ops.choice import choose_kernels
 from sgm.modules.ops.fp8 import check_fp8
@@ -65,7 +66,7 @@ class TextToVideo:
         model = _for_inference(config.model)
         if not with_text_encoder:
             del model["conditioner_config"]
-        with torch.device("meta"):
+        with on_meta():
             self.engine = SATVideoDiffusionEngine(**model, dtype=self.args.dtype)
         self.engine.eval().requires_grad_(False)
         fast = config.accelerate
@@ -118,6 +119,8 @@ class TextToVideo:
         """Read a part's weights unless they are there."""
         if part in self._loaded:
             return
+        if not self._loaded:
+            self._compile_kernels()
         device, dtype = self.placement.load_device, self.engine.dtype
         if part == "conditioner":
             self.facts.text_encoder = load_text_encoder(self.engine.text_conditioner, device=device, dtype=dtype)
@@ -128,6 +131,12 @@ class TextToVideo:
             self.facts.network = self._load_network(device, dtype)
             self.facts.notes += self.facts.network.notes
         self._loaded.add(part)
+
+    def _compile_kernels(self) -> None:
+        """Begin to, in the background, where the run uses fused ones on a GPU."""
+        if self.engine.kernels.fused and self.device.type == "cuda":
+            network, decoder = self.args.decode_latents is None, not self.args.only_save_latents
+            rehearse(self.engine, self.latent_shape, network=network, decoder=decoder)
 
     def _arrange_first_stage(self) -> None:
         stage, lean = self.engine.autoencoder, self.placement.kind == "lean"

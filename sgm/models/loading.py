@@ -6,18 +6,42 @@ sin-cos position table and the rotary models' unused position embedding, which t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from sgm.places import CONFIGS
 from sgm.weights import WeightsError, assign_state, weights_fingerprint
 from sgm.weights.identify import fitting_configs, what_is
 from sgm.weights.release import Adapter, Checkpoint, read_transformer
+
+
+class _WithoutValues(TorchFunctionMode):
+    """Leaves initial values undrawn where there is nothing to hold them.
+
+    Besides taking time for nothing, PyTorch 2.13 draws normal numbers on the meta device by way of `torch._dynamo`,
+    whose import takes a second.
+    """
+
+    FILLS = (Tensor.normal_, Tensor.uniform_, Tensor.zero_, Tensor.fill_)
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func in self.FILLS and args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """Modules built in this context have shapes and types alone: no memory, no values, no time for drawing any."""
+    with torch.device("meta"), _WithoutValues():
+        yield
 
 
 @dataclass

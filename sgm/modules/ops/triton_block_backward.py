@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sgm.modules.ops.modulation import RotaryTable
 from sgm.modules.ops.triton_block import _aligned, _or, _vector
+from sgm.modules.ops.triton_support import launch
 
 _TILE = 4096  # values of a tensor that a program holds
 _PROGRAMS = 512  # for each sample, or for the queries and for the keys
@@ -166,14 +167,14 @@ def launch_residual_norm_backward(
     to_hidden = torch.empty_like(summed)
     to_update = torch.empty_like(summed) if residual else None
     sums = torch.empty((b, programs, 3, d), dtype=torch.float32, device=summed.device)
-    with torch.cuda.device_of(summed):
-        _residual_norm_backward_kernel[(programs, b)](
-            _or(grad_summed, summed), _or(grad_normed, summed), summed, update, *gates, _or(weight, summed), *scales,
-            to_hidden, _or(to_update, summed), sums,
-            n, text_length, d, gate_stride, scale_stride, eps, text_programs,
-            SUMMED=grad_summed is not None, RESIDUAL=residual is not None, NORM=grad_normed is not None,
-            AFFINE=weight is not None, ROWS=rows, COLS=cols, num_warps=8,
-        )  # fmt: skip
+    launch(
+        _residual_norm_backward_kernel, (programs, b),
+        _or(grad_summed, summed), _or(grad_normed, summed), summed, update, *gates, _or(weight, summed), *scales,
+        to_hidden, _or(to_update, summed), sums,
+        n, text_length, d, gate_stride, scale_stride, eps, text_programs,
+        SUMMED=grad_summed is not None, RESIDUAL=residual is not None, NORM=grad_normed is not None,
+        AFFINE=weight is not None, ROWS=rows, COLS=cols, num_warps=8,
+    )  # fmt: skip
     parts = (sums[:, :text_programs].sum(1), sums[:, text_programs:].sum(1))  # each (b, 3, d)
     return to_hidden, to_update, torch.stack(parts).transpose(1, 2)
 
@@ -204,13 +205,13 @@ def launch_head_norm_rotate_backward(
     result = torch.empty_like(qkv)
     result.unflatten(-1, (3, heads, width))[:, :, 2] = value
     sums = torch.empty((2, programs, 2, width), dtype=torch.float32, device=qkv.device)
-    with torch.cuda.device_of(qkv):
-        _head_norm_rotate_backward_kernel[(programs, 2)](
-            qkv, query, key, _or(query_w, qkv), _or(key_w, qkv), cos, sin, result, sums,
-            total, n, text_length, heads, query_eps, key_eps, *query.stride()[:3], *key.stride()[:3],
-            NORM=norms is not None, AFFINE=query_w is not None, ROTATE=rotary is not None,
-            ROWS=rows, WIDTH=width, COLS=cols, num_warps=4,
-        )  # fmt: skip
+    launch(
+        _head_norm_rotate_backward_kernel, (programs, 2),
+        qkv, query, key, _or(query_w, qkv), _or(key_w, qkv), cos, sin, result, sums,
+        total, n, text_length, heads, query_eps, key_eps, *query.stride()[:3], *key.stride()[:3],
+        NORM=norms is not None, AFFINE=query_w is not None, ROTATE=rotary is not None,
+        ROWS=rows, WIDTH=width, COLS=cols, num_warps=4,
+    )  # fmt: skip
     return result, sums.sum(1)
 
 

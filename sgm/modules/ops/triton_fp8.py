@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sgm.modules.ops.triton_support import launch
+
 
 @triton.jit
 def _quantize_rows_kernel(x, codes, scales, k, LARGEST: tl.constexpr, COLS: tl.constexpr):
@@ -28,6 +30,7 @@ def launch_quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     codes = torch.empty(m, k, dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty(m, dtype=torch.float32, device=x.device)
     cols = triton.next_power_of_2(k)
-    with torch.cuda.device_of(x):
-        _quantize_rows_kernel[(m,)](x, codes, scales, k, LARGEST=448.0, COLS=cols, num_warps=4 if cols <= 4096 else 8)
+    launch(
+        _quantize_rows_kernel, (m,), x, codes, scales, k, LARGEST=448.0, COLS=cols, num_warps=4 if cols <= 4096 else 8
+    )
     return codes, scales

@@ -117,10 +117,11 @@ class PositionMixin(BaseMixin):
     def reinit(self, parent_model: nn.Module | None = None) -> None:
         """Fill the tables that the configuration determines."""
         own = dict(self.named_parameters()) | dict(self.named_buffers())
+        if any(tensor.is_meta for tensor in own.values()):
+            return
         with torch.no_grad():
             for name, table in self.computed_state().items():
-                if not own[name].is_meta:
-                    own[name].copy_(table)
+                own[name].copy_(table)
 
     def check_grid(self, grid: TokenGrid) -> None:
         """Whether this model has positions for a grid.
