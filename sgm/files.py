@@ -16,7 +16,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -64,7 +64,8 @@ def replacing(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise write_failed(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # where the folder is none, neither is there a temporary file
+            temporary.unlink()
 
 
 def atomic_write(path: str | Path, writer: Callable[[BinaryIO], object]) -> Path:

@@ -26,9 +26,22 @@ class ConfigError(SgmError):
     """The configuration is wrong; the message lists every problem with its place and remedy."""
 
 
-def option(default: Any, help: str, *, choices: Sequence[Any] = (), at_least: float | None = None) -> Any:
-    """A documented, checked field of an args record."""
-    metadata = {"help": help, "choices": tuple(choices), "at_least": at_least}
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[Any] = (),
+    at_least: float | None = None,
+    metavar: str | tuple[str, ...] | None = None,
+    bare: str | None = None,
+) -> Any:
+    """A documented, checked field of an args record, which may get a command-line flag (`sgm.flags`).
+
+    Args:
+        metavar: what the flag's help calls its value, or its values one by one.
+        bare: value of a flag that is given without one.
+    """
+    metadata = {"help": help, "choices": tuple(choices), "at_least": at_least, "metavar": metavar, "bare": bare}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)

@@ -374,7 +374,7 @@ def test_a_rehearsal_meets_every_kernel_of_a_real_pass(monkeypatch):
                 tiny_network(num_layers=1),
                 VideoAutoencoderInferenceWrapper(*configs({**TINY, **small})).eval(),
             )
-        engine = SimpleNamespace(network=network, first_stage_model=stage, kernels=kernels, dtype=torch.float32)
+        engine = SimpleNamespace(network=network, autoencoder=stage, kernels=kernels, dtype=torch.float32)
         network.use_ops(kernels.block), stage.use_ops(kernels.vae)
         if device == "meta":
             rehearsal.run_network(engine, (1, 16, 2, 4))

@@ -11,8 +11,8 @@ import torch
 from sgm.config import RunConfig
 from sgm.inference.options import SampleArgs
 from sgm.inference.pipeline import TextToVideo
-from sgm.inference.preflight import unedited, weight_paths
 from sgm.inference.prompts import Prompt
+from sgm.placeholders import unedited, weight_paths
 
 _SHOWN_PROMPTS = 20
 _PARTS = {"conditioner": "text encoder", "model": "transformer", "first_stage_model": "VAE"}

@@ -39,9 +39,9 @@ class Journal:
         self._lock = threading.Lock()
         self.captions: dict[str, str] = {}
         for line in path.read_text("ascii", "replace").split("\n") if path.is_file() else []:
-            self._take(line)
+            self._keep_line(line)
 
-    def _take(self, line: str) -> None:
+    def _keep_line(self, line: str) -> None:
         try:
             entry = json.loads(line)
             prompt, caption, setting = entry["prompt"], entry["caption"], entry["setting"]
@@ -124,7 +124,7 @@ def _ask_all(
 ) -> None:
     stop = threading.Event()
 
-    def one(prompt: Prompt) -> RefineError | None:
+    def refine_one(prompt: Prompt) -> RefineError | None:
         if stop.is_set():
             return None
         try:
@@ -137,7 +137,7 @@ def _ask_all(
 
     with ThreadPoolExecutor(max_workers=max(1, jobs)) as pool:
         try:
-            for prompt, error in zip(todo, pool.map(one, todo)):
+            for prompt, error in zip(todo, pool.map(refine_one, todo)):
                 if error is not None and error.fatal:
                     raise error
                 if error is not None:

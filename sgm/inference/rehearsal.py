@@ -48,19 +48,19 @@ def run_network(engine: SATVideoDiffusionEngine, shape: tuple[int, int, int, int
     """One pass of the network on the meta device, for a guidance pair of latents of `shape` (t, c, h, w)."""
     network = engine.network
     positions, patches = network.mixins.pos_embed, network.mixins.patch_embed
-    kind = {"device": "meta", "dtype": engine.dtype}
-    x = torch.empty(2, shape[0], network.in_channels, *shape[2:], **kind)  # two: the guidance pair
-    text = torch.empty(2, positions.text_length, patches.text_hidden_size, **kind)
-    ofs = None if network.ofs_embed_dim is None else torch.empty(1, **kind)
+    empty = partial(torch.empty, device="meta", dtype=engine.dtype)
+    x = empty(2, shape[0], network.in_channels, *shape[2:])  # two: the guidance pair
+    text = empty(2, positions.text_length, patches.text_hidden_size)
+    ofs = None if network.ofs_embed_dim is None else empty(1)
     # Attention is no kernel of ours, and some implementations of it need values.
-    network.use_ops(engine.kernels.block._replace(attention=_first))
+    network.use_ops(engine.kernels.block._replace(attention=_shaped_attention))
     try:
         network(x, torch.empty(2, device="meta"), text, ofs=ofs)
     finally:
         network.use_ops(engine.kernels.block)
 
 
-def _first(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _shaped_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return torch.empty_like(query, memory_format=torch.contiguous_format)
 
 
@@ -69,6 +69,6 @@ def run_decoder(engine: SATVideoDiffusionEngine, shape: tuple[int, int, int, int
     """The first chunks of a decoding on the meta device, for latents of `shape` (t, c, h, w)."""
     frames, channels, height, width = shape
     z = torch.empty(1, channels, min(frames, FRAMES), height, width, device="meta", dtype=engine.dtype)
-    engine.first_stage_model.set_channels_last()  # as it is going to be, once loaded
-    for _ in engine.first_stage_model.decode_chunks(z):
+    engine.autoencoder.set_channels_last()  # as it is going to be, once loaded
+    for _ in engine.autoencoder.decode_chunks(z):
         pass

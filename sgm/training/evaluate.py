@@ -19,9 +19,9 @@ from torch.utils.data import Dataset
 from sgm.data.buckets import batches_by_shape
 from sgm.data.collate import collate
 from sgm.data.loader import shapes_of
+from sgm.data.video_out import EncodingError, to_uint8, write_video
 from sgm.distributed import data_parallel_rank, data_parallel_world_size, model_parallel_rank, preserve_rng
 from sgm.files import SaveError
-from sgm.inference.writer import OutputError, to_uint8, write_video
 from sgm.training.step import batch_latents
 from sgm.training.watch.bins import BINS, bin_means, bin_sums
 from sgm.training.watch.run_log import RunLog
@@ -162,7 +162,7 @@ class _Files:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             yield
-        except (OSError, SaveError, OutputError) as error:
+        except (OSError, SaveError, EncodingError) as error:
             self.log.line(f"warning: {path} was not written: {error}")
 
     def text(self, captions: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 import random
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable
@@ -29,10 +30,10 @@ from sgm.data.report import first_reasons
 from sgm.data.sources import exists
 from sgm.distributed import DistInfo, from_first
 from sgm.files import SaveError, require_writable
-from sgm.inference.preflight import check_paths, placeholders_in, with_found_paths
 from sgm.lock import try_lock
 from sgm.models.diffusion import SATVideoDiffusionEngine
-from sgm.places import found_path, lies_in_demo
+from sgm.placeholders import placeholders_in
+from sgm.places import INSTALLED, PROJECT, found_path, lies_in_demo, shown
 from sgm.training.checkpoints.checkpoint import CheckpointError, find_resume
 from sgm.training.checkpoints.folder import LOCK, new_run
 from sgm.training.checkpoints.same_run import CONFIG_FILE, differences, resume_hash
@@ -59,16 +60,14 @@ from sgm.training.trainer import Trainer
 from sgm.training.watch.boards import Board, TensorBoard, WeightsAndBiases
 from sgm.training.watch.run_log import RunLog
 from sgm.training.watch.timing import PhaseClock, phases_of_step
+from sgm.weights.preflight import check_paths, with_found_paths
 
 
-def train(
-    config: RunConfig[TrainArgs], *, dry_run: bool = False, make_data: Callable[[Path], bool] | None = None
-) -> int:
+def train(config: RunConfig[TrainArgs], *, dry_run: bool = False) -> int:
     """Train as configured, over all processes of the launch. Returns the exit code.
 
     Args:
         dry_run: print the resolved configuration and the plan, make nothing.
-        make_data: called for a data folder that is not there, on one process a machine; true if it made the folder.
     Raises:
         ConfigError, WeightsError, DatasetError, CheckpointError, TrainingStopped: with what to change.
     """
@@ -77,8 +76,6 @@ def train(
     args = config.args
     kind = device_type(args.device)
     info = distributed.init_distributed(kind)
-    if not dry_run:
-        _make_what_is_missing(config, info, make_data)
     _check_places(config, dry_run)
     distributed.ensure_groups(args.model_parallel_size)
     plan = plan_deepspeed(config.deepspeed, device_type=kind, data_parallel_size=distributed.data_parallel_world_size())
@@ -190,17 +187,6 @@ def with_found_places(config: RunConfig[TrainArgs]) -> RunConfig[TrainArgs]:
     return with_found_paths(dataclasses.replace(config, args=args))
 
 
-def _make_what_is_missing(
-    config: RunConfig[TrainArgs], info: DistInfo, make_data: Callable[[Path], bool] | None
-) -> None:
-    """The demo's clips, by the first process of a machine while the others wait."""
-    if info.local_rank == 0:
-        for folder in map(Path, config.args.data_folders) if make_data else ():
-            if not folder.expanduser().exists():
-                make_data(folder.expanduser())
-    distributed.wait_for_all()
-
-
 def _check_places(config: RunConfig[TrainArgs], dry_run: bool) -> None:
     """Every path edited and there; a dry run has made nothing, so the demo's may be absent.
 
@@ -219,9 +205,20 @@ def _check_places(config: RunConfig[TrainArgs], dry_run: bool) -> None:
         if not problems and not exists(Path(path).expanduser()) and not (dry_run and lies_in_demo(path))
     ]
     if problems:
-        raise ConfigError(
-            "\n".join([*problems, "A data folder holds videos/NAME.mp4 and labels/NAME.txt (docs/data.md)."])
+        raise ConfigError("\n".join([*problems, _how_to_get_data(args.data_folders)]))
+
+
+def _how_to_get_data(folders: list[str]) -> str:
+    undrawn = [folder for folder in folders if lies_in_demo(folder) and not Path(folder).expanduser().exists()]
+    if not undrawn:
+        return "A data folder holds videos/NAME.mp4 and labels/NAME.txt (docs/data.md)."
+    if INSTALLED:
+        return (
+            "The demo's clips are drawn by tools/, which is not part of the installed package. In a checkout: bash "
+            "finetune.sh configs/demo_lora.yaml"
         )
+    words = [Path(sys.executable), PROJECT / "tools" / "demo" / "clips.py", *map(Path, undrawn)]
+    return f"finetune.sh draws the demo's clips before it trains; without it: {shlex.join(map(shown, words))}"
 
 
 def _find_resume(config: RunConfig[TrainArgs], say: Callable[..., None]) -> Path | None:

@@ -15,15 +15,17 @@ import torch
 from PIL import Image
 
 from sgm.config import ConfigError, merge_yaml
+from sgm.data import video_out
 from sgm.data.video_io import probe, read_frames
 from sgm.files import SaveError, replacing, write_json
 from sgm.inference import writer
 from sgm.inference.noise import SampleId, StackedNoise
 from sgm.inference.options import SampleArgs
-from sgm.inference.preflight import PathError, check_paths, choose_config, unedited, weight_paths
 from sgm.inference.prompts import Prompt, PromptError, ask, find_prompt_file, gather, read_prompt_file, safe_name, share
 from sgm.inference.writer import OutputError, SampleFiles
+from sgm.placeholders import choose_config, unedited, weight_paths
 from sgm.places import found_path
+from sgm.weights.preflight import PathError, check_paths
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -90,11 +92,10 @@ def test_line_k_belongs_to_rank_k_modulo_world_size():
     assert [[p.index for p in share(prompts, rank, 3)] for rank in range(3)] == [[0, 3], [1, 4], [5]]
 
 
-def test_asking_until_the_end_of_input():
-    answers = iter(["one\n", "  \n", "two\n", ""])
-    out = io.StringIO()
-    assert list(ask(lambda: next(answers), out)) == [Prompt(0, "one"), Prompt(1, "two")]
-    assert out.getvalue().count("Ctrl-D") == 4
+def test_asking_until_the_end_of_input(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\n  \ntwo\n"))
+    assert list(ask()) == [Prompt(0, "one"), Prompt(1, "two")]
+    assert capsys.readouterr().err.count("Ctrl-D") == 4
 
 
 # --- noise -------------------------------------------------------------------------------------------------------
@@ -128,19 +129,20 @@ def frames(count: int = 5, height: int = 32, width: int = 64) -> np.ndarray:
 
 def test_pixels_are_clamped_and_truncated_as_the_original_does():
     x = torch.tensor([-2.0, -1.0, 0.0, 0.5, 0.999, 1.0, 3.0]).view(1, 1, 7, 1, 1).expand(1, 3, 7, 1, 1)
-    assert writer.to_uint8(x)[0, :, 0, 0, 0].tolist() == [0, 0, 127, 191, 254, 255, 255]
-    assert writer.to_uint8(x.half()).dtype == torch.uint8 and writer.to_uint8(x).shape == (1, 7, 1, 1, 3)
+    assert video_out.to_uint8(x)[0, :, 0, 0, 0].tolist() == [0, 0, 127, 191, 254, 255, 255]
+    assert video_out.to_uint8(x.half()).dtype == torch.uint8 and video_out.to_uint8(x).shape == (1, 7, 1, 1, 3)
 
 
 def test_video_and_contact_sheet(tmp_path):
     files = SampleFiles(tmp_path / "0_x" / "0")
-    writer.write_video(files.video, frames(9), 8)
+    with writer.writing_into(files.folder):
+        video_out.write_video(files.video, frames(9), 8)
     video = probe(files.video)
     assert (video.frames, video.height, video.width, round(video.fps)) == (9, 32, 64, 8)
     assert abs(int(read_frames(files.video, [4]).float().mean()) - 127) < 6
-    writer.write_contact_sheet(files.sheet, frames(9))
+    video_out.write_contact_sheet(files.sheet, frames(9))
     assert Image.open(files.sheet).size == (4 * 64, 2 * 32)
-    writer.write_contact_sheet(files.sheet, frames(1, 480, 720))
+    video_out.write_contact_sheet(files.sheet, frames(1, 480, 720))
     assert Image.open(files.sheet).size == (240, 160)
     assert not files.done(latents_only=False)
     write_json(files.record, {"prompt": "été"})
@@ -171,8 +173,8 @@ def test_a_writer_that_fails_leaves_nothing_new(tmp_path, monkeypatch):
         raise KeyboardInterrupt
     assert target.read_text() == "before" and list(tmp_path.iterdir()) == [target]
     monkeypatch.setattr("imageio_ffmpeg._io.get_ffmpeg_exe", lambda: "/bin/false")
-    with pytest.raises(OutputError, match=r"cannot encode .*v\.mp4"):
-        writer.write_video(tmp_path / "v.mp4", frames(200), 8)
+    with pytest.raises(video_out.EncodingError, match=r"cannot encode .*v\.mp4"):
+        video_out.write_video(tmp_path / "v.mp4", frames(200), 8)
     assert list(tmp_path.iterdir()) == [target]
 
 
@@ -181,6 +183,11 @@ def test_folders_that_cannot_be_written(tmp_path):
     for folder in (tmp_path / "file", tmp_path / "file" / "sub", Path("/proc/none")):
         with pytest.raises(SaveError, match="--output-dir"):
             writer.check_writable(folder)
+        with pytest.raises(SaveError, match="--output-dir"):
+            writer.write_latents(folder / "latents.safetensors", torch.zeros(1), {})
+        with pytest.raises(SaveError) as bare:  # as training does, which has no such option
+            write_json(folder / "x.json", {})
+        assert "--output-dir" not in str(bare.value)
     writer.check_writable(tmp_path / "new")
     assert not list((tmp_path / "new").iterdir())
 

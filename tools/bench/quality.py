@@ -30,10 +30,10 @@ from sgm.distributed import shutdown
 from sgm.inference.noise import SampleId
 from sgm.inference.options import SampleArgs
 from sgm.inference.pipeline import EncodedPrompt, TextToVideo
-from sgm.inference.preflight import with_found_paths
 from sgm.inference.prompts import gather
 from sgm.modules.autoencoding.strides import STRIDES
 from sgm.typed import build_args
+from sgm.weights.preflight import with_found_paths
 from tools.bench.measure import emit, relative_error
 from tools.demo.captions import caption, parse
 from tools.demo.measure import measure

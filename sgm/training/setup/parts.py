@@ -24,7 +24,8 @@ from sgm.models.loading import LoadedNetwork, load_first_stage, load_network, lo
 from sgm.modules.autoencoding.strides import STRIDES
 from sgm.modules.encoders.modules import text_is_local
 from sgm.modules.ops.choice import choose_kernels
-from sgm.modules.ops.recompute import MODES, stronger_mode
+from sgm.modules.ops.recompute import stronger_mode
+from sgm.modules.ops.recompute_modes import MODES
 from sgm.modules.transformer.positions import LARGEST_STRETCH
 from sgm.training.memory import MemoryNeeds
 from sgm.training.options import TrainArgs, split_shares
