@@ -41,6 +41,7 @@ def run(options: argparse.Namespace) -> int:
     from sgm.inference.preflight import check_paths
     from sgm.training.options import TrainArgs
     from sgm.training.run import device_type, with_found_places
+    from sgm.training.setup.parts import cache_request
     from sgm.util import allow_target
 
     for prefix in options.allow_target:
@@ -54,7 +55,8 @@ def run(options: argparse.Namespace) -> int:
     check_paths(config.model, None)
     info = distributed.init_distributed(device_type(config.args.device))
     dtype = options.dtype or _training_dtype(config.deepspeed or {})
-    ready = ready_cache(config, dtype, info, print if info.rank == 0 else _silent, options.batch_size)
+    request = cache_request(config, dtype, options.batch_size)
+    ready = ready_cache(request, info, print if info.rank == 0 else _silent)
     if info.rank == 0:
         _tell(ready)
     return 0

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ from PIL import Image, ImageDraw
 from sgm.data.buckets import kept_share
 from sgm.data.clips import CLIP_FAULTS, CaptionError, ClipSettings, caption_of, load_frames
 from sgm.data.decoder import DecodeProcess
-from sgm.data.report import DatasetError, per_thread, reason_of
+from sgm.data.report import DatasetError
+from sgm.data.scan import per_thread, reason_of
 from sgm.data.sources import ListedClip, is_image, passed_over_line, passed_over_of
 from sgm.data.video_io import VideoInfo, probe
 from sgm.weights.save import atomic_write
@@ -57,6 +57,12 @@ class ClipFacts:
         return not self.reason
 
 
+def text_encoder_params(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters of the first text encoder of a `model:` section; none where there is none."""
+    embedders = ((model.get("conditioner_config") or {}).get("params") or {}).get("emb_models") or []
+    return dict(embedders[0].get("params") or {}) if embedders else {}
+
+
 class TokenCounter:
     """Length of captions in the text encoder's tokens.
 
@@ -90,7 +96,6 @@ def examine(
     if not clips:
         besides = f"; {passed_over_line(passed_over_of(clips))}" if passed_over_of(clips) else ""
         raise DatasetError(f"{source}: no clips in it; expected videos/NAME.mp4, a manifest or shards{besides}")
-    workers = workers or min(16, os.cpu_count() or 1)
     facts = per_thread(clips, lambda clip, decoder: _facts_of(source, clip, settings, decoder), workers)
     for fact in facts:
         if fact.caption is not None and count_tokens is not None:

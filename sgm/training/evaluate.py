@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from sgm.data.buckets import batches_by_shape
 from sgm.data.collate import collate
-from sgm.data.loader import shapes_of
+from sgm.data.loader import clip_count, known_shapes
 from sgm.distributed import data_parallel_rank, data_parallel_world_size, model_parallel_rank, preserve_rng
 from sgm.inference.writer import OutputError, to_uint8, write_video
 from sgm.training.step import batch_latents
@@ -87,11 +87,11 @@ class Evaluation:
         return k * data_parallel_world_size() + data_parallel_rank()
 
     def _clip(self, position: int) -> dict[str, Any]:
-        position %= sum(len(d) for d in self.datasets)  # type: ignore[arg-type]
+        position %= sum(map(clip_count, self.datasets))
         for dataset in self.datasets:
-            if position < len(dataset):  # type: ignore[arg-type]
+            if position < clip_count(dataset):
                 return dataset[position]
-            position -= len(dataset)  # type: ignore[arg-type]
+            position -= clip_count(dataset)
         raise IndexError(position)
 
     # --- what people look at --------------------------------------------------------------------------------------
@@ -194,7 +194,7 @@ def evaluation_batches(datasets: Sequence[Dataset], batch_size: int, wanted: int
     if not strict:
         return wanted
     plan = mixed_batches(datasets, batch_size)
-    clips = sum(len(d) for d in datasets)  # type: ignore[arg-type]
+    clips = sum(map(clip_count, datasets))
     return math.ceil((len(plan) if plan else clips / batch_size) / data_parallel_world_size())
 
 
@@ -203,8 +203,8 @@ def mixed_batches(datasets: Sequence[Dataset], batch_size: int) -> list[list[int
 
     Positions count through the data sets.
     """
-    shapes = [shapes_of(dataset) for dataset in datasets]
-    if batch_size == 1 or None in shapes:
+    shapes = known_shapes(datasets)
+    if batch_size == 1 or shapes is None:
         return None
-    flat = [shape for of_one in shapes for shape in of_one]  # type: ignore[union-attr]
+    flat = [shape for of_one in shapes for shape in of_one]
     return batches_by_shape(flat, batch_size) if len(set(flat)) > 1 else None

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.utils.data import Subset
 
 from sgm import distributed
-from sgm.cache.batches import in_lengths
+from sgm.cache.batches import CachedBatches, in_lengths
 from sgm.cache.ready import ReadyCache, ready_cache
 from sgm.config import ConfigError, RunConfig, check_model_section
 from sgm.data.loader import create_loader
@@ -46,6 +46,7 @@ from sgm.training.setup.deepspeed import DeepSpeedPlan, plan_deepspeed, start_en
 from sgm.training.setup.parts import (
     arrange_first_stage,
     build_datasets,
+    cache_request,
     check_clips,
     checkpointing_mode,
     load_engine,
@@ -111,7 +112,8 @@ def _prepare(
     """Everything up to the first iteration; what must be closed goes onto `stack`."""
     _check_writable(config.args.save)
     found = _find_resume(config, say)
-    cache = ready_cache(config, plan.dtype, info, say) if config.args.cache_dir else None
+    request = cache_request(config, plan.dtype)
+    cache = ready_cache(request, info, say) if request else None
     folder = found.parent if found else _run_folder(config.args)
     if folder:
         _hold(folder, stack)
@@ -333,6 +335,7 @@ def _loader(args: TrainArgs, plan: DeepSpeedPlan, datasets: list[Any]) -> Any:
         order=args.data_order,
         weights=args.train_data_weights,
         prefetch=args.prefetch_factor,
+        read=CachedBatches if args.cache_dir else None,
     )
 
 

@@ -15,9 +15,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import Dataset, Subset
 
-from sgm.cache.identity import cached_model_section, settings_of
+from sgm.cache.ready import CacheRequest
+from sgm.cache.stand_ins import cached_model_section
 from sgm.config import AccelerateArgs, ConfigError, RunConfig
 from sgm.data.buckets import SIDE_STEP, Bucket
+from sgm.data.section import DataSection
 from sgm.distributed import wait_for_all
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.models.loading import LoadedNetwork, load_first_stage, load_network, load_text_encoder
@@ -29,7 +31,7 @@ from sgm.training.memory import MemoryNeeds
 from sgm.training.options import TrainArgs, split_shares
 from sgm.training.prior import BaseNetwork, needs_copy
 from sgm.training.setup.deepspeed import DeepSpeedPlan
-from sgm.util import check_params, get_obj_from_str, instantiate_from_config, split_config
+from sgm.util import instantiate_from_config
 
 T5_XXL_VALUES = 4_762_310_656
 
@@ -182,9 +184,8 @@ def build_datasets(data: Mapping[str, Any] | None, folders: Sequence[str], repor
     """
     if not data:
         raise ConfigError("training needs a `data:` section (target: data_video.SFTDataset and its params)")
-    target, params = split_config(data)
-    cls = get_obj_from_str(target)
-    params = check_params(target, cls, params)
+    section = DataSection.parse(data)
+    cls, params = section.cls, section.params
     takes_report = "report" in inspect.signature(cls).parameters
     first = dist.get_rank() == 0
     made: list[Dataset] = []
@@ -198,6 +199,26 @@ def build_datasets(data: Mapping[str, Any] | None, folders: Sequence[str], repor
         if not first and takes_report:
             made.append(cls(**{**params, **extra, "validate": "report"}))
     return made
+
+
+def cache_request(config: RunConfig[TrainArgs], dtype: str, batch_size: int | None = None) -> CacheRequest | None:
+    """The cache that a run wants, if it wants one; `dtype` of its encoders, `batch_size` of its VAE."""
+    args = config.args
+    if not args.cache_dir:
+        return None
+    return CacheRequest(
+        folder=args.cache_dir,
+        model=config.model,
+        data=config.data,
+        clips=args.data_folders,
+        storage=args.cache_dtype,
+        dtype=dtype,
+        fill=args.cache_fill,
+        workers=args.num_workers,
+        batch_size=batch_size,
+        low_memory=args.vae_low_memory,
+        accelerate=config.accelerate,
+    )
 
 
 def mark_prior(dataset: Any) -> None:
@@ -218,8 +239,9 @@ def check_clips(config: RunConfig[TrainArgs], dtype: str) -> None:
         ConfigError: wrong settings, too many frames, a side that the network cannot cut into patches, or one of more
             than `LARGEST_STRETCH` times the network's own.
     """
-    settings = settings_of(config.data) if config.data else None
-    if settings is None:
+    section = DataSection.parse(config.data) if config.data else None
+    settings = section and section.settings()
+    if section is None or settings is None:
         return
     model = training_model_section(config.model, config.args)
     model["conditioner_config"] = None
@@ -227,7 +249,8 @@ def check_clips(config: RunConfig[TrainArgs], dtype: str) -> None:
     clips = settings.buckets or (Bucket(settings.max_num_frames, *settings.video_size),)
     problems = [f"{clip}: {problem}" for clip in clips if (problem := _unsuitable(clip, network))]
     if problems:
-        keys = "data.params.buckets does" if settings.buckets else "data.params.max_num_frames and video_size do"
+        sizes = " and ".join(section.names_of("max_num_frames", "video_size"))
+        keys = "data.params.buckets does" if settings.buckets else f"data.params.{sizes} do"
         raise ConfigError(f"{keys} not suit this network: {'; '.join(problems)}")
 
 
