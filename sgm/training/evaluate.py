@@ -21,6 +21,9 @@ from sgm.data.collate import collate
 from sgm.data.loader import clip_count, known_shapes
 from sgm.distributed import data_parallel_rank, data_parallel_world_size, model_parallel_rank, preserve_rng
 from sgm.inference.writer import OutputError, to_uint8, write_video
+from sgm.models.autoencoder import VideoAutoencoder
+from sgm.models.diffusion import SATVideoDiffusionEngine
+from sgm.training.setup.engine import TrainingEngine
 from sgm.training.step import batch_latents
 from sgm.training.watch.bins import BINS, bin_means, bin_sums
 from sgm.training.watch.run_log import RunLog
@@ -55,7 +58,7 @@ class Evaluation:
     fps: int
     prompts: Sequence[str] = ()
 
-    def run(self, ds_engine: Any, iteration: int, log: RunLog) -> tuple[float, list[float | None]]:
+    def run(self, ds_engine: TrainingEngine, iteration: int, log: RunLog) -> tuple[float, list[float | None]]:
         """Mean loss over all ranks, and by part of the timesteps (None: none fell there). Collective."""
         engine = ds_engine.module
         ds_engine.eval()
@@ -68,7 +71,8 @@ class Evaluation:
                     total[0] += loss.double()
                     total[1:] += bin_sums(logs, total.device).flatten()
                     if k == 0 and self.folder is not None:
-                        self._log(engine, batch, iteration, ds_engine.device, log)
+                        files = _Files(self.folder, iteration, self.fps, log)
+                        self._log(engine, batch, ds_engine.device, files)
         finally:
             ds_engine.train()
         dist.all_reduce(total)
@@ -96,13 +100,12 @@ class Evaluation:
 
     # --- what people look at --------------------------------------------------------------------------------------
 
-    def _log(self, engine: Any, batch: dict[str, Any], iteration: int, device: torch.device, log: RunLog) -> None:
+    def _log(self, engine: SATVideoDiffusionEngine, batch: dict[str, Any], device: torch.device, files: _Files) -> None:
         """Captions; input, reconstruction and sample of the first clip; a sample for each of `prompts`.
 
         All ranks sample; the first one writes, and what cannot be written ends no training.
         """
         first = {name: values[:1] for name, values in batch.items()}
-        files = _Files(self.folder, iteration, self.fps, log)  # type: ignore[arg-type]
         files.text(batch["txt"])
         if not self.log_video:
             return
@@ -120,21 +123,24 @@ class Evaluation:
                 files.clip("samples", k, decode(engine, samples))
 
 
-def decode(engine: Any, z: Tensor) -> Tensor:
+def decode(engine: SATVideoDiffusionEngine, z: Tensor) -> Tensor:
     """Latents (b, t, c, h, w) to pixels (b, f, 3, h, w) on the CPU, in chunks and with little memory.
 
     (The original decodes in one go here, which needs more memory than training; see `decode_first_stage`.) An even t
     loses its last frame.
     """
     odd = z.shape[1] - (z.shape[1] + 1) % 2
-    with _low_memory(engine.first_stage_model):
+    with low_memory(engine.first_stage_model):
         pixels = engine.decode_first_stage(rearrange(z[:, :odd], "b t c h w -> b c t h w"), chunked=True)
     return rearrange(pixels, "b c f h w -> b f c h w").cpu()
 
 
 @contextmanager
-def _low_memory(stage: Any) -> Iterator[None]:
-    """The first stage works in small pieces inside the block."""
+def low_memory(stage: object) -> Iterator[None]:
+    """A VAE works in small pieces inside the block; what else stands for the first stage is left alone."""
+    if not isinstance(stage, VideoAutoencoder):
+        yield
+        return
     before = stage.memory
     stage.set_low_memory(True, cache_on_cpu=True)
     try:
@@ -157,7 +163,7 @@ class _Files:
         return data_parallel_rank() == 0 and model_parallel_rank() == 0
 
     @contextmanager
-    def _patiently(self, path: Path) -> Iterator[None]:
+    def _or_warn(self, path: Path) -> Iterator[None]:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             yield
@@ -167,7 +173,7 @@ class _Files:
     def text(self, captions: Sequence[str]) -> None:
         path = self.folder / "video_texts" / f"{self.iteration:08d}"
         if self._writes:
-            with self._patiently(path):
+            with self._or_warn(path):
                 path.write_text("".join(f"{text}\n" for text in captions), encoding="utf-8")
 
     def latents(self, number: int, latents: Tensor) -> None:
@@ -175,7 +181,7 @@ class _Files:
         name = f"latent_{number:06d}.pt" if number else "latent.pt"
         path = self.folder / "video" / "latents" / f"latents_gs-{self.iteration:06d}" / name
         if self._writes:
-            with self._patiently(path):
+            with self._or_warn(path):
                 torch.save(latents.cpu(), path)
 
     def clip(self, kind: str, number: int, pixels: Tensor) -> None:
@@ -184,7 +190,7 @@ class _Files:
         if not self._writes:
             return
         frames: np.ndarray = to_uint8(rearrange(pixels, "b f c h w -> b c f h w"))[0].cpu().numpy()
-        with self._patiently(path):
+        with self._or_warn(path):
             write_video(path, frames, self.fps)
             self.log.video(f"{kind}/{number}", path, frames, self.fps, self.iteration)
 

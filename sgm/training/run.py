@@ -32,17 +32,18 @@ from sgm.inference.preflight import check_paths, placeholders_in, with_found_pat
 from sgm.lock import sole_holder
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.places import found_path, lies_in_demo
-from sgm.training.checkpoints.checkpoint import CheckpointError, find_resume
 from sgm.training.checkpoints.folder import LOCK, new_run
+from sgm.training.checkpoints.load import find_resume
 from sgm.training.checkpoints.same_run import CONFIG_FILE, differences, resume_hash
 from sgm.training.checkpoints.saver import Saver, resume
+from sgm.training.checkpoints.state import CheckpointError
 from sgm.training.evaluate import Evaluation, evaluation_batches
 from sgm.training.faults import SkipGuard, TrainingStopped, out_of_memory_advice
 from sgm.training.memory import MemoryNeeds, free_memory
-from sgm.training.optimizers.ema_adam import count, parameter_groups
+from sgm.training.optimizers.groups import count, parameter_groups
 from sgm.training.optimizers.schedule import LearningRate
 from sgm.training.options import TrainArgs, training_advice, trains_lora
-from sgm.training.setup.deepspeed import DeepSpeedPlan, plan_deepspeed, start_engine
+from sgm.training.setup.deepspeed import DeepSpeedPlan, plan_deepspeed
 from sgm.training.setup.parts import (
     arrange_first_stage,
     build_datasets,
@@ -55,6 +56,7 @@ from sgm.training.setup.parts import (
     planned_needs,
     split_validation,
 )
+from sgm.training.setup.start import start_engine
 from sgm.training.trainer import Trainer
 from sgm.training.watch.boards import Board, TensorBoard, WeightsAndBiases
 from sgm.training.watch.run_log import RunLog

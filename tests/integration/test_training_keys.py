@@ -12,7 +12,7 @@ import torch
 
 from sgm.config import ConfigError, load_run_config
 from sgm.training import trainer as trainer_module
-from sgm.training.checkpoints.checkpoint import CheckpointError
+from sgm.training.checkpoints.state import CheckpointError
 from sgm.training.faults import SkipGuard, TrainingStopped
 from sgm.training.options import TrainArgs
 from sgm.training.run import train
@@ -210,7 +210,7 @@ def test_intervals(monkeypatch):
     log = Recorder(calls=[], interval=Recorder(calls=[]), aside=nullcontext)
     saver, evaluation = Recorder(calls=[]), Recorder(calls=[])
     engine = SimpleNamespace(train=lambda: None, device=torch.device("cpu"), fp16_enabled=lambda: False)
-    loader = SimpleNamespace(state_dict=lambda: {"epoch": 0, "position": 0}, sampler=SimpleNamespace(length=1))
+    loader = SimpleNamespace(consumed=0)
     args = TrainArgs(
         train_data=["x"], load="x", train_iters=9, log_interval=2, save_interval=3, eval_interval=4, exit_interval=7
     )

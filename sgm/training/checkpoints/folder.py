@@ -120,12 +120,17 @@ def new_run(wanted: Path) -> Path:
             return run
 
 
+def state_file(checkpoint: Path, rank: int) -> Path:
+    """Where a process's state for exact resume lies in an iteration's folder."""
+    return checkpoint / RESUME / f"rank_{rank:05d}.pt"
+
+
 def staging_folder(run: Path, iteration: int) -> Path:
     """Where a checkpoint grows; same file system as its final place."""
     return run / f"{PARTIAL}{iteration}"
 
 
-def settle(run: Path) -> None:
+def recover(run: Path) -> None:
     """Undo what a killed save left: a folder moved aside comes back, unfinished ones are deleted."""
     for place in (run, run / MERGED):
         restore_replaced(place)
@@ -159,16 +164,16 @@ def publish(run: Path, staging: Path, iteration: int) -> Path:
     new = [target for target in (averaged, merged) if not target.exists()]
     try:
         for source, target in ((staging / "ema", averaged), (staging / MERGED, merged), (staging / "main", place)):
-            _take_place(source, target)
+            _replace(source, target)
     except OSError:
         if (staging / "main").exists():
             for target in (averaged, merged):
                 if target in new or _aside(target).exists():
                     remove(target)
-        settle(run)
+        recover(run)
         raise
     staging.rmdir()
-    settle(run)
+    recover(run)
     return place
 
 
@@ -181,7 +186,7 @@ def announce(run: Path, iteration: int, model_class: str, parts: int) -> None:
             save_text(place / "latest", str(iteration))
 
 
-def _take_place(source: Path, target: Path) -> None:
+def _replace(source: Path, target: Path) -> None:
     """Rename `source` to `target`; an earlier `target` goes, also where there is no `source`."""
     aside = _aside(target)
     if target.exists():
@@ -208,7 +213,7 @@ def prune(run: Path, keep_last: int, newest: int) -> None:
         if int(old.name) == newest:
             continue
         try:
-            asides = [  # all gone at once, however long the deletion takes; after a kill `settle` deletes the rest
+            asides = [  # all gone at once, however long the deletion takes; after a kill `recover` deletes the rest
                 path.rename(path.with_name(f"{PARTIAL}old-{path.name}"))
                 for path in (old, run / f"{old.name}-ema", run / MERGED / old.name)
                 if path.exists()

@@ -37,7 +37,7 @@ class TrainState:
 
     iteration: int
     consumed_samples: int
-    sampler: dict[str, Any]
+    sampler: Mapping[str, Any]
     schedule: dict[str, Any]
     scaler: dict[str, Any] | None
     skipped_steps: int
