@@ -93,6 +93,7 @@ def vae_outputs(options: argparse.Namespace, config: Mapping[str, Any]) -> dict[
     """(ours, theirs) of a short clip's moments and of 3 decoded latent frames, an eighth of the picture's area."""
     from diffusers import AutoencoderKLCogVideoX
 
+    from sgm.modules.autoencoding.strides import STRIDES
     from sgm.places import found_path
     from sgm.util import instantiate_from_config
 
@@ -100,11 +101,11 @@ def vae_outputs(options: argparse.Namespace, config: Mapping[str, Any]) -> dict[
     height, width = (max(4, params[f"latent_{side}"] // 3) for side in ("height", "width"))
     draw = torch.Generator().manual_seed(1)
     z = torch.randn(1, 16, 3, height, width, generator=draw).to(device)
-    x = torch.rand(1, 3, 9, 8 * height, 8 * width, generator=draw).to(device) * 2 - 1
+    x = torch.rand(1, 3, STRIDES.pixel_frames(3), *STRIDES.pixel_size(height, width), generator=draw).to(device) * 2 - 1
     stage = copy.deepcopy(config["model"]["first_stage_config"])
     stage["params"]["ckpt_path"] = found_path(stage["params"]["ckpt_path"])
     ours = instantiate_from_config(stage).to(device).eval()
-    mine = ours.encode(x, unregularized=True)[0].cpu(), ours.decode(z).cpu()
+    mine = ours.moments(x).cpu(), ours.decode(z).cpu()
     del ours
     other = AutoencoderKLCogVideoX.from_pretrained(options.hf / "vae", torch_dtype=torch.float32).to(device).eval()
     theirs = other.encode(x).latent_dist.parameters.cpu(), other.decode(z).sample.cpu()

@@ -18,6 +18,7 @@ from sgm.cache.store import CacheStore, text_key
 from sgm.data.clips import ClipSettings
 from sgm.data.packed import Packed, PackedShapes, PackedStrings
 from sgm.data.report import Report
+from sgm.modules.autoencoding.strides import STRIDES
 
 MOMENTS, EMBEDDING = "moments", "txt_embedding"  # entries of a batch
 
@@ -68,7 +69,7 @@ class CachedClips(Dataset):
         Latent frames are stored one after the other, so less is read. They are those of the whole clip: the encoder
         looked back only, but normalised over all of it.
         """
-        latents = (frames - 1) // 4 + 1
+        latents = STRIDES.latent_frames(frames)
         short = copy.copy(self)
         short._moments = FirstFrames(self._moments, latents)
         short.shapes = PackedShapes([(min(latents, t), *rest) for t, *rest in self.shapes])
@@ -94,7 +95,7 @@ class CachedClips(Dataset):
         index %= len(self)
         return {
             "txt": self._captions[index],
-            "num_frames": 4 * (self._moments[index].shape[0] - 1) + 1,
+            "num_frames": STRIDES.pixel_frames(self._moments[index].shape[0]),
             "fps": self.settings.fps,
             "path": self._paths[index],
             "index": index,

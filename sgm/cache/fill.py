@@ -202,7 +202,7 @@ class Encoder:
         frames = torch.stack([clip.frames for clip in clips]).to(device)
         pixels = to_unit_range(frames).to(DTYPES[self._dtype]).transpose(1, 2)
         with torch.autocast(device.type, enabled=False):
-            moments, _ = stage.encode(pixels, unregularized=True)
+            moments = stage.moments(pixels)
         encoded = _Encoded(clips, moments.transpose(1, 2).to("cpu", non_blocking=True))
         self.finish(writer)
         self._pending = encoded

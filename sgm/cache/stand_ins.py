@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sgm.cache.dataset import EMBEDDING, MOMENTS
 from sgm.cache.identity import TEXT_KEY, encoder_params
 from sgm.errors import SgmError
+from sgm.modules.autoencoding.first_stage import FirstStage
 from sgm.modules.conditioner import AbstractEmbModel
+from sgm.modules.ops.vae import VaeOps
 from sgm.util import instantiate_from_config
 
 _REGULARIZER = {"target": "sgm.modules.autoencoding.regularizers.DiagonalGaussianRegularizer"}
@@ -46,7 +48,7 @@ class NotCachedError(SgmError):
     """Something was asked for that a run on cached clips does not have."""
 
 
-class CachedFirstStage(nn.Module):
+class CachedFirstStage(FirstStage):
     """Takes moments where the autoencoder takes pixels; same draws, same result.
 
     Args:
@@ -57,15 +59,15 @@ class CachedFirstStage(nn.Module):
         super().__init__()
         self.regularization = instantiate_from_config(regularizer_config or _REGULARIZER)
 
-    def encode(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Moments (b, 2c, t, h, w) to latents (b, c, t, h, w), a draw from the posterior.
+    def encode(self, x: Tensor, *, noise: Tensor | None = None) -> Tensor:
+        """Moments x (b, 2c, t, h, w) to latents (b, c, t, h, w), a draw from the posterior.
 
         `noise` (the latents' shape) replaces the draw's randn_like.
         """
         sampler = torch.randn_like if noise is None else lambda mean: noise.to(mean)
-        return self.regularization.latents(moments.contiguous(), sampler)
+        return self.regularization.latents(x.contiguous(), sampler)
 
-    def use_ops(self, ops: Any) -> None:
+    def use_ops(self, ops: VaeOps) -> None:
         """Nothing here has a choice of implementations."""
 
     def decode(self, z: Tensor, chunked: bool = True) -> Tensor:

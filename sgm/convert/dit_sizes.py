@@ -16,6 +16,7 @@ from torch import Tensor
 from sgm.convert.dit_keys import NOT_IN_HF, POSITIONS, RULES, at_layer, is_sine_table
 from sgm.convert.lazy import ConvertError, Deferred
 from sgm.convert.sine_table import read_sine_table
+from sgm.modules.autoencoding.strides import STRIDES
 
 _PATCH = "mixins.patch_embed.proj.weight"
 _LAYER = re.compile(r"^transformer\.layers\.(\d+)\.")
@@ -110,7 +111,7 @@ class Sizes:
             "sample_frames": self.frames,
             "patch_size": self.patch[1],
             "patch_size_t": None if self.patch[0] == 1 else self.patch[0],
-            "temporal_compression_ratio": 4,
+            "temporal_compression_ratio": STRIDES.time,
             "max_text_seq_length": self.text_length,
             "activation_fn": "gelu-approximate",
             "timestep_activation_fn": "silu",
@@ -138,7 +139,7 @@ class Sizes:
             "time_embed_dim": self.time_width,
             "elementwise_affine": True,
             "num_frames": self.frames,
-            "time_compressed_rate": 4,
+            "time_compressed_rate": STRIDES.time,
             "latent_width": self.width_latent,
             "latent_height": self.height,
             "num_layers": self.layers,
@@ -171,7 +172,7 @@ class Sizes:
                 name, weight = at_layer(rule.sat, str(layer)), self._weight(rule.sat)
                 shapes |= {f"{name}.weight": weight, f"{name}.bias": weight[:1]}
         if self.learned_positions:
-            tokens = (self.frames - 1) // 4 + 1
+            tokens = STRIDES.latent_frames(self.frames)
             tokens = tokens // self.patch[0] * (self.height // self.patch[1]) * (self.width_latent // self.patch[2])
             shapes[POSITIONS[0]] = (1, self.text_length + tokens, self.width)
         return shapes
@@ -270,7 +271,7 @@ def _with_positions(sizes: Sizes, state: Mapping[str, Deferred]) -> Sizes:
     if table is not None and is_sine_table(table):
         found = read_sine_table(table[0])
         return replace(
-            sizes, rotary=False, text_length=found.text_length, frames=4 * (found.frames - 1) + 1,
+            sizes, rotary=False, text_length=found.text_length, frames=STRIDES.pixel_frames(found.frames),
             height=found.rows * sizes.patch[1], width_latent=found.columns * sizes.patch[2],
             spacing=found.spacing, time_spacing=found.time_spacing,
         )  # fmt: skip
@@ -283,7 +284,8 @@ def _with_positions(sizes: Sizes, state: Mapping[str, Deferred]) -> Sizes:
         )
     if sizes.patch[0] > 1:
         sizes = replace(sizes, height=300, width_latent=300, frames=81, text_length=224)
-    clip = f"{sizes.frames} frames of {8 * sizes.height}x{8 * sizes.width_latent} (height x width)"
+    height, width = STRIDES.pixel_size(sizes.height, sizes.width_latent)
+    clip = f"{sizes.frames} frames of {height}x{width} (height x width)"
     kind = "rotary positions" if rotary else "sine positions"
     assumed = f"{kind}, {sizes.text_length} text tokens, {clip}, as the published model (not in the file)"
     return replace(sizes, rotary=rotary, learned_positions=table is not None, assumed=assumed)
@@ -305,7 +307,7 @@ def sizes_of_hf(config: Mapping[str, Any]) -> Sizes:
         "norm_elementwise_affine": (get("norm_elementwise_affine", True), True),
         "flip_sin_to_cos": (get("flip_sin_to_cos", True), True),
         "freq_shift": (get("freq_shift", 0), 0),
-        "temporal_compression_ratio": (get("temporal_compression_ratio", 4), 4),
+        "temporal_compression_ratio": (get("temporal_compression_ratio", STRIDES.time), STRIDES.time),
     }
     wrong = [f"{name} {given!r}" for name, (given, only) in refused.items() if given != only]
     if wrong:

@@ -10,6 +10,7 @@ import torch
 
 from sgm.config import merge_yaml
 from sgm.convert.dit_sizes import Sizes
+from sgm.modules.autoencoding.strides import STRIDES
 from sgm.places import CONFIGS
 
 SHIPPED = CONFIGS / "cogvideox_2b_infer.yaml"
@@ -34,7 +35,7 @@ def run_file(
     args, model = content["args"], content["model"]
     args |= {"load": str(release / "transformer"), "fp16": dtype == torch.float16, "bf16": dtype == torch.bfloat16}
     args["input_file"] = str(SHIPPED.parent / "test.txt")
-    args |= {"sampling_num_frames": (sizes.frames - 1) // 4 + 1, "latent_channels": sizes.out_channels}
+    args |= {"sampling_num_frames": STRIDES.latent_frames(sizes.frames), "latent_channels": sizes.out_channels}
     model["scale_factor"] = factor
     model["network_config"]["params"] = sizes.sat_params()
     stage = model["first_stage_config"]["params"]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from sgm.errors import SgmError
+from sgm.modules.autoencoding.strides import STRIDES
 
 Value = TypeVar("Value")
 
@@ -79,7 +80,7 @@ def hf_config(params: Mapping[str, Any], scale_factor: float) -> dict[str, Any]:
         "act_fn": "silu",
         "norm_eps": 1e-6,
         "norm_num_groups": 32,
-        "temporal_compression_ratio": params.get("temporal_compress_times", 4),
+        "temporal_compression_ratio": params.get("temporal_compress_times", STRIDES.time),
         "scaling_factor": scale_factor,
         "use_quant_conv": False,
         "use_post_quant_conv": False,

@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sgm.data.frames import CAUSAL_STRIDE, ClipError, ClipShape
+from sgm.data.frames import ClipError, ClipShape
 from sgm.data.sampler import ClipSampler, SamplerState, shares
 from sgm.errors import SgmError
-
-SIDE_STEP = 16  # pixels: a factor of 8 in the autoencoder, patches of 2
+from sgm.modules.autoencoding.strides import STRIDES
 
 
 class BucketError(SgmError):
@@ -47,10 +46,10 @@ def parse_buckets(given: Sequence[Sequence[int]]) -> tuple[Bucket, ...]:
             problems.append(f"{list(entry)} is not [frames, height, width]")
             continue
         bucket = Bucket(*(int(number) for number in entry))
-        if (bucket.frames - 1) % CAUSAL_STRIDE:
-            problems.append(f"{bucket}: the number of frames must be 4k + 1")
-        if bucket.height % SIDE_STEP or bucket.width % SIDE_STEP:
-            problems.append(f"{bucket}: height and width must be multiples of {SIDE_STEP}")
+        if not STRIDES.is_whole(bucket.frames):
+            problems.append(f"{bucket}: the number of frames must be {STRIDES.clip_lengths}")
+        if bucket.height % STRIDES.size_step or bucket.width % STRIDES.size_step:
+            problems.append(f"{bucket}: height and width must be multiples of {STRIDES.size_step}")
         buckets.append(bucket)
     if len(set(buckets)) < len(buckets):
         problems.append("one bucket stands there twice")

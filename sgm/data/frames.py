@@ -9,9 +9,9 @@ from collections.abc import Callable
 import numpy as np
 
 from sgm.errors import SgmError
+from sgm.modules.autoencoding.strides import STRIDES
 
 ClipShape = tuple[int, int, int]  # frames, height and width of a clip in pixels
-CAUSAL_STRIDE = 4  # the video autoencoder takes one frame, then groups of four: f = 4k + 1
 
 
 class ClipError(SgmError):
@@ -62,17 +62,17 @@ def check_settings(wanted_fps: float, max_num_frames: int, skip_frames: float, r
         raise ValueError(f"the wanted frame rate is {wanted_fps}, it must be a positive number of frames per second")
     if not (math.isfinite(skip_frames) and skip_frames >= 0):
         raise ValueError(f"{skip_frames} frames to skip, this must not be negative")
-    if max_num_frames < 1 or (max_num_frames - 1) % CAUSAL_STRIDE:
-        below = largest_clip(max(max_num_frames, 1), max(max_num_frames, 1))
+    if not STRIDES.is_whole(max_num_frames):
+        below = STRIDES.longest_clip(max(max_num_frames, 1))
         raise ValueError(
-            f"max_num_frames is {max_num_frames}, the autoencoder takes 4k + 1 frames: choose {below} or {below + 4}"
+            f"max_num_frames is {max_num_frames}, the autoencoder takes {STRIDES.clip_lengths} frames: "
+            f"choose {below} or {below + STRIDES.time}"
         )
 
 
 def largest_clip(available: int, max_num_frames: int) -> int:
     """The largest 4k + 1 within `available` and `max_num_frames`; 0 when there is none."""
-    most = min(available, max_num_frames)
-    return (most - 1) // CAUSAL_STRIDE * CAUSAL_STRIDE + 1 if most >= 1 else 0
+    return STRIDES.longest_clip(min(available, max_num_frames))
 
 
 def _upstream(length: int, fps: float, wanted_fps: float, max_num_frames: int, skip: int) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from sgm.errors import SgmError
 from sgm.inference.options import SampleArgs
@@ -21,7 +21,7 @@ def check_fit(engine: SATVideoDiffusionEngine, args: SampleArgs, size: tuple[int
     """
     problems = [
         *_channel_problems(engine, args.latent_channels),
-        *_grid_problems(engine.network, args.sampling_num_frames, size),
+        *_grid_problems(engine, args.sampling_num_frames, size),
         *_text_problems(engine),
         *_sampler_problems(engine, args),
     ]
@@ -57,10 +57,10 @@ def _channel_problems(engine: SATVideoDiffusionEngine, stated: int | None) -> li
     return problems
 
 
-def _grid_problems(network: nn.Module, frames: int, size: tuple[int, int]) -> list[str]:
+def _grid_problems(engine: SATVideoDiffusionEngine, frames: int, size: tuple[int, int]) -> list[str]:
     try:
-        grid = network.patch.grid(frames, size[0] // 8, size[1] // 8)
-        network.mixins.pos_embed.check_grid(grid)
+        grid = engine.network.patch.grid(frames, *engine.strides.latent_size(*size))
+        engine.network.mixins.pos_embed.check_grid(grid)
     except ValueError as error:
         return [f"{frames} latent frames of {size[1]}x{size[0]} pixels: {error}"]
     return []
@@ -84,7 +84,7 @@ def _text_problems(engine: SATVideoDiffusionEngine) -> list[str]:
 
 
 def _sampler_problems(engine: SATVideoDiffusionEngine, args: SampleArgs) -> list[str]:
-    if engine.sampler is None:
+    if not engine.has_sampler:
         return ["the model section has no sampler_config"]
     problems = []
     try:

@@ -6,8 +6,7 @@ import math
 from dataclasses import dataclass, fields
 
 from sgm.config import ConfigError, option
-
-MULTIPLE = 16  # pixels: 8 of the first stage times 2 of the patch
+from sgm.modules.autoencoding.strides import STRIDES
 
 
 @dataclass(frozen=True)
@@ -66,9 +65,10 @@ class SampleArgs:
                 f"(t latent frames decode to 4t-3 frames): choose {below} or {below + 2}"
             )
         size = self.sampling_image_size
-        if size is not None and (len(size) != 2 or any(s <= 0 or s % MULTIPLE for s in size)):
+        if size is not None and (len(size) != 2 or any(s <= 0 or s % STRIDES.size_step for s in size)):
             problems.append(
-                f"args.sampling_image_size is {size}; it must be [height, width], both positive multiples of {MULTIPLE}"
+                f"args.sampling_image_size is {size}; it must be [height, width], both positive multiples of "
+                f"{STRIDES.size_step}"
             )
         if problems:
             raise ConfigError("; ".join(problems))

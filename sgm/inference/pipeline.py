@@ -90,13 +90,14 @@ class TextToVideo:
         """(height, width) in pixels."""
         given = self.args.sampling_image_size
         network = self.engine.network
-        return (given[0], given[1]) if given else (network.latent_height * 8, network.latent_width * 8)
+        own = self.engine.strides.pixel_size(network.latent_height, network.latent_width)
+        return (given[0], given[1]) if given else own
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
         """(t, c, h, w) of one sample."""
-        height, width = self.image_size
-        return self.args.sampling_num_frames, self.engine.network.out_channels, height // 8, width // 8
+        size = self.engine.strides.latent_size(*self.image_size)
+        return self.args.sampling_num_frames, self.engine.network.out_channels, *size
 
     @property
     def num_steps(self) -> int:

@@ -36,12 +36,13 @@ def describe(pipeline: TextToVideo, prompts: Sequence[Prompt]) -> list[str]:
     args = pipeline.args
     height, width = pipeline.image_size
     t = args.sampling_num_frames
+    frames = pipeline.engine.strides.pixel_frames(t)
     listed = [f"prompt {p.index}: {p.text if len(p.text) <= 100 else p.text[:100] + '...'}" for p in prompts]
     more = len(listed) - _SHOWN_PROMPTS
     products = ", products in bf16" if pipeline.engine.kernels.cpu_bf16 else ""
     return [
         f"device {pipeline.device}, {args.dtype}{products}, placement {args.placement}",
-        f"{4 * t - 3} frames of {width}x{height} ({t} latent frames), {pipeline.num_steps} steps, "
+        f"{frames} frames of {width}x{height} ({t} latent frames), {pipeline.num_steps} steps, "
         f"{args.batch_size} sample(s) a prompt",
         *_memory_lines(pipeline),
         *listed[:_SHOWN_PROMPTS],

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from sgm.modules.autoencoding.causal_cache import cache_on
 from sgm.modules.autoencoding.causal_conv import CPU_SLICE_BYTES, DECODE_SLICE_BYTES, SLICE_BYTES, ClipPass
+from sgm.modules.autoencoding.coders import ContextParallelDecoder3D, ContextParallelEncoder3D
+from sgm.modules.autoencoding.first_stage import FirstStage
 from sgm.modules.autoencoding.tiling import Tiling, blend_tiles
 from sgm.modules.ops.vae import PLAIN, VaeOps
 from sgm.util import instantiate_from_config
@@ -64,7 +66,7 @@ def chunk_bounds(t: int) -> list[tuple[int, int]]:
     return [(0, 1)] if t == 1 else [(0, 3), *((k, k + 2) for k in range(3, t, 2))]
 
 
-class VideoAutoencoder(nn.Module):
+class VideoAutoencoder(FirstStage):
     """Encoder, posterior and decoder, with gradients.
 
     Args:
@@ -74,6 +76,8 @@ class VideoAutoencoder(nn.Module):
     """
 
     frozen = False
+    encoder: ContextParallelEncoder3D
+    decoder: ContextParallelDecoder3D
     ops: VaeOps = PLAIN  # implementation of the coders' operations
 
     def __init__(
@@ -87,6 +91,7 @@ class VideoAutoencoder(nn.Module):
         self.encoder = instantiate_from_config(encoder_config)
         self.decoder = instantiate_from_config(decoder_config)
         self.loss = instantiate_from_config(loss_config or _NO_LOSS)
+        self.strides = self.encoder.strides
         self.regularization = instantiate_from_config(regularizer_config or _REGULARIZER)
         self.memory = MemoryPlan()
 
@@ -97,26 +102,23 @@ class VideoAutoencoder(nn.Module):
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """A training pass in one go: x (b, 3, f, h, w) -> latents, reconstruction like x, {"kl_loss": scalar}."""
-        z, log = self.encode(x, return_reg_log=True, noise=noise)
+        with self._grad_mode(x):
+            z, log = self.regularization(self.moments(x), _noise_sampler(noise))
         return z, self.decode(z, chunked=False), log
 
     def encode(
         self,
         x: Tensor,
-        unregularized: bool = False,
-        return_reg_log: bool = False,
         *,
         noise: Tensor | None = None,
         noise_sampler: NoiseSampler | None = None,
         generator: torch.Generator | None = None,
         allow_any_length: bool = False,
-    ) -> Any:
+    ) -> Tensor:
         """Latents of a clip or an image, drawn from the posterior.
 
         Args:
             x: (b, 3, f, h, w) in [-1, 1]; f = 1 or 4k + 1, h and w multiples of 8.
-            unregularized: give (moments (b, 2c, t, h/8, w/8), {}) instead.
-            return_reg_log: give (z, {"kl_loss": scalar}) instead.
             noise, noise_sampler, generator: at most one. The posterior's noise itself; a function that takes the mean
                 and gives it; a generator to draw it with. None: `torch.randn_like(mean)`.
             allow_any_length: accept other f too, which give ceil(f / 4) latent frames. Wherever a level meets an even
@@ -126,15 +128,16 @@ class VideoAutoencoder(nn.Module):
         Raises:
             ValueError: wrong shape or length, or more than one source of noise.
         """
-        self._check_pixels(x, allow_any_length)
         sampler = _noise_sampler(noise, noise_sampler, generator)
         with self._grad_mode(x):
+            return self.regularization.latents(self.moments(x, allow_any_length=allow_any_length), sampler)
+
+    def moments(self, x: Tensor, *, allow_any_length: bool = False) -> Tensor:
+        """Mean and log variance of the posterior, (b, 2c, t, h/8, w/8), for `encode`'s x."""
+        self._check_pixels(x, allow_any_length)
+        with self._grad_mode(x):
             # randn_like follows the memory layout, which must not change what a seed gives
-            moments = self._moments(x.to(self.dtype)).contiguous()
-            if unregularized:
-                return moments, {}
-            z, log = self.regularization(moments, sampler)
-        return (z, log) if return_reg_log else z
+            return self._encoded(x.to(self.dtype)).contiguous()
 
     def decode(self, z: Tensor, chunked: bool = True) -> Tensor:
         """Pixels of latents z (b, c, t, h', w') (already divided by `scale_factor`): (b, 3, f, 8h', 8w'), near [-1, 1].
@@ -188,7 +191,7 @@ class VideoAutoencoder(nn.Module):
         if tile is None:
             self.memory = replace(self.memory, tiling=None)
             return
-        factor = self.decoder.space_factor
+        factor = self.decoder.strides.space
         if any(size % factor for size in (*tile, overlap)):
             raise ValueError(f"tile {tile} and overlap {overlap} must be multiples of {factor} pixels.")
         self.memory = replace(self.memory, tiling=Tiling(tile[0] // factor, tile[1] // factor, overlap // factor))
@@ -229,16 +232,16 @@ class VideoAutoencoder(nn.Module):
             self, state, source=str(path), device=device, dtype=dtype, ignore_prefixes=tuple(ignore_keys), hint=hint
         )
 
-    def _moments(self, x: Tensor) -> Tensor:
+    def _encoded(self, x: Tensor) -> Tensor:
         run = ClipPass(slice_bytes=self._slice_bytes(x), ops=self.ops)
-        tiling, factor = self.memory.tiling, self.encoder.space_factor
+        tiling, factor = self.memory.tiling, self.strides.space
         if tiling is None:
             return self.encoder(x, run)
-        size = (x.shape[3] // factor, x.shape[4] // factor)
+        size = self.strides.latent_size(x.shape[3], x.shape[4])
 
         def render(_: int, rows: slice, cols: slice) -> Tensor:
-            pixels = (..., *(slice(part.start * factor, part.stop * factor) for part in (rows, cols)))
-            return self.encoder(x[pixels], run)
+            rows, cols = (slice(part.start * factor, part.stop * factor) for part in (rows, cols))
+            return self.encoder(x[..., rows, cols], run)
 
         return blend_tiles(tiling.boxes(*size), render, size, scale=1)
 
@@ -250,7 +253,7 @@ class VideoAutoencoder(nn.Module):
         first = next(pieces)
         if len(bounds) == 1:
             return first
-        frames = self.decoder.time_factor * (z.shape[2] - 1) + 1
+        frames = self.decoder.strides.pixel_frames(z.shape[2])
         result = first.new_empty((*first.shape[:2], frames, *first.shape[3:]))
         result[:, :, : first.shape[2]] = first
         done = first.shape[2]
@@ -283,7 +286,7 @@ class VideoAutoencoder(nn.Module):
         def render(index: int, rows: slice, cols: slice) -> Tensor:
             return self.decoder(z[..., rows, cols], runs[index])
 
-        return blend_tiles(boxes, render, (z.shape[3], z.shape[4]), scale=self.decoder.space_factor)
+        return blend_tiles(boxes, render, (z.shape[3], z.shape[4]), scale=self.decoder.strides.space)
 
     def _slice_bytes(self, x: Tensor) -> int:
         return min(self.memory.slice_bytes, CPU_SLICE_BYTES) if x.device.type == "cpu" else self.memory.slice_bytes
@@ -296,7 +299,7 @@ class VideoAutoencoder(nn.Module):
         return torch.set_grad_enabled(self._wants_grad(x))
 
     def _check_pixels(self, x: Tensor, any_length: bool) -> None:
-        channels, factor, step = self.encoder.in_channels, self.encoder.space_factor, self.encoder.time_factor
+        channels, factor, step = self.encoder.in_channels, self.strides.space, self.strides.time
         if x.ndim != 5 or x.shape[1] != channels:
             raise ValueError(f"encode takes (b, {channels}, f, h, w), got shape {tuple(x.shape)}.")
         frames, height, width = x.shape[2:]
@@ -305,11 +308,11 @@ class VideoAutoencoder(nn.Module):
                 f"encode takes a height and width that are multiples of {factor}, got {height}x{width}. "
                 f"Resize or crop to {max(1, height // factor) * factor}x{max(1, width // factor) * factor}."
             )
-        if frames % step != 1 % step and not any_length:
-            below = max(1, (frames - 1) // step * step + 1)
+        if not self.strides.is_whole(frames) and not any_length:
+            below = self.strides.longest_clip(frames)
             raise ValueError(
-                f"encode takes {step}k + 1 frames (1, {step + 1}, {2 * step + 1}, ...), got {frames}. Trim the clip to "
-                f"{below}, or pass allow_any_length=True for what the network does with other lengths."
+                f"encode takes {self.strides.clip_lengths} frames (1, {step + 1}, {2 * step + 1}, ...), got {frames}. "
+                f"Trim the clip to {below}, or pass allow_any_length=True for what the network does with other lengths."
             )
 
     def _check_latents(self, z: Tensor) -> int:
@@ -368,7 +371,7 @@ class VideoAutoencoderInferenceWrapper(VideoAutoencoder):
 
 
 def _noise_sampler(
-    noise: Tensor | None, sampler: NoiseSampler | None, generator: torch.Generator | None
+    noise: Tensor | None, sampler: NoiseSampler | None = None, generator: torch.Generator | None = None
 ) -> NoiseSampler:
     sources = {"noise": noise, "noise_sampler": sampler, "generator": generator}
     given = [name for name, source in sources.items() if source is not None]

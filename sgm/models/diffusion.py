@@ -8,24 +8,39 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
-from sgm.modules.diffusionmodules.denoiser import Network
+from sgm.errors import SgmError
+from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
+from sgm.modules.autoencoding.first_stage import FirstStage
+from sgm.modules.autoencoding.strides import STRIDES, Strides
+from sgm.modules.conditioner import GeneralConditioner
+from sgm.modules.diffusionmodules.denoiser import Denoiser, Network
+from sgm.modules.diffusionmodules.loss import DetailedLoss, Loss
+from sgm.modules.diffusionmodules.sampling import DenoiserFn, VideoDDIMSampler
 from sgm.modules.diffusionmodules.shortcuts import ShortcutRun
-from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
+from sgm.modules.diffusionmodules.wrappers import NetworkWrapper, OpenAIWrapper
+from sgm.modules.encoders.modules import FrozenT5Embedder
 from sgm.modules.ops.choice import Kernels
 from sgm.modules.ops.graphs import NetworkGraphs
 from sgm.util import get_obj_from_str, instantiate_from_config
+
+if TYPE_CHECKING:
+    from sgm.models.network import DiffusionTransformer  # at run time its `target:` brings it, and SAT with it
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FROZEN_PARTS = ("first_stage_model", "conditioner")
 LORA_MARKS = ("matrix_A", "matrix_B")
 
 Cond = dict[str, Tensor]
+T = TypeVar("T")
+
+
+class AbsentPartError(SgmError):
+    """A part is needed that the configuration does not have."""
 
 
 class SATVideoDiffusionEngine(nn.Module):
@@ -42,7 +57,18 @@ class SATVideoDiffusionEngine(nn.Module):
         latent_input: the batch holds first-stage samples (b, c, t, h, w), unscaled, in place of pixels.
         not_trainable_prefixes: parameter-name prefixes that stay frozen; ["all"] trains LoRA matrices only.
         log_keys: entries of the conditioning that validation logs.
+
+    Attributes:
+        model: wrapper around the network, as denoiser and loss call it.
+        conditioner, first_stage_model, loss_fn: None where their config is; who cannot do without takes
+            `text_conditioner`, `first_stage`, `loss`, `sampler` instead, which are never None.
     """
+
+    model: NetworkWrapper[DiffusionTransformer]
+    conditioner: GeneralConditioner | None
+    first_stage_model: FirstStage | None
+    denoiser: Denoiser
+    loss_fn: Loss | None
 
     def __init__(
         self,
@@ -79,13 +105,65 @@ class SATVideoDiffusionEngine(nn.Module):
         self.conditioner = _frozen(conditioner_config, self.dtype)
         self.first_stage_model = _frozen(first_stage_config, self.dtype)
         self.denoiser = instantiate_from_config(denoiser_config)
-        self.sampler = instantiate_from_config(sampler_config) if sampler_config else None
+        self._sampler: VideoDDIMSampler | None = instantiate_from_config(sampler_config) if sampler_config else None
         self.loss_fn = instantiate_from_config(loss_fn_config) if loss_fn_config else None
 
+    # --- parts; those that a configuration may lack raise AbsentPartError -------------------------------------------
+
     @property
-    def network(self) -> nn.Module:
+    def network(self) -> DiffusionTransformer:
         """The transformer."""
         return self.model.diffusion_model
+
+    @property
+    def text_conditioner(self) -> GeneralConditioner:
+        """The conditioner."""
+        return _present(self.conditioner, "conditioner")
+
+    @property
+    def text_encoder(self) -> FrozenT5Embedder:
+        """The conditioner's first embedder."""
+        embedder = self.text_conditioner.embedders[0]
+        if not isinstance(embedder, FrozenT5Embedder):
+            raise AbsentPartError(f"this engine has no text encoder: captions are embedded by {_kind(embedder)}")
+        return embedder
+
+    @property
+    def first_stage(self) -> FirstStage:
+        """The autoencoder, or what stands in for it."""
+        return _present(self.first_stage_model, "first_stage")
+
+    @property
+    def strides(self) -> Strides:
+        """How clips and latents belong together; the releases' where there is no first stage."""
+        return STRIDES if self.first_stage_model is None else self.first_stage_model.strides
+
+    @property
+    def autoencoder(self) -> VideoAutoencoderInferenceWrapper:
+        """The first stage, where it is the autoencoder itself."""
+        stage = self.first_stage
+        if not isinstance(stage, VideoAutoencoderInferenceWrapper):
+            raise AbsentPartError(f"this engine has no autoencoder: its first stage is {_kind(stage)}")
+        return stage
+
+    @property
+    def loss(self) -> Loss:
+        """The training loss."""
+        return _present(self.loss_fn, "loss_fn")
+
+    @property
+    def has_sampler(self) -> bool:
+        """Whether the configuration has a sampler."""
+        return self._sampler is not None
+
+    @property
+    def sampler(self) -> VideoDDIMSampler:
+        """The sampler."""
+        return _present(self._sampler, "sampler")
+
+    @sampler.setter
+    def sampler(self, sampler: VideoDDIMSampler) -> None:
+        self._sampler = sampler
 
     def use_kernels(self, kernels: Kernels) -> None:
         """Run network and first stage with these implementations of their operations."""
@@ -114,9 +192,8 @@ class SATVideoDiffusionEngine(nn.Module):
         """
         if self.latent_input:
             return x * self.scale_factor
-        stage = self._part("first_stage_model")
         with self._first_stage_precision(x.device):
-            z = stage.encode(x.to(self.dtype), noise=noise)
+            z = self.first_stage.encode(x.to(self.dtype), noise=noise)
         return z * self.scale_factor
 
     @torch.no_grad()
@@ -126,9 +203,8 @@ class SATVideoDiffusionEngine(nn.Module):
         `chunked` decodes latents [0:3], [3:5], ... with a causal cache, as the original samples; False is one go,
         as the original logs during training. Group normalisation sees different spans, so the two differ.
         """
-        stage = self._part("first_stage_model")
         with self._first_stage_precision(z.device):
-            return stage.decode((z / self.scale_factor).to(self.dtype), chunked=chunked)
+            return self.first_stage.decode((z / self.scale_factor).to(self.dtype), chunked=chunked)
 
     def _first_stage_precision(self, device: torch.device) -> torch.autocast:
         enabled = self.first_stage_autocast and self.dtype != torch.float32
@@ -144,7 +220,7 @@ class SATVideoDiffusionEngine(nn.Module):
         as soon as one negative prompt has text, all are embedded.
         """
         negatives = list(negative_prompts) if negative_prompts else [""] * len(prompts)
-        return self._part("conditioner").get_unconditional_conditioning(
+        return self.text_conditioner.get_unconditional_conditioning(
             {"txt": list(prompts)},
             batch_uc={"txt": negatives},
             force_uc_zero_embeddings=None if any(negatives) else ["txt"],
@@ -153,32 +229,20 @@ class SATVideoDiffusionEngine(nn.Module):
     @torch.no_grad()
     def condition_batch(self, batch: Mapping[str, Any]) -> tuple[Cond, Cond]:
         """Conditioning of a training batch without dropout, and zeros of the same shapes to steer away from."""
-        return self._part("conditioner").get_unconditional_conditioning(batch, force_uc_zero_embeddings=["txt"])
+        return self.text_conditioner.get_unconditional_conditioning(batch, force_uc_zero_embeddings=["txt"])
 
     # --- training -------------------------------------------------------------------------------------------------
-
-    def shared_step(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of one batch (`input_key`: (b, f, 3, h, w); "txt": captions): scalar, and what to log by name.
-
-        Random numbers are drawn in the original's order: posterior, caption dropout, timesteps, diffusion noise.
-        """
-        x = batch[self.input_key].to(self.dtype)
-        if not self.latent_input:
-            x = rearrange(x, "b f c h w -> b c f h w")
-        z = rearrange(self.encode_first_stage(x), "b c t h w -> b t c h w").contiguous()
-        return self(z, batch)
 
     def forward(self, z: Tensor, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of scaled latents z (b, t, c, h, w) under the conditioning of `batch`: scalar, and what to log.
 
         That is `loss`, and from a loss function that tells them, per sample (b,) `sample_loss` and `timestep_share`.
         """
-        detailed = getattr(self.loss_fn, "detailed", None)
-        if detailed is None:
-            loss = self.loss_fn(self.model, self.denoiser, self.conditioner, z, batch).mean()
+        parts = (self.model, self.denoiser, self.text_conditioner)
+        if not isinstance(self.loss, DetailedLoss):
+            loss = self.loss(*parts, z, batch).mean()
             return loss, {"loss": loss.detach()}
-        kept = {} if self.base is None else {"base": self.base, "base_weight": self.base_weight}
-        details = detailed(self.model, self.denoiser, self.conditioner, z, batch, **kept)
+        details = self.loss.detailed(*parts, z, batch, base=self.base, base_weight=self.base_weight)
         loss = details.loss.mean()
         logs = {"sample_loss": details.loss.detach(), "timestep_share": details.timestep_share}
         return loss, {"loss": loss.detach()} | logs
@@ -236,7 +300,7 @@ class SATVideoDiffusionEngine(nn.Module):
         if prefix is not None:
             x = torch.cat([prefix.to(x), x[:, prefix.shape[1] :]], dim=1)
         x = _broadcast(x)
-        denoiser = partial(_denoise, self.denoiser, self.model, network_inputs)
+        denoiser: DenoiserFn = partial(_denoise, self.denoiser, self.model, network_inputs)
         if shortcuts is not None:
             denoiser = shortcuts.around(denoiser, len(x), self.sampler.guidance_scales(num_steps, scale))
         samples = self.sampler(
@@ -252,18 +316,24 @@ class SATVideoDiffusionEngine(nn.Module):
         )
         return samples.to(self.dtype)
 
-    def _part(self, name: str) -> Any:
-        part = getattr(self, name)
-        if part is None:
-            raise ValueError(f"this engine was built without `{name}` (its `_config` is absent from the model section)")
-        return part
+
+def _present(part: T | None, name: str) -> T:
+    if part is None:
+        raise AbsentPartError(f"this engine was built without a {name}: its model section has no `{name}_config`")
+    return part
 
 
-def _denoise(denoiser: Any, network: Any, network_inputs: dict[str, Any], x: Tensor, sigma: Tensor, c: Cond, **kw: Any):
+def _kind(part: object) -> str:
+    return type(part).__name__
+
+
+def _denoise(
+    denoiser: Denoiser, network: Network, network_inputs: dict[str, Any], x: Tensor, sigma: Tensor, c: Cond, **kw: Any
+) -> Tensor:
     return denoiser(network, x, sigma, c, **kw, **network_inputs)
 
 
-def _frozen(config: Mapping[str, Any] | None, dtype: torch.dtype) -> nn.Module | None:
+def _frozen(config: Mapping[str, Any] | None, dtype: torch.dtype) -> Any:
     if config is None:
         return None
     return instantiate_from_config(config).to(dtype).eval().requires_grad_(False)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sgm.errors import SgmError
+from sgm.modules.children import ModuleList
 from sgm.util import instantiate_from_config
 
 # An embedding's number of axes decides what it is to the network.
@@ -64,7 +65,7 @@ class GeneralConditioner(nn.Module):
 
     def __init__(self, emb_models: Sequence[Mapping[str, Any]]) -> None:
         super().__init__()
-        self.embedders = nn.ModuleList([_build_embedder(config) for config in emb_models])
+        self.embedders: ModuleList[AbstractEmbModel] = ModuleList([_build_embedder(config) for config in emb_models])
 
     def forward(
         self, batch: Mapping[str, Any], force_zero_embeddings: Collection[str] | None = None

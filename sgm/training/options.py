@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sgm.config import ConfigError, option
+from sgm.modules.autoencoding.strides import STRIDES
 from sgm.modules.ops.recompute import MODES
 from sgm.training.optimizers.schedule import STYLES, ScheduleError, ScheduleSettings
 
@@ -133,8 +134,10 @@ class TrainArgs:
             problems.append("args.save_frozen needs VAE and text encoder, which a run with args.cache_dir never loads")
         if self.cache_dir and self.eval_prompts:
             problems.append("args.eval_prompts needs the text encoder, which a run with args.cache_dir never loads")
-        if any(isinstance(n, bool) or n < 1 or n % 4 != 1 for n in self.cache_lengths):
-            problems.append(f"args.cache_lengths is {self.cache_lengths}; lengths are 4k + 1 frames: 1, 5, 9, ...")
+        if any(isinstance(n, bool) or not STRIDES.is_whole(n) for n in self.cache_lengths):
+            problems.append(
+                f"args.cache_lengths is {self.cache_lengths}; lengths are {STRIDES.clip_lengths} frames: 1, 5, 9, ..."
+            )
         if self.cache_lengths and not self.cache_dir:
             problems.append("args.cache_lengths cuts cached clips; set args.cache_dir, or leave it out")
         try:

@@ -146,8 +146,8 @@ class _OnItsWay:
 
 
 class _Shared(NamedTuple):
-    """Of all ranks' micro-batches: the mean loss, NaN if any is not finite (`bad`); whether any rank wants to stop; sums
-    of losses and numbers of samples by timestep."""
+    """Of all ranks' micro-batches: the mean loss, NaN if any is not finite (`bad`); whether any rank wants to stop; sum
+    of losses and number of samples by timestep."""
 
     loss: float
     bad: bool

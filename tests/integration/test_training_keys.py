@@ -51,9 +51,9 @@ def test_data_keys(prepared, parts):
         "deepspeed.train_micro_batch_size_per_gpu=2", train_data=[str(two), str(one)], train_data_weights=[1.0, 3.0],
         data_order="sequential", num_workers=2, prefetch_factor=3, seed=11,
     )  # fmt: skip
-    sampler, loader = run.loader.sampler, run.loader._build.keywords
+    sampler, loader = run.loader.sampler, run.loader._build()
     assert (sampler.sizes, sampler.weights, sampler.order, sampler.seed) == ([2, 1], [1.0, 3.0], "sequential", 11)
-    assert (loader["batch_size"], loader["num_workers"], loader["prefetch_factor"]) == (2, 2, 3)
+    assert (loader.batch_size, loader.num_workers, loader.prefetch_factor) == (2, 2, 3)
     assert torch.initial_seed() == 11
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sgm.modules import GeneralConditioner
+from sgm.modules.conditioner import GeneralConditioner
 from sgm.modules.encoders.modules import FrozenT5Embedder
 
 CASES = (

@@ -15,8 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sgm.modules import GeneralConditioner
-from sgm.modules.conditioner import AbstractEmbModel, ConditionerError, drop_samples
+from sgm.modules.conditioner import AbstractEmbModel, ConditionerError, GeneralConditioner, drop_samples
 from sgm.modules.encoders import t5_files
 from sgm.modules.encoders.modules import FrozenT5Embedder, NonFiniteEmbeddingError, text_is_local
 from sgm.modules.encoders.t5_files import EncoderFilesError, wanted_files

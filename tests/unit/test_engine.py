@@ -49,5 +49,5 @@ def test_sample_needs_a_start(engine):
 
 
 def test_absent_parts_are_named(engine):
-    with pytest.raises(ValueError, match="first_stage_model"):
+    with pytest.raises(ValueError, match="first_stage_config"):
         engine.decode_first_stage(torch.zeros(1, 16, 1, 2, 2))

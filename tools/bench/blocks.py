@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sgm.modules.ops.attention import NAMES, AttentionError, attention_by
+from sgm.modules.ops.attention import AttentionError
 from sgm.modules.ops.block_ops import BlockOps
+from sgm.modules.ops.choice import ATTENTIONS, attention_by
 from sgm.modules.ops.modulation import split_modulation
 from tools.bench.measure import Ceilings, emit, relative_error, time_runs
 from tools.bench.models import token_count
@@ -75,7 +76,7 @@ def _bench_attention(network: nn.Module, frames: int, device: torch.device, ceil
     flops = 4.0 * 2 * n * n * network.hidden_size
     limit = ceilings.limit_ms(flops)
     expected: Tensor | None = None
-    for name in NAMES:
+    for name in ATTENTIONS:
         try:
             attend = attention_by(name, device)
         except AttentionError as error:

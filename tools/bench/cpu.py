@@ -30,6 +30,7 @@ from sgm.config import RunConfig, load_run_config
 from sgm.inference.noise import SampleId
 from sgm.inference.options import SampleArgs
 from sgm.inference.placement import peak_memory
+from sgm.modules.autoencoding.strides import STRIDES
 from sgm.modules.ops.choice import Kernels, choose_kernels
 from sgm.weights.random_release import write_random_release
 from tools.bench import models
@@ -155,11 +156,11 @@ def bench_decode(bench: Bench) -> None:
 def bench_encode(bench: Bench) -> None:
     """Pixels to moments; diffusers encodes 8 frames at a time, so longer clips have other norms there."""
     height, width = models.latent_size(bench.config)
-    x = torch.rand(1, 3, 4 * bench.frames - 3, 8 * height, 8 * width) * 2 - 1
+    x = torch.rand(1, 3, STRIDES.pixel_frames(bench.frames), *STRIDES.pixel_size(height, width)) * 2 - 1
     _bench_first_stage(
         bench,
         "encoder",
-        lambda stage: stage.encode(x, unregularized=True)[0],
+        lambda stage: stage.moments(x),
         lambda other: other.encode(x, return_dict=False)[0].parameters,
     )
 

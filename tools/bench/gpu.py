@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from sgm.inference.placement import Placement
+from sgm.modules.autoencoding.strides import STRIDES
 from sgm.modules.ops.choice import Kernels, choose_kernels
 from sgm.modules.ops.fp8 import LEAST_CAPABILITY
 from sgm.modules.transformer.quantize import quantize_network
@@ -178,10 +179,10 @@ def bench_text_lean(bench: Bench) -> None:
 
 def bench_encode(bench: Bench) -> None:
     """Pixels to the posterior's moments."""
-    size = (1, 3, 4 * bench.frames - 3, 480, 720)
+    size = (1, 3, STRIDES.pixel_frames(bench.frames), 480, 720)
     x = torch.rand(size, device=bench.device, dtype=models.TYPES[bench.dtype]) * 2 - 1
     _bench_first_stage(
-        bench, "vae_encode", x, lambda stage, x: stage.encode(x, unregularized=True)[0],
+        bench, "vae_encode", x, lambda stage, x: stage.moments(x),
         lambda theirs: theirs.encode(x).latent_dist.parameters,
     )  # fmt: skip
 

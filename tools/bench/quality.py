@@ -32,6 +32,7 @@ from sgm.inference.options import SampleArgs
 from sgm.inference.pipeline import EncodedPrompt, TextToVideo
 from sgm.inference.preflight import with_found_paths
 from sgm.inference.prompts import gather
+from sgm.modules.autoencoding.strides import STRIDES
 from tools.bench.measure import emit, relative_error
 from tools.demo.captions import caption, parse
 from tools.demo.measure import measure
@@ -178,7 +179,7 @@ def compare_variants(options: argparse.Namespace) -> int:
     if options.input_file:
         prompts = [p.text for p in gather([], options.input_file, config.files)[0]]
     else:
-        prompts = demo_captions(options.count, 4 * config.args.sampling_num_frames - 3, options.seed)
+        prompts = demo_captions(options.count, STRIDES.pixel_frames(config.args.sampling_num_frames), options.seed)
     try:
         run(config, config.accelerate if options.only_variants else fast, prompts, options.variant)
     finally:

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sgm.modules.ops.attention import attention_by
-from sgm.modules.ops.choice import Kernels
+from sgm.modules.ops.choice import Kernels, attention_by
 from tools.bench import models
 from tools.bench.flops import block_flops
 from tools.bench.measure import Ceilings, emit, largest_error, time_runs

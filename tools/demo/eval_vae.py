@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from sgm.config import merge_yaml  # noqa: E402
 from sgm.models.autoencoder import VideoAutoencoder, chunk_bounds  # noqa: E402
 from sgm.modules.autoencoding.regularizers import DiagonalGaussian  # noqa: E402
+from sgm.modules.autoencoding.strides import STRIDES  # noqa: E402
 from sgm.weights.save import save_text  # noqa: E402
 from tools.demo.attributes import ClipSpec, read_withheld  # noqa: E402
 from tools.demo.clip_feed import held_out_specs  # noqa: E402
@@ -76,7 +77,7 @@ def latent_statistics(vae: VideoAutoencoder, specs: Sequence[ClipSpec], device: 
     sums = torch.zeros(3, vae.decoder.z_channels, dtype=torch.float64, device=device)
     count = 0
     for x in batches_of(specs, device):
-        moments, _ = vae.encode(x, unregularized=True)
+        moments = vae.moments(x)
         posterior = DiagonalGaussian.from_moments(moments.double())
         values = (posterior.mean, posterior.mean.square(), posterior.logvar.exp())
         sums += torch.stack([value.sum(dim=(0, 2, 3, 4)) for value in values])
@@ -125,7 +126,7 @@ def border_ratio(steps: np.ndarray, latent_frames: int) -> float:
 
     `latent_frames` is at least 5: fewer are one chunk.
     """
-    frames_before = [4 * start - 3 for start, _ in chunk_bounds(latent_frames)[1:]]
+    frames_before = [STRIDES.pixel_frames(start) for start, _ in chunk_bounds(latent_frames)[1:]]
     at_border = np.zeros(steps.shape[1], bool)
     at_border[[frames - 1 for frames in frames_before]] = True
     average = steps.mean(axis=0)
@@ -137,7 +138,7 @@ def report(scores: Sequence[ClipScore], latents: LatentStatistics, scale: float)
     made, source, error = (
         np.array([getattr(score, name) for score in scores]) for name in ("made_steps", "source_steps", "error_steps")
     )
-    t = made.shape[1] // 4 + 1
+    t = STRIDES.latent_frames(made.shape[1] + 1)
     psnr = [score.psnr for score in scores]
     return {
         "clips": len(scores),

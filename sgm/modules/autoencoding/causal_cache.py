@@ -9,7 +9,6 @@ Axes: b batch, c channels, h w height and width.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +53,7 @@ class Transfer:
 
     result: Tensor
     source: Tensor
-    done: Any = None
+    done: torch.cuda.Event | None = None
 
 
 class HostLink:
@@ -106,7 +105,8 @@ class CudaLink(HostLink):
         return self._copy(host, torch.empty_like(host, device=self.device))
 
     def wait(self, transfer: Transfer) -> None:
-        torch.cuda.current_stream(self.device).wait_event(transfer.done)
+        if transfer.done is not None:
+            torch.cuda.current_stream(self.device).wait_event(transfer.done)
 
     def _copy(self, source: Tensor, target: Tensor) -> Transfer:
         # behind all that computes now: it made the source, or used the target's memory before
@@ -150,9 +150,9 @@ class HostCache(CausalCache):
         ahead, self._coming = self._coming, None
         transfer = ahead[1] if ahead is not None and ahead[0] is conv else self.link.upload(host)
         self.link.wait(transfer)
-        following = self._frames.get(self._next.get(conv))
-        if following is not None:
-            self._coming = (self._next[conv], self.link.upload(following))
+        following = self._next.get(conv)
+        if following is not None and following in self._frames:
+            self._coming = (following, self.link.upload(self._frames[following]))
         return transfer.result
 
     def close(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -43,6 +43,39 @@ class LossDetails(NamedTuple):
 
     loss: Tensor
     timestep_share: Tensor
+
+
+class Loss(Protocol):
+    """Loss (b,) of each sample of clean latents z (b, ...) and a batch; see `VideoDiffusionLoss.__call__`."""
+
+    def __call__(
+        self,
+        network: Network,
+        denoiser: Denoise,
+        conditioner: Conditioner,
+        z: Tensor,
+        batch: Mapping[str, Any],
+        idx: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor: ...
+
+
+@runtime_checkable
+class DetailedLoss(Loss, Protocol):
+    """A loss that also says which timesteps it drew, and takes a base network; see `VideoDiffusionLoss.detailed`."""
+
+    def detailed(
+        self,
+        network: Network,
+        denoiser: Denoise,
+        conditioner: Conditioner,
+        z: Tensor,
+        batch: Mapping[str, Any],
+        idx: Tensor | None = None,
+        noise: Tensor | None = None,
+        base: Network | None = None,
+        base_weight: float = 1.0,
+    ) -> LossDetails: ...
 
 
 class VideoDiffusionLoss:

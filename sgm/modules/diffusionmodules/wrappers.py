@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from sgm.modules.ops.graphs import NetworkGraphs
 
+NetworkT = TypeVar("NetworkT", bound=nn.Module)
 
-class OpenAIWrapper(nn.Module):
+
+class NetworkWrapper(nn.Module, Generic[NetworkT]):
+    """Holds a network; called as `wrapper(x, t, conditions, **extras)`, which is how denoisers and losses call it."""
+
+    diffusion_model: NetworkT
+
+
+class OpenAIWrapper(NetworkWrapper[NetworkT]):
     """Holds the network as `diffusion_model` and unpacks the conditions for it.
 
     Args:
@@ -19,7 +27,7 @@ class OpenAIWrapper(nn.Module):
         dtype: type that the conditions are cast to, the network's own.
     """
 
-    def __init__(self, diffusion_model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, diffusion_model: NetworkT, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.diffusion_model = diffusion_model
         self.dtype = dtype

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sgm.errors import SgmError
 from sgm.modules.ops import block_ops, cpu_bf16, vae
-from sgm.modules.ops.attention import NAMES, AttentionError, attention_by
+from sgm.modules.ops.attention import AttentionError
+from sgm.modules.ops.attention import attention as plain_attention
 from sgm.modules.ops.block_ops import BlockOps
 from sgm.modules.ops.triton_support import INTERPRETED, has_triton
 from sgm.modules.ops.vae import VaeOps
 
+# Preferred implementation, then those that stand in where it does not take the device, dtype or shape at hand.
+BACKENDS: dict[str, list[SDPBackend]] = {
+    "cudnn": [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
+    "flash": [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
+}
+ATTENTIONS = ("default", *BACKENDS, "flash4")
 KERNELS = ("auto", "plain", "triton")
 CPU_BF16 = (False, True, "auto")
 
@@ -40,7 +50,7 @@ def choose_kernels(kernels: str, attention: str, device: torch.device, products:
     Args:
         kernels: "plain": PyTorch's operations; "triton": fused kernels; "auto": fused on a GPU where Triton is
             installed, plain elsewhere.
-        attention: "default": torch chooses; else another of `NAMES`, tried first.
+        attention: "default": torch chooses; else another of `ATTENTIONS`, tried first.
         products: matrix products and convolutions in bfloat16 on a CPU: True, or "auto": where it has instructions
             for them. Changes nothing on other devices.
     Raises:
@@ -48,7 +58,7 @@ def choose_kernels(kernels: str, attention: str, device: torch.device, products:
     """
     for name, value, choices in (
         ("kernels", kernels, KERNELS),
-        ("attention", attention, NAMES),
+        ("attention", attention, ATTENTIONS),
         ("cpu_bf16", products, CPU_BF16),
     ):
         if value not in choices:
@@ -63,13 +73,30 @@ def choose_kernels(kernels: str, attention: str, device: torch.device, products:
         raise KernelError(f"accelerate.attention is {attention!r}, but {error}; or choose another.") from error
     if kernels != "plain" and on_gpu and has_triton():
         return _fused(attend)
-    plain = block_ops.PLAIN._replace(attention=attend)
     half = products is True or (products == "auto" and cpu_bf16.has_bf16_products())
     if device.type != "cpu" or not half:
-        return Kernels(plain)
-    operations = {"linear": cpu_bf16.linear, "linear_gelu": cpu_bf16.linear_gelu, "attention": cpu_bf16.attention}
-    block, coders = plain._replace(**operations), vae.PLAIN._replace(convolve=cpu_bf16.convolve)
-    return Kernels(block, coders, cpu_bf16=True)
+        return Kernels(BlockOps(attention=attend))
+    block = BlockOps(linear=cpu_bf16.linear, linear_gelu=cpu_bf16.linear_gelu, attention=cpu_bf16.attention)
+    return Kernels(block, vae.PLAIN._replace(convolve=cpu_bf16.convolve), cpu_bf16=True)
+
+
+def attention_by(name: str, device: torch.device) -> block_ops.Attention:
+    """`attention` by torch's own choice ("default"), with one of `BACKENDS` first, or by FlashAttention-4 ("flash4").
+
+    Raises:
+        AttentionError: "flash4" without its package, or on another device than a GPU that it was written for.
+    """
+    if name == "flash4":
+        from sgm.modules.ops import flash4  # an operator of its own, which takes time to register
+
+        flash4.demand_flash4(device)
+        return flash4.flash4_attention
+    return plain_attention if name == "default" else partial(_attention_ordered, BACKENDS[name])
+
+
+def _attention_ordered(order: list[SDPBackend], query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    with sdpa_kernel(order, set_priority=True):
+        return plain_attention(query, key, value)
 
 
 def _fused(attend: block_ops.Attention) -> Kernels:

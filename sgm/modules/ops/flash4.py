@@ -16,9 +16,9 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from sgm.modules.ops.attention import AttentionError, attention
+from sgm.modules.ops.autograd import TensorContext
 
 CAPABILITIES = (9, 10)
 # What was measured together: flash-attn-4 leaves its compiler's version open, and 4.8.1 warns at every kernel.
@@ -72,11 +72,11 @@ def _flash4_backward(
     return query_slope, key_slope, value_slope
 
 
-def _keep(ctx: FunctionCtx, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+def _keep(ctx: TensorContext, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs, *output)
 
 
-def _slopes(ctx: FunctionCtx, slope: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _slopes(ctx: TensorContext, slope: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     return _flash4_backward(slope.contiguous(), *ctx.saved_tensors)
 
 

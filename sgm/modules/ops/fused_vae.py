@@ -5,12 +5,15 @@ Each function here takes and gives what its twin in `vae` does, and calls the tw
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sgm.modules.ops import vae
+from sgm.modules.ops.autograd import TensorContext
 from sgm.modules.ops.triton_support import runs_kernels
 from sgm.modules.ops.triton_vae import (
     launch_add_residual,
@@ -20,7 +23,7 @@ from sgm.modules.ops.triton_vae import (
     launch_norm_field,
 )
 from sgm.modules.ops.triton_vae_grad import field_gradients
-from sgm.modules.ops.vae import SAME_FRAMES, AffineField, FrameMap, Modulation
+from sgm.modules.ops.vae import SAME_FRAMES, AffineField, Conv, FrameMap, Modulation
 
 _KINDS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -56,9 +59,9 @@ def apply_field(x: Tensor, field: AffineField, *, swish: bool, out: Tensor | Non
         return _Field.apply(x, scale, shift, swish, field.frame_map)
     fits = _fits(x) and x.stride(1) == 1 and scale.dtype == shift.dtype == torch.float32
     wants_grad = torch.is_grad_enabled() and (scale.requires_grad or shift.requires_grad)
-    result = torch.empty_like(x) if out is None and fits else out
-    if not fits or wants_grad or result.stride(1) != 1:
+    if not fits or wants_grad or (out is not None and out.stride(1) != 1):
         return vae.apply_field(x, field, swish=swish, out=out)
+    result = torch.empty_like(x) if out is None else out
     launch_apply_field(x, *_dense_field(x, scale, shift), result, swish, field.frame_map)
     return result
 
@@ -70,7 +73,7 @@ def _dense_field(x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tenso
     return scale, shift
 
 
-def convolve(conv: nn.Module, x: Tensor, bare: bool = False, spare: Tensor | None = None) -> Tensor:
+def convolve(conv: Conv, x: Tensor, bare: bool = False, spare: Tensor | None = None) -> Tensor:
     """The result is channels-last, as the kernels need it; cuDNN gives it so for channels-last weights."""
     layout = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
     weight, bias, channels = conv.weight, None if bare else conv.bias, conv.out_channels
@@ -84,7 +87,7 @@ def convolve(conv: nn.Module, x: Tensor, bare: bool = False, spare: Tensor | Non
 
 
 def _widened(
-    conv: nn.Module, x: Tensor, bias: Tensor | None, layout: torch.memory_format
+    conv: Conv, x: Tensor, bias: Tensor | None, layout: torch.memory_format
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """x, weight and bias of the same convolution with channels up to multiples of 8, which fast kernels ask for.
 
@@ -92,17 +95,21 @@ def _widened(
     the kernel, which never lies on the zeros around a frame.
     """
     outs, ins = conv.weight.shape[:2]
-    kind = {"dtype": x.dtype, "device": x.device, "memory_format": layout}
-    weight = torch.empty((_eights(outs), _eights(ins), *conv.weight.shape[2:]), **kind).zero_()
+    weight = _zeros((_eights(outs), _eights(ins), *conv.weight.shape[2:]), x, layout)
     weight[:outs, :ins] = conv.weight
     if ins == weight.shape[1]:
         return x, weight, None if bias is None else F.pad(bias, (0, weight.shape[0] - outs))
-    wide = torch.empty((x.shape[0], weight.shape[1], *x.shape[2:]), **kind).zero_()
+    wide = _zeros((x.shape[0], weight.shape[1], *x.shape[2:]), x, layout)
     wide[:, :ins] = x
     if bias is not None:
         wide[:, ins] = 1
-        weight[:outs, ins][(slice(None), *(side // 2 for side in weight.shape[2:]))] = bias
+        middle: tuple[slice | int, ...] = (slice(None), *(side // 2 for side in weight.shape[2:]))
+        weight[:outs, ins][middle] = bias
     return wide, weight, None
+
+
+def _zeros(shape: tuple[int, ...], like: Tensor, layout: torch.memory_format) -> Tensor:
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout).zero_()
 
 
 def _eights(channels: int) -> int:
@@ -116,7 +123,7 @@ def _writes_in_place(x: Tensor, weight: Tensor, out: Tensor, layout: torch.memor
     return all(part.dtype == x.dtype and part.is_contiguous(memory_format=layout) for part in (x, weight, out))
 
 
-def _convolve_into(conv: nn.Module, x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+def _convolve_into(conv: Conv, x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     cudnn = torch.backends.cudnn
     exactly = cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
     settings = (conv.padding, conv.stride, conv.dilation, conv.groups, cudnn.benchmark, exactly, cudnn.allow_tf32)
@@ -167,14 +174,14 @@ def _learns(x: Tensor) -> bool:
 
 class _Moments(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    def forward(ctx: TensorContext, x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
         mean, variance = launch_group_moments(x, groups, None)
         ctx.save_for_backward(x, mean)
         return mean, variance
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, to_mean: Tensor, to_variance: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: TensorContext, to_mean: Tensor, to_variance: Tensor) -> tuple[Tensor, None]:
         x, mean = ctx.saved_tensors
         per_channel = x.shape[1] // mean.shape[1]
         count = x[0].numel() // mean.shape[1]
@@ -186,9 +193,16 @@ class _Moments(torch.autograd.Function):
         return result, None
 
 
+class _FieldContext(TensorContext, Protocol):
+    swish: bool
+    frame_map: FrameMap
+
+
 class _Field(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, scale: Tensor, shift: Tensor, swish: bool, frame_map: FrameMap) -> Tensor:
+    def forward(
+        ctx: _FieldContext, x: Tensor, scale: Tensor, shift: Tensor, swish: bool, frame_map: FrameMap
+    ) -> Tensor:
         ctx.save_for_backward(x, scale, shift)
         ctx.swish, ctx.frame_map = swish, frame_map
         result = torch.empty_like(x, memory_format=torch.channels_last_3d)
@@ -197,7 +211,7 @@ class _Field(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: _FieldContext, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         x, scale, shift = ctx.saved_tensors
         grad = grad if grad.stride(1) == 1 else grad.contiguous(memory_format=torch.channels_last_3d)
         dense = _dense_field(x, scale, shift)

@@ -112,7 +112,7 @@ class FirstBlockCache:
     def _is_alike(self, first: Tensor, hidden: Tensor) -> bool:
         if self.rule.threshold == math.inf:
             return True
-        return relative_change(first - hidden, self._first) < self.rule.threshold
+        return self._first is not None and relative_change(first - hidden, self._first) < self.rule.threshold
 
     def _remember(self, hidden: Tensor, first: Tensor, out: Tensor) -> None:
         if self.rule.threshold != math.inf:

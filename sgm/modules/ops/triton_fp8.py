@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @triton.jit
-def _quantize_rows_kernel(x, codes, scales, k, LARGEST: tl.constexpr, COLS: tl.constexpr):
+def _quantize_rows_kernel(x, codes, scales, k, LARGEST: tl.constexpr, COLS: tl.constexpr):  # type: ignore[no-untyped-def]
     """A program takes one row."""
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, COLS)

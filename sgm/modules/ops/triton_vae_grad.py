@@ -20,7 +20,7 @@ _MOST_SIDE = 8  # pixels, of a cell
 
 
 @triton.jit(do_not_specialize=["frame_repeat", "frame_offset"])
-def _field_gradient_kernel(
+def _field_gradient_kernel(  # type: ignore[no-untyped-def]
     x, grad, scale, shift, to_x, to_scale, to_shift, cells, channels, cell_rows, cell_cols, across_rows, across_cols,
     field_cols, field_b, field_t, frame_repeat, frame_offset,
     x_b, x_t, x_h, x_w, grad_b, grad_t, grad_h, grad_w, out_b, out_t, out_h, out_w,

@@ -18,11 +18,12 @@ from torch.utils.data import Dataset, Subset
 from sgm.cache.ready import CacheRequest
 from sgm.cache.stand_ins import cached_model_section
 from sgm.config import AccelerateArgs, ConfigError, RunConfig
-from sgm.data.buckets import SIDE_STEP, Bucket
+from sgm.data.buckets import Bucket
 from sgm.data.section import DataSection
 from sgm.distributed import wait_for_all
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.models.loading import LoadedNetwork, load_first_stage, load_network, load_text_encoder
+from sgm.modules.autoencoding.strides import STRIDES
 from sgm.modules.encoders.modules import text_is_local
 from sgm.modules.ops.choice import choose_kernels
 from sgm.modules.ops.recompute import MODES, stronger_mode
@@ -256,16 +257,16 @@ def check_clips(config: RunConfig[TrainArgs], dtype: str) -> None:
 
 def _unsuitable(clip: Bucket, network: Any) -> str | None:
     """Why a network cannot train on such clips, or None."""
-    if clip.height % SIDE_STEP or clip.width % SIDE_STEP:
-        return f"height and width must be multiples of {SIDE_STEP}"
+    if clip.height % STRIDES.size_step or clip.width % STRIDES.size_step:
+        return f"height and width must be multiples of {STRIDES.size_step}"
     try:
-        grid = network.patch.grid((clip.frames - 1) // 4 + 1, clip.height // 8, clip.width // 8)
+        grid = network.patch.grid(STRIDES.latent_frames(clip.frames), *STRIDES.latent_size(clip.height, clip.width))
         network.mixins.pos_embed.check_grid(grid)
     except ValueError as error:
         return str(error)
     stretch = network.mixins.pos_embed.stretch(grid)
     if stretch > LARGEST_STRETCH:
-        own = f"{network.latent_height * 8}x{network.latent_width * 8}"
+        own = "x".join(map(str, STRIDES.pixel_size(network.latent_height, network.latent_width)))
         return f"a side is {stretch:.2g} times that of the network's {own} pixels, more than {LARGEST_STRETCH:g}"
     return None
 
@@ -299,7 +300,7 @@ def memory_needs(
         values += sum(p.numel() for p in engine.model.parameters())
     frames, height, width = _clip_size(config)
     network = engine.network
-    grid = network.patch.grid((frames - 1) // 4 + 1, height // 8, width // 8)
+    grid = network.patch.grid(engine.strides.latent_frames(frames), *engine.strides.latent_size(height, width))
     return MemoryNeeds(
         trained=trained,
         frozen=values - trained,
@@ -342,7 +343,7 @@ def _clip_size(config: RunConfig[TrainArgs]) -> tuple[int, int, int]:
     network = config.model["network_config"]["params"]
     if params.get("buckets"):
         return max(((int(f), int(h), int(w)) for f, h, w in params["buckets"]), key=math.prod)
-    height, width = params.get("video_size") or (network["latent_height"] * 8, network["latent_width"] * 8)
+    height, width = params.get("video_size") or STRIDES.pixel_size(network["latent_height"], network["latent_width"])
     return int(params.get("max_num_frames") or network["num_frames"]), int(height), int(width)
 
 

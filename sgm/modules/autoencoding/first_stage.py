@@ -1,0 +1,41 @@
+"""What a diffusion model asks of its first stage."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+from sgm.modules.autoencoding.regularizers import DiagonalGaussianRegularizer
+from sgm.modules.autoencoding.strides import STRIDES, Strides
+from sgm.modules.ops.vae import VaeOps
+
+
+class FirstStage(nn.Module, ABC):
+    """From a clip to latents and back. Axes: b batch, f pixel frames, t latent frames, c channels, h w pixels.
+
+    Attributes:
+        regularization: from the encoder's moments to latents.
+        strides: how sizes of pixels and latents belong together.
+    """
+
+    regularization: DiagonalGaussianRegularizer
+    strides: Strides = STRIDES
+
+    @abstractmethod
+    def encode(self, x: Tensor, *, noise: Tensor | None = None) -> Tensor:
+        """Latents (b, c, t, h/8, w/8), not scaled, of pixels (b, 3, f, h, w) in [-1, 1]: a draw from the posterior.
+
+        `noise` (the latents' shape) replaces the draw's randn_like.
+        """
+
+    @abstractmethod
+    def decode(self, z: Tensor, chunked: bool = True) -> Tensor:
+        """Pixels (b, 3, f, h, w), near [-1, 1], of latents (b, c, t, h/8, w/8).
+
+        `chunked`: in the pieces in which the model samples; False: all frames in one go, which gives other frames.
+        """
+
+    @abstractmethod
+    def use_ops(self, ops: VaeOps) -> None:
+        """Run with this implementation of the operations."""
