@@ -62,7 +62,7 @@ def needs_of(configs: list[Path], overrides: list[str], gpus: int, device: str):
     from sgm.models.diffusion import SATVideoDiffusionEngine
     from sgm.training.options import TrainArgs
     from sgm.training.setup.deepspeed import plan_deepspeed
-    from sgm.training.setup.parts import planned_needs
+    from sgm.training.setup.estimate import planned_needs
 
     config = with_found_paths(load_run_config(configs, TrainArgs, overrides=overrides))
     check_model_section(config.model, SATVideoDiffusionEngine)

@@ -40,8 +40,9 @@ def run(options: argparse.Namespace) -> int:
     from sgm.config import load_run_config
     from sgm.inference.preflight import check_paths
     from sgm.training.options import TrainArgs
-    from sgm.training.run import device_type, with_found_places
-    from sgm.training.setup.parts import cache_request
+    from sgm.training.run import device_type, rank_zero_printer
+    from sgm.training.setup.data import cache_request
+    from sgm.training.setup.places import with_found_places
     from sgm.util import allow_target
 
     for prefix in options.allow_target:
@@ -56,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
     info = distributed.init_distributed(device_type(config.args.device))
     dtype = options.dtype or _training_dtype(config.deepspeed or {})
     request = cache_request(config, dtype, options.batch_size)
-    ready = ready_cache(request, info, print if info.rank == 0 else _silent)
+    ready = ready_cache(request, info, rank_zero_printer(info.rank))
     if info.rank == 0:
         _tell(ready)
     return 0
@@ -80,10 +81,6 @@ def _tell(ready) -> None:
     what = f"{len(store.names('video'))} videos and {len(store.names('text'))} captions"
     print(f"complete: {store.folder}, {what}, {size / 2**30:.2f} GiB in {len(store.shards)} files, {store.storage}; "
           f"train with --cache-dir {store.folder}", flush=True)  # fmt: skip
-
-
-def _silent(*_: object, **__: object) -> None:
-    """Ranks other than the first say nothing."""
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ class ReadyCache:
         ]
 
 
-def ready_cache(request: CacheRequest, info: DistInfo, say: Callable[..., None]) -> ReadyCache:
+def ready_cache(request: CacheRequest, info: DistInfo, say: Callable[[str], None]) -> ReadyCache:
     """Open a cache and encode what it lacks. Collective.
 
     Raises:
@@ -82,7 +82,7 @@ def ready_cache(request: CacheRequest, info: DistInfo, say: Callable[..., None])
     store = _open(request, source.settings, info.rank)
     if info.rank == 0:
         for note in _differences(store, request.dtype):
-            say(f"note: {note}", flush=True)
+            say(f"note: {note}")
     scans = _scan(store, source, request.clips)
     lacking = "; ".join(scan.shortfall() for scan in scans if scan.missing)
     if lacking:
@@ -90,14 +90,14 @@ def ready_cache(request: CacheRequest, info: DistInfo, say: Callable[..., None])
             raise CacheError(
                 f"{store.folder} lacks {lacking}. Fill it with tools/precompute_cache.py, or leave out args.cache_fill"
             )
-        say(f"cache: encoding {lacking}", flush=True)
+        say(f"cache: encoding {lacking}")
         _fill(store, request, source.settings, scans, info, say)
         scans = _scan(store, source, request.clips)
         _require_complete(store, scans)
     if info.device.type == "cuda":
         torch.cuda.empty_cache()
     for scan in scans:
-        say(f"cache: {scan.folder}: {len(scan.usable)} clips, {len(scan.rejected)} rejected", flush=True)
+        say(f"cache: {scan.folder}: {len(scan.usable)} clips, {len(scan.rejected)} rejected")
     return ReadyCache(store, source.settings, dict(zip(request.clips, scans, strict=True)))
 
 
@@ -124,7 +124,7 @@ def _fill(
     settings: ClipSettings,
     scans: Sequence[CacheScan],
     info: DistInfo,
-    say: Callable[..., None],
+    say: Callable[[str], None],
 ) -> None:
     """This rank's share of what is missing, then the others'."""
     fast = request.accelerate
@@ -133,7 +133,7 @@ def _fill(
         choose_kernels(fast.kernels, fast.attention, info.device, fast.cpu_bf16),
     )  # fmt: skip
     missing = [clip for scan in scans for clip in scan.missing]
-    fill(store, request.model, missing, settings, how, lambda line: say(line, flush=True))
+    fill(store, request.model, missing, settings, how, say)
     wait_for_all()
     store.refresh()
 

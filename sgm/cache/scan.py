@@ -70,7 +70,7 @@ def scan_cached(folder: str | Path, source: ClipSource, store: CacheStore) -> Ca
             unnamed.append(Rejection(str(fault.path), fault.reason))
             scan.rejected.append(Rejection(clip.path, str(fault)))
             continue
-        _sort_in(scan, clip.path, caption, store)
+        _classify(scan, clip.path, caption, store)
     if unnamed and missing_caption == "error":
         raise DatasetError(
             f"{folder}: {len(unnamed)} captions are missing or unreadable: {first_reasons(unnamed)}; add them, or set "
@@ -81,7 +81,7 @@ def scan_cached(folder: str | Path, source: ClipSource, store: CacheStore) -> Ca
     return scan
 
 
-def _sort_in(scan: CacheScan, path: str, caption: str, store: CacheStore) -> None:
+def _classify(scan: CacheScan, path: str, caption: str, store: CacheStore) -> None:
     try:
         stamp = FileStamp.of(path)
     except OSError as error:

@@ -17,7 +17,7 @@ from sgm.data.decoder import DecodeProcess
 from sgm.data.report import DatasetError
 from sgm.data.scan import per_thread, reason_of
 from sgm.data.sources import ListedClip, is_image, passed_over_line, passed_over_of
-from sgm.data.video_io import VideoInfo, probe
+from sgm.data.video_io import probe
 from sgm.weights.save import atomic_write
 
 THUMBNAIL = 160  # pixels, the longer side
@@ -112,7 +112,9 @@ def _facts_of(source: Path, clip: ListedClip, settings: ClipSettings, decoder: D
         reasons.append(reason_of(fault))
     try:
         info = probe(clip.path, settings.decode_timeout, decoder)
-        _add_info(facts, info)
+        facts.frames, facts.height, facts.width, facts.codec = info.frames, info.height, info.width, info.codec
+        if not is_image(clip.path):
+            facts.fps, facts.seconds = info.fps, info.seconds
         plan = settings.plan(clip.path, info)
         facts.clip = (len(plan.indices), *plan.size)
         facts.cropped = 1 - kept_share(info.height, info.width, facts.clip)
@@ -120,12 +122,6 @@ def _facts_of(source: Path, clip: ListedClip, settings: ClipSettings, decoder: D
         reasons.append(reason_of(fault))
     facts.reason = "; ".join(reasons)
     return facts
-
-
-def _add_info(facts: ClipFacts, info: VideoInfo) -> None:
-    facts.frames, facts.height, facts.width, facts.codec = info.frames, info.height, info.width, info.codec
-    if not is_image(facts.path):
-        facts.fps, facts.seconds = info.fps, info.seconds
 
 
 # --- for people ---------------------------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def training_step(
     were.
     """
     clock = clock or PhaseClock()
-    underway: list[_OnItsWay] = []
+    underway: list[_AsyncCopy] = []
     poison, waited = torch.ones((), dtype=torch.float64, device=ds_engine.device), 0.0
     scaler = scaler_state(ds_engine)
     for _ in range(ds_engine.gradient_accumulation_steps()):
@@ -94,7 +94,7 @@ def training_step(
         waited += time.perf_counter() - asked
         loss, logs = batch_loss(ds_engine, batch, clock)
         sums = _sum_over_ranks(loss, stop_requested, bin_sums(logs, loss.device))
-        underway.append(_OnItsWay(sums))
+        underway.append(_AsyncCopy(sums))
         # A gradient that is NaN throughout makes DeepSpeed drop what has been accumulated, in every ZeRO stage. The
         # device decides it, so that nobody waits for the forward pass here.
         poison = torch.where(sums[_BAD] > 0, math.nan, poison)
@@ -130,7 +130,7 @@ def _sum_over_ranks(loss: Tensor, stop: bool, bins: Tensor) -> Tensor:
     return sums
 
 
-class _OnItsWay:
+class _AsyncCopy:
     """Numbers on their way from the device. Who reads them waits for them, not for what was queued after them."""
 
     def __init__(self, numbers: Tensor):
@@ -155,7 +155,7 @@ class _Shared(NamedTuple):
     by_timestep: tuple[list[float], list[float]]
 
 
-def _read(shared: list[_OnItsWay]) -> _Shared:
+def _read(shared: list[_AsyncCopy]) -> _Shared:
     """From what `_sum_over_ranks` gave for each micro-batch."""
     total, bad, wants_stop, *rest = (sum(column) for column in zip(*(sums.read() for sums in shared)))
     mean = math.nan if bad else total / dist.get_world_size() / len(shared)

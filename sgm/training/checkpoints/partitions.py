@@ -8,7 +8,7 @@ hold pickled classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -75,7 +75,7 @@ def optimizer_state(ds_engine: TrainingEngine) -> dict[str, Any]:
     return {
         "layout": _layout(ds_engine),
         "masters": [m.detach() for m in own],
-        "states": [{k: _plain(v) for k, v in optimizer.state.get(m, {}).items() if k != "shadow"} for m in own],
+        "states": [{k: _detached(v) for k, v in optimizer.state.get(m, {}).items() if k != "shadow"} for m in own],
         "counters": {name: int(getattr(ds_engine, name)) for name in COUNTERS},
     }
 
@@ -120,11 +120,11 @@ def _require_same_layout(now: dict[str, Any], stored: dict[str, Any]) -> None:
         )
 
 
-def _plain(value: Any) -> Any:
+def _detached(value: object) -> object:
     return value.detach() if isinstance(value, Tensor) else value
 
 
-def _placed(value: Any, master: Tensor, group: dict[str, Any]) -> Any:
+def _placed(value: object, master: Tensor, group: Mapping[str, Any]) -> object:
     """A stored value where torch expects it: moments beside their master, step counters only for fused kernels."""
     if not isinstance(value, Tensor):
         return value

@@ -73,7 +73,7 @@ class Zero12(Protocol):
     """Wrapper of ZeRO 1 and 2; one item a parameter group in each sequence."""
 
     bit16_groups: Sequence[Sequence[nn.Parameter]]
-    bit16_groups_flat: Sequence[Tensor]
+    bit16_groups_flat: list[Tensor]
     averaged_gradients: dict[int, list[Tensor]]
     partition_size: Sequence[int]
     dp_process_group: dist.ProcessGroup
