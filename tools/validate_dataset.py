@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> int:
 def run(options: argparse.Namespace) -> int:
     from sgm.config import merge_yaml
     from sgm.data.section import ClipSource, DataSection
-    from sgm.data.sources import passed_over_line, passed_over_of
+    from sgm.data.sources import Listing, passed_over_line
     from sgm.data.validate import as_json, contact_sheet, examine, summary, table, text_encoder_params
     from sgm.places import found_path
     from sgm.weights.save import save_text
@@ -55,9 +55,9 @@ def run(options: argparse.Namespace) -> int:
     sources = options.data or [*_named(config, "train_data"), *_named(config, "valid_data")]
     passed_over: Counter[str] = Counter()
 
-    def list_and_count(source: Path) -> list:
+    def list_and_count(source: Path) -> Listing:
         clips = clips_of.list_all(source)
-        passed_over.update(passed_over_of(clips))
+        passed_over.update(clips.passed_over)
         return clips
 
     params = text_encoder_params(config.get("model") or {})

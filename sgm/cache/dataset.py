@@ -17,7 +17,7 @@ from sgm.cache.shards import Entry, ShardReader
 from sgm.cache.store import CacheStore, text_key
 from sgm.data.clips import ClipSettings
 from sgm.data.packed import Packed, PackedShapes, PackedStrings
-from sgm.data.report import Report
+from sgm.data.report import Report, UsableClip
 from sgm.modules.autoencoding.strides import STRIDES
 
 MOMENTS, EMBEDDING = "moments", "txt_embedding"  # entries of a batch
@@ -47,8 +47,8 @@ class CachedClips(Dataset):
         write_report: bool = True,
     ):
         self.data_dir, self.settings, self.report_path = Path(scan.folder), settings, report
-        self.report = Report(scan.folder, asdict(settings), [c.path for c in scan.usable], scan.rejected)
-        self.report.passed_over = scan.passed_over
+        usable = [UsableClip(clip.path) for clip in scan.usable]
+        self.report = Report(scan.folder, asdict(settings), usable, scan.rejected, scan.passed_over)
         self.report.require_usable()
         if write_report:
             self.report.tell_passed_over()

@@ -9,11 +9,10 @@ from sgm.cache.store import CacheStore, FileStamp, text_key
 from sgm.data.clips import CaptionError, caption_of
 from sgm.data.report import DatasetError, Rejection, first_reasons, nothing_in
 from sgm.data.section import ClipSource
-from sgm.data.sources import passed_over_of
 
 
 @dataclass(frozen=True)
-class UsableClip:
+class CachedClip:
     """A video with its caption, both encoded. `key`: that of the video's content."""
 
     path: str
@@ -41,7 +40,7 @@ class CacheScan:
     """
 
     folder: str
-    usable: list[UsableClip] = field(default_factory=list)
+    usable: list[CachedClip] = field(default_factory=list)
     missing: list[MissingClip] = field(default_factory=list)
     rejected: list[Rejection] = field(default_factory=list)
     changed: int = 0
@@ -62,7 +61,7 @@ def scan_cached(folder: str | Path, source: ClipSource, store: CacheStore) -> Ca
     folder = Path(folder).expanduser().absolute()
     clips = source.list_all(folder)
     missing_caption = source.settings.missing_caption
-    scan, unnamed = CacheScan(str(folder), passed_over=passed_over_of(clips)), []
+    scan, unnamed = CacheScan(str(folder), passed_over=clips.passed_over), []
     for clip in clips:
         try:
             caption = caption_of(clip, missing_caption)
@@ -93,7 +92,7 @@ def _classify(scan: CacheScan, path: str, caption: str, store: CacheStore) -> No
         return
     key = seen.key if seen is not None and seen.key in store else None
     if key is not None and text_key(caption) in store:
-        scan.usable.append(UsableClip(path, caption, key))
+        scan.usable.append(CachedClip(path, caption, key))
         return
     scan.changed += seen is None and store.was_seen_before(path)
     scan.missing.append(MissingClip(path, caption, key))

@@ -18,9 +18,9 @@ from torch.utils.data import Dataset
 from sgm.data.buckets import parse_buckets
 from sgm.data.clips import CLIP_FAULTS, CaptionError, ClipSettings, load_clip, picture_size
 from sgm.data.packed import PackedShapes, PackedStrings
-from sgm.data.report import DatasetError, Report, append_broken
+from sgm.data.report import DatasetError, Report, UsableClip, append_broken
 from sgm.data.scan import LEVELS, list_source, scan
-from sgm.data.sources import ListedClip, Listing, base_of, passed_over_of
+from sgm.data.sources import ListedClip, Listing, base_of
 from sgm.data.video_io import DECODE_TIMEOUT
 
 VALIDATION = (*LEVELS, "report", "none")
@@ -82,17 +82,17 @@ class SFTDataset(Dataset):
         self.report.require_usable()
         base = base_of(self.data_dir.absolute())
         self.base = base_of(self.data_dir)
-        self.paths = PackedStrings([os.path.relpath(path, base) for path in self.report.usable])
+        clips = self.report.usable
+        self.paths = PackedStrings([os.path.relpath(clip.path, base) for clip in clips])
         # A manifest may name a caption for some clips only; the others have files.
-        self._has_caption = np.array([caption is not None for caption in self.report.captions], bool)
+        self._has_caption = np.array([clip.caption is not None for clip in clips], bool)
         held = self._has_caption.any()
-        self._captions = PackedStrings([c or "" for c in self.report.captions]) if held else None
-        shapes = [shape for shape in self.report.shapes if shape is not None]
+        self._captions = PackedStrings([clip.caption or "" for clip in clips]) if held else None
+        shapes = [clip.shape for clip in clips if clip.shape is not None]
         self.shapes = PackedShapes(shapes) if len(shapes) == len(self.paths) else None
         # One flag a clip, shared by all workers: none waits for a clip that another has found broken.
         self._broken = torch.zeros(len(self.paths), dtype=torch.uint8).share_memory_()
-        # `paths` and the others have them, in a form that forked workers do not copy
-        self.report.usable, self.report.captions, self.report.shapes = [], [], []
+        self.report.usable = []  # `paths` and the others have them, in a form that forked workers do not copy
         self.prior = False
 
     def __len__(self) -> int:
@@ -150,10 +150,8 @@ class SFTDataset(Dataset):
             return self._known_report()
         if validate == "none":
             clips = self._list_all(self.data_dir)
-            listed = Report(str(self.data_dir), asdict(self.settings), [clip.path for clip in clips])
-            listed.captions = [clip.caption for clip in clips]
-            listed.passed_over = passed_over_of(clips)
-            return listed
+            usable = [UsableClip(clip.path, clip.caption) for clip in clips]
+            return Report(str(self.data_dir), asdict(self.settings), usable, passed_over=clips.passed_over)
         report = scan(self.data_dir, self._list_all(self.data_dir.absolute()), self.settings, validate)
         if self.report_path:
             report.write(self.report_path)

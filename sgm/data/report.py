@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from sgm.data.frames import ClipShape
 from sgm.data.sources import passed_over_line
@@ -35,29 +36,41 @@ class Rejection:
     reason: str
 
 
+class UsableClip(NamedTuple):
+    """A clip, its caption where the source says that itself, and (frames, height, width) where it was looked at."""
+
+    path: str
+    caption: str | None = None
+    shape: ClipShape | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """What is known of it, for the file."""
+        known = {"path": self.path, "caption": self.caption, "clip": self.shape}
+        return {name: value for name, value in known.items() if value is not None}
+
+    @classmethod
+    def from_dict(cls, line: Mapping[str, Any]) -> UsableClip:
+        """What `as_dict` gave."""
+        return cls(line["path"], line.get("caption"), tuple(line["clip"]) if "clip" in line else None)
+
+
 @dataclass
 class Report:
-    """Result of a scan. `broken` holds what training added to the file since.
+    """Result of a scan.
 
-    `usable` keeps the order in which the videos were listed; `captions` and `shapes` go with it: what the source says
-    itself (None: a caption file does), and (frames, height, width) of the clip (None: not looked at). `settings` are
-    those under which they were checked. `passed_over`: see `sgm.data.sources.Listing`.
+    `usable` keeps the order in which the videos were listed. `settings` are those under which they were checked.
+    `passed_over`: see `sgm.data.sources.Listing`.
     """
 
     data_dir: str
-    settings: dict
-    usable: list[str] = field(default_factory=list)
+    settings: dict[str, Any]
+    usable: list[UsableClip] = field(default_factory=list)
     rejected: list[Rejection] = field(default_factory=list)
-    broken: list[Rejection] = field(default_factory=list)
-    captions: list[str | None] = field(default_factory=list)
-    shapes: list[ClipShape | None] = field(default_factory=list)
     passed_over: dict[str, int] = field(default_factory=dict)
 
     def summary(self) -> str:
         """One line for the log."""
         line = f"{self.data_dir}: {len(self.usable)} clips usable, {len(self.rejected)} rejected"
-        if self.broken:
-            line += f", {len(self.broken)} found broken in training"
         return line + (f" (first: {first_reasons(self.rejected, 1)})" if self.rejected else "")
 
     def tell_passed_over(self) -> None:
@@ -81,40 +94,23 @@ class Report:
         head = {"status": "head", "data_dir": self.data_dir, **counts, "settings": self.settings}
         if self.passed_over:
             head["passed_over"] = self.passed_over
-        lines = [head, *map(_usable_line, self.usable, self._filled(self.captions), self._filled(self.shapes))]
+        lines = [head, *({"status": "usable", **clip.as_dict()} for clip in self.usable)]
         lines += [{"status": "rejected", **asdict(r)} for r in self.rejected]
-        lines += [{"status": "broken", **asdict(r)} for r in self.broken]
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         save_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
     @classmethod
     def read(cls, path: str | Path) -> Report:
-        """Read a report with what training has added. A clip that several workers added counts once."""
+        """Read a report; what training has added to it is passed over."""
         path = Path(path)
         if not path.is_file():
             raise DatasetError(f"no data set report at {path}; check the data set first")
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         if not lines or lines[0].get("status") != "head":
             raise DatasetError(f"{path} is not a data set report: its first line has no head")
-        report = cls(lines[0]["data_dir"], lines[0]["settings"])
-        usable = [line for line in lines if line["status"] == "usable"]
-        report.usable = [line["path"] for line in usable]
-        report.captions = [line.get("caption") for line in usable]
-        report.shapes = [tuple(line["clip"]) if "clip" in line else None for line in usable]
-        report.passed_over = lines[0].get("passed_over", {})
-        report.rejected = _rejections(lines, "rejected")
-        report.broken = _rejections(lines, "broken")
-        return report
-
-    def _filled(self, values: list) -> list:
-        return values or [None] * len(self.usable)
-
-
-def _usable_line(path: str, caption: str | None, shape: ClipShape | None) -> dict:
-    line: dict = {"status": "usable", "path": path}
-    if caption is not None:
-        line["caption"] = caption
-    return {**line, "clip": list(shape)} if shape is not None else line
+        usable = [UsableClip.from_dict(line) for line in lines if line["status"] == "usable"]
+        rejected = [Rejection(line["path"], line["reason"]) for line in lines if line["status"] == "rejected"]
+        return cls(lines[0]["data_dir"], lines[0]["settings"], usable, rejected, lines[0].get("passed_over", {}))
 
 
 def append_broken(path: str | Path, video: str | Path, reason: str) -> None:
@@ -138,8 +134,3 @@ def nothing_in(source: str | Path, passed_over: Mapping[str, int]) -> str:
     """What to say of a source without clips."""
     besides = f"; {passed_over_line(passed_over)}" if passed_over else ""
     return f"{source}: no .mp4 files in this folder or below it; expected videos/NAME.mp4{besides}"
-
-
-def _rejections(lines: Sequence[dict], status: str) -> list[Rejection]:
-    found = (Rejection(line["path"], line["reason"]) for line in lines if line["status"] == status)
-    return list({rejection.path: rejection for rejection in found}.values())

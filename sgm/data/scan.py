@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -13,8 +13,8 @@ from typing import TypeVar
 from sgm.data.clips import CLIP_FAULTS, CaptionError, ClipSettings, caption_of, check_clip
 from sgm.data.decoder import DecodeProcess
 from sgm.data.frames import ClipShape
-from sgm.data.report import DatasetError, Rejection, Report, first_reasons
-from sgm.data.sources import ListedClip, Listing, exists, list_clips, passed_over_of
+from sgm.data.report import DatasetError, Rejection, Report, UsableClip, first_reasons
+from sgm.data.sources import ListedClip, Listing, exists, list_clips
 
 T = TypeVar("T")
 
@@ -28,7 +28,7 @@ def list_source(data_dir: str | Path, order: str = "sorted", images: bool = Fals
     return list_clips(data_dir, order, images, txt_key)
 
 
-def scan(data_dir: str | Path, clips: Sequence[ListedClip], settings: ClipSettings, level: str = "probe") -> Report:
+def scan(data_dir: str | Path, clips: Listing, settings: ClipSettings, level: str = "probe") -> Report:
     """Check the clips of a data set.
 
     Args:
@@ -41,7 +41,7 @@ def scan(data_dir: str | Path, clips: Sequence[ListedClip], settings: ClipSettin
     """
     if level not in LEVELS:
         raise ValueError(f"unknown level {level!r} of checking; choose one of {', '.join(LEVELS)}")
-    report = Report(str(Path(data_dir).absolute()), asdict(settings), passed_over=passed_over_of(clips))
+    report = Report(str(Path(data_dir).absolute()), asdict(settings), passed_over=clips.passed_over)
     if level == "captions":
         found = [_shape_or_fault(clip, settings, None) for clip in clips]
     else:
@@ -49,10 +49,8 @@ def scan(data_dir: str | Path, clips: Sequence[ListedClip], settings: ClipSettin
     for clip, result in zip(clips, found, strict=True):
         if isinstance(result, Exception):
             report.rejected.append(Rejection(clip.path, reason_of(result)))
-            continue
-        report.usable.append(clip.path)
-        report.captions.append(clip.caption)
-        report.shapes.append(result)
+        else:
+            report.usable.append(UsableClip(clip.path, clip.caption, result))
     unnamed = [Rejection(str(f.path), f.reason) for f in found if isinstance(f, CaptionError)]
     if unnamed and settings.missing_caption == "error":
         raise DatasetError(

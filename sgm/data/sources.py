@@ -144,11 +144,6 @@ def list_clips(source: str | Path, order: str = "sorted", images: bool = False, 
     return Listing((clip for shard in shards for clip in read_shard(shard, txt_key)), passed_over)
 
 
-def passed_over_of(clips: Sequence[ListedClip]) -> dict[str, int]:
-    """What the folder that was listed holds besides, see `Listing`; nothing for a plain list."""
-    return clips.passed_over if isinstance(clips, Listing) else {}
-
-
 def passed_over_line(counts: Mapping[str, int]) -> str:
     """`Listing.passed_over` for people, with what would take these files; "" where there are none."""
     if not counts:

@@ -16,7 +16,7 @@ from sgm.data.clips import CLIP_FAULTS, CaptionError, ClipSettings, caption_of, 
 from sgm.data.decoder import DecodeProcess
 from sgm.data.report import DatasetError
 from sgm.data.scan import per_thread, reason_of
-from sgm.data.sources import ListedClip, is_image, passed_over_line, passed_over_of
+from sgm.data.sources import ListedClip, Listing, is_image, passed_over_line
 from sgm.data.video_io import probe
 from sgm.weights.save import atomic_write
 
@@ -83,7 +83,7 @@ class TokenCounter:
 def examine(
     source: Path,
     settings: ClipSettings,
-    list_all: Callable[[Path], list[ListedClip]],
+    list_all: Callable[[Path], Listing],
     count_tokens: TokenCounter | None = None,
     workers: int | None = None,
 ) -> list[ClipFacts]:
@@ -94,7 +94,7 @@ def examine(
     """
     clips = list_all(source.absolute())
     if not clips:
-        besides = f"; {passed_over_line(passed_over_of(clips))}" if passed_over_of(clips) else ""
+        besides = f"; {passed_over_line(clips.passed_over)}" if clips.passed_over else ""
         raise DatasetError(f"{source}: no clips in it; expected videos/NAME.mp4, a manifest or shards{besides}")
     facts = per_thread(clips, lambda clip, decoder: _facts_of(source, clip, settings, decoder), workers)
     for fact in facts:

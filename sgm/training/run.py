@@ -7,12 +7,12 @@ import math
 import os
 import random
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -131,7 +131,7 @@ def _start(
 ) -> Trainer:
     """Everything else up to the first iteration."""
     folder, engine = parts.folder, parts.engine
-    reports = folder or Path(from_first(lambda: stack.enter_context(_temporary_folder())))
+    reports = folder or Path(from_first(lambda: stack.enter_context(TemporaryDirectory(prefix="cogvideox-train-"))))
     clips = clip_sets(config, reports, parts.cache)
     for line in left_out([*clips.train, *clips.valid]):
         say(line)
@@ -181,10 +181,6 @@ def device_type(wanted: str | None) -> str:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ConfigError("args.device is cuda, but PyTorch sees no GPU; use --device cpu.")
     return wanted
-
-
-def _temporary_folder() -> AbstractContextManager[str]:
-    return tempfile.TemporaryDirectory(prefix="cogvideox-train-")
 
 
 def _with_epochs(config: RunConfig[TrainArgs], plan: DeepSpeedPlan, clips: int) -> RunConfig[TrainArgs]:

@@ -247,6 +247,12 @@ def test_another_rank_takes_the_list_from_the_report(folder, tmp_path):
         SFTDataset(tmp_path, **SMALL, report=file, validate="report")
 
 
+def broken_clips(report: Path) -> list[str]:
+    """The clips that were found broken since a report was written."""
+    lines = map(json.loads, report.read_text().splitlines())
+    return sorted({line["path"] for line in lines if line["status"] == "broken"})
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_clips_that_break_later_are_replaced_and_counted(folder, tmp_path, workers):
     file = tmp_path / "report.jsonl"
@@ -256,9 +262,8 @@ def test_clips_that_break_later_are_replaced_and_counted(folder, tmp_path, worke
     with create_loader(dataset, num_workers=workers, order="sequential") as loader:
         seen = [level(next(loader)["mp4"]) for _ in range(12)]
     assert seen == [0, 3, 3, 3, 4, 5] * 2
-    broken = Report.read(file).broken
-    assert sorted(Path(b.path).stem for b in broken) == ["c1", "c2"]
-    assert "2 found broken in training" in Report.read(file).summary()
+    assert [Path(path).stem for path in broken_clips(file)] == ["c1", "c2"]
+    assert len(SFTDataset(folder, **SMALL, report=file, validate="report")) == 6  # another rank's numbering stays
 
 
 def test_when_all_clips_break_the_run_ends(folder):
@@ -274,7 +279,7 @@ def test_many_processes_append_whole_lines(tmp_path):
     Report("data", {}).write(file)
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         pool.starmap(append_broken, [(file, f"clip{i}.mp4", "x" * 500) for i in range(40)])
-    assert sorted(r.path for r in Report.read(file).broken) == sorted(f"clip{i}.mp4" for i in range(40))
+    assert broken_clips(file) == sorted(f"clip{i}.mp4" for i in range(40))
 
 
 @pytest.fixture(params=["fork", "spawn"])
