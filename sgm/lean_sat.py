@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import ModuleType
@@ -89,9 +90,37 @@ class WholeRegistry(SourceFileLoader):
         registry.get = get
 
 
+class WithoutDeepSpeed(SourceFileLoader):
+    """Loads `sat.mpu`, which takes three functions for activation checkpoints from DeepSpeed where there is a GPU.
+
+    They import it when they are called: it takes longer than all of SAT that is used here.
+    """
+
+    HOME = "deepspeed.runtime.activation_checkpointing.checkpointing"
+    TAKEN = ("checkpoint", "get_cuda_rng_tracker", "model_parallel_cuda_manual_seed")
+
+    def exec_module(self, module: ModuleType) -> None:
+        if self.HOME in sys.modules:
+            super().exec_module(module)
+            return
+        stand_in = ModuleType(self.HOME)
+        for name in self.TAKEN:
+            setattr(stand_in, name, partial(self._call, name))
+        sys.modules[self.HOME] = stand_in
+        try:
+            super().exec_module(module)
+        finally:
+            del sys.modules[self.HOME]
+
+    @classmethod
+    def _call(cls, name: str, *args: Any, **kwargs: Any) -> Any:
+        return getattr(import_module(cls.HOME), name)(*args, **kwargs)
+
+
 _LOADERS: dict[str, type[SourceFileLoader]] = {
     "sat": DeferredInit,
     "sat.model": DeferredInit,
+    "sat.mpu": WithoutDeepSpeed,
     "sat.resources": DeferredDownload,
     "sat.model.registry": WholeRegistry,
 }

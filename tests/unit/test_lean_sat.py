@@ -123,3 +123,16 @@ def test_downloads_are_handed_on(monkeypatch):
     taken = SimpleNamespace(auto_create=lambda *args, **kwargs: (args, kwargs))
     monkeypatch.setitem(sys.modules, "sat.resources.download", taken)
     assert auto_create("bert-base-uncased", path=Path("there")) == (("bert-base-uncased",), {"path": Path("there")})
+
+
+def test_deepspeeds_checkpoints_come_when_they_are_called():
+    """What `sat.mpu` takes from DeepSpeed where PyTorch sees a GPU."""
+    code = (
+        "import sys, torch, sgm\n"
+        "torch.cuda.is_available = lambda: True\n"
+        "from sat import mpu\n"
+        "early = {'deepspeed'} & set(sys.modules)\n"
+        "import deepspeed.runtime.activation_checkpointing.checkpointing as true\n"
+        "print(early, mpu.get_cuda_rng_tracker() is true.get_cuda_rng_tracker(), mpu.checkpoint(abs, torch.tensor(-2.0)))"
+    )
+    assert run(code) == "set() True tensor(2.)"
