@@ -213,15 +213,15 @@ def test_an_interrupted_filling_goes_on(release, clips, tmp_path, capsys, monkey
     path = write_yaml(tmp_path / "config.yaml", content(release, clips, tmp_path))
     more = ("--workers", "0", "--batch-size", "1")
     calls = []
-    encode = VideoAutoencoder.encode
+    moments = VideoAutoencoder.moments
 
     def stop_at_the_third(self, *args, **kwargs):
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return encode(self, *args, **kwargs)
+        return moments(self, *args, **kwargs)
 
-    monkeypatch.setattr(VideoAutoencoder, "encode", stop_at_the_third)
+    monkeypatch.setattr(VideoAutoencoder, "moments", stop_at_the_third)
     assert precompute(path, tmp_path / "cache", *more) == 130
     assert precompute(path, tmp_path / "cache", *more) == 0
     assert "4 videos and 4 captions" in capsys.readouterr().out
