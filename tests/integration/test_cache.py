@@ -227,7 +227,7 @@ def test_an_interrupted_filling_goes_on(release, clips, tmp_path, capsys, monkey
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return encode(self, *args, **kwargs)
+        return moments(self, *args, **kwargs)
 
     monkeypatch.setattr(VideoAutoencoder, "moments", stop_at_the_third)
     assert precompute(path, tmp_path / "cache", *more) == 130
