@@ -49,6 +49,8 @@ class NamesOnDemand:
             self.run_init(self.package)
             del self.package.__getattr__
         except ModuleNotFoundError as error:
+            if error.name is None:  # said already, of a package below
+                raise
             raise ModuleNotFoundError(
                 f"{self.package.__name__}.{name} comes with all of SwissArmyTransformer, which needs the package "
                 f"{error.name!r}: install that, or import from the module that defines it (as sat.model.base_model)"
