@@ -221,7 +221,7 @@ def test_an_interrupted_filling_goes_on(release, clips, tmp_path, capsys, monkey
     path = write_yaml(tmp_path / "config.yaml", content(release, clips, tmp_path))
     more = ("--workers", "0", "--batch-size", "1")
     calls = []
-    encode = VideoAutoencoder.moments
+    moments = VideoAutoencoder.moments
 
     def stop_at_the_third(self, *args, **kwargs):
         calls.append(1)
