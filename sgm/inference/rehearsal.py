@@ -1,8 +1,8 @@
-"""Compiling the fused kernels side by side while weights are read, not one after the other when each is first needed.
+"""Compiling the fused kernels side by side and ahead, not one after the other when each is first needed.
 
-Before the weights are there, a block and the decoder go once through their own code with tensors that have no values:
-whatever kernel a real pass launches is compiled then, in the background, for the types, sizes and strides that it is
-going to meet. A launch that comes before its kernel is done waits for that one alone (Triton's asynchronous mode).
+A block and the decoder go once through their own code with tensors that have no values: whatever kernel a real pass
+launches is compiled then, in the background, for the types, sizes and strides that it is going to meet. A launch that
+comes before its kernel is done waits for that one alone (Triton's asynchronous mode).
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import contextvars
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from sgm.models.autoencoder import VideoAutoencoder
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.modules.ops.modulation import split_modulation
 from sgm.modules.transformer.block import dit_block
@@ -28,29 +28,21 @@ FRAMES = 5  # latent frames that show the decoder's first chunk and its later on
 Shape = tuple[int, int, int, int]  # latents of a sample: t, c, h, w
 
 
-def rehearse(engine: SATVideoDiffusionEngine, shape: Shape, *, network: bool, decoder: bool) -> None:
-    """Start to compile what sampling and decoding latents of `shape` need.
-
-    Args:
-        engine: on the meta device, with the kernels that it is going to use.
-        network, decoder: which of the two will run.
-    """
+def compile_ahead(rehearsal: Callable[[], None]) -> None:
+    """Compile what `rehearsal` launches for tensors without values; returns when it is known, not when it is done."""
     from triton import AsyncCompileMode
 
     pool = ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1), "kernels")
-    # The mode holds for its context alone, so that this one goes on at once: nothing waits for the pool here.
+    # The mode holds for its context alone, and is never left: leaving it would wait for the pool.
     context = contextvars.copy_context()
     context.run(AsyncCompileMode(pool).__enter__)
-    if network:
-        context.run(partial(run_block, engine, shape))
-    if decoder:
-        context.run(partial(run_decoder, engine, shape))
+    context.run(rehearsal)
     pool.shutdown(wait=False)
 
 
 @torch.no_grad()
 def run_block(engine: SATVideoDiffusionEngine, shape: Shape) -> None:
-    """One pass of the first block on the meta device, for a guidance pair of latents of `shape`."""
+    """One pass of the first block on the meta device, for a guidance pair of latents of `shape`: milliseconds."""
     network, (frames, _, height, width) = engine.network, shape
     positions, adaln = network.mixins.pos_embed, network.mixins.adaln_layer
     grid = network.patch.grid(frames, height, width)
@@ -60,7 +52,7 @@ def run_block(engine: SATVideoDiffusionEngine, shape: Shape) -> None:
         network.transformer.layers[0],
         adaln.query_layernorm_list[0] if adaln.qk_ln else None,
         adaln.key_layernorm_list[0] if adaln.qk_ln else None,
-        split_modulation(hidden.new_empty(2, 12 * network.hidden_size)),
+        split_modulation(torch.empty(2, 12 * network.hidden_size, device="meta", dtype=engine.dtype)),
         positions.rotary(grid, hidden),
         positions.text_length,
         # No kernels of ours, and without values some need them, others PyTorch's compiler.
@@ -69,28 +61,32 @@ def run_block(engine: SATVideoDiffusionEngine, shape: Shape) -> None:
 
 
 def _mixed(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    return torch.empty_like(query, memory_format=torch.contiguous_format)
+    b, heads, n, width = query.shape
+    return torch.empty(b, n, heads, width, dtype=query.dtype, device=query.device).transpose(1, 2)
 
 
 def _product(linear: nn.Module, x: Tensor) -> Tensor:
-    weight = linear.get_parameter("weight")
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
+    outs = linear.get_parameter("weight").shape[0]
+    return torch.empty(*x.shape[:-1], outs, dtype=x.dtype, device=x.device)
 
 
 @torch.no_grad()
-def run_decoder(engine: SATVideoDiffusionEngine, shape: Shape) -> None:
-    """The first chunks of a decoding on the meta device, for latents of `shape`."""
+def run_decoder(stage: VideoAutoencoder, shape: Shape, dtype: torch.dtype) -> None:
+    """The first chunks of a decoding on the meta device, for latents of `shape`.
+
+    Takes seconds of Python in a fresh process: PyTorch finds the shapes of convolutions by way of sympy.
+    """
     frames, channels, height, width = shape
     # as `TextToVideo.decode` hands them over: frame after frame
-    z = torch.empty(1, min(frames, FRAMES), channels, height, width, device="meta", dtype=engine.dtype).transpose(1, 2)
-    engine.autoencoder.set_channels_last()  # as it is going to be, once loaded
+    z = torch.empty(1, min(frames, FRAMES), channels, height, width, device="meta", dtype=dtype).transpose(1, 2)
+    stage.set_channels_last()  # as it is going to be, once loaded
     with _ShapesOfSums():
-        for _ in engine.autoencoder.decode_chunks(z):
+        for _ in stage.decode_chunks(z):
             pass
 
 
 class _ShapesOfSums(TorchFunctionMode):
-    """Sums of tensors without values: PyTorch finds their shapes by a program, for which it imports its compiler."""
+    """Sums of tensors without values, for whose shapes PyTorch imports its compiler: more seconds."""
 
     def __torch_function__(
         self,
