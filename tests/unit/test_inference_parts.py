@@ -7,7 +7,9 @@ import json
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,9 +21,11 @@ from sgm.data import video_out
 from sgm.data.video_io import probe, read_frames
 from sgm.files import SaveError, replacing, write_json
 from sgm.inference import writer
+from sgm.inference.fit import SamplingError, check_latents
 from sgm.inference.noise import SampleId, StackedNoise
 from sgm.inference.options import SampleArgs
 from sgm.inference.prompts import Prompt, PromptError, ask, find_prompt_file, gather, read_prompt_file, safe_name, share
+from sgm.inference.requests import Requests
 from sgm.inference.writer import OutputError, SampleFiles
 from sgm.placeholders import choose_config, unedited, weight_paths
 from sgm.places import found_path
@@ -113,6 +117,7 @@ def test_noise_of_a_sample_does_not_depend_on_its_company():
         for i in [(1, 0, 0), (1, 0, 1), (1, 1, 0), (2, 0, 0), (11, 0, 0)]
     ]
     assert len(set(draws)) == 5
+    assert SampleId(42, 3, 1).generator().initial_seed() == 6581409535260845054  # the same video in every version
     normal = StackedNoise([SampleId(0, 0, 0)]).start((100_000,))
     assert abs(normal.mean()) < 0.02 and abs(normal.std() - 1) < 0.02
     with pytest.raises(ValueError, match="batch of 2 was asked of 3"):
@@ -163,6 +168,27 @@ def test_latents_keep_values_and_facts(tmp_path):
         writer.read_latents(tmp_path / "bad.safetensors")
     with pytest.raises(OutputError, match="--only-save-latents"):
         writer.find_latents(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 4, 4), (3, 8, 4, 4), (16, 4, 4), (3, 16, 0, 4), (0, 16, 4, 4)])
+def test_latents_of_another_shape_are_not_decoded(shape):
+    engine = SimpleNamespace(autoencoder=SimpleNamespace(decoder=SimpleNamespace(z_channels=16)))
+    check_latents(engine, torch.zeros(3, 16, 4, 4))
+    with pytest.raises(SamplingError, match=r"decodes \(t, 16, h, w\) with an odd t"):
+        check_latents(engine, torch.zeros(shape))
+
+
+def test_a_caption_of_another_prompt_of_the_same_folder_is_not_taken(tmp_path):
+    prompt, other = (Prompt(0, "a " * 70 + end) for end in ("red", "blue"))
+    assert prompt.folder == other.folder
+    args = SampleArgs(output_dir=str(tmp_path), batch_size=2, skip_done=True)
+    requests = Requests(SimpleNamespace(args=args), None)
+    record = requests.files(prompt, 1).record
+    with writer.writing_into(record.parent):
+        write_json(record, {"prompt": prompt.text, "refined_prompt": "A red one."})
+    assert (requests.earlier_caption(prompt), requests.earlier_caption(other)) == ("A red one.", "")
+    requests.args = replace(args, skip_done=False)
+    assert requests.earlier_caption(prompt) == ""
 
 
 def test_a_writer_that_fails_leaves_nothing_new(tmp_path, monkeypatch):
