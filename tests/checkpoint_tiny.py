@@ -14,6 +14,9 @@ from sgm.config import AccelerateArgs, RunConfig
 from sgm.training.checkpoints.partitions import ema_state, load_ema_state, load_optimizer_state, optimizer_state
 from sgm.training.checkpoints.state import TrainState, capture_rng
 from sgm.training.optimizers.ema_adam import FusedEmaAdam
+from sgm.weights import read_checkpoint
+from sgm.weights.files import tensors_of
+from sgm.weights.release import locate
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,11 @@ def state_of(run: Any, iteration: int) -> TrainState:
 def put_back(run: Any, state: TrainState) -> None:
     load_optimizer_state(run, state.optimizer)
     load_ema_state(run, state.ema)
+
+
+def load_module(path: Path, part: int = 0) -> dict[str, torch.Tensor]:
+    """The weights of one tensor-parallel part that an iteration's or a run's folder holds."""
+    return tensors_of(read_checkpoint(locate(path)[0][part])["module"])
 
 
 def leftovers(folder: Path) -> list[str]:

@@ -105,7 +105,7 @@ def vae_outputs(options: argparse.Namespace, config: Mapping[str, Any]) -> dict[
     stage = copy.deepcopy(config["model"]["first_stage_config"])
     stage["params"]["ckpt_path"] = found_path(stage["params"]["ckpt_path"])
     ours = instantiate_from_config(stage).to(device).eval()
-    mine = ours.encode(x, unregularized=True)[0].cpu(), ours.decode(z).cpu()
+    mine = ours.moments(x).cpu(), ours.decode(z).cpu()
     del ours
     other = AutoencoderKLCogVideoX.from_pretrained(options.hf / "vae", torch_dtype=torch.float32).to(device).eval()
     theirs = other.encode(x).latent_dist.parameters.cpu(), other.decode(z).sample.cpu()

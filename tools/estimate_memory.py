@@ -61,7 +61,7 @@ def needs_of(configs: list[Path], overrides: list[str], gpus: int, device: str):
     from sgm.models.diffusion import SATVideoDiffusionEngine
     from sgm.training.options import TrainArgs
     from sgm.training.setup.deepspeed import plan_deepspeed
-    from sgm.training.setup.parts import planned_needs
+    from sgm.training.setup.estimate import planned_needs
     from sgm.weights.preflight import with_found_paths
 
     config = with_found_paths(load_run_config(configs, TrainArgs, overrides=overrides))

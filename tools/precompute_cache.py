@@ -39,7 +39,9 @@ def run(options: argparse.Namespace) -> int:
     from sgm.cache.ready import ready_cache
     from sgm.config import load_run_config
     from sgm.training.options import TrainArgs
-    from sgm.training.run import device_type, with_found_places
+    from sgm.training.run import device_type, rank_zero_printer
+    from sgm.training.setup.data import cache_request
+    from sgm.training.setup.places import with_found_places
     from sgm.util import allow_target
     from sgm.weights.preflight import check_paths
 
@@ -54,7 +56,8 @@ def run(options: argparse.Namespace) -> int:
     check_paths(config.model, None)
     info = distributed.init_distributed(device_type(config.args.device))
     dtype = options.dtype or _training_dtype(config.deepspeed or {})
-    ready = ready_cache(config, dtype, info, print if info.rank == 0 else _silent, options.batch_size)
+    request = cache_request(config, dtype, options.batch_size)
+    ready = ready_cache(request, info, rank_zero_printer(info.rank))
     if info.rank == 0:
         _tell(ready)
     return 0
@@ -78,10 +81,6 @@ def _tell(ready) -> None:
     what = f"{len(store.names('video'))} videos and {len(store.names('text'))} captions"
     print(f"complete: {store.folder}, {what}, {size / 2**30:.2f} GiB in {len(store.shards)} files, {store.storage}; "
           f"train with --cache-dir {store.folder}", flush=True)  # fmt: skip
-
-
-def _silent(*_: object, **__: object) -> None:
-    """Ranks other than the first say nothing."""
 
 
 if __name__ == "__main__":

@@ -41,22 +41,23 @@ def main(arguments: list[str]) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    from sgm.cache.identity import clip_settings, text_encoder_params
     from sgm.config import merge_yaml
-    from sgm.data.sources import passed_over_line, passed_over_of
-    from sgm.data.validate import as_json, contact_sheet, examine, summary, table
+    from sgm.data.section import ClipSource, DataSection
+    from sgm.data.sources import Listing, passed_over_line
+    from sgm.data.validate import as_json, contact_sheet, examine, summary, table, text_encoder_params
     from sgm.files import write_text
     from sgm.places import found_path
 
     config = merge_yaml(options.configs, options.set) if options.configs else {}
     data = config.get("data") or {"target": "data_video.SFTDataset", "params": {}}
-    settings, list_all = clip_settings(data)
+    clips_of = ClipSource.of(DataSection.parse(data))
+    settings = clips_of.settings
     sources = options.data or [*_named(config, "train_data"), *_named(config, "valid_data")]
     passed_over: Counter[str] = Counter()
 
-    def list_and_count(source: Path) -> list:
-        clips = list_all(source)
-        passed_over.update(passed_over_of(clips))
+    def list_and_count(source: Path) -> Listing:
+        clips = clips_of.list_all(source)
+        passed_over.update(clips.passed_over)
         return clips
 
     params = text_encoder_params(config.get("model") or {})

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset, default_collate
 
 from sgm.cache.dataset import EMBEDDING, MOMENTS, CachedClips
-from sgm.cache.store import Entry
+from sgm.cache.shards import Entry
 from sgm.data.collate import require_one_shape
 from sgm.data.report import DatasetError
 from sgm.data.sampler import ClipSampler
@@ -28,17 +28,17 @@ from sgm.data.sampler import ClipSampler
 class CachedBatches:
     """Endless batches of one rank, as `sgm.data.collate` makes them, in the cache's type.
 
+    For `sgm.data.loader.create_loader` in place of its worker processes.
+
     Args:
-        dataset: one for which `all_cached` holds.
+        dataset: a `CachedClips`, or parts (`Subset`) and joins (`ConcatDataset`) of such.
         sampler: which clips, in which order, whatever the number of threads.
         threads: that read, each a batch at a time; 0 reads a batch when it is asked for.
         ahead: batches that each thread reads ahead.
         pin: page-locked memory, for fast copies to the GPU.
     """
 
-    def __init__(
-        self, dataset: Dataset, sampler: ClipSampler, batch_size: int, threads: int, ahead: int = 2, pin: bool = False
-    ):
+    def __init__(self, dataset: Dataset, sampler: ClipSampler, batch_size: int, threads: int, ahead: int, pin: bool):
         self.dataset, self.sampler, self.batch_size = dataset, sampler, batch_size
         self.threads, self.ahead, self.pin = threads, ahead, pin
 
@@ -88,28 +88,19 @@ def _read_all(datasets: Sequence[CachedClips], entries: Sequence[Entry], pin: bo
 # --- data sets made of others -------------------------------------------------------------------------------------
 
 
-def all_cached(dataset: Dataset) -> bool:
-    """Whether a data set is a `CachedClips`, or parts (`Subset`) and joins (`ConcatDataset`) of such."""
-    if isinstance(dataset, Subset):
-        return all_cached(dataset.dataset)
-    if isinstance(dataset, ConcatDataset):
-        return all(map(all_cached, dataset.datasets))
-    return isinstance(dataset, CachedClips)
-
-
 def in_lengths(dataset: Dataset, lengths: Sequence[int]) -> Dataset:
     """Each cached clip once in every one of `lengths` (pixel frames) that it has, from its beginning.
 
     Raises:
         DatasetError: no clip has so many frames.
     """
-    parts = [part for frames in lengths if len(part := _first_frames(dataset, frames))]  # type: ignore[arg-type]
+    parts = [part for frames in lengths if len(part := _first_frames(dataset, frames))]
     if not parts:
         raise DatasetError(f"args.cache_lengths is {list(lengths)}, and every cached clip is shorter than that")
     return ConcatDataset(parts)
 
 
-def _first_frames(dataset: Dataset, frames: int) -> Dataset:
+def _first_frames(dataset: Dataset, frames: int) -> CachedClips | Subset:
     if isinstance(dataset, CachedClips):
         return dataset.first_frames(frames)
     if not isinstance(dataset, Subset):
@@ -125,9 +116,12 @@ def find_clip(dataset: Dataset, index: int) -> tuple[CachedClips, int]:
     """The innermost data set that holds clip `index` of `dataset`, and the clip's number there."""
     while not isinstance(dataset, CachedClips):
         if isinstance(dataset, Subset):
-            dataset, index = dataset.dataset, dataset.indices[index]
-            continue
-        part = bisect_right(dataset.cumulative_sizes, index)  # type: ignore[attr-defined]
-        index -= dataset.cumulative_sizes[part - 1] if part else 0  # type: ignore[attr-defined]
-        dataset = dataset.datasets[part]  # type: ignore[attr-defined]
+            index = dataset.indices[index]
+            dataset = dataset.dataset
+        elif isinstance(dataset, ConcatDataset):
+            part = bisect_right(dataset.cumulative_sizes, index)
+            index -= dataset.cumulative_sizes[part - 1] if part else 0
+            dataset = dataset.datasets[part]
+        else:
+            raise TypeError(f"{type(dataset).__name__} does not consist of CachedClips")
     return dataset, index

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,96 +12,15 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Subset
 
-from sgm.cache.store import CacheStore, Entry, FileStamp, ShardReader, text_key
-from sgm.data.clips import CaptionError, ClipSettings, caption_of
-from sgm.data.dataset import PackedShapes, PackedStrings
-from sgm.data.report import DatasetError, Rejection, Report, first_reasons, nothing_in
-from sgm.data.sources import ListedClip, passed_over_of
+from sgm.cache.scan import CacheScan
+from sgm.cache.shards import Entry, ShardReader
+from sgm.cache.store import CacheStore, text_key
+from sgm.data.clips import ClipSettings
+from sgm.data.packed import Packed, PackedShapes, PackedStrings
+from sgm.data.report import Report, UsableClip
 from sgm.modules.autoencoding.strides import STRIDES
 
 MOMENTS, EMBEDDING = "moments", "txt_embedding"  # entries of a batch
-
-
-@dataclass(frozen=True)
-class CaptionedVideo:
-    """A video with its caption, and the key of its content where that is known."""
-
-    path: str
-    caption: str
-    key: str | None = None
-
-
-@dataclass
-class CacheScan:
-    """What a cache knows of a folder's clips.
-
-    Attributes:
-        usable: both encodings are there. missing: something has to be encoded. rejected: with reasons.
-        changed: how many of `missing` were in the cache, and have changed since.
-        passed_over: see `sgm.data.sources.Listing`.
-    """
-
-    folder: str
-    usable: list[CaptionedVideo] = field(default_factory=list)
-    missing: list[CaptionedVideo] = field(default_factory=list)
-    rejected: list[Rejection] = field(default_factory=list)
-    changed: int = 0
-    passed_over: dict[str, int] = field(default_factory=dict)
-
-    def shortfall(self) -> str:
-        """What is missing, in a few words."""
-        why = f", of which {self.changed} changed since they were cached" if self.changed else ""
-        return f"{len(self.missing)} of the clips in {self.folder}{why} (first: {self.missing[0].path})"
-
-
-def scan_cached(
-    folder: str | Path, settings: ClipSettings, store: CacheStore, list_all: Callable[[Path], list[ListedClip]]
-) -> CacheScan:
-    """Which clips of a source the cache holds. Reads captions and file times, opens no video.
-
-    Args:
-        list_all: lists a source's clips, see `sgm.data.report.list_source`.
-
-    Raises:
-        DatasetError: no such source, nothing in it, or captions missing where `settings.missing_caption` is "error".
-    """
-    folder = Path(folder).expanduser().absolute()
-    clips = list_all(folder)
-    scan, unnamed = CacheScan(str(folder), passed_over=passed_over_of(clips)), []
-    for clip in clips:
-        try:
-            caption = caption_of(clip, settings.missing_caption)
-        except CaptionError as fault:
-            unnamed.append(Rejection(str(fault.path), fault.reason))
-            scan.rejected.append(Rejection(clip.path, str(fault)))
-            continue
-        _sort_in(scan, clip.path, caption, store)
-    if unnamed and settings.missing_caption == "error":
-        raise DatasetError(
-            f"{folder}: {len(unnamed)} captions are missing or unreadable: {first_reasons(unnamed)}; add them, or set "
-            "missing_caption to 'skip' or 'empty'"
-        )
-    if not (scan.usable or scan.missing or scan.rejected):
-        raise DatasetError(nothing_in(folder, scan.passed_over))
-    return scan
-
-
-def _sort_in(scan: CacheScan, path: str, caption: str, store: CacheStore) -> None:
-    try:
-        stamp = FileStamp.of(path)
-    except OSError as error:
-        scan.rejected.append(Rejection(path, f"it cannot be read: {error.strerror}"))
-        return
-    seen = store.seen(stamp)
-    if seen is not None and seen.rejected is not None:
-        scan.rejected.append(Rejection(path, seen.rejected))
-        return
-    key = None if seen is None else seen.key
-    if key is not None and key in store and text_key(caption) in store:
-        scan.usable.append(CaptionedVideo(path, caption, key))
-        return
-    scan.changed += seen is None and store.was_seen_before(path)
-    scan.missing.append(CaptionedVideo(path, caption, key if key in store else None))
 
 
 class CachedClips(Dataset):
@@ -128,8 +47,8 @@ class CachedClips(Dataset):
         write_report: bool = True,
     ):
         self.data_dir, self.settings, self.report_path = Path(scan.folder), settings, report
-        self.report = Report(scan.folder, asdict(settings), [c.path for c in scan.usable], scan.rejected)
-        self.report.passed_over = scan.passed_over
+        usable = [UsableClip(clip.path) for clip in scan.usable]
+        self.report = Report(scan.folder, asdict(settings), usable, scan.rejected, scan.passed_over)
         self.report.require_usable()
         if write_report:
             self.report.tell_passed_over()
@@ -138,13 +57,13 @@ class CachedClips(Dataset):
         self.report.usable = []
         self._paths = PackedStrings([clip.path for clip in scan.usable])
         self._captions = PackedStrings([clip.caption for clip in scan.usable])
-        self._moments = PackedEntries([store.entry(clip.key) for clip in scan.usable])  # type: ignore[arg-type]
+        self._moments: Sequence[Entry] = PackedEntries([store.entry(clip.key) for clip in scan.usable])
         self._texts = PackedEntries([store.entry(text_key(clip.caption)) for clip in scan.usable])
         self.shapes = PackedShapes([self._moments[k].shape for k in range(len(scan.usable))])
         self.reader = ShardReader(store.shards)
         self.prior = False
 
-    def first_frames(self, frames: int) -> Dataset:
+    def first_frames(self, frames: int) -> CachedClips | Subset:
         """The first `frames` pixel frames, 4k + 1, of each clip that is that long; possibly of none.
 
         Latent frames are stored one after the other, so less is read. They are those of the whole clip: the encoder
@@ -184,7 +103,7 @@ class CachedClips(Dataset):
         }
 
 
-class FirstFrames(Sequence[Entry]):
+class FirstFrames(Packed[Entry]):
     """Entries cut after their first `count` latent frames."""
 
     def __init__(self, entries: Sequence[Entry], count: int):
@@ -193,13 +112,13 @@ class FirstFrames(Sequence[Entry]):
     def __len__(self) -> int:
         return len(self._entries)
 
-    def __getitem__(self, index: int) -> Entry:
+    def item(self, index: int) -> Entry:
         entry = self._entries[index]
         return replace(entry, shape=(min(self._count, entry.shape[0]), *entry.shape[1:]))
 
 
-class PackedEntries(Sequence[Entry]):
-    """Entries in arrays, which forked workers share; see `PackedStrings`."""
+class PackedEntries(Packed[Entry]):
+    """Places in a cache's shards."""
 
     def __init__(self, entries: Sequence[Entry]):
         kinds = list(dict.fromkeys((entry.shape, entry.dtype) for entry in entries))
@@ -212,6 +131,6 @@ class PackedEntries(Sequence[Entry]):
     def __len__(self) -> int:
         return len(self._shard)
 
-    def __getitem__(self, index: int) -> Entry:
+    def item(self, index: int) -> Entry:
         shape, dtype = self._kinds[self._kind[index]]
         return Entry(int(self._shard[index]), int(self._begin[index]), shape, dtype)

@@ -8,25 +8,27 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from sgm.cache.dataset import CaptionedVideo
-from sgm.cache.store import CacheError, CacheStore, FileStamp, Seen, text_key, video_key
+from sgm.cache.scan import MissingClip
+from sgm.cache.shard_writer import ShardWriter
+from sgm.cache.shards import CacheError
+from sgm.cache.store import CacheStore, FileStamp, Seen, text_key, video_key
 from sgm.data.clips import CLIP_FAULTS, ClipSettings, load_frames, to_unit_range
-from sgm.data.loader import prepare_worker
+from sgm.data.workers import prepare_worker
+from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
 from sgm.models.diffusion import DTYPES
+from sgm.modules.encoders.modules import FrozenT5Embedder
 from sgm.modules.ops.choice import Kernels
 from sgm.util import instantiate_from_config
 
-SHARD_BYTES = 256 << 20
-SHARD_SECONDS = 120.0  # longest time of work that an interruption can cost
+T = TypeVar("T")
+
 BATCH_PIXELS = 49 * 480 * 720  # one clip at full size
 TEXTS_AT_ONCE = 64
 CLIPS_WAITING = 256  # decoded clips of all shapes, waiting for their batch to fill; each holds a file descriptor
@@ -62,20 +64,26 @@ class FillSettings:
 
 @dataclass(frozen=True)
 class DecodedClip:
-    """What a worker found: the file's state, the key of its content, and frames uint8 (f, 3, h, w) unless the moments
-    are known already, or the reason why there is no clip, which may be `passing`."""
+    """What has to be encoded: the key of a video's content, its path, frames uint8 (f, 3, h, w)."""
+
+    key: str
+    path: str
+    frames: Tensor
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What a worker found: the file's state, what it holds, and the clip unless there is none or it is known."""
 
     stamp: FileStamp
-    key: str | None
-    frames: Tensor | None
-    reason: str = ""
-    passing: bool = False
+    seen: Seen
+    clip: DecodedClip | None = None
 
 
 def fill(
     store: CacheStore,
     model: Mapping[str, Any],
-    clips: Sequence[CaptionedVideo],
+    clips: Sequence[MissingClip],
     clip_settings: ClipSettings,
     how: FillSettings,
     say: Callable[[str], None],
@@ -110,10 +118,12 @@ def _fill_texts(
     progress.finish()
 
 
-def _load_text_encoder(model: Mapping[str, Any], dtype: str, device: torch.device) -> Any:
+def _load_text_encoder(model: Mapping[str, Any], dtype: str, device: torch.device) -> FrozenT5Embedder:
     entry = model["conditioner_config"]["params"]["emb_models"][0]
     with torch.device("meta"):
-        embedder = instantiate_from_config({"target": entry["target"], "params": entry.get("params") or {}})
+        embedder: FrozenT5Embedder = instantiate_from_config(
+            {"target": entry["target"], "params": entry.get("params") or {}}
+        )
     embedder.load_weights(device=device, dtype=DTYPES[dtype])
     return embedder.to(device, DTYPES[dtype]).eval().requires_grad_(False)
 
@@ -124,7 +134,7 @@ def _load_text_encoder(model: Mapping[str, Any], dtype: str, device: torch.devic
 def _fill_videos(
     store: CacheStore,
     model: Mapping[str, Any],
-    clips: Sequence[CaptionedVideo],
+    clips: Sequence[MissingClip],
     settings: ClipSettings,
     how: FillSettings,
     say: Callable[[str], None],
@@ -136,13 +146,13 @@ def _fill_videos(
     known = set(store.names("video"))
     waiting: defaultdict[tuple[int, ...], list[DecodedClip]] = defaultdict(list)
     with ShardWriter(store, "video") as writer:
-        for clip in _decoded(clips, settings, frozenset(known), how.workers):
+        for found in _examined(clips, settings, frozenset(known), how.workers):
             progress.add(1)
-            if clip.frames is None or clip.key in known:
-                writer.note(how.rank, clip.stamp, Seen(clip.key, clip.reason or None, clip.passing))
+            writer.note(how.rank, found.stamp, found.seen)
+            clip = found.clip
+            if clip is None or clip.key in known:
                 continue
             known.add(clip.key)
-            writer.note(how.rank, clip.stamp, Seen(clip.key))
             same = waiting[tuple(clip.frames.shape)]
             same.append(clip)
             if len(same) == how.batch_of(clip.frames):
@@ -162,8 +172,8 @@ def _fill_videos(
 class _Encoded:
     """A batch on its way back from the GPU."""
 
-    def __init__(self, clips: list[DecodedClip], moments: Tensor):
-        self.clips = [DecodedClip(clip.stamp, clip.key, None) for clip in clips]
+    def __init__(self, clips: Sequence[DecodedClip], moments: Tensor):
+        self.keys, self.paths = [clip.key for clip in clips], [clip.path for clip in clips]
         self._moments = moments
         self._arrived = torch.cuda.Event() if moments.is_pinned() else None
         if self._arrived is not None:
@@ -181,7 +191,7 @@ class Encoder:
 
     def __init__(self, model: Mapping[str, Any], dtype: str, how: FillSettings):
         self._model, self._dtype, self._how = model, dtype, how
-        self._stage: Any = None
+        self._stage: VideoAutoencoderInferenceWrapper | None = None
         self._pending: _Encoded | None = None
 
     @torch.no_grad()
@@ -189,11 +199,11 @@ class Encoder:
         """Send clips of one shape through the VAE."""
         stage = self._stage = self._stage or self._load()
         device = self._how.device
-        frames = torch.stack([clip.frames for clip in clips]).to(device)  # type: ignore[misc]
+        frames = torch.stack([clip.frames for clip in clips]).to(device)
         pixels = to_unit_range(frames).to(DTYPES[self._dtype]).transpose(1, 2)
         with torch.autocast(device.type, enabled=False):
-            moments, _ = stage.encode(pixels, unregularized=True)
-        encoded = _Encoded(list(clips), moments.transpose(1, 2).to("cpu", non_blocking=True))
+            moments = stage.moments(pixels)
+        encoded = _Encoded(clips, moments.transpose(1, 2).to("cpu", non_blocking=True))
         self.finish(writer)
         self._pending = encoded
 
@@ -206,17 +216,16 @@ class Encoder:
         if self._pending is None:
             return
         encoded, self._pending = self._pending, None
-        for clip, moments in zip(encoded.clips, encoded.fetch(), strict=True):
+        for key, path, moments in zip(encoded.keys, encoded.paths, encoded.fetch(), strict=True):
             if not bool(torch.isfinite(moments).all()):
-                path = clip.stamp.path
                 raise CacheError(f"{path}: the VAE gave inf or nan in {self._dtype}; encode in another type")
-            writer.put(clip.key, moments)  # type: ignore[arg-type]
+            writer.put(key, moments)
 
-    def _load(self) -> Any:
+    def _load(self) -> VideoAutoencoderInferenceWrapper:
         from sgm.models.loading import load_first_stage
 
         with torch.device("meta"):
-            stage = instantiate_from_config(self._model["first_stage_config"])
+            stage: VideoAutoencoderInferenceWrapper = instantiate_from_config(self._model["first_stage_config"])
         load_first_stage(stage, device=self._how.device, dtype=DTYPES[self._dtype])
         stage = stage.to(self._how.device, DTYPES[self._dtype]).eval().requires_grad_(False)
         stage.set_low_memory(self._how.low_memory)
@@ -226,27 +235,28 @@ class Encoder:
         return stage
 
 
-def _decoded(
-    clips: Sequence[CaptionedVideo], settings: ClipSettings, known: frozenset[str], workers: int
-) -> Iterator[DecodedClip]:
-    """Clips as workers finish them, one after the other."""
-    parallel = {"prefetch_factor": 4, "in_order": False} if workers else {}
-    loader = DataLoader(
-        _Videos([clip.path for clip in clips], settings, known),
+def _examined(
+    clips: Sequence[MissingClip], settings: ClipSettings, known: frozenset[str], workers: int
+) -> Iterator[Examined]:
+    """Videos as workers finish them, one after the other."""
+    videos = _Videos([clip.path for clip in clips], settings, known)
+    loader: DataLoader[Examined] = DataLoader(
+        videos,
         batch_size=None,
         num_workers=workers,
-        collate_fn=_as_it_is,
+        collate_fn=_unchanged,
         worker_init_fn=prepare_worker,
-        **parallel,  # type: ignore[arg-type]
+        prefetch_factor=4 if workers else None,
+        in_order=not workers,
     )
     return iter(loader)
 
 
-def _as_it_is(item: DecodedClip) -> DecodedClip:
+def _unchanged(item: T) -> T:
     return item
 
 
-class _Videos(Dataset):
+class _Videos(Dataset[Examined]):
     """Files to look at, in worker processes."""
 
     def __init__(self, paths: Sequence[str], settings: ClipSettings, known: frozenset[str]):
@@ -255,77 +265,21 @@ class _Videos(Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> DecodedClip:
+    def __getitem__(self, index: int) -> Examined:
         path = self.paths[index]
         stamp = FileStamp.of(path)
         try:
             key = video_key(path)
-            frames = None if key in self.known else load_frames(path, self.settings)
+            clip = None if key in self.known else DecodedClip(key, path, load_frames(path, self.settings))
         except CLIP_FAULTS as fault:
             reason = getattr(fault, "reason", str(fault))
-            return DecodedClip(stamp, None, None, reason, getattr(fault, "passing", False))
+            return Examined(stamp, Seen(None, reason, getattr(fault, "passing", False)))
         except OSError as error:
-            return DecodedClip(stamp, None, None, f"it cannot be read: {error.strerror}", passing=True)
-        return DecodedClip(stamp, key, frames)
+            return Examined(stamp, Seen(None, f"it cannot be read: {error.strerror}", passing=True))
+        return Examined(stamp, Seen(key), clip)
 
 
-# --- writing ------------------------------------------------------------------------------------------------------
-
-
-class ShardWriter:
-    """Collects tensors into shards, which one thread writes while the next one fills; on leaving, all is on the disk.
-
-    What is noted of files goes to the disk together with the shard in hand. A note whose moments come later, or never
-    come, does no harm: a clip counts as cached only when its moments are there.
-    """
-
-    def __init__(self, store: CacheStore, kind: str):
-        self._store, self._kind = store, kind
-        self._tensors: dict[str, Tensor] = {}
-        self._notes: list[tuple[int, FileStamp, Seen]] = []
-        self._bytes, self._since = 0, time.monotonic()
-        self._thread = ThreadPoolExecutor(1, "shard")
-        self._running: Future | None = None
-
-    def put(self, name: str, tensor: Tensor) -> None:
-        """Take a tensor; raises what an earlier shard's writing raised."""
-        self._tensors[name] = tensor
-        self._bytes += tensor.nbytes
-        if self._bytes >= SHARD_BYTES or time.monotonic() - self._since > SHARD_SECONDS:
-            self.flush()
-
-    def note(self, rank: int, stamp: FileStamp, seen: Seen) -> None:
-        """Record what a file holds, with the shard in hand."""
-        self._notes.append((rank, stamp, seen))
-
-    def flush(self) -> None:
-        """Start to write what was collected."""
-        self._wait()
-        tensors, notes = self._tensors, self._notes
-        self._tensors, self._notes, self._bytes, self._since = {}, [], 0, time.monotonic()
-        self._running = self._thread.submit(partial(self._write, tensors, notes))
-
-    def _write(self, tensors: dict[str, Tensor], notes: list[tuple[int, FileStamp, Seen]]) -> None:
-        if tensors:
-            self._store.add(self._kind, tensors)
-        for rank in {rank for rank, _, _ in notes}:
-            self._store.record(rank, [(stamp, seen) for r, stamp, seen in notes if r == rank])
-
-    def _wait(self) -> None:
-        running, self._running = self._running, None
-        if running is not None:
-            running.result()
-
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        try:
-            if kind is None or not issubclass(kind, CacheError):
-                self.flush()  # what is encoded is kept, also when interrupted
-            self._wait()
-        finally:
-            self._thread.shutdown()
+# --- what is said -------------------------------------------------------------------------------------------------
 
 
 class Progress:

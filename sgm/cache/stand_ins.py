@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sgm.cache.dataset import EMBEDDING, MOMENTS
+from sgm.cache.identity import TEXT_KEY, encoder_params
 from sgm.errors import SgmError
 from sgm.modules.autoencoding.first_stage import FirstStage
 from sgm.modules.conditioner import AbstractEmbModel
@@ -15,6 +18,30 @@ from sgm.modules.ops.vae import VaeOps
 from sgm.util import instantiate_from_config
 
 _REGULARIZER = {"target": "sgm.modules.autoencoding.regularizers.DiagonalGaussianRegularizer"}
+
+
+def cached_model_section(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The `model:` section with stand-ins for VAE and text encoder, which take what the cache holds.
+
+    Raises:
+        ConfigError: parts that no cache can stand for.
+    """
+    encoder_params(model)
+    section = copy.deepcopy(dict(model))
+    regularizer = section["first_stage_config"]["params"].get("regularizer_config")
+    section["first_stage_config"] = {
+        "target": f"{__name__}.{CachedFirstStage.__name__}",
+        "params": {"regularizer_config": regularizer},
+    }
+    embedder = section["conditioner_config"]["params"]["emb_models"][0]
+    embedder.pop("input_key", None)
+    embedder |= {
+        "target": f"{__name__}.{CachedTextEmbedder.__name__}",
+        "input_keys": [TEXT_KEY, EMBEDDING],
+        "params": {},
+    }
+    section["input_key"] = MOMENTS
+    return section
 
 
 class NotCachedError(SgmError):
@@ -32,18 +59,14 @@ class CachedFirstStage(FirstStage):
         super().__init__()
         self.regularization = instantiate_from_config(regularizer_config or _REGULARIZER)
 
-    def encode(self, x: Tensor, *, noise: Tensor | None = None) -> Tensor:
-        """Moments x (b, 2c, t, h, w) to latents (b, c, t, h, w), a draw from the posterior.
-
-        `noise` (the latents' shape) replaces the draw's randn_like.
-        """
-        sampler = torch.randn_like if noise is None else lambda mean: noise.to(mean)
-        return self.regularization.latents(x.contiguous(), sampler)
+    def encode(self, x: Tensor) -> Tensor:
+        """Moments x (b, 2c, t, h, w) to latents (b, c, t, h, w), a draw from the posterior."""
+        return self.regularization.latents(x.contiguous())
 
     def use_ops(self, ops: VaeOps) -> None:
         """Nothing here has a choice of implementations."""
 
-    def decode(self, z: Tensor, chunked: bool = True) -> Tensor:
+    def decode(self, z: Tensor) -> Tensor:
         """Raises NotCachedError: there is no decoder."""
         raise NotCachedError(
             "a run on cached clips has no decoder: set args.only_log_video_latents: True, or leave out args.cache_dir"
@@ -56,6 +79,8 @@ class CachedTextEmbedder(AbstractEmbModel):
     The captions stay an input so that what is said of them (`force_zero_embeddings`) keeps its meaning. Caption dropout
     is the conditioner's, as for any embedder.
     """
+
+    place: Tensor
 
     def __init__(self) -> None:
         super().__init__()

@@ -13,10 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
-import threading
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,35 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sgm.cache.shards import CacheError, Entry, read_index
 from sgm.data.sources import Place
-from sgm.errors import SgmError
-from sgm.files import SaveError, write_failed, write_json
+from sgm.files import SaveError, write_failed, write_text
 from sgm.weights.save import save_safetensors
 
 FORMAT = 1
 KINDS = ("video", "text")
 STORAGE = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 KEY_DIGITS = 32
-OPEN_FILES = 64  # shards a process keeps open
-_TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
-
-
-class CacheError(SgmError):
-    """A cache that cannot be used: of another configuration, damaged, or incomplete. The message says which."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Where a tensor lies: number of the shard, first byte, shape, type."""
-
-    shard: int
-    begin: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -96,6 +73,9 @@ class CacheStore:
         storage: "fp16", "bf16" or "fp32", for a new cache; an old one keeps its own.
         encoded_as: type of the encoders' arithmetic, for a new cache; an old one keeps its own.
 
+    Attributes:
+        uncompared: names of `identity` whose values are None.
+
     Raises:
         CacheError: the folder was filled under another identity, or holds something else or damaged files.
         SaveError: it cannot be made.
@@ -106,6 +86,7 @@ class CacheStore:
     ):
         self.folder = Path(folder).expanduser()
         self.storage, self.encoded_as = storage, encoded_as
+        self.uncompared = [name for name, value in identity.items() if value is None]
         self.identity = json.loads(json.dumps(dict(identity)))  # as it comes back from the file
         self._claim()
         self.shards: list[Path] = []
@@ -115,7 +96,7 @@ class CacheStore:
         self._found = {path: path.stat().st_size for path in self.folder.glob("files-*.jsonl")}
         self.refresh()
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: str | None) -> bool:
         return name in self._entries
 
     def entry(self, name: str) -> Entry:
@@ -140,8 +121,7 @@ class CacheStore:
         for kind in KINDS:
             for path in sorted(self.folder.glob(f"{kind}-*.safetensors")):
                 if path not in known:
-                    self._entries.update(self._index(path, len(self.shards)))
-                    self.shards.append(path)
+                    self._take_in(path)
         for path in sorted(self.folder.glob("files-*.jsonl")):
             self._read_files(path)
 
@@ -165,8 +145,7 @@ class CacheStore:
         path = self.folder / f"{kind}-{digest}.safetensors"
         save_safetensors(path, stored, {"identity": self._digest()})
         if path not in self.shards:
-            self._entries.update(self._index(path, len(self.shards)))
-            self.shards.append(path)
+            self._take_in(path)
 
     def record(self, rank: int, found: Iterable[tuple[FileStamp, Seen]]) -> None:
         """Note what files hold. Each rank appends to a file of its own. Raises SaveError."""
@@ -206,26 +185,23 @@ class CacheStore:
     def _create(self, head: Path) -> None:
         if self.storage not in STORAGE:
             raise CacheError(f"unknown storage type {self.storage!r}; choose one of {', '.join(STORAGE)}")
-        absent = sorted(name for name, value in self.identity.items() if value is None)
-        if absent:
+        if self.uncompared:
             raise CacheError(
-                f"cannot start a cache in {self.folder}: the files behind {', '.join(absent)} are missing; set "
-                "ckpt_path and model_dir of the configuration"
+                f"cannot start a cache in {self.folder}: the files behind {', '.join(sorted(self.uncompared))} are "
+                "missing; set ckpt_path and model_dir of the configuration"
             )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise SaveError(f"cannot make the cache folder {self.folder}: {error.strerror}") from error
         content = {"format": FORMAT, "storage": self.storage, "encoded_as": self.encoded_as, "identity": self.identity}
-        write_json(head, content)
+        write_text(head, json.dumps(content, indent=1) + "\n")
 
     def _compare(self, found: Mapping[str, Any]) -> None:
-        known = {name: value for name, value in self.identity.items() if value is not None}
-        compared = {*found, *known} - {name for name, value in self.identity.items() if value is None}
         other = [
-            f"{name} (cache: {found.get(name)}; this run: {known.get(name)})"
-            for name in sorted(compared)
-            if found.get(name) != known.get(name)
+            f"{name} (cache: {found.get(name)}; this run: {self.identity.get(name)})"
+            for name in sorted({*found, *self.identity} - {*self.uncompared})
+            if found.get(name) != self.identity.get(name)
         ]
         if other:
             raise CacheError(
@@ -236,25 +212,13 @@ class CacheStore:
     def _digest(self) -> str:
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
 
-    def _index(self, path: Path, shard: int) -> dict[str, Entry]:
-        try:
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(length))
-                size = os.fstat(file.fileno()).st_size
-            identity = header.pop("__metadata__", {}).get("identity")
-            entries = {
-                name: Entry(shard, 8 + length + v["data_offsets"][0], tuple(v["shape"]), _TYPES[v["dtype"]])
-                for name, v in header.items()
-            }
-            end = 8 + length + max((v["data_offsets"][1] for v in header.values()), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError, MemoryError, OverflowError) as error:
-            raise CacheError(f"{path} is damaged ({error}); delete it and fill the cache again") from error
-        if size != end:
-            raise CacheError(f"{path} has {size} bytes in place of {end}; delete it and fill the cache again")
+    def _take_in(self, path: Path) -> None:
+        """Index a new shard."""
+        entries, identity = read_index(path, len(self.shards))
         if identity != self._digest():
             raise CacheError(f"{path} comes from another cache; delete it and fill the cache again")
-        return entries
+        self._entries.update(entries)
+        self.shards.append(path)
 
     def _read_files(self, path: Path) -> None:
         place = 0
@@ -274,67 +238,6 @@ class CacheStore:
         self._paths.add(stamp.path)
 
 
-class ShardReader:
-    """Tensors out of shards, one `pread` each. Safe in threads and after a fork; files are opened when needed."""
-
-    def __init__(self, shards: Iterable[Path | str]):
-        self.shards = [str(path) for path in shards]
-        self._open: OrderedDict[int, _OpenFile] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def read(self, entry: Entry) -> Tensor:
-        """The tensor of an entry, in its stored type. Raises CacheError, see `read_into`."""
-        buffer = bytearray(entry.nbytes)
-        self.read_into(entry, memoryview(buffer))
-        return torch.frombuffer(buffer, dtype=entry.dtype).view(entry.shape)
-
-    def read_into(self, entry: Entry, place: memoryview) -> None:
-        """Put an entry's bytes, `entry.nbytes` of them, into `place`. Other threads run meanwhile.
-
-        Raises:
-            CacheError: the shard has gone or was shortened since the cache was opened.
-        """
-        done = 0
-        try:
-            file = self._file(entry.shard)
-            while done < entry.nbytes:  # once, except on some network drives
-                count = os.preadv(file.descriptor, [place[done:]], entry.begin + done)
-                if count == 0:
-                    raise CacheError(f"{self.shards[entry.shard]} ends too early; delete it and fill the cache again")
-                done += count
-        except OSError as error:
-            raise CacheError(f"{self.shards[entry.shard]}: {error.strerror}; was the cache moved?") from error
-
-    def close(self) -> None:
-        with self._lock:
-            self._open.clear()
-
-    def __reduce__(self) -> tuple[type, tuple[list[str]]]:
-        return type(self), (self.shards,)
-
-    def _file(self, shard: int) -> _OpenFile:
-        with self._lock:
-            found = self._open.get(shard)
-            if found is None:
-                if len(self._open) >= OPEN_FILES:
-                    self._open.popitem(last=False)
-                found = self._open[shard] = _OpenFile(self.shards[shard])
-            self._open.move_to_end(shard)
-            return found
-
-
-class _OpenFile:
-    """A descriptor that is closed when the last one who reads from it has let go."""
-
-    def __init__(self, path: str):
-        self.descriptor = -1
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def __del__(self) -> None:
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-
-
 def text_key(text: str) -> str:
     """Name under which a caption's embedding is stored."""
     return "text:" + hashlib.sha256(text.encode()).hexdigest()[:KEY_DIGITS]
@@ -344,6 +247,6 @@ def video_key(path: str | Path) -> str:
     """Name under which a video's moments are stored. Reads the whole file; raises OSError."""
     digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 20))
     with Place.of(path).open() as file:
-        while count := file.readinto(buffer):  # type: ignore[attr-defined]
+        while count := file.readinto(buffer):
             digest.update(buffer[:count])
     return "video:" + digest.hexdigest()[:KEY_DIGITS]

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from sgm.data.frames import ClipError
-from sgm.data.sampler import ClipSampler, shares
+from sgm.data.frames import ClipError, ClipShape
+from sgm.data.sampler import ClipSampler, SamplerState, shares
 from sgm.errors import SgmError
 from sgm.modules.autoencoding.strides import STRIDES
 
@@ -58,7 +58,7 @@ def parse_buckets(given: Sequence[Sequence[int]]) -> tuple[Bucket, ...]:
     return tuple(buckets)
 
 
-def kept_share(height: int, width: int, clip: tuple[int, int, int]) -> float:
+def kept_share(height: int, width: int, clip: ClipShape) -> float:
     """Share of a picture's area that scaling to cover a clip (frames, height, width) and cropping leaves."""
     ratio = (width / height) / (clip[2] / clip[1])
     return min(ratio, 1 / ratio)
@@ -123,11 +123,11 @@ class BucketSampler(ClipSampler):
         self.shares = shares(blocks, amounts)
         self.length = blocks * self.block
 
-    def state_dict(self, consumed: int | None = None) -> dict[str, int | str | list]:
+    def state_dict(self, consumed: int | None = None) -> SamplerState:
         state = super().state_dict(consumed)
         return {**state, "block": self.block, "groups": [len(group) for group in self.groups]}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken.
 
         Raises:

@@ -6,7 +6,7 @@ Other sources: `sgm.data.sources`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sgm.data.buckets import Bucket, choose_bucket
 from sgm.data.decoder import DecodeProcess
-from sgm.data.frames import ClipError, check_settings, frame_indices
+from sgm.data.frames import ClipError, ClipShape, check_settings, frame_indices
 from sgm.data.sources import VIDEO_SUFFIXES, ListedClip, first_line, is_image, list_files
 from sgm.data.video_io import DECODE_TIMEOUT, VideoError, VideoInfo, probe, read_frames, resize_crop
 from sgm.errors import SgmError
@@ -32,7 +32,7 @@ class CaptionError(SgmError):
         self.path = Path(path)
         self.reason = reason
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type, tuple[Path, str]]:
         return type(self), (self.path, self.reason)
 
 
@@ -70,10 +70,9 @@ class ClipSettings:
     buckets: tuple[Bucket, ...] = ()
     max_crop: float = 0.25
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         problems = []
-        whole = [isinstance(side, int | float) and side == int(side) and side > 0 for side in self.video_size]
-        if len(whole) != 2 or not all(whole):
+        if not all(isinstance(side, int | float) and side == int(side) and side > 0 for side in self.video_size):
             problems.append(f"video_size is {self.video_size}, expected [height, width] in pixels")
         if self.missing_caption not in MISSING_CAPTION:
             problems.append(f"missing_caption is {self.missing_caption!r}, choose one of {', '.join(MISSING_CAPTION)}")
@@ -111,6 +110,13 @@ class ClipSettings:
             return len(self.indices(info, frames)) == frames
         except ClipError:
             return False
+
+
+def picture_size(given: Sequence[int]) -> tuple[int, int]:
+    """(height, width) of what a configuration says. Raises ValueError where these are not two."""
+    if len(given) != 2:
+        raise ValueError(f"data settings: video_size is {tuple(given)}, expected [height, width] in pixels")
+    return given[0], given[1]
 
 
 def list_videos(data_dir: str | Path, order: str = "sorted") -> list[Path]:
@@ -169,24 +175,15 @@ def caption_of(clip: ListedClip, missing: str = "skip") -> str:
     raise CaptionError(clip.path, "its caption is empty")
 
 
-@dataclass(frozen=True)
-class CheckedClip:
-    """What a video holds, and the clip that it gives: (frames, height, width)."""
-
-    info: VideoInfo
-    shape: tuple[int, int, int]
-
-
-def check_clip(clip: ListedClip, settings: ClipSettings, decoder: DecodeProcess | None = None) -> CheckedClip:
-    """What a video holds, if a captioned clip can be taken from it. Decodes one frame.
+def check_clip(clip: ListedClip, settings: ClipSettings, decoder: DecodeProcess | None = None) -> ClipShape:
+    """(frames, height, width) of the captioned clip that a video gives. Decodes one frame.
 
     Raises:
-        VideoError, ClipError, CaptionError: it cannot; the message says why.
+        VideoError, ClipError, CaptionError: it gives none; the message says why.
     """
     caption_of(clip, settings.missing_caption)
-    info = probe(clip.path, settings.decode_timeout, decoder)
-    plan = settings.plan(clip.path, info)
-    return CheckedClip(info, (len(plan.indices), *plan.size))
+    plan = settings.plan(clip.path, probe(clip.path, settings.decode_timeout, decoder))
+    return len(plan.indices), *plan.size
 
 
 def load_clip(clip: ListedClip, settings: ClipSettings) -> tuple[Tensor, str]:

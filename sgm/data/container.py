@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import IO, NamedTuple
 
 from sgm.data.sources import Place
 from sgm.errors import SgmError
@@ -68,7 +68,7 @@ def inspect(path: Path) -> str:
         return _inspect_mp4(file, size)
 
 
-def _inspect_mp4(file: BinaryIO, size: int) -> str:
+def _inspect_mp4(file: IO[bytes], size: int) -> str:
     top = list(_boxes(file, 0, size))
     for box in top:
         if box.kind in ("moov", "mdat") and box.end > size:
@@ -83,7 +83,7 @@ def _inspect_mp4(file: BinaryIO, size: int) -> str:
     raise ContainerError(f"no video track (only {', '.join(sorted({h for h, _ in tracks})) or 'nothing'})")
 
 
-def _boxes(file: BinaryIO, start: int, end: int) -> Iterator[Box]:
+def _boxes(file: IO[bytes], start: int, end: int) -> Iterator[Box]:
     while start + 8 <= end:
         file.seek(start)
         head = file.read(16)
@@ -101,7 +101,7 @@ def _boxes(file: BinaryIO, start: int, end: int) -> Iterator[Box]:
         start += length
 
 
-def _find(file: BinaryIO, box: Box, *kinds: str) -> Box | None:
+def _find(file: IO[bytes], box: Box, *kinds: str) -> Box | None:
     for kind in kinds:
         inner = next((b for b in _boxes(file, box.start, box.end) if b.kind == kind), None)
         if inner is None:
@@ -110,18 +110,18 @@ def _find(file: BinaryIO, box: Box, *kinds: str) -> Box | None:
     return box
 
 
-def _handler(file: BinaryIO, trak: Box) -> str:
+def _handler(file: IO[bytes], trak: Box) -> str:
     box = _find(file, trak, "mdia", "hdlr")
     return "" if box is None else _text_at(file, box.start + 8)
 
 
-def _codec(file: BinaryIO, trak: Box) -> str:
+def _codec(file: IO[bytes], trak: Box) -> str:
     box = _find(file, trak, "mdia", "minf", "stbl", "stsd")
     # stsd: version and flags (4 bytes), entry count (4), then the first entry's size (4) and name (4).
     fourcc = "" if box is None else _text_at(file, box.start + 12)
     return CODECS.get(fourcc, fourcc or "unknown")
 
 
-def _text_at(file: BinaryIO, position: int) -> str:
+def _text_at(file: IO[bytes], position: int) -> str:
     file.seek(position)
     return file.read(4).decode("ascii", errors="replace")

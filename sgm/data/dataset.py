@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,12 @@ import torch
 from torch.utils.data import Dataset
 
 from sgm.data.buckets import parse_buckets
-from sgm.data.clips import CLIP_FAULTS, CaptionError, ClipSettings, load_clip
-from sgm.data.frames import ClipError, frame_indices
-from sgm.data.report import LEVELS, DatasetError, Report, append_broken, list_source, scan
-from sgm.data.sources import ListedClip, base_of, passed_over_of
+from sgm.data.clips import CLIP_FAULTS, CaptionError, ClipSettings, load_clip, picture_size
+from sgm.data.packed import PackedShapes, PackedStrings
+from sgm.data.report import DatasetError, Report, UsableClip, append_broken
+from sgm.data.scan import LEVELS, list_source, scan
+from sgm.data.sources import ListedClip, Listing, base_of
 from sgm.data.video_io import DECODE_TIMEOUT
-
-__all__ = ["ClipError", "DatasetError", "SFTDataset", "frame_indices"]
 
 VALIDATION = (*LEVELS, "report", "none")
 logger = logging.getLogger(__name__)
@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 class SFTDataset(Dataset):
     """Captioned videos of a folder (`videos/*.mp4`, `labels/*.txt`), manifest or shard, decoded when asked for.
 
-    A clip that cannot be read is replaced by the next one in order, logged once, and added to the report; see
-    `broken_count`. Parameters up to `skip_frms_num` are the original's.
+    A clip that cannot be read is replaced by the next one in order, logged once, and added to the report. Parameters up
+    to `skip_frms_num` are the original's.
 
     Args:
         data_dir: folder with the videos, nested folders included; or another source, see `sgm.data.sources`.
@@ -73,32 +73,27 @@ class SFTDataset(Dataset):
     ):
         self.data_dir = Path(data_dir)
         self.settings = ClipSettings(
-            tuple(video_size), fps, max_num_frames, skip_frms_num, sampling, missing_caption, decode_timeout,
+            picture_size(video_size), fps, max_num_frames, skip_frms_num, sampling, missing_caption, decode_timeout,
             parse_buckets(buckets), max_crop,
         )  # fmt: skip
-        self._listing = {"order": file_order, "images": images, "txt_key": txt_key}
+        self._list_source = partial(list_source, order=file_order, images=images, txt_key=txt_key)
         self.report_path = None if report is None else Path(report)
         self.report = self._examine(validate)
         self.report.require_usable()
         base = base_of(self.data_dir.absolute())
         self.base = base_of(self.data_dir)
-        self.paths = PackedStrings([os.path.relpath(path, base) for path in self.report.usable])
+        clips = self.report.usable
+        self.paths = PackedStrings([os.path.relpath(clip.path, base) for clip in clips])
         # A manifest may name a caption for some clips only; the others have files.
-        self._has_caption = np.array([caption is not None for caption in self.report.captions], bool)
+        self._has_caption = np.array([clip.caption is not None for clip in clips], bool)
         held = self._has_caption.any()
-        self._captions = PackedStrings([c or "" for c in self.report.captions]) if held else None
-        shapes = self.report.shapes
-        self.shapes = PackedShapes(shapes) if shapes and None not in shapes else None  # type: ignore[arg-type]
+        self._captions = PackedStrings([clip.caption or "" for clip in clips]) if held else None
+        shapes = [clip.shape for clip in clips if clip.shape is not None]
+        self.shapes = PackedShapes(shapes) if len(shapes) == len(self.paths) else None
         # One flag a clip, shared by all workers: none waits for a clip that another has found broken.
         self._broken = torch.zeros(len(self.paths), dtype=torch.uint8).share_memory_()
-        # `paths` and the others have them, in a form that forked workers do not copy
-        self.report.usable, self.report.captions, self.report.shapes = [], [], []
+        self.report.usable = []  # `paths` and the others have them, in a form that forked workers do not copy
         self.prior = False
-
-    @classmethod
-    def create_dataset_function(cls, path: str, args: Any, **kwargs: Any) -> SFTDataset:
-        """The original's factory, called by SAT with its arguments, of which none is needed here."""
-        return cls(data_dir=path, **kwargs)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -143,13 +138,8 @@ class SFTDataset(Dataset):
             return ListedClip(str(path))
         return ListedClip(str(path), self._captions[index])
 
-    @property
-    def broken_count(self) -> int:
-        """Clips that were usable at the start and have failed since, in any worker."""
-        return int(self._broken.sum())
-
-    def _list_all(self, source: Path) -> list[ListedClip]:
-        return list_source(source, **self._listing)  # type: ignore[arg-type]
+    def _list_all(self, source: Path) -> Listing:
+        return self._list_source(source)
 
     def _examine(self, validate: str) -> Report:
         if validate not in VALIDATION:
@@ -160,12 +150,9 @@ class SFTDataset(Dataset):
             return self._known_report()
         if validate == "none":
             clips = self._list_all(self.data_dir)
-            listed = Report(str(self.data_dir), asdict(self.settings), [clip.path for clip in clips])
-            listed.captions = [clip.caption for clip in clips]
-            listed.passed_over = passed_over_of(clips)
-            return listed
-        clips = self._list_all(self.data_dir.absolute())
-        report = scan(self.data_dir, self.settings, level=validate, clips=clips)
+            usable = [UsableClip(clip.path, clip.caption) for clip in clips]
+            return Report(str(self.data_dir), asdict(self.settings), usable, passed_over=clips.passed_over)
+        report = scan(self.data_dir, self._list_all(self.data_dir.absolute()), self.settings, validate)
         if self.report_path:
             report.write(self.report_path)
         logger.info(report.summary())
@@ -189,37 +176,3 @@ class SFTDataset(Dataset):
         logger.warning("clip left out: %s", fault)
         if self.report_path:
             append_broken(self.report_path, path, str(fault))
-
-
-class PackedShapes(Sequence[tuple[int, ...]]):
-    """Shapes in an array; see `PackedStrings`."""
-
-    def __init__(self, shapes: Sequence[tuple[int, ...]]):
-        self._values = np.array(shapes, np.int32)
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def __getitem__(self, index: int) -> tuple[int, ...]:  # type: ignore[override]
-        return tuple(self._values[index].tolist())
-
-    def equal(self, index: int) -> np.ndarray:
-        """For each clip whether it has the shape of clip `index`."""
-        return (self._values == self._values[index]).all(1)
-
-
-class PackedStrings(Sequence[str]):
-    """Strings in two arrays. A list of them would be copied into every forked worker as reference counts change."""
-
-    def __init__(self, strings: Sequence[str]):
-        encoded = [os.fsencode(string) for string in strings]
-        self._bytes = np.frombuffer(b"".join(encoded), np.uint8)
-        self._ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
-
-    def __getitem__(self, index: int) -> str:
-        index = range(len(self))[index]  # checks the range, counts negative ones from the end
-        start, end = self._ends[index], self._ends[index + 1]
-        return os.fsdecode(self._bytes[start:end].tobytes())

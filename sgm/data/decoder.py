@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import fcntl
+import io
 import json
 import os
 import select
@@ -19,7 +20,7 @@ import time
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 
@@ -40,6 +41,27 @@ class DecoderLostError(DecodeError):
     """It crashed or hung, which need not be the video's fault: memory ran out, a network drive stood still."""
 
 
+class Probed(NamedTuple):
+    """What a video says of itself."""
+
+    frames: int
+    fps: float
+    height: int
+    width: int
+
+
+class _Child(NamedTuple):
+    """A process that runs, and its unbuffered pipes."""
+
+    process: subprocess.Popen[bytes]
+    requests: IO[bytes]
+    answers: io.FileIO
+
+    def close_pipes(self) -> None:
+        self.requests.close()
+        self.answers.close()
+
+
 class DecodeProcess:
     """A decoding process and its pipes. Not for use by two threads at once.
 
@@ -49,120 +71,121 @@ class DecodeProcess:
 
     def __init__(self, command: Sequence[str] | None = None):
         self.command = list(command or (sys.executable, str(CHILD)))
-        self._process: subprocess.Popen | None = None
+        self._child: _Child | None = None
         _alive.add(self)
 
     @property
     def pid(self) -> int | None:
         """Process id of the running decoder, None when none is."""
-        return self._process.pid if self._process else None
+        return self._child.process.pid if self._child else None
 
-    def probe(self, path: Path, timeout: float) -> dict[str, float]:
-        """`frames`, `fps`, `height` and `width` of a video. Raises DecodeError."""
-        return self._ask({"op": "probe", **_where(path)}, timeout)[0]
+    def probe(self, path: Path, timeout: float) -> Probed:
+        """What a video says of itself. Raises DecodeError."""
+        return Probed(**self._ask({"op": "probe", **_where(path)}, timeout)[0])
 
     def read(self, path: Path, indices: Sequence[int], timeout: float) -> np.ndarray:
         """Frames as uint8 (f, h, w, 3), in the order of `indices`, which may repeat. Raises DecodeError."""
         request = {"op": "read", **_where(path), "indices": [int(i) for i in indices]}
-        _, frames = self._ask(request, timeout)
-        return frames
+        return self._ask(request, timeout)[1]
 
     def close(self) -> None:
         """End the process; a later request starts a new one."""
-        process, self._process = self._process, None
-        if process is None:
+        child, self._child = self._child, None
+        if child is None:
             return
-        process.stdin.close()
-        process.stdout.close()
+        child.close_pipes()
         try:
-            process.wait(EXIT_SECONDS)
+            child.process.wait(EXIT_SECONDS)
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            child.process.kill()
+            child.process.wait()
 
     def forget(self) -> None:
         """In a forked child: let go of the parent's process without ending it."""
-        process, self._process = self._process, None
-        if process is not None:
-            process.stdin.close()  # our copies of the pipes: held open, they would keep the process from seeing its end
-            process.stdout.close()
-            process.returncode = 0  # not our child: nothing to wait for
+        child, self._child = self._child, None
+        if child is not None:
+            child.close_pipes()  # our copies: held open, they would keep the process from seeing its end
+            child.process.returncode = 0  # not our child: nothing to wait for
 
-    def _ask(self, request: dict, timeout: float) -> tuple[dict, np.ndarray | None]:
+    def _ask(self, request: dict[str, Any], timeout: float) -> tuple[dict[str, Any], np.ndarray]:
+        """(head of the answer, the array that follows it; empty where none does)."""
         if timeout <= 0:
             raise ValueError(f"timeout is {timeout} s, it must be positive")
-        process = self._process or self._start()
+        child = self._child or self._start()
         deadline = time.monotonic() + timeout
         # The process ends itself a little after we would have ended it, in case that we are gone by then.
         message = json.dumps({**request, "limit": timeout + EXIT_SECONDS}).encode() + b"\n"
         try:
-            process.stdin.write(message)
-            head = self._read_head(deadline)
+            child.requests.write(message)
+            head = _read_head(child.answers, deadline)
             if "error" in head:
                 raise DecodeError(head["error"])
-            frames = np.empty(head["shape"], np.uint8) if "shape" in head else None
-            if frames is not None:
-                self._read_into(memoryview(frames).cast("B"), deadline)
+            frames = np.empty(head.get("shape", 0), np.uint8)
+            _read_into(frames.reshape(-1).data, child.answers, deadline)
             return head, frames
         except DecodeError:
             raise  # an answer: the process is in step and goes on
         except TimeoutError:
-            self._kill()
+            self._kill(child)
             raise DecoderLostError(f"decoding took longer than {timeout:g} s and was stopped") from None
         except (EOFError, BrokenPipeError):
-            raise DecoderLostError(f"the decoder crashed ({self._kill(EXIT_SECONDS)})") from None
+            raise DecoderLostError(f"the decoder crashed ({self._kill(child, EXIT_SECONDS)})") from None
         except BaseException:
-            self._kill()  # interrupted between request and answer: the next answer would be the wrong one
+            self._kill(child)  # interrupted between request and answer: the next answer would be the wrong one
             raise
 
-    def _start(self) -> subprocess.Popen:
-        self._process = subprocess.Popen(
+    def _start(self) -> _Child:
+        process = subprocess.Popen(
             self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0
         )
-        _widen(self._process.stdout.fileno())
+        child = _Child(process, cast("IO[bytes]", process.stdin), cast("io.FileIO", process.stdout))
+        self._child = child
+        _widen(child.answers.fileno())
         try:
-            hello = self._read_head(time.monotonic() + START_SECONDS)
+            hello = _read_head(child.answers, time.monotonic() + START_SECONDS)
         except TimeoutError:
-            self._kill()
+            self._kill(child)
             raise RuntimeError(f"the decoding process did not start in {START_SECONDS:g} s: {self.command}") from None
         except EOFError:
-            raise RuntimeError(f"the decoding process failed ({self._kill(EXIT_SECONDS)}): {self.command}") from None
+            raise RuntimeError(
+                f"the decoding process failed ({self._kill(child, EXIT_SECONDS)}): {self.command}"
+            ) from None
         if "error" in hello:
-            self._kill()
+            self._kill(child)
             raise RuntimeError(f"the decoding process cannot work: {hello['error']}")
-        return self._process
+        return child
 
-    def _kill(self, grace: float = 0.0) -> str:
+    def _kill(self, child: _Child, grace: float = 0.0) -> str:
         """End the process, after `grace` seconds if it has not ended by itself; says how it did."""
-        process, self._process = self._process, None
+        self._child = None
         try:
-            process.wait(grace)
+            child.process.wait(grace)
         except subprocess.TimeoutExpired:
-            process.kill()
-        code = process.wait()
-        process.stdin.close()
-        process.stdout.close()
+            child.process.kill()
+        code = child.process.wait()
+        child.close_pipes()
         return f"exit status {code}"
 
-    def _read_head(self, deadline: float) -> dict:
-        length = bytearray(4)
-        self._read_into(memoryview(length), deadline)
-        text = bytearray(int.from_bytes(length, "little"))
-        self._read_into(memoryview(text), deadline)
-        return json.loads(text)
 
-    def _read_into(self, view: memoryview, deadline: float) -> None:
-        stdout = self._process.stdout
-        ready = select.poll()  # not select(): a worker that holds many tensors has descriptors beyond its 1024
-        ready.register(stdout, select.POLLIN | select.POLLHUP)
-        while len(view):
-            remaining = deadline - time.monotonic()
-            if remaining <= 0 or not ready.poll(remaining * 1000):
-                raise TimeoutError
-            count = stdout.readinto(view)
-            if count == 0:
-                raise EOFError
-            view = view[count:]
+def _read_head(answers: io.FileIO, deadline: float) -> dict[str, Any]:
+    length = bytearray(4)
+    _read_into(memoryview(length), answers, deadline)
+    text = bytearray(int.from_bytes(length, "little"))
+    _read_into(memoryview(text), answers, deadline)
+    return json.loads(text)
+
+
+def _read_into(view: memoryview, answers: io.FileIO, deadline: float) -> None:
+    ready = select.poll()  # not select(): a worker that holds many tensors has descriptors beyond its 1024
+    ready.register(answers, select.POLLIN | select.POLLHUP)
+    while len(view):
+        remaining = deadline - time.monotonic()
+        if remaining <= 0 or not ready.poll(remaining * 1000):
+            raise TimeoutError
+        count = answers.readinto(view)
+        if count == 0:
+            raise EOFError
+        view = view[count:]
 
 
 def _where(path: Path) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Which frames of a video become a training clip."""
 
+from __future__ import annotations
+
 import math
 import random
 from collections.abc import Callable
@@ -8,6 +10,8 @@ import numpy as np
 
 from sgm.errors import SgmError
 from sgm.modules.autoencoding.strides import STRIDES
+
+ClipShape = tuple[int, int, int]  # frames, height and width of a clip in pixels
 
 
 class ClipError(SgmError):

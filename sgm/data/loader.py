@@ -1,23 +1,40 @@
-"""Batches of clips: worker processes, or threads where clips come from a cache, and a position that can be saved."""
+"""Endless, resumable batches of clips: their order, worker processes that read them, a position that can be saved."""
 
 from __future__ import annotations
 
-import os
-import random
-import signal
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
-from sgm.cache.batches import CachedBatches, all_cached
 from sgm.data.buckets import BucketSampler
 from sgm.data.collate import collate
-from sgm.data.sampler import ClipSampler
+from sgm.data.sampler import ClipSampler, SamplerState
+from sgm.data.workers import prepare_worker
+
+Batch = dict[str, Any]
+
+
+class Batches(Protocol):
+    """Endless batches; iterating starts anew at the sampler's position."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+
+class ReadBatches(Protocol):
+    """Makes batches of `batch_size` clips, in the order of `sampler`.
+
+    Args:
+        workers: that read at the same time; 0 reads when a batch is asked for. ahead: batches that each reads ahead.
+        pin: batches in page-locked memory, for fast copies to the GPU.
+    """
+
+    def __call__(
+        self, dataset: Dataset, sampler: ClipSampler, batch_size: int, workers: int, ahead: int, pin: bool, /
+    ) -> Batches: ...
 
 
 class ClipLoader:
@@ -26,42 +43,45 @@ class ClipLoader:
     Iterating again goes on in the same stream. Use as a context manager, or `close()`, to end the workers.
     """
 
-    def __init__(self, build: Callable[[], DataLoader | CachedBatches], sampler: ClipSampler):
-        self.sampler = sampler
+    def __init__(self, build: Callable[[], Batches], sampler: ClipSampler, batch_size: int):
+        self.sampler, self.batch_size = sampler, batch_size
         self._build = build
-        self._loader: DataLoader | CachedBatches | None = build()
-        self._iterator: Iterator | None = None
+        self._batches: Batches | None = build()
+        self._iterator: Iterator[Batch] | None = None
         self._consumed = sampler.consumed
-        self.dataset = self._loader.dataset
-        self.batch_size = self._loader.batch_size
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Batch]:
         return self
 
-    def __next__(self) -> dict[str, Any]:
-        if self._loader is None:
+    def __next__(self) -> Batch:
+        if self._batches is None:
             raise RuntimeError("this loader was closed")
         if self._iterator is None:
-            self._iterator = iter(self._loader)
+            self._iterator = iter(self._batches)
         batch = next(self._iterator)
         self._consumed += self.batch_size * self.sampler.world_size
         return batch
 
-    def state_dict(self) -> dict[str, Any]:
+    @property
+    def consumed(self) -> int:
+        """Clips that all ranks together were handed out so far."""
+        return self._consumed
+
+    def state_dict(self) -> SamplerState:
         """Position after the last batch that was handed out, the same on every rank."""
         return self.sampler.state_dict(self._consumed)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on after the batch that `state` was taken at; what was read ahead is dropped."""
         self.sampler.load_state_dict(state)
         self._consumed = self.sampler.consumed
         self.close()
-        self._loader = self._build()
+        self._batches = self._build()
 
     def close(self) -> None:
         """End the workers. Only `load_state_dict` opens the loader again."""
         self._iterator = None
-        self._loader = None
+        self._batches = None
 
     def __enter__(self) -> ClipLoader:
         return self
@@ -74,7 +94,6 @@ def create_loader(
     datasets: Dataset | Sequence[Dataset],
     batch_size: int = 1,
     num_workers: int = 0,
-    sampler: ClipSampler | None = None,
     *,
     seed: int = 0,
     rank: int = 0,
@@ -82,46 +101,46 @@ def create_loader(
     order: str = "shuffle",
     weights: Sequence[float] | None = None,
     prefetch: int = 2,
-    pin_memory: bool | None = None,
-    start_method: str | None = None,
+    read: ReadBatches | None = None,
 ) -> ClipLoader:
     """Endless, resumable batches from one or several data sets.
 
     Args:
         batch_size: clips in a batch of one rank.
-        num_workers: decoding workers; 0 decodes in this process (and its decoding process). Cached clips are read by
-            as many threads, or when they are asked for.
-        sampler: the order; by default `ClipSampler` from `seed`, `rank`, `world_size`, `order` and `weights`, or
-            `BucketSampler` where clips of several shapes are to share batches in the order "shuffle".
+        num_workers: decoding workers; 0 decodes in this process (and its decoding process).
+        seed, rank, world_size, order, weights: see `ClipSampler`; where clips of several shapes are to share batches in
+            the order "shuffle", it is a `BucketSampler`.
         prefetch: batches that each worker reads ahead.
-        pin_memory: for fast copies to the GPU; by default where CUDA is there.
-        start_method: "fork" or "spawn"; by default the platform's.
+        read: how batches are read; by default `read_in_processes`.
     """
     sources = [datasets] if isinstance(datasets, Dataset) else list(datasets)
     if not sources:
         raise ValueError("no data sets to load from")
     if batch_size < 1 or num_workers < 0:
         raise ValueError(f"batch_size is {batch_size} and num_workers {num_workers}; at least 1 and 0 are needed")
-    if sampler is None:
-        sampler = _sampler_for(sources, batch_size, seed, rank, world_size, order, weights)
+    sampler = _sampler_for(sources, batch_size, seed, rank, world_size, order, weights)
     dataset = sources[0] if len(sources) == 1 else ConcatDataset(sources)
-    pin = torch.cuda.is_available() if pin_memory is None else pin_memory
-    if all_cached(dataset):
-        return ClipLoader(partial(CachedBatches, dataset, sampler, batch_size, num_workers, prefetch, pin), sampler)
-    parallel = {"prefetch_factor": prefetch, "persistent_workers": True, "multiprocessing_context": start_method}
-    build = partial(
-        DataLoader,
+    pin = torch.cuda.is_available()
+    build = partial(read or read_in_processes, dataset, sampler, batch_size, num_workers, prefetch, pin)
+    return ClipLoader(build, sampler, batch_size)
+
+
+def read_in_processes(
+    dataset: Dataset, sampler: ClipSampler, batch_size: int, workers: int, ahead: int, pin: bool
+) -> Batches:
+    """Batches by torch's worker processes; see `ReadBatches`."""
+    return DataLoader(
         dataset,
         batch_size=batch_size,
         sampler=sampler,
-        num_workers=num_workers,
+        num_workers=workers,
         collate_fn=collate,
         pin_memory=pin,
         worker_init_fn=prepare_worker,
         generator=torch.Generator().manual_seed(_worker_seed(sampler)),
-        **(parallel if num_workers else {}),
+        prefetch_factor=ahead if workers else None,
+        persistent_workers=workers > 0,
     )
-    return ClipLoader(build, sampler)
 
 
 def _sampler_for(
@@ -133,48 +152,32 @@ def _sampler_for(
     order: str,
     weights: Sequence[float] | None,
 ) -> ClipSampler:
-    shapes = [shapes_of(source) for source in sources]
-    if order == "shuffle" and batch_size > 1 and None not in shapes:
-        if len({shape for of_source in shapes for shape in of_source}) > 1:  # type: ignore[union-attr]
-            return BucketSampler(shapes, batch_size, seed, rank, world_size, weights)  # type: ignore[arg-type]
-    return ClipSampler([len(s) for s in sources], seed, rank, world_size, order, weights)  # type: ignore[arg-type]
+    shapes = known_shapes(sources) if order == "shuffle" and batch_size > 1 else None
+    if shapes and len({shape for of_source in shapes for shape in of_source}) > 1:
+        return BucketSampler(shapes, batch_size, seed, rank, world_size, weights)
+    return ClipSampler([clip_count(source) for source in sources], seed, rank, world_size, order, weights)
 
 
-def shapes_of(dataset: Dataset) -> Sequence[tuple[int, ...]] | None:
-    """Shape of each clip of a data set, where it was looked at."""
+def clip_count(dataset: Dataset) -> int:
+    """Length of a data set; every one here has one, although torch's class declares none."""
+    return len(dataset)  # type: ignore[arg-type]
+
+
+def known_shapes(datasets: Sequence[Dataset]) -> list[Sequence[tuple[int, ...]]] | None:
+    """Shape of each clip of each data set; None unless all were looked at."""
+    shapes = [_shapes_of(dataset) for dataset in datasets]
+    known = [of_one for of_one in shapes if of_one is not None]
+    return known if len(known) == len(shapes) else None
+
+
+def _shapes_of(dataset: Dataset) -> Sequence[tuple[int, ...]] | None:
     if isinstance(dataset, Subset):
-        whole = shapes_of(dataset.dataset)
+        whole = _shapes_of(dataset.dataset)
         return None if whole is None else [whole[index] for index in dataset.indices]
     if isinstance(dataset, ConcatDataset):
-        parts = [shapes_of(part) for part in dataset.datasets]
-        return None if None in parts else [shape for part in parts for shape in part]  # type: ignore[union-attr]
+        parts = known_shapes(dataset.datasets)
+        return None if parts is None else [shape for part in parts for shape in part]
     return getattr(dataset, "shapes", None)
-
-
-def heed_parent_only() -> None:
-    """In a worker: let the parent alone stop this process.
-
-    Schedulers and terminals send SIGTERM and SIGINT to every process of a job; a worker that died of one would take its
-    parent along before that has saved. The parent's own SIGTERM (it ends workers so) still counts.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_at_word_of, args=(os.getppid(),), daemon=True).start()
-
-
-def _end_at_word_of(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)
-
-
-def prepare_worker(worker_id: int) -> None:
-    """In a worker: heed the parent only, and seed Python's and numpy's generators, too, as torch has seeded its own."""
-    heed_parent_only()
-    seed = torch.initial_seed()
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
 
 
 def _worker_seed(sampler: ClipSampler) -> int:

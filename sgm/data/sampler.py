@@ -8,12 +8,26 @@ and a run may be resumed with other numbers of both.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 from torch.utils.data import Sampler
 
 ORDERS = ("shuffle", "sequential", "upstream")
+
+
+class SamplerState(TypedDict):
+    """Where a stream stands, for all ranks alike, and of what data it is; `block`, `groups`: of a `BucketSampler`."""
+
+    seed: int
+    epoch: int
+    position: int
+    sizes: list[int]
+    order: str
+    weights: list[float] | None
+    block: NotRequired[int]
+    groups: NotRequired[list[int]]
 
 
 class ClipSampler(Sampler[int]):
@@ -46,7 +60,7 @@ class ClipSampler(Sampler[int]):
         self.length = sum(self.sizes)
         self.seed, self.rank, self.world_size, self.order = int(seed), rank, world_size, order
         self.weights = None if weights is None else [float(w) for w in weights]
-        self.shares = shares(self.length, self.sizes if weights is None else self.weights)
+        self.shares = shares(self.length, self.weights or self.sizes)
         self.consumed = 0  # positions of the stream that all ranks together are past
         self._epoch, self._plan = -1, np.empty(0, np.int64)
 
@@ -65,7 +79,7 @@ class ClipSampler(Sampler[int]):
             self._epoch, self._plan = epoch, self._plan_of(epoch)
         return int(self._plan[offset])
 
-    def state_dict(self, consumed: int | None = None) -> dict[str, int | str | list]:
+    def state_dict(self, consumed: int | None = None) -> SamplerState:
         """Where the stream stands, for all ranks alike.
 
         Args:
@@ -73,10 +87,16 @@ class ClipSampler(Sampler[int]):
                 draws ahead); by default those drawn.
         """
         epoch, position = divmod(self.consumed if consumed is None else consumed, self.length)
-        identity = {"sizes": list(self.sizes), "order": self.order, "weights": self.weights}
-        return {"seed": self.seed, "epoch": epoch, "position": position, **identity}
+        return SamplerState(
+            seed=self.seed,
+            epoch=epoch,
+            position=position,
+            sizes=list(self.sizes),
+            order=self.order,
+            weights=self.weights,
+        )
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken, with its seed.
 
         Raises:
@@ -138,7 +158,7 @@ def upstream_index(position: int, length: int) -> int:
     return int(rng.randint(length))
 
 
-def _check(sizes, rank, world_size, order, weights) -> None:
+def _check(sizes: Sequence[int], rank: int, world_size: int, order: str, weights: Sequence[float] | None) -> None:
     if not sizes or any(size < 1 for size in sizes):
         raise ValueError(f"sizes of the data sets are {list(sizes)}; each must have at least one clip")
     if not 0 <= rank < world_size:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from sgm.data.dataset import SFTDataset
 from sgm.data.report import DatasetError
+from sgm.data.sources import Listing
 from sgm.data.video_io import DECODE_TIMEOUT
 
 
@@ -57,18 +57,12 @@ class VideoDataset(SFTDataset):
             file_order, validate, report, buckets, max_crop, txt_key=txt_key,
         )  # fmt: skip
 
-    @classmethod
-    def create_dataset_function(cls, path: str, args: Any, **kwargs: Any) -> VideoDataset:
-        """The original's factory; `PATH;DIR,DIR` names folders below the path."""
-        path, _, folders = path.partition(";")
-        return cls(data_dir=path, include_dirs=folders or None, **kwargs)
-
-    def _list_all(self, source: Path) -> list:
+    def _list_all(self, source: Path) -> Listing:
         clips = super()._list_all(source)
         if self.include_dirs is None:
             return clips
         folders = [str(source / name) + "/" for name in self.include_dirs]
-        kept = [clip for clip in clips if clip.path.startswith(tuple(folders))]
+        kept = Listing(clip for clip in clips if clip.path.startswith(tuple(folders)))
         if not kept:
             raise DatasetError(f"{source}: no clip below {', '.join(self.include_dirs)} (include_dirs)")
         return kept

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from sgm.errors import SgmError
 
@@ -71,10 +71,10 @@ class Place:
             return cls(Path(path))
         return cls(Path(inside["archive"]), int(inside["begin"]), int(inside["size"]))
 
-    def open(self) -> BinaryIO:
+    def open(self) -> io.BufferedReader:
         """The bytes as a file of their own. Raises OSError."""
         file = self.file.open("rb")
-        return file if self.size is None else _Window(file, self.begin, self.size)  # type: ignore[return-value]
+        return file if self.size is None else io.BufferedReader(_Window(file, self.begin, self.size))
 
     def length(self) -> int:
         """In bytes. Raises OSError."""
@@ -84,7 +84,7 @@ class Place:
 class _Window(io.RawIOBase):
     """Part of a file as a file."""
 
-    def __init__(self, file: BinaryIO, begin: int, size: int):
+    def __init__(self, file: io.BufferedReader, begin: int, size: int):
         self._file, self._begin, self._size, self._at = file, begin, size, 0
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
@@ -104,7 +104,7 @@ class _Window(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         count = max(0, min(len(buffer), self._size - self._at))
         self._file.seek(self._begin + self._at)
-        done = self._file.readinto(memoryview(buffer)[:count])  # type: ignore[attr-defined]
+        done = self._file.readinto(memoryview(buffer)[:count])
         self._at += done
         return done
 
@@ -142,11 +142,6 @@ def list_clips(source: str | Path, order: str = "sorted", images: bool = False, 
         return Listing((ListedClip(str(path)) for path in files), passed_over)
     shards = list_files(source, (ARCHIVE_SUFFIX,), order)
     return Listing((clip for shard in shards for clip in read_shard(shard, txt_key)), passed_over)
-
-
-def passed_over_of(clips: Sequence[ListedClip]) -> dict[str, int]:
-    """What the folder that was listed holds besides, see `Listing`; nothing for a plain list."""
-    return clips.passed_over if isinstance(clips, Listing) else {}
 
 
 def passed_over_line(counts: Mapping[str, int]) -> str:
@@ -291,8 +286,9 @@ def read_shard(path: str | Path, txt_key: str = "txt") -> list[ListedClip]:
 
 
 def _text_of(archive: tarfile.TarFile, member: tarfile.TarInfo) -> str:
+    content = archive.extractfile(member)
     try:
-        return archive.extractfile(member).read().decode("utf-8-sig")  # type: ignore[union-attr]
+        return content.read().decode("utf-8-sig") if content else ""
     except UnicodeDecodeError:
         return ""  # the clip is then left out for want of a caption
 

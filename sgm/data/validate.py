@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,10 @@ from PIL import Image, ImageDraw
 from sgm.data.buckets import kept_share
 from sgm.data.clips import CLIP_FAULTS, CaptionError, ClipSettings, caption_of, load_frames
 from sgm.data.decoder import DecodeProcess
-from sgm.data.report import DatasetError, per_thread, reason_of
-from sgm.data.sources import ListedClip, is_image, passed_over_line, passed_over_of
-from sgm.data.video_io import VideoInfo, probe
+from sgm.data.report import DatasetError
+from sgm.data.scan import per_thread, reason_of
+from sgm.data.sources import ListedClip, Listing, is_image, passed_over_line
+from sgm.data.video_io import probe
 from sgm.files import atomic_write
 
 THUMBNAIL = 160  # pixels, the longer side
@@ -57,6 +57,12 @@ class ClipFacts:
         return not self.reason
 
 
+def text_encoder_params(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters of the first text encoder of a `model:` section; none where there is none."""
+    embedders = ((model.get("conditioner_config") or {}).get("params") or {}).get("emb_models") or []
+    return dict(embedders[0].get("params") or {}) if embedders else {}
+
+
 class TokenCounter:
     """Length of captions in the text encoder's tokens.
 
@@ -71,13 +77,13 @@ class TokenCounter:
         self._tokenizer = load_tokenizer(model_dir)
 
     def __call__(self, text: str) -> int:
-        return len(self._tokenizer(text, verbose=False).input_ids)
+        return len(self._tokenizer.encode(text))
 
 
 def examine(
     source: Path,
     settings: ClipSettings,
-    list_all: Callable[[Path], list[ListedClip]],
+    list_all: Callable[[Path], Listing],
     count_tokens: TokenCounter | None = None,
     workers: int | None = None,
 ) -> list[ClipFacts]:
@@ -88,9 +94,8 @@ def examine(
     """
     clips = list_all(source.absolute())
     if not clips:
-        besides = f"; {passed_over_line(passed_over_of(clips))}" if passed_over_of(clips) else ""
+        besides = f"; {passed_over_line(clips.passed_over)}" if clips.passed_over else ""
         raise DatasetError(f"{source}: no clips in it; expected videos/NAME.mp4, a manifest or shards{besides}")
-    workers = workers or min(16, os.cpu_count() or 1)
     facts = per_thread(clips, lambda clip, decoder: _facts_of(source, clip, settings, decoder), workers)
     for fact in facts:
         if fact.caption is not None and count_tokens is not None:
@@ -107,7 +112,9 @@ def _facts_of(source: Path, clip: ListedClip, settings: ClipSettings, decoder: D
         reasons.append(reason_of(fault))
     try:
         info = probe(clip.path, settings.decode_timeout, decoder)
-        _add_info(facts, info)
+        facts.frames, facts.height, facts.width, facts.codec = info.frames, info.height, info.width, info.codec
+        if not is_image(clip.path):
+            facts.fps, facts.seconds = info.fps, info.seconds
         plan = settings.plan(clip.path, info)
         facts.clip = (len(plan.indices), *plan.size)
         facts.cropped = 1 - kept_share(info.height, info.width, facts.clip)
@@ -115,12 +122,6 @@ def _facts_of(source: Path, clip: ListedClip, settings: ClipSettings, decoder: D
         reasons.append(reason_of(fault))
     facts.reason = "; ".join(reasons)
     return facts
-
-
-def _add_info(facts: ClipFacts, info: VideoInfo) -> None:
-    facts.frames, facts.height, facts.width, facts.codec = info.frames, info.height, info.width, info.codec
-    if not is_image(facts.path):
-        facts.fps, facts.seconds = info.fps, info.seconds
 
 
 # --- for people ---------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from sgm.errors import SgmError
 
 DECODE_TIMEOUT = 60.0  # seconds for one clip
 CROP_MODES = ("center", "random")
+Rng = np.random.Generator | np.random.RandomState
 
 
 class VideoError(SgmError):
@@ -37,7 +38,7 @@ class VideoError(SgmError):
         self.reason = reason
         self.passing = passing
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type, tuple[Path, str, bool]]:
         return type(self), (self.path, self.reason, self.passing)
 
 
@@ -72,10 +73,9 @@ def probe(path: str | Path, timeout: float = DECODE_TIMEOUT, decoder: DecodeProc
         found = (decoder or thread_decoder()).probe(path, timeout)
     except (ContainerError, DecodeError, OSError) as error:
         raise VideoError(path, str(error), isinstance(error, (DecoderLostError, OSError))) from error
-    frames, fps = int(found["frames"]), found["fps"]
-    if frames < 1 or not (math.isfinite(fps) and fps > 0):
-        raise VideoError(path, f"{frames} frames at {fps} frames per second")
-    return VideoInfo(frames, fps, found["height"], found["width"], codec, frames / fps)
+    if found.frames < 1 or not (math.isfinite(found.fps) and found.fps > 0):
+        raise VideoError(path, f"{found.frames} frames at {found.fps} frames per second")
+    return VideoInfo(found.frames, found.fps, found.height, found.width, codec, found.frames / found.fps)
 
 
 def read_frames(
@@ -132,7 +132,7 @@ def resize_crop(
     frames: Tensor,
     size: tuple[int, int],
     mode: str = "center",
-    rng: np.random.Generator | np.random.RandomState | None = None,
+    rng: Rng | None = None,
 ) -> Tensor:
     """Scale frames to cover `size`, then cut out `size`; the same bytes as the original's torchvision calls.
 
@@ -153,7 +153,7 @@ def resize_crop(
         raise ValueError(f"frames are {frames.dtype} {tuple(frames.shape)}, expected uint8 (f, c, h, w)")
     if height < 1 or width < 1 or min(frames.shape[-2:]) < 1:
         raise ValueError(f"cannot bring frames of {tuple(frames.shape[-2:])} to {height}x{width}")
-    new_height, new_width = resized_size(*frames.shape[-2:], height, width)
+    new_height, new_width = resized_size(frames.shape[-2], frames.shape[-1], height, width)
     top, left = _corner(new_height - height, new_width - width, mode, rng)
     out = frames.new_empty(*frames.shape[:2], height, width)
     for frame, target in zip(frames, out, strict=True):  # one at a time: float32 needs four times the memory
@@ -169,10 +169,10 @@ def _bicubic(frame: Tensor, height: int, width: int) -> Tensor:
     return scaled.clamp_(0, 255).round_().to(torch.uint8)
 
 
-def _corner(spare_height: int, spare_width: int, mode: str, rng) -> tuple[int, int]:
+def _corner(spare_height: int, spare_width: int, mode: str, rng: Rng | None) -> tuple[int, int]:
     if mode == "center":
         return spare_height // 2, spare_width // 2
     if mode != "random":
         raise ValueError(f"unknown crop mode {mode!r}; choose one of {', '.join(CROP_MODES)}")
-    draw = rng.integers if isinstance(rng, np.random.Generator) else (rng or np.random).randint
+    draw = rng.integers if isinstance(rng, np.random.Generator) else rng.randint if rng else np.random.randint
     return int(draw(0, spare_height + 1)), int(draw(0, spare_width + 1))

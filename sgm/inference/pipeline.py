@@ -23,7 +23,7 @@ from sgm.inference.options import SampleArgs
 from sgm.inference.placement import Placement
 from sgm.inference.rehearsal import rehearse
 from sgm.models.diffusion import Cond, SATVideoDiffusionEngine
-from sgm.models.loading import Adapter, LoadedNetwork, load_first_stage, load_network, load_text_encoder, on_meta
+from sgm.models.loading import Adapter, LoadedNetwork, load_first_stage, load_network, load_text_encoder
 from sgm.modules.diffusionmodules.shortcuts import CallCount, ShortcutRun
 from sgm.modules.ops.choice import choose_kernels
 from sgm.modules.ops.fp8 import check_fp8
@@ -66,7 +66,7 @@ class TextToVideo:
         model = _for_inference(config.model)
         if not with_text_encoder:
             del model["conditioner_config"]
-        with on_meta():
+        with torch.device("meta"):
             self.engine = SATVideoDiffusionEngine(**model, dtype=self.args.dtype)
         self.engine.eval().requires_grad_(False)
         fast = config.accelerate

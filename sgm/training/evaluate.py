@@ -18,10 +18,13 @@ from torch.utils.data import Dataset
 
 from sgm.data.buckets import batches_by_shape
 from sgm.data.collate import collate
-from sgm.data.loader import shapes_of
+from sgm.data.loader import clip_count, known_shapes
 from sgm.data.video_out import EncodingError, to_uint8, write_video
 from sgm.distributed import data_parallel_rank, data_parallel_world_size, model_parallel_rank, preserve_rng
 from sgm.files import SaveError
+from sgm.models.autoencoder import VideoAutoencoder
+from sgm.models.diffusion import SATVideoDiffusionEngine
+from sgm.training.setup.engine import TrainingEngine
 from sgm.training.step import batch_latents
 from sgm.training.watch.bins import BINS, bin_means, bin_sums
 from sgm.training.watch.run_log import RunLog
@@ -56,7 +59,7 @@ class Evaluation:
     fps: int
     prompts: Sequence[str] = ()
 
-    def run(self, ds_engine: Any, iteration: int, log: RunLog) -> tuple[float, list[float | None]]:
+    def run(self, ds_engine: TrainingEngine, iteration: int, log: RunLog) -> tuple[float, list[float | None]]:
         """Mean loss over all ranks, and by part of the timesteps (None: none fell there). Collective."""
         engine = ds_engine.module
         ds_engine.eval()
@@ -69,7 +72,8 @@ class Evaluation:
                     total[0] += loss.double()
                     total[1:] += bin_sums(logs, total.device).flatten()
                     if k == 0 and self.folder is not None:
-                        self._log(engine, batch, iteration, ds_engine.device, log)
+                        files = _Files(self.folder, iteration, self.fps, log)
+                        self._log(engine, batch, ds_engine.device, files)
         finally:
             ds_engine.train()
         dist.all_reduce(total)
@@ -88,22 +92,21 @@ class Evaluation:
         return k * data_parallel_world_size() + data_parallel_rank()
 
     def _clip(self, position: int) -> dict[str, Any]:
-        position %= sum(len(d) for d in self.datasets)  # type: ignore[arg-type]
+        position %= sum(map(clip_count, self.datasets))
         for dataset in self.datasets:
-            if position < len(dataset):  # type: ignore[arg-type]
+            if position < clip_count(dataset):
                 return dataset[position]
-            position -= len(dataset)  # type: ignore[arg-type]
+            position -= clip_count(dataset)
         raise IndexError(position)
 
     # --- what people look at --------------------------------------------------------------------------------------
 
-    def _log(self, engine: Any, batch: dict[str, Any], iteration: int, device: torch.device, log: RunLog) -> None:
+    def _log(self, engine: SATVideoDiffusionEngine, batch: dict[str, Any], device: torch.device, files: _Files) -> None:
         """Captions; input, reconstruction and sample of the first clip; a sample for each of `prompts`.
 
         All ranks sample; the first one writes, and what cannot be written ends no training.
         """
         first = {name: values[:1] for name, values in batch.items()}
-        files = _Files(self.folder, iteration, self.fps, log)  # type: ignore[arg-type]
         files.text(batch["txt"])
         if not self.log_video:
             return
@@ -121,21 +124,24 @@ class Evaluation:
                 files.clip("samples", k, decode(engine, samples))
 
 
-def decode(engine: Any, z: Tensor) -> Tensor:
+def decode(engine: SATVideoDiffusionEngine, z: Tensor) -> Tensor:
     """Latents (b, t, c, h, w) to pixels (b, f, 3, h, w) on the CPU, in chunks and with little memory.
 
     (The original decodes in one go here, which needs more memory than training; see `decode_first_stage`.) An even t
     loses its last frame.
     """
     odd = z.shape[1] - (z.shape[1] + 1) % 2
-    with _low_memory(engine.first_stage_model):
-        pixels = engine.decode_first_stage(rearrange(z[:, :odd], "b t c h w -> b c t h w"), chunked=True)
+    with low_memory(engine.first_stage_model):
+        pixels = engine.decode_first_stage(rearrange(z[:, :odd], "b t c h w -> b c t h w"))
     return rearrange(pixels, "b c f h w -> b f c h w").cpu()
 
 
 @contextmanager
-def _low_memory(stage: Any) -> Iterator[None]:
-    """The first stage works in small pieces inside the block."""
+def low_memory(stage: object) -> Iterator[None]:
+    """A VAE works in small pieces inside the block; what else stands for the first stage is left alone."""
+    if not isinstance(stage, VideoAutoencoder):
+        yield
+        return
     before = stage.memory
     stage.set_low_memory(True, cache_on_cpu=True)
     try:
@@ -158,7 +164,7 @@ class _Files:
         return data_parallel_rank() == 0 and model_parallel_rank() == 0
 
     @contextmanager
-    def _patiently(self, path: Path) -> Iterator[None]:
+    def _or_warn(self, path: Path) -> Iterator[None]:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             yield
@@ -168,7 +174,7 @@ class _Files:
     def text(self, captions: Sequence[str]) -> None:
         path = self.folder / "video_texts" / f"{self.iteration:08d}"
         if self._writes:
-            with self._patiently(path):
+            with self._or_warn(path):
                 path.write_text("".join(f"{text}\n" for text in captions), encoding="utf-8")
 
     def latents(self, number: int, latents: Tensor) -> None:
@@ -176,7 +182,7 @@ class _Files:
         name = f"latent_{number:06d}.pt" if number else "latent.pt"
         path = self.folder / "video" / "latents" / f"latents_gs-{self.iteration:06d}" / name
         if self._writes:
-            with self._patiently(path):
+            with self._or_warn(path):
                 torch.save(latents.cpu(), path)
 
     def clip(self, kind: str, number: int, pixels: Tensor) -> None:
@@ -185,7 +191,7 @@ class _Files:
         if not self._writes:
             return
         frames: np.ndarray = to_uint8(rearrange(pixels, "b f c h w -> b c f h w"))[0].cpu().numpy()
-        with self._patiently(path):
+        with self._or_warn(path):
             write_video(path, frames, self.fps)
             self.log.video(f"{kind}/{number}", path, frames, self.fps, self.iteration)
 
@@ -195,7 +201,7 @@ def evaluation_batches(datasets: Sequence[Dataset], batch_size: int, wanted: int
     if not strict:
         return wanted
     plan = mixed_batches(datasets, batch_size)
-    clips = sum(len(d) for d in datasets)  # type: ignore[arg-type]
+    clips = sum(map(clip_count, datasets))
     return math.ceil((len(plan) if plan else clips / batch_size) / data_parallel_world_size())
 
 
@@ -204,8 +210,8 @@ def mixed_batches(datasets: Sequence[Dataset], batch_size: int) -> list[list[int
 
     Positions count through the data sets.
     """
-    shapes = [shapes_of(dataset) for dataset in datasets]
-    if batch_size == 1 or None in shapes:
+    shapes = known_shapes(datasets)
+    if batch_size == 1 or shapes is None:
         return None
-    flat = [shape for of_one in shapes for shape in of_one]  # type: ignore[union-attr]
+    flat = [shape for of_one in shapes for shape in of_one]
     return batches_by_shape(flat, batch_size) if len(set(flat)) > 1 else None

@@ -6,61 +6,47 @@ import dataclasses
 import math
 import os
 import random
-import shlex
 import sys
-import tempfile
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
-from datetime import datetime
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils.data import Subset
+from torch.utils.data import Dataset
 
 from sgm import distributed
-from sgm.cache.batches import in_lengths
 from sgm.cache.ready import ReadyCache, ready_cache
 from sgm.config import ConfigError, RunConfig, check_model_section
-from sgm.data.loader import create_loader
-from sgm.data.report import first_reasons
-from sgm.data.sources import exists
 from sgm.distributed import DistInfo, from_first
-from sgm.files import SaveError, require_writable
-from sgm.lock import try_lock
 from sgm.models.diffusion import SATVideoDiffusionEngine
-from sgm.placeholders import placeholders_in
-from sgm.places import INSTALLED, PROJECT, found_path, lies_in_demo, shown
-from sgm.training.checkpoints.checkpoint import CheckpointError, find_resume
-from sgm.training.checkpoints.folder import LOCK, new_run
-from sgm.training.checkpoints.same_run import CONFIG_FILE, differences, resume_hash
+from sgm.training.checkpoints.same_run import CONFIG_FILE
 from sgm.training.checkpoints.saver import Saver, resume
 from sgm.training.evaluate import Evaluation, evaluation_batches
 from sgm.training.faults import SkipGuard, TrainingStopped, out_of_memory_advice
 from sgm.training.memory import MemoryNeeds, free_memory
-from sgm.training.optimizers.ema_adam import count, parameter_groups
+from sgm.training.optimizers.groups import count, parameter_groups
 from sgm.training.optimizers.schedule import LearningRate
 from sgm.training.options import TrainArgs, training_advice, trains_lora
-from sgm.training.setup.deepspeed import DeepSpeedPlan, plan_deepspeed, start_engine
-from sgm.training.setup.parts import (
-    arrange_first_stage,
-    build_datasets,
-    check_clips,
-    checkpointing_mode,
-    load_engine,
-    mark_prior,
-    memory_needs,
-    planned_needs,
-    split_validation,
-)
+from sgm.training.setup.clips import check_clips
+from sgm.training.setup.data import cache_request, clip_sets, left_out, training_loader
+from sgm.training.setup.deepspeed import DeepSpeedPlan, plan_deepspeed
+from sgm.training.setup.estimate import memory_needs, planned_needs
+from sgm.training.setup.model import arrange_first_stage, checkpointing_mode, load_engine
+from sgm.training.setup.places import check_places, with_found_places
+from sgm.training.setup.run_folder import check_writable, find_checkpoint, hold, new_run_folder
+from sgm.training.setup.start import start_engine
 from sgm.training.trainer import Trainer
 from sgm.training.watch.boards import Board, TensorBoard, WeightsAndBiases
 from sgm.training.watch.run_log import RunLog
 from sgm.training.watch.timing import PhaseClock, phases_of_step
-from sgm.weights.preflight import check_paths, with_found_paths
+
+Say = Callable[[str], None]
 
 
 def train(config: RunConfig[TrainArgs], *, dry_run: bool = False) -> int:
@@ -76,83 +62,105 @@ def train(config: RunConfig[TrainArgs], *, dry_run: bool = False) -> int:
     args = config.args
     kind = device_type(args.device)
     info = distributed.init_distributed(kind)
-    _check_places(config, dry_run)
+    check_places(config, dry_run)
     distributed.ensure_groups(args.model_parallel_size)
     plan = plan_deepspeed(config.deepspeed, device_type=kind, data_parallel_size=distributed.data_parallel_world_size())
     check_clips(config, plan.dtype)
-    say = print if info.rank == 0 else _silent
+    say = rank_zero_printer(info.rank)
     advice = training_advice(args, config.model, plan.optimizer.lr)
     for note in (*config.notes, *plan.notes, *_activation_note(config), *advice):
-        say(note if note.startswith("warning") else f"note: {note}", flush=True)
+        say(note if note.startswith("warning") else f"note: {note}")
     if dry_run:
         return _dry_run(config, plan, info, say)
     with ExitStack() as stack:
-        needs: list[MemoryNeeds] = []
+        parts = _load(config, plan, info, stack, say)
         try:
-            trainer = _prepare(config, plan, info, stack, needs, say)
-            return trainer.fit()
+            return _start(parts, config, plan, info, stack, say).fit()
         except torch.OutOfMemoryError as error:
-            if not needs:
-                raise
-            raise TrainingStopped(out_of_memory_advice(needs[0])) from error
+            raise TrainingStopped(out_of_memory_advice(parts.needs)) from error
 
 
-def _prepare(
-    config: RunConfig[TrainArgs],
-    plan: DeepSpeedPlan,
-    info: DistInfo,
-    stack: ExitStack,
-    needs: list[MemoryNeeds],
-    say: Callable[..., None],
-) -> Trainer:
-    """Everything up to the first iteration; what must be closed goes onto `stack`."""
-    _check_writable(config.args.save)
-    found = _find_resume(config, say)
-    cache = ready_cache(config, plan.dtype, info, say) if config.args.cache_dir else None
-    folder = found.parent if found else _run_folder(config.args)
+@dataclass(frozen=True)
+class _Loaded:
+    """What is there before the clips.
+
+    Attributes:
+        checkpoint: the iteration folder to go on from. folder: the run's; None where nothing is saved.
+        groups: the parameters that learn, in an optimizer's groups.
+    """
+
+    checkpoint: Path | None
+    cache: ReadyCache | None
+    folder: Path | None
+    engine: SATVideoDiffusionEngine
+    groups: list[dict[str, Any]]
+    needs: MemoryNeeds
+
+
+def _load(config: RunConfig[TrainArgs], plan: DeepSpeedPlan, info: DistInfo, stack: ExitStack, say: Say) -> _Loaded:
+    """Where to write, the cache, the engine with its weights; what must be closed goes onto `stack`."""
+    args = config.args
+    if args.save:
+        check_writable(args.save)
+    found = find_checkpoint(config, say)
+    request = cache_request(config, plan.dtype)
+    cache = ready_cache(request, info, say) if request else None
+    folder = found.parent if found else new_run_folder(args)
     if folder:
-        _hold(folder, stack)
-    seed_all(config.args.seed)  # the same on all ranks, for what is initialised at random
+        hold(folder, stack)
+    seed_all(args.seed)  # the same on all ranks, for what is initialised at random
     engine, loaded = load_engine(config, plan, info.device)
     if loaded:
-        say(f"weights: {loaded.source}", *(f"note: {note}" for note in loaded.notes), sep="\n", flush=True)
-    ranks = distributed.data_parallel_world_size()
-    needs.append(memory_needs(engine, config, plan, ranks))
+        say("\n".join([f"weights: {loaded.source}", *(f"note: {note}" for note in loaded.notes)]))
+    needs = memory_needs(engine, config, plan, distributed.data_parallel_world_size())
     groups = parameter_groups(engine)
     types = plan.dtype + (", products in bf16" if engine.kernels.cpu_bf16 else "")
     say(f"training {count(groups):,} of {sum(p.numel() for p in engine.parameters()):,} values; {info.world_size} "
-        f"process{'es' if info.world_size > 1 else ''}, {types}, ZeRO {plan.stage}", flush=True)  # fmt: skip
-    say("\n".join(needs[0].report(free_memory(info.device))), flush=True)
+        f"process{'es' if info.world_size > 1 else ''}, {types}, ZeRO {plan.stage}")  # fmt: skip
+    say("\n".join(needs.report(free_memory(info.device))))
+    return _Loaded(found, cache, folder, engine, groups, needs)
 
-    reports = folder or Path(from_first(lambda: stack.enter_context(_temporary_folder())))
-    train_sets, valid_sets = _datasets(config, reports, cache)
-    for line in left_out([*train_sets, *valid_sets]):
-        say(line, flush=True)
-    if config.args.cache_lengths:
-        train_sets = [in_lengths(dataset, config.args.cache_lengths) for dataset in train_sets]
-    loader = stack.enter_context(_loader(config.args, plan, train_sets))
-    config = _with_epochs(config, plan, sum(map(len, train_sets)))  # type: ignore[arg-type]
+
+def _start(
+    parts: _Loaded, config: RunConfig[TrainArgs], plan: DeepSpeedPlan, info: DistInfo, stack: ExitStack, say: Say
+) -> Trainer:
+    """Everything else up to the first iteration."""
+    folder, engine = parts.folder, parts.engine
+    reports = folder or Path(from_first(lambda: stack.enter_context(TemporaryDirectory(prefix="cogvideox-train-"))))
+    clips = clip_sets(config, reports, parts.cache)
+    for line in left_out([*clips.train, *clips.valid]):
+        say(line)
+    loader = stack.enter_context(training_loader(config.args, plan.micro_batch, clips.train))
+    config = _with_epochs(config, plan, sum(loader.sampler.sizes))
     args = config.args
 
-    ds_engine = start_engine(engine, groups, plan, info.device.type)
+    ds_engine = start_engine(engine, parts.groups, plan, info.device.type)
     arrange_first_stage(engine, config, plan)
     schedule = LearningRate(args.schedule(plan.optimizer.lr), ds_engine.basic_optimizer.param_groups)
     out = sys.stdout if info.rank == 0 else None
     log = stack.enter_context(RunLog(folder, args.train_iters, out, show_phases=plan.time_phases))
-    trainer = Trainer(ds_engine, loader, schedule, args, log, SkipGuard(args.max_skipped_steps))
-    trainer.dtype, trainer.clipping = plan.dtype, plan.clipping
-    trainer.clock = phases_of_step(PhaseClock(True, info.device), engine)
-    trainer.saver = Saver(folder, config, trains_lora(config.model)) if folder else None
-    trainer.evaluation = _evaluation(config, plan, valid_sets, folder)
+    trainer = Trainer(
+        ds_engine,
+        loader,
+        schedule,
+        args,
+        log,
+        SkipGuard(args.max_skipped_steps),
+        saver=Saver(folder, config, trains_lora(config.model)) if folder else None,
+        evaluation=_evaluation(config, plan, clips.valid, folder),
+        dtype=plan.dtype,
+        clipping=plan.clipping,
+        clock=phases_of_step(PhaseClock(True, info.device), engine),
+    )
     seed_all(args.seed + distributed.data_parallel_rank())
-    if found:
-        resume(trainer, found)
-        say(f"resumed {found} at iteration {trainer.iteration}", flush=True)
+    if parts.checkpoint:
+        resume(trainer, parts.checkpoint)
+        say(f"resumed {parts.checkpoint} at iteration {trainer.iteration}")
     if info.rank == 0:
         log.boards = _boards(config, folder, trainer.iteration)
     if folder and info.rank == 0:
         (folder / CONFIG_FILE).write_text(config.as_yaml(), encoding="utf-8")
-        say(f"run folder {folder}", flush=True)
+        say(f"run folder {folder}")
     return trainer
 
 
@@ -170,169 +178,6 @@ def device_type(wanted: str | None) -> str:
     return wanted
 
 
-# --- places -------------------------------------------------------------------------------------------------------
-
-
-def with_found_places(config: RunConfig[TrainArgs]) -> RunConfig[TrainArgs]:
-    """Relative paths that are not below the current folder are looked for in the project's."""
-    args = config.args
-    valid = args.valid_data and [found_path(folder) for folder in args.valid_data]
-    args = dataclasses.replace(
-        args,
-        train_data=[found_path(folder) for folder in args.train_data],
-        prior_data=[found_path(folder) for folder in args.prior_data],
-        valid_data=valid,
-        cache_dir=args.cache_dir and found_path(args.cache_dir),
-    )
-    return with_found_paths(dataclasses.replace(config, args=args))
-
-
-def _check_places(config: RunConfig[TrainArgs], dry_run: bool) -> None:
-    """Every path edited and there; a dry run has made nothing, so the demo's may be absent.
-
-    Raises:
-        ConfigError: names each that is not.
-    """
-    # With a cache only what is missing from it needs the encoders, whose absence is noticed then.
-    check_paths({} if config.args.cache_dir else config.model, config.args.load)
-    args = config.args
-    folders = {"train_data": args.train_data, "prior_data": args.prior_data, "valid_data": args.valid_data or []}
-    problems = [f"args.{place} is still the placeholder {text!r}" for place, text in placeholders_in(folders)]
-    problems += [
-        f"args.{name}: no folder {path}, nor a manifest or shard"
-        for name, paths in folders.items()
-        for path in paths
-        if not problems and not exists(Path(path).expanduser()) and not (dry_run and lies_in_demo(path))
-    ]
-    if problems:
-        raise ConfigError("\n".join([*problems, _how_to_get_data(args.data_folders)]))
-
-
-def _how_to_get_data(folders: list[str]) -> str:
-    undrawn = [folder for folder in folders if lies_in_demo(folder) and not Path(folder).expanduser().exists()]
-    if not undrawn:
-        return "A data folder holds videos/NAME.mp4 and labels/NAME.txt (docs/data.md)."
-    if INSTALLED:
-        return (
-            "The demo's clips are drawn by tools/, which is not part of the installed package. In a checkout: bash "
-            "finetune.sh configs/demo_lora.yaml"
-        )
-    words = [Path(sys.executable), PROJECT / "tools" / "demo" / "clips.py", *map(Path, undrawn)]
-    return f"finetune.sh draws the demo's clips before it trains; without it: {shlex.join(map(shown, words))}"
-
-
-def _find_resume(config: RunConfig[TrainArgs], say: Callable[..., None]) -> Path | None:
-    """The iteration folder to go on from, if asked for and found."""
-    args = config.args
-    if not args.resume:
-        return None
-    explain = partial(differences, config=config)
-    if args.resume != "auto":
-        return find_resume(Path(args.resume), None, resume_hash(config), explain)
-    if not args.save:
-        raise ConfigError("--resume looks for runs in args.save, which is not set; set it or give the run's folder")
-    found = find_resume(Path(args.save), args.experiment_name, resume_hash(config))
-    if found is None:
-        say(f"no earlier run of this configuration in {args.save}: starting a new one", flush=True)
-        other = find_resume(Path(args.save), args.experiment_name, None)
-        if other:
-            changed = "; ".join(explain(other.parent)) or f"see its {CONFIG_FILE}"
-            say(f"warning: {other} is of another configuration: {changed}", flush=True)
-    return found
-
-
-def _run_folder(args: TrainArgs) -> Path | None:
-    """save/NAME-MM-DD-HH-MM, new, chosen by rank 0."""
-    if not args.save:
-        return None
-
-    def choose() -> str:
-        return str(new_run(Path(args.save).expanduser() / f"{args.experiment_name}-{datetime.now():%m-%d-%H-%M}"))
-
-    return Path(from_first(choose))
-
-
-def _check_writable(save: str | None) -> None:
-    """Raises CheckpointError, on every rank."""
-
-    def problem() -> str | None:
-        try:
-            require_writable(Path(save or "").expanduser())
-        except SaveError as error:
-            return str(error)
-        return None
-
-    reason = from_first(problem) if save else None
-    if reason:
-        raise CheckpointError(f"{reason} Set args.save to another folder.")
-
-
-def _hold(folder: Path, stack: ExitStack) -> None:
-    """Keep other commands from training into the same folder until `stack` is left.
-
-    Raises:
-        CheckpointError: on every rank; another command does so already.
-    """
-    if not from_first(lambda: stack.enter_context(try_lock(folder / LOCK))):
-        raise CheckpointError(
-            f"another command is still training into {folder}; end it or wait for it. To go on from another run, give "
-            "its folder to --resume."
-        )
-
-
-def _temporary_folder() -> AbstractContextManager[str]:
-    return tempfile.TemporaryDirectory(prefix="cogvideox-train-")
-
-
-# --- parts --------------------------------------------------------------------------------------------------------
-
-
-def _datasets(config: RunConfig[TrainArgs], reports: Path, cache: ReadyCache | None) -> tuple[list[Any], list[Any]]:
-    """(training, validation) sets; validation is empty where no evaluation is asked for."""
-    args = config.args
-    build = cache.datasets if cache else partial(build_datasets, config.data)
-    train_sets = build(args.train_data, reports, "train_data")
-    prior_sets = build(args.prior_data, reports, "prior_data")
-    for dataset in prior_sets:
-        mark_prior(dataset)
-    if not args.eval_interval and not args.epochs:
-        return train_sets + prior_sets, []
-    if args.valid_data == args.train_data:
-        return train_sets + prior_sets, train_sets
-    if args.valid_data:
-        return train_sets + prior_sets, build(args.valid_data, reports, "valid_data")
-    train_sets, valid_sets = split_validation(train_sets, args.split, args.seed)
-    return train_sets + prior_sets, valid_sets
-
-
-def left_out(datasets: list[Any]) -> list[str]:
-    """A warning for each data set that cannot use all videos of its folder."""
-    lines = []
-    for dataset in datasets:
-        whole = dataset.dataset if isinstance(dataset, Subset) else dataset
-        rejected = whole.report.rejected if hasattr(whole, "report") else []
-        if rejected:
-            lines.append(
-                f"warning: {whole.data_dir}: {len(rejected)} of {len(rejected) + len(whole)} videos are left out, all "
-                f"named in {whole.report_path} (first: {first_reasons(rejected, 1)})"
-            )
-    return list(dict.fromkeys(lines))
-
-
-def _loader(args: TrainArgs, plan: DeepSpeedPlan, datasets: list[Any]) -> Any:
-    return create_loader(
-        datasets,
-        plan.micro_batch,
-        args.num_workers,
-        seed=args.seed,
-        rank=distributed.data_parallel_rank(),
-        world_size=distributed.data_parallel_world_size(),
-        order=args.data_order,
-        weights=args.train_data_weights,
-        prefetch=args.prefetch_factor,
-    )
-
-
 def _with_epochs(config: RunConfig[TrainArgs], plan: DeepSpeedPlan, clips: int) -> RunConfig[TrainArgs]:
     """`epochs` as iterations, and the intervals that default to one epoch."""
     args = config.args
@@ -348,7 +193,7 @@ def _with_epochs(config: RunConfig[TrainArgs], plan: DeepSpeedPlan, clips: int) 
 
 
 def _evaluation(
-    config: RunConfig[TrainArgs], plan: DeepSpeedPlan, datasets: list[Any], folder: Path | None
+    config: RunConfig[TrainArgs], plan: DeepSpeedPlan, datasets: Sequence[Dataset], folder: Path | None
 ) -> Evaluation | None:
     args = config.args
     if not datasets or not args.eval_interval:
@@ -389,6 +234,11 @@ def seed_all(seed: int) -> None:
 # --- what is said -------------------------------------------------------------------------------------------------
 
 
+def rank_zero_printer(rank: int) -> Say:
+    """Prints a line at once, on the first rank; the others say nothing."""
+    return partial(print, flush=True) if rank == 0 else lambda line: None
+
+
 def _activation_note(config: RunConfig[TrainArgs]) -> list[str]:
     switches = config.model["network_config"]["params"].get("transformer_args") or {}
     inner, outer = switches.get("checkpoint_activations", False), config.args.checkpoint_activations
@@ -398,7 +248,7 @@ def _activation_note(config: RunConfig[TrainArgs]) -> list[str]:
     return [f"checkpoint_activations is {outer} in args and {inner} in transformer_args: {mode} holds"]
 
 
-def _dry_run(config: RunConfig[TrainArgs], plan: DeepSpeedPlan, info: DistInfo, say: Callable[..., None]) -> int:
+def _dry_run(config: RunConfig[TrainArgs], plan: DeepSpeedPlan, info: DistInfo, say: Say) -> int:
     args = config.args
     say(config.as_yaml())
     ranks = distributed.data_parallel_world_size()
@@ -411,10 +261,6 @@ def _dry_run(config: RunConfig[TrainArgs], plan: DeepSpeedPlan, info: DistInfo, 
     return 0
 
 
-def _silent(*_: Any, **__: Any) -> None:
-    """Ranks other than the first say nothing."""
-
-
 def exit_quietly(code: int) -> None:
     """End the process with `code` after orderly shutdown of the groups; a failed rank does not wait for the others."""
     sys.stdout.flush()
@@ -425,6 +271,3 @@ def exit_quietly(code: int) -> None:
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         os._exit(code)
     sys.exit(code)
-
-
-__all__ = ["device_type", "exit_quietly", "from_first", "seed_all", "train", "with_found_places"]

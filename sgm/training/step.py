@@ -9,14 +9,17 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor
 
-from sgm.training.checkpoints.partitions import basic_optimizer, load_scaler_state, scaler_state
+from sgm.distributed import model_parallel_rank, model_parallel_world_size
+from sgm.models.diffusion import SATVideoDiffusionEngine
+from sgm.training.checkpoints.partitions import load_scaler_state, scaler_state
+from sgm.training.setup.engine import TrainingEngine
 from sgm.training.watch.bins import BINS, bin_sums
 from sgm.training.watch.timing import PhaseClock
 
@@ -46,7 +49,7 @@ class StepOutcome:
     data_wait: float = 0.0
 
 
-def batch_latents(engine: Any, batch: Mapping[str, Any], device: torch.device) -> Tensor:
+def batch_latents(engine: SATVideoDiffusionEngine, batch: Mapping[str, Any], device: torch.device) -> Tensor:
     """Scaled latents (b, t, c, h, w) of a batch's clips: a draw from the first stage's posterior."""
     # Converted there: the CPU would take longer, and what it makes is not page-locked.
     x = batch[engine.input_key].to(device, non_blocking=True).to(engine.dtype)
@@ -55,7 +58,9 @@ def batch_latents(engine: Any, batch: Mapping[str, Any], device: torch.device) -
     return rearrange(engine.encode_first_stage(x), "b c t h w -> b t c h w").contiguous()
 
 
-def batch_loss(ds_engine: Any, batch: Mapping[str, Any], clock: PhaseClock) -> tuple[Tensor, dict[str, Tensor]]:
+def batch_loss(
+    ds_engine: TrainingEngine, batch: Mapping[str, Any], clock: PhaseClock
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss of a batch, scalar, and what the engine logs. DeepSpeed's own forward prepares the backward pass."""
     with clock.phase("vae"):
         z = batch_latents(ds_engine.module, batch, ds_engine.device)
@@ -64,7 +69,7 @@ def batch_loss(ds_engine: Any, batch: Mapping[str, Any], clock: PhaseClock) -> t
 
 
 def training_step(
-    ds_engine: Any,
+    ds_engine: TrainingEngine,
     batches: Iterator[Mapping[str, Any]],
     clipping: float = 0.0,
     stop_requested: bool = False,
@@ -79,7 +84,7 @@ def training_step(
     were.
     """
     clock = clock or PhaseClock()
-    told: list[_Told] = []
+    underway: list[_AsyncCopy] = []
     poison, waited = torch.ones((), dtype=torch.float64, device=ds_engine.device), 0.0
     scaler = scaler_state(ds_engine)
     for _ in range(ds_engine.gradient_accumulation_steps()):
@@ -88,24 +93,24 @@ def training_step(
             batch = next(batches)
         waited += time.perf_counter() - asked
         loss, logs = batch_loss(ds_engine, batch, clock)
-        shared = _share(loss, stop_requested, bin_sums(logs, loss.device))
-        told.append(_Told(shared))
+        sums = _sum_over_ranks(loss, stop_requested, bin_sums(logs, loss.device))
+        underway.append(_AsyncCopy(sums))
         # A gradient that is NaN throughout makes DeepSpeed drop what has been accumulated, in every ZeRO stage. The
         # device decides it, so that nobody waits for the forward pass here.
-        poison = torch.where(shared[_BAD] > 0, math.nan, poison)
+        poison = torch.where(sums[_BAD] > 0, math.nan, poison)
         with clock.phase("backward"):
             ds_engine.backward(loss * poison.to(loss.dtype))
         with clock.phase("optimizer"):
             norm = _finish_unwrapped(ds_engine, clipping)
             ds_engine.step()
-    loss_mean, bad_loss, stop, by_timestep = _read(told)
+    shared = _read(underway)
     if norm is None:
         norm = _reported_norm(ds_engine)
     applied = ds_engine.was_step_applied() and norm is not None and math.isfinite(norm)
-    if bad_loss:
+    if shared.bad:
         load_scaler_state(ds_engine, scaler)
-    reason = "" if applied else _reason(bad_loss, scaler is not None)
-    return StepOutcome(loss_mean, norm if applied else None, applied, reason, stop, by_timestep, waited)
+    reason = "" if applied else _reason(shared.bad, scaler is not None)
+    return StepOutcome(shared.loss, norm if applied else None, applied, reason, shared.stop, shared.by_timestep, waited)
 
 
 def _reason(bad_loss: bool, scaled: bool) -> str:
@@ -114,18 +119,18 @@ def _reason(bad_loss: bool, scaled: bool) -> str:
     return "the gradient left float16's range, the loss scale is lowered" if scaled else "the gradient is not finite"
 
 
-def _share(loss: Tensor, stop: bool, bins: Tensor) -> Tensor:
+def _sum_over_ranks(loss: Tensor, stop: bool, bins: Tensor) -> Tensor:
     """Summed over all ranks, float64: the loss where finite, how many are not, how many want to stop, and `bins`."""
     value = loss.detach().double()
     finite = torch.isfinite(value)
     wants_stop = torch.full_like(value, float(stop))
     own = torch.stack([torch.where(finite, value, 0.0), (~finite).double(), wants_stop])
-    shared = torch.cat([own, bins.flatten()])
-    dist.all_reduce(shared)
-    return shared
+    sums = torch.cat([own, bins.flatten()])
+    dist.all_reduce(sums)
+    return sums
 
 
-class _Told:
+class _AsyncCopy:
     """Numbers on their way from the device. Who reads them waits for them, not for what was queued after them."""
 
     def __init__(self, numbers: Tensor):
@@ -140,28 +145,38 @@ class _Told:
         return self._numbers.tolist()
 
 
-def _read(told: list[_Told]) -> tuple[float, bool, bool, tuple[list[float], list[float]]]:
-    """Of what `_share` gave for each micro-batch: (mean loss, NaN if any is not finite; whether that is so; whether any
-    rank wants to stop; sums and counts by timestep)."""
-    total, bad, wants_stop, *rest = (sum(column) for column in zip(*(one.read() for one in told)))
-    mean = math.nan if bad else total / dist.get_world_size() / len(told)
-    return mean, bad > 0, wants_stop > 0, (rest[:BINS], rest[BINS:])
+class _Shared(NamedTuple):
+    """Of all ranks' micro-batches: the mean loss, NaN if any is not finite (`bad`); whether any rank wants to stop; sum
+    of losses and number of samples by timestep."""
+
+    loss: float
+    bad: bool
+    stop: bool
+    by_timestep: tuple[list[float], list[float]]
 
 
-def _reported_norm(ds_engine: Any) -> float | None:
+def _read(shared: list[_AsyncCopy]) -> _Shared:
+    """From what `_sum_over_ranks` gave for each micro-batch."""
+    total, bad, wants_stop, *rest = (sum(column) for column in zip(*(sums.read() for sums in shared)))
+    mean = math.nan if bad else total / dist.get_world_size() / len(shared)
+    return _Shared(mean, bad > 0, wants_stop > 0, (rest[:BINS], rest[BINS:]))
+
+
+def _reported_norm(ds_engine: TrainingEngine) -> float | None:
     norm = ds_engine.get_global_grad_norm()
     return None if norm is None else float(norm)
 
 
-def _finish_unwrapped(ds_engine: Any, clipping: float) -> float | None:
+def _finish_unwrapped(ds_engine: TrainingEngine, clipping: float) -> float | None:
     """Norm of the gradient, then clipped, in float32 without ZeRO at the end of accumulation; None elsewhere.
 
     There DeepSpeed neither reports the norm nor looks for NaN, so a bad gradient is removed here: an optimizer passes
     over parameters without one.
     """
-    if ds_engine.optimizer is not basic_optimizer(ds_engine) or not ds_engine.is_gradient_accumulation_boundary():
+    optimizer = ds_engine.basic_optimizer
+    if ds_engine.optimizer is not optimizer or not ds_engine.is_gradient_accumulation_boundary():
         return None
-    parameters = [p for group in ds_engine.optimizer.param_groups for p in group["params"]]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = gradient_norm(parameters)
     if not math.isfinite(norm):
         ds_engine.zero_grad()
@@ -172,8 +187,6 @@ def _finish_unwrapped(ds_engine: Any, clipping: float) -> float | None:
 
 def gradient_norm(parameters: list[Tensor]) -> float:
     """L2 norm of all gradients, counting each part of a tensor-parallel weight once."""
-    from sgm.distributed import model_parallel_rank, model_parallel_world_size
-
     split = model_parallel_world_size() > 1
     counted = [
         p.grad

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 from dataclasses import dataclass, field
-from typing import Any
 
 from sgm.data.loader import ClipLoader
 from sgm.training.checkpoints.partitions import scaler_state
@@ -14,6 +13,7 @@ from sgm.training.evaluate import Evaluation
 from sgm.training.faults import SkipGuard, StopSignal
 from sgm.training.optimizers.schedule import LearningRate
 from sgm.training.options import TrainArgs
+from sgm.training.setup.engine import TrainingEngine
 from sgm.training.step import StepOutcome, training_step
 from sgm.training.watch.run_log import RunLog, Standing
 from sgm.training.watch.timing import PhaseClock, memory_facts
@@ -29,7 +29,7 @@ class Trainer:
         dtype: of the weights, for messages. clipping, clock: see `training_step`.
     """
 
-    ds_engine: Any
+    ds_engine: TrainingEngine
     loader: ClipLoader
     schedule: LearningRate
     args: TrainArgs
@@ -52,7 +52,7 @@ class Trainer:
             CheckpointError: the last checkpoint cannot be written.
         """
         self.ds_engine.train()
-        self.log.begin(self.iteration, self._samples())
+        self.log.begin(self.iteration, self.loader.consumed)
         with self.stop.watch():
             while self.iteration < self.args.train_iters:
                 lr = self.schedule.current
@@ -84,40 +84,36 @@ class Trainer:
             scaler = scaler_state(self.ds_engine)
             scale = scaler["cur_scale"] if scaler else None
             memory = memory_facts(self.ds_engine.device)
-            self.log.train(Standing(self.iteration, lr, scale, self._samples(), self.clock.take(), memory))
+            self.log.train(Standing(self.iteration, lr, scale, self.loader.consumed, self.clock.take(), memory))
         with self.log.aside(), self.clock.paused():
             self._save_and_evaluate()
 
     def _save_and_evaluate(self) -> None:
         if self.saver and self.args.save_interval and self.iteration % self.args.save_interval == 0:
-            self._save_or_warn()
+            self._save_or_warn(self.saver)
         if self.evaluation and self.args.eval_interval and self.iteration % self.args.eval_interval == 0:
             loss, by_timestep = self.evaluation.run(self.ds_engine, self.iteration, self.log)
             self.log.valid(self.iteration, loss, by_timestep)
 
-    def _samples(self) -> int:
-        state = self.loader.state_dict()
-        return state["epoch"] * self.loader.sampler.length + state["position"]
-
     # --- saving ---------------------------------------------------------------------------------------------------
 
-    def _save(self) -> None:
-        path = self.saver.save(self, consumed_samples=self._samples())
+    def _save(self, saver: Saver) -> None:
+        path = saver.save(self)
         self._saved = self.iteration
         self.log.line(f"saved {path}")
         self.log.record("saved", iteration=self.iteration, path=str(path))
 
-    def _save_or_warn(self) -> None:
+    def _save_or_warn(self, saver: Saver) -> None:
         """A checkpoint on the way may fail (a full disk): the earlier ones are intact, and training goes on."""
         try:
-            self._save()
+            self._save(saver)
         except CheckpointError as error:
             self.log.line(f"warning: the checkpoint of iteration {self.iteration} was not written: {error}")
             self.log.record("save_failed", iteration=self.iteration, reason=str(error))
 
     def _save_last(self) -> None:
         if self.saver and self._saved != self.iteration:
-            self._save()
+            self._save(self.saver)
 
     def _leave_on_signal(self) -> int:
         name = self.stop.name or "a signal to another process"

@@ -18,9 +18,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from sgm.training.checkpoints.checkpoint import find_resume, load_module, load_state, resume_hash, save_checkpoint  # noqa: E402
+from sgm.training.checkpoints.load import find_resume, load_state  # noqa: E402
+from sgm.training.checkpoints.same_run import resume_hash  # noqa: E402
+from sgm.training.checkpoints.save import save_checkpoint  # noqa: E402
 from sgm.weights import save as writers  # noqa: E402
-from tests.checkpoint_tiny import configuration, leftovers, state_of, step, toy_run  # noqa: E402
+from tests.checkpoint_tiny import configuration, leftovers, load_module, state_of, step, toy_run  # noqa: E402
 
 CONFIG = configuration()
 WRITES = 40  # of the many small writes, every so-manieth is a point to die at

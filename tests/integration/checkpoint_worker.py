@@ -21,23 +21,20 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from sgm import distributed  # noqa: E402
-from sgm.training.checkpoints import checkpoint as checkpoints  # noqa: E402
+from sgm.training.checkpoints import load as ckpt_load  # noqa: E402
 from sgm.training.checkpoints import weights as ckpt_weights  # noqa: E402
-from sgm.training.checkpoints.checkpoint import (  # noqa: E402
-    CheckpointError,
-    find_resume,
-    load_module,
-    load_state,
-    restore_rng,
-    resume_hash,
-    save_checkpoint,
-)
+from sgm.training.checkpoints.load import find_resume, load_state  # noqa: E402
 from sgm.training.checkpoints.partitions import load_ema_state, load_optimizer_state  # noqa: E402
-from sgm.training.optimizers.ema_adam import FusedEmaAdam, parameter_groups  # noqa: E402
-from sgm.training.setup.deepspeed import plan_deepspeed, start_engine  # noqa: E402
+from sgm.training.checkpoints.same_run import resume_hash  # noqa: E402
+from sgm.training.checkpoints.save import save_checkpoint  # noqa: E402
+from sgm.training.checkpoints.state import CheckpointError, restore_rng  # noqa: E402
+from sgm.training.optimizers.ema_adam import FusedEmaAdam  # noqa: E402
+from sgm.training.optimizers.groups import parameter_groups  # noqa: E402
+from sgm.training.setup.deepspeed import plan_deepspeed  # noqa: E402
+from sgm.training.setup.start import start_engine  # noqa: E402
 from sgm.util import instantiate_from_config  # noqa: E402
 from sgm.weights.release import read_transformer  # noqa: E402
-from tests.checkpoint_tiny import configuration, leftovers, state_of  # noqa: E402
+from tests.checkpoint_tiny import configuration, leftovers, load_module, state_of  # noqa: E402
 from tests.training_tiny import network_section  # noqa: E402
 
 CONFIG = configuration()
@@ -208,7 +205,7 @@ def _no_space(self: Any) -> torch.Tensor:
 def searching(folder: Path) -> dict[str, Any]:
     """Rank 0 looks and tells the others; a state for two processes does not fit one."""
     if torch.distributed.get_rank() != 0:
-        checkpoints.newest_of_experiment = None  # calling it would fail
+        ckpt_load.newest_of_experiment = None  # calling it would fail
     found = find_resume(folder.parent, "toy", resume_hash(CONFIG))
     try:
         load_state(found, 0, 1)
@@ -272,7 +269,7 @@ def parts(folder: Path) -> dict[str, Any]:
         loads = False
     return {
         "files": sorted(p.name for p in path.iterdir()),
-        "own part": same(load_module(full), {PREFIX + n: t for n, t in partition_state(whole, rank, 2).items()}),
+        "own part": same(load_module(full, rank), {PREFIX + n: t for n, t in partition_state(whole, rank, 2).items()}),
         "whole again": same(read_transformer(full).network, whole),
         "adapter": same(read_transformer(path / "lora.safetensors").network, _matrices(whole)),
         "adapter parts": same(read_transformer(path).network, _matrices(whole)),

@@ -13,7 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from sgm.cache.store import CacheError
+from sgm.cache.dataset import CachedClips
+from sgm.cache.fill import FillSettings, fill
+from sgm.cache.identity import cache_identity, cached_source
+from sgm.cache.scan import CacheScan, scan_cached
+from sgm.cache.shards import CacheError
+from sgm.cache.stand_ins import CachedFirstStage
+from sgm.cache.store import CacheStore
 from sgm.config import load_run_config
 from sgm.data.decoder import thread_decoder
 from sgm.models import loading
@@ -115,8 +121,6 @@ def test_a_cached_run_gives_the_same_losses_and_loads_no_encoder(plain, cache, r
 
 def test_the_posterior_is_drawn_anew_each_time(cache, release, clips, tmp_path):
     """Mean and spread over many draws of one clip are those that the moments say."""
-    from sgm.cache.stand_ins import CachedFirstStage
-
     made = content(release, clips, tmp_path, cache_dir=str(cache))
     config = load_run_config([write_yaml(tmp_path / "config.yaml", made)], TrainArgs)
     item = cached_items(config, str(clips))[0]
@@ -130,13 +134,17 @@ def test_the_posterior_is_drawn_anew_each_time(cache, release, clips, tmp_path):
     assert torch.allclose(draws.var(0), logvar.exp(), rtol=0.2)
 
 
-def cached_items(config, folder: str):
-    from sgm.cache.identity import cached_datasets, clip_settings, open_store, scan_folders
+def open_store(config) -> CacheStore:
+    return CacheStore(config.args.cache_dir, cache_identity(config.model, cached_source(config.data).settings))
 
-    settings, _ = clip_settings(config.data)
-    store = open_store(config.args.cache_dir, config.model, settings, "fp32", "fp32")
-    (dataset,) = cached_datasets(scan_folders(store, config.data, [folder]), store, settings, None, "x", False)
-    return dataset
+
+def scan(config, store: CacheStore, folder: Path | str) -> CacheScan:
+    return scan_cached(folder, cached_source(config.data), store)
+
+
+def cached_items(config, folder: str) -> CachedClips:
+    store = open_store(config)
+    return CachedClips(scan(config, store, folder), store, cached_source(config.data).settings)
 
 
 @pytest.mark.parametrize("storage, bound", [("fp16", 2**-11), ("bf16", 2**-8)])
@@ -213,7 +221,7 @@ def test_an_interrupted_filling_goes_on(release, clips, tmp_path, capsys, monkey
     path = write_yaml(tmp_path / "config.yaml", content(release, clips, tmp_path))
     more = ("--workers", "0", "--batch-size", "1")
     calls = []
-    encode = VideoAutoencoder.encode
+    encode = VideoAutoencoder.moments
 
     def stop_at_the_third(self, *args, **kwargs):
         calls.append(1)
@@ -221,7 +229,7 @@ def test_an_interrupted_filling_goes_on(release, clips, tmp_path, capsys, monkey
             raise KeyboardInterrupt
         return encode(self, *args, **kwargs)
 
-    monkeypatch.setattr(VideoAutoencoder, "encode", stop_at_the_third)
+    monkeypatch.setattr(VideoAutoencoder, "moments", stop_at_the_third)
     assert precompute(path, tmp_path / "cache", *more) == 130
     assert precompute(path, tmp_path / "cache", *more) == 0
     assert "4 videos and 4 captions" in capsys.readouterr().out
@@ -241,26 +249,20 @@ def test_a_decoder_that_was_killed_does_not_cost_the_clip(release, clips, tmp_pa
 
 
 def test_ranks_share_the_work(release, clips, tmp_path):
-    from sgm.cache.fill import FillSettings, fill
-    from sgm.cache.identity import clip_settings, open_store, scan_folders
-
     made = content(release, clips, tmp_path, cache_dir=str(tmp_path / "cache"))
     config = load_run_config([write_yaml(tmp_path / "config.yaml", made)], TrainArgs)
-    settings, _ = clip_settings(config.data)
-    stores = [open_store(config.args.cache_dir, config.model, settings, "fp16", "fp32") for _ in range(2)]
-    (scan,) = scan_folders(stores[0], config.data, [str(clips)])
+    stores = [open_store(config) for _ in range(2)]
+    missing = scan(config, stores[0], clips).missing
     for rank, store in enumerate(stores):
         how = FillSettings(torch.device("cpu"), workers=0, rank=rank, ranks=2)
-        fill(store, config.model, scan.missing, settings, how, lambda line: None)
+        fill(store, config.model, missing, cached_source(config.data).settings, how, lambda line: None)
         assert len(store.names("video")) == len(store.names("text")) == 2
     stores[0].refresh()
-    (scan,) = scan_folders(stores[0], config.data, [str(clips)])
-    assert len(scan.usable) == 4 and not scan.missing
+    found = scan(config, stores[0], clips)
+    assert len(found.usable) == 4 and not found.missing
 
 
 def test_small_clips_share_a_batch_on_a_gpu_only():
-    from sgm.cache.fill import FillSettings
-
     small, large = torch.empty(49, 3, 128, 192, dtype=torch.uint8), torch.empty(49, 3, 480, 720, dtype=torch.uint8)
     assert [FillSettings(torch.device("cuda")).batch_of(frames) for frames in (small, large)] == [14, 1]
     assert [FillSettings(torch.device("cpu")).batch_of(frames) for frames in (small, large)] == [1, 1]

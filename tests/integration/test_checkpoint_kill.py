@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from sgm.training.checkpoints.checkpoint import find_resume, load_state, resume_hash
+from sgm.training.checkpoints.load import find_resume, load_state
+from sgm.training.checkpoints.same_run import resume_hash
 from tests.checkpoint_tiny import configuration, leftovers
 from tests.training_tiny import environment
 

@@ -12,7 +12,7 @@ import torch
 from sgm.config import ConfigError, load_run_config
 from sgm.inference.options import SampleArgs
 from sgm.inference.placement import BlockStreamer
-from sgm.training.setup.parts import refuse_approximations
+from sgm.training.setup.model import refuse_approximations
 from tests.sampling_tiny import REPO, configuration, main, write_release, write_yaml
 from tools.bench import quality
 from tools.demo.captions import caption

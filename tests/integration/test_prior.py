@@ -16,7 +16,8 @@ from sgm.training.options import TrainArgs
 from sgm.training.prior import BaseNetwork
 from sgm.training.run import train
 from sgm.training.setup.deepspeed import plan_deepspeed
-from sgm.training.setup.parts import load_engine, planned_needs
+from sgm.training.setup.estimate import planned_needs
+from sgm.training.setup.model import load_engine
 from sgm.weights.release import read_transformer
 from tests.integration.test_training_runs import records
 from tests.training_tiny import configuration, write_clips, write_release, write_yaml

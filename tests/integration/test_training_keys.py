@@ -12,7 +12,7 @@ import torch
 
 from sgm.config import ConfigError, load_run_config
 from sgm.training import trainer as trainer_module
-from sgm.training.checkpoints.checkpoint import CheckpointError
+from sgm.training.checkpoints.state import CheckpointError
 from sgm.training.faults import SkipGuard, TrainingStopped
 from sgm.training.options import TrainArgs
 from sgm.training.run import train
@@ -51,9 +51,9 @@ def test_data_keys(prepared, parts):
         "deepspeed.train_micro_batch_size_per_gpu=2", train_data=[str(two), str(one)], train_data_weights=[1.0, 3.0],
         data_order="sequential", num_workers=2, prefetch_factor=3, seed=11,
     )  # fmt: skip
-    sampler, loader = run.loader.sampler, run.loader._build.keywords
+    sampler, loader = run.loader.sampler, run.loader._build()
     assert (sampler.sizes, sampler.weights, sampler.order, sampler.seed) == ([2, 1], [1.0, 3.0], "sequential", 11)
-    assert (loader["batch_size"], loader["num_workers"], loader["prefetch_factor"]) == (2, 2, 3)
+    assert (loader.batch_size, loader.num_workers, loader.prefetch_factor) == (2, 2, 3)
     assert torch.initial_seed() == 11
 
 
@@ -210,7 +210,7 @@ def test_intervals(monkeypatch):
     log = Recorder(calls=[], interval=Recorder(calls=[]), aside=nullcontext)
     saver, evaluation = Recorder(calls=[]), Recorder(calls=[])
     engine = SimpleNamespace(train=lambda: None, device=torch.device("cpu"), fp16_enabled=lambda: False)
-    loader = SimpleNamespace(state_dict=lambda: {"epoch": 0, "position": 0}, sampler=SimpleNamespace(length=1))
+    loader = SimpleNamespace(consumed=0)
     args = TrainArgs(
         train_data=["x"], load="x", train_iters=9, log_interval=2, save_interval=3, eval_interval=4, exit_interval=7
     )

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import train_video
-from sgm.training.checkpoints.checkpoint import CheckpointError
+from sgm.training.checkpoints.state import CheckpointError
 from sgm.weights import read_checkpoint
 from tests.training_tiny import (
     REPO,

@@ -74,7 +74,7 @@ def test_transformer(release: Path, pipeline: Any) -> None:
 def test_first_stage(release: Path, pipeline: Any) -> None:
     stage = instantiate_from_config(model_section(release)["first_stage_config"]).eval()
     x = torch.rand(1, 3, 9, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    z = stage.encode(x, unregularized=True)[0][:, :16]
+    z = stage.moments(x)[:, :16]
     moments = pipeline.vae.encode(x).latent_dist.mean
     torch.testing.assert_close(moments, z, rtol=0, atol=5e-5)
     torch.testing.assert_close(pipeline.vae.decode(z).sample, stage.decode(z), rtol=0, atol=5e-5)
@@ -219,7 +219,7 @@ def adapter(release: Path) -> Path:
 
 @torch.no_grad()
 def adapted(release: Path, adapter: Path) -> nn.Module:
-    from sgm.modules.transformer.lora import apply_adapter
+    from sgm.models.adapters import apply_adapter
 
     network = network_of(release / "transformer")
     stored = read_transformer(adapter)
@@ -289,7 +289,7 @@ def test_merged_adapters(release: Path, yaml: Path, adapter: Path, tmp_path: Pat
     assert not (tmp_path / "hf" / "model_index.json").exists()
     model = diffusers.CogVideoXTransformer3DModel.from_pretrained(tmp_path / "hf" / "transformer")
     model.norm_out.norm.eps = 1e-6
-    from sgm.modules.transformer.lora import apply_adapter
+    from sgm.models.adapters import apply_adapter
 
     network = network_of(release / "transformer")
     plain = {n.removeprefix("model.diffusion_model."): t for n, t in adapter_matrices(rank=2, seed=9).items()}

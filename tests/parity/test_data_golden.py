@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sgm.data.dataset import ClipError, frame_indices
+from sgm.data.frames import ClipError, frame_indices
 from sgm.data.sampler import ClipSampler, upstream_index
 from sgm.data.video_io import resize_crop
 

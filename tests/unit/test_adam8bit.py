@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from sgm.training.optimizers import adam8bit
-from sgm.training.optimizers.ema_adam import AdamW8bit, FusedEmaAdam, OptimizerError, OptimizerSpec
+from sgm.training.optimizers.adam8bit import AdamW8bit
+from sgm.training.optimizers.ema_adam import FusedEmaAdam, OptimizerError
 from sgm.training.optimizers.log_codes import BLOCK, STEP, decode, empty_codes, encode
+from sgm.training.optimizers.spec import OptimizerSpec
 
 CPU = torch.device("cpu")
 

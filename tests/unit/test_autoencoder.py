@@ -104,29 +104,25 @@ def test_other_lengths_only_on_request(vae: VideoAutoencoderInferenceWrapper, f:
 
 def test_encode_samples_with_one_draw(vae: VideoAutoencoderInferenceWrapper) -> None:
     x = pixels(5)
-    moments, log = vae.encode(x, unregularized=True)
-    assert log == {} and moments.shape == (1, 32, 2, 3, 2)
+    moments = vae.moments(x)
+    assert moments.shape == (1, 32, 2, 3, 2)
     mean, logvar = moments.chunk(2, dim=1)
     torch.manual_seed(5)
     expected = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
     torch.manual_seed(5)
-    z, log = vae.encode(x, return_reg_log=True)
+    torch.testing.assert_close(vae.encode(x), expected)
+    torch.manual_seed(5)
+    z, _, log = vae(x)
     torch.testing.assert_close(z, expected)
     torch.testing.assert_close(log["kl_loss"], 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum())
 
 
 def test_sources_of_noise_agree(vae: VideoAutoencoderInferenceWrapper) -> None:
-    x, seen = pixels(1), []
+    x = pixels(1)
     noise = torch.randn(1, 16, 1, 3, 2, generator=torch.Generator().manual_seed(9))
 
-    def sampler(mean: Tensor) -> Tensor:
-        seen.append(mean.shape)
-        return noise
-
     z = vae.encode(x, noise=noise)
-    torch.testing.assert_close(vae.encode(x, noise_sampler=sampler), z)
     torch.testing.assert_close(vae.encode(x, generator=torch.Generator().manual_seed(9)), z)
-    assert seen == [noise.shape]
     with pytest.raises(ValueError, match="noise and generator"):
         vae.encode(x, noise=noise, generator=torch.Generator())
     with pytest.raises(ValueError, match="noise has shape"):
@@ -227,11 +223,11 @@ def test_low_memory_changes_nothing(
     vae: VideoAutoencoderInferenceWrapper, slice_bytes: int, channels_last: bool
 ) -> None:
     x, z = pixels(9), latents(5)
-    moments, frames = vae.encode(x, unregularized=True)[0], vae.decode(z)
+    moments, frames = vae.moments(x), vae.decode(z)
     if channels_last:
         vae.set_channels_last()
     vae.set_low_memory(slice_bytes=slice_bytes, cache_on_cpu=True)
-    torch.testing.assert_close(vae.encode(x, unregularized=True)[0], moments, rtol=0, atol=2e-5)
+    torch.testing.assert_close(vae.moments(x), moments, rtol=0, atol=2e-5)
     torch.testing.assert_close(vae.decode(z), frames, rtol=0, atol=2e-5)
     assert torch.equal(x, pixels(9)) and torch.equal(z, latents(5))  # what runs in place is ours, not the caller's
 
@@ -252,9 +248,9 @@ def test_low_memory_bounds_what_a_convolution_sees(vae: VideoAutoencoderInferenc
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(vae: VideoAutoencoderInferenceWrapper, dtype: torch.dtype) -> None:
     x, z = pixels(5), latents(3)
-    moments, frames = vae.encode(x, unregularized=True)[0], vae.decode(z)
+    moments, frames = vae.moments(x), vae.decode(z)
     vae.to(dtype)
-    for result, expected in ((vae.encode(x, unregularized=True)[0], moments), (vae.decode(z), frames)):
+    for result, expected in ((vae.moments(x), moments), (vae.decode(z), frames)):
         assert result.dtype == dtype
         assert (result.float() - expected).abs().mean() < 0.03 * expected.abs().mean()
 
@@ -262,10 +258,10 @@ def test_half_precision(vae: VideoAutoencoderInferenceWrapper, dtype: torch.dtyp
 def test_tiles_cover_and_approximate(vae: VideoAutoencoderInferenceWrapper) -> None:
     x, z = pixels(5, 64, 48), latents(3, 8, 6)
     vae.set_tiling((64, 48), overlap=16)  # one tile: nothing changes
-    moments, frames = vae.encode(x, unregularized=True)[0], vae.decode(z)
+    moments, frames = vae.moments(x), vae.decode(z)
     vae.set_tiling((40, 32), overlap=16)
     tiled = vae.decode(z)
-    assert tiled.shape == frames.shape and vae.encode(x, unregularized=True)[0].shape == moments.shape
+    assert tiled.shape == frames.shape and vae.moments(x).shape == moments.shape
     # Right places: each tile resembles the whole far more than the whole shifted by a tile's step
     shifted = frames.roll((24, 16), dims=(3, 4))
     assert (tiled - frames).square().mean() < 0.5 * (shifted - frames).square().mean()
@@ -376,11 +372,11 @@ def test_gradients_and_values_agree_between_the_two_paths() -> None:
     model = VideoAutoencoder(*configs(TINY)).eval()
     x, z = pixels(9), latents(5)
     with torch.no_grad():
-        moments, frames = model.encode(x, unregularized=True)[0], model.decode(z)
+        moments, frames = model.moments(x), model.decode(z)
     tracked = model.decode(z)
     assert tracked.requires_grad
     torch.testing.assert_close(tracked, frames, rtol=0, atol=2e-5)
-    torch.testing.assert_close(model.encode(x, unregularized=True)[0], moments, rtol=0, atol=2e-5)
+    torch.testing.assert_close(model.moments(x), moments, rtol=0, atol=2e-5)
 
 
 def test_gradient_is_the_derivative() -> None:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sgm.cache.store import CacheError, CacheStore, FileStamp, Seen, ShardReader, text_key, video_key
+from sgm.cache.shards import CacheError, ShardReader
+from sgm.cache.store import CacheStore, FileStamp, Seen, text_key, video_key
 
 IDENTITY = {"vae weights": "abc", "video_size": [16, 32], "fps": 8}
 
@@ -33,7 +34,7 @@ def test_tensors_come_back_from_any_process(tmp_path):
 
 
 def test_more_shards_than_open_files(tmp_path, monkeypatch):
-    monkeypatch.setattr("sgm.cache.store.OPEN_FILES", 2)
+    monkeypatch.setattr("sgm.cache.shards.OPEN_FILES", 2)
     store = CacheStore(tmp_path, IDENTITY)
     made = tensors(6)
     for name, tensor in made.items():

@@ -10,15 +10,21 @@ import pytest
 import torch
 from torch.utils.data import ConcatDataset, Subset
 
-from sgm.cache.batches import in_lengths
-from sgm.cache.dataset import EMBEDDING, MOMENTS, CachedClips, scan_cached
-from sgm.cache.store import CacheError, CacheStore, FileStamp, Seen, text_key
+from sgm.cache.batches import CachedBatches, in_lengths
+from sgm.cache.dataset import EMBEDDING, MOMENTS, CachedClips
+from sgm.cache.scan import scan_cached
+from sgm.cache.shards import CacheError
+from sgm.cache.store import CacheStore, FileStamp, Seen, text_key
 from sgm.data.clips import ClipSettings
 from sgm.data.collate import collate
 from sgm.data.loader import create_loader
-from sgm.data.report import DatasetError, Report, list_source
+from sgm.data.report import DatasetError, Report
+from sgm.data.scan import list_source
+from sgm.data.section import ClipSource
 
 SETTINGS = ClipSettings((64, 64), skip_frames=0)
+SOURCE = ClipSource(SETTINGS, list_source)
+cached_loader = partial(create_loader, read=CachedBatches)
 COUNT = 1000
 SHAPE = (4, 32, 8, 8)
 
@@ -51,7 +57,7 @@ def filled(tmp_path_factory) -> tuple[CacheStore, Path]:
 
 def scanned(filled) -> CachedClips:
     store, data = filled
-    return CachedClips(scan_cached(data, SETTINGS, store, partial(list_source)), store, SETTINGS)
+    return CachedClips(scan_cached(data, SOURCE, store), store, SETTINGS)
 
 
 def test_every_clip_has_its_own_encodings(filled):
@@ -93,7 +99,7 @@ def test_clips_in_several_lengths_begin_as_the_whole_ones(tmp_path):
             item = cut[n]
             assert torch.equal(item[MOMENTS], clips[item["index"]][: len(item[MOMENTS])])
             assert (item[EMBEDDING] == item["index"]).all()
-    with create_loader([in_lengths(whole, [1, 5])], 2, 1, seed=1) as loader:
+    with cached_loader([in_lengths(whole, [1, 5])], 2, 1, seed=1) as loader:
         kinds = {tuple(next(loader)[MOMENTS].shape) for _ in range(12)}
     assert kinds == {(2, 1, 32, 8, 8), (2, 2, 32, 8, 8)}
     assert [item[MOMENTS].shape[0] for item in (whole[0], whole[1])] == [4, 2]
@@ -105,7 +111,7 @@ def test_clips_in_several_lengths_begin_as_the_whole_ones(tmp_path):
 def test_reading_all_clips_leaves_nothing_in_memory(filled, workers):
     """32 MB pass through; what is kept stays far below."""
     dataset = scanned(filled)
-    with create_loader(dataset, 8, workers, seed=1) as loader:
+    with cached_loader(dataset, 8, workers, seed=1) as loader:
         for _ in range(20):
             next(loader)
         before = resident()
@@ -121,7 +127,7 @@ def test_threads_give_the_batches_that_collation_gives(filled, workers):
     whole = scanned(filled)
     parts = [Subset(whole, range(3, 60, 2)), Subset(ConcatDataset([whole, whole]), [COUNT + 5, 7, 2 * COUNT - 1])]
     items = ConcatDataset(parts)
-    with create_loader(parts, 4, workers, seed=3, rank=1, world_size=2) as loader:
+    with cached_loader(parts, 4, workers, seed=3, rank=1, world_size=2) as loader:
         batches = [next(loader) for _ in range(10)]
         state = loader.state_dict()
         following = next(loader)
@@ -140,9 +146,9 @@ def test_a_shard_that_goes_away_ends_the_run_with_its_name(filled, tmp_path, wor
     store, data = filled
     moved = shutil.copytree(store.folder, tmp_path / "cache")
     copy = CacheStore(moved, {"a": 1})
-    dataset = CachedClips(scan_cached(data, SETTINGS, copy, partial(list_source)), copy, SETTINGS)
+    dataset = CachedClips(scan_cached(data, SOURCE, copy), copy, SETTINGS)
     shutil.rmtree(moved)
-    with create_loader(dataset, 4, workers) as loader, pytest.raises(CacheError, match="video-.*was the cache moved"):
+    with cached_loader(dataset, 4, workers) as loader, pytest.raises(CacheError, match="video-.*was the cache moved"):
         next(loader)
 
 
@@ -155,24 +161,24 @@ def test_what_the_cache_does_not_hold_is_told_apart(filled, tmp_path):
     (data / "labels").mkdir()
     (data / "labels" / "new.txt").write_text("caption 1\n")
     (data / "videos" / "mute.mp4").write_bytes(b"x")
-    scan = scan_cached(data, SETTINGS, store, list_source)
+    scan = scan_cached(data, SOURCE, store)
     assert [clip.caption for clip in scan.missing] == ["caption 1"] and "1 of the clips" in scan.shortfall()
     assert "no such caption file" in scan.rejected[0].reason and not scan.usable
     with pytest.raises(DatasetError, match="none of the 1 videos"):
         CachedClips(scan, store, SETTINGS)
     with pytest.raises(DatasetError, match="captions are missing"):
-        scan_cached(data, ClipSettings((64, 64), missing_caption="error"), store, list_source)
+        scan_cached(data, ClipSource(ClipSettings((64, 64), missing_caption="error"), list_source), store)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DatasetError, match="no .mp4 files"):
-        scan_cached(tmp_path / "empty", SETTINGS, store, list_source)
+        scan_cached(tmp_path / "empty", SOURCE, store)
     (tmp_path / "empty" / "a.mov").write_bytes(b"")
     with pytest.raises(DatasetError, match="no .mp4 files.*1 .mov .*LIST.csv"):
-        scan_cached(tmp_path / "empty", SETTINGS, store, list_source)
+        scan_cached(tmp_path / "empty", SOURCE, store)
 
 
 def test_what_is_passed_over_is_in_the_report(filled, tmp_path, caplog):
     store, data = filled
-    scan = scan_cached(data, SETTINGS, store, list_source)
+    scan = scan_cached(data, SOURCE, store)
     assert scan.passed_over == {}
     CachedClips(scan, store, SETTINGS, tmp_path / "none.jsonl")
     assert "passed_over" not in (tmp_path / "none.jsonl").read_text() and not caplog.text

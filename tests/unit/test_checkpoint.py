@@ -14,20 +14,14 @@ import numpy as np
 import pytest
 import torch
 
-from sgm.training.checkpoints.checkpoint import (
-    CheckpointError,
-    capture_rng,
-    find_resume,
-    load_module,
-    load_state,
-    restore_rng,
-    resume_hash,
-    save_checkpoint,
-)
 from sgm.training.checkpoints.folder import new_run
+from sgm.training.checkpoints.load import find_resume, load_state
+from sgm.training.checkpoints.same_run import resume_hash
+from sgm.training.checkpoints.save import save_checkpoint
+from sgm.training.checkpoints.state import CheckpointError, capture_rng, restore_rng
 from sgm.weights import WeightsError
 from sgm.weights.release import locate
-from tests.checkpoint_tiny import configuration, leftovers, put_back, state_of, step, toy_run
+from tests.checkpoint_tiny import configuration, leftovers, load_module, put_back, state_of, step, toy_run
 
 CONFIG = configuration()
 HASH = resume_hash(CONFIG)

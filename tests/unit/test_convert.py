@@ -32,7 +32,7 @@ from sgm.weights.release import NETWORK_PREFIX, Adapter, read_transformer
 from sgm.weights.save import save_pt, save_safetensors
 from sgm.weights.tensor_parallel import partition_state
 from tests.convert_tiny import VAE_PARAMS, adapter_matrices, make_release, model_section, rewrite
-from tests.dit_tiny import tiny_config, tiny_network
+from tests.dit_tiny import merged_state, tiny_config, tiny_network
 
 REPO = Path(__file__).resolve().parents[2]
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -292,12 +292,10 @@ def test_single_components_and_pickled_files(release: Path, hf: Path, tmp_path: 
 
 
 def test_adapter_folded_in_on_the_way_back(hf: Path, release: Path, tmp_path: Path) -> None:
-    from sgm.modules.transformer.lora import merge_lora_state
-
     save_pt(tmp_path / "a.pt", {"module": adapter_matrices(), "lora": {"rank": 4, "alpha": 2.0}})
     convert_back(ToSat(hf, tmp_path / "sat", adapters=[Adapter(str(tmp_path / "a.pt"), 0.5)]))
     matrices = {n.removeprefix(NETWORK_PREFIX): t for n, t in adapter_matrices().items()}
-    expected = merge_lora_state(read_transformer(release / "transformer").network | matrices, 0.5, alpha=2.0)
+    expected = merged_state(read_transformer(release / "transformer").network | matrices, 0.5, alpha=2.0)
     found = read_transformer(tmp_path / "sat" / "transformer").network
     assert found.keys() == expected.keys()
     for name, value in expected.items():

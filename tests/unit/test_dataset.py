@@ -15,9 +15,12 @@ from torch.utils.data import DataLoader
 
 from sgm.data.clips import CaptionError, caption_path, list_videos, read_caption
 from sgm.data.collate import CollateError, collate
-from sgm.data.dataset import DatasetError, PackedStrings, SFTDataset
+from sgm.data.dataset import SFTDataset
 from sgm.data.loader import create_loader
-from sgm.data.report import Report, append_broken, scan
+from sgm.data.packed import PackedStrings
+from sgm.data.report import DatasetError, Report, append_broken
+from sgm.data.scan import per_thread
+from sgm.data.sources import list_clips
 
 SMALL = {"video_size": [16, 32], "max_num_frames": 9, "skip_frms_num": 0}
 
@@ -81,8 +84,8 @@ def test_the_range_is_minus_one_to_one(tmp_path):
     assert dataset[1]["mp4"].max() == pytest.approx(1, abs=0.02)
 
 
-def test_the_originals_factory(template):
-    dataset = SFTDataset.create_dataset_function(str(template), None, **SMALL)
+def test_torch_s_own_loader_takes_the_items(template):
+    dataset = SFTDataset(template, **SMALL)
     assert len(dataset) == 6
     batch = next(iter(DataLoader(dataset, batch_size=2)))
     assert batch["mp4"].shape == (2, 9, 3, 16, 32) and batch["txt"] == ["clip 0 ", "clip 1 "]
@@ -244,6 +247,12 @@ def test_another_rank_takes_the_list_from_the_report(folder, tmp_path):
         SFTDataset(tmp_path, **SMALL, report=file, validate="report")
 
 
+def broken_clips(report: Path) -> list[str]:
+    """The clips that were found broken since a report was written."""
+    lines = map(json.loads, report.read_text().splitlines())
+    return sorted({line["path"] for line in lines if line["status"] == "broken"})
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_clips_that_break_later_are_replaced_and_counted(folder, tmp_path, workers):
     file = tmp_path / "report.jsonl"
@@ -253,10 +262,8 @@ def test_clips_that_break_later_are_replaced_and_counted(folder, tmp_path, worke
     with create_loader(dataset, num_workers=workers, order="sequential") as loader:
         seen = [level(next(loader)["mp4"]) for _ in range(12)]
     assert seen == [0, 3, 3, 3, 4, 5] * 2
-    assert dataset.broken_count == 2
-    broken = Report.read(file).broken
-    assert sorted(Path(b.path).stem for b in broken) == ["c1", "c2"]
-    assert "2 found broken in training" in Report.read(file).summary()
+    assert [Path(path).stem for path in broken_clips(file)] == ["c1", "c2"]
+    assert len(SFTDataset(folder, **SMALL, report=file, validate="report")) == 6  # another rank's numbering stays
 
 
 def test_when_all_clips_break_the_run_ends(folder):
@@ -272,16 +279,24 @@ def test_many_processes_append_whole_lines(tmp_path):
     Report("data", {}).write(file)
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         pool.starmap(append_broken, [(file, f"clip{i}.mp4", "x" * 500) for i in range(40)])
-    assert sorted(r.path for r in Report.read(file).broken) == sorted(f"clip{i}.mp4" for i in range(40))
+    assert broken_clips(file) == sorted(f"clip{i}.mp4" for i in range(40))
 
 
-@pytest.mark.parametrize("workers, method", [(2, "fork"), (2, "spawn")])
-def test_workers_change_neither_order_nor_content(template, workers, method):
+@pytest.fixture(params=["fork", "spawn"])
+def start_method(request):
+    """How this test's processes start."""
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method(request.param, force=True)
+    yield request.param
+    multiprocessing.set_start_method(before, force=True)
+
+
+def test_workers_change_neither_order_nor_content(template, start_method):
     dataset = SFTDataset(template, **SMALL)
     dataset[0]  # this process's decoder runs while the workers start
     with create_loader(dataset, 2, seed=7) as loader:
         expected = [next(loader) for _ in range(7)]
-    with create_loader(dataset, 2, workers, seed=7, start_method=method) as loader:
+    with create_loader(dataset, 2, 2, seed=7) as loader:
         for batch in expected:
             got = next(loader)
             assert got["txt"] == batch["txt"] and torch.equal(got["mp4"], batch["mp4"])
@@ -351,12 +366,18 @@ def test_wrong_settings_are_named(template, change, text):
         SFTDataset(template, **SMALL, validate="none")[6]
 
 
-def test_a_scan_checks_many_at_a_time(template):
-    from sgm.data.clips import ClipSettings
+@pytest.mark.parametrize("threads", [1, 4])
+def test_many_clips_are_looked_at_at_a_time_in_their_order(template, threads):
+    """With a decoding process for each thread, ended afterwards."""
+    clips, decoders = list_clips(template), {}
 
-    settings = ClipSettings((16, 32), max_num_frames=9, skip_frames=0)
-    one, many = (scan(template, settings, num_threads=n) for n in (1, 4))
-    assert one.usable == many.usable and len(one.usable) == 6
+    def look(clip, decoder):
+        frames = decoder.probe(Path(clip.path), 60).frames
+        decoders.setdefault(decoder.pid, decoder)
+        return clip.path, frames
+
+    assert per_thread(clips, look, threads) == [(clip.path, 12) for clip in clips] and len(clips) == 6
+    assert 1 <= len(decoders) <= threads and all(decoder.pid is None for decoder in decoders.values())
 
 
 def test_paths_take_little_memory_and_survive_spawning():

@@ -13,7 +13,7 @@ from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
 from sgm.modules.ops.graphs import NetworkGraphs
 from sgm.training.options import TrainArgs
 from sgm.training.setup.deepspeed import plan_deepspeed
-from sgm.training.setup.parts import check_graphs
+from sgm.training.setup.model import check_graphs
 from tests.dit_tiny import random_inputs, tiny_network
 
 

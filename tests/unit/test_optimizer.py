@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from sgm.training.optimizers.ema_adam import FusedEmaAdam, OptimizerError, OptimizerSpec, ema_decay, parameter_groups
+from sgm.training.optimizers.averaging import ema_decay
+from sgm.training.optimizers.ema_adam import FusedEmaAdam, OptimizerError
+from sgm.training.optimizers.groups import parameter_groups
+from sgm.training.optimizers.spec import OptimizerSpec
 from sgm.util import get_obj_from_str
 
 SETTINGS = {"lr": 2e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 1e-4}

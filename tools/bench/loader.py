@@ -27,12 +27,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import torch
 
-from sgm.cache.dataset import EMBEDDING, MOMENTS, CachedClips, scan_cached
-from sgm.cache.fill import ShardWriter
+from sgm.cache.batches import CachedBatches
+from sgm.cache.dataset import EMBEDDING, MOMENTS, CachedClips
+from sgm.cache.scan import scan_cached
+from sgm.cache.shard_writer import ShardWriter
 from sgm.cache.store import STORAGE, CacheStore, FileStamp, Seen, text_key
 from sgm.data.clips import ClipSettings
 from sgm.data.loader import ClipLoader, create_loader
-from sgm.data.report import list_source
+from sgm.data.scan import list_source
+from sgm.data.section import ClipSource
 from tools.bench.measure import emit
 
 DISTINCT = 32  # different random encodings; what they hold does not matter
@@ -94,7 +97,8 @@ def fill(store: CacheStore, data: Path, options: argparse.Namespace) -> None:
 def open_clips(store: CacheStore) -> CachedClips:
     """The cache as the data set that training makes of it."""
     settings = ClipSettings()
-    return CachedClips(scan_cached(store.folder.parent / "data", settings, store, list_source), store, settings)
+    scan = scan_cached(store.folder.parent / "data", ClipSource(settings, list_source), store)
+    return CachedClips(scan, store, settings)
 
 
 # --- measuring ----------------------------------------------------------------------------------------------------
@@ -139,7 +143,8 @@ def bench(clips: CachedClips, store: CacheStore, workers: int, options: argparse
     dtype, cuda = STORAGE[options.dtype], torch.cuda.is_available()
     limit = raw_rate(store, options.clips, options.batch, max(1, workers))
     profile = cProfile.Profile() if options.profile and workers == 0 else None
-    with create_loader(clips, options.batch, workers, prefetch=options.prefetch, seed=1) as loader:
+    more = {"prefetch": options.prefetch, "seed": 1, "read": CachedBatches}
+    with create_loader(clips, options.batch, workers, **more) as loader:
 
         def place(tensor: torch.Tensor) -> object:
             return tensor.to("cuda", non_blocking=True).to(dtype) if cuda else None

@@ -77,7 +77,7 @@ def latent_statistics(vae: VideoAutoencoder, specs: Sequence[ClipSpec], device: 
     sums = torch.zeros(3, vae.decoder.z_channels, dtype=torch.float64, device=device)
     count = 0
     for x in batches_of(specs, device):
-        moments, _ = vae.encode(x, unregularized=True)
+        moments = vae.moments(x)
         posterior = DiagonalGaussian.from_moments(moments.double())
         values = (posterior.mean, posterior.mean.square(), posterior.logvar.exp())
         sums += torch.stack([value.sum(dim=(0, 2, 3, 4)) for value in values])

@@ -184,7 +184,7 @@ def training_pass(vae: VideoAutoencoder, x: Tensor, settings: Settings) -> dict[
     half = settings.amp or torch.bfloat16
     # A recorded step must not keep casts of weights from one replay to the next.
     with torch.autocast(x.device.type, half, enabled=settings.amp is not None, cache_enabled=False):
-        moments, _ = vae.encode(x, unregularized=True)
+        moments = vae.moments(x)
         posterior = DiagonalGaussian.from_moments(moments.float())
         z = posterior.sample(torch.randn_like(posterior.mean))
         spread = z.detach().std(dim=(0, 2, 3, 4), keepdim=True)

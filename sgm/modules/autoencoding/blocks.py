@@ -17,15 +17,16 @@ from torch import Tensor, nn
 
 from sgm.modules.autoencoding.causal_conv import (
     WHOLE_CLIP,
-    Activation,
     CausalConv3d,
     ClipPass,
-    LazyFrames,
+    all_frames,
+    empty,
     frames_of,
     layout_of,
 )
 from sgm.modules.ops.vae import (
     SAME_FRAMES,
+    Activation,
     AffineField,
     FrameMap,
     Modulation,
@@ -133,13 +134,14 @@ class ResnetBlock3D(nn.Module):
         return self._add_shortcut(h, x, run, bare)
 
     def _add_shortcut(self, h: Tensor, x: Activation, run: ClipPass, bare: bool) -> Tensor:
-        shortcut = getattr(self, "nin_shortcut", None)
+        shortcut: nn.Conv3d | None = getattr(self, "nin_shortcut", None)
         if torch.is_grad_enabled():
-            return h + (x if shortcut is None else run.ops.convolve(shortcut, x))
+            whole = all_frames(x)
+            return h + (whole if shortcut is None else run.ops.convolve(shortcut, whole))
         bias = self.conv2.conv.bias if bare else None
         if shortcut is None and isinstance(x, Tensor):
             return run.ops.add_residual(h, x, bias)
-        if shortcut is not None and bare:
+        if shortcut is not None and shortcut.bias is not None and bias is not None:
             bias = bias.to(torch.promote_types(bias.dtype, torch.float32)) + shortcut.bias
         for start, stop in frame_spans(x.shape[2], frame_bytes(x), run.slice_bytes):
             part = frames_of(x, start, stop)
@@ -166,7 +168,7 @@ class Downsample3D(nn.Module):
         if torch.is_grad_enabled():
             return self._convolve(x, run, bare=False)
         b, _, t, h, w = x.shape
-        result = _empty(x, (b, self.conv.out_channels, t, h // 2, w // 2))
+        result = empty((b, self.conv.out_channels, t, h // 2, w // 2), x, layout_of(x))
         bias = self.conv.bias if run.ops.folds_bias else None
         for start, stop in frame_spans(t, frame_bytes(x), run.slice_bytes):
             part = self._convolve(x[:, :, start:stop], run, bare=bias is not None)
@@ -197,17 +199,18 @@ class Upsample3D(nn.Module):
             return double_frames(y) if self.time and t > 1 else y
         folds = run.ops.folds_bias or x.dtype == torch.float32
         double = self._double_folded if folds else self._double
-        result = _empty(x, (b, self.conv.out_channels, len(doubled_frames(t)) if self.time else t, 2 * h, 2 * w))
+        frames = len(doubled_frames(t)) if self.time else t
+        result = empty((b, self.conv.out_channels, frames, 2 * h, 2 * w), x, layout_of(x))
         for start, stop in frame_spans(t, 4 * frame_bytes(x), run.slice_bytes):
             target, frame_map = doubled_span(t, start, stop) if self.time else (slice(start, stop), SAME_FRAMES)
             double(x[:, :, start:stop], result[:, :, target], frame_map, run)
         return result
 
-    def lazily(self, x: Tensor, run: ClipPass) -> LazyFrames | Tensor:
+    def lazily(self, x: Activation, run: ClipPass) -> Activation:
         """`forward(x, run)` as frames that are made when they are read, where `run` asks for it and frames allow it."""
         if self.time or not run.recompute or torch.is_grad_enabled():
-            return self(x, run)
-        return LazyUpsample(self, x, run)
+            return self(all_frames(x), run)
+        return LazyUpsample(self, all_frames(x), run)
 
     def _double(self, x: Tensor, result: Tensor, frame_map: FrameMap, run: ClipPass) -> None:
         y = _by_frame(x, lambda frames: run.ops.convolve(self.conv, F.interpolate(frames, scale_factor=2.0)))
@@ -249,10 +252,6 @@ def _by_frame(x: Tensor, convolve: Callable[[Tensor], Tensor]) -> Tensor:
 def _frame_layout(x: Tensor) -> torch.memory_format:
     """The layout that a frame of the clip x has."""
     return torch.channels_last if layout_of(x) == torch.channels_last_3d else torch.contiguous_format
-
-
-def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout_of(like))
 
 
 def make_norm(channels: int, latent_channels: int | None) -> ClipNorm | SpatialNorm3D:

@@ -6,13 +6,12 @@ Axes: b batch, c channels, t frames, h w height and width.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from sgm.modules.autoencoding.causal_cache import CausalCache
-from sgm.modules.ops.vae import PLAIN, AffineField, VaeOps, frame_bytes, frame_spans
+from sgm.modules.ops.vae import PLAIN, Activation, AffineField, VaeOps, frame_bytes, frame_spans
 
 # A convolution whose input is larger is cut along time. 2 GiB is where the original cuts; the result is the same.
 SLICE_BYTES = 2 << 30
@@ -46,30 +45,17 @@ class ClipPass:
 WHOLE_CLIP = ClipPass()
 
 
-class LazyFrames(Protocol):
-    """An activation (b, c, t, h, w) that is made a run of frames at a time, when it is read."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
-
-    def numel(self) -> int: ...
-
-    def element_size(self) -> int: ...
-
-    def frames(self, start: int, stop: int) -> Tensor:
-        """Frames start .. stop - 1, (b, c, stop - start, h, w)."""
-
-
-Activation = Tensor | LazyFrames
-
-
 def frames_of(x: Activation, start: int, stop: int) -> Tensor:
     """Frames start .. stop - 1 of an activation that is there, or of one that is made when it is read."""
     return x[:, :, start:stop] if isinstance(x, Tensor) else x.frames(start, stop)
 
 
-def _takes(dtype: torch.dtype) -> bool:
+def all_frames(x: Activation) -> Tensor:
+    """An activation that is there, made if it was not."""
+    return x if isinstance(x, Tensor) else x.frames(0, x.shape[2])
+
+
+def _mkldnn_supports(dtype: torch.dtype) -> bool:
     """Whether oneDNN convolves this type on this CPU."""
     if not torch.backends.mkldnn.enabled:
         return False
@@ -83,8 +69,10 @@ class ClipConv3d(nn.Conv3d):
     20480 (width does not count), which takes up to ten times as long.
     """
 
+    padding: tuple[int, ...]
+
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if x.device.type != "cpu" or not _takes(x.dtype):
+        if x.device.type != "cpu" or not _mkldnn_supports(x.dtype):
             return super()._conv_forward(x, weight, bias)
         return torch.mkldnn_convolution(x, weight, bias, self.padding, self.stride, self.dilation, self.groups)
 
@@ -116,13 +104,14 @@ class CausalConv3d(nn.Module):
 
         `overwrite` lets the result replace x (where shapes agree and no gradient is wanted).
         """
-        may_overwrite = overwrite and isinstance(x, Tensor) and self._keeps_shape and not torch.is_grad_enabled()
-        place = x if may_overwrite else None
+        place: Tensor | None = None
+        if overwrite and isinstance(x, Tensor) and self._keeps_shape and not torch.is_grad_enabled():
+            place = x
         spans = [(0, x.shape[2])]
         if not torch.is_grad_enabled():
             spans = frame_spans(x.shape[2], self._frame_bytes(x), run.slice_bytes)
         if len(spans) == 1:
-            whole, front = frames_of(x, *spans[0]), self._taken(run)
+            whole, front = frames_of(x, *spans[0]), self._cached_front(run)
             staged = stage_frames(whole, norm, front, self.front, self.conv.weight, run.ops)
             del whole, front
             result = run.ops.convolve(self.conv, staged, bare, place)
@@ -149,13 +138,12 @@ class CausalConv3d(nn.Module):
         """
         layout, (b, c, t, h, w) = layout_of(self.conv.weight), x.shape
         longest = max(stop - start for start, stop in spans)
-        kind = {"dtype": x.dtype, "device": x.device, "memory_format": layout}
-        staged = torch.empty((b, c, self.front + longest, h, w), **kind)
-        result = torch.empty((b, self.conv.out_channels, t, h, w), **kind) if place is None else place
+        staged = empty((b, c, self.front + longest, h, w), x, layout)
+        result = empty((b, self.conv.out_channels, t, h, w), x, layout) if place is None else place
         for start, stop in spans:
             window = staged[:, :, : self.front + stop - start]
             if start == 0:
-                continues = self._put_front(window, run)
+                continues = self._fill_front(window, run)
             part_norm = None if norm is None else norm.after(start)
             write_frames(window[:, :, self.front :], frames_of(x, start, stop), part_norm, run.ops)
             if start == 0 and not continues:
@@ -168,14 +156,14 @@ class CausalConv3d(nn.Module):
                 staged[:, :, k] = window[:, :, stop - start + k]
         return result, window[:, :, stop - start :]
 
-    def _put_front(self, window: Tensor, run: ClipPass) -> bool:
+    def _fill_front(self, window: Tensor, run: ClipPass) -> bool:
         """Bring the frames before this chunk to their place; False if there are none."""
-        front = self._taken(run)
+        front = self._cached_front(run)
         if front is not None:
             window[:, :, : self.front] = front
         return front is not None
 
-    def _taken(self, run: ClipPass) -> Tensor | None:
+    def _cached_front(self, run: ClipPass) -> Tensor | None:
         """The frames before this chunk, out of the cache."""
         return run.cache.take(self) if run.cache is not None and self.front else None
 
@@ -208,7 +196,7 @@ def stage_frames(
         before = [body[:, :, :1]] * count if front is None else [front]
         return torch.cat([*before, body], dim=2)
     b, c, t, h, w = x.shape
-    staged = torch.empty((b, c, count + t, h, w), dtype=x.dtype, device=x.device, memory_format=layout_of(weight))
+    staged = empty((b, c, count + t, h, w), x, layout_of(weight))
     body = staged[:, :, count:]
     write_frames(body, x, norm, ops)
     staged[:, :, :count] = body[:, :, :1] if front is None else front
@@ -221,6 +209,11 @@ def write_frames(out: Tensor, x: Tensor, norm: AffineField | None, ops: VaeOps) 
         out.copy_(x)
     else:
         ops.apply_field(x, norm, swish=True, out=out)
+
+
+def empty(shape: tuple[int, ...], like: Activation, layout: torch.memory_format) -> Tensor:
+    """Memory of the type of `like`, on its device."""
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
 
 
 def layout_of(tensor: Tensor) -> torch.memory_format:

@@ -14,8 +14,10 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from sgm.modules.autoencoding.blocks import Downsample3D, ResnetBlock3D, Upsample3D, make_norm, norm_of
-from sgm.modules.autoencoding.causal_conv import WHOLE_CLIP, Activation, CausalConv3d, ClipPass
+from sgm.modules.autoencoding.causal_conv import WHOLE_CLIP, CausalConv3d, ClipPass
 from sgm.modules.autoencoding.strides import STRIDES, Strides
+from sgm.modules.children import ModuleList
+from sgm.modules.ops.vae import Activation
 
 
 class ContextParallelEncoder3D(nn.Module):
@@ -58,7 +60,7 @@ class ContextParallelEncoder3D(nn.Module):
         self.in_channels, self.out_channels = in_channels, 2 * z_channels if double_z else z_channels
         self.strides = Strides.from_coder(ch_mult, temporal_compress_times)
         self.conv_in = CausalConv3d(in_channels, ch)
-        self.down = nn.ModuleList()
+        self.down: ModuleList[_Level] = ModuleList()
         for level, width in enumerate(widths):
             before = widths[level - 1] if level else ch
             blocks = _res_blocks(before, width, num_res_blocks, None, dropout)
@@ -117,7 +119,7 @@ class ContextParallelDecoder3D(nn.Module):
             blocks = _res_blocks(before, width, num_res_blocks + 1, z_channels, dropout)
             grows_time = level >= len(widths) - time_levels
             levels.append(_Level(blocks, upsample=Upsample3D(width, grows_time) if level else None))
-        self.up = nn.ModuleList(levels)
+        self.up: ModuleList[_Level] = ModuleList(levels)
         self.norm_out = make_norm(widths[0], z_channels)
         self.conv_out = CausalConv3d(widths[0], out_ch)
 
@@ -134,19 +136,21 @@ class _Level(nn.Module):
     """Residual blocks of one width, then a change of resolution, if any (at most one of the two)."""
 
     def __init__(
-        self, blocks: nn.ModuleList, downsample: Downsample3D | None = None, upsample: Upsample3D | None = None
+        self,
+        blocks: Sequence[ResnetBlock3D],
+        downsample: Downsample3D | None = None,
+        upsample: Upsample3D | None = None,
     ) -> None:
         super().__init__()
-        self.block = blocks
+        self.block: ModuleList[ResnetBlock3D] = ModuleList(blocks)
         if downsample is not None:
             self.downsample = downsample
         if upsample is not None:
             self.upsample = upsample
-        self._resample = "downsample" if downsample is not None else "upsample" if upsample is not None else None
 
     def parts(self) -> list[nn.Module]:
         """The blocks, then the change of resolution, if any."""
-        return [*self.block, *([getattr(self, self._resample)] if self._resample else [])]
+        return [*self.block, *(part for name, part in self.named_children() if name != "block")]
 
 
 class _Middle(nn.Module):
@@ -158,9 +162,11 @@ class _Middle(nn.Module):
         self.block_2 = ResnetBlock3D(width, width, latent_channels=latent_channels, dropout=dropout)
 
 
-def _res_blocks(before: int, width: int, count: int, latent_channels: int | None, dropout: float) -> nn.ModuleList:
+def _res_blocks(
+    before: int, width: int, count: int, latent_channels: int | None, dropout: float
+) -> list[ResnetBlock3D]:
     inputs = [before] + [width] * (count - 1)
-    return nn.ModuleList(ResnetBlock3D(n, width, latent_channels=latent_channels, dropout=dropout) for n in inputs)
+    return [ResnetBlock3D(n, width, latent_channels=latent_channels, dropout=dropout) for n in inputs]
 
 
 def _time_levels(temporal_compress_times: int, ch_mult: Sequence[int], attn_resolutions: Sequence[int]) -> int:

@@ -64,22 +64,20 @@ def blend_tiles(
     Returns:
         (b, c, t, height * scale, width * scale) in the tiles' dtype.
     """
-    total: Tensor | None = None
-    weights = kind = None
+    sums: tuple[Tensor, Tensor] | None = None
+    whole = (size[0] * scale, size[1] * scale)
     for index, (rows, cols) in enumerate(boxes):
         tile = render(index, rows, cols)
         top, left = rows.start * scale, cols.start * scale
-        if total is None:
-            kind = tile.dtype
-            whole = (size[0] * scale, size[1] * scale)
-            total = tile.new_zeros((*tile.shape[:3], *whole), dtype=torch.promote_types(kind, torch.float32))
-            weights = total.new_zeros(whole)
+        kind = torch.promote_types(tile.dtype, torch.float32)
+        sums = sums or (tile.new_zeros((*tile.shape[:3], *whole), dtype=kind), tile.new_zeros(whole, dtype=kind))
+        total, weights = sums
         weight = _edge_weights(rows, size[0], tile.shape[3], tile.device)[:, None]
         weight = weight * _edge_weights(cols, size[1], tile.shape[4], tile.device)
         here = (..., slice(top, top + tile.shape[3]), slice(left, left + tile.shape[4]))
         total[here] += tile * weight
         weights[here] += weight
-    return (total / weights).to(kind)
+    return (total / weights).to(tile.dtype)
 
 
 def _edge_weights(span: slice, length: int, cells: int, device: torch.device) -> Tensor:

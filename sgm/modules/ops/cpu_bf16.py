@@ -53,7 +53,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return scores.softmax(dim=-1) @ value
 
 
-def convolve(conv: nn.Module, x: Tensor, bare: bool = False, spare: Tensor | None = None) -> Tensor:
+def convolve(conv: vae.Conv, x: Tensor, bare: bool = False, spare: Tensor | None = None) -> Tensor:
     """`sgm.modules.ops.vae.convolve` with the product in bfloat16; its result is float32 again."""
     if x.dtype != torch.float32 or (torch.is_grad_enabled() and (x.requires_grad or conv.weight.requires_grad)):
         return vae.convolve(conv, x, bare, spare)

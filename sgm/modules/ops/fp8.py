@@ -82,6 +82,10 @@ class Fp8Linear(nn.Module):
         bias: (n,) or None; kept as it is.
     """
 
+    weight: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
+
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
         codes, scale = quantize_rows(weight.detach())

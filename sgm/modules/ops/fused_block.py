@@ -7,6 +7,9 @@ gradients are wanted, `fused_training` has the kernels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TypeGuard
+
 import torch
 from torch import Tensor, nn
 
@@ -14,22 +17,21 @@ from sgm.distributed import model_parallel_world_size
 from sgm.modules.ops import block_ops, fused_training, modulation
 from sgm.modules.ops.linear import is_plain_linear, is_watched
 from sgm.modules.ops.modulation import Modulation, RotaryTable
-from sgm.modules.ops.triton_block import launch_head_norm_rotate, launch_residual_norm
+from sgm.modules.ops.triton_block import NormValues, launch_head_norm_rotate, launch_residual_norm
 from sgm.modules.ops.triton_support import runs_kernels
 
 
 def norm_modulate(x: Tensor, norm: nn.Module, text: Modulation, video: Modulation, text_length: int) -> Tensor:
-    tensors = (x, norm.weight, *text, *video) if _is_plain_norm(norm, x) else ()
-    if not _fits(*tensors):
+    if not _is_plain_norm(norm, x) or not _can_fuse(x, norm.weight, *text, *video):
         return modulation.norm_modulate(x, norm, text, video, text_length)
-    if _wants_grad(*tensors):
-        return fused_training.norm_modulate(x, _values(norm), text, video, text_length)
-    return launch_residual_norm(x, text_length, None, (norm.weight, norm.bias, norm.eps, text, video))[1]
+    if _wants_grad(x, norm.weight, *text, *video):
+        return fused_training.norm_modulate(x, _norm_values(norm), text, video, text_length)
+    return launch_residual_norm(x, text_length, None, (*_norm_values(norm), text, video))[1]
 
 
 def gated_residual(hidden: Tensor, update: Tensor, text_gate: Tensor, video_gate: Tensor, text_length: int) -> Tensor:
     tensors = (hidden, update, text_gate, video_gate)
-    if not (_fits(*tensors) and update.is_contiguous()):
+    if not (_can_fuse(*tensors) and update.is_contiguous()):
         return modulation.gated_residual(*tensors, text_length)
     if _wants_grad(*tensors):
         return fused_training.gated_residual(*tensors, text_length)
@@ -47,12 +49,12 @@ def residual_norm(
     text_length: int,
 ) -> tuple[Tensor, Tensor]:
     residual = (update, text_gate, video_gate)
-    tensors = (hidden, *residual, norm.weight, *text, *video) if _is_plain_norm(norm, hidden) else ()
-    if not (_fits(*tensors) and update.is_contiguous()):
+    others = (*residual, *text, *video)
+    if not (_is_plain_norm(norm, hidden) and _can_fuse(hidden, norm.weight, *others) and update.is_contiguous()):
         return block_ops.residual_norm(hidden, *residual, norm, text, video, text_length)
-    if _wants_grad(*tensors):
-        return fused_training.residual_norm(hidden, residual, _values(norm), text, video, text_length)
-    return launch_residual_norm(hidden, text_length, residual, (*_values(norm), text, video))
+    if _wants_grad(hidden, norm.weight, *others):
+        return fused_training.residual_norm(hidden, residual, _norm_values(norm), text, video, text_length)
+    return launch_residual_norm(hidden, text_length, residual, (*_norm_values(norm), text, video))
 
 
 def split_heads(
@@ -65,36 +67,38 @@ def split_heads(
 ) -> block_ops.Heads:
     """Without gradients overwrites `qkv`: query, key and value stay views of one buffer."""
     norms = [norm for norm in (query_norm, key_norm) if norm is not None]
-    if not _heads_fit(qkv, head_width, norms):
+    if not _are_plain_norms(norms, qkv) or not _can_fuse_heads(qkv, head_width, norms):
         return block_ops.split_heads(qkv, head_width, query_norm, key_norm, rotary, text_length)
     if norms or rotary is not None:
-        parts = tuple(_values(norm) for norm in norms) or None
+        values = (_norm_values(norms[0]), _norm_values(norms[1])) if norms else None
         if _wants_grad(qkv, *(norm.weight for norm in norms)):
-            return fused_training.split_heads(qkv, head_width, parts, rotary, text_length)
-        launch_head_norm_rotate(qkv, head_width, parts, rotary, text_length)
-    return qkv.unflatten(-1, (3, -1, head_width)).unbind(2)
+            return fused_training.split_heads(qkv, head_width, values, rotary, text_length)
+        launch_head_norm_rotate(qkv, head_width, values, rotary, text_length)
+    query, key, value = qkv.unflatten(-1, (3, -1, head_width)).unbind(2)
+    return query, key, value
 
 
 def linear_gelu(linear: nn.Module, x: Tensor) -> Tensor:
     """The GELU joins the matrix product (cuBLASLt's epilogue, tanh form), which saves two passes over its result."""
-    tensors = (x, linear.weight, linear.bias) if is_plain_linear(linear) else ()
-    if not (x.is_cuda and _fits(*tensors)) or _wants_grad(*tensors):
+    if not (x.is_cuda and is_plain_linear(linear) and _can_fuse(x, linear.weight, linear.bias)):
+        return block_ops.linear_gelu(linear, x)
+    if _wants_grad(x, linear.weight, linear.bias):
         return block_ops.linear_gelu(linear, x)
     flat = torch._addmm_activation(linear.bias, x.flatten(0, -2), linear.weight.t(), use_gelu=True)
     return flat.unflatten(0, x.shape[:-1])
 
 
-def _heads_fit(qkv: Tensor, head_width: int, norms: list[nn.Module]) -> bool:
-    plain = all(_is_plain_norm(norm, qkv) for norm in norms)
-    if plain and _wants_grad(*(norm.weight for norm in norms)) and model_parallel_world_size() > 1:
+def _can_fuse_heads(qkv: Tensor, head_width: int, norms: Sequence[nn.LayerNorm]) -> bool:
+    weights = [norm.weight for norm in norms]
+    if _wants_grad(*weights) and model_parallel_world_size() > 1:
         return False  # the norms' own forward adds up their gradients over processes
-    alike = len(norms) != 1 and len({norm.weight is None for norm in norms}) < 2
-    return plain and alike and head_width % 2 == 0 and _fits(qkv, *(norm.weight for norm in norms))
+    alike = len(norms) != 1 and len({weight is None for weight in weights}) < 2
+    return alike and head_width % 2 == 0 and _can_fuse(qkv, *weights)
 
 
-def _fits(x: Tensor | None = None, *others: Tensor | None) -> bool:
-    """Something, contiguous, where kernels run, of one dtype, no autocast."""
-    if x is None or not (runs_kernels(x) and x.is_contiguous()) or torch.is_autocast_enabled():
+def _can_fuse(x: Tensor, *others: Tensor | None) -> bool:
+    """Contiguous x, where kernels run; all of one dtype, no autocast."""
+    if not (runs_kernels(x) and x.is_contiguous()) or torch.is_autocast_enabled():
         return False
     return all(t.dtype == x.dtype and t.device == x.device for t in others if t is not None)
 
@@ -103,11 +107,15 @@ def _wants_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _values(norm: nn.LayerNorm) -> tuple[Tensor | None, Tensor | None, float]:
+def _norm_values(norm: nn.LayerNorm) -> NormValues:
     return norm.weight, norm.bias, norm.eps
 
 
-def _is_plain_norm(norm: nn.Module, x: Tensor) -> bool:
+def _are_plain_norms(norms: Sequence[nn.Module], x: Tensor) -> TypeGuard[Sequence[nn.LayerNorm]]:
+    return all(_is_plain_norm(norm, x) for norm in norms)
+
+
+def _is_plain_norm(norm: nn.Module, x: Tensor) -> TypeGuard[nn.LayerNorm]:
     """A LayerNorm over the last axis, with weight and bias or neither, that nobody watches."""
     if not isinstance(norm, nn.LayerNorm) or len(norm.normalized_shape) != 1 or is_watched(norm):
         return False

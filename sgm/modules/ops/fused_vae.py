@@ -5,12 +5,15 @@ Each function here takes and gives what its twin in `vae` does, and calls the tw
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sgm.modules.ops import vae
+from sgm.modules.ops.autograd import TensorContext
 from sgm.modules.ops.triton_support import runs_kernels
 from sgm.modules.ops.triton_vae import (
     launch_add_residual,
@@ -20,7 +23,7 @@ from sgm.modules.ops.triton_vae import (
     launch_norm_field,
 )
 from sgm.modules.ops.triton_vae_grad import field_gradients
-from sgm.modules.ops.vae import SAME_FRAMES, AffineField, FrameMap, Modulation
+from sgm.modules.ops.vae import SAME_FRAMES, AffineField, Conv, FrameMap, Modulation
 
 _KINDS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -29,9 +32,9 @@ def group_moments(x: Tensor, groups: int, budget: int, bias: Tensor | None = Non
     """One read of x and no copy of it, so `budget` has no part in it."""
     if not x.is_contiguous(memory_format=torch.channels_last_3d):
         return vae.group_moments(x, groups, budget, bias)
-    if _learns(x) and bias is None:
+    if _needs_gradient(x) and bias is None:
         return _Moments.apply(x, groups)
-    return launch_group_moments(x, groups, bias) if _fits(x) else vae.group_moments(x, groups, budget, bias)
+    return launch_group_moments(x, groups, bias) if _can_fuse(x) else vae.group_moments(x, groups, budget, bias)
 
 
 def latent_field(
@@ -52,13 +55,13 @@ def latent_field(
 
 def apply_field(x: Tensor, field: AffineField, *, swish: bool, out: Tensor | None = None) -> Tensor:
     scale, shift = field.scale, field.shift
-    if out is None and x.stride(1) == 1 and scale.dtype == shift.dtype == torch.float32 and _learns(x):
+    if out is None and x.stride(1) == 1 and scale.dtype == shift.dtype == torch.float32 and _needs_gradient(x):
         return _Field.apply(x, scale, shift, swish, field.frame_map)
-    fits = _fits(x) and x.stride(1) == 1 and scale.dtype == shift.dtype == torch.float32
+    fits = _can_fuse(x) and x.stride(1) == 1 and scale.dtype == shift.dtype == torch.float32
     wants_grad = torch.is_grad_enabled() and (scale.requires_grad or shift.requires_grad)
-    result = torch.empty_like(x) if out is None and fits else out
-    if not fits or wants_grad or result.stride(1) != 1:
+    if not fits or wants_grad or (out is not None and out.stride(1) != 1):
         return vae.apply_field(x, field, swish=swish, out=out)
+    result = torch.empty_like(x) if out is None else out
     launch_apply_field(x, *_dense_field(x, scale, shift), result, swish, field.frame_map)
     return result
 
@@ -70,21 +73,21 @@ def _dense_field(x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tenso
     return scale, shift
 
 
-def convolve(conv: nn.Module, x: Tensor, bare: bool = False, spare: Tensor | None = None) -> Tensor:
+def convolve(conv: Conv, x: Tensor, bare: bool = False, spare: Tensor | None = None) -> Tensor:
     """The result is channels-last, as the kernels need it; cuDNN gives it so for channels-last weights."""
     layout = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
     weight, bias, channels = conv.weight, None if bare else conv.bias, conv.out_channels
     if torch.is_grad_enabled() or not runs_kernels(x):
         return vae.convolve(conv, x, bare).contiguous(memory_format=layout)
     if x.dtype in (torch.float16, torch.bfloat16) and (channels % 8 or x.shape[1] % 8) and conv.groups == 1:
-        x, weight, bias = _widened(conv, x, bias, layout)
+        x, weight, bias = _padded_channels(conv, x, bias, layout)
     if bias is None and spare is not None and _writes_in_place(x, weight, spare, layout):
         return _convolve_into(conv, x, weight, spare)
     return conv._conv_forward(x, weight, bias)[:, :channels].contiguous(memory_format=layout)
 
 
-def _widened(
-    conv: nn.Module, x: Tensor, bias: Tensor | None, layout: torch.memory_format
+def _padded_channels(
+    conv: Conv, x: Tensor, bias: Tensor | None, layout: torch.memory_format
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """x, weight and bias of the same convolution with channels up to multiples of 8, which fast kernels ask for.
 
@@ -92,20 +95,24 @@ def _widened(
     the kernel, which never lies on the zeros around a frame.
     """
     outs, ins = conv.weight.shape[:2]
-    kind = {"dtype": x.dtype, "device": x.device, "memory_format": layout}
-    weight = torch.empty((_eights(outs), _eights(ins), *conv.weight.shape[2:]), **kind).zero_()
+    weight = _zeros((_round_up_to_8(outs), _round_up_to_8(ins), *conv.weight.shape[2:]), x, layout)
     weight[:outs, :ins] = conv.weight
     if ins == weight.shape[1]:
         return x, weight, None if bias is None else F.pad(bias, (0, weight.shape[0] - outs))
-    wide = torch.empty((x.shape[0], weight.shape[1], *x.shape[2:]), **kind).zero_()
+    wide = _zeros((x.shape[0], weight.shape[1], *x.shape[2:]), x, layout)
     wide[:, :ins] = x
     if bias is not None:
         wide[:, ins] = 1
-        weight[:outs, ins][(slice(None), *(side // 2 for side in weight.shape[2:]))] = bias
+        middle: tuple[slice | int, ...] = (slice(None), *(side // 2 for side in weight.shape[2:]))
+        weight[:outs, ins][middle] = bias
     return wide, weight, None
 
 
-def _eights(channels: int) -> int:
+def _zeros(shape: tuple[int, ...], like: Tensor, layout: torch.memory_format) -> Tensor:
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout).zero_()
+
+
+def _round_up_to_8(channels: int) -> int:
     return -(-channels // 8) * 8
 
 
@@ -116,7 +123,7 @@ def _writes_in_place(x: Tensor, weight: Tensor, out: Tensor, layout: torch.memor
     return all(part.dtype == x.dtype and part.is_contiguous(memory_format=layout) for part in (x, weight, out))
 
 
-def _convolve_into(conv: nn.Module, x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+def _convolve_into(conv: Conv, x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     cudnn = torch.backends.cudnn
     exactly = cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
     settings = (conv.padding, conv.stride, conv.dilation, conv.groups, cudnn.benchmark, exactly, cudnn.allow_tf32)
@@ -126,7 +133,7 @@ def _convolve_into(conv: nn.Module, x: Tensor, weight: Tensor, out: Tensor) -> T
 
 def add_residual(h: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
     """One pass with the bias."""
-    if bias is None or h.dtype != x.dtype or not (_fits(h) and _is_dense(h) and _is_dense(x)):
+    if bias is None or h.dtype != x.dtype or not (_can_fuse(h) and _is_dense(h) and _is_dense(x)):
         return vae.add_residual(h, x, bias)
     launch_add_residual(h, x, bias)
     return h
@@ -134,7 +141,7 @@ def add_residual(h: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def place(x: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
     """One pass with the bias."""
-    if bias is None or not _fits(x) or x.stride(1) != 1 or out.stride(1) != 1:
+    if bias is None or not _can_fuse(x) or x.stride(1) != 1 or out.stride(1) != 1:
         return vae.place(x, out, bias)
     shift = bias.float()[None, :, None, None, None].expand(x.shape[0], -1, 1, 1, 1).contiguous()
     launch_apply_field(x, torch.ones_like(shift), shift, out, swish=False)
@@ -142,7 +149,7 @@ def place(x: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
 
 def join_phases(parts: Tensor, out: Tensor, frame_map: FrameMap, bias: Tensor) -> None:
     """One pass."""
-    if not _fits(parts) or parts.stride(1) != 1 or out.stride(1) != 1:
+    if not _can_fuse(parts) or parts.stride(1) != 1 or out.stride(1) != 1:
         return vae.join_phases(parts, out, frame_map, bias)
     launch_join_phases(parts, out, frame_map, bias)
 
@@ -153,28 +160,28 @@ def _is_dense(x: Tensor) -> bool:
     return x.stride()[1:] == (1, h * w * c, w * c, c)
 
 
-def _fits(x: Tensor) -> bool:
+def _can_fuse(x: Tensor) -> bool:
     return runs_kernels(x) and x.dtype in _KINDS and not (torch.is_grad_enabled() and x.requires_grad)
 
 
 # --- training in half precision: the twins of `vae.lean_moments` and `vae.lean_field` ------------------------------
 
 
-def _learns(x: Tensor) -> bool:
+def _needs_gradient(x: Tensor) -> bool:
     """Whether gradients are wanted and the kernels can give them."""
     return torch.is_grad_enabled() and runs_kernels(x) and x.dtype in (torch.float16, torch.bfloat16)
 
 
 class _Moments(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    def forward(ctx: TensorContext, x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
         mean, variance = launch_group_moments(x, groups, None)
         ctx.save_for_backward(x, mean)
         return mean, variance
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, to_mean: Tensor, to_variance: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: TensorContext, to_mean: Tensor, to_variance: Tensor) -> tuple[Tensor, None]:
         x, mean = ctx.saved_tensors
         per_channel = x.shape[1] // mean.shape[1]
         count = x[0].numel() // mean.shape[1]
@@ -186,9 +193,16 @@ class _Moments(torch.autograd.Function):
         return result, None
 
 
+class _FieldContext(TensorContext, Protocol):
+    swish: bool
+    frame_map: FrameMap
+
+
 class _Field(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, scale: Tensor, shift: Tensor, swish: bool, frame_map: FrameMap) -> Tensor:
+    def forward(
+        ctx: _FieldContext, x: Tensor, scale: Tensor, shift: Tensor, swish: bool, frame_map: FrameMap
+    ) -> Tensor:
         ctx.save_for_backward(x, scale, shift)
         ctx.swish, ctx.frame_map = swish, frame_map
         result = torch.empty_like(x, memory_format=torch.channels_last_3d)
@@ -197,7 +211,7 @@ class _Field(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: _FieldContext, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         x, scale, shift = ctx.saved_tensors
         grad = grad if grad.stride(1) == 1 else grad.contiguous(memory_format=torch.channels_last_3d)
         dense = _dense_field(x, scale, shift)

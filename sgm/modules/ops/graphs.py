@@ -7,15 +7,25 @@ each is through with its activations before the next begins.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 Replay = Callable[[], None]
 WARM_UP = 3  # runs before the recording: kernels compile, libraries take their workspaces
+
+
+class Recorder(Protocol):
+    """Records work and runs it again."""
+
+    def warm_up(self, work: Callable[[], Any]) -> None:
+        """Run `work` a few times."""
+
+    def record(self, work: Callable[[], None]) -> Replay:
+        """Record `work`, which leaves what it makes where it can be found again; calling the result does it anew."""
 
 
 class CudaRecorder:
@@ -52,12 +62,14 @@ class TrainingGraph:
         recorder: `CudaRecorder`, or what does the same elsewhere.
     """
 
-    def __init__(self, network: nn.Module, inputs: list[Tensor], recorder: Any):
+    _output: Tensor
+
+    def __init__(self, network: nn.Module, inputs: list[Tensor], recorder: Recorder):
         self._network, self._inputs = network, [tensor.detach().clone() for tensor in inputs]
         # Other leaves on the same memory: what autograd holds of the parameters themselves belongs to other streams.
         self._leaves = {name: p.detach().requires_grad_() for name, p in network.named_parameters() if p.requires_grad}
-        recorder.warm_up(self._both)
-        self._output = None  # with it goes what autograd knew of the warm-up
+        recorder.warm_up(self._run_and_differentiate)
+        del self._output  # with it goes what autograd knew of the warm-up
         self._forward = recorder.record(self._run)
         self._to_output = torch.zeros_like(self._output)
         self._backward = recorder.record(self._differentiate)
@@ -70,11 +82,11 @@ class TrainingGraph:
 
     def _differentiate(self) -> None:
         grads = torch.autograd.grad(self._output, list(self._leaves.values()), self._to_output, allow_unused=True)
-        self._reached = [grad is not None for grad in grads]
+        self._has_gradient = [grad is not None for grad in grads]
         self._sizes = [grad.numel() for grad in grads if grad is not None]
         self._flat = torch.cat([grad.flatten() for grad in grads if grad is not None])
 
-    def _both(self) -> None:
+    def _run_and_differentiate(self) -> None:
         self._run()
         self._to_output = torch.zeros_like(self._output)
         self._differentiate()
@@ -92,7 +104,7 @@ class TrainingGraph:
         self._backward()
         # A copy, which the caller may keep: the next replay writes over `_flat`.
         parts = iter(self._flat.clone().split(self._sizes))
-        leaves = zip(self._leaves.values(), self._reached, strict=True)
+        leaves = zip(self._leaves.values(), self._has_gradient, strict=True)
         return [next(parts).view_as(leaf) if reached else None for leaf, reached in leaves]
 
 
@@ -107,15 +119,15 @@ class NetworkGraphs:
             not from now on, stay where they are.
     """
 
-    def __init__(self, network: nn.Module, recorder: Any = None):
+    def __init__(self, network: nn.Module, recorder: Recorder | None = None):
         self._network, self._recorder = network, recorder
         self._parameters = [p for p in network.parameters() if p.requires_grad]
         self._graphs: dict[tuple[Any, ...], TrainingGraph] = {}
 
-    def __call__(self, x: Tensor, *, timesteps: Tensor, context: Tensor, **extras: Any) -> Tensor:
-        inputs = [x, timesteps, context]
+    def __call__(self, x: Tensor, *, timesteps: Tensor, context: Tensor | None, **extras: Any) -> Tensor:
         recordable = torch.is_grad_enabled() and self._network.training and not extras
-        if not recordable or any(tensor.requires_grad for tensor in inputs):
+        inputs = [] if context is None or not recordable else [x, timesteps, context]
+        if not inputs or any(tensor.requires_grad for tensor in inputs):
             return self._network(x, timesteps=timesteps, context=context, **extras)
         return _Replayed.apply(self._graph(inputs), inputs, *self._parameters)
 
@@ -127,13 +139,17 @@ class NetworkGraphs:
         return self._graphs[key]
 
 
+class _GraphContext(Protocol):
+    graph: TrainingGraph
+
+
 class _Replayed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, graph: TrainingGraph, inputs: list[Tensor], *parameters: Tensor) -> Tensor:
+    def forward(ctx: _GraphContext, graph: TrainingGraph, inputs: list[Tensor], *parameters: Tensor) -> Tensor:
         ctx.graph = graph
         return graph.forward(inputs).detach()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, to_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _GraphContext, to_output: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, *ctx.graph.backward(to_output)

@@ -1,9 +1,13 @@
 """Triton kernels of a transformer block. Each is one pass over its tensors; arithmetic is float32 throughout.
 
+Triton's language has no types for what a kernel is given.
+
 Axes: b batch, l text tokens, n all tokens (text first), d width, h heads, hd width of a head.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -18,9 +22,12 @@ from sgm.modules.ops.triton_support import launch
 _ROWS, _NORM_WARPS, _GATE_WARPS = 4, 4, 8
 _HEAD_TILE, _HEAD_WARPS = 1024, 4
 
+NormValues = tuple[Tensor | None, Tensor | None, float]  # weight and bias (both or neither), eps
+Residual = tuple[Tensor, Tensor, Tensor]  # update (b, n, d), text gate, video gate (b, 1, d)
+
 
 @triton.jit
-def _vector(text, video, is_text, at, inside):
+def load_vector(text, video, is_text, at, inside):  # type: ignore[no-untyped-def]
     """`at` of the text's vector or of the video's, as float32."""
     if is_text:
         value = tl.load(text + at, mask=inside, other=0.0).to(tl.float32)
@@ -30,7 +37,7 @@ def _vector(text, video, is_text, at, inside):
 
 
 @triton.jit
-def _residual_norm_kernel(
+def _residual_norm_kernel(  # type: ignore[no-untyped-def]
     hidden, update, text_gate, video_gate, weight, bias,
     text_shift, text_scale, video_shift, video_scale, summed, normed,
     n, text_length, d, vector_stride, eps,
@@ -49,10 +56,10 @@ def _residual_norm_kernel(
     inside = cols < d
     vector = sample.to(tl.int64) * vector_stride + cols
     if RESIDUAL:
-        gate = _vector(text_gate, video_gate, is_text, vector, inside)
+        gate = load_vector(text_gate, video_gate, is_text, vector, inside)
     if NORM:  # (y w + b) (1 + scale) + shift = y factor + offset
-        factor = 1.0 + _vector(text_scale, video_scale, is_text, vector, inside)
-        offset = _vector(text_shift, video_shift, is_text, vector, inside)
+        factor = 1.0 + load_vector(text_scale, video_scale, is_text, vector, inside)
+        offset = load_vector(text_shift, video_shift, is_text, vector, inside)
         if AFFINE:
             offset += tl.load(bias + cols, mask=inside, other=0.0).to(tl.float32) * factor
             factor *= tl.load(weight + cols, mask=inside, other=0.0).to(tl.float32)
@@ -78,7 +85,7 @@ def _residual_norm_kernel(
 
 
 @triton.jit
-def _head_norm_rotate_kernel(
+def _head_norm_rotate_kernel(  # type: ignore[no-untyped-def]
     qkv, out, query_weight, query_bias, key_weight, key_bias, cos, sin,
     total, n, text_length, heads, query_eps, key_eps,
     NORM: tl.constexpr, AFFINE: tl.constexpr, ROTATE: tl.constexpr,
@@ -123,7 +130,7 @@ def _head_norm_rotate_kernel(
 def launch_residual_norm(
     hidden: Tensor,
     text_length: int,
-    residual: tuple[Tensor, Tensor, Tensor] | None,
+    residual: Residual | None,
     norm: tuple[Tensor | None, Tensor | None, float, Modulation, Modulation] | None,
 ) -> tuple[Tensor, Tensor]:
     """(hidden + gate * update, modulated norm of that); an absent half is not computed and its result is `hidden`.
@@ -135,10 +142,11 @@ def launch_residual_norm(
     """
     b, n, d = hidden.shape
     cols = triton.next_power_of_2(d)
-    update, *gates = residual or (hidden, hidden, hidden)
-    weight, bias, eps, text, video = norm or (None, None, 0.0, None, None)
-    vectors = (*(gates if residual else ()), *((text.shift, text.scale, video.shift, video.scale) if norm else ()))
-    vectors, stride = _aligned(vectors, b, d)
+    update = residual[0] if residual else hidden
+    weight, bias, eps = norm[:3] if norm else (None, None, 0.0)
+    given = [*(residual[1:] if residual else ())]
+    given += [vector for modulation in (norm[3:] if norm else ()) for vector in (modulation.shift, modulation.scale)]
+    vectors, stride = aligned(given, b, d)
     gates = vectors[:2] if residual else (hidden, hidden)
     modulations = vectors[-4:] if norm else (hidden,) * 4
     summed = torch.empty_like(hidden) if residual else hidden
@@ -146,7 +154,7 @@ def launch_residual_norm(
     blocks = triton.cdiv(text_length, _ROWS) + triton.cdiv(n - text_length, _ROWS)
     launch(
         _residual_norm_kernel, (blocks, b),
-        hidden, update, *gates, _or(weight, hidden), _or(bias, hidden), *modulations, summed, normed,
+        hidden, update, *gates, or_else(weight, hidden), or_else(bias, hidden), *modulations, summed, normed,
         n, text_length, d, stride, eps,
         RESIDUAL=residual is not None, NORM=norm is not None, AFFINE=weight is not None, ROWS=_ROWS, COLS=cols,
         num_warps=_NORM_WARPS if norm else _GATE_WARPS,
@@ -157,7 +165,7 @@ def launch_residual_norm(
 def launch_head_norm_rotate(
     qkv: Tensor,
     head_width: int,
-    norms: tuple[tuple[Tensor | None, Tensor | None, float], tuple[Tensor | None, Tensor | None, float]] | None,
+    norms: tuple[NormValues, NormValues] | None,
     rotary: RotaryTable | None,
     text_length: int,
     out: Tensor | None = None,
@@ -175,14 +183,14 @@ def launch_head_norm_rotate(
     cos, sin = (qkv, qkv) if rotary is None else (rotary.cos.contiguous(), rotary.sin.contiguous())
     launch(
         _head_norm_rotate_kernel, (triton.cdiv(total, rows),),
-        qkv, _or(out, qkv), *(_or(part, qkv) for part in (query_w, query_b, key_w, key_b)), cos, sin,
+        qkv, or_else(out, qkv), *(or_else(part, qkv) for part in (query_w, query_b, key_w, key_b)), cos, sin,
         total, n, text_length, heads, query_eps, key_eps,
         NORM=norms is not None, AFFINE=query_w is not None, ROTATE=rotary is not None,
         IN_PLACE=out is None, ROWS=rows, WIDTH=head_width, COLS=cols, num_warps=_HEAD_WARPS,
     )  # fmt: skip
 
 
-def _aligned(vectors: tuple[Tensor, ...], b: int, d: int) -> tuple[tuple[Tensor, ...], int]:
+def aligned(vectors: Sequence[Tensor], b: int, d: int) -> tuple[tuple[Tensor, ...], int]:
     """The vectors (b, 1, d) as (b, d) with unit stride along d and one common stride along b, and that stride."""
     flat = tuple(v.expand(b, 1, d).squeeze(1) for v in vectors)
     if len({v.stride(0) for v in flat}) > 1 or any(v.stride(1) != 1 for v in flat):
@@ -190,6 +198,6 @@ def _aligned(vectors: tuple[Tensor, ...], b: int, d: int) -> tuple[tuple[Tensor,
     return flat, flat[0].stride(0)
 
 
-def _or(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
+def or_else(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
     """A kernel's pointer arguments must be tensors also where they are not read."""
     return stand_in if tensor is None else tensor

@@ -3,6 +3,8 @@
 A program goes through many rows and adds up what the vectors (gates, modulations, weights) get from them; the programs'
 sums are added by PyTorch, in an order that does not change from run to run.
 
+Triton's language has no types for what a kernel is given.
+
 Axes: b batch, l text tokens, n all tokens (text first), d width, h heads, hd width of a head.
 """
 
@@ -14,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sgm.modules.ops.modulation import RotaryTable
-from sgm.modules.ops.triton_block import _aligned, _or, _vector
+from sgm.modules.ops.triton_block import Residual, aligned, load_vector, or_else
 from sgm.modules.ops.triton_support import launch
 
 _TILE = 4096  # values of a tensor that a program holds
@@ -22,7 +24,7 @@ _PROGRAMS = 512  # for each sample, or for the queries and for the keys
 
 
 @triton.jit
-def _residual_norm_backward_kernel(
+def _residual_norm_backward_kernel(  # type: ignore[no-untyped-def]
     grad_summed, grad_normed, summed, update, text_gate, video_gate, weight, text_scale, video_scale,
     to_hidden, to_update, sums,
     n, text_length, d, gate_stride, scale_stride, eps, text_programs,
@@ -39,11 +41,11 @@ def _residual_norm_backward_kernel(
     cols = tl.arange(0, COLS)
     col_inside = cols < d
     if NORM:
-        slope = 1.0 + _vector(text_scale, video_scale, is_text, sample * scale_stride + cols, col_inside)[None, :]
+        slope = 1.0 + load_vector(text_scale, video_scale, is_text, sample * scale_stride + cols, col_inside)[None, :]
         if AFFINE:
             slope = slope * tl.load(weight + cols, mask=col_inside, other=0.0).to(tl.float32)[None, :]
     if RESIDUAL:
-        gate = _vector(text_gate, video_gate, is_text, sample * gate_stride + cols, col_inside)[None, :]
+        gate = load_vector(text_gate, video_gate, is_text, sample * gate_stride + cols, col_inside)[None, :]
     plain_sum = tl.zeros((COLS,), tl.float32)
     normed_sum = tl.zeros((COLS,), tl.float32)
     gate_sum = tl.zeros((COLS,), tl.float32)
@@ -78,7 +80,7 @@ def _residual_norm_backward_kernel(
 
 
 @triton.jit
-def _head_norm_rotate_backward_kernel(
+def _head_norm_rotate_backward_kernel(  # type: ignore[no-untyped-def]
     qkv, grad_query, grad_key, query_weight, key_weight, cos, sin, to_qkv, sums,
     total, n, text_length, heads, query_eps, key_eps,
     query_b, query_n, query_h, key_b, key_n, key_h,
@@ -140,7 +142,7 @@ def launch_residual_norm_backward(
     grad_summed: Tensor | None,
     grad_normed: Tensor | None,
     summed: Tensor,
-    residual: tuple[Tensor, Tensor, Tensor] | None,
+    residual: Residual | None,
     norm: tuple[Tensor | None, float, Tensor, Tensor] | None,
     text_length: int,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -159,18 +161,18 @@ def launch_residual_norm_backward(
     b, n, d = summed.shape
     cols = triton.next_power_of_2(d)
     rows = max(1, _TILE // cols)
-    text_programs, programs = _share(triton.cdiv(text_length, rows), triton.cdiv(n - text_length, rows))
-    update, *gates = residual or (summed, summed, summed)
-    weight, eps, *scales = norm or (None, 0.0, summed, summed)
-    gates, gate_stride = _aligned(tuple(gates), b, d) if residual else (gates, 0)
-    scales, scale_stride = _aligned(tuple(scales), b, d) if norm else (scales, 0)
+    text_programs, programs = _split_programs(triton.cdiv(text_length, rows), triton.cdiv(n - text_length, rows))
+    update = residual[0] if residual else summed
+    weight, eps = norm[:2] if norm else (None, 0.0)
+    gates, gate_stride = aligned(residual[1:], b, d) if residual else ((summed, summed), 0)
+    scales, scale_stride = aligned(norm[2:], b, d) if norm else ((summed, summed), 0)
     to_hidden = torch.empty_like(summed)
     to_update = torch.empty_like(summed) if residual else None
     sums = torch.empty((b, programs, 3, d), dtype=torch.float32, device=summed.device)
     launch(
         _residual_norm_backward_kernel, (programs, b),
-        _or(grad_summed, summed), _or(grad_normed, summed), summed, update, *gates, _or(weight, summed), *scales,
-        to_hidden, _or(to_update, summed), sums,
+        or_else(grad_summed, summed), or_else(grad_normed, summed), summed, update, *gates,
+        or_else(weight, summed), *scales, to_hidden, or_else(to_update, summed), sums,
         n, text_length, d, gate_stride, scale_stride, eps, text_programs,
         SUMMED=grad_summed is not None, RESIDUAL=residual is not None, NORM=grad_normed is not None,
         AFFINE=weight is not None, ROWS=rows, COLS=cols, num_warps=8,
@@ -207,7 +209,7 @@ def launch_head_norm_rotate_backward(
     sums = torch.empty((2, programs, 2, width), dtype=torch.float32, device=qkv.device)
     launch(
         _head_norm_rotate_backward_kernel, (programs, 2),
-        qkv, query, key, _or(query_w, qkv), _or(key_w, qkv), cos, sin, result, sums,
+        qkv, query, key, or_else(query_w, qkv), or_else(key_w, qkv), cos, sin, result, sums,
         total, n, text_length, heads, query_eps, key_eps, *query.stride()[:3], *key.stride()[:3],
         NORM=norms is not None, AFFINE=query_w is not None, ROTATE=rotary is not None,
         ROWS=rows, WIDTH=width, COLS=cols, num_warps=4,
@@ -215,7 +217,7 @@ def launch_head_norm_rotate_backward(
     return result, sums.sum(1)
 
 
-def _share(text_blocks: int, video_blocks: int) -> tuple[int, int]:
+def _split_programs(text_blocks: int, video_blocks: int) -> tuple[int, int]:
     """Programs for the text, and all programs, so that each has about as many runs of rows; none without rows."""
     whole = text_blocks + video_blocks
     programs = min(_PROGRAMS, whole)

@@ -1,11 +1,14 @@
 """Triton kernels of the 3D VAE, for activations stored channels-last: a pixel's channels lie side by side.
 
+Triton's language has no types for what a kernel is given.
+
 Axes: b batch, c channels, t frames, h w pixels; h' w' pixels of a field, each a block of h/h' x w/w' pixels.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -23,7 +26,7 @@ _FIELD_PIXELS = 32
 
 
 @triton.jit
-def _moments_kernel(
+def _moments_kernel(  # type: ignore[no-untyped-def]
     x, means, squares, rows, channels, batch_stride,
     ROWS: tl.constexpr, COLS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
@@ -57,7 +60,7 @@ def _moments_kernel(
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _merge_moments_kernel(
+def _merge_moments_kernel(  # type: ignore[no-untyped-def]
     means, squares, added, mean, variance, rows, runs, channels, per_group,
     BIASED: tl.constexpr, RUN_ROWS: tl.constexpr, RUNS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
@@ -94,7 +97,7 @@ def _merge_moments_kernel(
 
 
 @triton.jit
-def _norm_field_kernel(
+def _norm_field_kernel(  # type: ignore[no-untyped-def]
     mean, variance, weight, bias, added, latent, scale_weight, scale_bias, shift_weight, shift_bias, scale, shift,
     pixels, channels, per_group, eps, height, width, latent_b, latent_k, latent_t, latent_h, latent_w,
     ADDED: tl.constexpr, LATENTS: tl.constexpr, PIXELS: tl.constexpr, COLS: tl.constexpr,
@@ -130,7 +133,7 @@ def _norm_field_kernel(
 
 
 @triton.jit(do_not_specialize=["frame_repeat", "frame_offset"])
-def _apply_field_kernel(
+def _apply_field_kernel(  # type: ignore[no-untyped-def]
     x, out, scale, shift, cells, channels, height, width, field_height, field_width, frame_repeat, frame_offset,
     x_b, x_t, x_h, x_w, out_b, out_t, out_h, out_w, field_b, field_t,
     SWISH: tl.constexpr, CELLS: tl.constexpr, REPEAT: tl.constexpr, COLS: tl.constexpr,
@@ -161,7 +164,7 @@ def _apply_field_kernel(
 
 
 @triton.jit
-def _add_residual_kernel(h, x, bias, values, channels, h_b, x_b, SIZE: tl.constexpr):
+def _add_residual_kernel(h, x, bias, values, channels, h_b, x_b, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
     """h + x + bias in the place of h, over the values of one sample, which lie without gaps."""
     first = tl.program_id(0).to(tl.int64) * SIZE
     at = first + tl.arange(0, SIZE)
@@ -175,7 +178,7 @@ def _add_residual_kernel(h, x, bias, values, channels, h_b, x_b, SIZE: tl.conste
 
 
 @triton.jit(do_not_specialize=["frame_repeat", "frame_offset"])
-def _join_phases_kernel(
+def _join_phases_kernel(  # type: ignore[no-untyped-def]
     parts, out, bias, pixels, channels, height, width, frame_repeat, frame_offset,
     parts_b, parts_t, parts_h, parts_w, out_b, out_t, out_h, out_w,
     PIXELS: tl.constexpr, COLS: tl.constexpr,
@@ -235,11 +238,13 @@ def launch_norm_field(
     grid = (1, 1, 1) if modulation is None else tuple(modulation.latent.shape[2:])
     scale, shift = mean.new_empty((2, b, *grid, c)).movedim(-1, 2).unbind(0)
     block = channel_block(c)
-    convolutions, count, strides = (mean,) * 5, 0, (0,) * 5
+    convolutions: Sequence[Tensor | None] = (mean,) * 5
+    count = 0 if modulation is None else modulation.latent.shape[1]
+    strides: Sequence[int] = (0,) * 5
     if modulation is not None:
-        latent, _, *pair = modulation
-        convolutions = (latent, *(part for conv in pair for part in (conv.weight, conv.bias)))
-        count, strides = latent.shape[1], latent.stride()
+        latent, convs = modulation.latent, (modulation.to_scale, modulation.to_shift)
+        convolutions = (latent, *(part for conv in convs for part in (conv.weight, conv.bias)))
+        strides = latent.stride()
     launch(
         _norm_field_kernel, (triton.cdiv(math.prod(grid), _FIELD_PIXELS), triton.cdiv(c, block), b),
         mean, variance, weight, bias, bias if added is None else added, *convolutions, scale, shift,

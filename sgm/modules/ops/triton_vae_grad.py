@@ -1,5 +1,7 @@
 """The Triton kernel for the gradients of a field (`vae.AffineField`), for activations stored channels-last.
 
+Triton's language has no types for what a kernel is given.
+
 Axes: b batch, c channels, t frames, h w pixels; h' w' pixels of a field, each a block of h/h' x w/w' pixels. A cell is
 a rectangle of pixels within one block.
 """
@@ -21,7 +23,7 @@ _MOST_SIDE = 8  # pixels, of a cell
 
 
 @triton.jit(do_not_specialize=["frame_repeat", "frame_offset"])
-def _field_gradient_kernel(
+def _field_gradient_kernel(  # type: ignore[no-untyped-def]
     x, grad, scale, shift, to_x, to_scale, to_shift, cells, channels, cell_rows, cell_cols, across_rows, across_cols,
     field_cols, field_b, field_t, frame_repeat, frame_offset,
     x_b, x_t, x_h, x_w, grad_b, grad_t, grad_h, grad_w, out_b, out_t, out_h, out_w,
@@ -84,10 +86,10 @@ def field_gradients(
         *frame_map, *frame_strides(x), *frame_strides(grad), *frame_strides(to_x),
         SWISH=swish, CELLS=per_program, HIGH=high, WIDE=wide, COLS=block, num_warps=4,
     )  # fmt: skip
-    return to_x, _over_cells(to_scale, scale, frame_map), _over_cells(to_shift, shift, frame_map)
+    return to_x, _sum_cells(to_scale, scale, frame_map), _sum_cells(to_shift, shift, frame_map)
 
 
-def _over_cells(parts: Tensor, field: Tensor, frame_map: FrameMap) -> Tensor:
+def _sum_cells(parts: Tensor, field: Tensor, frame_map: FrameMap) -> Tensor:
     """Sums of parts (b, t, cell rows, cell columns, c) over what one value of the field serves, in its shape."""
     t, (frames, rows, cols) = parts.shape[1], field.shape[2:]
     parts = parts.unflatten(3, (cols, -1)).unflatten(2, (rows, -1)).sum((3, 5))  # b t h' w' c

@@ -12,13 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from einops import repeat
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
+
+from sgm.modules.ops.autograd import TensorContext
+
+Conv = nn.Conv2d | nn.Conv3d  # of frames (n, c, h, w), or of a clip (b, c, t, h, w)
 
 
 class FrameMap(NamedTuple):
@@ -39,6 +43,24 @@ class FrameMap(NamedTuple):
 
 
 SAME_FRAMES = FrameMap()
+
+
+class LazyFrames(Protocol):
+    """An activation (b, c, t, h, w) that is made a run of frames at a time, when it is read."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    def numel(self) -> int: ...
+
+    def element_size(self) -> int: ...
+
+    def frames(self, start: int, stop: int) -> Tensor:
+        """Frames start .. stop - 1, (b, c, stop - start, h, w)."""
+
+
+Activation = Tensor | LazyFrames
 
 
 @dataclass(frozen=True)
@@ -69,7 +91,7 @@ def frame_spans(frames: int, frame_bytes: int, budget: int) -> list[tuple[int, i
     return [(frames * k // pieces, frames * (k + 1) // pieces) for k in range(pieces)]
 
 
-def frame_bytes(x: Any, itemsize: int | None = None) -> int:
+def frame_bytes(x: Activation, itemsize: int | None = None) -> int:
     """Bytes of one frame of an activation (b, c, t, h, w), over the batch, at `itemsize` bytes a value."""
     return x.numel() // x.shape[2] * (itemsize or x.element_size())
 
@@ -116,7 +138,9 @@ def _moments_at_once(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
         return mean, variance
     # On a CPU the reduction runs value by value, while group normalisation finds the same moments (by the pairwise
     # update too, on contiguous memory) six times as fast, its result included.
-    _, mean, inverse = torch.native_group_norm(x.contiguous(), None, None, *x.shape[:2], x[0, 0].numel(), groups, 0.0)
+    _, mean, inverse = torch.native_group_norm(
+        x.contiguous(), None, None, x.shape[0], x.shape[1], x[0, 0].numel(), groups, 0.0
+    )
     return mean, inverse.square().reciprocal()
 
 
@@ -250,7 +274,7 @@ def doubled_frames(t: int) -> list[int]:
     return [k for k in range(t) for _ in range(1 if t % 2 and k == 0 else 2)]
 
 
-def convolve(conv: nn.Module, x: Tensor, bare: bool = False, spare: Tensor | None = None) -> Tensor:
+def convolve(conv: Conv, x: Tensor, bare: bool = False, spare: Tensor | None = None) -> Tensor:
     """conv(x), `bare` without its bias: a convolution of frames, (n, c, h, w), or of a clip, (b, c, t, h, w).
 
     `spare` is memory of the result's shape (maybe a view) that may be taken for it; without gradients only.
@@ -347,7 +371,7 @@ def lean_field(x: Tensor, field: AffineField, *, swish: bool) -> Tensor:
 
 class _Moments(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    def forward(ctx: TensorContext, x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
         kind = torch.promote_types(x.dtype, torch.float32)
         dims, parts = (2, 3, 4, 5), x.unflatten(1, (groups, -1))  # b g c/g t h w
         count = x[0].numel() // groups
@@ -358,7 +382,7 @@ class _Moments(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, to_mean: Tensor, to_variance: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: TensorContext, to_mean: Tensor, to_variance: Tensor) -> tuple[Tensor, None]:
         x, mean = ctx.saved_tensors
         groups = mean.shape[1]
         count = x[0].numel() // groups
@@ -370,9 +394,13 @@ class _Moments(torch.autograd.Function):
         return result, None
 
 
+class _FieldContext(TensorContext, Protocol):
+    swish: bool
+
+
 class _Field(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, scale: Tensor, shift: Tensor, swish: bool) -> Tensor:
+    def forward(ctx: _FieldContext, x: Tensor, scale: Tensor, shift: Tensor, swish: bool) -> Tensor:
         ctx.save_for_backward(x, scale, shift)
         ctx.swish = swish
         result = _affine(x, scale, shift)
@@ -380,7 +408,7 @@ class _Field(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: _FieldContext, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, scale, shift = ctx.saved_tensors
         if ctx.swish:
             grad = torch.ops.aten.silu_backward(grad, _affine(x, scale, shift))

@@ -136,23 +136,3 @@ def _target_of(linear: str) -> tuple[str, int]:
             if match:
                 return target, int(match[1])
     raise LoraError(f"an adapter on {linear!r} is not supported; the linears of {', '.join(TARGETS)} are.")
-
-
-def merge_lora_state(
-    state: Mapping[str, Tensor], scale: float = 1.0, *, alpha: float = 1.0, rank_stabilised: bool = False
-) -> dict[str, Tensor]:
-    """W + scale * scaling * concat_i(B_i A_i) for every adapted linear, in float32, under the base's plain names.
-
-    A file does not say its scaling: `alpha` and `rank_stabilised` do.
-
-    Raises:
-        LoraError: an adapter without its base weight, or an incomplete one.
-    """
-    base, lora = split_lora(state)
-    for linear, (a, b) in collect_pairs(lora).items():
-        if f"{linear}.weight" not in base:
-            raise LoraError(f"{linear} has an adapter but no weight in this state; give base and adapter together.")
-        weight = base[f"{linear}.weight"]
-        delta = lora_delta(a, b, scale * lora_scaling(a[0].shape[0], alpha, rank_stabilised))
-        base[f"{linear}.weight"] = (weight.float() + delta).to(weight.dtype)
-    return base

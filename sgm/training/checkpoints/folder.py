@@ -128,12 +128,17 @@ def new_run(wanted: Path) -> Path:
             return run
 
 
+def state_file(checkpoint: Path, rank: int) -> Path:
+    """Where a process's state for exact resume lies in an iteration's folder."""
+    return checkpoint / RESUME / f"rank_{rank:05d}.pt"
+
+
 def staging_folder(run: Path, iteration: int) -> Path:
     """Where a checkpoint grows; same file system as its final place."""
     return run / f"{PARTIAL}{iteration}"
 
 
-def settle(run: Path) -> None:
+def recover(run: Path) -> None:
     """Undo what a killed save left: a folder moved aside comes back, unfinished ones are deleted."""
     for place in (run, run / MERGED):
         restore_replaced(place)
@@ -166,10 +171,10 @@ def publish(run: Path, staging: Path, iteration: int) -> Path:
             for target in (averaged, merged):
                 if target in new or replaced(target).exists():
                     remove(target)
-        settle(run)
+        recover(run)
         raise
     staging.rmdir()
-    settle(run)
+    recover(run)
     return place
 
 
@@ -192,7 +197,7 @@ def prune(run: Path, keep_last: int, newest: int) -> None:
         if int(old.name) == newest:
             continue
         try:
-            asides = [  # all gone at once, however long the deletion takes; after a kill `settle` deletes the rest
+            asides = [  # all gone at once, however long the deletion takes; after a kill `recover` deletes the rest
                 path.rename(path.with_name(f"{PARTIAL}old-{path.name}"))
                 for path in (old, run / f"{old.name}-ema", run / MERGED / old.name)
                 if path.exists()

@@ -8,7 +8,7 @@ hold pickled classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sgm.errors import SgmError
+from sgm.training.setup.engine import HalfFlat, HalfUnflat, RefreshesWeights, TrainingEngine, Zero3
 
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
@@ -25,76 +26,69 @@ class OptimizerStateError(SgmError):
     """A stored optimizer state does not belong to this run's optimizer. The message says in what they differ."""
 
 
-def basic_optimizer(ds_engine: Any) -> torch.optim.Optimizer:
-    """The optimizer proper, inside whatever DeepSpeed has put around it."""
-    return ds_engine.basic_optimizer
-
-
-def masters(ds_engine: Any) -> list[Tensor]:
+def masters(ds_engine: TrainingEngine) -> list[Tensor]:
     """The float32 tensors that this rank's optimizer updates, in a fixed order."""
-    stage3 = getattr(ds_engine.optimizer, "fp32_partitioned_groups_flat", None)
-    if stage3 is not None:
-        return list(stage3)
-    return [p for group in basic_optimizer(ds_engine).param_groups for p in group["params"]]
+    if isinstance(ds_engine.optimizer, Zero3):
+        return list(ds_engine.optimizer.fp32_partitioned_groups_flat)
+    return [p for group in ds_engine.basic_optimizer.param_groups for p in group["params"]]
 
 
 @torch.no_grad()
-def refresh_weights(ds_engine: Any) -> None:
+def refresh_weights(ds_engine: TrainingEngine) -> None:
     """Write the masters into the model's weights. Collective over data-parallel ranks."""
     wrapper = ds_engine.optimizer
-    if wrapper is basic_optimizer(ds_engine):
+    if wrapper is ds_engine.basic_optimizer:
         return
-    if hasattr(wrapper, "update_lp_params"):  # ZeRO 1, 2 and the bfloat16 wrapper
+    if isinstance(wrapper, RefreshesWeights):
         wrapper.update_lp_params()
-    elif hasattr(wrapper, "fp32_partitioned_groups_flat"):  # ZeRO 3
+    elif isinstance(wrapper, Zero3):
         wrapper._partition_all_parameters()
         for i in range(len(wrapper.fp16_groups)):
             wrapper._reassign_or_swap_out_partitioned_parameters(i)
         if wrapper.persistent_parameters:
             wrapper.persistent_parameters[0].all_gather(wrapper.persistent_parameters)
+    elif isinstance(wrapper, HalfUnflat):
+        for originals, weights in zip(wrapper.fp32_groups, wrapper.fp16_groups):
+            _copy_each(originals, weights)
+    elif isinstance(wrapper, HalfFlat):
+        for flat, weights in zip(wrapper.fp32_groups_flat, wrapper.fp16_groups):
+            _copy_each(torch._utils._unflatten_dense_tensors(flat, weights), weights)
     else:
-        _refresh_unpartitioned(wrapper)
+        raise TypeError(f"weights behind DeepSpeed's {type(wrapper).__name__} cannot be refreshed")
 
 
-def _refresh_unpartitioned(wrapper: Any) -> None:
-    """Stage 0 in 16 bits: float32 copies, tensor by tensor or flat."""
-    if hasattr(wrapper, "fp32_groups"):
-        pairs = zip(wrapper.fp32_groups, wrapper.fp16_groups)
-    else:
-        flat = zip(wrapper.fp32_groups_flat, wrapper.fp16_groups)
-        pairs = ((torch._utils._unflatten_dense_tensors(m, group), group) for m, group in flat)
-    for originals, weights in pairs:
-        for original, weight in zip(originals, weights):
-            weight.data.copy_(original.data)
+def _copy_each(originals: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
+    for original, weight in zip(originals, weights):
+        weight.data.copy_(original.data)
 
 
 # --- optimizer ---------------------------------------------------------------------------------------------------
 
 
-def optimizer_state(ds_engine: Any) -> dict[str, Any]:
+def optimizer_state(ds_engine: TrainingEngine) -> dict[str, Any]:
     """This rank's masters and optimizer state (without the averaged weights, see `ema_state`).
 
     The tensors are the live ones, not copies: write them before the next step.
     """
-    optimizer = basic_optimizer(ds_engine)
+    optimizer = ds_engine.basic_optimizer
     own = masters(ds_engine)
     return {
         "layout": _layout(ds_engine),
         "masters": [m.detach() for m in own],
-        "states": [{k: _plain(v) for k, v in optimizer.state.get(m, {}).items() if k != "shadow"} for m in own],
+        "states": [{k: _detached(v) for k, v in optimizer.state.get(m, {}).items() if k != "shadow"} for m in own],
         "counters": {name: int(getattr(ds_engine, name)) for name in COUNTERS},
     }
 
 
 @torch.no_grad()
-def load_optimizer_state(ds_engine: Any, state: dict[str, Any]) -> None:
+def load_optimizer_state(ds_engine: TrainingEngine, state: dict[str, Any]) -> None:
     """Put back what `optimizer_state` gave, and refresh the model's trainable weights from the masters. Collective.
 
     Raises:
         OptimizerStateError: another ZeRO stage, another number of ranks, another optimizer or other parameters.
     """
     _require_same_layout(_layout(ds_engine), state["layout"])
-    optimizer = basic_optimizer(ds_engine)
+    optimizer = ds_engine.basic_optimizer
     settings = optimizer.param_groups[0]
     for master, stored, values in zip(masters(ds_engine), state["masters"], state["states"]):
         master.data.copy_(stored)
@@ -106,9 +100,9 @@ def load_optimizer_state(ds_engine: Any, state: dict[str, Any]) -> None:
     refresh_weights(ds_engine)
 
 
-def _layout(ds_engine: Any) -> dict[str, Any]:
+def _layout(ds_engine: TrainingEngine) -> dict[str, Any]:
     return {
-        "optimizer": type(basic_optimizer(ds_engine)).__name__,
+        "optimizer": type(ds_engine.basic_optimizer).__name__,
         "wrapper": type(ds_engine.optimizer).__name__,
         "zero_stage": int(ds_engine.zero_optimization_stage()),
         "data_parallel_size": int(ds_engine.dp_world_size),
@@ -126,11 +120,11 @@ def _require_same_layout(now: dict[str, Any], stored: dict[str, Any]) -> None:
         )
 
 
-def _plain(value: Any) -> Any:
+def _detached(value: object) -> object:
     return value.detach() if isinstance(value, Tensor) else value
 
 
-def _placed(value: Any, master: Tensor, group: dict[str, Any]) -> Any:
+def _placed(value: object, master: Tensor, group: Mapping[str, Any]) -> object:
     """A stored value where torch expects it: moments beside their master, step counters only for fused kernels."""
     if not isinstance(value, Tensor):
         return value
@@ -141,7 +135,7 @@ def _placed(value: Any, master: Tensor, group: dict[str, Any]) -> Any:
 # --- loss scale --------------------------------------------------------------------------------------------------
 
 
-def scaler_state(ds_engine: Any) -> dict[str, float] | None:
+def scaler_state(ds_engine: TrainingEngine) -> dict[str, float] | None:
     """Loss scale and its counters; None where the run scales no loss."""
     scaler = _scaler(ds_engine)
     if scaler is None:
@@ -149,7 +143,7 @@ def scaler_state(ds_engine: Any) -> dict[str, float] | None:
     return {n: getattr(scaler, n) for n in SCALER_FIELDS if isinstance(getattr(scaler, n, None), int | float)}
 
 
-def load_scaler_state(ds_engine: Any, state: dict[str, float] | None) -> None:
+def load_scaler_state(ds_engine: TrainingEngine, state: dict[str, float] | None) -> None:
     """Put back what `scaler_state` gave."""
     scaler = _scaler(ds_engine)
     if scaler is None or state is None:
@@ -158,7 +152,7 @@ def load_scaler_state(ds_engine: Any, state: dict[str, float] | None) -> None:
         setattr(scaler, name, value)
 
 
-def _scaler(ds_engine: Any) -> Any:
+def _scaler(ds_engine: TrainingEngine) -> object | None:
     if not ds_engine.fp16_enabled():
         return None
     wrapper = ds_engine.optimizer
@@ -168,26 +162,21 @@ def _scaler(ds_engine: Any) -> Any:
 # --- averaged weights --------------------------------------------------------------------------------------------
 
 
-def _shadows(ds_engine: Any) -> list[Tensor | None]:
-    state = basic_optimizer(ds_engine).state
-    return [state.get(m, {}).get("shadow") for m in masters(ds_engine)]
+def _shadows(ds_engine: TrainingEngine) -> list[Tensor]:
+    """The averaged masters; empty unless the optimizer holds all of them (after the first step)."""
+    state = ds_engine.basic_optimizer.state
+    own = masters(ds_engine)
+    found = [state[m]["shadow"] for m in own if "shadow" in state.get(m, ())]
+    return found if len(found) == len(own) else []
 
 
-def has_ema(ds_engine: Any) -> bool:
-    """Does the optimizer hold averaged weights (after the first step)?"""
-    found = _shadows(ds_engine)
-    return bool(found) and all(shadow is not None for shadow in found)
-
-
-def ema_state(ds_engine: Any) -> dict[str, Tensor] | None:
+def ema_state(ds_engine: TrainingEngine) -> dict[str, Tensor] | None:
     """This rank's averaged masters by position, or None. Live tensors, as in `optimizer_state`."""
-    if not has_ema(ds_engine):
-        return None
-    return {str(k): shadow for k, shadow in enumerate(_shadows(ds_engine)) if shadow is not None}
+    return {str(k): shadow for k, shadow in enumerate(_shadows(ds_engine))} or None
 
 
 @torch.no_grad()
-def load_ema_state(ds_engine: Any, state: dict[str, Tensor] | None) -> None:
+def load_ema_state(ds_engine: TrainingEngine, state: dict[str, Tensor] | None) -> None:
     """Put back what `ema_state` gave, after `load_optimizer_state`."""
     if state is None:
         return
@@ -195,28 +184,29 @@ def load_ema_state(ds_engine: Any, state: dict[str, Tensor] | None) -> None:
     if len(state) != len(own) or any(state[str(k)].numel() != m.numel() for k, m in enumerate(own)):
         raise OptimizerStateError("the stored averaged weights are of another run set-up than the optimizer's")
     for k, master in enumerate(own):
-        basic_optimizer(ds_engine).state[master]["shadow"] = state[str(k)].to(master, copy=True)
+        ds_engine.basic_optimizer.state[master]["shadow"] = state[str(k)].to(master, copy=True)
 
 
 @contextmanager
-def ema_weights(ds_engine: Any) -> Iterator[bool]:
+def ema_weights(ds_engine: TrainingEngine) -> Iterator[bool]:
     """Inside the block the model's weights are the averaged ones; afterwards exactly what they were. Collective.
 
     Yields False, with the weights unchanged, where there are none.
     """
-    if not has_ema(ds_engine):
+    shadows = _shadows(ds_engine)
+    if not shadows:
         yield False
         return
-    _exchange(ds_engine)
+    _exchange(ds_engine, shadows)
     try:
         yield True
     finally:
-        _exchange(ds_engine)
+        _exchange(ds_engine, shadows)
 
 
 @torch.no_grad()
-def _exchange(ds_engine: Any) -> None:
-    for master, shadow in zip(masters(ds_engine), _shadows(ds_engine)):
+def _exchange(ds_engine: TrainingEngine, shadows: Sequence[Tensor]) -> None:
+    for master, shadow in zip(masters(ds_engine), shadows):
         kept = master.detach().clone()
         master.data.copy_(shadow)
         shadow.copy_(kept)

@@ -1,13 +1,14 @@
-"""Gathers everything a run needs to go on exactly, and hands it to `checkpoints.checkpoint`; and puts it back."""
+"""Gathers everything a run needs to go on exactly, and hands it to `checkpoints.save`; and puts it back."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Protocol
 
 from sgm.config import RunConfig
-from sgm.training.checkpoints.checkpoint import load_state, save_checkpoint
+from sgm.data.loader import ClipLoader
+from sgm.training.checkpoints.load import load_state
 from sgm.training.checkpoints.partitions import (
     ema_state,
     load_ema_state,
@@ -16,11 +17,22 @@ from sgm.training.checkpoints.partitions import (
     optimizer_state,
     scaler_state,
 )
+from sgm.training.checkpoints.save import save_checkpoint
 from sgm.training.checkpoints.state import TrainState, capture_rng, restore_rng
+from sgm.training.faults import SkipGuard
+from sgm.training.optimizers.schedule import LearningRate
 from sgm.training.options import TrainArgs
+from sgm.training.setup.engine import TrainingEngine
 
-if TYPE_CHECKING:
-    from sgm.training.trainer import Trainer
+
+class Resumable(Protocol):
+    """What of a running training a checkpoint holds."""
+
+    ds_engine: TrainingEngine
+    loader: ClipLoader
+    schedule: LearningRate
+    guard: SkipGuard
+    iteration: int
 
 
 @dataclass
@@ -36,7 +48,7 @@ class Saver:
     config: RunConfig[TrainArgs]
     lora: bool
 
-    def save(self, trainer: Trainer, consumed_samples: int) -> Path:
+    def save(self, run: Resumable) -> Path:
         """Write a checkpoint; collective. Returns the iteration's folder.
 
         Raises:
@@ -45,8 +57,8 @@ class Saver:
         args = self.config.args
         return save_checkpoint(
             self.folder,
-            trainer.ds_engine,
-            snapshot(trainer, consumed_samples),
+            run.ds_engine,
+            snapshot(run),
             config=self.config,
             lora_only=self.lora and args.lora_only,
             keep_last=args.keep_last,
@@ -55,36 +67,35 @@ class Saver:
         )
 
 
-def snapshot(trainer: Trainer, consumed_samples: int) -> TrainState:
+def snapshot(run: Resumable) -> TrainState:
     """This rank's state. Tensors are the live ones."""
-    engine: Any = trainer.ds_engine
     return TrainState(
-        iteration=trainer.iteration,
-        consumed_samples=consumed_samples,
-        sampler=trainer.loader.state_dict(),
-        schedule=trainer.schedule.state_dict(),
-        scaler=scaler_state(engine),
-        skipped_steps=trainer.guard.total,
-        optimizer=optimizer_state(engine),
-        ema=ema_state(engine),
+        iteration=run.iteration,
+        consumed_samples=run.loader.consumed,
+        sampler=run.loader.state_dict(),
+        schedule=run.schedule.state_dict(),
+        scaler=scaler_state(run.ds_engine),
+        skipped_steps=run.guard.total,
+        optimizer=optimizer_state(run.ds_engine),
+        ema=ema_state(run.ds_engine),
         rng=capture_rng(),
     )
 
 
-def resume(trainer: Trainer, path: Path) -> None:
-    """Put a trainer where the checkpoint `path` was taken. Collective.
+def resume(run: Resumable, path: Path) -> None:
+    """Put a training where the checkpoint `path` was taken. Collective.
 
     Raises:
         CheckpointError: the checkpoint is incomplete or damaged.
         OptimizerStateError: it is of another run set-up.
         ValueError: its data position is of other data.
     """
-    state = load_state(path, zero_stage=int(trainer.ds_engine.zero_optimization_stage()))
-    load_optimizer_state(trainer.ds_engine, state.optimizer)
-    load_ema_state(trainer.ds_engine, state.ema)
-    load_scaler_state(trainer.ds_engine, state.scaler)
-    trainer.schedule.load_state_dict(state.schedule)
-    trainer.loader.load_state_dict(state.sampler)
-    trainer.guard.total = state.skipped_steps
-    trainer.iteration = state.iteration
+    state = load_state(path, zero_stage=int(run.ds_engine.zero_optimization_stage()))
+    load_optimizer_state(run.ds_engine, state.optimizer)
+    load_ema_state(run.ds_engine, state.ema)
+    load_scaler_state(run.ds_engine, state.scaler)
+    run.schedule.load_state_dict(state.schedule)
+    run.loader.load_state_dict(state.sampler)
+    run.guard.total = state.skipped_steps
+    run.iteration = state.iteration
     restore_rng(state.rng)

@@ -6,7 +6,7 @@ import random
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ class TrainState:
 
     iteration: int
     consumed_samples: int
-    sampler: dict[str, Any]
+    sampler: Mapping[str, Any]
     schedule: dict[str, Any]
     scaler: dict[str, Any] | None
     skipped_steps: int
@@ -79,7 +79,7 @@ def capture_rng() -> dict[str, Any]:
     state: dict[str, Any] = {
         "python": {"version": version, "words": torch.tensor(words, dtype=torch.int64), "gauss": gauss},
         "numpy": {
-            "keys": torch.from_numpy(keys.astype(np.int64)),
+            "keys": torch.from_numpy(np.asarray(keys).astype(np.int64)),
             "position": int(position),
             "has_gauss": int(has_gauss),
             "cached_gauss": float(cached),
@@ -120,7 +120,15 @@ def restore_rng(state: Mapping[str, Any]) -> None:
         raise CheckpointError("the stored random state has a tensor-parallel part, but this run has no tracker for it.")
 
 
-def _rng_tracker() -> Any:
+class RngTracker(Protocol):
+    """DeepSpeed's generators by name."""
+
+    def get_states(self) -> dict[str, Tensor]: ...
+
+    def set_states(self, states: dict[str, Tensor]) -> None: ...
+
+
+def _rng_tracker() -> RngTracker | None:
     """DeepSpeed's tracker of tensor-parallel generators, which SAT's dropout uses; None where it was not imported."""
     module = sys.modules.get("deepspeed.runtime.activation_checkpointing.checkpointing")
     return module.get_cuda_rng_tracker() if module is not None else None

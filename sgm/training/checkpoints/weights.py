@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +53,7 @@ def merged_tensors(module: nn.Module) -> Tensors:
     Raises:
         CheckpointError: the network has no adapter.
     """
-    wrappers = {name: part for name, part in module.named_modules() if hasattr(part, "matrix_A")}
+    wrappers = {name: cast("AdaptedLinear", m) for name, m in module.named_modules() if hasattr(m, "matrix_A")}
     if not wrappers:
         raise CheckpointError("a merged checkpoint was asked for, but this network has no LoRA adapter to merge.")
     merged: Tensors = OrderedDict()
@@ -66,13 +66,22 @@ def merged_tensors(module: nn.Module) -> Tensors:
     return merged
 
 
+class AdaptedLinear(Protocol):
+    """SAT's linear with an adapter, or ours."""
+
+    original: nn.Linear
+    matrix_A: Sequence[Tensor]
+    matrix_B: Sequence[Tensor]
+    scaling: float
+
+
 def _whole(tensor: Tensor) -> Deferred:
-    if not _is_spread(tensor):
+    if not hasattr(tensor, "ds_shape"):
         return Deferred.of(tensor)
     return Deferred(tuple(tensor.ds_shape), tensor.dtype, lambda: _gathered([tensor])[0])
 
 
-def _merged(wrapper: Any) -> Deferred:
+def _merged(wrapper: AdaptedLinear) -> Deferred:
     """W + scaling * concat_i(B_i A_i) of one adapted linear (this process's part of it), in W's type."""
     weight, a, b = wrapper.original.weight, list(wrapper.matrix_A), list(wrapper.matrix_B)
 
@@ -86,14 +95,9 @@ def _merged(wrapper: Any) -> Deferred:
     return Deferred(whole.shape, whole.dtype, make)
 
 
-def _is_spread(tensor: Tensor) -> bool:
-    """Is it a parameter that ZeRO 3 keeps in pieces?"""
-    return hasattr(tensor, "ds_id")
-
-
 def _gathered(parameters: list[Tensor]) -> list[Tensor]:
-    """The whole parameters; collective over data-parallel ranks where they are spread."""
-    if not any(_is_spread(p) for p in parameters):
+    """The whole parameters; collective over data-parallel ranks where ZeRO 3 keeps them in pieces."""
+    if not any(hasattr(p, "ds_shape") for p in parameters):
         return [p.detach() for p in parameters]
     import deepspeed
 

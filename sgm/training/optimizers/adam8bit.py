@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sgm.training.optimizers.averaging import EMA_LIMIT, ShadowSettings
+from sgm.training.optimizers.averaging import EMA_LIMIT, ShadowSettings, pair
 from sgm.training.optimizers.log_codes import BLOCK, MOST_BLOCKS, decode, empty_codes, encode
 
 # Values worked on at a time. On a GPU: bounds the float32 temporaries to about 200 MB. On a CPU: fits its caches, with
@@ -33,17 +33,16 @@ class AdamW8bit(torch.optim.Optimizer):
         self,
         params: Any,
         lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: Sequence[float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         ema: bool = False,
         ema_decay: float = EMA_LIMIT,
         use_num_upates: bool = True,
     ):
-        betas = tuple(betas)
         if not all(0 <= beta < 1 for beta in betas) or eps <= 0:
             raise ValueError(f"betas {betas} must lie in [0, 1), and eps {eps} above 0")
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        super().__init__(params, {"lr": lr, "betas": pair(betas), "eps": eps, "weight_decay": weight_decay})
         self.shadows = ShadowSettings(ema, ema_decay, use_num_upates)
 
     @torch.no_grad()
@@ -55,7 +54,7 @@ class AdamW8bit(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    self._update(p, group)
+                    self._update(p, p.grad, group)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -65,7 +64,7 @@ class AdamW8bit(torch.optim.Optimizer):
         for state in self.state.values():
             state.update({name: state[name].to(kind) for name, kind in types.items() if name in state})
 
-    def _update(self, p: Tensor, group: dict[str, Any]) -> None:
+    def _update(self, p: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         state = self.state[p]
         if "step" not in state:
             state["step"] = 0
@@ -73,7 +72,7 @@ class AdamW8bit(torch.optim.Optimizer):
             state["v_codes"], state["v_tops"] = empty_codes(p.numel(), False, p.device)
         self.shadows.begin(p, state)
         state["step"] += 1
-        values, gradient = p.view(-1), p.grad.reshape(-1)
+        values, gradient = p.view(-1), gradient.reshape(-1)
         size = SLICE_VALUES.get(p.device.type, SLICE_VALUES["cuda"])
         for k, start in enumerate(range(0, p.numel(), size)):
             part = slice(start, start + size)

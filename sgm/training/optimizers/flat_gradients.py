@@ -8,14 +8,14 @@ are DeepSpeed's; the norm differs by rounding.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sgm.training.setup.engine import Zero12
 
-class _Partition(list):
+
+class _Partition(list[Tensor]):
     """What DeepSpeed takes for a group's averaged gradients: empty, with the part of this rank in `flat_partition`."""
 
     def __init__(self, flat_partition: Tensor):
@@ -29,7 +29,7 @@ class FlatGradients:
     `wrapper`: one for which `fits_one_buffer` holds.
     """
 
-    def __init__(self, wrapper: Any):
+    def __init__(self, wrapper: Zero12):
         self._wrapper = wrapper
         self._group = wrapper.dp_process_group
         self._buffer = torch.zeros_like(torch.cat(wrapper.bit16_groups_flat))  # padding stays zero
@@ -89,7 +89,7 @@ class FlatGradients:
 
     def unscale_and_clip(self, partitions: list[Tensor], norm: Tensor) -> None:
         """As DeepSpeed's, without asking the device again whether the norm, which `step` has tested, is finite."""
-        scale: Any = self._wrapper.loss_scale
+        scale: float | Tensor = self._wrapper.loss_scale
         if self._wrapper.clip_grad > 0:
             scale = ((norm / scale + 1e-6) / self._wrapper.clip_grad).clamp(min=1.0) * scale
         elif scale == 1:
@@ -97,9 +97,9 @@ class FlatGradients:
         torch._foreach_mul_(partitions, 1.0 / scale)
 
 
-def fits_one_buffer(wrapper: Any) -> bool:
-    """Whether `wrapper` is DeepSpeed's ZeRO 1, of plain settings, on gradients that fill at most one bucket."""
-    if getattr(wrapper, "partition_gradients", True) or not wrapper.bit16_groups:
+def fits_one_buffer(wrapper: Zero12) -> bool:
+    """Whether `wrapper` is that of ZeRO 1, of plain settings, on gradients that fill at most one bucket."""
+    if wrapper.partition_gradients or not wrapper.bit16_groups:
         return False
     odd = (
         wrapper.cpu_offload, wrapper.overlap_comm, wrapper.zenflow, wrapper.has_moe_layers,

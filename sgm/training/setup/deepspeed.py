@@ -1,24 +1,21 @@
-"""The YAML's `deepspeed:` section: checked, translated for today's DeepSpeed, and the engine built from it.
+"""The YAML's `deepspeed:` section: checked, and translated for today's DeepSpeed.
 
 Upstream files carry keys that DeepSpeed has dropped or never knew; each has its meaning here, or is named with the
-reason why it has none. The optimizer is built by `sgm.training.optimizers.ema_adam`, so that no C++ compiler is needed.
+reason why it has none.
 """
 
 from __future__ import annotations
 
-import copy
 import difflib
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from sgm.config import ConfigError
-from sgm.training.optimizers.ema_adam import OptimizerError, OptimizerSpec
-from sgm.training.optimizers.flat_gradients import FlatGradients, fits_one_buffer
+from sgm.distributed import quiet_libraries
+from sgm.training.optimizers.ema_adam import OptimizerError
+from sgm.training.optimizers.spec import OptimizerSpec
 
 TOP_LEVEL = frozenset(
     """activation_checkpointing aio amp autotuning bf16 checkpoint comet comms_logger communication_data_type compile
@@ -206,8 +203,6 @@ def _offload(zero: dict[str, Any], stage: int, device_type: str, problems: list[
 
 
 def _zero_keys() -> set[str]:
-    from sgm.distributed import quiet_libraries
-
     with quiet_libraries():
         from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     fields = DeepSpeedZeroConfig.model_fields
@@ -279,72 +274,3 @@ def _quiet_defaults(config: dict[str, Any]) -> None:
     config["timers"] = {"throughput": {"enabled": False}} | (config.get("timers") or {})
     if config["bf16"]["enabled"]:
         config["bf16"].setdefault("check_grad_overflow", True)
-
-
-# --- the engine ---------------------------------------------------------------------------------------------------
-
-
-def start_engine(model: nn.Module, groups: list[dict[str, Any]], plan: DeepSpeedPlan, device_type: str) -> Any:
-    """`deepspeed.initialize` on a model whose weights are loaded, over the process groups that exist already.
-
-    No compiler is started on a CPU; the state that some wrappers make by a trial step is thrown away.
-    """
-    from sgm.distributed import model_parallel_world_size, prepare_deepspeed, quiet_libraries
-
-    prepare_deepspeed(device_type)
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed demands it of a single process too
-    own = plan.optimizer.build(groups) if plan.optimizer.target is not None else None
-    with quiet_libraries():
-        import deepspeed
-
-        if plan.stage == 3:
-            _gather_first_stage_whole(model)
-        mpu = _sat_groups() if model_parallel_world_size() > 1 else None
-        ds_engine, _, _, _ = deepspeed.initialize(
-            model=model,
-            model_parameters=None if own is not None else groups,
-            optimizer=own,
-            config=copy.deepcopy(plan.config),
-            mpu=mpu,
-            dist_init_required=False,
-        )
-    ds_engine.basic_optimizer.state.clear()
-    _look_for_bad_gradients_once(ds_engine.optimizer)
-    if model_parallel_world_size() == 1 and fits_one_buffer(ds_engine.optimizer):
-        FlatGradients(ds_engine.optimizer).take_over()
-    scaler = getattr(ds_engine.optimizer, "loss_scaler", None)
-    if getattr(scaler, "raise_error_at_min_scale", False):
-        scaler.raise_error_at_min_scale = False  # the limit on skipped steps ends such a run, with advice
-    return ds_engine
-
-
-def _look_for_bad_gradients_once(wrapper: Any) -> None:
-    """ZeRO 1 and 2 test each gradient for inf and NaN, a dozen kernels a tensor, then take the norm and test that.
-
-    The norm tells it all, unless part of it is on the CPU or another process of a model-parallel group.
-    """
-    from sgm.distributed import model_parallel_world_size
-
-    if not hasattr(wrapper, "averaged_gradients") or not getattr(wrapper, "compute_grad_norm", False):
-        return
-    if not wrapper.cpu_offload and model_parallel_world_size() == 1:
-        wrapper.check_overflow = _norm_will_tell
-
-
-def _norm_will_tell(partition_gradients: bool = True) -> None:
-    """Takes the place of DeepSpeed's search, which would set the wrapper's `overflow`."""
-
-
-def _gather_first_stage_whole(model: nn.Module) -> None:
-    """ZeRO 3 gathers a module's weights when it is called; the first stage's convolutions read each other's."""
-    from deepspeed.utils import set_z3_leaf_modules
-
-    stage = getattr(model, "first_stage_model", None)
-    if stage is not None:
-        set_z3_leaf_modules(model, list({type(stage.encoder), type(stage.decoder)}))
-
-
-def _sat_groups() -> Any:
-    from sat import mpu
-
-    return mpu

@@ -39,7 +39,7 @@ class TensorBoard:
     STRIP_FRAMES = 8
 
     def __init__(self, folder: Path, iteration: int = 0):
-        from tensorboardX import SummaryWriter
+        from tensorboardX import SummaryWriter  # type: ignore[import-untyped]
 
         try:
             self._writer = SummaryWriter(str(folder), purge_step=iteration + 1 if iteration else None)

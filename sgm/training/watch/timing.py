@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from sgm.models.diffusion import SATVideoDiffusionEngine
+
 PHASES = ("data", "vae", "text", "forward", "backward", "optimizer")
 _MOST_SPANS = 512  # kept before the older half is added up; by then it has long run
 
@@ -133,8 +135,8 @@ def _resident_bytes() -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:")), None)
 
 
-def phases_of_step(clock: PhaseClock, engine: Any) -> PhaseClock:
+def phases_of_step(clock: PhaseClock, engine: SATVideoDiffusionEngine) -> PhaseClock:
     """`clock`, told to count the text encoder of `engine` as a phase of its own."""
-    if getattr(engine, "conditioner", None) is not None:
+    if engine.conditioner is not None:
         clock.watch(engine.conditioner, "text")
     return clock

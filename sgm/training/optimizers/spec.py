@@ -1,0 +1,117 @@
+"""The `optimizer:` section: from its YAML name to an optimizer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from sgm.training.optimizers.adam8bit import AdamW8bit
+from sgm.training.optimizers.ema_adam import FusedEmaAdam, OptimizerError
+from sgm.training.optimizers.log_codes import BYTES_A_MOMENT
+from sgm.util import TargetError, check_params, get_obj_from_str
+
+DEEPSPEED_NATIVE = frozenset(
+    {"onebitadam", "zerooneadam", "onebitlamb", "lamb", "lion", "muon", "muadam", "muadamw", "musgd"}
+)
+_ADAMW_NAMES = frozenset({"adam", "adamw", "fusedadam", "cpuadam", "deepspeedcpuadam"})
+_DEEPSPEED_ADAM_SWITCHES = ("torch_adam", "adam_w_mode", "fp32_optimizer_states")
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """A checked `optimizer:` section.
+
+    Attributes:
+        name: as written.
+        target: the class; None where DeepSpeed itself must build it.
+        params: constructor arguments without `lr`.
+        lr: learning rate at the end of warm-up.
+        notes: what was understood differently from the letter.
+    """
+
+    name: str
+    target: Callable[..., torch.optim.Optimizer] | None
+    params: dict[str, Any]
+    lr: float
+    notes: tuple[str, ...] = field(default=())
+
+    @classmethod
+    def parse(cls, section: Mapping[str, Any]) -> OptimizerSpec:
+        """From `{"type": name, "params": {...}}`; numbers written as text ("1e-8") have been converted before.
+
+        Raises:
+            OptimizerError: no type, no learning rate, an unknown optimizer or a parameter that it does not take.
+        """
+        stray = sorted(set(section) - {"type", "params", "legacy_fusion"})
+        if stray or not isinstance(section.get("type"), str):
+            found = ", ".join(section) or "nothing"
+            raise OptimizerError(f"deepspeed.optimizer needs `type` and `params`, got {found}")
+        params = dict(section.get("params") or {})
+        lr = params.pop("lr", None)
+        if isinstance(lr, bool) or not isinstance(lr, int | float) or not math.isfinite(lr) or lr < 0:
+            raise OptimizerError(f"deepspeed.optimizer.params.lr must be a number >= 0, got {lr!r}")
+        name = section["type"]
+        if name.lower() in DEEPSPEED_NATIVE:
+            return cls(name, None, params, float(lr))
+        target, params, notes = _resolve(name, params)
+        try:
+            params = check_params(name, target, params)
+        except TargetError as error:
+            raise OptimizerError(f"deepspeed.optimizer: {error}") from error
+        return cls(name, target, params, float(lr), notes)
+
+    @property
+    def keeps_ema(self) -> bool:
+        kinds = {FusedEmaAdam: True, AdamW8bit: False}  # and what each does unless told
+        return any(self.target is kind and self.params.get("ema", usual) for kind, usual in kinds.items())
+
+    @property
+    def moment_bytes(self) -> float:
+        """Bytes of a trained value's moments."""
+        if self.target is AdamW8bit:
+            return 2 * BYTES_A_MOMENT
+        if self.target is torch.optim.SGD:
+            return 4.0 if self.params.get("momentum") else 0.0
+        return 8.0
+
+    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """The optimizer over parameter groups; their `lr` stays as the groups say.
+
+        Raises:
+            OptimizerError: the constructor refuses the parameters.
+        """
+        if self.target is None:
+            raise OptimizerError(f"{self.name} is built by DeepSpeed")
+        try:
+            return self.target(groups, lr=self.lr, **self.params)
+        except (TypeError, ValueError) as error:
+            raise OptimizerError(f"deepspeed.optimizer {self.name} refuses its params: {error}") from error
+
+
+def _resolve(
+    name: str, params: dict[str, Any]
+) -> tuple[Callable[..., torch.optim.Optimizer], dict[str, Any], tuple[str, ...]]:
+    """(class, its params, notes) of any optimizer that torch builds."""
+    if name == AdamW8bit.__name__:
+        return AdamW8bit, params, ()
+    if name.lower() in _ADAMW_NAMES:
+        # DeepSpeed's "Adam" is AdamW unless adam_w_mode says otherwise; its compiled kernels are not needed
+        kept = {k: v for k, v in params.items() if k not in _DEEPSPEED_ADAM_SWITCHES}
+        decoupled = bool(params.get("adam_w_mode", True)) or name.lower() == "adamw"
+        target = torch.optim.AdamW if decoupled else torch.optim.Adam
+        note = f"deepspeed.optimizer {name}: torch.optim.{target.__name__} (fused) does the same without a compiler"
+        return target, {"fused": True, **kept}, (note,)
+    try:
+        found = get_obj_from_str(name) if "." in name else getattr(torch.optim, name, None)
+    except TargetError as error:
+        raise OptimizerError(f"deepspeed.optimizer: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
+        raise OptimizerError(
+            f"deepspeed.optimizer.type {name!r} is no optimizer; choose sat.ops.FusedEmaAdam, AdamW, AdamW8bit, "
+            f"another class of torch.optim, or one of DeepSpeed's: {', '.join(sorted(DEEPSPEED_NATIVE))}"
+        )
+    return found, params, ()

@@ -1,0 +1,56 @@
+"""Whether the clips of a `data:` section suit the network."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sgm.config import ConfigError, RunConfig
+from sgm.data.buckets import Bucket
+from sgm.data.section import DataSection
+from sgm.modules.autoencoding.strides import STRIDES
+from sgm.modules.transformer.positions import LARGEST_STRETCH
+from sgm.training.options import TrainArgs
+from sgm.training.setup.model import meta_engine, training_model_section
+
+if TYPE_CHECKING:
+    from sgm.models.network import DiffusionTransformer  # brings SAT, and with it seconds
+
+
+def check_clips(config: RunConfig[TrainArgs], dtype: str) -> None:
+    """Whether the `data:` section's clips are possible and the network has positions for them; loads nothing.
+
+    Raises:
+        ConfigError: wrong settings, too many frames, a side that the network cannot cut into patches, or one of more
+            than `LARGEST_STRETCH` times the network's own.
+    """
+    if not config.data:
+        return
+    section = DataSection.parse(config.data)
+    settings = section.settings()
+    if settings is None:
+        return
+    model = training_model_section(config.model, config.args)
+    model["conditioner_config"] = None
+    network = meta_engine(model, dtype).network
+    clips = settings.buckets or (Bucket(settings.max_num_frames, *settings.video_size),)
+    problems = [f"{clip}: {problem}" for clip in clips if (problem := _unsuitable(clip, network))]
+    if problems:
+        sizes = " and ".join(section.names_of("max_num_frames", "video_size"))
+        keys = "data.params.buckets does" if settings.buckets else f"data.params.{sizes} do"
+        raise ConfigError(f"{keys} not suit this network: {'; '.join(problems)}")
+
+
+def _unsuitable(clip: Bucket, network: DiffusionTransformer) -> str | None:
+    """Why a network cannot train on such clips, or None."""
+    if clip.height % STRIDES.size_step or clip.width % STRIDES.size_step:
+        return f"height and width must be multiples of {STRIDES.size_step}"
+    try:
+        grid = network.patch.grid(STRIDES.latent_frames(clip.frames), *STRIDES.latent_size(clip.height, clip.width))
+        network.mixins.pos_embed.check_grid(grid)
+    except ValueError as error:
+        return str(error)
+    stretch = network.mixins.pos_embed.stretch(grid)
+    if stretch > LARGEST_STRETCH:
+        own = "x".join(map(str, STRIDES.pixel_size(network.latent_height, network.latent_width)))
+        return f"a side is {stretch:.2g} times that of the network's {own} pixels, more than {LARGEST_STRETCH:g}"
+    return None

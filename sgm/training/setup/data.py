@@ -1,0 +1,164 @@
+"""The clips of a training run: data sets for training and validation, and the loader over them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import Dataset, Subset
+
+from sgm.cache.batches import CachedBatches, in_lengths
+from sgm.cache.dataset import CachedClips
+from sgm.cache.ready import CacheRequest, ReadyCache
+from sgm.config import ConfigError, RunConfig
+from sgm.data.dataset import SFTDataset
+from sgm.data.loader import ClipLoader, clip_count, create_loader
+from sgm.data.report import first_reasons
+from sgm.data.section import DataSection
+from sgm.distributed import data_parallel_rank, data_parallel_world_size, wait_for_all
+from sgm.training.options import TrainArgs, split_shares
+
+
+def cache_request(config: RunConfig[TrainArgs], dtype: str, batch_size: int | None = None) -> CacheRequest | None:
+    """The cache that a run wants, if it wants one; `dtype` of its encoders, `batch_size` of its VAE."""
+    args = config.args
+    if not args.cache_dir:
+        return None
+    return CacheRequest(
+        folder=args.cache_dir,
+        model=config.model,
+        data=config.data,
+        clips=args.data_folders,
+        storage=args.cache_dtype,
+        dtype=dtype,
+        fill=args.cache_fill,
+        workers=args.num_workers,
+        batch_size=batch_size,
+        low_memory=args.vae_low_memory,
+        accelerate=config.accelerate,
+    )
+
+
+class ClipSets(NamedTuple):
+    """The data sets of a run; `valid` is empty where no evaluation is asked for."""
+
+    train: list[Dataset]
+    valid: list[Dataset]
+
+
+def clip_sets(config: RunConfig[TrainArgs], reports: Path, cache: ReadyCache | None) -> ClipSets:
+    """One data set a folder of the configuration. Collective.
+
+    Raises:
+        ConfigError: no `data:` section, or one that does not fit its class.
+        DatasetError: a folder without usable clips.
+    """
+    args = config.args
+
+    def build(folders: Sequence[str], name: str) -> list[Dataset]:
+        if cache:
+            return [*cache.datasets(folders, reports, name)]
+        return build_datasets(config.data, folders, reports, name)
+
+    train, prior = build(args.train_data, "train_data"), build(args.prior_data, "prior_data")
+    for dataset in prior:
+        mark_prior(dataset)
+    if not args.eval_interval and not args.epochs:
+        return ClipSets(train + prior, [])
+    if args.valid_data == args.train_data:
+        return ClipSets(train + prior, train)
+    if args.valid_data:
+        return ClipSets(train + prior, build(args.valid_data, "valid_data"))
+    train, valid = split_validation(train, args.split, args.seed)
+    return ClipSets(train + prior, valid)
+
+
+def build_datasets(data: Mapping[str, Any] | None, folders: Sequence[str], reports: Path, name: str) -> list[Dataset]:
+    """One data set a folder. Rank 0 checks the videos and writes `reports/NAME_k.jsonl`; the others take its word."""
+    if not data:
+        raise ConfigError("training needs a `data:` section (target: data_video.SFTDataset and its params)")
+    section = DataSection.parse(data)
+    cls, params = section.cls, section.params
+    takes_report = "report" in inspect.signature(cls).parameters
+    first = dist.get_rank() == 0
+    made: list[Dataset] = []
+    for k, folder in enumerate(folders):
+        extra: dict[str, Any] = {"data_dir": str(Path(folder).expanduser())}
+        if takes_report:
+            extra["report"] = reports / f"{name}_{k}.jsonl"
+        if first or not takes_report:
+            made.append(cls(**{**params, **extra}))
+        wait_for_all()
+        if not first and takes_report:
+            made.append(cls(**{**params, **extra, "validate": "report"}))
+    return made
+
+
+@runtime_checkable
+class MarksPrior(Protocol):
+    """A data set whose items say whether they keep what the model knows."""
+
+    prior: bool
+
+
+def mark_prior(dataset: Dataset) -> None:
+    """Let a data set's items say that they keep what the model knows.
+
+    Raises:
+        ConfigError: a class that is not made for it.
+    """
+    if not isinstance(dataset, MarksPrior):
+        raise ConfigError(f"args.prior_data: {type(dataset).__name__} gives items without `prior`, see SFTDataset")
+    dataset.prior = True
+
+
+def split_validation(datasets: Sequence[Dataset], split: str, seed: int) -> tuple[list[Dataset], list[Dataset]]:
+    """(training, validation) parts of each data set, by `split`'s first two shares; validation may come out empty."""
+    train_share, valid_share, test_share = split_shares(split)
+    train: list[Dataset] = []
+    valid: list[Dataset] = []
+    for dataset in datasets:
+        count = clip_count(dataset)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+        held = int(count * valid_share)
+        last = count - int(count * test_share)
+        train.append(Subset(dataset, sorted(order[held:last])) if last - held < count else dataset)
+        if held:
+            valid.append(Subset(dataset, sorted(order[:held])))
+    return train, valid
+
+
+def left_out(datasets: Sequence[Dataset]) -> list[str]:
+    """A warning for each data set that cannot use all videos of its folder."""
+    lines = []
+    for dataset in datasets:
+        whole = dataset.dataset if isinstance(dataset, Subset) else dataset
+        if isinstance(whole, SFTDataset | CachedClips) and whole.report.rejected:
+            rejected = whole.report.rejected
+            lines.append(
+                f"warning: {whole.data_dir}: {len(rejected)} of {len(rejected) + len(whole)} videos are left out, all "
+                f"named in {whole.report_path} (first: {first_reasons(rejected, 1)})"
+            )
+    return list(dict.fromkeys(lines))
+
+
+def training_loader(args: TrainArgs, micro_batch: int, datasets: Sequence[Dataset]) -> ClipLoader:
+    """This rank's batches of `micro_batch` clips; cached ones in `args.cache_lengths`, where these are given."""
+    if args.cache_lengths:
+        datasets = [in_lengths(dataset, args.cache_lengths) for dataset in datasets]
+    return create_loader(
+        datasets,
+        micro_batch,
+        args.num_workers,
+        seed=args.seed,
+        rank=data_parallel_rank(),
+        world_size=data_parallel_world_size(),
+        order=args.data_order,
+        weights=args.train_data_weights,
+        prefetch=args.prefetch_factor,
+        read=CachedBatches if args.cache_dir else None,
+    )

@@ -1,0 +1,105 @@
+"""The memory that a configuration needs: its sizes, from an engine that is loaded or lies on the meta device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from sgm.config import RunConfig
+from sgm.data.section import SETTING_OF
+from sgm.models.diffusion import SATVideoDiffusionEngine
+from sgm.modules.autoencoding.strides import STRIDES
+from sgm.modules.encoders.modules import text_is_local
+from sgm.training.memory import MemoryNeeds
+from sgm.training.options import TrainArgs
+from sgm.training.prior import needs_copy
+from sgm.training.setup.deepspeed import DeepSpeedPlan
+from sgm.training.setup.model import meta_engine, training_model_section
+
+T5_XXL_VALUES = 4_762_310_656
+
+
+def memory_needs(
+    engine: SATVideoDiffusionEngine, config: RunConfig[TrainArgs], plan: DeepSpeedPlan, data_parallel_size: int
+) -> MemoryNeeds:
+    """Sizes of a run for the estimate; `engine` may lie on the meta device (then without adapters)."""
+    trained = sum(p.numel() for p in engine.parameters() if p.requires_grad)
+    values = sum(p.numel() for p in engine.parameters())
+    if config.args.prior_data and needs_copy(engine.model):
+        values += sum(p.numel() for p in engine.model.parameters())
+    frames, height, width = _clip_size(config)
+    network = engine.network
+    grid = network.patch.grid(engine.strides.latent_frames(frames), *engine.strides.latent_size(height, width))
+    return MemoryNeeds(
+        trained=trained,
+        frozen=values - trained,
+        tokens=network.mixins.pos_embed.text_length + grid.tokens,
+        width=network.hidden_size,
+        layers=network.num_layers,
+        vae_values=_widest_map(engine, config.model, frames, height, width),
+        vae_low_memory=config.args.vae_low_memory,
+        micro_batch=plan.micro_batch,
+        dtype=plan.dtype,
+        ranks=data_parallel_size,
+        stage=plan.stage,
+        offload=plan.offload,
+        moment_bytes=plan.optimizer.moment_bytes,
+        ema=plan.optimizer.keeps_ema,
+        encoder_values=_values(engine.first_stage_model) + _values(engine.conditioner),
+        bucket=_bucket_values(plan, trained),
+        checkpointing=network.transformer.checkpoint_activations,
+    )
+
+
+def planned_needs(config: RunConfig[TrainArgs], plan: DeepSpeedPlan, data_parallel_size: int) -> MemoryNeeds:
+    """`memory_needs` before anything is loaded. A text encoder whose files are not here counts as T5 XXL."""
+    model = training_model_section(config.model, config.args)
+    absent = 0 if text_is_local(model) else T5_XXL_VALUES
+    if absent:
+        model["conditioner_config"] = None
+    engine = meta_engine(model, plan.dtype)
+    if engine.network.has_lora_config:
+        with torch.device("meta"):
+            engine.network.attach_lora()
+    engine.freeze_untrained()
+    needs = memory_needs(engine, config, plan, data_parallel_size)
+    return replace(needs, frozen=needs.frozen + absent, encoder_values=needs.encoder_values + absent)
+
+
+def _clip_size(config: RunConfig[TrainArgs]) -> tuple[int, int, int]:
+    """(frames, height, width) in pixels of the longest clip."""
+    given = (config.data or {}).get("params") or {}
+    params = {SETTING_OF.get(name, name): value for name, value in given.items()}
+    network = config.model["network_config"]["params"]
+    if params.get("buckets"):
+        return max(((int(f), int(h), int(w)) for f, h, w in params["buckets"]), key=math.prod)
+    height, width = params.get("video_size") or STRIDES.pixel_size(network["latent_height"], network["latent_width"])
+    return int(params.get("max_num_frames") or network["num_frames"]), int(height), int(width)
+
+
+def _widest_map(engine: SATVideoDiffusionEngine, model: Mapping[str, Any], frames: int, height: int, width: int) -> int:
+    """Values of the first stage's largest feature map: its first level at full resolution."""
+    if not hasattr(engine.first_stage_model, "encoder") or model.get("latent_input"):
+        return 0
+    channels = model["first_stage_config"]["params"]["encoder_config"]["params"]["ch"]
+    return int(channels) * frames * height * width
+
+
+def _values(part: nn.Module | None) -> int:
+    return sum(p.numel() for p in part.parameters()) if part is not None else 0
+
+
+def _bucket_values(plan: DeepSpeedPlan, trained: int) -> int:
+    """Values in the buffers through which ZeRO 1 and 2 reduce gradients; DeepSpeed's defaults where nothing is said."""
+    if plan.stage not in (1, 2):
+        return 0
+    zero = plan.config["zero_optimization"]
+    size = int(zero.get("reduce_bucket_size", 5e8))
+    if not plan.offload and not zero.get("contiguous_gradients", True):
+        return min(size, trained)  # a flat copy of a bucket's gradients; else buffers of full size, whatever is trained
+    return size * (2 if zero.get("overlap_comm") else 1)

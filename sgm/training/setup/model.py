@@ -1,0 +1,164 @@
+"""The diffusion engine of a training run: its `model:` section, what goes with what, its loaded weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from sgm.cache.stand_ins import cached_model_section
+from sgm.config import AccelerateArgs, ConfigError, RunConfig
+from sgm.models.diffusion import SATVideoDiffusionEngine
+from sgm.models.loading import LoadedNetwork, load_first_stage, load_network, load_text_encoder
+from sgm.modules.diffusionmodules.loss import DetailedLoss, Loss
+from sgm.modules.ops.choice import choose_kernels
+from sgm.modules.ops.recompute import MODES, stronger_mode
+from sgm.training.options import TrainArgs
+from sgm.training.prior import BaseNetwork
+from sgm.training.setup.deepspeed import DeepSpeedPlan
+from sgm.util import instantiate_from_config
+
+
+def training_model_section(model: Mapping[str, Any], args: TrainArgs) -> dict[str, Any]:
+    """The `model:` section as training builds it: switches of `args` carried into the network, LoRA put off."""
+    section = cached_model_section(model) if args.cache_dir else copy.deepcopy(dict(model))
+    params = section["network_config"].setdefault("params", {})
+    params["defer_lora"] = True
+    switches = params.setdefault("transformer_args", {})
+    switches["checkpoint_activations"] = checkpointing_mode(model, args)
+    switches["model_parallel_size"] = args.model_parallel_size
+    return section
+
+
+def checkpointing_mode(model: Mapping[str, Any], args: TrainArgs) -> bool | str:
+    """What the two places of `checkpoint_activations` ask for together.
+
+    Raises:
+        ConfigError: a value that is none of the choices.
+    """
+    switches = model["network_config"].get("params", {}).get("transformer_args") or {}
+    inner = switches.get("checkpoint_activations", False)
+    if inner not in MODES:
+        raise ConfigError(
+            f"transformer_args.checkpoint_activations is {inner!r}; choose true, false, selective or products"
+        )
+    return stronger_mode(inner, args.checkpoint_activations)
+
+
+def refuse_approximations(accelerate: AccelerateArgs) -> None:
+    """Switches that make sampling faster and less exact have no place in training.
+
+    Raises:
+        ConfigError: naming them.
+    """
+    on = accelerate.approximate()
+    if on:
+        raise ConfigError(f"accelerate: {', '.join(on)} are for sampling; leave them out of a training configuration")
+
+
+def check_graphs(args: TrainArgs, plan: DeepSpeedPlan, checkpointing: bool | str) -> None:
+    """Whether `args.cuda_graphs` goes with the rest of a configuration.
+
+    Raises:
+        ConfigError: something else runs code between the network's kernels.
+    """
+    obstacles = {
+        "checkpoint_activations": checkpointing,
+        "deepspeed.zero_optimization.stage: 3": plan.stage == 3,
+        "args.model_parallel_size above 1": args.model_parallel_size > 1,
+    }
+    found = [name for name, there in obstacles.items() if there]
+    if args.cuda_graphs and found:
+        raise ConfigError(f"args.cuda_graphs does not go with {' and '.join(found)}; leave one of them out")
+
+
+def check_prior(args: TrainArgs, plan: DeepSpeedPlan, loss_fn: Loss | None) -> None:
+    """Whether `args.prior_data` goes with the rest of a configuration.
+
+    Raises:
+        ConfigError: the network cannot be run a second time within a step, or the loss takes no other target.
+    """
+    obstacles = {
+        "args.cuda_graphs": args.cuda_graphs,
+        "deepspeed.zero_optimization.stage: 3": plan.stage == 3,
+        f"the loss_fn_config {type(loss_fn).__name__}": not isinstance(loss_fn, DetailedLoss),
+    }
+    found = [name for name, there in obstacles.items() if there]
+    if args.prior_data and found:
+        raise ConfigError(f"args.prior_data does not go with {' and '.join(found)}; leave one of them out")
+
+
+def meta_engine(model: Mapping[str, Any], dtype: str) -> SATVideoDiffusionEngine:
+    """The engine without weights or memory, for estimates and for loading."""
+    with torch.device("meta"):
+        return SATVideoDiffusionEngine(**model, dtype=dtype)
+
+
+def load_engine(
+    config: RunConfig[TrainArgs], plan: DeepSpeedPlan, device: torch.device
+) -> tuple[SATVideoDiffusionEngine, LoadedNetwork | None]:
+    """The engine on `device` with all weights, adapters attached, and only what learns requiring gradients.
+
+    Raises:
+        WeightsError: weights are missing or do not fit.
+        ConfigError: the configuration trains nothing.
+        KernelError: `accelerate.kernels` do not run on `device`.
+    """
+    args = config.args
+    fast = config.accelerate
+    refuse_approximations(fast)
+    kernels = choose_kernels(fast.kernels, fast.attention, device, fast.cpu_bf16)
+    model = training_model_section(config.model, args)
+    engine = meta_engine(model, plan.dtype)
+    check_graphs(args, plan, engine.network.transformer.checkpoint_activations)
+    check_prior(args, plan, engine.loss_fn)
+    loaded = _load_or_start_network(engine, args, model["network_config"], plan.dtype, device)
+    if engine.first_stage_model is not None and not args.cache_dir:
+        load_first_stage(engine.autoencoder, device=device, dtype=engine.dtype)
+        engine.autoencoder.set_low_memory(args.vae_low_memory)
+    if engine.conditioner is not None and not args.cache_dir:
+        load_text_encoder(engine.conditioner, device=device, dtype=engine.dtype)
+    engine.use_kernels(kernels)
+    if not engine.freeze_untrained():
+        raise ConfigError(
+            f"model.not_trainable_prefixes {list(engine.not_trainable_prefixes)} leaves nothing to train; "
+            "['all'] needs a lora_config beside it (see the comments in configs/cogvideox_2b_sft.yaml)"
+        )
+    engine.to(device)
+    if args.prior_data:
+        engine.base, engine.base_weight = BaseNetwork(engine.model), args.prior_weight
+    if args.cuda_graphs and device.type == "cuda":
+        engine.use_graphs()
+    return engine, loaded
+
+
+def _load_or_start_network(
+    engine: SATVideoDiffusionEngine, args: TrainArgs, section: Mapping[str, Any], dtype: str, device: torch.device
+) -> LoadedNetwork | None:
+    """Weights from `args.load`, or random ones; and an adapter's, if there is to be one."""
+    loaded = None
+    if args.load:
+        loaded = load_network(
+            engine.network, args.load, allow_absent=args.force_train, device=device, dtype=engine.dtype
+        )
+        loaded.notes = [n for n in loaded.notes if not n.startswith("lora_config is set")]
+    else:
+        started = instantiate_from_config(section, dtype=dtype)
+        engine.model.diffusion_model = started.to(device)
+    network = engine.network
+    if network.has_lora_config and "lora" not in network.mixins:
+        network.attach_lora()
+        network.to(device, engine.dtype)
+    return loaded
+
+
+def arrange_first_stage(engine: SATVideoDiffusionEngine, config: RunConfig[TrainArgs], plan: DeepSpeedPlan) -> None:
+    """Lay the first stage's weights out as fused kernels read them: after DeepSpeed, which cannot hand such tensors to
+    other ranks, has started. ZeRO 3 keeps its own layout.
+    """
+    if engine.first_stage_model is None or config.args.cache_dir or plan.stage == 3:
+        return
+    if engine.kernels.fused:
+        engine.autoencoder.set_channels_last()

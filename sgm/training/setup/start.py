@@ -1,0 +1,80 @@
+"""DeepSpeed's engine, started on a model whose weights are loaded."""
+
+from __future__ import annotations
+
+import copy
+import os
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from sgm.distributed import model_parallel_world_size, prepare_deepspeed, quiet_libraries
+from sgm.training.optimizers.flat_gradients import FlatGradients, fits_one_buffer
+from sgm.training.setup.deepspeed import DeepSpeedPlan
+from sgm.training.setup.engine import StopsAtLowestScale, TrainingEngine, Zero12
+
+
+def start_engine(
+    model: nn.Module, groups: list[dict[str, Any]], plan: DeepSpeedPlan, device_type: str
+) -> TrainingEngine:
+    """`deepspeed.initialize`, over the process groups that exist already.
+
+    The optimizer is built here where it can be, so that no compiler is started on a CPU; the state that some wrappers
+    make by a trial step is thrown away.
+    """
+    prepare_deepspeed(device_type)
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed demands it of a single process too
+    own = plan.optimizer.build(groups) if plan.optimizer.target is not None else None
+    split = model_parallel_world_size() > 1
+    with quiet_libraries():
+        import deepspeed
+
+        if plan.stage == 3:
+            _gather_first_stage_whole(model)
+        ds_engine: TrainingEngine = deepspeed.initialize(
+            model=model,
+            model_parameters=None if own is not None else groups,
+            optimizer=own,
+            config=copy.deepcopy(plan.config),
+            mpu=_sat_groups() if split else None,
+            dist_init_required=False,
+        )[0]
+    ds_engine.basic_optimizer.state.clear()
+    wrapper = ds_engine.optimizer
+    if isinstance(wrapper, Zero12) and not split:
+        _look_for_bad_gradients_once(wrapper)
+        if fits_one_buffer(wrapper):
+            FlatGradients(wrapper).take_over()
+    scaler = getattr(wrapper, "loss_scaler", None)
+    if isinstance(scaler, StopsAtLowestScale):
+        scaler.raise_error_at_min_scale = False  # the limit on skipped steps ends such a run, with advice
+    return ds_engine
+
+
+def _look_for_bad_gradients_once(wrapper: Zero12) -> None:
+    """ZeRO 1 and 2 test each gradient for inf and NaN, a dozen kernels a tensor, then take the norm and test that.
+
+    The norm tells it all, unless part of it is on the CPU or another process of a model-parallel group.
+    """
+    if wrapper.compute_grad_norm and not wrapper.cpu_offload:
+        wrapper.check_overflow = _norm_will_tell
+
+
+def _norm_will_tell(partition_gradients: bool = True) -> None:
+    """Takes the place of DeepSpeed's search, which would set the wrapper's `overflow`."""
+
+
+def _gather_first_stage_whole(model: nn.Module) -> None:
+    """ZeRO 3 gathers a module's weights when it is called; the first stage's convolutions read each other's."""
+    from deepspeed.utils import set_z3_leaf_modules
+
+    stage = getattr(model, "first_stage_model", None)
+    if stage is not None:
+        set_z3_leaf_modules(model, list({type(stage.encoder), type(stage.decoder)}))
+
+
+def _sat_groups() -> ModuleType:
+    from sat import mpu
+
+    return mpu
