@@ -7,7 +7,7 @@ import json
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +25,7 @@ from sgm.inference.fit import SamplingError, check_latents
 from sgm.inference.noise import SampleId, StackedNoise
 from sgm.inference.options import SampleArgs
 from sgm.inference.prompts import Prompt, PromptError, ask, find_prompt_file, gather, read_prompt_file, safe_name, share
-from sgm.inference.requests import Requests
+from sgm.inference.requests import Guidance, Request, Requests
 from sgm.inference.writer import OutputError, SampleFiles
 from sgm.placeholders import choose_config, unedited, weight_paths
 from sgm.places import found_path
@@ -176,6 +176,21 @@ def test_latents_of_another_shape_are_not_decoded(shape):
     check_latents(engine, torch.zeros(3, 16, 4, 4))
     with pytest.raises(SamplingError, match=r"decodes \(t, 16, h, w\) with an odd t"):
         check_latents(engine, torch.zeros(shape))
+
+
+def test_in_what_a_request_differs_from_a_record():
+    guidance, size = Guidance("DynamicCFG", 6), (480, 720)
+    request = Request("a fox", False, "", 42, "sample", "DPM", 50, guidance, 13, size, 8, "fp16", {}, "/w", ["/l:1"])
+    record = json.loads(json.dumps(asdict(request))) | {"latents_sha256": "0"}
+    assert request.differences(record) == []
+    earlier = {name: value for name, value in record.items() if name not in ("refine", "approximate")}
+    assert request.differences(earlier) == []  # of a version that did not know them
+    changed = record | {"seed": 7, "guidance": {"guider": "DynamicCFG", "scale": 5}, "prompt": "x " * 40 + "y"}
+    assert request.differences(changed) == [
+        f"prompt {'x ' * 28}..., now a fox",
+        "seed 7, now 42",
+        "guidance {'guider': 'DynamicCFG', 'scale': 5}, now {'guider': 'DynamicCFG', 'scale': 6}",
+    ]
 
 
 def test_a_caption_of_another_prompt_of_the_same_folder_is_not_taken(tmp_path):
