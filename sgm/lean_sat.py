@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import ModuleType
@@ -48,6 +49,8 @@ class NamesOnDemand:
             self.run_init(self.package)
             del self.package.__getattr__
         except ModuleNotFoundError as error:
+            if error.name is None:  # said already, of a package below
+                raise
             raise ModuleNotFoundError(
                 f"{self.package.__name__}.{name} comes with all of SwissArmyTransformer, which needs the package "
                 f"{error.name!r}: install that, or import from the module that defines it (as sat.model.base_model)"
@@ -89,9 +92,37 @@ class WholeRegistry(SourceFileLoader):
         registry.get = get
 
 
+class WithoutDeepSpeed(SourceFileLoader):
+    """Loads `sat.mpu`, which takes three functions for activation checkpoints from DeepSpeed where there is a GPU.
+
+    They import it when they are called: it takes longer than all of SAT that is used here.
+    """
+
+    HOME = "deepspeed.runtime.activation_checkpointing.checkpointing"
+    TAKEN = ("checkpoint", "get_cuda_rng_tracker", "model_parallel_cuda_manual_seed")
+
+    def exec_module(self, module: ModuleType) -> None:
+        if self.HOME in sys.modules:
+            super().exec_module(module)
+            return
+        stand_in = ModuleType(self.HOME)
+        for name in self.TAKEN:
+            setattr(stand_in, name, partial(self._call, name))
+        sys.modules[self.HOME] = stand_in
+        try:
+            super().exec_module(module)
+        finally:
+            del sys.modules[self.HOME]
+
+    @classmethod
+    def _call(cls, name: str, *args: Any, **kwargs: Any) -> Any:
+        return getattr(import_module(cls.HOME), name)(*args, **kwargs)
+
+
 _LOADERS: dict[str, type[SourceFileLoader]] = {
     "sat": DeferredInit,
     "sat.model": DeferredInit,
+    "sat.mpu": WithoutDeepSpeed,
     "sat.resources": DeferredDownload,
     "sat.model.registry": WholeRegistry,
 }

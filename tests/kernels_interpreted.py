@@ -374,15 +374,15 @@ def test_a_rehearsal_meets_every_kernel_of_a_real_pass(monkeypatch):
                 tiny_network(num_layers=1),
                 VideoAutoencoderInferenceWrapper(*configs({**TINY, **small})).eval(),
             )
-        engine = SimpleNamespace(network=network, autoencoder=stage, kernels=kernels, dtype=torch.float32)
+        engine = SimpleNamespace(network=network, kernels=kernels, dtype=torch.float32)
         network.use_ops(kernels.block), stage.use_ops(kernels.vae)
         if device == "meta":
-            rehearsal.run_network(engine, (1, 16, 2, 4))
-            rehearsal.run_decoder(engine, (3, 16, 1, 2))
+            rehearsal.run_block(engine, (1, 16, 2, 4))
+            rehearsal.run_decoder(stage, (3, 16, 1, 2), torch.float32)
             continue
         stage.set_channels_last()
         with torch.no_grad():
             network(**random_inputs(batch=2, frames=1, height=2, width=4))
-            stage.decode(torch.randn(1, 16, 3, 1, 2))
+            stage.decode(torch.randn(1, 3, 16, 1, 2).transpose(1, 2))
     assert {name for name, *_ in met[True]} == {name for name, *_ in met[False]} and len(met[True]) > 10
     assert met[False] <= met[True]

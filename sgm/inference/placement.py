@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from sgm.inference.staging import StagedCopy
+from sgm.weights.staging import StagedCopy
 
 _ALIGN = 512  # bytes; where tensors start in a block's buffer, as the CUDA allocator aligns them
 

@@ -89,16 +89,17 @@ def test_threads_get_the_same():
     run(code)
 
 
-def test_what_is_missing_is_named_where_it_is_asked_for():
+@pytest.mark.parametrize("line", ["from sat.model import BaseModel", "sat.training_main"])
+def test_what_is_missing_is_named_where_it_is_asked_for(line):
     """Triton, which has no release for a Mac: SAT's own models need it, what this project takes does not."""
     code = OURS + (
         "sys.modules['triton'] = None\nimport sat.model\n"
         "assert not hasattr(sat, '__wrapped__')\n"  # as inspect asks every module
-        "try: from sat.model import BaseModel as again\n"
+        f"try: {line}\n"
         "except ModuleNotFoundError as error: print(error)\n"
     )
     said = run(code)
-    assert "sat.model.BaseModel" in said and "'triton'" in said and "sat.model.base_model" in said
+    assert "sat.model." in said and "'triton'" in said and "(as sat.model.base_model)" in said
 
 
 def test_unknown_names_are_errors():
@@ -123,3 +124,16 @@ def test_downloads_are_handed_on(monkeypatch):
     taken = SimpleNamespace(auto_create=lambda *args, **kwargs: (args, kwargs))
     monkeypatch.setitem(sys.modules, "sat.resources.download", taken)
     assert auto_create("bert-base-uncased", path=Path("there")) == (("bert-base-uncased",), {"path": Path("there")})
+
+
+def test_deepspeeds_checkpoints_come_when_they_are_called():
+    """What `sat.mpu` takes from DeepSpeed where PyTorch sees a GPU."""
+    code = (
+        "import sys, torch, sgm\n"
+        "torch.cuda.is_available = lambda: True\n"
+        "from sat import mpu\n"
+        "early = {'deepspeed'} & set(sys.modules)\n"
+        "import deepspeed.runtime.activation_checkpointing.checkpointing as true\n"
+        "print(early, mpu.get_cuda_rng_tracker() is true.get_cuda_rng_tracker(), mpu.checkpoint(abs, torch.tensor(-2.0)))"
+    )
+    assert run(code) == "set() True tensor(2.)"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sgm.inference.placement import BlockStreamer, Placement, Resident, Streams
-from sgm.inference.staging import StagedCopy
+from sgm.weights.staging import StagedCopy
 from tests.dit_tiny import load_tiny, random_inputs, tiny_network
 
 CPU = torch.device("cpu")

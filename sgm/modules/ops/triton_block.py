@@ -149,8 +149,11 @@ def launch_residual_norm(
     vectors, stride = aligned(given, b, d)
     gates = vectors[:2] if residual else (hidden, hidden)
     modulations = vectors[-4:] if norm else (hidden,) * 4
-    summed = torch.empty_like(hidden) if residual else hidden
-    normed = torch.empty_like(hidden) if norm else hidden
+    # (`empty_like` without values is a program of PyTorch's, for which it imports a library of algebra)
+    summed, normed = (
+        torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if half else hidden
+        for half in (residual, norm)
+    )
     blocks = triton.cdiv(text_length, _ROWS) + triton.cdiv(n - text_length, _ROWS)
     launch(
         _residual_norm_kernel, (blocks, b),
