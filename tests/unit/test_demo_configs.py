@@ -120,6 +120,13 @@ def test_the_demo_needs_its_clips(arguments, monkeypatch):
     assert clips.demo_folders(arguments) == [REPO / "demo" / "clips" / name for name in ("striped-heart", "plain")]
 
 
+def test_the_demos_page_says_how_many_clips_there_are():
+    page = " ".join((REPO / "docs" / "demo.md").read_text().split())
+    assert (
+        f"draws {clips.COUNT} clips of striped hearts" in page and f"and {clips.PLAIN_COUNT} of what it knows" in page
+    )
+
+
 def test_training_says_how_the_clips_are_drawn(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     folder = REPO / "demo" / "clips" / "no-style"
