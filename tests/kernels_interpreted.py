@@ -374,11 +374,11 @@ def test_a_rehearsal_meets_every_kernel_of_a_real_pass(monkeypatch):
                 tiny_network(num_layers=1),
                 VideoAutoencoderInferenceWrapper(*configs({**TINY, **small})).eval(),
             )
-        engine = SimpleNamespace(network=network, autoencoder=stage, kernels=kernels, dtype=torch.float32)
+        engine = SimpleNamespace(network=network, kernels=kernels, dtype=torch.float32)
         network.use_ops(kernels.block), stage.use_ops(kernels.vae)
         if device == "meta":
             rehearsal.run_block(engine, (1, 16, 2, 4))
-            rehearsal.run_decoder(engine, (3, 16, 1, 2))
+            rehearsal.run_decoder(stage, (3, 16, 1, 2), torch.float32)
             continue
         stage.set_channels_last()
         with torch.no_grad():

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -22,12 +23,14 @@ from sgm.inference.noise import SampleId, StackedNoise
 from sgm.inference.options import SampleArgs
 from sgm.inference.placement import Placement
 from sgm.inference.rehearsal import compile_ahead, run_block, run_decoder
+from sgm.models.autoencoder import VideoAutoencoder
 from sgm.models.diffusion import Cond, SATVideoDiffusionEngine
 from sgm.models.loading import Adapter, LoadedNetwork, load_first_stage, load_network, load_text_encoder
 from sgm.modules.diffusionmodules.shortcuts import CallCount, ShortcutRun
 from sgm.modules.ops.choice import choose_kernels
 from sgm.modules.ops.fp8 import check_fp8
 from sgm.modules.transformer.quantize import quantize_network
+from sgm.util import instantiate_from_config
 
 Part = Literal["conditioner", "network", "first_stage"]
 _ENCODE_BATCH = 8  # prompts a text-encoder pass
@@ -77,6 +80,8 @@ class TextToVideo:
         self.shortcuts = shortcuts_of(fast)
         self.calls: CallCount | None = None  # of the last sampling run, where shortcuts were taken
         self.facts = WeightFacts()
+        self._first_stage: dict[str, Any] = model.get("first_stage_config") or {}
+        self._decoder_compiles = False
         self._loaded: set[Part] = set()
         check_fit(self.engine, self.args, self.image_size)
         check_shortcuts(self.shortcuts, self.engine.sampler, self.num_steps)
@@ -119,8 +124,6 @@ class TextToVideo:
         """Read a part's weights unless they are there."""
         if part in self._loaded:
             return
-        if not self._loaded and self.engine.kernels.fused and self.device.type == "cuda":
-            compile_ahead(self._rehearse)
         device, dtype = self.placement.load_device, self.engine.dtype
         if part == "conditioner":
             self.facts.text_encoder = load_text_encoder(self.engine.text_conditioner, device=device, dtype=dtype)
@@ -128,16 +131,25 @@ class TextToVideo:
             self.facts.first_stage = load_first_stage(self.engine.autoencoder, device=device, dtype=dtype)
             self._arrange_first_stage()
         else:
+            if self._fuses_on_gpu:
+                compile_ahead(partial(run_block, self.engine, self.latent_shape))
             self.facts.network = self._load_network(device, dtype)
             self.facts.notes += self.facts.network.notes
         self._loaded.add(part)
 
-    def _rehearse(self) -> None:
-        """Launches of the run's kernels, on an engine without values."""
-        if self.args.decode_latents is None:
-            run_block(self.engine, self.latent_shape)
-        if not self.args.only_save_latents:
-            run_decoder(self.engine, self.latent_shape)
+    @property
+    def _fuses_on_gpu(self) -> bool:
+        return self.engine.kernels.fused and self.device.type == "cuda"
+
+    def _compile_decoder(self) -> None:
+        """Begin to, once, by means of a second one without values."""
+        if not self._fuses_on_gpu or self._decoder_compiles or not self._first_stage:
+            return
+        self._decoder_compiles = True
+        with torch.device("meta"):
+            stage: VideoAutoencoder = instantiate_from_config(self._first_stage)
+        stage.to(self.engine.dtype).eval().use_ops(self.engine.kernels.vae)
+        compile_ahead(partial(run_decoder, stage, self.latent_shape, self.engine.dtype))
 
     def _arrange_first_stage(self) -> None:
         stage, lean = self.engine.autoencoder, self.placement.kind == "lean"
@@ -212,6 +224,8 @@ class TextToVideo:
             SamplingError: the latents are not finite.
         """
         self.load("network")
+        if not self.args.only_save_latents:
+            self._compile_decoder()  # while the GPU samples
         noise = None if self.args.seed_mode == "upstream" else StackedNoise(samples)
         cond = {k: v.expand(len(samples), *v.shape[1:]).to(self.device) for k, v in prompt.cond.items()}
         uncond = {k: v.expand(len(samples), *v.shape[1:]).to(self.device) for k, v in prompt.uncond.items()}
@@ -243,6 +257,7 @@ class TextToVideo:
             SamplingError: latents of another model, or the decoded pixels are not finite.
         """
         check_latents(self.engine, latents)
+        self._compile_decoder()
         self.load("first_stage")
         stage = self.engine.autoencoder
         z = latents.to(self.device, torch.float32)[None].transpose(1, 2) / self.engine.scale_factor

@@ -1,8 +1,8 @@
-"""Compiling the fused kernels side by side while weights are read, not one after the other when each is first needed.
+"""Compiling the fused kernels ahead and side by side, not one after the other when each is first needed.
 
-Before the weights are there, a block and the decoder go once through their own code with tensors that have no values:
-whatever kernel a real pass launches is compiled then, in the background, for the types, sizes and strides that it is
-going to meet. A launch that comes before its kernel is done waits for that one alone (Triton's asynchronous mode).
+A block and a decoder go once through their own code with tensors that have no values: whatever kernel a real pass
+launches is compiled then, in the background, for the types, sizes and strides that it is going to meet. A launch that
+comes before its kernel is done waits for that one alone (Triton's asynchronous mode).
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from sgm.models.autoencoder import VideoAutoencoder
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.modules.ops.modulation import split_modulation
 from sgm.modules.transformer.block import dit_block
 
-THREADS = 16  # at most; a kernel is compiled mostly outside of Python
+THREADS = 4  # a third of the work is Python, which the run itself needs, too
 FRAMES = 5  # latent frames that show the decoder's first chunk and its later ones
 
 Shape = tuple[int, int, int, int]  # latents of a sample: t, c, h, w
@@ -73,14 +74,14 @@ def _product(linear: nn.Module, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def run_decoder(engine: SATVideoDiffusionEngine, shape: Shape) -> None:
-    """The first chunks of a decoding on the meta device, for latents of `shape`."""
+def run_decoder(stage: VideoAutoencoder, shape: Shape, dtype: torch.dtype) -> None:
+    """The first chunks of a decoding on the meta device, where `stage` lies, for latents of `shape`."""
     frames, channels, height, width = shape
     # as `TextToVideo.decode` hands them over: frame after frame
-    z = torch.empty(1, min(frames, FRAMES), channels, height, width, device="meta", dtype=engine.dtype).transpose(1, 2)
-    engine.autoencoder.set_channels_last()  # as it is going to be, once loaded
+    z = torch.empty(1, min(frames, FRAMES), channels, height, width, device="meta", dtype=dtype).transpose(1, 2)
+    stage.set_channels_last()  # as the one that is loaded
     with ShapesAlone():
-        for _ in engine.autoencoder.decode_chunks(z):
+        for _ in stage.decode_chunks(z):
             pass
 
 

@@ -37,13 +37,15 @@ def sincos_axis(count: int, width: int, divisor: float) -> Tensor:
     return torch.cat((angles.sin(), angles.cos()), dim=-1)
 
 
-def sincos_table(grid: TokenGrid, width: int, divisors: Spacing) -> Tensor:
-    """Table (t*h*w, width), float64: a quarter for time, three eighths for the column, three eighths for the row.
+def sincos_table(grid: TokenGrid, width: int, divisors: Spacing, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Table (t*h*w, width): a quarter for time, three eighths for the column, three eighths for the row.
+
+    Values are found in float64, and rounded to `dtype` before they are repeated.
 
     Note the order: time, then WIDTH, then HEIGHT.
     """
     time, row, column = (
-        sincos_axis(count, part, divisor)
+        sincos_axis(count, part, divisor).to(dtype)
         for count, part, divisor in zip(grid, (width // 4, width // 8 * 3, width // 8 * 3), divisors, strict=True)
     )
     return torch.cat(
@@ -222,7 +224,7 @@ class Basic3DPositionEmbeddingMixin(PositionMixin):
         return self._cached((grid, device, dtype), lambda: self._table(grid).to(device, dtype))
 
     def _table(self, grid: TokenGrid) -> Tensor:
-        video = sincos_table(grid, self.hidden_size, self.spacing(grid)).float()
+        video = sincos_table(grid, self.hidden_size, self.spacing(grid), torch.float32)
         return torch.cat((video.new_zeros(self.text_length, self.hidden_size), video)).unsqueeze(0)
 
 
