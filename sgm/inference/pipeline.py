@@ -151,6 +151,16 @@ class TextToVideo:
         stage.to(self.engine.dtype).eval().use_ops(self.engine.kernels.vae)
         compile_ahead(partial(run_decoder, stage, self.latent_shape, self.engine.dtype))
 
+    def _compiling_meanwhile(self, callback: Callable[..., None]) -> Callable[..., None]:
+        """`callback` of a sampling step that begins to compile the decoder once the GPU has a step to work at."""
+
+        def stepped(*args: Any, **kwargs: Any) -> None:
+            callback(*args, **kwargs)
+            if not self.args.only_save_latents:
+                self._compile_decoder()
+
+        return stepped
+
     def _arrange_first_stage(self) -> None:
         stage, lean = self.engine.autoencoder, self.placement.kind == "lean"
         if self.engine.kernels.fused or (lean and self.device.type == "cuda"):
@@ -224,8 +234,6 @@ class TextToVideo:
             SamplingError: the latents are not finite.
         """
         self.load("network")
-        if not self.args.only_save_latents:
-            self._compile_decoder()  # while the GPU samples
         noise = None if self.args.seed_mode == "upstream" else StackedNoise(samples)
         cond = {k: v.expand(len(samples), *v.shape[1:]).to(self.device) for k, v in prompt.cond.items()}
         uncond = {k: v.expand(len(samples), *v.shape[1:]).to(self.device) for k, v in prompt.uncond.items()}
@@ -243,7 +251,7 @@ class TextToVideo:
                 noise=noise.start(self.latent_shape) if noise else None,
                 noise_sampler=noise.like if noise else None,
                 num_steps=self.args.num_steps,
-                callback=callback,
+                callback=self._compiling_meanwhile(callback),
                 shortcuts=run,
             ).cpu()
         self.calls = run.calls if run else None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextvars
 import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -34,12 +34,27 @@ def compile_ahead(rehearsal: Callable[[], None]) -> None:
     """Compile what `rehearsal` launches for tensors without values; returns when it is known, not when it is done."""
     from triton import AsyncCompileMode
 
-    pool = ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1), "kernels")
+    pool = _Compilers(min(THREADS, os.cpu_count() or 1), "kernels")
     # The mode holds for its context alone, and is never left: leaving it would wait for the pool.
     context = contextvars.copy_context()
     context.run(AsyncCompileMode(pool).__enter__)
     context.run(rehearsal)
     pool.shutdown(wait=False)
+
+
+class _Compilers(ThreadPoolExecutor):
+    """Threads that also make what launches a kernel: in Triton 3.6 a C program of its own, a tenth of a second each."""
+
+    def submit(self, compile_kernel: Callable[[], Any]) -> Future[Any]:  # type: ignore[override]  # all that is asked
+        return super().submit(_compile_with_launcher, compile_kernel)
+
+
+def _compile_with_launcher(compile_kernel: Callable[[], Any]) -> Any:
+    from triton.runtime import driver
+
+    kernel = compile_kernel()
+    driver.active.launcher_cls(kernel.src, kernel.metadata)  # the one for the kernel's use comes from Triton's cache
+    return kernel
 
 
 @torch.no_grad()
