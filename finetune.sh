@@ -32,6 +32,8 @@ fi
 source "$repo/tools/setup_env.sh"
 keep_freed_memory
 
+"$PYTHON" "$repo/tools/demo/clips.py" --needed-by ${arguments[@]+"${arguments[@]}"} # the demo's, at their first use
+
 if ((nproc * nnodes == 1)); then
     exec "$PYTHON" "$repo/train_video.py" ${arguments[@]+"${arguments[@]}"}
 fi

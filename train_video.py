@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-from collections.abc import Callable
-from pathlib import Path
 
-from sgm.cli import Parser, exit_code
-from sgm.places import CONFIGS, lies_in_demo
+from sgm.cli import exit_code
+from sgm.flags import add_flags, run_config, run_parser
+from sgm.places import CONFIGS
+from sgm.training.options import TrainArgs
 
 SHIPPED = CONFIGS / "cogvideox_2b_sft.yaml"
 DEMO = CONFIGS / "demo_lora.yaml"
 
+FLAGS = ("resume", "device", "cache_dir", "seed")  # options of `args:` that have one
+
 
 def parse(arguments: list[str], prog: str | None = None) -> argparse.Namespace:
-    parser = Parser(prog, description=__doc__)
-    parser.add_argument("configs", nargs="*", metavar="CONFIG.yaml", help=f"later files win; default {SHIPPED.name}")
-    parser.add_argument("--base", nargs="+", default=[], metavar="CONFIG.yaml", help="the same, in the original's form")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key: args.seed=7")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and plan, then stop")
-    parser.add_argument("--resume", nargs="?", const="auto", metavar="FOLDER",
-                        help="go on exactly: the newest run of this configuration, or the run in FOLDER")  # fmt: skip
-    parser.add_argument("--device", help="cpu or cuda; default: the GPU if there is one")
-    parser.add_argument("--cache-dir", metavar="DIR", help="train from encoded clips in DIR; fills it where needed")
-    parser.add_argument("--seed", type=int, help="base seed")
-    parser.add_argument("--allow-target", action="append", default=[], metavar="PREFIX",
-                        help="also accept classes of your own package as YAML targets")  # fmt: skip
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher
+    parser = run_parser(prog, __doc__, SHIPPED)
+    add_flags(parser, TrainArgs, FLAGS)
     return parser.parse_args(arguments)
 
 
@@ -49,44 +39,11 @@ def main(arguments: list[str], prog: str | None = None, leave: bool = False) -> 
 
 
 def run(options: argparse.Namespace) -> int:
-    from sgm.config import load_run_config
-    from sgm.inference.preflight import config_files
-    from sgm.training.options import TrainArgs
-    from sgm.util import allow_target
-
-    if options.local_rank is not None:
-        os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
-    for prefix in options.allow_target:
-        allow_target(prefix)
-    files = config_files([*options.base, *options.configs], SHIPPED, DEMO)
-    flags = {"resume": options.resume, "device": options.device, "seed": options.seed,
-             "cache_dir": options.cache_dir}  # fmt: skip
-    config = load_run_config(files, TrainArgs, overrides=options.set, flags=flags)
+    config = run_config(options, TrainArgs, SHIPPED, DEMO)
 
     from sgm.training.run import train
 
-    return train(config, dry_run=options.dry_run, make_data=_demo_clips())
-
-
-def _demo_clips() -> Callable[[Path], bool]:
-    """What draws the demo's clips where they are not there. It lies in tools/, which an installed package lacks."""
-    from sgm.config import ConfigError
-
-    try:
-        from tools.demo.clips import make_demo_clips
-    except ModuleNotFoundError as error:
-        if error.name not in ("tools", "tools.demo"):
-            raise
-
-        def make_demo_clips(folder: Path) -> bool:
-            if lies_in_demo(str(folder)):
-                raise ConfigError(
-                    f"{folder} is not there: the demo's clips are drawn by tools/, which is not part of the installed "
-                    "package. In a checkout: bash finetune.sh configs/demo_lora.yaml"
-                )
-            return False
-
-    return make_demo_clips
+    return train(config, dry_run=options.dry_run)
 
 
 if __name__ == "__main__":

@@ -32,8 +32,9 @@ class Parser(argparse.ArgumentParser):
         """With options between the file names, too: `a.yaml --seed 7 b.yaml`."""
         return self.parse_intermixed_args(args, namespace)
 
-    def print_help(self, file: IO[str] | None = None) -> None:
-        _say_once(self.format_help().rstrip("\n"), file or sys.stdout)
+    def print_help(self, file: object = None) -> None:
+        """On the standard output, whatever `file` is."""
+        _say_once(self.format_help().rstrip("\n"), sys.stdout)
 
     def error(self, message: str) -> NoReturn:
         _say_once(f"{self.format_usage()}{self.prog}: error: {message}", sys.stderr)

@@ -7,20 +7,18 @@ line.) Every problem found is reported at once. A run keeps its resolved configu
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
+import inspect
 import json
 import re
-import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic
 
-from sgm.errors import SgmError
-
-Args = TypeVar("Args")
+from sgm.typed import Args, ConfigError, argument_types, build_args, listing, nearest, option, typed
+from sgm.util import check_tree
 
 SECTIONS = ("args", "model", "data", "deepspeed", "accelerate")
 
@@ -38,18 +36,6 @@ UPSTREAM_ARGS = frozenset(
     train_data_weights train_iters valid_data wandb wandb_project_name warmup weight_decay world_size
     zero_stage""".split()
 )
-
-
-class ConfigError(SgmError):
-    """The configuration is wrong; the message lists every problem with its place and remedy."""
-
-
-def option(default: Any, help: str, *, choices: Sequence[Any] = (), at_least: float | None = None) -> Any:
-    """A documented, checked field of an args record."""
-    metadata = {"help": help, "choices": tuple(choices), "at_least": at_least}
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
 
 
 EXACT = ("kernels", "attention", "cpu_bf16")  # switches of `accelerate:` with the same result within rounding
@@ -140,7 +126,7 @@ class RunConfig(Generic[Args]):
     notes: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        sections = {"args": dataclasses.asdict(self.args), "model": self.model, "data": self.data}  # type: ignore[call-overload]
+        sections = {"args": dataclasses.asdict(self.args), "model": self.model, "data": self.data}
         sections |= {"deepspeed": self.deepspeed, "accelerate": dataclasses.asdict(self.accelerate)}
         return {name: value for name, value in sections.items() if value is not None}
 
@@ -179,18 +165,18 @@ def load_run_config(
     notes: list[str] = []
     for name in merged:
         if name not in SECTIONS:
-            problems.append(f"unknown section `{name}`{_nearest(name, SECTIONS)}")
+            problems.append(f"unknown section `{name}`{nearest(name, SECTIONS)}")
     sections = {name: _section(merged, name, problems) for name in SECTIONS}
     given = dict(sections["args"] or {})
     given.update({k: v for k, v in (flags or {}).items() if v is not None})
-    args = build_args(args_type, given, problems, notes)
+    args = build_args(args_type, given, problems, notes, idle=UPSTREAM_ARGS)
     accelerate = build_args(AccelerateArgs, sections["accelerate"] or {}, problems, notes, "accelerate")
     model = sections["model"] or {}
     _mend_log_keys(model, notes)
     if not model:
         problems.append("the configuration has no `model:` section")
     if problems or args is None or accelerate is None:
-        raise ConfigError(_listing(problems, files))
+        raise ConfigError(listing(problems, ", ".join(map(str, files))))
     return RunConfig(
         args, model, sections["data"], sections["deepspeed"], accelerate,
         tuple(Path(f) for f in files), tuple(notes),
@@ -207,9 +193,7 @@ def merge_yaml(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> di
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    merged = OmegaConf.create({})
-    for file in files:
-        merged = OmegaConf.merge(merged, _read_yaml(Path(file)))
+    merged = OmegaConf.merge({}, *(_read_yaml(Path(file)) for file in files))
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
@@ -267,122 +251,15 @@ def _mend_log_keys(model: dict[str, Any], notes: list[str]) -> None:
         model["log_keys"] = mended
 
 
-# --- the args record ---------------------------------------------------------------------------------------------
-
-
-def build_args(
-    args_type: type[Args], given: Mapping[str, Any], problems: list[str], notes: list[str], section: str = "args"
-) -> Args | None:
-    """Fill the record `args_type` of a `section`; problems and notes are appended. None when a value has no use."""
-    fields = {f.name: f for f in dataclasses.fields(args_type)}  # type: ignore[arg-type]
-    hints = typing.get_type_hints(args_type)
-    values: dict[str, Any] = {}
-    before = len(problems)
-    for name, raw in given.items():
-        if name not in fields:
-            if section == "args" and name in UPSTREAM_ARGS:
-                notes.append(f"args.{name} has no effect here")
-            else:
-                problems.append(f"unknown key {section}.{name}{_nearest(name, fields)}")
-            continue
-        try:
-            values[name] = _checked(coerce(raw, hints[name]), fields[name].metadata)
-        except ValueError as error:
-            problems.append(f"{section}.{name}: {error}")
-    if len(problems) > before:
-        return None
-    try:
-        return args_type(**values)
-    except ConfigError as error:  # relations between fields, from __post_init__
-        problems.append(str(error))
-        return None
-
-
-def coerce(value: Any, kind: Any) -> Any:
-    """`value` as the annotated type, or ValueError. Numbers given as text ("1e-8") become numbers."""
-    origin = typing.get_origin(kind)
-    if origin in (typing.Union, types.UnionType):
-        return _coerce_union(value, typing.get_args(kind))
-    if origin in (list, tuple):
-        items = [value] if isinstance(value, str | int | float) else value
-        if not isinstance(items, list | tuple):
-            raise ValueError(f"expected a list, got {value!r}")
-        return [coerce(item, typing.get_args(kind)[0]) for item in items]
-    if kind is bool:
-        if not isinstance(value, bool):
-            raise ValueError(f"expected true or false, got {value!r}")
-        return value
-    if kind in (int, float):
-        return _number(value, kind)
-    if kind is str:
-        if isinstance(value, bool | list | dict) or value is None:
-            raise ValueError(f"expected text, got {value!r}")
-        return str(value)
-    return value
-
-
-def _coerce_union(value: Any, kinds: tuple[Any, ...]) -> Any:
-    if value is None and type(None) in kinds:
-        return None
-    errors = []
-    for kind in kinds:
-        if kind is type(None):
-            continue
-        try:
-            return coerce(value, kind)
-        except ValueError as error:
-            errors.append(str(error))
-    raise ValueError(" or ".join(errors) or f"got {value!r}")
-
-
-def _number(value: Any, kind: type) -> Any:
-    noun = "a whole number" if kind is int else "a number"
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise ValueError(f"expected {noun}, got {value!r}")
-    try:
-        number = float(value)
-    except ValueError as error:
-        raise ValueError(f"expected {noun}, got {value!r}") from error
-    if kind is float:
-        return number
-    if not number.is_integer():
-        raise ValueError(f"expected {noun}, got {value!r}")
-    return int(value) if isinstance(value, int) else int(number)
-
-
-def _checked(value: Any, metadata: Mapping[str, Any]) -> Any:
-    if value is None:
-        return value
-    if metadata.get("choices") and value not in metadata["choices"]:
-        raise ValueError(f"{value!r} is not one of {', '.join(map(repr, metadata['choices']))}")
-    if metadata.get("at_least") is not None and not value >= metadata["at_least"]:  # nan is not, either
-        raise ValueError(f"must be at least {metadata['at_least']}, got {value!r}")
-    return value
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
-    return f"; did you mean `{close[0]}`?" if close else ""
-
-
-def _listing(problems: Sequence[str], files: Sequence[str | Path]) -> str:
-    title = f"{len(problems)} problem{'s' if len(problems) > 1 else ''} in {', '.join(map(str, files))}:"
-    return "\n".join([title, *(f"  - {p}" for p in problems)])
-
-
 def check_model_section(model: Mapping[str, Any], engine: type) -> None:
     """Check keys and every `target:` of the `model:` section against the classes, without building anything.
 
     Raises:
         ConfigError: listing every problem.
     """
-    import inspect
-
-    from sgm.util import annotations, check_tree, typed
-
     known = [n for n in inspect.signature(engine).parameters]
-    problems = [f"unknown key model.{n}{_nearest(n, known)}" for n in model if n not in known]
-    problems += [f"model.{n}: {problem}" for n, problem in typed(model, annotations(engine))[1].items()]
+    problems = [f"unknown key model.{n}{nearest(n, known)}" for n in model if n not in known]
+    problems += [f"model.{n}: {problem}" for n, problem in typed(model, argument_types(engine))[1].items()]
     problems += check_tree(model)
     if problems:
-        raise ConfigError(_listing(problems, ["the model section"]))
+        raise ConfigError(listing(problems, "the model section"))

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from types import ModuleType
 from typing import TypeVar
 
 import numpy as np
@@ -127,8 +128,10 @@ def shutdown() -> None:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         # DeepSpeed keeps groups of its own, which only its own call forgets: a later run here would use them.
         deepspeed_comm = sys.modules.get("deepspeed.comm")
-        known = deepspeed_comm is not None and deepspeed_comm.is_initialized()
-        (deepspeed_comm if known else torch.distributed).destroy_process_group()
+        if deepspeed_comm is not None and deepspeed_comm.is_initialized():
+            deepspeed_comm.destroy_process_group()
+        else:
+            torch.distributed.destroy_process_group()
 
 
 def data_parallel_rank() -> int:
@@ -279,7 +282,7 @@ def _own_device(kind: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def _sat_groups():
+def _sat_groups() -> ModuleType | None:
     """SAT's module of groups if SAT was imported and its groups exist, else None. Never imports SAT by itself."""
     groups = sys.modules.get("sat.mpu.initialize")
     return groups if groups is not None and groups.model_parallel_is_initialized() else None

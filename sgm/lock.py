@@ -17,7 +17,7 @@ _held: set[int] = set()
 
 
 @contextmanager
-def sole_holder(path: Path) -> Iterator[bool]:
+def try_lock(path: Path) -> Iterator[bool]:
     """Hold `path`, a file that is made for it and goes afterwards; False where another process holds it.
 
     On a file system without locks (some cluster drives) it is as if no one else were there; the log says so.

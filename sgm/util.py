@@ -11,13 +11,11 @@ import difflib
 import importlib
 import inspect
 import logging
-import types
-import typing
 from collections.abc import Mapping
 from typing import Any
 
-from sgm.config import coerce
 from sgm.errors import SgmError
+from sgm.typed import argument_types, typed
 
 logger = logging.getLogger(__name__)
 
@@ -168,54 +166,10 @@ def check_params(target: str, cls: Any, params: Mapping[str, Any]) -> dict[str, 
         TargetError: names the unknown parameter and the nearest valid one, or the first value of a wrong type.
     """
     kept = _known_params(target, cls, params)
-    values, problems = typed(kept, annotations(cls))
+    values, problems = typed(kept, argument_types(cls))
     for name, problem in problems.items():
         raise TargetError(f"{target}: `{name}`: {problem}")
     return values
-
-
-def annotations(cls: Any) -> dict[str, Any]:
-    """Types that a constructor (or function) states for its arguments; empty where they cannot be read."""
-    try:
-        return typing.get_type_hints(cls.__init__ if inspect.isclass(cls) else cls)
-    except (NameError, TypeError, AttributeError):  # names that only a type checker imports: nothing is known then
-        return {}
-
-
-def typed(values: Mapping[str, Any], kinds: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """(`values` as their annotated types, what is wrong with the others by name); see `_scalar`."""
-    fitting: dict[str, Any] = {}
-    problems: dict[str, str] = {}
-    for name, value in values.items():
-        try:
-            fitting[name] = _scalar(value, kinds.get(name, Any))
-        except ValueError as error:
-            problems[name] = str(error)
-    return fitting, problems
-
-
-_SCALARS = (bool, int, float, str)
-
-
-def _scalar(value: Any, kind: Any) -> Any:
-    """`value` as int, float, bool or str where that is what `kind` asks for; what is more complex is left alone.
-
-    Raises:
-        ValueError: what is expected, and what was given.
-    """
-    kinds = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
-    wanted = [k for k in kinds if k in _SCALARS]
-    others = [k for k in kinds if k not in _SCALARS and k is not type(None)]
-    if not wanted or value is None and type(None) in kinds or others and not isinstance(value, _SCALARS):
-        return value
-    if bool in wanted and not isinstance(value, bool) and value in (0, 1):
-        return bool(value)
-    if float in wanted and isinstance(value, int) and not isinstance(value, bool):
-        return value  # stays as written in what a run records
-    read = coerce(value, typing.Union[tuple(wanted)])  # noqa: UP007
-    if read != read:  # nan: every number that it meets becomes nan, too
-        raise ValueError(f"expected a number, got {value!r}")
-    return read
 
 
 def _known_params(target: str, cls: Any, params: Mapping[str, Any]) -> dict[str, Any]:
@@ -256,7 +210,7 @@ def check_tree(config: Any, place: str = "model") -> list[str]:
             try:
                 target, params = split_config(config)
                 cls = get_obj_from_str(target)
-                wrong = typed(_known_params(target, cls, params), annotations(cls))[1]
+                wrong = typed(_known_params(target, cls, params), argument_types(cls))[1]
                 problems += [f"{place}.params.{name}: {problem}" for name, problem in wrong.items()]
                 problems += [f"{place}.{name}: {problem}" for name, problem in typed(config, _SIBLINGS)[1].items()]
             except TargetError as error:

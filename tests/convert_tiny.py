@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from sgm.models.random_release import write_random_release
 from sgm.util import instantiate_from_config
 from sgm.weights import assign_state
-from sgm.weights.random_release import write_random_release
 from sgm.weights.release import NETWORK_PREFIX, read_transformer
 from tests.dit_tiny import TEXT_LENGTH, tiny_config
 

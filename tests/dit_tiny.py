@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,18 @@ def load_tiny(network: torch.nn.Module, lora: bool = False, rotary: bool = False
     state = computed | tiny_state(lora, rotary)
     assign_state(network, state, source="the reference weights", may_lack=kept)
     return network
+
+
+def merged_state(state: Mapping[str, torch.Tensor], scale: float = 1.0, alpha: float = 1.0) -> dict[str, torch.Tensor]:
+    """By definition: W + scale * scaling * concat_i(B_i A_i) for every adapted linear, under the base's plain names."""
+    from sgm.modules.transformer.lora_state import collect_pairs, lora_delta, lora_scaling, split_lora
+
+    base, lora = split_lora(state)
+    for linear, (a, b) in collect_pairs(lora).items():
+        weight = base[f"{linear}.weight"]
+        delta = lora_delta(a, b, scale * lora_scaling(a[0].shape[0], alpha))
+        base[f"{linear}.weight"] = (weight.float() + delta).to(weight.dtype)
+    return base
 
 
 def random_inputs(

@@ -6,13 +6,24 @@ Run by `tests/unit/test_kernels.py` in a process of its own: Triton reads TRITON
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from sgm.inference import rehearsal
 from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
-from sgm.modules.ops import block_ops, fp8, fused_block, fused_vae, triton_block_backward, vae
+from sgm.modules.ops import (
+    block_ops,
+    fp8,
+    fused_block,
+    fused_vae,
+    triton_block,
+    triton_block_backward,
+    triton_vae,
+    vae,
+)
 from sgm.modules.ops.choice import choose_kernels
 from sgm.modules.ops.modulation import RotaryTable, split_modulation
 from sgm.modules.ops.vae import AffineField, FrameMap, Modulation
@@ -329,3 +340,49 @@ def test_rows_to_eight_bits(dtype):
     step = (expected.abs() / 8).clamp_min(2.0**-9)
     assert bool((((codes - expected).abs() <= step) | (2 * codes == expected)).all())
     assert (codes == expected).float().mean() > 0.9
+
+
+def variant(kernel, *arguments, **constants) -> tuple:
+    """What Triton compiles a kernel for: types of tensors, what it takes numbers for, constants."""
+    numbers = {True: "a multiple of 16", False: "any"}
+    kinds = [
+        str(a.dtype)
+        if isinstance(a, Tensor)
+        else a
+        if a == 1
+        else numbers[a % 16 == 0]
+        if isinstance(a, int)
+        else "real"
+        for a in arguments
+    ]
+    return kernel.__name__, *kinds, *constants.items()
+
+
+def test_a_rehearsal_meets_every_kernel_of_a_real_pass(monkeypatch):
+    met: dict[bool, set[tuple]] = {True: set(), False: set()}
+
+    def launch(kernel, grid, x, *arguments, **constants):
+        met[x.is_meta].add(variant(kernel, x, *arguments, **constants))  # which one does not depend on values
+
+    for module in (triton_block, triton_vae):
+        monkeypatch.setattr(module, "launch", launch)
+    kernels = choose_kernels("triton", "default", torch.device("cpu"))
+    small = {"ch_mult": [1, 2], "temporal_compress_times": 2, "num_res_blocks": 1}
+    for device in ("meta", "cpu"):
+        with torch.device(device):
+            network, stage = (
+                tiny_network(num_layers=1),
+                VideoAutoencoderInferenceWrapper(*configs({**TINY, **small})).eval(),
+            )
+        engine = SimpleNamespace(network=network, kernels=kernels, dtype=torch.float32)
+        network.use_ops(kernels.block), stage.use_ops(kernels.vae)
+        if device == "meta":
+            rehearsal.run_block(engine, (1, 16, 2, 4))
+            rehearsal.run_decoder(stage, (3, 16, 1, 2), torch.float32)
+            continue
+        stage.set_channels_last()
+        with torch.no_grad():
+            network(**random_inputs(batch=2, frames=1, height=2, width=4))
+            stage.decode(torch.randn(1, 3, 16, 1, 2).transpose(1, 2))
+    assert {name for name, *_ in met[True]} == {name for name, *_ in met[False]} and len(met[True]) > 10
+    assert met[False] <= met[True]

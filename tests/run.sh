@@ -8,4 +8,5 @@ source "$repo/tools/setup_env.sh"
 cd "$repo"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check --quiet .
+"$PYTHON" -m mypy
 exec "$PYTHON" -m pytest "$@"

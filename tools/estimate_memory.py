@@ -58,11 +58,11 @@ def needs_of(configs: list[Path], overrides: list[str], gpus: int, device: str):
     """`MemoryNeeds` of a configuration."""
     from sgm import distributed
     from sgm.config import check_model_section, load_run_config
-    from sgm.inference.preflight import with_found_paths
     from sgm.models.diffusion import SATVideoDiffusionEngine
     from sgm.training.options import TrainArgs
     from sgm.training.setup.deepspeed import plan_deepspeed
     from sgm.training.setup.estimate import planned_needs
+    from sgm.weights.preflight import with_found_paths
 
     config = with_found_paths(load_run_config(configs, TrainArgs, overrides=overrides))
     check_model_section(config.model, SATVideoDiffusionEngine)

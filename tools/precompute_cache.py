@@ -38,12 +38,12 @@ def run(options: argparse.Namespace) -> int:
     from sgm import distributed
     from sgm.cache.ready import ready_cache
     from sgm.config import load_run_config
-    from sgm.inference.preflight import check_paths
     from sgm.training.options import TrainArgs
     from sgm.training.run import device_type, rank_zero_printer
     from sgm.training.setup.data import cache_request
     from sgm.training.setup.places import with_found_places
     from sgm.util import allow_target
+    from sgm.weights.preflight import check_paths
 
     for prefix in options.allow_target:
         allow_target(prefix)

@@ -45,8 +45,8 @@ def run(options: argparse.Namespace) -> int:
     from sgm.data.section import ClipSource, DataSection
     from sgm.data.sources import Listing, passed_over_line
     from sgm.data.validate import as_json, contact_sheet, examine, summary, table, text_encoder_params
+    from sgm.files import write_text
     from sgm.places import found_path
-    from sgm.weights.save import save_text
 
     config = merge_yaml(options.configs, options.set) if options.configs else {}
     data = config.get("data") or {"target": "data_video.SFTDataset", "params": {}}
@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"  {passed_over_line(passed_over)}")
     if options.json:
         content = as_json(facts, settings) | {"passed_over": dict(passed_over)}
-        save_text(options.json, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        write_text(options.json, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
         print(f"facts: {options.json}")
     usable = [fact for fact in facts if fact.usable]
     if options.sheet and usable:

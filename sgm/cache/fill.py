@@ -21,7 +21,7 @@ from sgm.cache.shards import CacheError
 from sgm.cache.store import CacheStore, FileStamp, Seen, text_key, video_key
 from sgm.data.clips import CLIP_FAULTS, ClipSettings, load_frames, to_unit_range
 from sgm.data.workers import leave_signals_to_parent
-from sgm.models.autoencoder import VideoAutoencoder
+from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
 from sgm.models.diffusion import DTYPES
 from sgm.modules.encoders.modules import FrozenT5Embedder
 from sgm.modules.ops.choice import Kernels
@@ -191,7 +191,7 @@ class Encoder:
 
     def __init__(self, model: Mapping[str, Any], dtype: str, how: FillSettings):
         self._model, self._dtype, self._how = model, dtype, how
-        self._stage: VideoAutoencoder | None = None
+        self._stage: VideoAutoencoderInferenceWrapper | None = None
         self._pending: _Encoded | None = None
 
     @torch.no_grad()
@@ -221,11 +221,11 @@ class Encoder:
                 raise CacheError(f"{path}: the VAE gave inf or nan in {self._dtype}; encode in another type")
             writer.put(key, moments)
 
-    def _load(self) -> VideoAutoencoder:
+    def _load(self) -> VideoAutoencoderInferenceWrapper:
         from sgm.models.loading import load_first_stage
 
         with torch.device("meta"):
-            stage: VideoAutoencoder = instantiate_from_config(self._model["first_stage_config"])
+            stage: VideoAutoencoderInferenceWrapper = instantiate_from_config(self._model["first_stage_config"])
         load_first_stage(stage, device=self._how.device, dtype=DTYPES[self._dtype])
         stage = stage.to(self._how.device, DTYPES[self._dtype]).eval().requires_grad_(False)
         stage.set_low_memory(self._how.low_memory)

@@ -59,18 +59,14 @@ class CachedFirstStage(FirstStage):
         super().__init__()
         self.regularization = instantiate_from_config(regularizer_config or _REGULARIZER)
 
-    def encode(self, x: Tensor, *, noise: Tensor | None = None) -> Tensor:
-        """Moments x (b, 2c, t, h, w) to latents (b, c, t, h, w), a draw from the posterior.
-
-        `noise` (the latents' shape) replaces the draw's randn_like.
-        """
-        sampler = torch.randn_like if noise is None else lambda mean: noise.to(mean)
-        return self.regularization.latents(x.contiguous(), sampler)
+    def encode(self, x: Tensor) -> Tensor:
+        """Moments x (b, 2c, t, h, w) to latents (b, c, t, h, w), a draw from the posterior."""
+        return self.regularization.latents(x.contiguous())
 
     def use_ops(self, ops: VaeOps) -> None:
         """Nothing here has a choice of implementations."""
 
-    def decode(self, z: Tensor, chunked: bool = True) -> Tensor:
+    def decode(self, z: Tensor) -> Tensor:
         """Raises NotCachedError: there is no decoder."""
         raise NotCachedError(
             "a run on cached clips has no decoder: set args.only_log_video_latents: True, or leave out args.cache_dir"

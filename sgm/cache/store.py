@@ -24,7 +24,8 @@ from torch import Tensor
 
 from sgm.cache.shards import CacheError, Entry, read_index
 from sgm.data.sources import Place
-from sgm.weights.save import SaveError, save_safetensors, save_text, write_failed
+from sgm.files import SaveError, write_failed, write_text
+from sgm.weights.save import save_safetensors
 
 FORMAT = 1
 KINDS = ("video", "text")
@@ -194,7 +195,7 @@ class CacheStore:
         except OSError as error:
             raise SaveError(f"cannot make the cache folder {self.folder}: {error.strerror}") from error
         content = {"format": FORMAT, "storage": self.storage, "encoded_as": self.encoded_as, "identity": self.identity}
-        save_text(head, json.dumps(content, indent=1) + "\n")
+        write_text(head, json.dumps(content, indent=1) + "\n")
 
     def _compare(self, found: Mapping[str, Any]) -> None:
         other = [

@@ -22,10 +22,10 @@ from sgm.convert.lazy import Deferred, all_deferred
 from sgm.convert.lora_files import stated_settings
 from sgm.convert.sat_source import FIRST_STAGE, TEXT_ENCODER, joined
 from sgm.convert.t5_keys import DECODER
+from sgm.files import readable
 from sgm.modules.transformer.lora_state import lora_spec_of, split_lora
 from sgm.weights.files import WeightsError, WeightsNotFoundError, read_checkpoint, tensors_of
 from sgm.weights.release import locate, weights_entry
-from sgm.weights.save import readable
 
 _BLOCK_BYTES = 1 << 22
 _PEFT = re.compile(r"\.lora_[AB](\.default)?\.weight$")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -201,5 +202,9 @@ def merged(plan: Mapping[str, Deferred], adapter: HfAdapter, scale: float = 1.0)
                 f"{adapter.source} adapts {module} as {[up.shape[0], down.shape[1]]}, the base has "
                 f"{list(weight.shape)}; it belongs to another model."
             )
-        result[f"{module}.weight"] = added(weight, lambda a=down, b=up: factor * (b.float() @ a.float()))
+        result[f"{module}.weight"] = added(weight, partial(_product, factor, up, down))
     return result
+
+
+def _product(factor: float, up: Tensor, down: Tensor) -> Tensor:
+    return factor * (up.float() @ down.float())

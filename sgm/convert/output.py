@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from sgm.convert.lazy import ConvertError, Deferred, summed_bytes
-from sgm.lock import sole_holder
-from sgm.weights.save import PARTIAL, SaveError, remove, require_space, save_safetensors, save_text, write_failed
+from sgm.files import (
+    PARTIAL,
+    exchange,
+    remove,
+    replaced,
+    require_space,
+    restore_replaced,
+    write_failed,
+    write_json,
+)
+from sgm.lock import try_lock
+from sgm.weights.save import save_safetensors
 
 SHARD_BYTES = 5 << 30
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
@@ -36,17 +44,18 @@ def whole_folder(target: Path, *, overwrite: bool, inputs: Mapping[str, Path], n
     staging = target.with_name(PARTIAL + target.name)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with sole_holder(target.with_name(f".lock-{target.name}")) as alone:
+        with try_lock(target.with_name(f".lock-{target.name}")) as alone:
             if not alone:
                 raise ConvertError(f"another command is writing {target} just now; wait for it, or choose another.")
-            _restore(target)
+            restore_replaced(target.parent, target.name)
             _refuse_existing(target, overwrite, inputs)
             remove(staging)
             require_space(target.parent, needed)
             staging.mkdir()
             try:
                 yield staging
-                _take_place(staging, target)
+                exchange(staging, target)
+                remove(replaced(target))
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
     except OSError as error:
@@ -61,30 +70,6 @@ def _refuse_existing(target: Path, overwrite: bool, inputs: Mapping[str, Path]) 
         return
     if target.exists() and not overwrite:
         raise ConvertError(f"{target} exists already; choose another folder, or replace it with --overwrite.")
-
-
-def _aside(target: Path) -> Path:
-    return target.with_name(f"{PARTIAL}old-{target.name}")
-
-
-def _restore(target: Path) -> None:
-    """Bring back what a run that was killed while exchanging folders had moved aside."""
-    if _aside(target).exists() and not target.exists():
-        _aside(target).rename(target)
-
-
-def _take_place(staging: Path, target: Path) -> None:
-    aside = _aside(target)
-    remove(aside)
-    if target.exists():
-        target.rename(aside)
-    try:
-        staging.rename(target)
-    except OSError:
-        if aside.exists():
-            aside.rename(target)
-        raise
-    remove(aside)
 
 
 # --- weights in shards -----------------------------------------------------------------------------------------------
@@ -122,7 +107,7 @@ def write_shards(folder: Path, stem: str, plan: Mapping[str, Deferred], limit: i
     if len(shards) > 1:
         placed = {tensor: name for name, shard in zip(names, shards) for tensor in shard}
         content = {"metadata": {"total_size": summed_bytes(plan)}, "weight_map": placed}
-        written.append(save_text(folder / f"{stem}.safetensors.index.json", json.dumps(content, indent=2)))
+        written.append(write_json(folder / f"{stem}.safetensors.index.json", content, indent=2))
     return written
 
 
@@ -136,10 +121,3 @@ def _shards(plan: Mapping[str, Deferred], limit: int) -> list[list[str]]:
         shards[-1].append(name)
         room -= source.nbytes
     return shards
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    save_text(path, json.dumps(content, indent=2) + "\n")
-
-
-__all__ = ["SHARD_BYTES", "SaveError", "parse_size", "whole_folder", "write_json", "write_shards"]

@@ -73,13 +73,13 @@ def open_sat(path: str | Path, *, allow_drift: bool = False) -> SatWeights:
     """
     parts = read_parts(path)
     state = joined([part.network for part in parts], allow_drift)
-    base, lora = split_lora(state)  # type: ignore[arg-type]
+    base, lora = split_lora(state)
     others = parts[0].others
     return SatWeights(
         source=str(parts[0].files[0]) + (f" (and {len(parts) - 1} more parts)" if len(parts) > 1 else ""),
         parts=len(parts),
-        network=base,  # type: ignore[arg-type]
-        lora={name: value.make() for name, value in lora.items()},  # type: ignore[attr-defined]
+        network=base,
+        lora={name: value.make() for name, value in lora.items()},
         facts=parts[0].lora,
         text_encoder=_under(others, TEXT_ENCODER),
         first_stage=_under(others, FIRST_STAGE),

@@ -15,13 +15,13 @@ from sgm.convert.dit_keys import NOT_IN_HF, POSITIONS, hf_plan
 from sgm.convert.dit_sizes import Sizes, sizes_of_params, sizes_of_sat
 from sgm.convert.lazy import ConvertError, Deferred, all_deferred, cast, reshaped, summed_bytes
 from sgm.convert.lora_files import adapter_of_sat, merged, open_adapter, write_peft
-from sgm.convert.output import SHARD_BYTES, whole_folder, write_json, write_shards
+from sgm.convert.output import SHARD_BYTES, whole_folder, write_shards
 from sgm.convert.sat_source import SatWeights, open_sat, open_vae
 from sgm.convert.sine_table import read_sine_table
 from sgm.convert.t5_keys import encoder_plan
+from sgm.files import readable, write_json
 from sgm.modules.encoders import t5_files
 from sgm.weights.release import Adapter
-from sgm.weights.save import readable
 
 _PATCH_HF = "patch_embed.proj.weight"
 
@@ -292,7 +292,7 @@ def _write(folder: Path, part: Component, limit: int) -> None:
     place = folder / part.name
     place.mkdir()
     write_shards(place, part.stem, part.plan, limit)
-    write_json(place / "config.json", part.config)
+    write_json(place / "config.json", part.config, indent=2)
     if part.files:
         write_tokenizer(folder / "tokenizer", part.files)
 
@@ -304,11 +304,11 @@ def write_tokenizer(place: Path, files: Mapping[str, Path]) -> None:
         (place / name).write_bytes(path.read_bytes())
     if "tokenizer_config.json" not in files:
         special = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>", "extra_ids": 100}
-        write_json(place / "tokenizer_config.json", {"tokenizer_class": "T5Tokenizer", **special})
+        write_json(place / "tokenizer_config.json", {"tokenizer_class": "T5Tokenizer", **special}, indent=2)
 
 
 def _write_pipeline(folder: Path, sizes: Sizes, shift_scale: float, scheduler: str) -> None:
-    write_json(folder / "model_index.json", hf.model_index(sizes.takes_image, scheduler))
+    write_json(folder / "model_index.json", hf.model_index(sizes.takes_image, scheduler), indent=2)
     (folder / "scheduler").mkdir()
     config = hf.scheduler_config(shift_scale, scheduler)
-    write_json(folder / "scheduler" / "scheduler_config.json", config)
+    write_json(folder / "scheduler" / "scheduler_config.json", config, indent=2)

@@ -15,12 +15,13 @@ from sgm.convert.dit_keys import NETWORK_PREFIX, sat_plan
 from sgm.convert.dit_sizes import Sizes, sizes_of_hf
 from sgm.convert.lazy import ConvertError, Deferred, all_deferred, cast, reshaped, summed_bytes
 from sgm.convert.lora_files import merged, open_adapter, sat_matrices
-from sgm.convert.output import SHARD_BYTES, whole_folder, write_json, write_shards
+from sgm.convert.output import SHARD_BYTES, whole_folder, write_shards
 from sgm.convert.run_file import run_file
 from sgm.convert.t5_keys import encoder_plan
+from sgm.files import readable, write_json, write_text
 from sgm.modules.encoders import t5_files
 from sgm.weights.release import Adapter, locate
-from sgm.weights.save import readable, save_pt, save_text
+from sgm.weights.save import save_pt
 
 ITERATION = 1000
 TEXT_ENCODER = "t5-v1_1-xxl"
@@ -104,7 +105,8 @@ def convert(request: ToSat) -> list[str]:
         if transformer is not None and vae is not None and text is not None:
             shift = _shift_scale(request.source, transformer.sizes)
             dtype = transformer.plan[_PATCH].dtype
-            save_text(out / RUN_FILE, run_file(request.output, transformer.sizes, vae.params, vae.factor, shift, dtype))
+            run = run_file(request.output, transformer.sizes, vae.params, vae.factor, shift, dtype)
+            write_text(out / RUN_FILE, run)
     return _report(request, transformer, vae, text)
 
 
@@ -218,7 +220,7 @@ def _write_network(folder: Path, plan: Mapping[str, Deferred], more: Mapping[str
     place = folder / str(ITERATION)
     place.mkdir(parents=True)
     save_pt(place / "mp_rank_00_model_states.pt", {"module": dict(plan), **(more or {})})
-    save_text(folder / "latest", str(ITERATION))
+    write_text(folder / "latest", str(ITERATION))
 
 
 def _write_text_encoder(folder: Path, text: TextEncoder, limit: int) -> None:
@@ -226,7 +228,7 @@ def _write_text_encoder(folder: Path, text: TextEncoder, limit: int) -> None:
 
     folder.mkdir()
     write_shards(folder, hf.ENCODER_STEM, text.plan, limit)
-    write_json(folder / "config.json", text.config)
+    write_json(folder / "config.json", text.config, indent=2)
     write_tokenizer(folder, text.tokenizer)
 
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from sgm.data.frames import ClipShape
 from sgm.data.sources import passed_over_line
 from sgm.errors import SgmError
-from sgm.weights.save import save_text
+from sgm.files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class Report:
         lines = [head, *({"status": "usable", **clip.as_dict()} for clip in self.usable)]
         lines += [{"status": "rejected", **asdict(r)} for r in self.rejected]
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        save_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+        write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
     @classmethod
     def read(cls, path: str | Path) -> Report:

@@ -18,7 +18,7 @@ from sgm.data.report import DatasetError
 from sgm.data.scan import per_thread, reason_of
 from sgm.data.sources import ListedClip, Listing, is_image, passed_over_line
 from sgm.data.video_io import probe
-from sgm.weights.save import atomic_write
+from sgm.files import atomic_write
 
 THUMBNAIL = 160  # pixels, the longer side
 SHEET_FRAMES = 4  # of each clip
@@ -77,7 +77,7 @@ class TokenCounter:
         self._tokenizer = load_tokenizer(model_dir)
 
     def __call__(self, text: str) -> int:
-        return len(self._tokenizer(text, verbose=False).input_ids)
+        return len(self._tokenizer.encode(text))
 
 
 def examine(

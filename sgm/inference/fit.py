@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol, runtime_checkable
+
 from torch import Tensor
 
 from sgm.errors import SgmError
@@ -11,6 +13,13 @@ from sgm.models.diffusion import SATVideoDiffusionEngine
 
 class SamplingError(SgmError):
     """The model cannot give this sample; the message says why and what to change."""
+
+
+@runtime_checkable
+class Scaled(Protocol):
+    """A guider whose scale can be set."""
+
+    scale: float
 
 
 def check_fit(engine: SATVideoDiffusionEngine, args: SampleArgs, size: tuple[int, int]) -> None:
@@ -35,14 +44,14 @@ def check_latents(engine: SATVideoDiffusionEngine, latents: Tensor, source: str 
     Raises:
         SamplingError: not four axes, other channels than the first stage's, or an even t.
     """
-    channels = engine.first_stage_model.decoder.z_channels
+    channels = engine.autoencoder.decoder.z_channels
     shape = tuple(latents.shape)
     if len(shape) != 4 or shape[1] != channels or shape[0] % 2 == 0 or 0 in shape:
         raise SamplingError(f"{source} have shape {shape}; this VAE decodes (t, {channels}, h, w) with an odd t.")
 
 
 def _channel_problems(engine: SATVideoDiffusionEngine, stated: int | None) -> list[str]:
-    network, stage = engine.network, engine.first_stage_model
+    network = engine.network
     problems = []
     if stated not in (None, network.in_channels):
         problems.append(f"args.latent_channels is {stated}, the network takes {network.in_channels}")
@@ -51,9 +60,10 @@ def _channel_problems(engine: SATVideoDiffusionEngine, stated: int | None) -> li
             f"the network takes {network.in_channels} channels and gives {network.out_channels}: it is an "
             "image-to-video model, which this command does not run"
         )
-    if stage is not None and stage.decoder.z_channels != network.out_channels:
-        theirs = stage.decoder.z_channels
-        problems.append(f"the VAE decodes {theirs} channels, the network gives {network.out_channels}")
+    if engine.first_stage_model is not None:
+        decoded = engine.autoencoder.decoder.z_channels
+        if decoded != network.out_channels:
+            problems.append(f"the VAE decodes {decoded} channels, the network gives {network.out_channels}")
     return problems
 
 
@@ -69,16 +79,16 @@ def _grid_problems(engine: SATVideoDiffusionEngine, frames: int, size: tuple[int
 def _text_problems(engine: SATVideoDiffusionEngine) -> list[str]:
     if engine.conditioner is None:
         return []
-    embedder, mixins = engine.conditioner.embedders[0], engine.network.mixins
+    encoder, mixins = engine.text_encoder, engine.network.mixins
     length, width = mixins.pos_embed.text_length, mixins.patch_embed.text_hidden_size
     problems = []
-    if getattr(embedder, "max_length", length) != length:
-        problems.append(f"the text encoder's max_length is {embedder.max_length}, the network's text_length {length}")
-    encoder = getattr(embedder, "transformer", None)
-    if encoder is not None and encoder.config.d_model != width:
+    if encoder.max_length != length:
+        problems.append(f"the text encoder's max_length is {encoder.max_length}, the network's text_length {length}")
+    if encoder.transformer.config.d_model != width:
         problems.append(
-            f"the text encoder in {embedder.files.config.parent} gives embeddings of width {encoder.config.d_model}, "
-            f"the network takes {width} (text_hidden_size); set model_dir to the encoder of this model"
+            f"the text encoder in {encoder.files.config.parent} gives embeddings of width "
+            f"{encoder.transformer.config.d_model}, the network takes {width} (text_hidden_size); set model_dir to the "
+            "encoder of this model"
         )
     return problems
 
@@ -91,7 +101,7 @@ def _sampler_problems(engine: SATVideoDiffusionEngine, args: SampleArgs) -> list
         engine.sampler.schedule(args.num_steps)
     except ValueError as error:
         problems.append(str(error))
-    if args.guidance_scale is not None and not hasattr(engine.sampler.guider, "scale"):
+    if args.guidance_scale is not None and not isinstance(engine.sampler.guider, Scaled):
         problems.append(
             f"args.guidance_scale is {args.guidance_scale}, but {type(engine.sampler.guider).__name__} has no scale; "
             "set sampler_config.params.guider_config to VanillaCFG or DynamicCFG"

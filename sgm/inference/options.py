@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
-from sgm.config import ConfigError, option
 from sgm.modules.autoencoding.strides import STRIDES
+from sgm.typed import ConfigError, option
 
 
 @dataclass(frozen=True)
@@ -14,30 +14,46 @@ class SampleArgs:
     """Options of `sample_video.py`; names and meanings of the original where it has them."""
 
     mode: str = option("inference", "what the configuration is for", choices=("inference",))
-    load: str | None = option(None, "transformer weights: release folder, iteration folder or file")
+    load: str | None = option(None, "transformer weights: release folder, iteration folder or file", metavar="PATH")
     fp16: bool = option(False, "weights and activations in float16")
     bf16: bool = option(False, "weights and activations in bfloat16 (default: float32)")
     device: str | None = option(None, "cpu, cuda or cuda:N; default: the GPU if there is one")
     seed: int = option(42, "base seed; noise depends on (seed, prompt index, sample index) only", at_least=0)
     seed_mode: str = option(
-        "sample", "`upstream`: one random stream for the whole run, as the original", choices=("sample", "upstream")
+        "sample",
+        "sample: every sample has noise of its own; upstream: one random stream for the whole run, as the original",
+        choices=("sample", "upstream"),
     )
     input_type: str = option("txt", "txt: prompts from input_file; cli: ask for them", choices=("txt", "cli"))
-    input_file: str | None = option(None, "one prompt a line; looked for from the current folder, then beside the YAML")
-    prompts: list[str] = option([], "prompts given directly; they replace input_type and input_file")
-    negative_prompt: str = option("", "what to steer away from; empty means zeros in place of an embedding")
+    input_file: str | None = option(
+        None, "one prompt a line; looked for from the current folder, then beside the YAML", metavar="FILE"
+    )
+    prompts: list[str] = option(
+        [], "what the video shows; given so, prompts replace input_type and input_file", metavar="TEXT"
+    )
+    negative_prompt: str = option(
+        "", "what to steer away from; empty means zeros in place of an embedding", metavar="TEXT"
+    )
     refine: bool = option(False, "let a language model write each prompt out first (OPENAI_API_KEY, OPENAI_BASE_URL)")
-    refine_model: str | None = option(None, "name of that language model; default: gpt-4o")
-    batch_size: int = option(1, "samples per prompt", at_least=1)
-    max_batch: int = option(4, "samples of a prompt that run together; halved when memory runs out", at_least=1)
-    sampling_num_frames: int = option(13, "latent frames, odd; 13 give 49 pixel frames, 1 gives an image", at_least=1)
-    sampling_image_size: list[int] | None = option(None, "[height, width] in pixels; default: the network's own size")
+    refine_model: str | None = option(None, "name of that language model; default: gpt-4o", metavar="NAME")
+    batch_size: int = option(1, "samples per prompt", at_least=1, metavar="N")
+    max_batch: int = option(
+        4, "samples of a prompt that run together; halved when memory runs out", at_least=1, metavar="N"
+    )
+    sampling_num_frames: int = option(
+        13, "latent frames, odd; 13 give 49 pixel frames, 1 gives an image", at_least=1, metavar="T"
+    )
+    sampling_image_size: list[int] | None = option(
+        None, "height and width in pixels; default: the network's own size", metavar=("H", "W")
+    )
     sampling_fps: int = option(8, "frames per second of the written video", at_least=1)
-    num_steps: int | None = option(None, "sampling steps; default: the sampler's setting", at_least=2)
-    guidance_scale: float | None = option(None, "in place of the guider's configured scale")
-    output_dir: str = option("outputs/", "folder for results")
+    num_steps: int | None = option(None, "sampling steps; default: the sampler's setting", at_least=2, metavar="N")
+    guidance_scale: float | None = option(None, "in place of the guider's configured scale", metavar="S")
+    output_dir: str = option("outputs/", "folder for results", metavar="DIR")
     only_save_latents: bool = option(False, "write latents instead of videos; decode them later with --decode-latents")
-    decode_latents: str | None = option(None, "decode latents that an earlier run saved: a file, or a folder of them")
+    decode_latents: str | None = option(
+        None, "decode latents that an earlier run saved: a file, or a folder of them", metavar="PATH"
+    )
     skip_done: bool = option(False, "leave out samples whose video and JSON are there, from the same request")
     placement: str = option(
         "stages",
@@ -45,7 +61,7 @@ class SampleArgs:
         choices=("all", "stages", "lean"),
     )
     vae_tiling: bool = option(False, "decode in overlapping tiles: approximate, for GPUs too small otherwise")
-    lora: list[str] = option([], "adapter checkpoints, PATH or PATH:SCALE")
+    lora: list[str] = option([], "an adapter checkpoint, with the scale of what it adds (1)", metavar="PATH[:SCALE]")
     merge_lora: bool = option(False, "fold adapters into the weights before sampling")
     force_inference: bool = option(False, "accept a transformer file without the computed position table")
     latent_channels: int | None = option(None, "checked against the network's input channels if given")

@@ -8,26 +8,31 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sgm.config import RunConfig
+from sgm.data.video_out import to_uint8
 from sgm.inference.fast import check_shortcuts, shortcuts_of
-from sgm.inference.fit import SamplingError, check_fit, check_latents
+from sgm.inference.fit import SamplingError, Scaled, check_fit, check_latents
 from sgm.inference.noise import SampleId, StackedNoise
 from sgm.inference.options import SampleArgs
 from sgm.inference.placement import Placement
-from sgm.inference.writer import to_uint8
+from sgm.inference.rehearsal import compile_ahead, run_block, run_decoder
+from sgm.models.autoencoder import VideoAutoencoder
 from sgm.models.diffusion import Cond, SATVideoDiffusionEngine
 from sgm.models.loading import Adapter, LoadedNetwork, load_first_stage, load_network, load_text_encoder
 from sgm.modules.diffusionmodules.shortcuts import CallCount, ShortcutRun
 from sgm.modules.ops.choice import choose_kernels
 from sgm.modules.ops.fp8 import check_fp8
 from sgm.modules.transformer.quantize import quantize_network
+from sgm.util import instantiate_from_config
 
+Part = Literal["conditioner", "network", "first_stage"]
 _ENCODE_BATCH = 8  # prompts a text-encoder pass
 
 
@@ -75,13 +80,16 @@ class TextToVideo:
         self.shortcuts = shortcuts_of(fast)
         self.calls: CallCount | None = None  # of the last sampling run, where shortcuts were taken
         self.facts = WeightFacts()
-        self._loaded: set[str] = set()
+        self._first_stage: dict[str, Any] = model.get("first_stage_config") or {}
+        self._decoder_compiles = False
+        self._loaded: set[Part] = set()
         check_fit(self.engine, self.args, self.image_size)
         check_shortcuts(self.shortcuts, self.engine.sampler, self.num_steps)
         self.engine.sampler.verbose = False  # the caller shows progress
-        if self.args.guidance_scale is not None:
+        guider = self.engine.sampler.guider
+        if self.args.guidance_scale is not None and isinstance(guider, Scaled):  # else it did not fit
             # Set on the guider: the release's one ignores a scale that is given to a call, as in the original.
-            self.engine.sampler.guider.scale = self.args.guidance_scale
+            guider.scale = self.args.guidance_scale
 
     # --- sizes ----------------------------------------------------------------------------------------------------
 
@@ -101,7 +109,7 @@ class TextToVideo:
 
     @property
     def num_steps(self) -> int:
-        return self.args.num_steps or self.engine.sampler.num_steps
+        return len(self.engine.sampler.schedule(self.args.num_steps).timesteps)
 
     @property
     def max_batch(self) -> int:
@@ -112,51 +120,70 @@ class TextToVideo:
 
     # --- loading --------------------------------------------------------------------------------------------------
 
-    def load(self, part: str) -> None:
-        """Read a part's weights ("conditioner", "network" or "first_stage") unless they are there."""
+    def load(self, part: Part) -> None:
+        """Read a part's weights unless they are there."""
         if part in self._loaded:
             return
-        to = {"device": self.placement.load_device, "dtype": self.engine.dtype}
+        device, dtype = self.placement.load_device, self.engine.dtype
         if part == "conditioner":
-            self.facts.text_encoder = load_text_encoder(self.engine.conditioner, **to)
+            self.facts.text_encoder = load_text_encoder(self.engine.text_conditioner, device=device, dtype=dtype)
         elif part == "first_stage":
-            self.facts.first_stage = load_first_stage(self.engine.first_stage_model, **to)
-            lean = self.placement.kind == "lean"
-            if self.engine.kernels.fused or (lean and self.device.type == "cuda"):
-                # in the other layout cuDNN turns its input and result around, in memory of its own
-                self.engine.first_stage_model.set_channels_last()
-            self.engine.first_stage_model.set_low_memory(lean, cache_on_cpu=lean)
-            if self.args.vae_tiling:
-                self.engine.first_stage_model.set_tiling()
+            self.facts.first_stage = load_first_stage(self.engine.autoencoder, device=device, dtype=dtype)
+            self._arrange_first_stage()
         else:
-            self.facts.network = self._load_network(to)
+            if self._fuses_on_gpu:
+                compile_ahead(partial(run_block, self.engine, self.latent_shape))
+            self.facts.network = self._load_network(device, dtype)
             self.facts.notes += self.facts.network.notes
         self._loaded.add(part)
 
-    def _load_network(self, to: dict[str, Any]) -> LoadedNetwork:
+    @property
+    def _fuses_on_gpu(self) -> bool:
+        return self.engine.kernels.fused and self.device.type == "cuda"
+
+    def _compile_decoder(self) -> None:
+        """Begin to, once, by means of a second one without values."""
+        if not self._fuses_on_gpu or self._decoder_compiles or not self._first_stage:
+            return
+        self._decoder_compiles = True
+        with torch.device("meta"):
+            stage: VideoAutoencoder = instantiate_from_config(self._first_stage)
+        stage.to(self.engine.dtype).eval().use_ops(self.engine.kernels.vae)
+        compile_ahead(partial(run_decoder, stage, self.latent_shape, self.engine.dtype))
+
+    def _arrange_first_stage(self) -> None:
+        stage, lean = self.engine.autoencoder, self.placement.kind == "lean"
+        if self.engine.kernels.fused or (lean and self.device.type == "cuda"):
+            # In the other layout cuDNN turns its input and result around, in memory of its own.
+            stage.set_channels_last()
+        stage.set_low_memory(lean, cache_on_cpu=lean)
+        if self.args.vae_tiling:
+            stage.set_tiling()
+
+    def _load_network(self, device: torch.device, dtype: torch.dtype) -> LoadedNetwork:
         if not self.args.load:
             raise SamplingError("args.load is not set: give the transformer weights (release folder or file).")
-        adapters = [Adapter.parse(text) for text in self.args.lora]
         loaded = load_network(
             self.engine.network,
             self.args.load,
+            device=device,
+            dtype=dtype,
             allow_absent=self.args.force_inference,
-            adapters=adapters,
+            adapters=[Adapter.parse(text) for text in self.args.lora],
             merge=self.args.merge_lora,
-            **to,
         )
         if self.fp8:
             quantize_network(self.engine.network)
         return loaded
 
-    def is_loaded(self, part: str) -> bool:
+    def is_loaded(self, part: Part) -> bool:
         return part in self._loaded
 
     def drop_text_encoder(self) -> None:
         """Free the text encoder when no further prompt will come."""
         if "conditioner" in self._loaded:
-            self.placement.forget(self.engine.conditioner)
-            self.engine.conditioner.to("meta")
+            self.placement.forget(self.engine.text_conditioner)
+            self.engine.text_conditioner.to("meta")
             self._loaded.discard("conditioner")
 
     # --- the three stages -----------------------------------------------------------------------------------------
@@ -168,10 +195,10 @@ class TextToVideo:
             SamplingError: the text encoder gives NaN or infinity.
         """
         self.load("conditioner")
-        embedder = self.engine.conditioner.embedders[0]
-        cut = embedder.tokenize(list(prompts)).truncated
+        encoder = self.engine.text_encoder
+        cut = encoder.tokenize(list(prompts)).truncated
         encoded: list[EncodedPrompt] = []
-        with self.placement.use(self.engine.conditioner, [[block] for block in embedder.blocks()]):
+        with self.placement.use(self.engine.text_conditioner, [[block] for block in encoder.blocks()]):
             for start in range(0, len(prompts), _ENCODE_BATCH):
                 batch = list(prompts[start : start + _ENCODE_BATCH])
                 c, uc = self.engine.condition(batch, [negative] * len(batch))
@@ -180,7 +207,7 @@ class TextToVideo:
 
     def cut_off(self, prompt: str) -> str:
         """The end of a prompt that the text encoder does not read."""
-        return self.engine.conditioner.embedders[0].tokenize([prompt]).truncated[0]
+        return self.engine.text_encoder.tokenize([prompt]).truncated[0]
 
     def sample(
         self,
@@ -197,6 +224,8 @@ class TextToVideo:
             SamplingError: the latents are not finite.
         """
         self.load("network")
+        if not self.args.only_save_latents:
+            self._compile_decoder()  # while the GPU samples
         noise = None if self.args.seed_mode == "upstream" else StackedNoise(samples)
         cond = {k: v.expand(len(samples), *v.shape[1:]).to(self.device) for k, v in prompt.cond.items()}
         uncond = {k: v.expand(len(samples), *v.shape[1:]).to(self.device) for k, v in prompt.uncond.items()}
@@ -218,7 +247,7 @@ class TextToVideo:
                 shortcuts=run,
             ).cpu()
         self.calls = run.calls if run else None
-        _demand_finite(latents, "latents", self.args.dtype)
+        _check_finite(latents, "latents", self.args.dtype)
         return latents
 
     def decode(self, latents: Tensor) -> np.ndarray:
@@ -228,13 +257,14 @@ class TextToVideo:
             SamplingError: latents of another model, or the decoded pixels are not finite.
         """
         check_latents(self.engine, latents)
+        self._compile_decoder()
         self.load("first_stage")
-        stage = self.engine.first_stage_model
+        stage = self.engine.autoencoder
         z = latents.to(self.device, torch.float32)[None].transpose(1, 2) / self.engine.scale_factor
         frames: list[np.ndarray] = []
         with torch.no_grad(), self.placement.use(stage.decoder):
             for pixels in stage.decode_chunks(z.to(self.engine.dtype)):
-                _demand_finite(pixels, "pixels", self.args.dtype)
+                _check_finite(pixels, "pixels", self.args.dtype)
                 frames.append(to_uint8(pixels)[0].cpu().numpy())
         return np.concatenate(frames)
 
@@ -253,7 +283,7 @@ def _row(cond: Cond, k: int) -> Cond:
     return {name: value[k : k + 1].cpu() for name, value in cond.items()}
 
 
-def _demand_finite(x: Tensor, what: str, dtype: str) -> None:
+def _check_finite(x: Tensor, what: str, dtype: str) -> None:
     if not bool(torch.isfinite(x).all()):
         advice = {
             "fp16": "float16 overflowed; use --set args.fp16=false args.bf16=true, or float32",

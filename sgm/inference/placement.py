@@ -14,9 +14,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from sgm.inference.staging import StagedCopy
+from sgm.weights.staging import StagedCopy
 
-PLACEMENTS = ("all", "stages", "lean")
 _ALIGN = 512  # bytes; where tensors start in a block's buffer, as the CUDA allocator aligns them
 
 
@@ -108,7 +107,7 @@ class BlockStreamer:
         self.device = device
         self._stage = stage or StagedCopy(device)
         parts = [_unique(t for part in block for t in _tensors(part)) for block in blocks]
-        _demand_disjoint(parts)
+        _check_disjoint(parts)
         streamed = {id(t) for block in parts for t in block}
         self.rest = [t for t in _tensors(module) if id(t) not in streamed]
         self.blocks = [HostBlock.of(block, pin) for block in parts]
@@ -119,9 +118,9 @@ class BlockStreamer:
         self.buffers: list[Tensor] = []
         self._rest_host: list[Tensor] = []
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-        self._next = 0  # buffer that the next copy goes to
-        self._using = 0  # buffer of the block that is computing
-        self._waiting: tuple[int, int] | None = None  # (block, buffer) copied ahead
+        self._next_slot = 0  # buffer that the next copy goes to
+        self._slot_in_use = 0  # buffer of the block that is computing
+        self._prefetched: tuple[int, int] | None = None  # (block, buffer) copied ahead
 
     def enter(self) -> None:
         size = max(block.size for block in self.blocks)
@@ -132,8 +131,8 @@ class BlockStreamer:
             tensor.data = torch.empty_like(host, device=self.device)
             self._stage.copy(tensor.data, host)
         for k, trigger in enumerate(self.triggers):
-            self._hooks.append(trigger.register_forward_pre_hook(lambda *_, k=k: self._bring(k)))
-            self._hooks.append(trigger.register_forward_hook(lambda *_, k=k: self._drop(k)))
+            self._hooks.append(trigger.register_forward_pre_hook(lambda *_, k=k: self._fetch(k)))
+            self._hooks.append(trigger.register_forward_hook(lambda *_, k=k: self._release(k)))
 
     def leave(self) -> None:
         for hook in self._hooks:
@@ -144,28 +143,28 @@ class BlockStreamer:
         for block in self.blocks:
             block.point_at(None)
         self.streams.finish()
-        self._rest_host, self.buffers, self._waiting = [], [], None
+        self._rest_host, self.buffers, self._prefetched = [], [], None
 
     def _copy(self, k: int) -> int:
         """Start the copy of block k; returns its buffer."""
-        slot, self._next = self._next, 1 - self._next
+        slot, self._next_slot = self._next_slot, 1 - self._next_slot
         self.streams.copy(slot, partial(self.blocks[k].upload, self.buffers[slot], self._stage))
         return slot
 
-    def _bring(self, k: int) -> None:
-        block, slot = self._waiting or (-1, -1)
+    def _fetch(self, k: int) -> None:
+        block, slot = self._prefetched or (-1, -1)
         if block != k:
             slot = self._copy(k)
-        self._waiting = None
+        self._prefetched = None
         self.streams.await_copy(slot)
         self.blocks[k].point_at(self.buffers[slot])
-        self._using = slot
+        self._slot_in_use = slot
         following = (k + 1) % len(self.blocks)
-        self._waiting = (following, self._copy(following))
+        self._prefetched = (following, self._copy(following))
 
-    def _drop(self, k: int) -> None:
+    def _release(self, k: int) -> None:
         self.blocks[k].point_at(None)
-        self.streams.used(self._using)
+        self.streams.release(self._slot_in_use)
 
 
 class Streams:
@@ -184,7 +183,7 @@ class Streams:
     def await_copy(self, slot: int) -> None:
         """What is computed from here on sees the last copy into a buffer."""
 
-    def used(self, slot: int) -> None:
+    def release(self, slot: int) -> None:
         """All that was computed so far comes before the next copy into this buffer."""
 
 
@@ -195,18 +194,18 @@ class CudaStreams(Streams):
         self.device = device
         self.copies = torch.cuda.Stream(device)
         self.copied = [torch.cuda.Event() for _ in range(2)]
-        self.free = [torch.cuda.Event() for _ in range(2)]
+        self.released = [torch.cuda.Event() for _ in range(2)]
 
     def start(self) -> None:
         for slot in range(2):
-            self.used(slot)
+            self.release(slot)
 
     def finish(self) -> None:
         self.copies.synchronize()
         torch.cuda.current_stream(self.device).synchronize()
 
     def copy(self, slot: int, upload: Callable[[], None]) -> None:
-        self.copies.wait_event(self.free[slot])
+        self.copies.wait_event(self.released[slot])
         with torch.cuda.stream(self.copies):
             upload()
         self.copied[slot].record(self.copies)
@@ -214,12 +213,12 @@ class CudaStreams(Streams):
     def await_copy(self, slot: int) -> None:
         torch.cuda.current_stream(self.device).wait_event(self.copied[slot])
 
-    def used(self, slot: int) -> None:
-        self.free[slot].record(torch.cuda.current_stream(self.device))
+    def release(self, slot: int) -> None:
+        self.released[slot].record(torch.cuda.current_stream(self.device))
 
 
 class Placement:
-    """Brings parts to the device when they are used, by one of `PLACEMENTS`.
+    """Brings parts to the device when they are used: `all` stay there, `stages` take turns, `lean` streams blocks.
 
     On the CPU nothing has to move: every placement then only says whether the first stage saves memory.
     """
@@ -266,7 +265,7 @@ def _view(buffer: Tensor, offset: int, like: Tensor) -> Tensor:
     return buffer[offset : offset + like.nbytes].view(like.dtype).view(like.shape)
 
 
-def _demand_disjoint(blocks: Sequence[Sequence[Tensor]]) -> None:
+def _check_disjoint(blocks: Sequence[Sequence[Tensor]]) -> None:
     seen: set[int] = set()
     for block in blocks:
         if any(id(t) in seen for t in block):

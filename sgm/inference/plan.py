@@ -11,8 +11,8 @@ import torch
 from sgm.config import RunConfig
 from sgm.inference.options import SampleArgs
 from sgm.inference.pipeline import TextToVideo
-from sgm.inference.preflight import unedited, weight_paths
 from sgm.inference.prompts import Prompt
+from sgm.placeholders import unedited, weight_paths
 
 _SHOWN_PROMPTS = 20
 _PARTS = {"conditioner": "text encoder", "model": "transformer", "first_stage_model": "VAE"}
@@ -44,13 +44,14 @@ def describe(pipeline: TextToVideo, prompts: Sequence[Prompt]) -> list[str]:
         f"device {pipeline.device}, {args.dtype}{products}, placement {args.placement}",
         f"{frames} frames of {width}x{height} ({t} latent frames), {pipeline.num_steps} steps, "
         f"{args.batch_size} sample(s) a prompt",
-        *_memory_lines(pipeline),
+        *memory_lines(pipeline),
         *listed[:_SHOWN_PROMPTS],
         *([f"... and {more} more prompts"] if more > 0 else []),
     ]
 
 
-def _memory_lines(pipeline: TextToVideo) -> list[str]:
+def memory_lines(pipeline: TextToVideo) -> list[str]:
+    """Bytes of each part's weights, and how many of them a placement holds on the device at a time."""
     children = dict(pipeline.engine.named_children())
     sizes = {title: _bytes_of(children[name]) for name, title in _PARTS.items() if name in children}
     lines = [f"weights of the {title}: {_size(size)}" for title, size in sizes.items()]

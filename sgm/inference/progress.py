@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
@@ -23,6 +24,16 @@ class StageTimes:
     def add(self, name: str, seconds: float, peak: int) -> None:
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
         self.peak_bytes[name] = max(self.peak_bytes.get(name, 0), peak)
+
+
+class Bar(Protocol):
+    """What is used of tqdm's bar."""
+
+    def __enter__(self) -> Bar: ...
+
+    def __exit__(self, *exception: object) -> None: ...
+
+    def update(self, n: int) -> object: ...
 
 
 class Progress:
@@ -48,7 +59,7 @@ class Progress:
 
         tqdm.write(f"warning: {text}", file=sys.stderr)
 
-    def bar(self, total: int, title: str, unit: str):
+    def bar(self, total: int, title: str, unit: str) -> Bar:
         from tqdm import tqdm
 
         return tqdm(total=total, desc=title, unit=unit, disable=not self.shown, file=sys.stderr, dynamic_ncols=True,

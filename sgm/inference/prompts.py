@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
 from sgm.errors import SgmError
 
@@ -116,18 +115,14 @@ def share(prompts: Sequence[Prompt], rank: int, world_size: int) -> list[Prompt]
     return [p for p in prompts if p.index % world_size == rank]
 
 
-def ask(read_line: Callable[[], str] | None = None, out: TextIO | None = None) -> Iterator[Prompt]:
-    """Prompts typed by a person, until end of input (Ctrl-D). Empty answers are asked again.
-
-    The question goes to `out`, by default the standard error of the moment.
-    """
-    out = out or sys.stderr
+def ask() -> Iterator[Prompt]:
+    """Prompts typed by a person, until end of input (Ctrl-D). Empty answers are asked again."""
     index = 0
     while True:
-        print("Prompt (Ctrl-D quits): ", end="", file=out, flush=True)
-        line = read_line() if read_line else sys.stdin.readline()
+        print("Prompt (Ctrl-D quits): ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
         if not line:
-            print(file=out)
+            print(file=sys.stderr)
             return
         if line.strip():
             yield Prompt(index, line.strip())

@@ -13,8 +13,9 @@ import re
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from email.message import Message
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -213,7 +214,7 @@ def _server_message(error: urllib.error.HTTPError, endpoint: Endpoint) -> str:
     return text.replace(endpoint.key, "(key)") if endpoint.key else text
 
 
-def _retry_after(headers: Mapping[str, str]) -> float | None:
+def _retry_after(headers: Message) -> float | None:
     try:
         return max(0.0, float(headers.get("Retry-After", "")))
     except ValueError:  # absent, or a date

@@ -14,9 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sgm.files import write_failed, write_text
 from sgm.inference.prompts import Prompt, PromptError, read_prompt_file
 from sgm.inference.refine import SYSTEM_PROMPT, Endpoint, RefineError
-from sgm.weights.save import save_text, write_failed
 
 Refiner = Callable[[str, Endpoint], str]
 
@@ -39,9 +39,9 @@ class Journal:
         self._lock = threading.Lock()
         self.captions: dict[str, str] = {}
         for line in path.read_text("ascii", "replace").split("\n") if path.is_file() else []:
-            self._take(line)
+            self._keep_line(line)
 
-    def _take(self, line: str) -> None:
+    def _keep_line(self, line: str) -> None:
         try:
             entry = json.loads(line)
             prompt, caption, setting = entry["prompt"], entry["caption"], entry["setting"]
@@ -99,7 +99,7 @@ def refine_file(
             return outcome
         for prompt in prompts:
             lines[prompt.index] = journal.captions[prompt.text]
-        save_text(target, "\n".join(lines) + "\n")
+        write_text(target, "\n".join(lines) + "\n")
     except OSError as error:
         raise write_failed(target, error) from error
     journal.path.unlink(missing_ok=True)
@@ -124,7 +124,7 @@ def _ask_all(
 ) -> None:
     stop = threading.Event()
 
-    def one(prompt: Prompt) -> RefineError | None:
+    def refine_one(prompt: Prompt) -> RefineError | None:
         if stop.is_set():
             return None
         try:
@@ -137,7 +137,7 @@ def _ask_all(
 
     with ThreadPoolExecutor(max_workers=max(1, jobs)) as pool:
         try:
-            for prompt, error in zip(todo, pool.map(one, todo)):
+            for prompt, error in zip(todo, pool.map(refine_one, todo)):
                 if error is not None and error.fatal:
                     raise error
                 if error is not None:

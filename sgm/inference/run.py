@@ -15,11 +15,11 @@ from sgm.inference.fit import SamplingError
 from sgm.inference.options import SampleArgs
 from sgm.inference.pipeline import TextToVideo
 from sgm.inference.plan import report
-from sgm.inference.preflight import check_paths, with_found_paths
 from sgm.inference.progress import Progress
 from sgm.inference.prompts import gather
 from sgm.inference.runner import Runner, out_of_memory_advice
 from sgm.modules.encoders.modules import text_is_local
+from sgm.weights.preflight import check_paths, with_found_paths
 
 
 def sample(config: RunConfig[SampleArgs], check: Callable[[], None], *, dry_run: bool = False) -> int:
@@ -33,11 +33,11 @@ def sample(config: RunConfig[SampleArgs], check: Callable[[], None], *, dry_run:
     check_model_section(config.model, SATVideoDiffusionEngine)
     config = with_found_paths(config)
     if not dry_run:
-        check_paths(*_needed(config))
+        check_paths(*_paths_to_check(config))
     info = init_distributed(_device_type(config.args.device, several=int(os.environ.get("WORLD_SIZE", "1")) > 1))
     try:
-        device = _own_device(config.args.device, info)
-        config = _in_a_type_of_the_device(config, device)
+        device = _rank_device(config.args.device, info)
+        config = _without_fp16_on_cpu(config, device)
         progress = Progress(info.rank == 0, device, check)
         for note in config.notes:
             progress.line(f"note: {note}")
@@ -51,7 +51,7 @@ def sample(config: RunConfig[SampleArgs], check: Callable[[], None], *, dry_run:
     return 0
 
 
-def _in_a_type_of_the_device(config: RunConfig[SampleArgs], device: torch.device) -> RunConfig[SampleArgs]:
+def _without_fp16_on_cpu(config: RunConfig[SampleArgs], device: torch.device) -> RunConfig[SampleArgs]:
     """On a CPU float16 is tens of times slower than float32, and some operations lack it."""
     if device.type != "cpu" or not config.args.fp16:
         return config
@@ -59,7 +59,7 @@ def _in_a_type_of_the_device(config: RunConfig[SampleArgs], device: torch.device
     return replace(config, args=replace(config.args, fp16=False), notes=(*config.notes, note))
 
 
-def _needed(config: RunConfig[SampleArgs]) -> tuple[dict[str, Any], str | None, list[str]]:
+def _paths_to_check(config: RunConfig[SampleArgs]) -> tuple[dict[str, Any], str | None, list[str]]:
     """Of a configuration what this run reads: parts of the model section, transformer, adapters."""
     if not config.args.decode_latents:
         return config.model, config.args.load, config.args.lora
@@ -86,26 +86,26 @@ def _print_plan(config: RunConfig[SampleArgs], device: torch.device, rank: int) 
 def _device_type(device: str | None, several: bool) -> str | None:
     if device is None:
         return None
-    kind = _parsed(device).type
+    kind = _parse_device(device).type
     if kind not in ("cpu", "cuda"):
         raise ConfigError(f"args.device is {device!r}; choose cpu, cuda or cuda:N.")
     if kind == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"args.device is {device!r}, but PyTorch sees no GPU; use --device cpu.")
-    if several and kind == "cuda" and _parsed(device).index is not None:
+    if several and kind == "cuda" and _parse_device(device).index is not None:
         raise ConfigError(f"args.device is {device!r}, but each of several processes takes its own GPU: use cuda.")
     return kind
 
 
-def _parsed(device: str) -> torch.device:
+def _parse_device(device: str) -> torch.device:
     try:
         return torch.device(device)
     except RuntimeError as error:
         raise ConfigError(f"args.device is {device!r}; choose cpu, cuda or cuda:N.") from error
 
 
-def _own_device(wanted: str | None, info: DistInfo) -> torch.device:
+def _rank_device(wanted: str | None, info: DistInfo) -> torch.device:
     """The process's device, made the current one: kernels are launched on that."""
-    device = _parsed(wanted) if wanted is not None else info.device
+    device = _parse_device(wanted) if wanted is not None else info.device
     if device.type != "cuda" or device.index is None:
         return info.device
     if device.index >= torch.cuda.device_count():

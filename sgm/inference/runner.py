@@ -2,42 +2,32 @@
 
 from __future__ import annotations
 
-import json
-import os
-import platform
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import sgm
 from sgm.config import ConfigError, RunConfig
+from sgm.data.video_out import write_contact_sheet, write_video
 from sgm.errors import SgmError
+from sgm.files import write_json
 from sgm.inference.fit import SamplingError
 from sgm.inference.noise import SampleId
 from sgm.inference.options import SampleArgs
-from sgm.inference.pipeline import EncodedPrompt, TextToVideo
+from sgm.inference.pipeline import EncodedPrompt, Part, TextToVideo
 from sgm.inference.progress import Progress, StageTimes
 from sgm.inference.prompts import Prompt, ask, gather, share
 from sgm.inference.refine import Endpoint, refine_prompt
-from sgm.inference.writer import (
-    SampleFiles,
-    check_writable,
-    find_latents,
-    latents_digest,
-    read_latents,
-    read_record,
-    write_contact_sheet,
-    write_json,
-    write_latents,
-    write_video,
-)
+from sgm.inference.requests import Measurements, Requests
+from sgm.inference.writer import SampleFiles, check_writable, find_latents, read_latents, write_latents, writing_into
+
+SHOWN_CHARACTERS = 200  # of the end of a prompt that is not read
 
 
 @dataclass
@@ -52,21 +42,22 @@ class Runner:
 
     def __post_init__(self) -> None:
         self.args = self.config.args
-        self.out = Path(self.args.output_dir)
+        self.requests = Requests(self.config, self.pipeline)
         self.load_times = StageTimes()
 
-    # --- what to run ----------------------------------------------------------------------------------------------
-
-    def run(self) -> int:
-        """Do what the configuration asks; returns the number of samples written."""
-        check_writable(self.out)
+    def run(self) -> None:
+        """Do what the configuration asks."""
+        check_writable(Path(self.args.output_dir))
         if self.args.seed_mode == "upstream":
             torch.manual_seed(self.args.seed + self.rank)
         if self.args.decode_latents:
-            return self._decode_saved(Path(self.args.decode_latents))
-        if self.args.input_type == "cli" and not self.args.prompts:
-            return self._converse()
-        return self._run_list(share(self._prompts(), self.rank, self.world_size))
+            self._decode_saved(Path(self.args.decode_latents))
+        elif self.args.input_type == "cli" and not self.args.prompts:
+            self._converse()
+        else:
+            self._run_list(share(self._prompts(), self.rank, self.world_size))
+
+    # --- prompts --------------------------------------------------------------------------------------------------
 
     def _prompts(self) -> list[Prompt]:
         prompts, note = gather(self.args.prompts, self.args.input_file, self.config.files)
@@ -74,42 +65,39 @@ class Runner:
             self.progress.line(note)
         return prompts
 
-    def _converse(self) -> int:
+    def _converse(self) -> None:
         """Ask for prompts; one that fails does not end the conversation."""
         if self.world_size > 1:
             raise ConfigError("input_type cli asks a person and runs in one process; use txt for several processes.")
         self._load_what_samples_need()
-        written = 0
         for prompt in ask():
             try:
                 prompt = self._refined([prompt])[0]
-                written += self._run_prompt(prompt, self._encode([prompt])[0])
+                self._run_prompt(prompt, self._encode([prompt])[0])
             except torch.OutOfMemoryError:
                 print(f"error: {out_of_memory_advice(self.args)}", file=sys.stderr)
             except ValueError as error:
                 if not isinstance(error, SgmError):
                     traceback.print_exc()  # a bug, to be seen whole
                 print(f"error: {error}", file=sys.stderr)
-        return written
 
-    def _run_list(self, prompts: Sequence[Prompt]) -> int:
-        self._tell_what_is_made_anew(prompts)
-        todo = [p for p in prompts if self._missing(p)]
+    def _run_list(self, prompts: Sequence[Prompt]) -> None:
+        for prompt, differences in self.requests.changed(prompts):
+            self.progress.line(f"prompt {prompt.index}: made anew, it was made otherwise: {'; '.join(differences)}")
+        todo = [prompt for prompt in prompts if self.requests.missing(prompt)]
         if len(todo) < len(prompts):
             self.progress.line(f"{len(prompts) - len(todo)} of {len(prompts)} prompts are done already")
         if not todo:
-            return 0
+            return
         todo = self._refined(todo)
         self._load_what_samples_need()  # a bad file shows before an hour of sampling
         encoded = self._encode(todo)
         if self.args.placement != "all":
             self.pipeline.drop_text_encoder()
-        written = 0
         with self.progress.bar(len(todo), "prompts", "prompt") as bar:
             for prompt, conditioning in zip(todo, encoded):
-                written += self._run_prompt(prompt, conditioning)
+                self._run_prompt(prompt, conditioning)
                 bar.update(1)
-        return written
 
     def _refined(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """The prompts with their captions, if they are to be refined; a caption of an earlier run is kept.
@@ -122,7 +110,7 @@ class Runner:
         endpoint = Endpoint.from_environment(self.args.refine_model)
         refined = []
         for prompt in prompts:
-            caption = self._earlier_caption(prompt)
+            caption = self.requests.earlier_caption(prompt)
             if not caption:
                 with self._stage("refine", self.load_times, f"prompt {prompt.index}"):
                     caption = refine_prompt(prompt, endpoint)
@@ -130,75 +118,38 @@ class Runner:
             refined.append(replace(prompt, refined=caption))
         return refined
 
-    def _earlier_caption(self, prompt: Prompt) -> str:
-        """The caption that a sample of this prompt was made with, so that its other samples get the same."""
-        for k in range(self.args.batch_size if self.args.skip_done else 0):
-            facts = read_record(self.files(prompt, k).record)
-            if facts.get("prompt") == prompt.text and facts.get("refined_prompt"):
-                return str(facts["refined_prompt"])
-        return ""
-
-    # --- one prompt -----------------------------------------------------------------------------------------------
-
-    def files(self, prompt: Prompt, sample: int) -> SampleFiles:
-        return SampleFiles(self.out / prompt.folder / str(sample))
-
-    def _missing(self, prompt: Prompt) -> list[int]:
-        """Samples of a prompt that have to be made."""
-        skip = self.args.skip_done
-        return [k for k in range(self.args.batch_size) if not (skip and self._differences(prompt, k) == [])]
-
-    def _differences(self, prompt: Prompt, sample: int) -> list[str] | None:
-        """In what the request that made an earlier sample differs from this run's; None where there is no sample."""
-        files = self.files(prompt, sample)
-        if not files.done(self.args.only_save_latents):
-            return None
-        wanted = json.loads(json.dumps(self._request(prompt)))  # as it comes back from the file
-        record = read_record(files.record)
-        pairs = {name: (record[name], value) for name, value in wanted.items() if record.get(name, value) != value}
-        texts = {name: [shorten(str(value), 60, placeholder=" ...") for value in pair] for name, pair in pairs.items()}
-        return [f"{n} {old}, now {new}" if old != new else f"another {n}" for n, (old, new) in texts.items()]
-
-    def _tell_what_is_made_anew(self, prompts: Sequence[Prompt]) -> None:
-        for prompt in prompts:
-            for k in range(self.args.batch_size if self.args.skip_done else 0):
-                differences = self._differences(prompt, k)
-                if differences:
-                    why = "; ".join(differences)
-                    self.progress.line(f"prompt {prompt.index}: made anew, it was made otherwise: {why}")
-
     def _encode(self, prompts: Sequence[Prompt]) -> list[EncodedPrompt]:
         self._load("conditioner")
         with self._stage("encode", self.load_times, f"{len(prompts)} prompts"):
             encoded = self.pipeline.encode([p.wording for p in prompts], self.args.negative_prompt)
         for prompt, conditioning in zip(prompts, encoded):
-            if conditioning.cut:
-                self._warn_of_cut(f"prompt {prompt.index}", conditioning.cut)
+            self._warn_of_cut(f"prompt {prompt.index}", conditioning.cut)
         if prompts and self.args.negative_prompt:
-            cut = self.pipeline.cut_off(self.args.negative_prompt)
-            if cut:
-                self._warn_of_cut("the negative prompt", cut)
+            self._warn_of_cut("the negative prompt", self.pipeline.cut_off(self.args.negative_prompt))
         return encoded
 
     def _warn_of_cut(self, what: str, cut: str) -> None:
-        self.progress.warn(f"{what} is longer than the text encoder reads; left out: {_shorten(cut)!r}")
+        if cut:
+            long = len(cut) > SHOWN_CHARACTERS
+            shown = f"{cut[:SHOWN_CHARACTERS]}... ({len(cut)} characters)" if long else cut
+            self.progress.warn(f"{what} is longer than the text encoder reads; left out: {shown!r}")
 
-    def _run_prompt(self, prompt: Prompt, conditioning: EncodedPrompt) -> int:
-        missing = self._missing(prompt)
-        written = 0
+    # --- one prompt -----------------------------------------------------------------------------------------------
+
+    def _run_prompt(self, prompt: Prompt, conditioning: EncodedPrompt) -> None:
+        missing = self.requests.missing(prompt)
         size = self.pipeline.max_batch
-        while written < len(missing):
-            batch = missing[written : written + size]
+        while missing:
+            batch = missing[:size]
             times = StageTimes()
             latents = self._sample_if_it_fits(prompt, conditioning, batch, times)
             if latents is None:
                 size = len(batch) // 2
                 self.progress.line(f"not enough memory for {len(batch)} samples at once; trying {size}")
                 continue
-            for k, sample in enumerate(batch):
-                self._finish(prompt, sample, latents[k], times)
-            written += len(batch)
-        return written
+            for sample, one in zip(batch, latents):
+                self._finish(prompt, sample, one, times)
+            missing = missing[len(batch) :]
 
     def _sample_if_it_fits(
         self, prompt: Prompt, conditioning: EncodedPrompt, batch: Sequence[int], times: StageTimes
@@ -219,17 +170,17 @@ class Runner:
 
     def _finish(self, prompt: Prompt, sample: int, latents: Tensor, times: StageTimes) -> None:
         """Decode and write one sample; its record comes last and marks it as done."""
-        files = self.files(prompt, sample)
-        record = self._record(prompt, sample, latents)
+        files = self.requests.files(prompt, sample)
+        record = self.requests.record(prompt, sample, latents)
         if self.args.only_save_latents:
             write_latents(files.latents, latents, record)
         else:
             self._write_frames_or_latents(files, latents, times, record)
-        write_json(files.record, record | self._measured(times))
+        self._write_record(files, record, times)
         self.progress.line(f"  {files.latents if self.args.only_save_latents else files.video}")
 
     def _write_frames_or_latents(
-        self, files: SampleFiles, latents: Tensor, times: StageTimes, record: dict[str, Any]
+        self, files: SampleFiles, latents: Tensor, times: StageTimes, record: Mapping[str, Any]
     ) -> None:
         """Where decoding fails, keep what sampling has made."""
         try:
@@ -243,104 +194,39 @@ class Runner:
         self._load("first_stage")
         with self._stage("decode", times):
             frames = self.pipeline.decode(latents)
-        with self._stage("write", times):
+        with self._stage("write", times), writing_into(files.folder):
             write_video(files.video, frames, self.args.sampling_fps)
             write_contact_sheet(files.sheet, frames)
 
-    def _decode_saved(self, path: Path) -> int:
-        found = find_latents(path)
-        for file in found[self.rank :: self.world_size]:
-            latents, facts = read_latents(file)
-            times = StageTimes()
-            files = SampleFiles(file.parent)
-            self._write_frames(files, latents, times)
-            write_json(files.record, facts | {"decoded_from": file.name} | self._measured(times))
-            self.progress.line(f"  {files.video}")
-        return len(found)
+    def _write_record(self, files: SampleFiles, facts: Mapping[str, Any], times: StageTimes) -> None:
+        measured = Measurements.of(self.pipeline, self.load_times, times)
+        with writing_into(files.folder):
+            write_json(files.record, {**facts, **asdict(measured)})
 
-    # --- loading, measuring, recording ----------------------------------------------------------------------------
+    def _decode_saved(self, path: Path) -> None:
+        for file in find_latents(path)[self.rank :: self.world_size]:
+            latents, facts = read_latents(file)
+            times, files = StageTimes(), SampleFiles(file.parent)
+            self._write_frames(files, latents, times)
+            self._write_record(files, facts | {"decoded_from": file.name}, times)
+            self.progress.line(f"  {files.video}")
+
+    # --- loading and measuring ------------------------------------------------------------------------------------
 
     def _load_what_samples_need(self) -> None:
         self._load("network")
         if not self.args.only_save_latents:
             self._load("first_stage")
 
-    def _load(self, part: str) -> None:
+    def _load(self, part: Part) -> None:
         if not self.pipeline.is_loaded(part):
             with self._stage(f"load {part.split('_')[0]}", self.load_times):
                 self.pipeline.load(part)
             while self.pipeline.facts.notes:
                 self.progress.line(f"note: {self.pipeline.facts.notes.pop(0)}")
 
-    def _stage(self, name: str, times: StageTimes, what: str = ""):
+    def _stage(self, name: str, times: StageTimes, what: str = "") -> AbstractContextManager[None]:
         return self.progress.stage(name, times, what)
-
-    def _request(self, prompt: Prompt) -> dict[str, Any]:
-        """What a user asks of a sample; two samples of one request are the same but for their number."""
-        sampler = self.pipeline.engine.sampler
-        height, width = self.pipeline.image_size
-        return {
-            "prompt": prompt.text,
-            "refine": self.args.refine,
-            "negative_prompt": self.args.negative_prompt,
-            "seed": self.args.seed,
-            "seed_mode": self.args.seed_mode,
-            "sampler": type(sampler).__name__,
-            "num_steps": self.pipeline.num_steps,
-            "guidance": {"guider": type(sampler.guider).__name__, "scale": self._guidance_scale()},
-            "latent_frames": self.args.sampling_num_frames,
-            "size": [height, width],
-            "fps": self.args.sampling_fps,
-            "dtype": self.args.dtype,
-            "approximate": self.config.accelerate.approximate(),
-            "load": self.args.load and os.path.abspath(os.path.expanduser(self.args.load)),
-            "lora": [os.path.abspath(os.path.expanduser(text)) for text in self.args.lora],
-        }
-
-    def _record(self, prompt: Prompt, sample: int, latents: Tensor) -> dict[str, Any]:
-        network = self.pipeline.facts.network
-        return self._request(prompt) | {
-            "refined_prompt": prompt.refined or None,
-            "prompt_index": prompt.index,
-            "sample_index": sample,
-            "products": "bf16" if self.pipeline.engine.kernels.cpu_bf16 else self.args.dtype,
-            "network_passes": asdict(self.pipeline.calls) if self.pipeline.calls else None,
-            "latents_sha256": latents_digest(latents),
-            "weights": {
-                "transformer": network.fingerprint if network else None,
-                "transformer_file": network.source if network else None,
-                "adapters": network.adapters if network else [],
-                "text_encoder": self.pipeline.facts.text_encoder,
-            },
-            "config_files": [str(f) for f in self.config.files],
-            "config_hash": self.config.hash(("model", "args")),
-        }
-
-    def _guidance_scale(self) -> Any:
-        return getattr(self.pipeline.engine.sampler.guider, "scale", None)
-
-    def _measured(self, times: StageTimes) -> dict[str, Any]:
-        device = self.pipeline.device
-        return {
-            "first_stage_weights": self.pipeline.facts.first_stage,
-            "seconds": {k: round(v, 3) for k, v in {**self.load_times.seconds, **times.seconds}.items()},
-            "peak_memory_bytes": {**self.load_times.peak_bytes, **times.peak_bytes},
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-            "placement": self.args.placement,
-            "versions": versions(),
-        }
-
-
-def versions() -> dict[str, str]:
-    """Versions that can change numbers."""
-    from importlib.metadata import version
-
-    packages = ("torch", "transformers", "SwissArmyTransformer", "safetensors")
-    return {"cogvideox-sat": sgm.__version__, "python": platform.python_version(), **{p: version(p) for p in packages}}
-
-
-def _shorten(text: str, limit: int = 200) -> str:
-    return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"
 
 
 def out_of_memory_advice(args: SampleArgs) -> str:

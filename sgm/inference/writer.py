@@ -1,27 +1,25 @@
-"""Files of a sample: mp4, JSON beside it, PNG contact sheet, latents. A file appears complete or not at all."""
+"""Files of a sample: where they lie, its record, its latents. A file appears complete or not at all."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from sgm.errors import SgmError
-from sgm.weights.save import PARTIAL, probe
+from sgm.files import advising, replacing, require_writable, write_failed
+
+ANOTHER_FOLDER = "Choose another --output-dir."
 
 
 class OutputError(SgmError):
-    """A result cannot be written; the message says where and why."""
+    """Results that cannot be read again; the message says which and why."""
 
 
 @dataclass(frozen=True)
@@ -52,75 +50,24 @@ class SampleFiles:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` (same suffix) that becomes `path` if the block succeeds and vanishes otherwise."""
-    temporary = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+def writing_into(folder: Path) -> Iterator[None]:
+    """Make `folder`; a write that fails within the block says what to do.
+
+    Raises:
+        SaveError: `folder` cannot be made, or that of the block.
+    """
+    with advising(ANOTHER_FOLDER):
         try:
-            yield temporary
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}. Choose another --output-dir.") from error
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise write_failed(folder, error) from error
+        yield
 
 
 def check_writable(folder: Path) -> None:
-    """Fail before an hour of sampling, not after it.
-
-    Raises:
-        OutputError: the folder cannot be made or written to.
-    """
-    try:
-        probe(folder)
-    except OSError as error:
-        raise OutputError(f"cannot write in {folder}: {error.strerror}. Choose another --output-dir.") from error
-
-
-def to_uint8(x: Tensor) -> Tensor:
-    """Pixels (b, 3, f, h, w) in [-1, 1] to uint8 (b, f, h, w, 3): clamp((x+1)/2, 0, 1) * 255, truncated as the
-    original does."""
-    scaled = ((x.float() + 1.0) / 2.0).clamp_(0.0, 1.0).mul_(255.0)
-    return scaled.to(torch.uint8).permute(0, 2, 3, 4, 1).contiguous()
-
-
-def write_video(path: Path, frames: np.ndarray, fps: int) -> None:
-    """H.264 mp4 of uint8 frames (f, h, w, 3), h and w even.
-
-    Raises:
-        OutputError: the folder or the encoder refuses.
-    """
-    import imageio.v2 as imageio
-
-    with replacing(path) as temporary:
-        try:
-            with imageio.get_writer(temporary, fps=fps, codec="libx264", quality=8, macro_block_size=2) as writer:
-                for frame in frames:
-                    writer.append_data(frame)
-        except (OSError, RuntimeError) as error:
-            raise OutputError(f"cannot encode {path}: {error}") from error
-
-
-def write_contact_sheet(path: Path, frames: np.ndarray, count: int = 8, columns: int = 4, width: int = 240) -> None:
-    """PNG with up to `count` evenly spaced frames of (f, h, w, 3) in rows of `columns`, each at most `width` wide."""
-    from PIL import Image
-
-    picked = frames[np.unique(np.linspace(0, len(frames) - 1, min(count, len(frames))).round().astype(int))]
-    height_in, width_in = frames.shape[1:3]
-    scale = min(1.0, width / width_in)
-    cell = (max(1, round(width_in * scale)), max(1, round(height_in * scale)))
-    columns = min(columns, len(picked))
-    sheet = Image.new("RGB", (columns * cell[0], math.ceil(len(picked) / columns) * cell[1]))
-    for k, frame in enumerate(picked):
-        sheet.paste(Image.fromarray(frame).resize(cell), ((k % columns) * cell[0], (k // columns) * cell[1]))
-    with replacing(path) as temporary:
-        sheet.save(temporary)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Fail before an hour of sampling, not after it. Raises SaveError."""
+    with advising(ANOTHER_FOLDER):
+        require_writable(folder)
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -136,7 +83,7 @@ def write_latents(path: Path, latents: Tensor, facts: Mapping[str, Any]) -> None
     """Scaled latents (t, c, h, w) of one sample; `facts` go into the header as JSON text."""
     from safetensors.torch import save_file
 
-    with replacing(path) as temporary:
+    with writing_into(path.parent), replacing(path) as temporary:
         save_file({"latents": latents.cpu().contiguous()}, str(temporary), {"facts": json.dumps(facts)})
 
 

@@ -26,8 +26,6 @@ from sgm.modules.ops.vae import PLAIN, VaeOps
 from sgm.util import instantiate_from_config
 from sgm.weights import assign_state, read_checkpoint
 
-NoiseSampler = Callable[[Tensor], Tensor]
-
 LOW_MEMORY_SLICE_BYTES = 192 << 20  # two frames of the first level at 480x720 in half precision
 _REGULARIZER = {"target": "sgm.modules.autoencoding.regularizers.DiagonalGaussianRegularizer"}
 _NO_LOSS = {"target": "torch.nn.Identity"}
@@ -103,7 +101,7 @@ class VideoAutoencoder(FirstStage):
     def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """A training pass in one go: x (b, 3, f, h, w) -> latents, reconstruction like x, {"kl_loss": scalar}."""
         with self._grad_mode(x):
-            z, log = self.regularization(self.moments(x), _noise_sampler(noise))
+            z, log = self.regularization(self.moments(x), _noise_source(noise, None))
         return z, self.decode(z, chunked=False), log
 
     def encode(
@@ -111,7 +109,6 @@ class VideoAutoencoder(FirstStage):
         x: Tensor,
         *,
         noise: Tensor | None = None,
-        noise_sampler: NoiseSampler | None = None,
         generator: torch.Generator | None = None,
         allow_any_length: bool = False,
     ) -> Tensor:
@@ -119,25 +116,24 @@ class VideoAutoencoder(FirstStage):
 
         Args:
             x: (b, 3, f, h, w) in [-1, 1]; f = 1 or 4k + 1, h and w multiples of 8.
-            noise, noise_sampler, generator: at most one. The posterior's noise itself; a function that takes the mean
-                and gives it; a generator to draw it with. None: `torch.randn_like(mean)`.
+            noise, generator: at most one: the posterior's noise itself, or what draws it. None: `randn_like(mean)`.
             allow_any_length: accept other f too, which give ceil(f / 4) latent frames. Wherever a level meets an even
                 number of frames it pools all of them in pairs, frame 0 included: another function than for 4k + 1.
         Returns:
             z (b, c, t, h/8, w/8) with t = (f - 1) / 4 + 1, in the model's dtype, not scaled by `scale_factor`.
         Raises:
-            ValueError: wrong shape or length, or more than one source of noise.
+            ValueError: wrong shape or length, or noise and a generator.
         """
-        sampler = _noise_sampler(noise, noise_sampler, generator)
+        draw = _noise_source(noise, generator)
         with self._grad_mode(x):
-            return self.regularization.latents(self.moments(x, allow_any_length=allow_any_length), sampler)
+            return self.regularization.latents(self.moments(x, allow_any_length=allow_any_length), draw)
 
     def moments(self, x: Tensor, *, allow_any_length: bool = False) -> Tensor:
         """Mean and log variance of the posterior, (b, 2c, t, h/8, w/8), for `encode`'s x."""
         self._check_pixels(x, allow_any_length)
         with self._grad_mode(x):
             # randn_like follows the memory layout, which must not change what a seed gives
-            return self._encoded(x.to(self.dtype)).contiguous()
+            return self._run_encoder(x.to(self.dtype)).contiguous()
 
     def decode(self, z: Tensor, chunked: bool = True) -> Tensor:
         """Pixels of latents z (b, c, t, h', w') (already divided by `scale_factor`): (b, 3, f, 8h', 8w'), near [-1, 1].
@@ -232,7 +228,7 @@ class VideoAutoencoder(FirstStage):
             self, state, source=str(path), device=device, dtype=dtype, ignore_prefixes=tuple(ignore_keys), hint=hint
         )
 
-    def _encoded(self, x: Tensor) -> Tensor:
+    def _run_encoder(self, x: Tensor) -> Tensor:
         run = ClipPass(slice_bytes=self._slice_bytes(x), ops=self.ops)
         tiling, factor = self.memory.tiling, self.strides.space
         if tiling is None:
@@ -370,23 +366,20 @@ class VideoAutoencoderInferenceWrapper(VideoAutoencoder):
         return super().train(False)
 
 
-def _noise_sampler(
-    noise: Tensor | None, sampler: NoiseSampler | None = None, generator: torch.Generator | None = None
-) -> NoiseSampler:
-    sources = {"noise": noise, "noise_sampler": sampler, "generator": generator}
-    given = [name for name, source in sources.items() if source is not None]
-    if len(given) > 1:
-        raise ValueError(f"encode takes one source of noise, got {' and '.join(given)}.")
+def _noise_source(noise: Tensor | None, generator: torch.Generator | None) -> Callable[[Tensor], Tensor]:
+    """From the posterior's mean to its noise."""
+    if noise is not None and generator is not None:
+        raise ValueError("encode takes one source of noise, got noise and generator.")
     if noise is not None:
-        return lambda mean: _fitting(noise, mean)
+        return lambda mean: _checked_noise(noise, mean)
     if generator is not None:
         return lambda mean: torch.randn(mean.shape, generator=generator, device=generator.device, dtype=mean.dtype).to(
             mean.device
         )
-    return sampler or torch.randn_like
+    return torch.randn_like
 
 
-def _fitting(noise: Tensor, mean: Tensor) -> Tensor:
+def _checked_noise(noise: Tensor, mean: Tensor) -> Tensor:
     if noise.shape != mean.shape:
         raise ValueError(f"noise has shape {tuple(noise.shape)}, the latents have {tuple(mean.shape)}.")
     return noise.to(device=mean.device, dtype=mean.dtype)

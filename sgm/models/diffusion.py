@@ -56,7 +56,7 @@ class SATVideoDiffusionEngine(nn.Module):
         input_key: entry of a training batch with the clip, (b, f, 3, h, w) in [-1, 1].
         latent_input: the batch holds first-stage samples (b, c, t, h, w), unscaled, in place of pixels.
         not_trainable_prefixes: parameter-name prefixes that stay frozen; ["all"] trains LoRA matrices only.
-        log_keys: entries of the conditioning that validation logs.
+        log_keys: without effect; validation logs captions.
 
     Attributes:
         model: wrapper around the network, as denoiser and loss call it.
@@ -92,7 +92,6 @@ class SATVideoDiffusionEngine(nn.Module):
         self.scale_factor = float(scale_factor)
         self.latent_input = latent_input
         self.input_key = input_key
-        self.log_keys = tuple(log_keys or ())
         self.not_trainable_prefixes = tuple(not_trainable_prefixes)
         self.first_stage_autocast = not disable_first_stage_autocast
         self.kernels = Kernels()
@@ -102,8 +101,8 @@ class SATVideoDiffusionEngine(nn.Module):
         wrapper = get_obj_from_str(network_wrapper) if network_wrapper else OpenAIWrapper
         network = instantiate_from_config(network_config, dtype=dtype)
         self.model = wrapper(network, dtype=self.dtype)
-        self.conditioner = _frozen(conditioner_config, self.dtype)
-        self.first_stage_model = _frozen(first_stage_config, self.dtype)
+        self.conditioner = _build_frozen(conditioner_config, self.dtype)
+        self.first_stage_model = _build_frozen(first_stage_config, self.dtype)
         self.denoiser = instantiate_from_config(denoiser_config)
         self._sampler: VideoDDIMSampler | None = instantiate_from_config(sampler_config) if sampler_config else None
         self.loss_fn = instantiate_from_config(loss_fn_config) if loss_fn_config else None
@@ -118,20 +117,20 @@ class SATVideoDiffusionEngine(nn.Module):
     @property
     def text_conditioner(self) -> GeneralConditioner:
         """The conditioner."""
-        return _present(self.conditioner, "conditioner")
+        return _required(self.conditioner, "conditioner")
 
     @property
     def text_encoder(self) -> FrozenT5Embedder:
         """The conditioner's first embedder."""
         embedder = self.text_conditioner.embedders[0]
         if not isinstance(embedder, FrozenT5Embedder):
-            raise AbsentPartError(f"this engine has no text encoder: captions are embedded by {_kind(embedder)}")
+            raise AbsentPartError(f"this engine has no text encoder: captions are embedded by {_class_name(embedder)}")
         return embedder
 
     @property
     def first_stage(self) -> FirstStage:
         """The autoencoder, or what stands in for it."""
-        return _present(self.first_stage_model, "first_stage")
+        return _required(self.first_stage_model, "first_stage")
 
     @property
     def strides(self) -> Strides:
@@ -143,13 +142,13 @@ class SATVideoDiffusionEngine(nn.Module):
         """The first stage, where it is the autoencoder itself."""
         stage = self.first_stage
         if not isinstance(stage, VideoAutoencoderInferenceWrapper):
-            raise AbsentPartError(f"this engine has no autoencoder: its first stage is {_kind(stage)}")
+            raise AbsentPartError(f"this engine has no autoencoder: its first stage is {_class_name(stage)}")
         return stage
 
     @property
     def loss(self) -> Loss:
         """The training loss."""
-        return _present(self.loss_fn, "loss_fn")
+        return _required(self.loss_fn, "loss_fn")
 
     @property
     def has_sampler(self) -> bool:
@@ -159,7 +158,7 @@ class SATVideoDiffusionEngine(nn.Module):
     @property
     def sampler(self) -> VideoDDIMSampler:
         """The sampler."""
-        return _present(self._sampler, "sampler")
+        return _required(self._sampler, "sampler")
 
     @sampler.setter
     def sampler(self, sampler: VideoDDIMSampler) -> None:
@@ -185,26 +184,26 @@ class SATVideoDiffusionEngine(nn.Module):
     # --- pixels <-> latents ---------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def encode_first_stage(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
+    def encode_first_stage(self, x: Tensor) -> Tensor:
         """Pixels (b, 3, f, h, w) in [-1, 1] to scaled latents (b, c, t, h/8, w/8), a draw from the posterior.
 
-        `noise` (the latents' shape) replaces the draw's randn_like. With `latent_input`, x is such a draw already.
+        With `latent_input`, x is such a draw already.
         """
         if self.latent_input:
             return x * self.scale_factor
         with self._first_stage_precision(x.device):
-            z = self.first_stage.encode(x.to(self.dtype), noise=noise)
+            z = self.first_stage.encode(x.to(self.dtype))
         return z * self.scale_factor
 
     @torch.no_grad()
-    def decode_first_stage(self, z: Tensor, chunked: bool = True) -> Tensor:
+    def decode_first_stage(self, z: Tensor) -> Tensor:
         """Scaled latents (b, c, t, h, w), t odd, to pixels (b, 3, 4t-3, 8h, 8w) in about [-1, 1] (not clamped).
 
-        `chunked` decodes latents [0:3], [3:5], ... with a causal cache, as the original samples; False is one go,
-        as the original logs during training. Group normalisation sees different spans, so the two differ.
+        In chunks, as the original samples. (What it logs during training it decodes in one go: group normalisation sees
+        other spans then, and gives other frames.)
         """
         with self._first_stage_precision(z.device):
-            return self.first_stage.decode((z / self.scale_factor).to(self.dtype), chunked=chunked)
+            return self.first_stage.decode((z / self.scale_factor).to(self.dtype))
 
     def _first_stage_precision(self, device: torch.device) -> torch.autocast:
         enabled = self.first_stage_autocast and self.dtype != torch.float32
@@ -317,13 +316,13 @@ class SATVideoDiffusionEngine(nn.Module):
         return samples.to(self.dtype)
 
 
-def _present(part: T | None, name: str) -> T:
+def _required(part: T | None, name: str) -> T:
     if part is None:
         raise AbsentPartError(f"this engine was built without a {name}: its model section has no `{name}_config`")
     return part
 
 
-def _kind(part: object) -> str:
+def _class_name(part: object) -> str:
     return type(part).__name__
 
 
@@ -333,7 +332,7 @@ def _denoise(
     return denoiser(network, x, sigma, c, **kw, **network_inputs)
 
 
-def _frozen(config: Mapping[str, Any] | None, dtype: torch.dtype) -> Any:
+def _build_frozen(config: Mapping[str, Any] | None, dtype: torch.dtype) -> Any:
     if config is None:
         return None
     return instantiate_from_config(config).to(dtype).eval().requires_grad_(False)

@@ -9,15 +9,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
+from sgm.modules.conditioner import GeneralConditioner
+from sgm.modules.encoders.modules import FrozenT5Embedder
+from sgm.modules.transformer.lora_state import split_lora
 from sgm.places import CONFIGS
 from sgm.weights import WeightsError, assign_state, weights_fingerprint
 from sgm.weights.identify import fitting_configs, what_is
 from sgm.weights.release import Adapter, Checkpoint, read_transformer
+
+if TYPE_CHECKING:
+    from sgm.models.network import DiffusionTransformer  # at run time its `target:` brings it, and SAT with it
 
 
 @dataclass
@@ -32,7 +39,7 @@ class LoadedNetwork:
 
 
 def load_network(
-    network: nn.Module,
+    network: DiffusionTransformer,
     path: str | Path,
     *,
     device: torch.device,
@@ -49,8 +56,6 @@ def load_network(
     Raises:
         WeightsError: unreadable file, wrong model, missing, unexpected or misshapen entries (all listed).
     """
-    from sgm.modules.transformer.lora import split_lora
-
     checkpoint = read_transformer(path)
     base, own_lora = split_lora(checkpoint.network)
     if own_lora and not base:
@@ -73,7 +78,7 @@ def load_network(
 
 
 def _assign_base(
-    network: nn.Module,
+    network: DiffusionTransformer,
     base: Mapping[str, Tensor],
     checkpoint: Checkpoint,
     device: torch.device,
@@ -106,9 +111,7 @@ def _hint(base: Mapping[str, Tensor]) -> str:
     return found + (f" This configuration fits: {', '.join(fits)}." if fits else " No shipped configuration fits it.")
 
 
-def _adapter_state(checkpoint: Checkpoint, network: nn.Module) -> dict[str, Tensor]:
-    from sgm.modules.transformer.lora import split_lora
-
+def _adapter_state(checkpoint: Checkpoint, network: DiffusionTransformer) -> dict[str, Tensor]:
     _, lora = split_lora(checkpoint.network)
     if not lora:
         raise WeightsError(f"{checkpoint.source} holds no LoRA matrices (matrix_A, matrix_B) but {_found(checkpoint)}.")
@@ -120,9 +123,9 @@ def _found(checkpoint: Checkpoint) -> str:
 
 
 def _apply_adapter(
-    network: nn.Module, adapter: Adapter, lora: Mapping[str, Tensor], source: Checkpoint, merge: bool
+    network: DiffusionTransformer, adapter: Adapter, lora: Mapping[str, Tensor], source: Checkpoint, merge: bool
 ) -> None:
-    from sgm.modules.transformer.lora import apply_adapter
+    from sgm.models.adapters import apply_adapter
 
     try:
         apply_adapter(network, lora, facts=source.lora, scale=adapter.scale, merge=merge)
@@ -132,7 +135,7 @@ def _apply_adapter(
         raise WeightsError(f"{source.source}: {error}") from error
 
 
-def load_first_stage(stage: Any, *, device: torch.device, dtype: torch.dtype) -> str:
+def load_first_stage(stage: VideoAutoencoderInferenceWrapper, *, device: torch.device, dtype: torch.dtype) -> str:
     """Fill a VAE built on meta from its `ckpt_path`; returns the file's fingerprint."""
     if not stage.ckpt_path:
         raise WeightsError("first_stage_config has no ckpt_path: set it to the release's vae/3d-vae.pt.")
@@ -140,8 +143,16 @@ def load_first_stage(stage: Any, *, device: torch.device, dtype: torch.dtype) ->
     return weights_fingerprint(stage.ckpt_path)
 
 
-def load_text_encoder(conditioner: Any, *, device: torch.device, dtype: torch.dtype) -> str:
-    """Fill every embedder of a conditioner built on meta; returns the first weight file's fingerprint of each."""
+def load_text_encoder(conditioner: GeneralConditioner, *, device: torch.device, dtype: torch.dtype) -> str:
+    """Fill every embedder of a conditioner built on meta; returns the first weight file's fingerprint of each.
+
+    Raises:
+        WeightsError: an embedder that does not read its weights from files, or files that do not fit.
+    """
+    fingerprints = []
     for embedder in conditioner.embedders:
+        if not isinstance(embedder, FrozenT5Embedder):
+            raise WeightsError(f"{type(embedder).__name__} is no text encoder whose weights can be read.")
         embedder.load_weights(device=device, dtype=dtype)
-    return " ".join(weights_fingerprint(embedder.files.weights[0]) for embedder in conditioner.embedders)
+        fingerprints.append(weights_fingerprint(embedder.files.weights[0]))
+    return " ".join(fingerprints)

@@ -24,11 +24,14 @@ from sgm.models.network_args import DTYPES, NetworkConfigError, TransformerArgs,
 from sgm.modules.diffusionmodules.util import timestep_embedding
 from sgm.modules.ops.block_ops import BlockOps
 from sgm.modules.ops.step_cache import LayerRunner
+from sgm.modules.transformer.adaln import AdaLNMixin
 from sgm.modules.transformer.block import DiTTransformer, NetworkInputs
 from sgm.modules.transformer.lora import LoraMixin
-from sgm.modules.transformer.patch_embed import PatchSize
+from sgm.modules.transformer.patch_embed import ImagePatchEmbeddingMixin, PatchSize
+from sgm.modules.transformer.positions import PositionMixin
 from sgm.modules.transformer.sat_base import BaseModel
 from sgm.util import get_obj_from_str, instantiate_from_config, split_config
+from sgm.weights.meta import WithoutValues
 
 MIXINS = ("pos_embed", "patch_embed", "adaln_layer", "final_layer")
 # Hooks of SAT that reach this network; the others belong to parts of SAT's layer that are not used here.
@@ -70,6 +73,8 @@ class DiffusionTransformer(BaseModel):
     Raises:
         NetworkConfigError: values that do not fit each other or are not available.
     """
+
+    transformer: DiTTransformer
 
     def __init__(
         self,
@@ -131,9 +136,9 @@ class DiffusionTransformer(BaseModel):
             time_interpolation=time_interpolation,
         )
         ensure_groups(args.model_parallel_size)
-        with preserve_rng(), quiet_libraries():
+        with preserve_rng(), quiet_libraries(), WithoutValues():
             # SAT leaves process groups and seeds alone when it is handed a transformer.
-            super().__init__(None, transformer=_trunk(args, offers, num_attention_heads, parallel_output, dtype))
+            super().__init__(None, transformer=_build_trunk(args, offers, num_attention_heads, parallel_output, dtype))
             self.hidden_size, self.num_layers, self.patch = hidden_size, num_layers, patch
             self.in_channels, self.out_channels = in_channels, out_channels
             self.latent_height, self.latent_width = latent_height, latent_width
@@ -156,7 +161,7 @@ class DiffusionTransformer(BaseModel):
         self._lora_config, self.ofs_embed_dim = modules.get("lora_config"), ofs_dim
         for name in MIXINS:
             self.add_mixin(name, _build_mixin(modules[f"{name}_config"], offers), reinit=True)
-        if not self.mixins.pos_embed.rotates:
+        if not self.positions.rotates:
             # The sine table replaces SAT's own; rotary models keep that one, unused, in their files.
             del self.transformer.position_embeddings
         width = offers["time_embed_dim"]
@@ -185,12 +190,29 @@ class DiffusionTransformer(BaseModel):
                 )
         return hooks
 
+    # --- parts: mixins by the names that files have for them ----------------------------------------------------------
+
+    @property
+    def positions(self) -> PositionMixin:
+        """Position tables, or rotations."""
+        return self.mixins.pos_embed
+
+    @property
+    def patches(self) -> ImagePatchEmbeddingMixin:
+        """From latents and text to tokens."""
+        return self.mixins.patch_embed
+
+    @property
+    def modulation(self) -> AdaLNMixin:
+        """What the time embedding does to each layer, and the layers' operations."""
+        return self.mixins.adaln_layer
+
     # --- forward --------------------------------------------------------------------------------------------------
 
     @property
     def dtype(self) -> torch.dtype:
         """Type of the weights, and so of the computation and the result."""
-        return self.time_embed[0].bias.dtype
+        return next(self.time_embed.parameters()).dtype
 
     def forward(
         self,
@@ -219,7 +241,7 @@ class DiffusionTransformer(BaseModel):
         """
         if y is not None:
             raise ValueError("class conditioning (y) was given, but this network has none.")
-        x = _with_images(x, concat_images).to(self.dtype)
+        x = _append_images(x, concat_images).to(self.dtype)
         context = context.to(self.dtype)
         self._check_inputs(x, timesteps, context)
         grid = self.patch.grid(x.shape[1], *x.shape[3:])
@@ -228,7 +250,7 @@ class DiffusionTransformer(BaseModel):
             context=context,
             condition=F.silu(self._embed_time(timesteps, ofs)),
             grid=grid,
-            rotary=self.mixins.pos_embed.rotary(grid, x),
+            rotary=self.positions.rotary(grid, x),
         )
         return super().forward(None, None, None, inputs=inputs, layer_runner=layer_runner)[0]
 
@@ -239,14 +261,14 @@ class DiffusionTransformer(BaseModel):
             raise ValueError(
                 "this model needs `ofs` (2.0 for the published one)." if ofs is None else "this model takes no `ofs`."
             )
-        if ofs is None:
+        if ofs is None or self.ofs_embed_dim is None:
             return embedded
         return embedded + self.ofs_embed(timestep_embedding(ofs, self.ofs_embed_dim, dtype=self.dtype))
 
     def _check_inputs(self, x: Tensor, timesteps: Tensor, context: Tensor) -> None:
         if x.ndim != 5:
             raise ValueError(f"x must be (b, t, c, h, w), got {tuple(x.shape)}.")
-        text_length, text_width = self.mixins.pos_embed.text_length, self.mixins.patch_embed.text_hidden_size
+        text_length, text_width = self.positions.text_length, self.patches.text_hidden_size
         expected = (x.shape[0], text_length, text_width)
         if tuple(context.shape) != expected:
             raise ValueError(
@@ -255,7 +277,7 @@ class DiffusionTransformer(BaseModel):
             )
         if timesteps.shape != x.shape[:1]:
             raise ValueError(f"timesteps must be ({x.shape[0]},), one per sample of x, got {tuple(timesteps.shape)}.")
-        channels = self.mixins.patch_embed.in_channels
+        channels = self.patches.in_channels
         if x.shape[2] != channels:
             raise ValueError(f"x has {x.shape[2]} channels (with concat_images), the network takes {channels}.")
 
@@ -295,7 +317,7 @@ class DiffusionTransformer(BaseModel):
 
     def computed_state(self) -> dict[str, Tensor]:
         """Entries that a published file may lack and that the configuration determines: float32, on the CPU."""
-        table = self.mixins.pos_embed.computed_state()
+        table = self.positions.computed_state()
         return {f"mixins.pos_embed.{name}": value for name, value in table.items()}
 
     def dead_keys(self) -> list[str]:
@@ -304,15 +326,14 @@ class DiffusionTransformer(BaseModel):
 
     def use_ops(self, ops: BlockOps) -> None:
         """Run the blocks with this implementation of their operations."""
-        self.mixins.adaln_layer.ops = ops
+        self.modulation.ops = ops
 
     def streamable_blocks(self) -> list[list[nn.Module]]:
         """For each layer, the modules it needs: the layer itself first (the one that is called), then the mixins'."""
-        adaln = self.mixins.adaln_layer
-        return [[layer, *adaln.layer_parts(i)] for i, layer in enumerate(self.transformer.layers)]
+        return [[layer, *self.modulation.layer_parts(i)] for i, layer in enumerate(self.transformer.layers)]
 
 
-def _trunk(
+def _build_trunk(
     args: TransformerArgs, sizes: Mapping[str, Any], heads: int, parallel_output: bool, dtype: str
 ) -> DiTTransformer:
     return DiTTransformer(
@@ -337,7 +358,7 @@ def _build_mixin(config: Mapping[str, Any], offers: Mapping[str, Any]) -> nn.Mod
     return instantiate_from_config(config, **{k: v for k, v in offers.items() if k in taken and k not in params})
 
 
-def _with_images(x: Tensor, images: Tensor | None) -> Tensor:
+def _append_images(x: Tensor, images: Tensor | None) -> Tensor:
     if images is None:
         return x
     if images.shape[0] * 2 == x.shape[0]:

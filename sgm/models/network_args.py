@@ -10,8 +10,8 @@ from typing import Any, get_type_hints
 import torch
 
 from sgm.errors import SgmError
-from sgm.modules.ops.recompute import MODES
-from sgm.util import typed
+from sgm.modules.ops.recompute_modes import MODES
+from sgm.typed import typed
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

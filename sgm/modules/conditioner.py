@@ -79,9 +79,9 @@ class GeneralConditioner(nn.Module):
             `vector` (b, d), `crossattn` (b, l, d), `concat` (b, [t,] c, h, w): those that some embedder makes.
         """
         made = [_embed(embedder, batch) for embedder in self.embedders]
-        return self._sorted(made, frozenset(force_zero_embeddings or ()))
+        return self._joined_by_rank(made, frozenset(force_zero_embeddings or ()))
 
-    def _sorted(self, made: Sequence[list[Tensor]], zeroed: frozenset[str]) -> dict[str, Tensor]:
+    def _joined_by_rank(self, made: Sequence[list[Tensor]], zeroed: frozenset[str]) -> dict[str, Tensor]:
         """What each embedder made, after dropout and zeroing, joined by rank."""
         output: dict[str, Tensor] = {}
         for embedder, embeddings in zip(self.embedders, made):
@@ -113,11 +113,11 @@ class GeneralConditioner(nn.Module):
         with self.without_dropout():
             zeroed, others = frozenset(force_uc_zero_embeddings or ()), batch_c if batch_uc is None else batch_uc
             made = [_embed(embedder, batch_c) for embedder in self.embedders]
-            unmade = [
-                embeddings if _is_known(embedder, batch_c, others, zeroed) else _embed(embedder, others)
+            made_uc = [
+                embeddings if _can_reuse(embedder, batch_c, others, zeroed) else _embed(embedder, others)
                 for embedder, embeddings in zip(self.embedders, made)
             ]
-            return self._sorted(made, frozenset()), self._sorted(unmade, zeroed)
+            return self._joined_by_rank(made, frozenset()), self._joined_by_rank(made_uc, zeroed)
 
     @contextmanager
     def without_dropout(self) -> Iterator[None]:
@@ -166,17 +166,17 @@ def _embed(embedder: AbstractEmbModel, batch: Mapping[str, Any]) -> list[Tensor]
     return list(made) if isinstance(made, list | tuple) else [made]
 
 
-def _is_known(
+def _can_reuse(
     embedder: AbstractEmbModel, batch: Mapping[str, Any], others: Mapping[str, Any], zeroed: frozenset[str]
 ) -> bool:
     """Whether what the embedder made of `batch` has the values, or only its sizes where it is zeroed, for `others`."""
     pairs = [(batch[key], others.get(key)) for key in embedder.input_keys]
     if zeroed.isdisjoint(embedder.input_keys):
         return not embedder.training and all(a is b for a, b in pairs)
-    return all(a is b or _size(a) == _size(b) is not None for a, b in pairs)
+    return all(a is b or _entry_size(a) == _entry_size(b) is not None for a, b in pairs)
 
 
-def _size(entry: Any) -> Any:
+def _entry_size(entry: Any) -> Any:
     """What decides the size of an embedding: a tensor's shape, the number of captions; None: not known."""
     return entry.shape if isinstance(entry, Tensor) else len(entry) if isinstance(entry, list | tuple) else None
 

@@ -19,8 +19,9 @@ from torch.utils.data import Dataset
 from sgm.data.buckets import batches_by_shape
 from sgm.data.collate import collate
 from sgm.data.loader import clip_count, known_shapes
+from sgm.data.video_out import EncodingError, to_uint8, write_video
 from sgm.distributed import data_parallel_rank, data_parallel_world_size, model_parallel_rank, preserve_rng
-from sgm.inference.writer import OutputError, to_uint8, write_video
+from sgm.files import SaveError
 from sgm.models.autoencoder import VideoAutoencoder
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.training.setup.engine import TrainingEngine
@@ -131,7 +132,7 @@ def decode(engine: SATVideoDiffusionEngine, z: Tensor) -> Tensor:
     """
     odd = z.shape[1] - (z.shape[1] + 1) % 2
     with low_memory(engine.first_stage_model):
-        pixels = engine.decode_first_stage(rearrange(z[:, :odd], "b t c h w -> b c t h w"), chunked=True)
+        pixels = engine.decode_first_stage(rearrange(z[:, :odd], "b t c h w -> b c t h w"))
     return rearrange(pixels, "b c f h w -> b f c h w").cpu()
 
 
@@ -167,7 +168,7 @@ class _Files:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             yield
-        except (OSError, OutputError) as error:
+        except (OSError, SaveError, EncodingError) as error:
             self.log.line(f"warning: {path} was not written: {error}")
 
     def text(self, captions: Sequence[str]) -> None:

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sgm.config import ConfigError, option
 from sgm.modules.autoencoding.strides import STRIDES
-from sgm.modules.ops.recompute import MODES
+from sgm.modules.ops.recompute_modes import MODES
 from sgm.training.optimizers.schedule import STYLES, ScheduleError, ScheduleSettings
+from sgm.typed import ConfigError, option
 
 # (lowest, recommended, highest) rates with Adam; a run outside is warned. See `sensible_rates`.
 PUBLISHED_WIDTH = 1920  # of CogVideoX-2B, for which these are meant
@@ -37,7 +37,12 @@ class TrainArgs:
     load: str | None = option(None, "transformer weights to start from: release folder, iteration folder or file")
     force_train: bool = option(False, "accept a transformer file without what the configuration determines")
     no_load_rng: bool = option(False, "kept for upstream files: random state comes from --resume only, never from load")
-    resume: str | None = option(None, "`auto`: the newest complete run of this configuration; or a folder")
+    resume: str | None = option(
+        None,
+        "go on exactly with the run in this folder; auto, or the flag alone: with the newest run of this configuration",
+        metavar="FOLDER",
+        bare="auto",
+    )
     train_iters: int = option(10000, "iterations (optimizer steps, skipped ones included)", at_least=1)
     epochs: int | None = option(None, "passes over the training data; replaces train_iters", at_least=1)
     eval_iters: int = option(100, "evaluation batches a rank", at_least=1)
@@ -71,7 +76,11 @@ class TrainArgs:
     )
     num_workers: int = option(1, "decoding processes a rank; with cache_dir, reading threads", at_least=0)
     prefetch_factor: int = option(4, "batches that each worker reads ahead", at_least=1)
-    cache_dir: str | None = option(None, "folder of encoded clips: VAE and text encoder are not loaded once it is full")
+    cache_dir: str | None = option(
+        None,
+        "folder of encoded clips, filled where needed: VAE and text encoder are not loaded once it is full",
+        metavar="DIR",
+    )
     cache_fill: bool = option(True, "encode what the cache lacks before training; false refuses")
     cache_dtype: str = option("fp16", "type of a new cache's values", choices=("fp16", "bf16", "fp32"))
     cache_lengths: list[int] = option(

@@ -38,7 +38,7 @@ from sgm.training.setup.data import cache_request, clip_sets, left_out, training
 from sgm.training.setup.deepspeed import DeepSpeedPlan, plan_deepspeed
 from sgm.training.setup.estimate import memory_needs, planned_needs
 from sgm.training.setup.model import arrange_first_stage, checkpointing_mode, load_engine
-from sgm.training.setup.places import check_places, make_missing_data, with_found_places
+from sgm.training.setup.places import check_places, with_found_places
 from sgm.training.setup.run_folder import check_writable, find_checkpoint, hold, new_run_folder
 from sgm.training.setup.start import start_engine
 from sgm.training.trainer import Trainer
@@ -49,14 +49,11 @@ from sgm.training.watch.timing import PhaseClock, phases_of_step
 Say = Callable[[str], None]
 
 
-def train(
-    config: RunConfig[TrainArgs], *, dry_run: bool = False, make_data: Callable[[Path], bool] | None = None
-) -> int:
+def train(config: RunConfig[TrainArgs], *, dry_run: bool = False) -> int:
     """Train as configured, over all processes of the launch. Returns the exit code.
 
     Args:
         dry_run: print the resolved configuration and the plan, make nothing.
-        make_data: called for a data folder that is not there, on one process a machine; true if it made the folder.
     Raises:
         ConfigError, WeightsError, DatasetError, CheckpointError, TrainingStopped: with what to change.
     """
@@ -65,8 +62,6 @@ def train(
     args = config.args
     kind = device_type(args.device)
     info = distributed.init_distributed(kind)
-    if not dry_run:
-        make_missing_data(config, info, make_data)
     check_places(config, dry_run)
     distributed.ensure_groups(args.model_parallel_size)
     plan = plan_deepspeed(config.deepspeed, device_type=kind, data_parallel_size=distributed.data_parallel_world_size())

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sgm.weights.files import WeightsError
+from sgm.weights.staging import StagedCopy
 
 _SHOWN = 6  # names listed a heading before "... and N more"
 
@@ -69,8 +70,9 @@ def assign_state(
         message = [f"{source} does not fit {type(module).__name__}:", *report.lines()]
         raise WeightsError("\n".join(message + ([hint] if hint else [])))
     replaced: dict[int, Tensor] = {}  # tied parameters stay tied
+    stage = StagedCopy(torch.device(device)) if device is not None and torch.device(device).type == "cuda" else None
     for name, value in offered.items():
-        _assign_one(module, name, targets[name], value, device, dtype, replaced)
+        _assign_one(module, name, targets[name], value, device, dtype, replaced, stage)
 
 
 def compare_keys(
@@ -112,6 +114,7 @@ def _assign_one(
     device: torch.device | str | None,
     dtype: torch.dtype | None,
     replaced: dict[int, Tensor],
+    stage: StagedCopy | None,
 ) -> None:
     place = device if device is not None else (value.device if target.is_meta else target.device)
     kind = _wanted_dtype(target, value, dtype)
@@ -120,7 +123,12 @@ def _assign_one(
             target.copy_(value)
         return
     if id(target) not in replaced:
-        new = value.detach().to(device=place, dtype=kind)
+        if stage is not None and value.device.type == "cpu":
+            new = torch.empty_like(value, device=place, requires_grad=False)
+            stage.copy(new, value)
+            new = new.to(kind)
+        else:
+            new = value.detach().to(device=place, dtype=kind)
         replaced[id(target)] = _like(target, new)
     owner = module.get_submodule(name.rpartition(".")[0])
     setattr(owner, name.rpartition(".")[2], replaced[id(target)])

@@ -1,21 +1,12 @@
-"""Writing files so that a name never stands for half a file, and weights without a second copy of them in memory.
-
-Every writer here goes through `atomic_write`: a temporary name in the same folder, flushed to the disk, then renamed.
-A process that is killed on the way leaves a `.partial-*` file behind, which nothing reads; `remove_leftovers` deletes
-such files.
-"""
+"""Writing weights, each file whole or not at all, without a second copy of them in memory."""
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import math
-import os
 import pickle
-import shutil
 import sys
-import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,15 +16,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from sgm.errors import SgmError
-
-PARTIAL = ".partial-"  # prefix of everything that is not finished
-_FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EFBIG: "the file grew too large"}
-_SPARE = 16 << 20  # bytes to leave free for small files beside the big ones
-
-
-class SaveError(SgmError):
-    """A file could not be written; the message says which, why, and what to do. An earlier file of that name stays."""
+from sgm.files import SaveError, atomic_write
 
 
 @dataclass(frozen=True)
@@ -64,134 +47,6 @@ class Deferred:
             raise SaveError(f"a tensor announced as {self.dtype} {self.shape} came as {made.dtype} {tuple(made.shape)}")
         made = made.cpu().contiguous()
         return made if made.untyped_storage().nbytes() == self.nbytes else made.clone()
-
-
-# --- files -------------------------------------------------------------------------------------------------------
-
-
-def atomic_write(path: str | Path, writer: Callable[[BinaryIO], None]) -> Path:
-    """Let `writer` fill a temporary file beside `path`, bring it to the disk, and rename it to `path`.
-
-    Raises:
-        SaveError: full disk, no permission, ...; the temporary file is gone then and an earlier `path` unchanged.
-    """
-    path = Path(path)
-    temporary = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
-    sink: _Sink | None = None
-    try:
-        with temporary.open("wb") as file:
-            sink = _Sink(file)
-            writer(sink)  # type: ignore[arg-type]
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        raise write_failed(path, error) from error
-    except RuntimeError as error:  # torch's archive writer wraps what the file said
-        if sink is None or sink.failure is None:
-            raise
-        raise write_failed(path, sink.failure) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
-
-
-class _Sink:
-    """The file that a writer sees; keeps the first error of the operating system."""
-
-    def __init__(self, file: BinaryIO):
-        self._file = file
-        self.failure: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        try:
-            return self._file.write(data)
-        except OSError as error:
-            self.failure = self.failure or error
-            raise
-
-    def flush(self) -> None:
-        self._file.flush()
-
-
-def write_failed(path: Path, error: OSError) -> SaveError:
-    """What to tell the user about a failed write."""
-    reason = _FULL.get(error.errno or 0)
-    if reason is None:
-        return SaveError(f"cannot write {path}: {error.strerror or error}. What was there before is unchanged.")
-    return SaveError(
-        f"cannot write {path}: {reason} ({_free(path.parent)} free). What was there before is unchanged. Make room or "
-        "choose another place (in training: args.keep_last, args.save)."
-    )
-
-
-def probe(folder: Path) -> None:
-    """Make a folder and write in it, before hours of work go there. Raises OSError."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=folder).close()  # a name of its own: other ranks look, too
-
-
-def require_space(folder: Path, needed: int) -> None:
-    """Refuse to start writing `needed` bytes into `folder` where they do not fit.
-
-    Raises:
-        SaveError: naming both sizes.
-    """
-    free = shutil.disk_usage(folder).free
-    if free < needed + _SPARE:
-        raise SaveError(
-            f"not enough room in {folder}: {readable(needed)} are to be written, {readable(free)} are free. Nothing "
-            "was changed. Make room or choose another place (in training: args.keep_last, args.save)."
-        )
-
-
-def _free(folder: Path) -> str:
-    try:
-        return readable(shutil.disk_usage(folder).free)
-    except OSError:
-        return "an unknown amount"
-
-
-def readable(size: int) -> str:
-    """Bytes for people: `3.4 GiB`."""
-    for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if size >= factor:
-            return f"{size / factor:.1f} {unit}"
-    return f"{size} bytes"
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring a folder's entries to the disk, so that a rename survives a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot
-            raise
-    finally:
-        os.close(handle)
-
-
-def remove_leftovers(folder: Path) -> list[Path]:
-    """Delete the unfinished files and folders that killed processes left in `folder`; returns what was deleted."""
-    found = sorted(folder.glob(f"{PARTIAL}*"))
-    for path in found:
-        remove(path)
-    return found
-
-
-def remove(path: Path) -> None:
-    """Delete a file or a folder with all in it."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def save_text(path: str | Path, text: str) -> Path:
-    """Write UTF-8 text. Raises SaveError."""
-    return atomic_write(path, lambda file: file.write(text.encode("utf-8")) and None)
 
 
 # --- safetensors -------------------------------------------------------------------------------------------------
@@ -235,7 +90,7 @@ def save_safetensors(
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _deferred(value: Tensor | Deferred) -> Deferred:
@@ -309,7 +164,7 @@ def _structure(content: Mapping[str, Any], records: list[Deferred]) -> bytes:
             if not isinstance(value, Tensor | Deferred):
                 return NotImplemented
             shape = tuple(value.shape)
-            arguments = (reference(value), 0, shape, _row_major(shape), False, OrderedDict())
+            arguments: tuple[object, ...] = (reference(value), 0, shape, _row_major(shape), False, OrderedDict())
             return torch._utils._rebuild_tensor_v2, arguments
 
     buffer = io.BytesIO()

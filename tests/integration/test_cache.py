@@ -222,13 +222,13 @@ def test_an_interrupted_filling_goes_on(release, clips, tmp_path, capsys, monkey
     path = write_yaml(tmp_path / "config.yaml", content(release, clips, tmp_path))
     more = ("--workers", "0", "--batch-size", "1")
     calls = []
-    encode = VideoAutoencoder.moments
+    moments = VideoAutoencoder.moments
 
     def stop_at_the_third(self, *args, **kwargs):
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return encode(self, *args, **kwargs)
+        return moments(self, *args, **kwargs)
 
     monkeypatch.setattr(VideoAutoencoder, "moments", stop_at_the_third)
     assert precompute(path, tmp_path / "cache", *more) == 130

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from sgm.data.video_io import probe
-from sgm.platforms import FastRotaryEmbedding
 from tests.conftest import REPO
 
 # An entry of None in sys.modules is a package that is not there.
@@ -66,8 +65,3 @@ def test_deepspeed_leaves_a_mac_s_gpu_alone():
         for code in (mac, mac.replace("import sgm", "pass"))
     ]
     assert [done.stdout.split()[-1] for done in found] == ["cpu", "mps"], found
-
-
-def test_what_asks_for_sat_s_rotary_embedding_is_told_what_is_missing():
-    with pytest.raises(ModuleNotFoundError, match="FastRotaryEmbedding needs Triton"):
-        FastRotaryEmbedding(64)

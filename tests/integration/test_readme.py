@@ -1,8 +1,16 @@
-"""Every command and every YAML snippet of README and docs holds, and every shipped configuration builds."""
+"""What README and docs say holds: commands, YAML snippets, links, and the names of options, keys and files.
+
+Every shipped configuration builds, too.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
 import importlib
+import inspect
+import io
 import re
 import shlex
 from pathlib import Path
@@ -10,12 +18,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from sgm.config import check_model_section, load_run_config, merge_yaml
+from sgm.config import AccelerateArgs, ConfigError, check_model_section, load_run_config, merge_yaml
 from sgm.inference.options import SampleArgs
 from sgm.training.options import TrainArgs
+from sgm.util import get_obj_from_str
 from tests.sampling_tiny import REPO, main
 
-PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").glob("*.md"))]
+README = REPO / "README.md"
+PAGES = [README, REPO / "CONTRIBUTING.md", REPO / "demo" / "README.md", *sorted((REPO / "docs").glob("*.md"))]
 TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 GENERAL = {"mkdir", "unzip", "git", "mv", "cd", "source"}  # tools that a README may name without explanation
 
@@ -25,8 +35,10 @@ def blocks(language: str) -> list[str]:
 
 
 def commands() -> list[list[str]]:
+    """Each once."""
     lines = [line for block in blocks("shell") for line in block.replace("\\\n", " ").splitlines()]
-    return [words for line in lines if (words := shlex.split(line, comments=True))]
+    split = dict.fromkeys(tuple(shlex.split(line, comments=True)) for line in lines)
+    return [list(words) for words in split if words]
 
 
 def test_there_are_commands_and_snippets():
@@ -34,7 +46,7 @@ def test_there_are_commands_and_snippets():
 
 
 @pytest.mark.parametrize("words", commands(), ids=lambda words: " ".join(words)[:70])
-def test_command(words, capsys, monkeypatch):
+def test_command(words):
     while re.fullmatch(r"[A-Z_]+=\S+", words[0]):
         words = words[1:]
     program, *rest = words
@@ -63,9 +75,20 @@ def test_command(words, capsys, monkeypatch):
     if script in known:
         known[script](arguments)
     elif script.endswith(".py"):
-        _tool(script, arguments, capsys)
+        _tool(script, arguments)
     else:
         assert script == "tests/run.sh", f"{script}: say in this test how it is checked"
+
+
+@functools.cache
+def options_of(script: str) -> frozenset[str]:
+    """The options that a script's help names."""
+    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown), pytest.raises(SystemExit) as stopped:
+        module.main(["--help"])
+    assert stopped.value.code == 0
+    return frozenset(re.findall(r"--[\w-]*\w", shown.getvalue()))
 
 
 def _sampling(arguments: list[str]) -> None:
@@ -95,15 +118,10 @@ def _training(arguments: list[str]) -> None:
         load_run_config([REPO / file for file in options.configs], TrainArgs, overrides=options.set)
 
 
-def _tool(script: str, arguments: list[str], capsys) -> None:
+def _tool(script: str, arguments: list[str]) -> None:
     """Every option that is used is one that the tool's own help knows."""
-    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
-    with pytest.raises(SystemExit) as stopped:
-        module.main(["--help"])
-    shown = capsys.readouterr().out
-    assert stopped.value.code == 0
     for option in (a.split("=")[0] for a in arguments if a.startswith("--")):
-        assert re.search(rf"{re.escape(option)}\b", shown), f"{script} has no option {option}"
+        assert option in options_of(script), f"{script} has no option {option}"
     for file in (a for a in arguments if a.startswith("configs/")):
         assert (REPO / file).is_file()
 
@@ -159,10 +177,130 @@ def test_the_way_to_install_flash_attention_is_one():
     from sgm.modules.ops.flash4 import HOW_TO_INSTALL
 
     told = [command for command in re.findall(r"`(pip install [^`]*flash-attn-4[^`]*)`", TEXT)]
-    assert len(told) == 2 and set(told) == {HOW_TO_INSTALL.format(cuda="[cu13]")}
+    assert told and set(told) == {HOW_TO_INSTALL.format(cuda="[cu13]")}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_to_files(page: Path):
-    links = re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8"))
-    assert [link for link in links if not (page.parent / link).exists()] == []
+# --- links and names ---------------------------------------------------------------------------------------------------
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(REPO).as_posix())
+
+
+def prose(page: Path) -> str:
+    return re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def spans(page: Path) -> list[str]:
+    """What stands in backticks outside of blocks."""
+    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose(page))]
+
+
+@functools.cache
+def anchors(page: Path) -> frozenset[str]:
+    """Of the page's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return frozenset(re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles)
+
+
+def links(page: Path) -> list[tuple[Path, str]]:
+    """File and anchor of every link and picture that leads into the repository."""
+    targets = [t for t in re.findall(r"\]\(([^)\s]+)\)", prose(page)) if not t.startswith(("http:", "https:"))]
+    split = [target.partition("#") for target in targets]
+    return [((page.parent / file).resolve() if file else page, anchor) for file, _, anchor in split]
+
+
+def test_readme_is_short():
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 170
+
+
+@each_page
+def test_links_lead_somewhere(page: Path):
+    for file, anchor in links(page):
+        assert file.is_file() and (not anchor or anchor in anchors(file)), (file.name, anchor)
+
+
+def test_every_page_is_found_from_readme():
+    first = {file for file, _ in links(README)}
+    found = first | {file for page in first & set(PAGES) for file, _ in links(page)}
+    assert set(PAGES) - found <= {README}
+
+
+def test_sections_that_programs_and_configurations_name():
+    globs = ("*.py", "*.sh", "sgm/**/*.py", "tools/**/*.py", "tools/**/*.sh", "tools/**/*.yaml", "configs/*.yaml")
+    text = "\n".join(file.read_text(encoding="utf-8") for pattern in globs for file in REPO.glob(pattern))
+    named = re.findall(r"""(README|[\w/]+\.md)(?:, ["']([^"']+)["'])?""", text)
+    assert len(set(named)) > 3
+    for name, title in set(named):
+        page = README if name == "README" else REPO / name
+        assert page in PAGES and (not title or f"# {title}\n" in page.read_text(encoding="utf-8")), (name, title)
+
+
+@each_page
+def test_files_that_are_named_exist(page: Path):
+    words = {word for span in spans(page) for word in span.split()}
+    files = [w for w in words if re.fullmatch(r"(sgm|tools|configs|tests|demo|docs|findings)/[\w/.-]+\.\w+", w)]
+    assert [file for file in files if not (REPO / file).exists()] == []
+    modules = [w.split("/") for w in words if re.fullmatch(r"[\w/]+\.py", w) and w not in files]
+    assert ["/".join(m) for m in modules if not _is_module(*m)] == []
+
+
+def _is_module(*parts: str) -> bool:
+    """Some script, or a module of some package: `models/x.py` is short for `sgm/models/x.py`."""
+    *packages, file = parts
+    known = [*REPO.glob("*.py"), *(REPO / "tools").rglob("*.py"), *(REPO / "sgm").rglob("*.py")]
+    return any(path.name == file and set(packages[:1]) <= set(path.parts) for path in known)
+
+
+@each_page
+def test_options_that_are_named_exist(page: Path):
+    """Those beside a tool's name are its own; others belong to some entry or tool."""
+    for span in spans(page):
+        if span.startswith(("tensorboard ", "pip ")):
+            continue
+        named = set(re.findall(r"(?<![\w-])--[A-Za-z][\w-]*", span))
+        script = re.search(r"\w+\.py", span)
+        of = [f for f in scripts() if script and Path(f).name == script.group()] or scripts()
+        assert not named or named <= {"--nproc"}.union(*map(options_of, of)), span
+
+
+@functools.cache
+def scripts() -> list[str]:
+    """The entries, and the tools that take options."""
+    tools = [f.relative_to(REPO).as_posix() for f in sorted((REPO / "tools").rglob("*.py"))]
+    return ["sample_video.py", "train_video.py", *(f for f in tools if "def main(arguments" in (REPO / f).read_text())]
+
+
+KEY = re.compile(r"\b(args|accelerate|deepspeed|data)\.([\w.]*\w)(?:(?:=|: )(\S+))?")
+
+
+@each_page
+def test_keys_that_are_named_exist(page: Path):
+    """Those that are given a value take it; DeepSpeed's must be, since only its own check knows them."""
+    for key in {found.groups() for span in spans(page) for found in KEY.finditer(span)}:
+        assert _is_key(*key), key
+
+
+def _is_key(section: str, name: str, value: str | None) -> bool:
+    if section == "data":
+        dataset = get_obj_from_str("data_video.SFTDataset")
+        return name.removeprefix("params.") in {"target", *inspect.signature(dataset).parameters}
+    if value is None:
+        records = {"args": (TrainArgs, SampleArgs), "accelerate": (AccelerateArgs,)}.get(section, ())
+        return any(name in record.__dataclass_fields__ for record in records)
+    return _takes(f"{section}.{name}={value}")
+
+
+def _takes(override: str) -> bool:
+    from sgm.training.run import plan_deepspeed
+
+    shipped = REPO / "configs" / "cogvideox_2b_sft.yaml"
+    try:
+        config = load_run_config([shipped], TrainArgs, overrides=[override, "args.cache_dir=cache"])
+        plan_deepspeed(config.deepspeed, device_type="cuda")
+    except ConfigError:
+        return False
+    return True
+
+
+def test_every_way_to_be_faster_is_described():
+    told = set(re.findall(r"\w+", " ".join(spans(REPO / "docs" / "speed.md"))))
+    assert {field.name for field in dataclasses.fields(AccelerateArgs)} <= told

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -77,9 +78,12 @@ def test_embeddings_of_a_batch(embedder, facts, tensors):
     assert (out - tensors["emb.batch.out"]).abs().max() <= 1e-5
 
 
-def test_a_mask_would_be_seen(embedder, facts, tensors):
+@torch.no_grad()
+def test_a_mask_would_be_seen(embedder, facts, tensors, golden):
     ids = embedder.tokenize([facts["ids"]["short"]["text"]]).ids
-    masked = embedder.transformer(input_ids=ids, attention_mask=(ids != 0).long()).last_hidden_state
+    theirs = transformers.T5EncoderModel.from_pretrained(golden / "t5_tiny", dtype=torch.float32)
+    assert torch.equal(theirs(input_ids=ids).last_hidden_state, embedder.transformer(ids))
+    masked = theirs(input_ids=ids, attention_mask=(ids != 0).long()).last_hidden_state
     assert (masked - tensors["emb.short.out"]).abs().max() > 0.5
 
 

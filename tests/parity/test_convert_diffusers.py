@@ -219,7 +219,7 @@ def adapter(release: Path) -> Path:
 
 @torch.no_grad()
 def adapted(release: Path, adapter: Path) -> nn.Module:
-    from sgm.modules.transformer.lora import apply_adapter
+    from sgm.models.adapters import apply_adapter
 
     network = network_of(release / "transformer")
     stored = read_transformer(adapter)
@@ -289,7 +289,7 @@ def test_merged_adapters(release: Path, yaml: Path, adapter: Path, tmp_path: Pat
     assert not (tmp_path / "hf" / "model_index.json").exists()
     model = diffusers.CogVideoXTransformer3DModel.from_pretrained(tmp_path / "hf" / "transformer")
     model.norm_out.norm.eps = 1e-6
-    from sgm.modules.transformer.lora import apply_adapter
+    from sgm.models.adapters import apply_adapter
 
     network = network_of(release / "transformer")
     plain = {n.removeprefix("model.diffusion_model."): t for n, t in adapter_matrices(rank=2, seed=9).items()}

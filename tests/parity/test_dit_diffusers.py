@@ -134,7 +134,8 @@ def test_unknown_names_are_listed() -> None:
 @pytest.mark.parametrize("targets", [("attention",), ("attention", "mlp", "adaln")])
 def test_exported_lora(targets: tuple[str, ...]) -> None:
     """The exported matrices, applied as PEFT does (W + B A), give SAT's adapted network."""
-    from sgm.modules.transformer.lora import merge_lora, split_lora
+    from sgm.modules.transformer.lora import merge_lora
+    from sgm.modules.transformer.lora_state import split_lora
 
     network = randomised(lora={"r": 4, "lora_alpha": 2, "targets": list(targets)})
     base, lora = split_lora(network.state_dict())

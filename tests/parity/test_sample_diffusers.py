@@ -1,7 +1,7 @@
 """A whole sample, latents and pixels, against diffusers' pipeline: its loop, transformer, schedulers and VAE, our weights.
 
 Both start from the same noise and draw the same noise on the way; prompt embeddings and zero negatives are given. With
-our schedule in their scheduler both agree; with the stock schedulers they are as far apart as README says.
+our schedule in their scheduler both agree; with the stock schedulers they are as far apart as docs/figures.md says.
 """
 
 from __future__ import annotations

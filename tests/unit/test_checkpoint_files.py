@@ -16,17 +16,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from sgm.weights.save import (
-    Deferred,
-    SaveError,
-    atomic_write,
-    remove_leftovers,
-    require_space,
-    save_pt,
-    save_safetensors,
-    save_text,
-    size_of,
-)
+from sgm.files import SaveError, atomic_write, remove_leftovers, require_space, write_text
+from sgm.weights.save import Deferred, save_pt, save_safetensors, size_of
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -117,13 +108,13 @@ def test_what_is_no_plain_value_is_refused_with_its_place(tmp_path, value):
 
 
 def test_a_failing_writer_leaves_the_earlier_file_and_nothing_else(tmp_path):
-    save_text(tmp_path / "a", "earlier")
+    write_text(tmp_path / "a", "earlier")
 
     def full(file):
         file.write(b"half of")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with pytest.raises(SaveError, match="the disk is full.*unchanged.*keep_last"):
+    with pytest.raises(SaveError, match="the disk is full.*unchanged.*another place"):
         atomic_write(tmp_path / "a", full)
     with pytest.raises(ZeroDivisionError):
         atomic_write(tmp_path / "a", lambda file: 1 / 0)
@@ -133,7 +124,7 @@ def test_a_failing_writer_leaves_the_earlier_file_and_nothing_else(tmp_path):
 
 def test_no_folder_and_no_room_are_named(tmp_path):
     with pytest.raises(SaveError, match="nowhere"):
-        save_text(tmp_path / "nowhere" / "a", "x")
+        write_text(tmp_path / "nowhere" / "a", "x")
     with pytest.raises(SaveError, match="not enough room.*GiB"):
         require_space(tmp_path, 1 << 60)
     require_space(tmp_path, 1)
@@ -153,7 +144,8 @@ def test_a_real_write_error_of_the_system_is_reported_through_torchs_writer(tmp_
     script = """
         import resource, signal, sys
         import torch
-        from sgm.weights.save import SaveError, save_pt, save_safetensors
+        from sgm.files import SaveError
+        from sgm.weights.save import save_pt, save_safetensors
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         for write in (save_pt, save_safetensors):

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import subprocess
+import sys
+
 import pytest
 
 import sample_video
 import train_video
 from sgm import cli
-from sgm.config import ConfigError
+from sgm.config import ConfigError, option
+from sgm.flags import add_flags
+from sgm.inference.options import SampleArgs
 from sgm.launch import verdict
+from sgm.training.options import TrainArgs
+from tests.conftest import REPO
 
 
 def test_files_and_options_may_be_mixed():
@@ -34,6 +42,59 @@ def test_help_and_unknown_options(program, capsys):
     with pytest.raises(SystemExit, match="^2$"):
         program.parse(["a.yaml", "--sede", "7"])
     assert "error: unrecognized arguments: --sede 7" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("program", "record"), [(sample_video, SampleArgs), (train_video, TrainArgs)])
+def test_flags_are_options_and_absent_ones_are_none(program, record, capsys):
+    fields = {field.name: field for field in dataclasses.fields(record)}
+    options = vars(program.parse([]))
+    assert {name for name in fields if name in options} == set(program.FLAGS)
+    assert all(options[name] is None for name in program.FLAGS)
+    with pytest.raises(SystemExit):
+        program.parse(["--help"])
+    shown = " ".join(capsys.readouterr().out.replace("-\n", "-").split())
+    assert all(" ".join(fields[name].metadata["help"].split()) in shown for name in program.FLAGS)
+
+
+def test_values_of_flags():
+    line = "--prompt A --prompt B --refine --lora a:2 --lora b --steps 7 --guidance-scale 3 --image-size 16 32"
+    options = sample_video.parse([*line.split(), "--placement", "lean", "--load", "50", "--num-frames", "3"])
+    assert options.prompts == ["A", "B"] and options.refine is True and options.lora == ["a:2", "b"]
+    assert (options.num_steps, options.sampling_num_frames, options.sampling_image_size) == (7, 3, [16, 32])
+    assert options.guidance_scale == 3.0 and options.placement == "lean" and options.load == "50"
+    assert train_video.parse(["--resume", "run"]).resume == "run"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--placement", "all", "--seed-mode", "x"], "invalid choice: 'x' (choose from"),
+        (["--image-size", "16"], "expected 2 arguments"),
+        (["--seed", "1.5"], "invalid int value: '1.5'"),
+        (["--refine=yes"], "ignored explicit argument 'yes'"),
+    ],
+)
+def test_values_that_flags_refuse(words, said, capsys):
+    with pytest.raises(SystemExit, match="^2$"):
+        sample_video.parse(words)
+    assert said in capsys.readouterr().err
+
+
+def test_a_percent_sign_may_stand_in_a_description():
+    @dataclasses.dataclass
+    class Record:
+        share: float = option(0.1, "of the whole, 10 % as it stands")
+
+    parser = cli.Parser()
+    add_flags(parser, Record, ["share"])
+    assert "10 % as it stands" in parser.format_help() and parser.parse_args(["--share", "1"]).share == 1.0
+
+
+@pytest.mark.parametrize("program", ["sample_video", "train_video"])
+def test_a_command_line_is_read_without_heavy_imports(program):
+    code = f"import sys, {program}; {program}.parse([]); print({{'torch', 'omegaconf', 'numpy'}} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "set()\n", done
 
 
 def test_ranks_say_the_same_once(tmp_path, monkeypatch, capsys):

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sgm.models.random_release import train_sentencepiece
 from sgm.modules.conditioner import AbstractEmbModel, ConditionerError, GeneralConditioner, drop_samples
 from sgm.modules.encoders import t5_files
 from sgm.modules.encoders.modules import FrozenT5Embedder, NonFiniteEmbeddingError, text_is_local
@@ -281,9 +282,11 @@ def test_decoder_of_a_full_checkpoint_is_left_out(folder, embedder):
 
 
 def test_loading_is_silent_and_offline(release):
+    """Nor are transformers and torch's compiler imported, each of which takes longer to import than torch."""
     code = (
         "import sys; from sgm.modules.encoders.modules import FrozenT5Embedder; "
-        "e = FrozenT5Embedder(sys.argv[1], max_length=12); e(['a cat ' * 600])"
+        "e = FrozenT5Embedder(sys.argv[1], max_length=12); e(['a cat ' * 600]); "
+        "assert 'tokenizers' in sys.modules; assert not {'transformers', 'torch._dynamo'} & sys.modules.keys()"
     )
     env = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_DISABLE_TELEMETRY": "1"}
     done = subprocess.run(
@@ -323,6 +326,65 @@ def test_missing_shard(folder):
     (folder / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(EncoderFilesError, match=r"model-00002-of-00002.safetensors \(named in model.safetensors.index"):
         load(folder)
+
+
+def change_config(folder: Path, **changes) -> None:
+    """Other values in config.json; None leaves a field out."""
+    content = json.loads((folder / "config.json").read_text()) | changes
+    content = {name: value for name, value in content.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"d_kv": None, "num_heads": None},
+            r"2 problems in .*config\.json:\n.*d_kv is missing\n.*num_heads is missing",
+        ),
+        ({"d_model": "wide"}, "config.d_model: expected a whole number, got 'wide'"),
+        ({"num_layers": 0, "layer_norm_epsilon": -1}, "2 problems(.|\n)*config.num_layers: must be at least 1, got 0"),
+        ({"feed_forward_proj": "gated-silu"}, "'gated-silu' is not one of 'relu', 'gated-gelu'"),
+        ({"relative_attention_max_distance": 8}, "relative_attention_max_distance must exceed"),
+        ({"d_model": 64}, "wrong shape(.|\n)*The configuration is .*config.json"),
+    ],
+)
+def test_wrong_configuration(folder, changes, message):
+    change_config(folder, **changes)
+    with pytest.raises(WeightsError, match=message):
+        load(folder)
+
+
+def test_fields_that_a_configuration_may_lack(folder, embedder):
+    others = ("relative_attention_num_buckets", "relative_attention_max_distance", "layer_norm_epsilon", "dropout_rate")
+    change_config(folder, **dict.fromkeys(others), strange=[1])
+    assert torch.equal(load(folder)(["a cat"]), embedder(["a cat"]))
+    change_config(folder, feed_forward_proj=None)
+    with pytest.raises(WeightsError, match=r"DenseReluDense.wi.weight"):  # the ungated one of T5 1.0
+        load(folder)
+
+
+@pytest.mark.parametrize(("text", "message"), [("{", "config.json cannot be read"), ("[]", "it holds a list")])
+def test_unreadable_configuration(folder, text, message):
+    (folder / "config.json").write_text(text)
+    with pytest.raises(WeightsError, match=message):
+        load(folder)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.98])
+def test_truncated_vocabulary(folder, share):
+    content = (folder / "spiece.model").read_bytes()
+    (folder / "spiece.model").write_bytes(content[: int(share * len(content))])
+    with pytest.raises(WeightsError, match="spiece.model is no sentencepiece model .*copy or download it again"):
+        load(folder)
+
+
+def test_empty_or_foreign_vocabulary(folder):
+    foreign = train_sentencepiece(["a cat", "a dog"] * 20, 12).replace(b"<pad>", b"<bos>")
+    for content in (b"", foreign):
+        (folder / "spiece.model").write_bytes(content)
+        with pytest.raises(WeightsError, match="spiece.model is no whole vocabulary of T5"):
+            load(folder)
 
 
 def test_unreadable_index(folder):
@@ -492,7 +554,7 @@ def test_truncation_is_told(embedder):
 
 def test_exact_fit_is_not_truncated(embedder):
     text = "a a a a"
-    count = len(embedder.tokenizer(text).input_ids)
+    count = len(embedder.tokenizer.encode(text))
     fitting, short = (FrozenT5Embedder(str(embedder.files.tokenizer), max_length=k) for k in (count, count - 1))
     assert fitting.tokenize([text]).truncated == [""] and fitting.tokenize([text]).ids.shape == (1, count)
     assert short.tokenize([text]).truncated != [""] and short.tokenize([text]).ids[0, -1] == 1

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from sgm import util
-from sgm.config import ConfigError, check_model_section, coerce, load_run_config, merge_yaml, option
+from sgm.config import ConfigError, check_model_section, load_run_config, merge_yaml, option
 from sgm.inference.options import SampleArgs
 from sgm.models.diffusion import SATVideoDiffusionEngine
+from sgm.typed import coerce
 from sgm.util import TargetError, check_tree, get_obj_from_str, instantiate_from_config
 
 REPO = Path(__file__).resolve().parents[2]

@@ -32,7 +32,7 @@ from sgm.weights.release import NETWORK_PREFIX, Adapter, read_transformer
 from sgm.weights.save import save_pt, save_safetensors
 from sgm.weights.tensor_parallel import partition_state
 from tests.convert_tiny import VAE_PARAMS, adapter_matrices, make_release, model_section, rewrite
-from tests.dit_tiny import tiny_config, tiny_network
+from tests.dit_tiny import merged_state, tiny_config, tiny_network
 
 REPO = Path(__file__).resolve().parents[2]
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -292,12 +292,10 @@ def test_single_components_and_pickled_files(release: Path, hf: Path, tmp_path: 
 
 
 def test_adapter_folded_in_on_the_way_back(hf: Path, release: Path, tmp_path: Path) -> None:
-    from sgm.modules.transformer.lora import merge_lora_state
-
     save_pt(tmp_path / "a.pt", {"module": adapter_matrices(), "lora": {"rank": 4, "alpha": 2.0}})
     convert_back(ToSat(hf, tmp_path / "sat", adapters=[Adapter(str(tmp_path / "a.pt"), 0.5)]))
     matrices = {n.removeprefix(NETWORK_PREFIX): t for n, t in adapter_matrices().items()}
-    expected = merge_lora_state(read_transformer(release / "transformer").network | matrices, 0.5, alpha=2.0)
+    expected = merged_state(read_transformer(release / "transformer").network | matrices, 0.5, alpha=2.0)
     found = read_transformer(tmp_path / "sat" / "transformer").network
     assert found.keys() == expected.keys()
     for name, value in expected.items():
@@ -323,15 +321,15 @@ def test_shards_hold_at_most_their_size(tmp_path: Path) -> None:
     assert [parse_size(t) for t in ("5GB", "1.5 MiB", "1000", "2kb")] == [5 * 10**9, 3 << 19, 1000, 2000]
 
 
-def test_commands_of_the_readme(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """Every command of its section, in order, in a folder that holds what they name."""
+def test_commands_of_the_page(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Every command of docs/conversion.md, in order, in a folder that holds what they name."""
     pytest.importorskip("diffusers")
     from tools import compare_diffusers, convert_weight_hf2sat, convert_weight_sat2hf, inspect_weights
 
     named = (compare_diffusers, convert_weight_hf2sat, convert_weight_sat2hf, inspect_weights)
     tools = {f"tools/{tool.__name__.rpartition('.')[2]}.py": tool for tool in named}
-    section = (REPO / "README.md").read_text().split("## Converting weights")[1].split("\n## ")[0]
-    block = section.split("```shell")[1].split("```")[0].replace("\\\n", " ")
+    page = (REPO / "docs" / "conversion.md").read_text()
+    block = page.split("```shell")[1].split("```")[0].replace("\\\n", " ")
     commands = [shlex.split(line, comments=True) for line in block.splitlines() if line.startswith("python ")]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "CogVideoX-2b").symlink_to(hf)

@@ -19,8 +19,9 @@ import torch
 from sgm.convert.lazy import ConvertError
 from sgm.convert.output import whole_folder
 from sgm.convert.upload import push_to_hub
+from sgm.files import SaveError
 from sgm.weights.release import NETWORK_PREFIX
-from sgm.weights.save import SaveError, save_pt, save_safetensors
+from sgm.weights.save import save_pt, save_safetensors
 from tests.convert_tiny import adapter_matrices, make_release, rewrite
 from tools import convert_weight_hf2sat, convert_weight_sat2hf, inspect_weights
 
@@ -316,7 +317,7 @@ def test_killed_run_leaves_nothing_that_looks_finished(tmp_path: Path) -> None:
         assert not list(folder.iterdir())
         (folder / "new").write_text("")
     assert [p.name for p in tmp_path.iterdir()] == ["o"]
-    (tmp_path / "o").rename(tmp_path / ".partial-old-o")  # killed while the folders were exchanged: it comes back
+    (tmp_path / "o").rename(tmp_path / ".replaced-o")  # killed while the folders were exchanged: it comes back
     with pytest.raises(ConvertError, match="--overwrite"):
         with whole_folder(tmp_path / "o", overwrite=False, inputs={}):
             pass

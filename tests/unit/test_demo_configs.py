@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import shlex
+import subprocess
+import sys
 
 import pytest
 import yaml
 
 import train_video
 from sgm.config import load_run_config, merge_yaml
-from sgm.data.report import DatasetError
-from sgm.inference.preflight import choose_config
+from sgm.placeholders import choose_config
 from sgm.training.options import TrainArgs, training_advice, trains_lora
 from sgm.training.setup.deepspeed import plan_deepspeed
 from sgm.weights.release import locate, newest_run
@@ -80,17 +82,60 @@ def test_the_unedited_shipped_file_means_the_demo(monkeypatch):
     assert chosen == LORA and chosen.is_file() and "demo_lora.yaml" in why
 
 
-def test_clips_are_drawn_whole_into_the_demos_folder_only(tmp_path, monkeypatch):
+@pytest.fixture
+def drawn(tmp_path, monkeypatch):
+    """The demo's clips, few and in a folder of the test; gives their folder."""
     monkeypatch.setattr(clips, "FOLDER", tmp_path / "clips")
     monkeypatch.setattr(clips, "COUNT", 2)
-    assert clips.make_demo_clips(tmp_path / "striped-heart") is False
-    assert clips.make_demo_clips(tmp_path / "clips" / "striped-heart") is True
-    made = tmp_path / "clips" / "striped-heart"
+    monkeypatch.setattr(clips, "PLAIN_COUNT", 1)
+    return tmp_path / "clips"
+
+
+def test_clips_are_drawn_whole_into_the_demos_folder_only(drawn, capsys):
+    assert clips.main([str(drawn / "striped-heart")]) == 0
+    made = drawn / "striped-heart"
     assert sorted(p.name for p in made.glob("*/*")) == ["000000.mp4", "000000.txt", "000001.mp4", "000001.txt"]
     assert all("striped" in p.read_text() for p in (made / "labels").iterdir())
-    assert [p.name for p in (tmp_path / "clips").iterdir()] == ["striped-heart"]
-    with pytest.raises(DatasetError, match="striped-heart"):
-        clips.make_demo_clips(tmp_path / "clips" / "stripes")
+    assert [p.name for p in drawn.iterdir()] == ["striped-heart"]
+    capsys.readouterr()
+    assert clips.main([str(made)]) == 0 and capsys.readouterr().err == ""  # they are there
+    for folder, said in ((drawn / "stripes", "striped-heart"), (drawn.parent / "striped-heart", "is not below")):
+        assert clips.main([str(folder)]) == 2 and said in capsys.readouterr().err
+
+
+def test_clips_that_a_training_needs_are_drawn(drawn, capsys):
+    folders = [f"args.train_data=[{drawn}/striped-heart]", f"args.valid_data=[{drawn.parent}/mine]"]
+    folders = [str(LORA), "--set", folders[0], "--set", f"args.prior_data=[{drawn}/plain]", "--set", folders[1]]
+    for nothing in (["--dry-run"], ["--help"], ["--sede=1"], ["--set", "args.train_iters=many"]):
+        assert clips.main(["--needed-by", *folders, *nothing]) == 0
+        assert capsys.readouterr() == ("", "") and not drawn.exists()  # training says what is wrong
+    assert clips.main(["--needed-by", *folders, "--resume"]) == 0
+    assert sorted(p.name for p in drawn.iterdir()) == ["plain", "striped-heart"]
+    assert capsys.readouterr().err.count("drawing") == 2 and not (drawn.parent / "mine").exists()
+
+
+@pytest.mark.parametrize("arguments", [[], [str(LORA)]], ids=["none named", "demo_lora.yaml"])
+def test_the_demo_needs_its_clips(arguments, monkeypatch):
+    monkeypatch.chdir(REPO)
+    assert clips.demo_folders(arguments) == [REPO / "demo" / "clips" / name for name in ("striped-heart", "plain")]
+
+
+def test_the_demos_page_says_how_many_clips_there_are():
+    page = " ".join((REPO / "docs" / "demo.md").read_text().split())
+    assert (
+        f"draws {clips.COUNT} clips of striped hearts" in page and f"and {clips.PLAIN_COUNT} of what it knows" in page
+    )
+
+
+def test_training_says_how_the_clips_are_drawn(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder = REPO / "demo" / "clips" / "no-style"
+    assert train_video.main([str(LORA), "--set", f"args.train_data=[{folder}]", "--device", "cpu"]) == 2
+    (said,) = (line for line in capsys.readouterr().err.splitlines() if "clips.py" in line)
+    command = shlex.split(said.partition("without it: ")[2])
+    assert command[:3] == [sys.executable, str(REPO / "tools" / "demo" / "clips.py"), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "no-style is no demo data set; there are plain, striped-heart" in done.stderr
 
 
 def test_a_run_may_be_named_without_its_date(tmp_path):

@@ -7,22 +7,33 @@ import json
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from sgm.config import ConfigError, merge_yaml
+from sgm.config import AccelerateArgs, ConfigError, merge_yaml
+from sgm.data import video_out
 from sgm.data.video_io import probe, read_frames
+from sgm.files import SaveError, replacing, write_json
 from sgm.inference import writer
+from sgm.inference.fit import SamplingError, check_latents
 from sgm.inference.noise import SampleId, StackedNoise
 from sgm.inference.options import SampleArgs
-from sgm.inference.preflight import PathError, check_paths, choose_config, unedited, weight_paths
+from sgm.inference.plan import memory_lines
+from sgm.inference.progress import Progress, StageTimes
 from sgm.inference.prompts import Prompt, PromptError, ask, find_prompt_file, gather, read_prompt_file, safe_name, share
+from sgm.inference.requests import Guidance, Request, Requests
+from sgm.inference.runner import Runner, out_of_memory_advice
 from sgm.inference.writer import OutputError, SampleFiles
+from sgm.modules.diffusionmodules.guiders import IdentityGuider, VanillaCFG
+from sgm.placeholders import choose_config, unedited, weight_paths
 from sgm.places import found_path
+from sgm.weights.preflight import PathError, check_paths
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -89,11 +100,10 @@ def test_line_k_belongs_to_rank_k_modulo_world_size():
     assert [[p.index for p in share(prompts, rank, 3)] for rank in range(3)] == [[0, 3], [1, 4], [5]]
 
 
-def test_asking_until_the_end_of_input():
-    answers = iter(["one\n", "  \n", "two\n", ""])
-    out = io.StringIO()
-    assert list(ask(lambda: next(answers), out)) == [Prompt(0, "one"), Prompt(1, "two")]
-    assert out.getvalue().count("Ctrl-D") == 4
+def test_asking_until_the_end_of_input(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\n  \ntwo\n"))
+    assert list(ask()) == [Prompt(0, "one"), Prompt(1, "two")]
+    assert capsys.readouterr().err.count("Ctrl-D") == 4
 
 
 # --- noise -------------------------------------------------------------------------------------------------------
@@ -111,6 +121,7 @@ def test_noise_of_a_sample_does_not_depend_on_its_company():
         for i in [(1, 0, 0), (1, 0, 1), (1, 1, 0), (2, 0, 0), (11, 0, 0)]
     ]
     assert len(set(draws)) == 5
+    assert SampleId(42, 3, 1).generator().initial_seed() == 6581409535260845054  # the same video in every version
     normal = StackedNoise([SampleId(0, 0, 0)]).start((100_000,))
     assert abs(normal.mean()) < 0.02 and abs(normal.std() - 1) < 0.02
     with pytest.raises(ValueError, match="batch of 2 was asked of 3"):
@@ -127,22 +138,30 @@ def frames(count: int = 5, height: int = 32, width: int = 64) -> np.ndarray:
 
 def test_pixels_are_clamped_and_truncated_as_the_original_does():
     x = torch.tensor([-2.0, -1.0, 0.0, 0.5, 0.999, 1.0, 3.0]).view(1, 1, 7, 1, 1).expand(1, 3, 7, 1, 1)
-    assert writer.to_uint8(x)[0, :, 0, 0, 0].tolist() == [0, 0, 127, 191, 254, 255, 255]
-    assert writer.to_uint8(x.half()).dtype == torch.uint8 and writer.to_uint8(x).shape == (1, 7, 1, 1, 3)
+    assert video_out.to_uint8(x)[0, :, 0, 0, 0].tolist() == [0, 0, 127, 191, 254, 255, 255]
+    assert video_out.to_uint8(x.half()).dtype == torch.uint8 and video_out.to_uint8(x).shape == (1, 7, 1, 1, 3)
 
 
 def test_video_and_contact_sheet(tmp_path):
     files = SampleFiles(tmp_path / "0_x" / "0")
-    writer.write_video(files.video, frames(9), 8)
+    with writer.writing_into(files.folder):
+        video_out.write_video(files.video, frames(9), 8)
     video = probe(files.video)
     assert (video.frames, video.height, video.width, round(video.fps)) == (9, 32, 64, 8)
     assert abs(int(read_frames(files.video, [4]).float().mean()) - 127) < 6
-    writer.write_contact_sheet(files.sheet, frames(9))
+    y, x = np.mgrid[:64, :96]
+    grain = np.random.default_rng(0).normal(127 + 60 * np.sin(x / 7) + 50 * np.cos(y / 5), 12)
+    moving = np.stack([np.roll(grain, k, 1).clip(0, 255).astype(np.uint8) for k in range(9)])[..., None].repeat(3, -1)
+    video_out.write_video(files.folder / "grain.mp4", moving, 8)
+    shown = read_frames(files.folder / "grain.mp4", list(range(9))).permute(0, 2, 3, 1).numpy()
+    assert 10 * np.log10(255**2 / ((shown - moving.astype(float)) ** 2).mean()) > 43  # dB
+    (files.folder / "grain.mp4").unlink()
+    video_out.write_contact_sheet(files.sheet, frames(9))
     assert Image.open(files.sheet).size == (4 * 64, 2 * 32)
-    writer.write_contact_sheet(files.sheet, frames(1, 480, 720))
+    video_out.write_contact_sheet(files.sheet, frames(1, 480, 720))
     assert Image.open(files.sheet).size == (240, 160)
     assert not files.done(latents_only=False)
-    writer.write_json(files.record, {"prompt": "été"})
+    write_json(files.record, {"prompt": "été"})
     assert files.done(latents_only=False) and not files.done(latents_only=True)
     assert json.loads(files.record.read_text(encoding="utf-8")) == {"prompt": "été"}
     assert {p.name for p in files.folder.iterdir()} == {"000000.mp4", "000000.png", "000000.json"}
@@ -162,24 +181,118 @@ def test_latents_keep_values_and_facts(tmp_path):
         writer.find_latents(tmp_path / "nothing")
 
 
+@pytest.mark.parametrize("shape", [(2, 16, 4, 4), (3, 8, 4, 4), (16, 4, 4), (3, 16, 0, 4), (0, 16, 4, 4)])
+def test_latents_of_another_shape_are_not_decoded(shape):
+    engine = SimpleNamespace(autoencoder=SimpleNamespace(decoder=SimpleNamespace(z_channels=16)))
+    check_latents(engine, torch.zeros(3, 16, 4, 4))
+    with pytest.raises(SamplingError, match=r"decodes \(t, 16, h, w\) with an odd t"):
+        check_latents(engine, torch.zeros(shape))
+
+
+def test_in_what_a_request_differs_from_a_record():
+    guidance, size = Guidance("DynamicCFG", 6), (480, 720)
+    request = Request("a fox", False, "", 42, "sample", "DPM", 50, guidance, 13, size, 8, "fp16", {}, "/w", ["/l:1"])
+    record = json.loads(json.dumps(asdict(request))) | {"latents_sha256": "0"}
+    assert request.differences(record) == []
+    earlier = {name: value for name, value in record.items() if name not in ("refine", "approximate")}
+    assert request.differences(earlier) == []  # of a version that did not know them
+    changed = record | {"seed": 7, "guidance": {"guider": "DynamicCFG", "scale": 5}, "prompt": "x " * 40 + "y"}
+    assert request.differences(changed) == [
+        f"prompt {'x ' * 28}..., now a fox",
+        "seed 7, now 42",
+        "guidance {'guider': 'DynamicCFG', 'scale': 5}, now {'guider': 'DynamicCFG', 'scale': 6}",
+    ]
+
+
+def test_a_request_names_weights_by_whole_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = SampleArgs(load="w", lora=["a.pt:0.5", "/b.pt"])
+    engine = SimpleNamespace(sampler=SimpleNamespace(guider=VanillaCFG(6.0)))
+    pipeline = SimpleNamespace(engine=engine, num_steps=50, image_size=(480, 720))
+    requests = Requests(SimpleNamespace(args=args, accelerate=AccelerateArgs()), pipeline)
+    request = requests.of(Prompt(0, "x"))
+    assert (request.load, request.lora) == (f"{tmp_path}/w", [f"{tmp_path}/a.pt:0.5", "/b.pt"])
+    assert request.guidance == Guidance("VanillaCFG", 6.0)
+    engine.sampler.guider = IdentityGuider()
+    assert requests.of(Prompt(0, "x")).guidance == Guidance("IdentityGuider", None)
+
+
+@pytest.mark.parametrize(
+    ("placement", "held"), [("all", "at most 13.0 MiB"), ("stages", "at most 8.0 MiB"), ("lean", "")]
+)
+def test_the_plan_says_how_much_a_placement_holds(placement, held):
+    sizes = {"conditioner": 8, "model": 4, "first_stage_model": 1}
+    engine = torch.nn.ModuleDict({name: torch.nn.Linear(1 << 18, mib, bias=False) for name, mib in sizes.items()})
+    pipeline = SimpleNamespace(engine=engine, args=SampleArgs(placement=placement))
+    *lines, last = memory_lines(pipeline)
+    assert "weights of the text encoder: 8.0 MiB" in lines and (held in last if held else "VAE" in last)
+    del engine["conditioner"]
+    assert memory_lines(pipeline)[-1] == "weights of the text encoder: unknown until its folder is there"
+
+
+def test_advice_when_memory_is_short_names_what_is_left_to_try():
+    first = out_of_memory_advice(SampleArgs(placement="all", batch_size=2))
+    assert all(way in first for way in ("--placement stages", "--max-batch 1", "--vae-tiling", "--num-frames 9"))
+    last = out_of_memory_advice(SampleArgs(placement="lean", batch_size=2, max_batch=1, vae_tiling=True))
+    assert not any(way in last for way in ("stages", "--max-batch", "--vae-tiling")) and "--image-size" in last
+    assert "--max-batch" not in out_of_memory_advice(SampleArgs())  # one sample a prompt
+
+
+def test_ranks_share_saved_latents_out(tmp_path, monkeypatch):
+    for k in range(3):
+        writer.write_latents(tmp_path / str(k) / "latents.safetensors", torch.zeros(1, 16, 2, 2), {"k": k})
+    decoded: list[tuple[int, int]] = []
+    config = SimpleNamespace(args=SampleArgs(decode_latents=str(tmp_path), output_dir=str(tmp_path / "out")))
+    for rank in range(2):
+        monkeypatch.setattr(Runner, "_write_frames", lambda *_: None)
+        monkeypatch.setattr(Runner, "_write_record", lambda _, files, facts, times, rank=rank: decoded.append((rank, facts["k"])))  # fmt: skip
+        Runner(config, None, Progress(False, torch.device("cpu")), rank, 2).run()
+    assert decoded == [(0, 0), (0, 2), (1, 1)]
+
+
+def test_a_stage_that_runs_again_adds_its_time_and_keeps_its_peak():
+    times = StageTimes()
+    times.add("decode", 1.0, 7)
+    times.add("decode", 0.5, 3)
+    assert times == StageTimes({"decode": 1.5}, {"decode": 7})
+
+
+def test_a_caption_of_another_prompt_of_the_same_folder_is_not_taken(tmp_path):
+    prompt, other = (Prompt(0, "a " * 70 + end) for end in ("red", "blue"))
+    assert prompt.folder == other.folder
+    args = SampleArgs(output_dir=str(tmp_path), batch_size=2, skip_done=True)
+    requests = Requests(SimpleNamespace(args=args), None)
+    record = requests.files(prompt, 1).record
+    with writer.writing_into(record.parent):
+        write_json(record, {"prompt": prompt.text, "refined_prompt": "A red one."})
+    assert (requests.earlier_caption(prompt), requests.earlier_caption(other)) == ("A red one.", "")
+    requests.args = replace(args, skip_done=False)
+    assert requests.earlier_caption(prompt) == ""
+
+
 def test_a_writer_that_fails_leaves_nothing_new(tmp_path, monkeypatch):
     target = tmp_path / "x.json"
     target.write_text("before")
-    with pytest.raises(KeyboardInterrupt), writer.replacing(target) as temporary:
+    with pytest.raises(KeyboardInterrupt), replacing(target) as temporary:
         temporary.write_text("half")
         raise KeyboardInterrupt
     assert target.read_text() == "before" and list(tmp_path.iterdir()) == [target]
     monkeypatch.setattr("imageio_ffmpeg._io.get_ffmpeg_exe", lambda: "/bin/false")
-    with pytest.raises(OutputError, match=r"cannot encode .*v\.mp4"):
-        writer.write_video(tmp_path / "v.mp4", frames(200), 8)
+    with pytest.raises(video_out.EncodingError, match=r"cannot encode .*v\.mp4"):
+        video_out.write_video(tmp_path / "v.mp4", frames(200), 8)
     assert list(tmp_path.iterdir()) == [target]
 
 
 def test_folders_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "sub", Path("/proc/none")):
-        with pytest.raises(OutputError, match="--output-dir"):
+        with pytest.raises(SaveError, match="--output-dir"):
             writer.check_writable(folder)
+        with pytest.raises(SaveError, match="--output-dir"):
+            writer.write_latents(folder / "latents.safetensors", torch.zeros(1), {})
+        with pytest.raises(SaveError) as bare:  # as training does, which has no such option
+            write_json(folder / "x.json", {})
+        assert "--output-dir" not in str(bare.value)
     writer.check_writable(tmp_path / "new")
     assert not list((tmp_path / "new").iterdir())
 
@@ -297,7 +410,6 @@ def test_relative_paths_from_here_or_from_the_project(tmp_path, monkeypatch):
 def test_an_interrupt_that_python_drops_stops_the_next_step(monkeypatch):
     """A signal may come while a destructor runs, whose exceptions are printed and forgotten."""
     from sgm.cli import Interrupts
-    from sgm.inference.progress import Progress
 
     class Closing:
         def __del__(self):

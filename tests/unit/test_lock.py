@@ -12,14 +12,14 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from sgm.lock import sole_holder
+from sgm.lock import try_lock
 
 REPO = Path(__file__).resolve().parents[2]
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from sgm.lock import sole_holder
-with sole_holder(Path(sys.argv[1])) as alone:
+from sgm.lock import try_lock
+with try_lock(Path(sys.argv[1])) as alone:
     child = os.fork() if len(sys.argv) > 2 else None
     os.write(1, f"{alone} {child}\\n".encode())  # in one piece, whoever else writes
     time.sleep(60)
@@ -36,13 +36,13 @@ def holder(lock: Path, *more: str) -> tuple[subprocess.Popen, list[str]]:
 
 def test_one_at_a_time_and_nothing_left(tmp_path):
     lock = tmp_path / "lock"
-    with sole_holder(lock) as first:
-        with sole_holder(lock) as second:
+    with try_lock(lock) as first:
+        with try_lock(lock) as second:
             assert first and not second
-        with sole_holder(lock) as third:
+        with try_lock(lock) as third:
             assert not third  # the one that was refused has not let it go
     assert not list(tmp_path.iterdir())
-    with sole_holder(lock) as again:
+    with try_lock(lock) as again:
         assert again
 
 
@@ -50,12 +50,12 @@ def test_it_ends_with_its_process(tmp_path):
     process, said = holder(tmp_path / "lock")
     try:
         assert said == ["True", "None"]
-        with sole_holder(tmp_path / "lock") as alone:
+        with try_lock(tmp_path / "lock") as alone:
             assert not alone
     finally:
         process.kill()
         process.wait()
-    with sole_holder(tmp_path / "lock") as alone:
+    with try_lock(tmp_path / "lock") as alone:
         assert alone
 
 
@@ -66,7 +66,7 @@ def test_a_worker_that_outlives_its_parent_does_not_hold_it(tmp_path):
     (child,) = set(said) - {"True", "0"}
     try:
         os.kill(int(child), 0)  # it lives
-        with sole_holder(tmp_path / "lock") as ours:
+        with try_lock(tmp_path / "lock") as ours:
             assert ours
     finally:
         os.kill(int(child), signal.SIGKILL)
@@ -76,7 +76,7 @@ def test_never_two_in_a_crowd(tmp_path):
     inside, most = [], []
 
     def work(_):
-        with sole_holder(tmp_path / "lock") as alone:
+        with try_lock(tmp_path / "lock") as alone:
             if alone:
                 inside.append(1)
                 most.append(len(inside))
@@ -93,6 +93,6 @@ def test_a_drive_without_locks_is_named(tmp_path, monkeypatch, caplog):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with caplog.at_level(logging.WARNING), sole_holder(tmp_path / "lock") as alone:
+    with caplog.at_level(logging.WARNING), try_lock(tmp_path / "lock") as alone:
         assert alone
     assert "has no locks (No locks available)" in caplog.text

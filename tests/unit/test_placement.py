@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sgm.inference.placement import BlockStreamer, Placement, Resident, Streams
-from sgm.inference.staging import StagedCopy
+from sgm.weights.staging import StagedCopy
 from tests.dit_tiny import load_tiny, random_inputs, tiny_network
 
 CPU = torch.device("cpu")
@@ -50,7 +50,7 @@ class LateStreams(Streams):
         self.queued.pop(slot)()
         self.busy.add(slot)
 
-    def used(self, slot: int) -> None:
+    def release(self, slot: int) -> None:
         self.busy.remove(slot)
 
 
@@ -106,7 +106,7 @@ def test_blocks_in_any_order_and_a_failing_one(network):
     streamer.streams = LateStreams()
     streamer.enter()  # begins at block 0 again, whatever was copied ahead
     assert torch.equal(run(network), expected)
-    streamer._waiting = (4, streamer._copy(4))  # something else than the next block was copied ahead
+    streamer._prefetched = (4, streamer._copy(4))  # something else than the next block was copied ahead
     assert torch.equal(run(network), expected)
     streamer.leave()
 

@@ -341,7 +341,7 @@ def sampling(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
     from sgm.convert.dit_sizes import sizes_of_params
     from sgm.convert.run_file import run_file
-    from sgm.weights.random_release import write_random_release
+    from sgm.models.random_release import write_random_release
     from tests.convert_tiny import VAE_PARAMS, model_section
     from tests.dit_tiny import tiny_config
 

@@ -214,4 +214,3 @@ def test_plain_denoiser_uses_sigma_as_it_is():
     x, sigma = torch.randn(2, 3, 4), torch.tensor([0.123, 4.56])
     out = denoiser(lambda x, t, c: torch.ones_like(x), x, sigma, {})
     torch.testing.assert_close(out, x - sigma.view(2, 1, 1))
-    assert denoiser.w(sigma).tolist() == [1, 1]

@@ -30,9 +30,9 @@ from sgm.config import RunConfig, load_run_config
 from sgm.inference.noise import SampleId
 from sgm.inference.options import SampleArgs
 from sgm.inference.placement import peak_memory
+from sgm.models.random_release import write_random_release
 from sgm.modules.autoencoding.strides import STRIDES
 from sgm.modules.ops.choice import Kernels, choose_kernels
-from sgm.weights.random_release import write_random_release
 from tools.bench import models
 from tools.bench.flops import conv_flops, network_flops
 from tools.bench.measure import Ceilings, emit, measure_ceilings, relative_error, time_runs
@@ -96,7 +96,7 @@ def bench_run(bench: Bench) -> None:
     """One prompt's way, stage by stage. It comes first, so that the peak is its own."""
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        for module in ("sgm.models.network", "sgm.inference.pipeline", "transformers.models.t5.modeling_t5"):
+        for module in ("sgm.models.network", "sgm.inference.pipeline"):
             _stage(f"import {module}", lambda module=module: import_module(module))
         imported = time.perf_counter() - start
         config = _with_random_weights(bench.config, bench.frames, Path(folder))

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from sgm.config import merge_yaml
 from sgm.convert import dit_keys, dit_sizes, vae_keys
+from sgm.modules.encoders.t5 import T5Encoder
+from sgm.modules.encoders.t5_config import T5Config
 from sgm.util import instantiate_from_config
 
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -41,11 +43,9 @@ def our_trained_network(config: str, dtype: str, device: torch.device, rank: int
 
 def text_encoder(dtype: str) -> nn.Module:
     """The encoder of T5 v1.1 XXL in host memory that is not pinned, all weights zero: for times only."""
-    from transformers import T5Config, T5EncoderModel
-
-    sizes = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
+    sizes = {"vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
     with torch.device("meta"):
-        encoder = T5EncoderModel(T5Config(**sizes, feed_forward_proj="gated-gelu"))
+        encoder = T5Encoder(T5Config(**sizes, feed_forward_proj="gated-gelu"))
     encoder = encoder.to(TYPES[dtype]).to_empty(device="cpu").eval().requires_grad_(False)
     for weight in encoder.parameters():
         weight.zero_()

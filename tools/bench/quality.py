@@ -25,14 +25,15 @@ import torch
 from torch import Tensor
 
 from sgm.cli import exit_code
-from sgm.config import AccelerateArgs, ConfigError, RunConfig, build_args, load_run_config, merge_yaml
+from sgm.config import AccelerateArgs, ConfigError, RunConfig, load_run_config, merge_yaml
 from sgm.distributed import shutdown
 from sgm.inference.noise import SampleId
 from sgm.inference.options import SampleArgs
 from sgm.inference.pipeline import EncodedPrompt, TextToVideo
-from sgm.inference.preflight import with_found_paths
 from sgm.inference.prompts import gather
 from sgm.modules.autoencoding.strides import STRIDES
+from sgm.typed import build_args
+from sgm.weights.preflight import with_found_paths
 from tools.bench.measure import emit, relative_error
 from tools.demo.captions import caption, parse
 from tools.demo.measure import measure

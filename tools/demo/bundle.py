@@ -20,10 +20,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from sgm.files import SaveError, write_text
 from sgm.weights import WeightsError, read_checkpoint  # noqa: E402
 from sgm.weights.files import tensors_of  # noqa: E402
 from sgm.weights.release import NETWORK_PREFIX, read_transformer  # noqa: E402
-from sgm.weights.save import SaveError, save_pt, save_text  # noqa: E402
+from sgm.weights.save import save_pt  # noqa: E402
 
 COMPUTED = ("mixins.pos_embed.pos_embedding",)  # follows from the configuration
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -46,7 +47,7 @@ def bundle_transformer(source: Path, out: Path, dtype: torch.dtype) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     entries = {NETWORK_PREFIX + name: t for name, t in narrowed(state, dtype, source).items()}
     save_pt(folder / "mp_rank_00_model_states.pt", {"module": entries})
-    save_text(out / "latest", str(iteration))
+    write_text(out / "latest", str(iteration))
     return iteration
 
 
@@ -72,7 +73,7 @@ def write_hashes(out: Path) -> int:
     """Write SHA256SUMS over the three parts (as `sha256sum -c` reads it); returns their bytes."""
     files = sorted(p for part in ("t5", "transformer", "vae") for p in (out / part).rglob("*") if p.is_file())
     lines = [f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.relative_to(out).as_posix()}" for p in files]
-    save_text(out / HASHES, "\n".join(lines) + "\n")
+    write_text(out / HASHES, "\n".join(lines) + "\n")
     return sum(p.stat().st_size for p in files)
 
 

@@ -30,10 +30,10 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from sgm.config import merge_yaml  # noqa: E402
+from sgm.files import write_text  # noqa: E402
 from sgm.models.autoencoder import VideoAutoencoder, chunk_bounds  # noqa: E402
 from sgm.modules.autoencoding.regularizers import DiagonalGaussian  # noqa: E402
 from sgm.modules.autoencoding.strides import STRIDES  # noqa: E402
-from sgm.weights.save import save_text  # noqa: E402
 from tools.demo.attributes import ClipSpec, read_withheld  # noqa: E402
 from tools.demo.clip_feed import held_out_specs  # noqa: E402
 from tools.demo.shapes import render_clip  # noqa: E402
@@ -219,7 +219,7 @@ def main(arguments: list[str] | None = None) -> int:
         figures = evaluate(vae, specs, model["scale_factor"], device)
         print(summary(figures))
         if args.json:
-            save_text(args.json, json.dumps(figures, indent=1) + "\n")
+            write_text(args.json, json.dumps(figures, indent=1) + "\n")
         if args.picture:
             write_picture(vae, specs[:4], device, args.picture)
     except (ValueError, OSError) as error:

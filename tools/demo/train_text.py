@@ -34,15 +34,12 @@ from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from sgm.files import SaveError, write_json
+from sgm.models.random_release import piece_count, train_sentencepiece, write_text_encoder  # noqa: E402
 from sgm.modules.encoders.modules import FrozenT5Embedder  # noqa: E402
+from sgm.modules.encoders.t5_config import T5Config  # noqa: E402
+from sgm.modules.encoders.tokenizer import EXTRA_IDS  # noqa: E402
 from sgm.weights import WeightsError  # noqa: E402
-from sgm.weights.random_release import (  # noqa: E402
-    EXTRA_IDS,
-    piece_count,
-    train_sentencepiece,
-    write_text_encoder,
-)
-from sgm.weights.save import SaveError, save_text  # noqa: E402
 from tools.demo.attributes import BACKGROUNDS, COLOURS, PATTERNS, SIZES, SPEEDS, ClipSpec, ObjectSpec  # noqa: E402
 from tools.demo.captions import Said, parse  # noqa: E402
 from tools.demo.wordings import (  # noqa: E402
@@ -226,16 +223,20 @@ def first_bias(buckets: int, heads: int) -> Tensor:
 
 def new_encoder(folder: Path, spiece: bytes, settings: Settings) -> FrozenT5Embedder:
     """An untrained encoder, which `folder` then holds as well: training goes through what sampling uses."""
-    from transformers import T5Config, T5EncoderModel
+    import transformers  # which draws the weights to start from
 
     config = T5Config(
-        vocab_size=piece_count(spiece) + EXTRA_IDS, d_model=settings.width, d_kv=settings.width // settings.heads,
-        d_ff=settings.hidden, num_layers=settings.layers, num_heads=settings.heads, dropout_rate=0.0,
-        feed_forward_proj="gated-gelu", tie_word_embeddings=False, is_encoder_decoder=True,
-        architectures=["T5EncoderModel"], decoder_start_token_id=0,
-    )  # fmt: skip
+        vocab_size=piece_count(spiece) + EXTRA_IDS,
+        d_model=settings.width,
+        d_kv=settings.width // settings.heads,
+        d_ff=settings.hidden,
+        num_layers=settings.layers,
+        num_heads=settings.heads,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+    )
     torch.manual_seed(settings.seed)
-    model = T5EncoderModel(config)
+    model = transformers.T5EncoderModel(transformers.T5Config(**config.content()))
     with torch.no_grad():
         model.shared.weight.mul_(EMBEDDING_SCALE)
         for name, p in model.named_parameters():
@@ -330,7 +331,7 @@ def train(embedder: FrozenT5Embedder, readers: Readers, spiece: bytes, settings:
             break
         for group in optimizer.param_groups:
             group["lr"] = group["speed"] * settings.lr * min(1, (step + 1) / 50) * (1.01 + math.cos(math.pi * done)) / 2
-        embedding = embedder.transformer(input_ids=ids.to(device)).last_hidden_state
+        embedding = embedder.transformer(ids.to(device))
         loss = readers.loss(embedding, rows.to(device))
         total = loss + settings.agreement * min(1, 2 * done) * disagreement(embedding)
         optimizer.zero_grad(set_to_none=True)
@@ -479,7 +480,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         settings = Settings(args.seed, args.steps, args.seconds, args.specs, args.lr, held_words=args.held_words)
         report = run(settings, args.out, args.device, args.workers, args.test_texts)
-        save_text(args.report or args.out.with_name(args.out.name + ".json"), json.dumps(report, indent=1) + "\n")
+        write_json(args.report or args.out.with_name(args.out.name + ".json"), report)
     except (WeightsError, SaveError, OSError) as error:
         print(f"train_text.py: {error}", file=sys.stderr)
         return 2

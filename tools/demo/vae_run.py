@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from sgm.config import merge_yaml
+from sgm.files import write_text
 from sgm.models.autoencoder import VideoAutoencoder
-from sgm.weights.save import save_text
 from tools.demo.clip_feed import ClipFeed, Withheld, held_out_specs
 from tools.demo.eval_vae import TEST_SEED, batches_of, evaluate, latent_statistics, summary
 from tools.demo.vae_phases import Phase
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace, phases: tuple[Phase, ...], withheld: Withheld,
         "held_out": figures,
         "training": asdict(progress),
     }
-    save_text(args.out / "report.json", json.dumps(record, indent=1) + "\n")
+    write_text(args.out / "report.json", json.dumps(record, indent=1) + "\n")
     print(f"{path}: {path.stat().st_size:,} bytes; report in {args.out / 'report.json'}", flush=True)
 
 

@@ -217,8 +217,10 @@ class Upsample3D(nn.Module):
         place_frames(y, result, frame_map)
 
     def _double_folded(self, x: Tensor, result: Tensor, frame_map: FrameMap, run: ClipPass) -> None:
-        filters = doubling_filters(self.conv.weight).contiguous(memory_format=_frame_layout(x))
-        parts = _by_frame(x, lambda frames: F.conv2d(frames, filters, padding=1))
+        layout = _frame_layout(x)
+        filters = doubling_filters(self.conv.weight).contiguous(memory_format=layout)
+        # cuDNN's result has the layout of x already, one without values (meta) has not
+        parts = _by_frame(x, lambda frames: F.conv2d(frames, filters, padding=1).contiguous(memory_format=layout))
         run.ops.join_phases(parts, result, frame_map, self.conv.bias)
 
 

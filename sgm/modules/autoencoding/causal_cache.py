@@ -129,44 +129,44 @@ class HostCache(CausalCache):
         self._hosts: dict[nn.Module, Tensor] = {}  # memory of every convolution so far, for all chunks
         self._next: dict[nn.Module, nn.Module] = {}  # what was kept after what
         self._last: nn.Module | None = None
-        self._leaving: Transfer | None = None
-        self._coming: tuple[nn.Module, Transfer] | None = None
+        self._outgoing: Transfer | None = None
+        self._incoming: tuple[nn.Module, Transfer] | None = None
 
     def keep(self, conv: nn.Module, frames: Tensor) -> None:
-        self._let_go()
+        self._release_outgoing()
         if conv not in self._hosts:
             self._hosts[conv] = self.link.host_like(frames)
             if self._last is not None:
                 self._next[self._last] = conv
         self._last = conv
         self._frames[conv] = self._hosts[conv]
-        self._leaving = self.link.download(frames, self._hosts[conv])
+        self._outgoing = self.link.download(frames, self._hosts[conv])
 
     def take(self, conv: nn.Module) -> Tensor | None:
-        self._let_go()
+        self._release_outgoing()
         host = self._frames.pop(conv, None)
         if host is None:
             return None
-        ahead, self._coming = self._coming, None
+        ahead, self._incoming = self._incoming, None
         transfer = ahead[1] if ahead is not None and ahead[0] is conv else self.link.upload(host)
         self.link.wait(transfer)
         following = self._next.get(conv)
         if following is not None and following in self._frames:
-            self._coming = (following, self.link.upload(self._frames[following]))
+            self._incoming = (following, self.link.upload(self._frames[following]))
         return transfer.result
 
     def close(self) -> None:
-        self._let_go()
-        if self._coming is not None:
-            self.link.wait(self._coming[1])
-        self._coming = None
+        self._release_outgoing()
+        if self._incoming is not None:
+            self.link.wait(self._incoming[1])
+        self._incoming = None
         super().close()
 
-    def _let_go(self) -> None:
+    def _release_outgoing(self) -> None:
         """Let the device copy of the frames kept last go, behind its transfer."""
-        if self._leaving is not None:
-            self.link.wait(self._leaving)
-        self._leaving = None
+        if self._outgoing is not None:
+            self.link.wait(self._outgoing)
+        self._outgoing = None
 
 
 def cache_on(host: bool, device: torch.device) -> CausalCache:

@@ -55,7 +55,7 @@ def all_frames(x: Activation) -> Tensor:
     return x if isinstance(x, Tensor) else x.frames(0, x.shape[2])
 
 
-def _takes(dtype: torch.dtype) -> bool:
+def _mkldnn_supports(dtype: torch.dtype) -> bool:
     """Whether oneDNN convolves this type on this CPU."""
     if not torch.backends.mkldnn.enabled:
         return False
@@ -72,7 +72,7 @@ class ClipConv3d(nn.Conv3d):
     padding: tuple[int, ...]
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if x.device.type != "cpu" or not _takes(x.dtype):
+        if x.device.type != "cpu" or not _mkldnn_supports(x.dtype):
             return super()._conv_forward(x, weight, bias)
         return torch.mkldnn_convolution(x, weight, bias, self.padding, self.stride, self.dilation, self.groups)
 
@@ -111,7 +111,7 @@ class CausalConv3d(nn.Module):
         if not torch.is_grad_enabled():
             spans = frame_spans(x.shape[2], self._frame_bytes(x), run.slice_bytes)
         if len(spans) == 1:
-            whole, front = frames_of(x, *spans[0]), self._taken(run)
+            whole, front = frames_of(x, *spans[0]), self._cached_front(run)
             staged = stage_frames(whole, norm, front, self.front, self.conv.weight, run.ops)
             del whole, front
             result = run.ops.convolve(self.conv, staged, bare, place)
@@ -143,7 +143,7 @@ class CausalConv3d(nn.Module):
         for start, stop in spans:
             window = staged[:, :, : self.front + stop - start]
             if start == 0:
-                continues = self._put_front(window, run)
+                continues = self._fill_front(window, run)
             part_norm = None if norm is None else norm.after(start)
             write_frames(window[:, :, self.front :], frames_of(x, start, stop), part_norm, run.ops)
             if start == 0 and not continues:
@@ -156,14 +156,14 @@ class CausalConv3d(nn.Module):
                 staged[:, :, k] = window[:, :, stop - start + k]
         return result, window[:, :, stop - start :]
 
-    def _put_front(self, window: Tensor, run: ClipPass) -> bool:
+    def _fill_front(self, window: Tensor, run: ClipPass) -> bool:
         """Bring the frames before this chunk to their place; False if there are none."""
-        front = self._taken(run)
+        front = self._cached_front(run)
         if front is not None:
             window[:, :, : self.front] = front
         return front is not None
 
-    def _taken(self, run: ClipPass) -> Tensor | None:
+    def _cached_front(self, run: ClipPass) -> Tensor | None:
         """The frames before this chunk, out of the cache."""
         return run.cache.take(self) if run.cache is not None and self.front else None
 

@@ -23,18 +23,12 @@ class FirstStage(nn.Module, ABC):
     strides: Strides = STRIDES
 
     @abstractmethod
-    def encode(self, x: Tensor, *, noise: Tensor | None = None) -> Tensor:
-        """Latents (b, c, t, h/8, w/8), not scaled, of pixels (b, 3, f, h, w) in [-1, 1]: a draw from the posterior.
-
-        `noise` (the latents' shape) replaces the draw's randn_like.
-        """
+    def encode(self, x: Tensor) -> Tensor:
+        """Latents (b, c, t, h/8, w/8), not scaled, of pixels (b, 3, f, h, w) in [-1, 1]: a draw from the posterior."""
 
     @abstractmethod
-    def decode(self, z: Tensor, chunked: bool = True) -> Tensor:
-        """Pixels (b, 3, f, h, w), near [-1, 1], of latents (b, c, t, h/8, w/8).
-
-        `chunked`: in the pieces in which the model samples; False: all frames in one go, which gives other frames.
-        """
+    def decode(self, z: Tensor) -> Tensor:
+        """Pixels (b, 3, f, h, w), near [-1, 1], of latents (b, c, t, h/8, w/8), t odd."""
 
     @abstractmethod
     def use_ops(self, ops: VaeOps) -> None:

@@ -24,7 +24,7 @@ class Denoiser(nn.Module):
     """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise), coefficients by `scaling_config` (Karras et al. 2022, eq. 7).
 
     Args:
-        weighting_config: target of a loss weight (`w`); the video loss does not use it.
+        weighting_config: target of a loss weight, which the video loss does not use.
         scaling_config: target of the coefficients.
     """
 
@@ -32,10 +32,6 @@ class Denoiser(nn.Module):
         super().__init__()
         self.weighting = instantiate_from_config(weighting_config)
         self.scaling = instantiate_from_config(scaling_config)
-
-    def w(self, sigma: Tensor) -> Tensor:
-        """Loss weight of each sigma."""
-        return self.weighting(sigma)
 
     def quantize_sigma(self, sigma: Tensor) -> Tensor:
         """The sigma that is used for a wanted sigma; here itself."""

@@ -11,12 +11,15 @@ abar is the cumulative product of 1 - beta (Ho et al. 2020, arXiv 2006.11239).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Literal, TypeVar, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sgm.errors import SgmError
+
+T = TypeVar("T", float, np.ndarray, Tensor)
 
 
 class ScheduleError(SgmError):
@@ -28,7 +31,7 @@ def scaled_linear_betas(start: float, end: float, count: int) -> np.ndarray:
     return np.linspace(start**0.5, end**0.5, count, dtype=np.float64) ** 2
 
 
-def shift_snr(abar: np.ndarray | Tensor, scale: float) -> np.ndarray | Tensor:
+def shift_snr(abar: T, scale: float) -> T:
     """Divide the signal-to-noise ratio abar / (1 - abar) by `scale` (> 1 means more noise at every step).
 
     From snr' = snr / scale follows abar' = abar / (scale + (1 - scale) abar).
@@ -65,6 +68,22 @@ class Discretization(ABC):
             raise ScheduleError(f"betas need 0 < linear_start <= linear_end < 1, not {linear_start} and {linear_end}.")
         self.num_timesteps = num_timesteps
         self.alphas_cumprod = np.cumprod(1.0 - scaled_linear_betas(linear_start, linear_end, num_timesteps))
+
+    @overload
+    def __call__(
+        self, n: int, do_append_zero: bool = ..., device: torch.device | str = ..., flip: bool = ...
+    ) -> Tensor: ...
+
+    @overload
+    def __call__(
+        self,
+        n: int,
+        do_append_zero: bool = ...,
+        device: torch.device | str = ...,
+        flip: bool = ...,
+        *,
+        return_idx: Literal[True],
+    ) -> tuple[Tensor, Tensor]: ...
 
     def __call__(
         self,

@@ -262,7 +262,7 @@ class VideoDDIMSampler(BaseDiffusionSampler):
         """
         extras = {name: value for name, value in (("scale_emb", scale_emb), ("ofs", ofs)) if value is not None}
         x = x.float()
-        prefix = x[:, : self._fixed(x, fixed_frames)]
+        prefix = x[:, : self._fixed_count(x, fixed_frames)]
         draw = torch.randn_like if noise_sampler is None else noise_sampler
         scale = self._call_scale(scale)
         previous: Tensor | None = None
@@ -289,7 +289,7 @@ class VideoDDIMSampler(BaseDiffusionSampler):
             return None
         return scale
 
-    def _fixed(self, x: Tensor, asked: int | None) -> int:
+    def _fixed_count(self, x: Tensor, asked: int | None) -> int:
         count = self.fixed_frames if asked is None else asked
         if not 0 <= count <= x.shape[1]:
             raise ValueError(f"fixed_frames={count} does not fit a latent of {x.shape[1]} frames.")

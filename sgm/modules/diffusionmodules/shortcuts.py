@@ -4,7 +4,7 @@ A sampler asks its denoiser for the clean estimates of the unconditional and the
 `ShortcutRun` stands between the two and answers some of these questions from earlier answers. Neither sampler nor
 guider knows of it. Its state belongs to one run (one video): make a new one for each.
 
-b samples; a guided question has a batch of 2b, unconditional half first.
+b samples; a guided call has a batch of 2b, unconditional half first.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class CallCount:
 
 
 @dataclass(frozen=True)
-class Question:
+class DenoiserCall:
     """What a sampler asks: x (b or 2b, ...), signal rates (b or 2b,), conditions, and the denoiser's keywords."""
 
     x: Tensor
@@ -73,11 +73,11 @@ class Question:
     conditions: Mapping[str, Any]
     extras: Mapping[str, Any]
 
-    def half(self, which: slice) -> Question:
-        """The part of a guided question that concerns one branch."""
+    def half(self, which: slice) -> DenoiserCall:
+        """The part of a guided call that concerns one branch."""
         conditions = {n: v[which] if n in BATCHED_CONDITIONS else v for n, v in self.conditions.items()}
         extras = {n: v[which] if n == "idx" and v is not None else v for n, v in self.extras.items()}
-        return Question(self.x[which], self.signal[which], conditions, extras)
+        return DenoiserCall(self.x[which], self.signal[which], conditions, extras)
 
 
 class ShortcutRun:
@@ -95,7 +95,7 @@ class ShortcutRun:
         self._cache = FirstBlockCache(skip, len(self.scales), samples) if skip else None
         self._step = 0
         self._since_pair = 0  # whole conditional calls since both branches were asked
-        self._difference: Tensor | None = None  # see `_remember`
+        self._difference: Tensor | None = None  # see `_keep_difference`
 
     def around(self, denoiser: DenoiserFn, samples: int, scales: Sequence[float]) -> DenoiserFn:
         """`denoiser` with the shortcuts before it; to be called once a step, in order.
@@ -107,37 +107,38 @@ class ShortcutRun:
         """
         self._start(samples, scales)
 
-        def answer(x: Tensor, signal: Tensor, conditions: Mapping[str, Any], **extras: Any) -> Tensor:
-            question = Question(x, signal, conditions, extras)
+        def denoise(x: Tensor, signal: Tensor, conditions: Mapping[str, Any], **extras: Any) -> Tensor:
+            call = DenoiserCall(x, signal, conditions, extras)
             guided = x.shape[0] == 2 * samples
             self.calls.usual += 2 if guided else 1
-            out = self._guided(denoiser, question) if guided else self._conditional(denoiser, question)
+            out = self._call_guided(denoiser, call) if guided else self._call_conditional(denoiser, call)
             self._step += 1
             return out
 
-        return answer
+        return denoise
 
-    def _guided(self, denoiser: DenoiserFn, question: Question) -> Tensor:
+    def _call_guided(self, denoiser: DenoiserFn, call: DenoiserCall) -> Tensor:
         """A guider's pair (2b, ...)."""
-        both = self._asks_both()
+        both = self._needs_both()
         if both and (self._difference is None or not self._may_skip()):
-            return self._both(denoiser, question)
-        cond = self._conditional(denoiser, question.half(slice(self.samples, None))).float()
+            return self._call_both(denoiser, call)
+        cond = self._call_conditional(denoiser, call.half(slice(self.samples, None))).float()
         if not self.shortcuts.guidance.guides(self._step, len(self.scales)):
             return torch.cat([cond, cond])
-        if both and not self._cache_skipped():
-            uncond = self._asked(denoiser, question.half(slice(self.samples))).float()
-            self._remember(uncond, cond, question.signal)
+        if self._difference is None or (both and not self._cache_skipped()):
+            uncond = self._call(denoiser, call.half(slice(self.samples))).float()
+            self._keep_difference(uncond, cond, call.signal)
             return torch.cat([uncond, cond])
-        return torch.cat([cond - self._difference * self._noise_over_signal(question.signal, cond.ndim), cond])
+        return torch.cat([cond - self._difference * self._noise_over_signal(call.signal, cond.ndim), cond])
 
-    def _both(self, denoiser: DenoiserFn, question: Question) -> Tensor:
+    def _call_both(self, denoiser: DenoiserFn, call: DenoiserCall) -> Tensor:
         """One call for both branches, as without shortcuts."""
-        out = self._conditional(denoiser, question)
-        self._remember(*out.float().chunk(2), question.signal)
+        out = self._call_conditional(denoiser, call)
+        uncond, cond = out.float().chunk(2)
+        self._keep_difference(uncond, cond, call.signal)
         return out
 
-    def _remember(self, uncond: Tensor, cond: Tensor, signal: Tensor) -> None:
+    def _keep_difference(self, uncond: Tensor, cond: Tensor, signal: Tensor) -> None:
         """Keep the difference of the branches as one of predicted noise (but for its sign): with
         eps = (x - a D) / sigma that is D's times a / sigma. At a = 0 there is none."""
         self._since_pair = 0
@@ -149,7 +150,7 @@ class ShortcutRun:
         signal = signal[: self.samples]
         return append_dims((1 - signal**2).sqrt() / signal, ndim)
 
-    def _asks_both(self) -> bool:
+    def _needs_both(self) -> bool:
         rule = self.shortcuts.guidance
         if not rule.guides(self._step, len(self.scales)):
             return False
@@ -165,21 +166,21 @@ class ShortcutRun:
     def _cache_skipped(self) -> bool:
         return self._cache is not None and self._cache.skipped > 0
 
-    def _conditional(self, denoiser: DenoiserFn, question: Question) -> Tensor:
+    def _call_conditional(self, denoiser: DenoiserFn, call: DenoiserCall) -> Tensor:
         """An answer that the step cache, if there is one, sees and may shorten."""
         if self._cache is None:
             self._since_pair += 1
-            return self._asked(denoiser, question)
+            return self._call(denoiser, call)
         self._cache.step = self._step
-        out = denoiser(question.x, question.signal, question.conditions, layer_runner=self._cache, **question.extras)
+        out = denoiser(call.x, call.signal, call.conditions, layer_runner=self._cache, **call.extras)
         if self._cache_skipped():
             self.calls.first_layer += 1
         else:
             self._since_pair += 1
-            self.calls.whole += question.x.shape[0] // self.samples
+            self.calls.whole += call.x.shape[0] // self.samples
         return out
 
-    def _asked(self, denoiser: DenoiserFn, question: Question) -> Tensor:
+    def _call(self, denoiser: DenoiserFn, call: DenoiserCall) -> Tensor:
         """The denoiser's own answer."""
-        self.calls.whole += question.x.shape[0] // self.samples
-        return denoiser(question.x, question.signal, question.conditions, **question.extras)
+        self.calls.whole += call.x.shape[0] // self.samples
+        return denoiser(call.x, call.signal, call.conditions, **call.extras)

@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from sgm.errors import SgmError
 from sgm.modules.conditioner import AbstractEmbModel, GeneralConditioner
 from sgm.modules.encoders import t5_files
+from sgm.modules.encoders.t5 import T5Encoder
+from sgm.modules.encoders.t5_config import read_config
+from sgm.modules.encoders.tokenizer import T5Tokenizer
 from sgm.util import get_obj_from_str
 from sgm.weights import assign_state
 
@@ -78,8 +81,9 @@ class FrozenT5Embedder(AbstractEmbModel):
             raise ValueError(f"max_length must be at least 1 (226 for CogVideoX), not {max_length}.")
         self.max_length = max_length
         self.files = t5_files.resolve(str(model_dir), cache_dir)
-        self.tokenizer = _tokenizer(self.files)
-        self.transformer = _build_encoder(self.files)
+        self.tokenizer = T5Tokenizer(self.files.vocabulary)
+        with torch.device("meta"):
+            self.transformer = T5Encoder(read_config(self.files.config))
         self.frozen = freeze
         if freeze:
             self.freeze()
@@ -135,13 +139,13 @@ class FrozenT5Embedder(AbstractEmbModel):
         texts = [texts] if isinstance(texts, str) else list(texts)
         ids = torch.full((len(texts), self.max_length), self.tokenizer.pad_token_id, dtype=torch.long, device="cpu")
         truncated = []
-        for row, tokens in zip(ids, self.tokenizer(texts, verbose=False).input_ids):
+        for row, tokens in zip(ids, map(self.tokenizer.encode, texts)):
             cut: list[int] = []
             if len(tokens) > self.max_length:
                 *kept, end = tokens
                 cut, tokens = kept[self.max_length - 1 :], [*kept[: self.max_length - 1], end]
             row[: len(tokens)] = torch.tensor(tokens, device="cpu")
-            truncated.append(self.tokenizer.decode(cut, skip_special_tokens=True) if cut else "")
+            truncated.append(self.tokenizer.decode(cut) if cut else "")
         return TokenizedPrompts(ids, truncated)
 
     def encode(self, texts: str | Sequence[str]) -> Tensor:
@@ -156,7 +160,7 @@ class FrozenT5Embedder(AbstractEmbModel):
         ids = self.tokenize(texts).ids.to(self.device)
         no_grad = torch.no_grad() if self.frozen else nullcontext()
         with no_grad, torch.autocast(self.device.type, enabled=False):
-            embedding = self.transformer(input_ids=ids).last_hidden_state
+            embedding = self.transformer(ids)
         if not bool(torch.isfinite(embedding).all()):
             raise NonFiniteEmbeddingError(
                 f"the text encoder gave inf or nan in {embedding.dtype}. T5 can leave the range of float16: run in "
@@ -177,26 +181,6 @@ def text_is_local(model: Mapping[str, Any]) -> bool:
     return all(t5_files.is_local(str(p["model_dir"]), p.get("cache_dir")) for p in params)
 
 
-def load_tokenizer(model_dir: str, cache_dir: str | None = None) -> Any:
-    """The tokenizer of a text encoder's folder or hub id. Raises EncoderFilesError."""
-    return _tokenizer(t5_files.resolve(model_dir, cache_dir))
-
-
-def _tokenizer(files: t5_files.T5Files) -> Any:
-    """The sentencepiece tokenizer; T5's own class, since the automatic choice fails on the release's folder."""
-    from transformers import T5Tokenizer  # seconds to import
-
-    # `legacy`: of the two ways that transformers 4 has around special tokens, the original's (and transformers 5's).
-    options = {"legacy": True, "clean_up_tokenization_spaces": False}
-    return T5Tokenizer.from_pretrained(str(files.tokenizer), local_files_only=True, **options)
-
-
-def _build_encoder(files: t5_files.T5Files) -> Any:
-    """A `T5EncoderModel` of the files' configuration on the meta device, its two names of the embedding tied."""
-    from transformers import T5Config, T5EncoderModel
-
-    config = T5Config.from_pretrained(str(files.config.parent), local_files_only=True)
-    with torch.device("meta"):
-        encoder = T5EncoderModel(config)
-    encoder.encoder.embed_tokens.weight = encoder.shared.weight
-    return encoder
+def load_tokenizer(model_dir: str, cache_dir: str | None = None) -> T5Tokenizer:
+    """The tokenizer of a text encoder's folder or hub id. Raises EncoderFilesError, WeightsError."""
+    return T5Tokenizer(t5_files.resolve(model_dir, cache_dir).vocabulary)

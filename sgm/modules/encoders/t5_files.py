@@ -41,6 +41,10 @@ class T5Files:
     tokenizer: Path
     weights: tuple[Path, ...]
 
+    @property
+    def vocabulary(self) -> Path:
+        return self.tokenizer / VOCABULARY
+
     def read_weights(self) -> dict[str, Tensor]:
         """All tensors by name, memory-mapped where the format allows.
 

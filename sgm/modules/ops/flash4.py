@@ -66,18 +66,18 @@ def _flash4(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("cogvideox_sat::flash4_backward", mutates_args=())
 def _flash4_backward(
-    slope: Tensor, query: Tensor, key: Tensor, value: Tensor, mixed: Tensor, sums: Tensor
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, mixed: Tensor, sums: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    query_slope, key_slope, value_slope = _library()._flash_attn_bwd(query, key, value, mixed, slope, sums)[:3]
-    return query_slope, key_slope, value_slope
+    grad_query, grad_key, grad_value = _library()._flash_attn_bwd(query, key, value, mixed, grad, sums)[:3]
+    return grad_query, grad_key, grad_value
 
 
-def _keep(ctx: TensorContext, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+def _setup_context(ctx: TensorContext, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs, *output)
 
 
-def _slopes(ctx: TensorContext, slope: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    return _flash4_backward(slope.contiguous(), *ctx.saved_tensors)
+def _backward(ctx: TensorContext, grad: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    return _flash4_backward(grad.contiguous(), *ctx.saved_tensors)
 
 
-torch.library.register_autograd("cogvideox_sat::flash4", _slopes, setup_context=_keep)
+torch.library.register_autograd("cogvideox_sat::flash4", _backward, setup_context=_setup_context)

@@ -22,16 +22,16 @@ from sgm.modules.ops.triton_support import runs_kernels
 
 
 def norm_modulate(x: Tensor, norm: nn.Module, text: Modulation, video: Modulation, text_length: int) -> Tensor:
-    if not _is_plain_norm(norm, x) or not _fits(x, norm.weight, *text, *video):
+    if not _is_plain_norm(norm, x) or not _can_fuse(x, norm.weight, *text, *video):
         return modulation.norm_modulate(x, norm, text, video, text_length)
     if _wants_grad(x, norm.weight, *text, *video):
-        return fused_training.norm_modulate(x, _values(norm), text, video, text_length)
-    return launch_residual_norm(x, text_length, None, (*_values(norm), text, video))[1]
+        return fused_training.norm_modulate(x, _norm_values(norm), text, video, text_length)
+    return launch_residual_norm(x, text_length, None, (*_norm_values(norm), text, video))[1]
 
 
 def gated_residual(hidden: Tensor, update: Tensor, text_gate: Tensor, video_gate: Tensor, text_length: int) -> Tensor:
     tensors = (hidden, update, text_gate, video_gate)
-    if not (_fits(*tensors) and update.is_contiguous()):
+    if not (_can_fuse(*tensors) and update.is_contiguous()):
         return modulation.gated_residual(*tensors, text_length)
     if _wants_grad(*tensors):
         return fused_training.gated_residual(*tensors, text_length)
@@ -50,11 +50,11 @@ def residual_norm(
 ) -> tuple[Tensor, Tensor]:
     residual = (update, text_gate, video_gate)
     others = (*residual, *text, *video)
-    if not (_is_plain_norm(norm, hidden) and _fits(hidden, norm.weight, *others) and update.is_contiguous()):
+    if not (_is_plain_norm(norm, hidden) and _can_fuse(hidden, norm.weight, *others) and update.is_contiguous()):
         return block_ops.residual_norm(hidden, *residual, norm, text, video, text_length)
     if _wants_grad(hidden, norm.weight, *others):
-        return fused_training.residual_norm(hidden, residual, _values(norm), text, video, text_length)
-    return launch_residual_norm(hidden, text_length, residual, (*_values(norm), text, video))
+        return fused_training.residual_norm(hidden, residual, _norm_values(norm), text, video, text_length)
+    return launch_residual_norm(hidden, text_length, residual, (*_norm_values(norm), text, video))
 
 
 def split_heads(
@@ -67,10 +67,10 @@ def split_heads(
 ) -> block_ops.Heads:
     """Without gradients overwrites `qkv`: query, key and value stay views of one buffer."""
     norms = [norm for norm in (query_norm, key_norm) if norm is not None]
-    if not _are_plain_norms(norms, qkv) or not _heads_fit(qkv, head_width, norms):
+    if not _are_plain_norms(norms, qkv) or not _can_fuse_heads(qkv, head_width, norms):
         return block_ops.split_heads(qkv, head_width, query_norm, key_norm, rotary, text_length)
     if norms or rotary is not None:
-        values = (_values(norms[0]), _values(norms[1])) if norms else None
+        values = (_norm_values(norms[0]), _norm_values(norms[1])) if norms else None
         if _wants_grad(qkv, *(norm.weight for norm in norms)):
             return fused_training.split_heads(qkv, head_width, values, rotary, text_length)
         launch_head_norm_rotate(qkv, head_width, values, rotary, text_length)
@@ -80,7 +80,7 @@ def split_heads(
 
 def linear_gelu(linear: nn.Module, x: Tensor) -> Tensor:
     """The GELU joins the matrix product (cuBLASLt's epilogue, tanh form), which saves two passes over its result."""
-    if not (x.is_cuda and is_plain_linear(linear) and _fits(x, linear.weight, linear.bias)):
+    if not (x.is_cuda and is_plain_linear(linear) and _can_fuse(x, linear.weight, linear.bias)):
         return block_ops.linear_gelu(linear, x)
     if _wants_grad(x, linear.weight, linear.bias):
         return block_ops.linear_gelu(linear, x)
@@ -88,15 +88,15 @@ def linear_gelu(linear: nn.Module, x: Tensor) -> Tensor:
     return flat.unflatten(0, x.shape[:-1])
 
 
-def _heads_fit(qkv: Tensor, head_width: int, norms: Sequence[nn.LayerNorm]) -> bool:
+def _can_fuse_heads(qkv: Tensor, head_width: int, norms: Sequence[nn.LayerNorm]) -> bool:
     weights = [norm.weight for norm in norms]
     if _wants_grad(*weights) and model_parallel_world_size() > 1:
         return False  # the norms' own forward adds up their gradients over processes
     alike = len(norms) != 1 and len({weight is None for weight in weights}) < 2
-    return alike and head_width % 2 == 0 and _fits(qkv, *weights)
+    return alike and head_width % 2 == 0 and _can_fuse(qkv, *weights)
 
 
-def _fits(x: Tensor, *others: Tensor | None) -> bool:
+def _can_fuse(x: Tensor, *others: Tensor | None) -> bool:
     """Contiguous x, where kernels run; all of one dtype, no autocast."""
     if not (runs_kernels(x) and x.is_contiguous()) or torch.is_autocast_enabled():
         return False
@@ -107,7 +107,7 @@ def _wants_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _values(norm: nn.LayerNorm) -> NormValues:
+def _norm_values(norm: nn.LayerNorm) -> NormValues:
     return norm.weight, norm.bias, norm.eps
 
 

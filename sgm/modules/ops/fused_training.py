@@ -198,7 +198,7 @@ class _SplitHeads(torch.autograd.Function):
         norms = None
         if ctx.head_eps is not None:
             norms = ((query_weight, ctx.head_eps[0]), (key_weight, ctx.head_eps[1]))
-        grads = (_dense_heads(to_query), _dense_heads(to_key), _dense_heads(to_value))
+        grads = (_with_unit_stride(to_query), _with_unit_stride(to_key), _with_unit_stride(to_value))
         rotary = RotaryTable(*table) if table else None
         to_qkv, sums = launch_head_norm_rotate_backward(qkv, grads, norms, rotary, ctx.text_length)
         if query_weight is None:
@@ -207,7 +207,7 @@ class _SplitHeads(torch.autograd.Function):
         return to_qkv, None, query_normed, query_plain, key_normed, key_plain, None, None, None
 
 
-def _dense_heads(grad: Tensor) -> Tensor:
+def _with_unit_stride(grad: Tensor) -> Tensor:
     """With unit stride along a head's channels."""
     return grad if grad.stride(-1) == 1 else grad.contiguous()
 
@@ -228,7 +228,7 @@ def _norm_gradients(
     to_bias: list[Tensor] = []
     for (plain, normed, _), shift, scale in zip(sums, vectors[::2], vectors[1::2]):  # text, video; each sum (b, d)
         to_scale = normed if affine is None else normed * affine[0] + plain * affine[1]
-        to_vectors += [_like(plain, shift), _like(to_scale, scale)]
+        to_vectors += [_vector_gradient(plain, shift), _vector_gradient(to_scale, scale)]
         slope = 1 + scale.float().squeeze(1)
         to_weight.append((normed * slope).sum(0))
         to_bias.append((plain * slope).sum(0))
@@ -238,9 +238,9 @@ def _norm_gradients(
 
 
 def _gate_gradients(sums: Tensor, gates: Sequence[Tensor]) -> list[Tensor]:
-    return [_like(part, gate) for part, gate in zip(sums[:, 2], gates)]
+    return [_vector_gradient(part, gate) for part, gate in zip(sums[:, 2], gates)]
 
 
-def _like(total: Tensor, vector: Tensor) -> Tensor:
+def _vector_gradient(total: Tensor, vector: Tensor) -> Tensor:
     """(b, d) as the gradient of a vector (b, 1, d), or of one for all samples."""
     return total[:, None].sum_to_size(vector.shape).to(vector.dtype)

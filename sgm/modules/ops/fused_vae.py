@@ -32,9 +32,9 @@ def group_moments(x: Tensor, groups: int, budget: int, bias: Tensor | None = Non
     """One read of x and no copy of it, so `budget` has no part in it."""
     if not x.is_contiguous(memory_format=torch.channels_last_3d):
         return vae.group_moments(x, groups, budget, bias)
-    if _learns(x) and bias is None:
+    if _needs_gradient(x) and bias is None:
         return _Moments.apply(x, groups)
-    return launch_group_moments(x, groups, bias) if _fits(x) else vae.group_moments(x, groups, budget, bias)
+    return launch_group_moments(x, groups, bias) if _can_fuse(x) else vae.group_moments(x, groups, budget, bias)
 
 
 def latent_field(
@@ -55,9 +55,9 @@ def latent_field(
 
 def apply_field(x: Tensor, field: AffineField, *, swish: bool, out: Tensor | None = None) -> Tensor:
     scale, shift = field.scale, field.shift
-    if out is None and x.stride(1) == 1 and scale.dtype == shift.dtype == torch.float32 and _learns(x):
+    if out is None and x.stride(1) == 1 and scale.dtype == shift.dtype == torch.float32 and _needs_gradient(x):
         return _Field.apply(x, scale, shift, swish, field.frame_map)
-    fits = _fits(x) and x.stride(1) == 1 and scale.dtype == shift.dtype == torch.float32
+    fits = _can_fuse(x) and x.stride(1) == 1 and scale.dtype == shift.dtype == torch.float32
     wants_grad = torch.is_grad_enabled() and (scale.requires_grad or shift.requires_grad)
     if not fits or wants_grad or (out is not None and out.stride(1) != 1):
         return vae.apply_field(x, field, swish=swish, out=out)
@@ -80,13 +80,13 @@ def convolve(conv: Conv, x: Tensor, bare: bool = False, spare: Tensor | None = N
     if torch.is_grad_enabled() or not runs_kernels(x):
         return vae.convolve(conv, x, bare).contiguous(memory_format=layout)
     if x.dtype in (torch.float16, torch.bfloat16) and (channels % 8 or x.shape[1] % 8) and conv.groups == 1:
-        x, weight, bias = _widened(conv, x, bias, layout)
+        x, weight, bias = _padded_channels(conv, x, bias, layout)
     if bias is None and spare is not None and _writes_in_place(x, weight, spare, layout):
         return _convolve_into(conv, x, weight, spare)
     return conv._conv_forward(x, weight, bias)[:, :channels].contiguous(memory_format=layout)
 
 
-def _widened(
+def _padded_channels(
     conv: Conv, x: Tensor, bias: Tensor | None, layout: torch.memory_format
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """x, weight and bias of the same convolution with channels up to multiples of 8, which fast kernels ask for.
@@ -95,7 +95,7 @@ def _widened(
     the kernel, which never lies on the zeros around a frame.
     """
     outs, ins = conv.weight.shape[:2]
-    weight = _zeros((_eights(outs), _eights(ins), *conv.weight.shape[2:]), x, layout)
+    weight = _zeros((_round_up_to_8(outs), _round_up_to_8(ins), *conv.weight.shape[2:]), x, layout)
     weight[:outs, :ins] = conv.weight
     if ins == weight.shape[1]:
         return x, weight, None if bias is None else F.pad(bias, (0, weight.shape[0] - outs))
@@ -112,7 +112,7 @@ def _zeros(shape: tuple[int, ...], like: Tensor, layout: torch.memory_format) ->
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout).zero_()
 
 
-def _eights(channels: int) -> int:
+def _round_up_to_8(channels: int) -> int:
     return -(-channels // 8) * 8
 
 
@@ -133,7 +133,7 @@ def _convolve_into(conv: Conv, x: Tensor, weight: Tensor, out: Tensor) -> Tensor
 
 def add_residual(h: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
     """One pass with the bias."""
-    if bias is None or h.dtype != x.dtype or not (_fits(h) and _is_dense(h) and _is_dense(x)):
+    if bias is None or h.dtype != x.dtype or not (_can_fuse(h) and _is_dense(h) and _is_dense(x)):
         return vae.add_residual(h, x, bias)
     launch_add_residual(h, x, bias)
     return h
@@ -141,7 +141,7 @@ def add_residual(h: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def place(x: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
     """One pass with the bias."""
-    if bias is None or not _fits(x) or x.stride(1) != 1 or out.stride(1) != 1:
+    if bias is None or not _can_fuse(x) or x.stride(1) != 1 or out.stride(1) != 1:
         return vae.place(x, out, bias)
     shift = bias.float()[None, :, None, None, None].expand(x.shape[0], -1, 1, 1, 1).contiguous()
     launch_apply_field(x, torch.ones_like(shift), shift, out, swish=False)
@@ -149,7 +149,7 @@ def place(x: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
 
 def join_phases(parts: Tensor, out: Tensor, frame_map: FrameMap, bias: Tensor) -> None:
     """One pass."""
-    if not _fits(parts) or parts.stride(1) != 1 or out.stride(1) != 1:
+    if not _can_fuse(parts) or parts.stride(1) != 1 or out.stride(1) != 1:
         return vae.join_phases(parts, out, frame_map, bias)
     launch_join_phases(parts, out, frame_map, bias)
 
@@ -160,14 +160,14 @@ def _is_dense(x: Tensor) -> bool:
     return x.stride()[1:] == (1, h * w * c, w * c, c)
 
 
-def _fits(x: Tensor) -> bool:
+def _can_fuse(x: Tensor) -> bool:
     return runs_kernels(x) and x.dtype in _KINDS and not (torch.is_grad_enabled() and x.requires_grad)
 
 
 # --- training in half precision: the twins of `vae.lean_moments` and `vae.lean_field` ------------------------------
 
 
-def _learns(x: Tensor) -> bool:
+def _needs_gradient(x: Tensor) -> bool:
     """Whether gradients are wanted and the kernels can give them."""
     return torch.is_grad_enabled() and runs_kernels(x) and x.dtype in (torch.float16, torch.bfloat16)
 

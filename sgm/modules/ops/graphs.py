@@ -68,7 +68,7 @@ class TrainingGraph:
         self._network, self._inputs = network, [tensor.detach().clone() for tensor in inputs]
         # Other leaves on the same memory: what autograd holds of the parameters themselves belongs to other streams.
         self._leaves = {name: p.detach().requires_grad_() for name, p in network.named_parameters() if p.requires_grad}
-        recorder.warm_up(self._both)
+        recorder.warm_up(self._run_and_differentiate)
         del self._output  # with it goes what autograd knew of the warm-up
         self._forward = recorder.record(self._run)
         self._to_output = torch.zeros_like(self._output)
@@ -82,11 +82,11 @@ class TrainingGraph:
 
     def _differentiate(self) -> None:
         grads = torch.autograd.grad(self._output, list(self._leaves.values()), self._to_output, allow_unused=True)
-        self._reached = [grad is not None for grad in grads]
+        self._has_gradient = [grad is not None for grad in grads]
         self._sizes = [grad.numel() for grad in grads if grad is not None]
         self._flat = torch.cat([grad.flatten() for grad in grads if grad is not None])
 
-    def _both(self) -> None:
+    def _run_and_differentiate(self) -> None:
         self._run()
         self._to_output = torch.zeros_like(self._output)
         self._differentiate()
@@ -104,7 +104,7 @@ class TrainingGraph:
         self._backward()
         # A copy, which the caller may keep: the next replay writes over `_flat`.
         parts = iter(self._flat.clone().split(self._sizes))
-        leaves = zip(self._leaves.values(), self._reached, strict=True)
+        leaves = zip(self._leaves.values(), self._has_gradient, strict=True)
         return [next(parts).view_as(leaf) if reached else None for leaf, reached in leaves]
 
 

@@ -16,7 +16,7 @@ def apply_linear(linear: nn.Module, x: Tensor) -> Tensor:
 
     That is two identities of the graph a layer, run in Python both ways, and a division of the bias by 1.
     """
-    if _is_sats(linear) and model_parallel_world_size() == 1 and not is_watched(linear):
+    if _is_sat_linear(linear) and model_parallel_world_size() == 1 and not is_watched(linear):
         return F.linear(x, linear.weight, linear.bias)
     return linear(x)
 
@@ -26,7 +26,7 @@ def is_plain_linear(linear: nn.Module) -> TypeGuard[nn.Linear]:
 
     SAT's has torch's weight and bias.
     """
-    if type(linear) is _split_types()[0]:
+    if type(linear) is _sat_linears()[0]:
         return not linear.gather_output and linear.bias is not None and not is_watched(linear)
     return type(linear) is nn.Linear and linear.bias is not None and not is_watched(linear)
 
@@ -38,12 +38,12 @@ def is_watched(module: nn.Module) -> bool:
     )
 
 
-def _is_sats(linear: nn.Module) -> TypeGuard[nn.Linear]:
-    return type(linear) in _split_types()
+def _is_sat_linear(linear: nn.Module) -> TypeGuard[nn.Linear]:
+    return type(linear) in _sat_linears()
 
 
 @cache
-def _split_types() -> tuple[type[nn.Module], type[nn.Module]]:
+def _sat_linears() -> tuple[type[nn.Module], type[nn.Module]]:
     from sat.mpu import ColumnParallelLinear, RowParallelLinear
 
     return ColumnParallelLinear, RowParallelLinear

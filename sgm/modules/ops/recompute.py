@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-MODES = (False, True, "selective", "products")
+from sgm.modules.ops.recompute_modes import MODES
 
 # What torch's attention becomes on the way to a kernel. Where it becomes something else (the plain fallback), all of
 # the layer is recomputed, which changes no number.

@@ -92,29 +92,32 @@ class FirstBlockCache:
         self.samples = samples
         self.step = 0  # of the run; the caller sets it before a forward
         self.skipped = 0  # in a row, with the last forward
-        self._first: Tensor | None = None
-        self._rest = History()
+        self._first_residual: Tensor | None = None
+        self._other_residuals = History()
 
     def may_skip(self) -> bool:
         """Whether the present step may be skipped, before the first layer has been asked."""
-        return bool(self._rest) and self.rule.allows(self.step, self.steps, self.skipped)
+        return bool(self._other_residuals) and self.rule.allows(self.step, self.steps, self.skipped)
 
     def __call__(self, layers: Sequence[Layer], hidden: Tensor) -> Tensor:
         first = layers[0](hidden)
-        if len(hidden) == self.samples and self.may_skip() and self._is_alike(first, hidden):
+        if len(hidden) == self.samples and self.may_skip() and self._is_similar(first, hidden):
             self.skipped += 1
-            return first + self._rest.predict(self.step, self.rule.order)
+            return first + self._other_residuals.predict(self.step, self.rule.order)
         self.skipped = 0
         out = run_layers(layers[1:], first)
-        self._remember(hidden[-self.samples :], first[-self.samples :], out[-self.samples :])
+        self._store(hidden[-self.samples :], first[-self.samples :], out[-self.samples :])
         return out
 
-    def _is_alike(self, first: Tensor, hidden: Tensor) -> bool:
+    def _is_similar(self, first: Tensor, hidden: Tensor) -> bool:
         if self.rule.threshold == math.inf:
             return True
-        return self._first is not None and relative_change(first - hidden, self._first) < self.rule.threshold
+        return (
+            self._first_residual is not None
+            and relative_change(first - hidden, self._first_residual) < self.rule.threshold
+        )
 
-    def _remember(self, hidden: Tensor, first: Tensor, out: Tensor) -> None:
+    def _store(self, hidden: Tensor, first: Tensor, out: Tensor) -> None:
         if self.rule.threshold != math.inf:
-            self._first = first - hidden
-        self._rest.add(out - first, self.step, keep=1 + self.rule.order)
+            self._first_residual = first - hidden
+        self._other_residuals.add(out - first, self.step, keep=1 + self.rule.order)

@@ -1,5 +1,7 @@
 """Triton kernels of a transformer block. Each is one pass over its tensors; arithmetic is float32 throughout.
 
+Triton's language has no types for what a kernel is given.
+
 Axes: b batch, l text tokens, n all tokens (text first), d width, h heads, hd width of a head.
 """
 
@@ -13,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sgm.modules.ops.modulation import Modulation, RotaryTable
+from sgm.modules.ops.triton_support import launch
 
 # The fastest on an H200 at the model's shapes. Tokens that a program of `_residual_norm_kernel` takes, its warps with a
 # norm, and without (no sum to share then); values that a program of `_head_norm_rotate_kernel` holds, its warps.
@@ -149,13 +152,13 @@ def launch_residual_norm(
     summed = torch.empty_like(hidden) if residual else hidden
     normed = torch.empty_like(hidden) if norm else hidden
     blocks = triton.cdiv(text_length, _ROWS) + triton.cdiv(n - text_length, _ROWS)
-    with torch.cuda.device_of(hidden):
-        _residual_norm_kernel[(blocks, b)](
-            hidden, update, *gates, or_else(weight, hidden), or_else(bias, hidden), *modulations, summed, normed,
-            n, text_length, d, stride, eps,
-            RESIDUAL=residual is not None, NORM=norm is not None, AFFINE=weight is not None, ROWS=_ROWS, COLS=cols,
-            num_warps=_NORM_WARPS if norm else _GATE_WARPS,
-        )  # fmt: skip
+    launch(
+        _residual_norm_kernel, (blocks, b),
+        hidden, update, *gates, or_else(weight, hidden), or_else(bias, hidden), *modulations, summed, normed,
+        n, text_length, d, stride, eps,
+        RESIDUAL=residual is not None, NORM=norm is not None, AFFINE=weight is not None, ROWS=_ROWS, COLS=cols,
+        num_warps=_NORM_WARPS if norm else _GATE_WARPS,
+    )  # fmt: skip
     return summed, normed
 
 
@@ -178,13 +181,13 @@ def launch_head_norm_rotate(
     rows = max(1, _HEAD_TILE // cols)
     (query_w, query_b, query_eps), (key_w, key_b, key_eps) = norms or ((None, None, 0.0), (None, None, 0.0))
     cos, sin = (qkv, qkv) if rotary is None else (rotary.cos.contiguous(), rotary.sin.contiguous())
-    with torch.cuda.device_of(qkv):
-        _head_norm_rotate_kernel[(triton.cdiv(total, rows),)](
-            qkv, or_else(out, qkv), *(or_else(part, qkv) for part in (query_w, query_b, key_w, key_b)), cos, sin,
-            total, n, text_length, heads, query_eps, key_eps,
-            NORM=norms is not None, AFFINE=query_w is not None, ROTATE=rotary is not None,
-            IN_PLACE=out is None, ROWS=rows, WIDTH=head_width, COLS=cols, num_warps=_HEAD_WARPS,
-        )  # fmt: skip
+    launch(
+        _head_norm_rotate_kernel, (triton.cdiv(total, rows),),
+        qkv, or_else(out, qkv), *(or_else(part, qkv) for part in (query_w, query_b, key_w, key_b)), cos, sin,
+        total, n, text_length, heads, query_eps, key_eps,
+        NORM=norms is not None, AFFINE=query_w is not None, ROTATE=rotary is not None,
+        IN_PLACE=out is None, ROWS=rows, WIDTH=head_width, COLS=cols, num_warps=_HEAD_WARPS,
+    )  # fmt: skip
 
 
 def aligned(vectors: Sequence[Tensor], b: int, d: int) -> tuple[tuple[Tensor, ...], int]:

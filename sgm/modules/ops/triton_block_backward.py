@@ -3,6 +3,8 @@
 A program goes through many rows and adds up what the vectors (gates, modulations, weights) get from them; the programs'
 sums are added by PyTorch, in an order that does not change from run to run.
 
+Triton's language has no types for what a kernel is given.
+
 Axes: b batch, l text tokens, n all tokens (text first), d width, h heads, hd width of a head.
 """
 
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from sgm.modules.ops.modulation import RotaryTable
 from sgm.modules.ops.triton_block import Residual, aligned, load_vector, or_else
+from sgm.modules.ops.triton_support import launch
 
 _TILE = 4096  # values of a tensor that a program holds
 _PROGRAMS = 512  # for each sample, or for the queries and for the keys
@@ -158,7 +161,7 @@ def launch_residual_norm_backward(
     b, n, d = summed.shape
     cols = triton.next_power_of_2(d)
     rows = max(1, _TILE // cols)
-    text_programs, programs = _share(triton.cdiv(text_length, rows), triton.cdiv(n - text_length, rows))
+    text_programs, programs = _split_programs(triton.cdiv(text_length, rows), triton.cdiv(n - text_length, rows))
     update = residual[0] if residual else summed
     weight, eps = norm[:2] if norm else (None, 0.0)
     gates, gate_stride = aligned(residual[1:], b, d) if residual else ((summed, summed), 0)
@@ -166,14 +169,14 @@ def launch_residual_norm_backward(
     to_hidden = torch.empty_like(summed)
     to_update = torch.empty_like(summed) if residual else None
     sums = torch.empty((b, programs, 3, d), dtype=torch.float32, device=summed.device)
-    with torch.cuda.device_of(summed):
-        _residual_norm_backward_kernel[(programs, b)](
-            or_else(grad_summed, summed), or_else(grad_normed, summed), summed, update, *gates,
-            or_else(weight, summed), *scales, to_hidden, or_else(to_update, summed), sums,
-            n, text_length, d, gate_stride, scale_stride, eps, text_programs,
-            SUMMED=grad_summed is not None, RESIDUAL=residual is not None, NORM=grad_normed is not None,
-            AFFINE=weight is not None, ROWS=rows, COLS=cols, num_warps=8,
-        )  # fmt: skip
+    launch(
+        _residual_norm_backward_kernel, (programs, b),
+        or_else(grad_summed, summed), or_else(grad_normed, summed), summed, update, *gates,
+        or_else(weight, summed), *scales, to_hidden, or_else(to_update, summed), sums,
+        n, text_length, d, gate_stride, scale_stride, eps, text_programs,
+        SUMMED=grad_summed is not None, RESIDUAL=residual is not None, NORM=grad_normed is not None,
+        AFFINE=weight is not None, ROWS=rows, COLS=cols, num_warps=8,
+    )  # fmt: skip
     parts = (sums[:, :text_programs].sum(1), sums[:, text_programs:].sum(1))  # each (b, 3, d)
     return to_hidden, to_update, torch.stack(parts).transpose(1, 2)
 
@@ -204,17 +207,17 @@ def launch_head_norm_rotate_backward(
     result = torch.empty_like(qkv)
     result.unflatten(-1, (3, heads, width))[:, :, 2] = value
     sums = torch.empty((2, programs, 2, width), dtype=torch.float32, device=qkv.device)
-    with torch.cuda.device_of(qkv):
-        _head_norm_rotate_backward_kernel[(programs, 2)](
-            qkv, query, key, or_else(query_w, qkv), or_else(key_w, qkv), cos, sin, result, sums,
-            total, n, text_length, heads, query_eps, key_eps, *query.stride()[:3], *key.stride()[:3],
-            NORM=norms is not None, AFFINE=query_w is not None, ROTATE=rotary is not None,
-            ROWS=rows, WIDTH=width, COLS=cols, num_warps=4,
-        )  # fmt: skip
+    launch(
+        _head_norm_rotate_backward_kernel, (programs, 2),
+        qkv, query, key, or_else(query_w, qkv), or_else(key_w, qkv), cos, sin, result, sums,
+        total, n, text_length, heads, query_eps, key_eps, *query.stride()[:3], *key.stride()[:3],
+        NORM=norms is not None, AFFINE=query_w is not None, ROTATE=rotary is not None,
+        ROWS=rows, WIDTH=width, COLS=cols, num_warps=4,
+    )  # fmt: skip
     return result, sums.sum(1)
 
 
-def _share(text_blocks: int, video_blocks: int) -> tuple[int, int]:
+def _split_programs(text_blocks: int, video_blocks: int) -> tuple[int, int]:
     """Programs for the text, and all programs, so that each has about as many runs of rows; none without rows."""
     whole = text_blocks + video_blocks
     programs = min(_PROGRAMS, whole)

@@ -1,4 +1,7 @@
-"""Triton kernel for 8-bit linear layers: rows to e4m3 codes and scales in one pass, see `sgm.modules.ops.fp8`."""
+"""Triton kernel for 8-bit linear layers: rows to e4m3 codes and scales in one pass, see `sgm.modules.ops.fp8`.
+
+Triton's language has no types for what a kernel is given.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from sgm.modules.ops.triton_support import launch
 
 
 @triton.jit
@@ -28,6 +33,7 @@ def launch_quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     codes = torch.empty(m, k, dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty(m, dtype=torch.float32, device=x.device)
     cols = triton.next_power_of_2(k)
-    with torch.cuda.device_of(x):
-        _quantize_rows_kernel[(m,)](x, codes, scales, k, LARGEST=448.0, COLS=cols, num_warps=4 if cols <= 4096 else 8)
+    launch(
+        _quantize_rows_kernel, (m,), x, codes, scales, k, LARGEST=448.0, COLS=cols, num_warps=4 if cols <= 4096 else 8
+    )
     return codes, scales

@@ -1,5 +1,7 @@
 """Triton kernels of the 3D VAE, for activations stored channels-last: a pixel's channels lie side by side.
 
+Triton's language has no types for what a kernel is given.
+
 Axes: b batch, c channels, t frames, h w pixels; h' w' pixels of a field, each a block of h/h' x w/w' pixels.
 """
 
@@ -13,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sgm.modules.ops.triton_support import launch
 from sgm.modules.ops.vae import SAME_FRAMES, FrameMap, Modulation
 
 _MOST_CHANNELS = 64  # that a program handles: 128 bytes in half precision
@@ -205,15 +208,16 @@ def launch_group_moments(x: Tensor, groups: int, added: Tensor | None) -> tuple[
     means, squares = x.new_empty((2, b, runs, c), dtype=torch.float32).unbind(0)
     mean, variance = x.new_empty((2, b, groups), dtype=torch.float32).unbind(0)
     cols = triton.next_power_of_2(per_group)
-    with torch.cuda.device_of(x):
-        _moments_kernel[(runs, triton.cdiv(c, block), b)](
-            x, means, squares, rows, c, x.stride(0),
-            ROWS=_MOMENT_ROWS, COLS=block, STEPS=_MOMENT_STEPS, num_warps=4,
-        )  # fmt: skip
-        _merge_moments_kernel[(groups, b)](
-            means, squares, x if added is None else added, mean, variance, rows, runs, c, per_group,
-            BIASED=added is not None, RUN_ROWS=run, RUNS=max(1, _MERGE_TILE // cols), COLS=cols, num_warps=8,
-        )  # fmt: skip
+    launch(
+        _moments_kernel, (runs, triton.cdiv(c, block), b),
+        x, means, squares, rows, c, x.stride(0),
+        ROWS=_MOMENT_ROWS, COLS=block, STEPS=_MOMENT_STEPS, num_warps=4,
+    )  # fmt: skip
+    launch(
+        _merge_moments_kernel, (groups, b),
+        means, squares, x if added is None else added, mean, variance, rows, runs, c, per_group,
+        BIASED=added is not None, RUN_ROWS=run, RUNS=max(1, _MERGE_TILE // cols), COLS=cols, num_warps=8,
+    )  # fmt: skip
     return mean, variance
 
 
@@ -241,12 +245,12 @@ def launch_norm_field(
         latent, convs = modulation.latent, (modulation.to_scale, modulation.to_shift)
         convolutions = (latent, *(part for conv in convs for part in (conv.weight, conv.bias)))
         strides = latent.stride()
-    with torch.cuda.device_of(mean):
-        _norm_field_kernel[(triton.cdiv(math.prod(grid), _FIELD_PIXELS), triton.cdiv(c, block), b)](
-            mean, variance, weight, bias, bias if added is None else added, *convolutions, scale, shift,
-            math.prod(grid), c, c // groups, eps, *grid[1:], *strides,
-            ADDED=added is not None, LATENTS=count, PIXELS=_FIELD_PIXELS, COLS=block, num_warps=4,
-        )  # fmt: skip
+    launch(
+        _norm_field_kernel, (triton.cdiv(math.prod(grid), _FIELD_PIXELS), triton.cdiv(c, block), b),
+        mean, variance, weight, bias, bias if added is None else added, *convolutions, scale, shift,
+        math.prod(grid), c, c // groups, eps, *grid[1:], *strides,
+        ADDED=added is not None, LATENTS=count, PIXELS=_FIELD_PIXELS, COLS=block, num_warps=4,
+    )  # fmt: skip
     return scale, shift
 
 
@@ -265,12 +269,12 @@ def launch_apply_field(
     block = channel_block(c)
     per_program = max(1, _FIELD_TILE // (block * repeat))
     field_t = rows * cols * c if scale.shape[2] > 1 else 0
-    with torch.cuda.device_of(x):
-        _apply_field_kernel[(triton.cdiv(cells, per_program), triton.cdiv(c, block), b)](
-            x, out, scale, shift, cells, c, h, w, rows, cols, *frame_map, *frame_strides(x), *frame_strides(out),
-            scale.shape[2] * rows * cols * c, field_t,
-            SWISH=swish, CELLS=per_program, REPEAT=repeat, COLS=block, num_warps=4,
-        )  # fmt: skip
+    launch(
+        _apply_field_kernel, (triton.cdiv(cells, per_program), triton.cdiv(c, block), b),
+        x, out, scale, shift, cells, c, h, w, rows, cols, *frame_map, *frame_strides(x), *frame_strides(out),
+        scale.shape[2] * rows * cols * c, field_t,
+        SWISH=swish, CELLS=per_program, REPEAT=repeat, COLS=block, num_warps=4,
+    )  # fmt: skip
 
 
 def launch_join_phases(parts: Tensor, out: Tensor, frame_map: FrameMap, bias: Tensor) -> None:
@@ -278,20 +282,29 @@ def launch_join_phases(parts: Tensor, out: Tensor, frame_map: FrameMap, bias: Te
     b, c, t, h, w = out.shape
     block = channel_block(c)
     per_program = _FIELD_TILE // block
-    with torch.cuda.device_of(out):
-        _join_phases_kernel[(triton.cdiv(t * h * w, per_program), triton.cdiv(c, block), b)](
-            parts, out, bias, t * h * w, c, h, w, *frame_map, *frame_strides(parts), *frame_strides(out),
-            PIXELS=per_program, COLS=block, num_warps=4,
-        )  # fmt: skip
+    launch(
+        _join_phases_kernel, (triton.cdiv(t * h * w, per_program), triton.cdiv(c, block), b),
+        parts, out, bias, t * h * w, c, h, w, *frame_map, *frame_strides(parts), *frame_strides(out),
+        PIXELS=per_program, COLS=block, num_warps=4,
+    )  # fmt: skip
 
 
 def launch_add_residual(h: Tensor, x: Tensor, bias: Tensor) -> None:
     """h += x + bias; h and x (b, c, t, h, w) channels-last without gaps within a sample, bias (c,)."""
     values = h[0].numel()
-    with torch.cuda.device_of(h):
-        _add_residual_kernel[(triton.cdiv(values, _FIELD_TILE), h.shape[0])](
-            h, x, bias, values, h.shape[1], h.stride(0), x.stride(0), SIZE=_FIELD_TILE, num_warps=8
-        )
+    launch(
+        _add_residual_kernel,
+        (triton.cdiv(values, _FIELD_TILE), h.shape[0]),
+        h,
+        x,
+        bias,
+        values,
+        h.shape[1],
+        h.stride(0),
+        x.stride(0),
+        SIZE=_FIELD_TILE,
+        num_warps=8,
+    )
 
 
 def channel_block(channels: int) -> int:

@@ -1,5 +1,7 @@
 """The Triton kernel for the gradients of a field (`vae.AffineField`), for activations stored channels-last.
 
+Triton's language has no types for what a kernel is given.
+
 Axes: b batch, c channels, t frames, h w pixels; h' w' pixels of a field, each a block of h/h' x w/w' pixels. A cell is
 a rectangle of pixels within one block.
 """
@@ -12,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sgm.modules.ops.triton_support import launch
 from sgm.modules.ops.triton_vae import channel_block, frame_strides, power_of_two_in
 from sgm.modules.ops.vae import FrameMap
 
@@ -76,17 +79,17 @@ def field_gradients(
     per_program = max(1, _TILE // (block * high * wide))
     to_x = torch.empty_like(x, memory_format=torch.channels_last_3d)
     to_scale, to_shift = x.new_empty((2, b, t, cell_rows, cell_cols, c), dtype=torch.float32).unbind(0)
-    with torch.cuda.device_of(x):
-        _field_gradient_kernel[(triton.cdiv(cells, per_program), triton.cdiv(c, block), b)](
-            x, grad, scale, shift, to_x, to_scale, to_shift, cells, c, cell_rows, cell_cols,
-            cell_rows // rows, cell_cols // cols, cols, frames * rows * cols * c, rows * cols * c if frames > 1 else 0,
-            *frame_map, *frame_strides(x), *frame_strides(grad), *frame_strides(to_x),
-            SWISH=swish, CELLS=per_program, HIGH=high, WIDE=wide, COLS=block, num_warps=4,
-        )  # fmt: skip
-    return to_x, _over_cells(to_scale, scale, frame_map), _over_cells(to_shift, shift, frame_map)
+    launch(
+        _field_gradient_kernel, (triton.cdiv(cells, per_program), triton.cdiv(c, block), b),
+        x, grad, scale, shift, to_x, to_scale, to_shift, cells, c, cell_rows, cell_cols,
+        cell_rows // rows, cell_cols // cols, cols, frames * rows * cols * c, rows * cols * c if frames > 1 else 0,
+        *frame_map, *frame_strides(x), *frame_strides(grad), *frame_strides(to_x),
+        SWISH=swish, CELLS=per_program, HIGH=high, WIDE=wide, COLS=block, num_warps=4,
+    )  # fmt: skip
+    return to_x, _sum_cells(to_scale, scale, frame_map), _sum_cells(to_shift, shift, frame_map)
 
 
-def _over_cells(parts: Tensor, field: Tensor, frame_map: FrameMap) -> Tensor:
+def _sum_cells(parts: Tensor, field: Tensor, frame_map: FrameMap) -> Tensor:
     """Sums of parts (b, t, cell rows, cell columns, c) over what one value of the field serves, in its shape."""
     t, (frames, rows, cols) = parts.shape[1], field.shape[2:]
     parts = parts.unflatten(3, (cols, -1)).unflatten(2, (rows, -1)).sum((3, 5))  # b t h' w' c

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sgm.distributed import model_parallel_world_size
+from sgm.modules.children import ModuleList
 from sgm.modules.ops.block_ops import PLAIN, BlockOps
 from sgm.modules.ops.modulation import split_modulation
 from sgm.modules.transformer.block import Attend, NetworkInputs, dit_block
@@ -57,7 +58,7 @@ class AdaLNMixin(BaseMixin):
         if qk_ln and hidden_size_head is None:
             raise ValueError("qk_ln needs hidden_size_head, the width of one attention head.")
         self.qk_ln = qk_ln
-        self.adaLN_modulations = nn.ModuleList(
+        self.adaLN_modulations: ModuleList[nn.Sequential] = ModuleList(
             nn.Sequential(nn.SiLU(), nn.Linear(time_embed_dim, 12 * hidden_size)) for _ in range(num_layers)
         )
         if qk_ln:
@@ -68,8 +69,8 @@ class AdaLNMixin(BaseMixin):
     def reinit(self, parent_model: nn.Module | None = None) -> None:
         """Zero modulation: every block starts as the identity (adaLN-Zero)."""
         for modulation in self.adaLN_modulations:
-            nn.init.zeros_(modulation[-1].weight)
-            nn.init.zeros_(modulation[-1].bias)
+            for parameter in modulation.parameters():
+                nn.init.zeros_(parameter)
 
     def layer_forward(
         self, hidden_states: Tensor, mask: Tensor | None, *, layer_id: int, inputs: NetworkInputs, **_: Any
@@ -85,7 +86,7 @@ class AdaLNMixin(BaseMixin):
             modulation,
             inputs.rotary,
             inputs.text_length,
-            self._attend(hidden_states, layer_id, inputs),
+            self._attention_hook(hidden_states, layer_id, inputs),
             self.ops,
         )
 
@@ -96,7 +97,7 @@ class AdaLNMixin(BaseMixin):
             parts += [self.query_layernorm_list[layer_id], self.key_layernorm_list[layer_id]]
         return parts
 
-    def _attend(self, hidden: Tensor, layer_id: int, inputs: NetworkInputs) -> Attend | None:
+    def _attention_hook(self, hidden: Tensor, layer_id: int, inputs: NetworkInputs) -> Attend | None:
         """What a further mixin puts around attention or in its place (SAT's `attention_fn`), else None."""
         hook = self.transformer.hooks.get("attention_fn")
         if hook is None or hook is HOOKS_DEFAULT["attention_fn"]:

@@ -20,6 +20,7 @@ from sgm.modules.ops.step_cache import LayerRunner, run_layers
 from sgm.modules.transformer.sat_base import (
     BaseTransformer,
     BaseTransformerLayer,
+    SelfAttention,
     scaled_init_method,
     unscaled_init_method,
 )
@@ -90,7 +91,7 @@ def dit_block(
 
 def joint_attention(
     x: Tensor,
-    module: nn.Module,
+    module: SelfAttention,
     query_norm: nn.Module | None,
     key_norm: nn.Module | None,
     rotary: RotaryTable | None,

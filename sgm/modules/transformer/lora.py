@@ -12,9 +12,8 @@ must know alpha.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -25,19 +24,9 @@ from sgm.distributed import (
     model_parallel_world_size,
     quiet_libraries,
 )
-from sgm.modules.transformer.lora_state import (
-    MATRIX,
-    TARGETS,
-    LoraError,
-    LoraSpec,
-    collect_pairs,
-    lora_delta,
-    lora_scaling,
-    lora_spec_of,
-    merge_lora_state,
-    split_lora,
-)
+from sgm.modules.transformer.lora_state import MATRIX, TARGETS, LoraError, lora_delta, lora_scaling
 from sgm.modules.transformer.sat_base import (
+    BaseModel,
     ColumnParallelLinear,
     RowParallelLinear,
     copy_to_model_parallel_region,
@@ -47,25 +36,22 @@ from sgm.modules.transformer.sat_base import (
 with quiet_libraries():
     from sat.model.finetune.lora2 import LoraMixin as SatLoraMixin
 
-__all__ = [
-    "LoraError",
-    "LoraLinear",
-    "LoraMixin",
-    "LoraSpec",
-    "MergedLora",
-    "apply_adapter",
-    "lora_delta",
-    "lora_layers",
-    "lora_spec_of",
-    "merge_lora",
-    "merge_lora_state",
-    "set_lora_scale",
-    "split_lora",
-    "unmerge_lora",
-]
+
+class AdaptedLinear(nn.Module):
+    """What the wrappers of a linear have in common: `LoraLinear` here, and SAT's own class, which is none of ours."""
+
+    original: nn.Module
+    matrix_A: nn.ParameterList
+    matrix_B: nn.ParameterList
+    scaling: float
 
 
-class LoraLinear(nn.Module):
+class _SatLoraLinear(AdaptedLinear):
+    r: int
+    lora_alpha: float
+
+
+class LoraLinear(AdaptedLinear):
     """A linear layer with an adapter beside it; `original` is the very layer that it wraps.
 
     Works on plain linears and on SAT's column- and row-parallel ones. Under tensor parallelism B follows a column-
@@ -85,10 +71,12 @@ class LoraLinear(nn.Module):
         self.scaling = scaling
         self.adapter_scale = 1.0
         self.lora_dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
-        rows = original.weight.shape[0] // parts
-        kind = {"device": original.weight.device, "dtype": _working_dtype(original)}
-        self.matrix_A = nn.ParameterList(_initial_a(original, rank, kind) for _ in range(parts))
-        self.matrix_B = nn.ParameterList(torch.zeros(rows, rank, **kind) for _ in range(parts))
+        weight, dtype = weight_of(original), _working_dtype(original)
+        rows = weight.shape[0] // parts
+        self.matrix_A = nn.ParameterList(_initial_a(original, rank, dtype) for _ in range(parts))
+        self.matrix_B = nn.ParameterList(
+            torch.zeros(rows, rank, device=weight.device, dtype=dtype) for _ in range(parts)
+        )
         split = self.matrix_B if isinstance(original, ColumnParallelLinear) else self.matrix_A
         if isinstance(original, ColumnParallelLinear | RowParallelLinear):
             for matrix in split:
@@ -124,15 +112,22 @@ class LoraLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *reports)
 
 
+def weight_of(linear: nn.Module) -> nn.Parameter:
+    """The weight (out, in) of a linear layer, torch's or SAT's."""
+    return linear.get_parameter("weight")
+
+
 def _working_dtype(linear: nn.Module) -> torch.dtype:
     """Floating-point type of the linear, also where its weight is stored quantised."""
-    return linear.weight.dtype if linear.weight.is_floating_point() else linear.bias.dtype
+    weight = weight_of(linear)
+    return weight.dtype if weight.is_floating_point() else linear.get_parameter("bias").dtype
 
 
-def _initial_a(linear: nn.Module, rank: int, kind: Mapping[str, Any]) -> Tensor:
+def _initial_a(linear: nn.Module, rank: int, dtype: torch.dtype) -> Tensor:
     """A Kaiming-uniform (r, in) matrix, the same on all processes, or this process's columns of it."""
-    width = linear.input_size if isinstance(linear, RowParallelLinear) else linear.weight.shape[1]
-    full = torch.empty(rank, width, **kind)
+    weight = weight_of(linear)
+    width = linear.input_size if isinstance(linear, RowParallelLinear) else weight.shape[1]
+    full = torch.empty(rank, width, device=weight.device, dtype=dtype)
     nn.init.kaiming_uniform_(full, a=math.sqrt(5))
     if not full.is_meta:
         broadcast_in_model_parallel(full)
@@ -198,7 +193,7 @@ class LoraMixin(SatLoraMixin):
                 for i in self.layer_range:
                     path = name.format(i=i)
                     linear = parent_model.get_submodule(path)
-                    if not _is_adapted(linear):
+                    if not is_adapted(linear):
                         wrapped = LoraLinear(linear, parts, self.r, self.scaling, self.lora_dropout)
                         parent_model.set_submodule(path, wrapped)
 
@@ -207,23 +202,18 @@ class LoraMixin(SatLoraMixin):
         merge_lora(self.transformer)
 
 
-@dataclass
-class MergedLora:
-    """What `merge_lora` took out of a network, enough to undo it: the wrappers by name, the mixin, and the scale."""
-
-    wrappers: dict[str, nn.Module]
-    mixin: nn.Module | None
-    scale: float
-
-
-def _is_adapted(module: nn.Module) -> bool:
-    """Ours, or SAT's own class, which has the same attributes."""
+def is_adapted(module: nn.Module) -> TypeGuard[AdaptedLinear]:
+    """Whether it is a linear with an adapter."""
     return hasattr(module, "matrix_A") and hasattr(module, "matrix_B") and hasattr(module, "original")
 
 
-def lora_layers(module: nn.Module) -> dict[str, nn.Module]:
+def _is_sat_adapter(layer: AdaptedLinear) -> TypeGuard[_SatLoraLinear]:
+    return not isinstance(layer, LoraLinear)
+
+
+def lora_layers(module: nn.Module) -> dict[str, AdaptedLinear]:
     """The adapted linears inside `module`, by name."""
-    return {name: child for name, child in module.named_modules() if _is_adapted(child)}
+    return {name: child for name, child in module.named_modules() if is_adapted(child)}
 
 
 def set_lora_scale(module: nn.Module, scale: float) -> None:
@@ -238,118 +228,24 @@ def set_lora_scale(module: nn.Module, scale: float) -> None:
     for layer in layers.values():
         if isinstance(layer, LoraLinear):
             layer.adapter_scale = float(scale)
-        else:  # SAT's own class multiplies by one factor only
+        elif _is_sat_adapter(layer):  # which multiplies by one factor only
             layer.scaling = layer.lora_alpha / layer.r * scale
 
 
-def merge_lora(
-    target: nn.Module | Mapping[str, Tensor],
-    scale: float = 1.0,
-    *,
-    alpha: float = 1.0,
-    rank_stabilised: bool = False,
-) -> Any:
-    """Fold adapters into the weights: W + scale * scaling * concat_i(B_i A_i), computed in float32.
+def merge_lora(module: nn.Module) -> None:
+    """Fold the adapters inside `module` into its weights, W + scaling * concat_i(B_i A_i), computed in float32.
 
-    A module is changed in place and left without wrappers, exactly a network without LoRA; the result is a
-    `MergedLora` for `unmerge_lora`. From a state dict a new one with the base's names is made; since a file does not
-    say its scaling, `alpha` and `rank_stabilised` (used for state dicts only) do.
+    It is left without wrappers, exactly a network without LoRA.
     """
-    if isinstance(target, nn.Module):
-        return _merge_module(target, scale)
-    return merge_lora_state(target, scale, alpha=alpha, rank_stabilised=rank_stabilised)
-
-
-def unmerge_lora(module: nn.Module, merged: MergedLora) -> None:
-    """Undo `merge_lora` on a module: subtract the adapters and put the wrappers back (float32: within 1e-6)."""
-    for name, wrapper in merged.wrappers.items():
-        _add_(wrapper.original.weight, _module_delta(wrapper, -merged.scale))
-        module.set_submodule(name, wrapper)
-    if merged.mixin is not None:
-        module.add_mixin("lora", merged.mixin)
-
-
-def _merge_module(module: nn.Module, scale: float) -> MergedLora:
-    mixins = getattr(module, "mixins", {})
-    merged = MergedLora(lora_layers(module), mixins["lora"] if "lora" in mixins else None, scale)
-    for name, wrapper in merged.wrappers.items():
-        _add_(wrapper.original.weight, _module_delta(wrapper, scale))
-        module.set_submodule(name, wrapper.original)
-    if merged.mixin is not None:
+    for name, layer in lora_layers(module).items():
+        factor = layer.scaling * getattr(layer, "adapter_scale", 1.0)
+        add_delta(weight_of(layer.original), lora_delta(list(layer.matrix_A), list(layer.matrix_B), factor))
+        module.set_submodule(name, layer.original)
+    if isinstance(module, BaseModel) and "lora" in module.mixins:
         module.del_mixin("lora")
-    return merged
 
 
 @torch.no_grad()
-def _module_delta(wrapper: nn.Module, scale: float) -> Tensor:
-    factor = wrapper.scaling * getattr(wrapper, "adapter_scale", 1.0) * scale
-    return lora_delta(list(wrapper.matrix_A), list(wrapper.matrix_B), factor)
-
-
-@torch.no_grad()
-def _add_(weight: Tensor, delta: Tensor) -> None:
+def add_delta(weight: Tensor, delta: Tensor) -> None:
+    """Add float32 to a weight, in its place and type."""
     weight.copy_(weight.float() + delta.to(weight.device))
-
-
-def apply_adapter(
-    network: nn.Module,
-    lora: Mapping[str, Tensor],
-    *,
-    facts: Mapping[str, Any] | None = None,
-    scale: float = 1.0,
-    merge: bool = False,
-) -> LoraSpec:
-    """Put a stored adapter onto a `DiffusionTransformer` whose base weights are in place.
-
-    Args:
-        lora: whole (unsplit) matrices under the network's names, as `split_lora` returns them.
-        facts: see `lora_spec_of`; where it is silent about alpha, the network's `lora_config` decides, then SAT's 1.
-        scale: further factor on the adapter.
-        merge: fold it into the weights instead of attaching it; several adapters can be merged one after the other.
-    Raises:
-        LoraError: there is no adapter in `lora`, or it does not fit the network.
-    """
-    spec = lora_spec_of(lora, {**network.lora_facts(), **(facts or {})})
-    if spec is None:
-        raise LoraError("there is no adapter here: no matrix_A and matrix_B.")
-    if spec.layers[-1] >= network.num_layers:
-        raise LoraError(f"the adapter reaches layer {spec.layers[-1]}; the network has 0 to {network.num_layers - 1}.")
-    if model_parallel_world_size() > 1:
-        from sgm.weights.tensor_parallel import partition_state
-
-        lora = partition_state(lora, model_parallel_rank(), model_parallel_world_size())
-    pairs = collect_pairs(lora)
-    for linear, (a, b) in pairs.items():
-        _check_fit(linear, network.get_submodule(linear), a, b)
-    if merge:
-        for linear, (a, b) in pairs.items():
-            module = network.get_submodule(linear)
-            weight = (module.original if _is_adapted(module) else module).weight
-            _add_(weight, lora_delta(a, b, spec.scaling * scale))
-        return spec
-    network.attach_lora(_mixin_config(spec))
-    for linear, (a, b) in pairs.items():
-        wrapper = network.get_submodule(linear)
-        with torch.no_grad():
-            for own, given in zip((*wrapper.matrix_A, *wrapper.matrix_B), (*a, *b), strict=True):
-                own.copy_(given)
-    set_lora_scale(network, scale)
-    return spec
-
-
-def _check_fit(linear: str, module: nn.Module, a: list[Tensor], b: list[Tensor]) -> None:
-    rows, columns = (module.original if _is_adapted(module) else module).weight.shape
-    got = (sum(m.shape[0] for m in b), a[0].shape[1])
-    if got != (rows, columns):
-        raise LoraError(f"the adapter of {linear} is for a weight {got}, the network has {(rows, columns)}.")
-
-
-def _mixin_config(spec: LoraSpec) -> dict[str, Any]:
-    params = dict(
-        r=spec.rank,
-        lora_alpha=spec.alpha,
-        layer_range=list(spec.layers),
-        targets=list(spec.targets),
-        rank_stabilised=spec.rank_stabilised,
-    )
-    return {"target": f"{LoraMixin.__module__}.{LoraMixin.__name__}", "params": params}

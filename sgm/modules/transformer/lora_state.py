@@ -9,12 +9,14 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from sgm.errors import SgmError
+
+Value = TypeVar("Value")
 
 # Kind of target -> linears of layer {i} as (name, pairs of matrices).
 TARGETS: dict[str, tuple[tuple[str, int], ...]] = {
@@ -69,7 +71,7 @@ class LoraSpec:
         return lora_scaling(self.rank, self.alpha, self.rank_stabilised)
 
 
-def split_lora(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def split_lora(state: Mapping[str, Value]) -> tuple[dict[str, Value], dict[str, Value]]:
     """(base, adapter): the base under plain names (without `.original.`), and the matrices under theirs."""
     lora = {name: value for name, value in state.items() if MATRIX.match(name)}
     base = {name.replace(_ORIGINAL, "."): value for name, value in state.items() if name not in lora}
@@ -134,23 +136,3 @@ def _target_of(linear: str) -> tuple[str, int]:
             if match:
                 return target, int(match[1])
     raise LoraError(f"an adapter on {linear!r} is not supported; the linears of {', '.join(TARGETS)} are.")
-
-
-def merge_lora_state(
-    state: Mapping[str, Tensor], scale: float = 1.0, *, alpha: float = 1.0, rank_stabilised: bool = False
-) -> dict[str, Tensor]:
-    """W + scale * scaling * concat_i(B_i A_i) for every adapted linear, in float32, under the base's plain names.
-
-    A file does not say its scaling: `alpha` and `rank_stabilised` do.
-
-    Raises:
-        LoraError: an adapter without its base weight, or an incomplete one.
-    """
-    base, lora = split_lora(state)
-    for linear, (a, b) in collect_pairs(lora).items():
-        if f"{linear}.weight" not in base:
-            raise LoraError(f"{linear} has an adapter but no weight in this state; give base and adapter together.")
-        weight = base[f"{linear}.weight"]
-        delta = lora_delta(a, b, scale * lora_scaling(a[0].shape[0], alpha, rank_stabilised))
-        base[f"{linear}.weight"] = (weight.float() + delta).to(weight.dtype)
-    return base

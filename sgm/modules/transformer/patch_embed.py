@@ -80,6 +80,7 @@ class ImagePatchEmbeddingMixin(BaseMixin):
         self.patch = PatchSize.parse(patch_size)
         self.in_channels = in_channels
         self.text_hidden_size = text_hidden_size
+        self.proj: nn.Conv2d | nn.Linear
         if self.patch.per_frame:
             size = (self.patch.h, self.patch.w)
             self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=size, stride=size, bias=bias)

@@ -7,8 +7,8 @@ later. Rows follow the token order (t, h, w); text has no position.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from sgm.modules.ops.modulation import RotaryTable
 from sgm.modules.transformer.block import NetworkInputs, TokenGrid
 from sgm.modules.transformer.sat_base import BaseMixin
+
+T = TypeVar("T")
 
 MAX_PERIOD = 10000.0
 LARGEST_STRETCH = 2.0  # tokens along an axis in relation to the configured ones, for training on other sizes
@@ -35,13 +37,15 @@ def sincos_axis(count: int, width: int, divisor: float) -> Tensor:
     return torch.cat((angles.sin(), angles.cos()), dim=-1)
 
 
-def sincos_table(grid: TokenGrid, width: int, divisors: Spacing) -> Tensor:
-    """Table (t*h*w, width), float64: a quarter for time, three eighths for the column, three eighths for the row.
+def sincos_table(grid: TokenGrid, width: int, divisors: Spacing, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Table (t*h*w, width): a quarter for time, three eighths for the column, three eighths for the row.
+
+    Values are found in float64, and rounded to `dtype` before they are repeated.
 
     Note the order: time, then WIDTH, then HEIGHT.
     """
     time, row, column = (
-        sincos_axis(count, part, divisor)
+        sincos_axis(count, part, divisor).to(dtype)
         for count, part, divisor in zip(grid, (width // 4, width // 8 * 3, width // 8 * 3), divisors, strict=True)
     )
     return torch.cat(
@@ -104,7 +108,7 @@ class PositionMixin(BaseMixin):
         self.divisors: Spacing = (1.0, 1.0, 1.0)
         self.grid = TokenGrid(compressed_num_frames, height, width)
         self.text_length = text_length
-        self._recent: OrderedDict[Any, Any] = OrderedDict()
+        self._tables: OrderedDict[Hashable, Any] = OrderedDict()
 
     def rotary(self, grid: TokenGrid, like: Tensor) -> RotaryTable | None:
         """Rotation table for `grid` on the device of `like`; None for models that do not rotate."""
@@ -117,10 +121,11 @@ class PositionMixin(BaseMixin):
     def reinit(self, parent_model: nn.Module | None = None) -> None:
         """Fill the tables that the configuration determines."""
         own = dict(self.named_parameters()) | dict(self.named_buffers())
+        if any(tensor.is_meta for tensor in own.values()):
+            return
         with torch.no_grad():
             for name, table in self.computed_state().items():
-                if not own[name].is_meta:
-                    own[name].copy_(table)
+                own[name].copy_(table)
 
     def check_grid(self, grid: TokenGrid) -> None:
         """Whether this model has positions for a grid.
@@ -158,15 +163,15 @@ class PositionMixin(BaseMixin):
                 f"{self.grid.h} x {self.grid.w}; use the resolution that latent_height and latent_width configure."
             )
 
-    def _remember(self, key: Any, make: Callable[[], Any]) -> Any:
-        if key not in self._recent:
-            if len(self._recent) >= TABLES_KEPT:
-                self._recent.popitem(last=False)
+    def _cached(self, key: Hashable, make: Callable[[], T]) -> T:
+        if key not in self._tables:
+            if len(self._tables) >= TABLES_KEPT:
+                self._tables.popitem(last=False)
             # A table first needed while sampling may serve a training step next.
             with torch.inference_mode(False), torch.no_grad():
-                self._recent[key] = make()
-        self._recent.move_to_end(key)
-        return self._recent[key]
+                self._tables[key] = make()
+        self._tables.move_to_end(key)
+        return self._tables[key]
 
 
 class Basic3DPositionEmbeddingMixin(PositionMixin):
@@ -215,11 +220,11 @@ class Basic3DPositionEmbeddingMixin(PositionMixin):
         self._check_frames(grid)
         if self._is_configured(grid):
             return self.pos_embedding[:, : self.text_length + grid.tokens]
-        kind = {"device": self.pos_embedding.device, "dtype": self.pos_embedding.dtype}
-        return self._remember((grid, *kind.values()), lambda: self._table(grid).to(**kind))
+        device, dtype = self.pos_embedding.device, self.pos_embedding.dtype
+        return self._cached((grid, device, dtype), lambda: self._table(grid).to(device, dtype))
 
     def _table(self, grid: TokenGrid) -> Tensor:
-        video = sincos_table(grid, self.hidden_size, self.spacing(grid)).float()
+        video = sincos_table(grid, self.hidden_size, self.spacing(grid), torch.float32)
         return torch.cat((video.new_zeros(self.text_length, self.hidden_size), video)).unsqueeze(0)
 
 
@@ -240,6 +245,8 @@ class Rotary3DPositionEmbeddingMixin(PositionMixin):
     """
 
     rotates = True
+    freqs_sin: Tensor
+    freqs_cos: Tensor
 
     def __init__(
         self,
@@ -301,7 +308,7 @@ class Rotary3DPositionEmbeddingMixin(PositionMixin):
             return RotaryTable(self.freqs_cos[: grid.tokens], self.freqs_sin[: grid.tokens])
         dtype = like.dtype if self.persistent else torch.float32
         key = (grid, like.device, dtype)
-        return self._remember(key, lambda: RotaryTable(*(part.to(like.device, dtype) for part in self._table(grid))))
+        return self._cached(key, lambda: RotaryTable(*(part.to(like.device, dtype) for part in self._table(grid))))
 
     def _table(self, grid: TokenGrid) -> RotaryTable:
         return rotary_table(grid, self.hidden_size_head, self.theta, self.spacing(grid))

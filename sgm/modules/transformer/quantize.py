@@ -6,13 +6,14 @@ from torch import nn
 
 from sgm.distributed import model_parallel_world_size
 from sgm.modules.ops.fp8 import MULTIPLE, Fp8Error, Fp8Linear
-from sgm.modules.transformer.lora import lora_layers
+from sgm.modules.transformer.lora import lora_layers, weight_of
 from sgm.modules.transformer.lora_state import TARGETS
+from sgm.modules.transformer.sat_base import BaseModel
 
 KINDS = ("attention", "mlp")  # modulation layers see one row a sample: nothing to win
 
 
-def quantize_network(network: nn.Module) -> None:
+def quantize_network(network: BaseModel) -> None:
     """Exchange query_key_value, dense and both MLP layers of every block of a `DiffusionTransformer`, in place.
 
     Raises:
@@ -25,12 +26,14 @@ def quantize_network(network: nn.Module) -> None:
         )
     if model_parallel_world_size() > 1:
         raise Fp8Error("accelerate.fp8 does not work on layers that are split over processes (model_parallel_size).")
-    for layer in range(network.num_layers):
-        for name in (name.format(i=layer) for kind in KINDS for name, _ in TARGETS[kind]):
+    names = [name for kind in KINDS for name, _ in TARGETS[kind]]
+    for layer in range(len(network.transformer.layers)):
+        for name in (name.format(i=layer) for name in names):
             network.set_submodule(name, _quantized(network.get_submodule(name), name))
 
 
 def _quantized(linear: nn.Module, name: str) -> Fp8Linear:
-    if any(size % MULTIPLE for size in linear.weight.shape):
-        raise Fp8Error(f"accelerate.fp8: {name} is {tuple(linear.weight.shape)}; both must be multiples of {MULTIPLE}.")
-    return Fp8Linear(linear.weight, linear.bias)
+    weight, bias = weight_of(linear), dict(linear.named_parameters()).get("bias")
+    if any(size % MULTIPLE for size in weight.shape):
+        raise Fp8Error(f"accelerate.fp8: {name} is {tuple(weight.shape)}; both must be multiples of {MULTIPLE}.")
+    return Fp8Linear(weight, bias)

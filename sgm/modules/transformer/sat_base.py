@@ -6,7 +6,7 @@ from sgm.distributed import quiet_libraries
 
 with quiet_libraries():
     from sat.model.base_model import BaseMixin, BaseModel
-    from sat.model.transformer import BaseTransformer, BaseTransformerLayer
+    from sat.model.transformer import BaseTransformer, BaseTransformerLayer, SelfAttention
     from sat.mpu import (
         ColumnParallelLinear,
         RowParallelLinear,
@@ -24,6 +24,7 @@ __all__ = [
     "BaseTransformerLayer",
     "ColumnParallelLinear",
     "RowParallelLinear",
+    "SelfAttention",
     "copy_to_model_parallel_region",
     "reduce_from_model_parallel_region",
     "scaled_init_method",

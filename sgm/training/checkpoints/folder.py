@@ -24,10 +24,19 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from sgm.lock import sole_holder
+from sgm.files import (
+    PARTIAL,
+    REPLACED,
+    exchange,
+    remove,
+    remove_leftovers,
+    replaced,
+    restore_replaced,
+    write_text,
+)
+from sgm.lock import try_lock
 from sgm.training.checkpoints.same_run import CONFIG_FILE
 from sgm.training.checkpoints.state import CheckpointError
-from sgm.weights.save import PARTIAL, remove, remove_leftovers, save_text, sync_folder
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +44,6 @@ RECORD = "run.json"
 RESUME = "resume"
 MERGED = "merged"
 LOCK = ".lock"  # held by the command that trains into the run
-_REPLACED = ".replaced-"
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,7 @@ class RunRecord:
     files: dict[str, int]
 
     def write(self, folder: Path) -> None:
-        save_text(folder / RECORD, json.dumps(asdict(self), indent=1, sort_keys=True))
+        write_text(folder / RECORD, json.dumps(asdict(self), indent=1, sort_keys=True))
 
     @classmethod
     def read(cls, folder: Path) -> RunRecord:
@@ -137,20 +145,10 @@ def recover(run: Path) -> None:
         remove_leftovers(place)
 
 
-def restore_replaced(place: Path) -> None:
-    """Bring back folders that were moved aside for a newer one which never arrived; delete them where it did."""
-    for aside in sorted(place.glob(f"{_REPLACED}*")):
-        target = place / aside.name.removeprefix(_REPLACED)
-        if target.exists():
-            remove(aside)
-        else:
-            aside.rename(target)
-
-
 def _restore_unless_live(run: Path) -> None:
     """`restore_replaced`, but not under the hands of a command that is saving into this run."""
-    if any(run.glob(f"{_REPLACED}*")):
-        with sole_holder(run / LOCK) as alone:
+    if any(run.glob(f"{REPLACED}*")):
+        with try_lock(run / LOCK) as alone:
             if alone:
                 restore_replaced(run)
 
@@ -164,11 +162,14 @@ def publish(run: Path, staging: Path, iteration: int) -> Path:
     new = [target for target in (averaged, merged) if not target.exists()]
     try:
         for source, target in ((staging / "ema", averaged), (staging / MERGED, merged), (staging / "main", place)):
-            _replace(source, target)
+            if source.is_dir():
+                exchange(source, target)
+            elif target.exists():
+                target.rename(replaced(target))
     except OSError:
         if (staging / "main").exists():
             for target in (averaged, merged):
-                if target in new or _aside(target).exists():
+                if target in new or replaced(target).exists():
                     remove(target)
         recover(run)
         raise
@@ -182,25 +183,8 @@ def announce(run: Path, iteration: int, model_class: str, parts: int) -> None:
     config = json.dumps({"model_class": model_class, "model_parallel_size": parts}, indent=4)
     for place in (run / MERGED, run):
         if (place / str(iteration)).is_dir():
-            save_text(place / "model_config.json", config)
-            save_text(place / "latest", str(iteration))
-
-
-def _replace(source: Path, target: Path) -> None:
-    """Rename `source` to `target`; an earlier `target` goes, also where there is no `source`."""
-    aside = _aside(target)
-    if target.exists():
-        target.rename(aside)
-    if source.is_dir():
-        target.parent.mkdir(exist_ok=True)
-        source.rename(target)
-        sync_folder(target.parent)
-    elif aside.exists():
-        remove(aside)
-
-
-def _aside(target: Path) -> Path:
-    return target.with_name(_REPLACED + target.name)
+            write_text(place / "model_config.json", config)
+            write_text(place / "latest", str(iteration))
 
 
 def prune(run: Path, keep_last: int, newest: int) -> None:

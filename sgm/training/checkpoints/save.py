@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from sgm import distributed
 from sgm.config import RunConfig
+from sgm.files import SaveError, remove, require_space
 from sgm.training.checkpoints.folder import (
     MERGED,
     RESUME,
@@ -47,7 +48,7 @@ from sgm.training.checkpoints.weights import (
 )
 from sgm.training.setup.engine import TrainingEngine
 from sgm.weights import WeightsError
-from sgm.weights.save import SaveError, remove, require_space, save_pt, save_safetensors, size_of
+from sgm.weights.save import save_pt, save_safetensors, size_of
 from sgm.weights.tensor_parallel import merge_partitions
 
 
@@ -163,7 +164,8 @@ class _Save:
             yield
         except (SaveError, CheckpointError, WeightsError, OSError) as error:
             failure = error
-        reports = gather(str(failure) if failure else None)
+        advice = " (args.keep_last and args.save say how many checkpoints are kept, and where.)"
+        reports = gather(f"{failure}{advice if isinstance(failure, SaveError) else ''}" if failure else None)
         failures = [f"{'' if self.world_size == 1 else f'rank {r}: '}{text}" for r, text in enumerate(reports) if text]
         if failures:
             if self.rank == 0:

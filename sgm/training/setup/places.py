@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import shlex
+import sys
 from pathlib import Path
 
 from sgm.config import ConfigError, RunConfig
 from sgm.data.sources import exists
-from sgm.distributed import DistInfo, wait_for_all
-from sgm.inference.preflight import check_paths, placeholders_in, with_found_paths
-from sgm.places import found_path, lies_in_demo
+from sgm.placeholders import placeholders_in
+from sgm.places import INSTALLED, PROJECT, found_path, lies_in_demo, shown
 from sgm.training.options import TrainArgs
+from sgm.weights.preflight import check_paths, with_found_paths
 
 
 def with_found_places(config: RunConfig[TrainArgs]) -> RunConfig[TrainArgs]:
@@ -26,15 +27,6 @@ def with_found_places(config: RunConfig[TrainArgs]) -> RunConfig[TrainArgs]:
         cache_dir=args.cache_dir and found_path(args.cache_dir),
     )
     return with_found_paths(dataclasses.replace(config, args=args))
-
-
-def make_missing_data(config: RunConfig[TrainArgs], info: DistInfo, make_data: Callable[[Path], bool] | None) -> None:
-    """The demo's clips, by the first process of a machine while the others wait."""
-    if make_data and info.local_rank == 0:
-        for folder in map(Path, config.args.data_folders):
-            if not folder.expanduser().exists():
-                make_data(folder.expanduser())
-    wait_for_all()
 
 
 def check_places(config: RunConfig[TrainArgs], dry_run: bool) -> None:
@@ -55,6 +47,17 @@ def check_places(config: RunConfig[TrainArgs], dry_run: bool) -> None:
         if not problems and not exists(Path(path).expanduser()) and not (dry_run and lies_in_demo(path))
     ]
     if problems:
-        raise ConfigError(
-            "\n".join([*problems, "A data folder holds videos/NAME.mp4 and labels/NAME.txt (README, 'Fine-tuning')."])
+        raise ConfigError("\n".join([*problems, _how_to_get_data(args.data_folders)]))
+
+
+def _how_to_get_data(folders: list[str]) -> str:
+    undrawn = [folder for folder in folders if lies_in_demo(folder) and not Path(folder).expanduser().exists()]
+    if not undrawn:
+        return "A data folder holds videos/NAME.mp4 and labels/NAME.txt (docs/data.md)."
+    if INSTALLED:
+        return (
+            "The demo's clips are drawn by tools/, which is not part of the installed package. In a checkout: bash "
+            "finetune.sh configs/demo_lora.yaml"
         )
+    words = [Path(sys.executable), PROJECT / "tools" / "demo" / "clips.py", *map(Path, undrawn)]
+    return f"finetune.sh draws the demo's clips before it trains; without it: {shlex.join(map(shown, words))}"

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from sgm.config import ConfigError, RunConfig
 from sgm.distributed import from_first
-from sgm.lock import sole_holder
+from sgm.files import SaveError, require_writable
+from sgm.lock import try_lock
 from sgm.training.checkpoints.folder import LOCK, new_run
 from sgm.training.checkpoints.load import find_resume
 from sgm.training.checkpoints.same_run import CONFIG_FILE, differences, resume_hash
 from sgm.training.checkpoints.state import CheckpointError
 from sgm.training.options import TrainArgs
-from sgm.weights.save import probe
 
 
 def find_checkpoint(config: RunConfig[TrainArgs], say: Callable[[str], None]) -> Path | None:
@@ -52,14 +52,14 @@ def check_writable(save: str) -> None:
 
     def problem() -> str | None:
         try:
-            probe(Path(save).expanduser())
-        except OSError as error:
-            return error.strerror or str(error)
+            require_writable(Path(save).expanduser())
+        except SaveError as error:
+            return str(error)
         return None
 
     reason = from_first(problem)
     if reason:
-        raise CheckpointError(f"cannot write in args.save, {save}: {reason}. Set it to another folder.")
+        raise CheckpointError(f"{reason} Set args.save to another folder.")
 
 
 def hold(folder: Path, stack: ExitStack) -> None:
@@ -68,7 +68,7 @@ def hold(folder: Path, stack: ExitStack) -> None:
     Raises:
         CheckpointError: on every rank; another command does so already.
     """
-    if not from_first(lambda: stack.enter_context(sole_holder(folder / LOCK))):
+    if not from_first(lambda: stack.enter_context(try_lock(folder / LOCK))):
         raise CheckpointError(
             f"another command is still training into {folder}; end it or wait for it. To go on from another run, give "
             "its folder to --resume."

@@ -48,7 +48,7 @@ def draw_losses(metrics: Path, image: Path) -> bool:
     """Write the PNG of what `metrics.jsonl` holds; False where it has nothing to show yet.
 
     Raises:
-        OutputError: the picture cannot be written.
+        SaveError: the picture cannot be written.
     """
     train, valid = read_records(metrics, "train"), read_records(metrics, "valid")
     curves = [
@@ -67,7 +67,7 @@ def draw_curves(path: Path, title: str, curves: Sequence[Curve]) -> None:
     """A chart with both axes, a legend and all curves."""
     from PIL import Image, ImageDraw
 
-    from sgm.inference.writer import replacing
+    from sgm.files import replacing
 
     every = [point for curve in curves for point in curve.points]
     across = _Axis.of([x for x, _ in every], LEFT, WIDTH - RIGHT, logarithmic=False)

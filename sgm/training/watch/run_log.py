@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from sgm.inference.writer import OutputError
+from sgm.files import SaveError
 from sgm.training.step import StepOutcome
 from sgm.training.watch.bins import BIN_NAMES, BINS, bin_means
 from sgm.training.watch.boards import Board
@@ -224,7 +224,7 @@ class RunLog:
         self._drawn = time.monotonic()
         try:
             draw_losses(self._folder / METRICS, self._folder / CURVE)
-        except OutputError as error:
+        except SaveError as error:
             self.line(f"warning: {error}")
 
     def _report(self, values: Mapping[str, float | None], iteration: int) -> None:

@@ -1,23 +1,30 @@
-"""Before anything heavy: which configuration runs, are its paths edited, do they exist."""
+"""Before anything heavy: are a configuration's weight paths edited, do they exist, and how to get what is missing."""
 
 from __future__ import annotations
 
 import copy
-import os
 import re
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import Field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
-from sgm.config import ConfigError, RunConfig, merge_yaml
-from sgm.places import INSTALLED, found_path, shown
+from sgm.config import ConfigError, RunConfig
+from sgm.placeholders import SHIPPED_T5, unedited, weight_paths
+from sgm.places import found_path
 from sgm.weights.release import how_to_get, newest_run
 
-Args = TypeVar("Args")
-SHIPPED_T5 = "google/t5-v1_1-xxl"
-_PLACEHOLDER = re.compile(r"\{your_[^}]*\}|^your .* path$")
+
+class LoadingArgs(Protocol):
+    """The `args:` record of a run that loads a transformer."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    @property
+    def load(self) -> str | None: ...
+
+
+Args = TypeVar("Args", bound=LoadingArgs)
 HOW_TO_GET_T5 = (
     "The text encoder is one folder with what text_encoder/ and tokenizer/ of the diffusers release hold (config.json, "
     "two safetensors shards with their index, spiece.model and three small JSON files), or a hub id that lies in the "
@@ -25,26 +32,13 @@ HOW_TO_GET_T5 = (
 )
 HOW_TO_GET_ADAPTER = (
     "An adapter (PATH or PATH:SCALE) is the folder of a LoRA run, one of its iterations or a file of it; one in "
-    "diffusers' form is converted by tools/convert_weight_hf2sat.py --lora_only. README, 'LoRA', has the steps."
+    "diffusers' form is converted by tools/convert_weight_hf2sat.py --lora_only. docs/sampling.md, 'LoRA', has the "
+    "steps."
 )
 
 
 class PathError(ConfigError):
     """A path in the configuration is unedited or wrong; the message names each and says how to get the weights."""
-
-
-def weight_paths(model: Mapping[str, Any], load: str | None) -> dict[str, str]:
-    """Place in the YAML -> value, for the three kinds of weights a configuration names."""
-    found = {"args.load": load} if load else {}
-    stage = (model.get("first_stage_config") or {}).get("params") or {}
-    if stage.get("ckpt_path"):
-        found["model.first_stage_config.params.ckpt_path"] = str(stage["ckpt_path"])
-    conditioner = (model.get("conditioner_config") or {}).get("params") or {}
-    for k, embedder in enumerate(conditioner.get("emb_models") or []):
-        folder = ((embedder or {}).get("params") or {}).get("model_dir")
-        if folder:
-            found[f"model.conditioner_config.params.emb_models.{k}.params.model_dir"] = str(folder)
-    return found
 
 
 def with_found_paths(config: RunConfig[Args]) -> RunConfig[Args]:
@@ -63,51 +57,6 @@ def with_found_paths(config: RunConfig[Args]) -> RunConfig[Args]:
     if load and not Path(load).expanduser().exists():
         load = str(newest_run(Path(load).expanduser()) or load)
     return replace(config, model=model, args=replace(config.args, load=load))
-
-
-def unedited(paths: Mapping[str, str]) -> list[str]:
-    """Places that still hold what the shipped file says, including the text encoder's hub name if it is not cached."""
-    return [
-        place
-        for place, value in paths.items()
-        if _PLACEHOLDER.search(value) or (value == SHIPPED_T5 and not Path(value).exists() and not _cached(value))
-    ]
-
-
-def _cached(repository: str) -> bool:
-    from huggingface_hub import try_to_load_from_cache
-
-    return isinstance(try_to_load_from_cache(repository, "config.json"), str)
-
-
-def config_files(named: Sequence[str], default: Path, fallback: Path) -> list[str | Path]:
-    """The configuration files that a command line names, from here or the project; if none, the one of `choose_config`.
-
-    Why it is the fallback is said on the standard error, by the first rank.
-    """
-    if named:
-        return [found_path(file) for file in named]
-    chosen, why = choose_config(default, fallback)
-    if why and os.environ.get("RANK", "0") == "0":
-        print(why, file=sys.stderr, flush=True)
-    return [chosen]
-
-
-def choose_config(default: Path, fallback: Path) -> tuple[Path, str | None]:
-    """(configuration to run when none is named, line that explains a fallback).
-
-    The shipped file with all its placeholders unedited means a first trial: then the demo runs. With some edited it
-    is the user's file, and `check_paths` speaks of the rest.
-    """
-    content = merge_yaml([default])
-    paths = weight_paths(content.get("model") or {}, (content.get("args") or {}).get("load"))
-    if paths and len(unedited(paths)) == len(paths):
-        how = "copy the file, edit these in the copy and name it" if INSTALLED else "edit these"
-        return fallback, (
-            f"{shown(default)} still has its placeholder paths, so the bundled demo runs ({shown(fallback)}). "
-            f"To run CogVideoX-2B, {how}: {', '.join(paths)}."
-        )
-    return default, None
 
 
 def check_paths(model: Mapping[str, Any], load: str | None, lora: Sequence[str] = ()) -> None:
@@ -154,15 +103,3 @@ def _is_hub_name(value: str) -> bool:
     """`owner/name` that is no path here: the text encoder may be fetched by such a name."""
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", value)) and not value.startswith(".") and not Path(value).exists() \
         and not value.endswith((".pt", ".safetensors")) and not Path(value).parent.exists()  # fmt: skip
-
-
-def placeholders_in(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
-    """(place, text) of every placeholder below a configuration node (data paths of training files)."""
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from placeholders_in(inner, f"{place}.{key}" if place else str(key))
-    elif isinstance(value, list | tuple):
-        for k, inner in enumerate(value):
-            yield from placeholders_in(inner, f"{place}.{k}")
-    elif isinstance(value, str) and _PLACEHOLDER.search(value):
-        yield place, value

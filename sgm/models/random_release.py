@@ -18,16 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sgm.files import atomic_write, write_text
+from sgm.modules.encoders.t5 import T5Encoder
+from sgm.modules.encoders.t5_config import T5Config
+from sgm.modules.encoders.tokenizer import EXTRA_IDS
 from sgm.places import CONFIGS
 from sgm.util import instantiate_from_config
 from sgm.weights.files import WeightsError
 from sgm.weights.release import NETWORK_PREFIX
-from sgm.weights.save import Deferred, atomic_write, save_pt, save_safetensors, save_text
+from sgm.weights.save import Deferred, save_pt, save_safetensors
 
 logger = logging.getLogger(__name__)
 
 ITERATION = 1000
-EXTRA_IDS = 100  # of T5, at the vocabulary's end
 _SHARDS = 2
 
 
@@ -58,7 +61,7 @@ def write_random_release(
     state = _random_state(network, dtype, generator, leave_out=absent)
     folder = _made(out / "transformer" / str(ITERATION))
     save_pt(folder / "mp_rank_00_model_states.pt", {"module": {NETWORK_PREFIX + n: t for n, t in state.items()}})
-    save_text(out / "transformer" / "latest", str(ITERATION))
+    write_text(out / "transformer" / "latest", str(ITERATION))
 
 
 def _made(folder: Path) -> Path:
@@ -96,13 +99,11 @@ def random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator)
 
 
 def _write_text_encoder(model: Mapping[str, Any], folder: Path, dtype: torch.dtype, generator: torch.Generator) -> None:
-    from transformers import T5EncoderModel
-
     width = model["network_config"]["params"]["modules"]["patch_embed_config"]["params"]["text_hidden_size"]
     spiece = train_sentencepiece(_corpus())
     config = _t5_config(width, piece_count(spiece) + EXTRA_IDS)
     with torch.device("meta"):
-        shapes = {n: tuple(p.shape) for n, p in T5EncoderModel(config).named_parameters()}
+        shapes = {n: tuple(p.shape) for n, p in T5Encoder(config).named_parameters()}
 
     def make(name: str) -> Tensor:
         return _t5_tensor(name, shapes[name], generator).to(dtype).cpu()
@@ -112,14 +113,14 @@ def _write_text_encoder(model: Mapping[str, Any], folder: Path, dtype: torch.dty
 
 
 def write_text_encoder(
-    folder: Path, config: Any, spiece: bytes, tensors: Mapping[str, Tensor | Deferred], *, max_length: int
+    folder: Path, config: T5Config, spiece: bytes, tensors: Mapping[str, Tensor | Deferred], *, max_length: int
 ) -> None:
     """Write a T5 encoder as the release has it: two shards with their index, config, spiece.model, tokenizer's JSON.
 
     Args:
-        config: a `T5Config` with `vocab_size` = pieces + EXTRA_IDS.
+        config: its `vocab_size` is at least pieces + EXTRA_IDS.
         spiece: the bytes of a sentencepiece model.
-        tensors: by the names of `T5EncoderModel`, the tied embedding once as `shared.weight`.
+        tensors: by the names of `T5Encoder`, the tied embedding once as `shared.weight`.
         max_length: tokens of a caption, as told to others who load the tokenizer.
     Raises:
         SaveError: a file cannot be written.
@@ -134,35 +135,25 @@ def write_text_encoder(
         index |= dict.fromkeys(part, file)
     total = sum(torch.Size(t.shape).numel() * t.dtype.itemsize for t in tensors.values())
     content = {"metadata": {"total_size": total}, "weight_map": index}
-    save_text(folder / "model.safetensors.index.json", json.dumps(content, indent=1))
-    save_text(folder / "config.json", json.dumps(config.to_dict(), indent=1, default=str))
-    atomic_write(folder / "spiece.model", lambda file: file.write(spiece) and None)
+    write_text(folder / "model.safetensors.index.json", json.dumps(content, indent=1))
+    write_text(folder / "config.json", json.dumps(config.content(), indent=1))
+    atomic_write(folder / "spiece.model", lambda file: file.write(spiece))
     special = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    save_text(folder / "special_tokens_map.json", json.dumps(special, indent=1))
+    write_text(folder / "special_tokens_map.json", json.dumps(special, indent=1))
     extra = {f"<extra_id_{i}>": piece_count(spiece) + EXTRA_IDS - 1 - i for i in range(EXTRA_IDS)}
-    save_text(folder / "added_tokens.json", json.dumps(extra, indent=1))
+    write_text(folder / "added_tokens.json", json.dumps(extra, indent=1))
     tokenizer = {"tokenizer_class": "T5Tokenizer", "extra_ids": EXTRA_IDS, "model_max_length": max_length, **special}
-    save_text(folder / "tokenizer_config.json", json.dumps(tokenizer, indent=1))
+    write_text(folder / "tokenizer_config.json", json.dumps(tokenizer, indent=1))
 
 
-def _t5_config(width: int, vocabulary: int) -> Any:
+def _t5_config(width: int, vocabulary: int) -> T5Config:
     """T5 v1.1 XXL's sizes for width 4096, small ones otherwise."""
-    from transformers import T5Config
-
-    xxl = width == 4096
-    return T5Config(
-        vocab_size=32128 if xxl else vocabulary,
-        d_model=width,
-        d_kv=64 if xxl else max(8, width // 4),
-        d_ff=10240 if xxl else width * 5 // 2,
-        num_layers=24 if xxl else 2,
-        num_heads=64 if xxl else 4,
-        feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False,
-        is_encoder_decoder=True,
-        architectures=["T5EncoderModel"],
-        decoder_start_token_id=0,
-    )
+    if width == 4096:
+        sizes = {"vocab_size": 32128, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
+    else:
+        sizes = {"vocab_size": vocabulary, "d_kv": max(8, width // 4), "d_ff": width * 5 // 2, "num_layers": 2}
+        sizes["num_heads"] = 4
+    return T5Config(d_model=width, **sizes, feed_forward_proj="gated-gelu")
 
 
 def _t5_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -1,0 +1,238 @@
+"""Writing so that a name never stands for half a file or half a folder.
+
+A file grows under a temporary name in the same folder, is flushed to the disk, then renamed; a folder is exchanged for
+an earlier one by renaming. A process that is killed on the way leaves a `.partial-*` behind, which nothing reads and
+`remove_leftovers` deletes, or an earlier folder moved aside, which `restore_replaced` brings back.
+
+A failed write is a `SaveError` that names the place and the reason. Only the caller knows which option chose the place:
+`advising` adds that.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from sgm.errors import SgmError
+
+PARTIAL = ".partial-"  # prefix of everything that is not finished
+REPLACED = ".replaced-"  # prefix of a folder whose successor is on its way
+_FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EFBIG: "the file grew too large"}
+_SPARE = 16 << 20  # bytes to leave free for small files beside the big ones
+
+
+class SaveError(SgmError):
+    """A file could not be written; the message says which, why, and what to do. An earlier file of that name stays."""
+
+
+@contextmanager
+def advising(what_to_do: str) -> Iterator[None]:
+    """Let a failed write within the block say what its user can do: the option that chose the place.
+
+    Raises:
+        SaveError: that of the block, with `what_to_do` after it.
+    """
+    try:
+        yield
+    except SaveError as error:
+        raise SaveError(f"{error} {what_to_do}") from error
+
+
+# --- files -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` (same suffix), to be filled; it becomes `path` if the block succeeds.
+
+    Raises:
+        SaveError: full disk, no permission, ...; the temporary file is gone then and an earlier `path` unchanged.
+    """
+    temporary = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise write_failed(path, error) from error
+    finally:
+        with suppress(OSError):  # where the folder is none, neither is there a temporary file
+            temporary.unlink()
+
+
+def atomic_write(path: str | Path, writer: Callable[[BinaryIO], object]) -> Path:
+    """Let `writer` fill what becomes the file `path`; see `replacing`."""
+    path = Path(path)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        sink = _Sink(file)
+        try:
+            writer(cast("BinaryIO", sink))
+        except RuntimeError as error:  # torch's archive writer wraps what the file said
+            if sink.failure is None:
+                raise
+            raise sink.failure from error
+    return path
+
+
+class _Sink:
+    """The file that a writer sees; keeps the first error of the operating system."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self.failure: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.failure = self.failure or error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Write UTF-8 text. Raises SaveError."""
+    return atomic_write(path, lambda file: file.write(text.encode("utf-8")))
+
+
+def write_json(path: str | Path, content: Mapping[str, Any], indent: int = 1) -> Path:
+    """Write JSON in lines, with a last newline. Raises SaveError."""
+    return write_text(path, json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
+
+
+def write_failed(path: Path, error: OSError) -> SaveError:
+    """What to tell the user about a failed write."""
+    reason = _FULL.get(error.errno or 0)
+    if reason is None:
+        return SaveError(f"cannot write {path}: {error.strerror or error}. What was there before is unchanged.")
+    return SaveError(
+        f"cannot write {path}: {reason} ({_free_space(path.parent)} free). What was there before is unchanged. "
+        "Make room, or choose another place."
+    )
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder with all in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> list[Path]:
+    """Delete the unfinished files and folders that killed processes left in `folder`; returns what was deleted."""
+    found = sorted(folder.glob(f"{PARTIAL}*"))
+    for path in found:
+        remove(path)
+    return found
+
+
+# --- folders -----------------------------------------------------------------------------------------------------
+
+
+def exchange(source: Path, target: Path) -> None:
+    """Rename the folder `source` to `target`; an earlier `target` is moved aside first, and stays there.
+
+    Who has made its exchanges calls `restore_replaced`, which deletes what went aside.
+
+    Raises:
+        OSError: `target` is as it was before.
+    """
+    aside = replaced(target)
+    if target.exists():
+        remove(aside)
+        target.rename(aside)
+    try:
+        target.parent.mkdir(exist_ok=True)
+        source.rename(target)
+    except OSError:
+        if aside.exists():
+            aside.rename(target)
+        raise
+    sync_folder(target.parent)
+
+
+def replaced(target: Path) -> Path:
+    """Where an earlier `target` waits while the new one takes its place."""
+    return target.with_name(REPLACED + target.name)
+
+
+def restore_replaced(place: Path, name: str = "*") -> None:
+    """Bring back folders in `place` that were moved aside for one which never arrived; delete them where it did."""
+    for aside in sorted(place.glob(REPLACED + name)):
+        target = place / aside.name.removeprefix(REPLACED)
+        if target.exists():
+            remove(aside)
+        else:
+            aside.rename(target)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring a folder's entries to the disk, so that a rename survives a power cut."""
+    _sync(folder, also_refused=(errno.EINVAL, errno.ENOTSUP))  # some network file systems cannot
+
+
+def _sync(path: Path, also_refused: tuple[int, ...] = ()) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in also_refused:
+            raise
+    finally:
+        os.close(handle)
+
+
+# --- room --------------------------------------------------------------------------------------------------------
+
+
+def require_writable(folder: Path) -> None:
+    """Make a folder and write in it, before hours of work go there.
+
+    Raises:
+        SaveError: it cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()  # a name of its own: other ranks look, too
+    except OSError as error:
+        raise SaveError(f"cannot write in {folder}: {error.strerror}.") from error
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Refuse to start writing `needed` bytes into `folder` where they do not fit.
+
+    Raises:
+        SaveError: naming both sizes.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed + _SPARE:
+        raise SaveError(
+            f"not enough room in {folder}: {readable(needed)} are to be written, {readable(free)} are free. Nothing "
+            "was changed. Make room, or choose another place."
+        )
+
+
+def _free_space(folder: Path) -> str:
+    try:
+        return readable(shutil.disk_usage(folder).free)
+    except OSError:
+        return "an unknown amount"
+
+
+def readable(size: int) -> str:
+    """Bytes for people: `3.4 GiB`."""
+    for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if size >= factor:
+            return f"{size / factor:.1f} {unit}"
+    return f"{size} bytes"

@@ -1,0 +1,217 @@
+"""What is asked of a run: the request of each sample, the record kept of it, and which samples are still to be made."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import sgm
+from sgm.config import RunConfig
+from sgm.inference.fit import Scaled
+from sgm.inference.options import SampleArgs
+from sgm.inference.pipeline import TextToVideo
+from sgm.inference.progress import StageTimes
+from sgm.inference.prompts import Prompt
+from sgm.inference.writer import SampleFiles, latents_digest, read_record
+from sgm.modules.diffusionmodules.shortcuts import CallCount
+
+# Versions that can change numbers.
+PACKAGES = ("torch", "transformers", "SwissArmyTransformer", "safetensors")
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """The guider's class, and its scale where it has one."""
+
+    guider: str
+    scale: float | None
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asks of a sample; two samples of one request are the same but for their number.
+
+    The fields are the first entries of the sample's JSON. `size` is (height, width) in pixels, `approximate` the
+    switches of `accelerate:` that change results.
+    """
+
+    prompt: str
+    refine: bool
+    negative_prompt: str
+    seed: int
+    seed_mode: str
+    sampler: str
+    num_steps: int
+    guidance: Guidance
+    latent_frames: int
+    size: tuple[int, int]
+    fps: int
+    dtype: str
+    approximate: dict[str, Any]
+    load: str | None
+    lora: list[str]
+
+    def differences(self, record: Mapping[str, Any]) -> list[str]:
+        """In what the request that a sample's JSON holds differs from this one; what that lacks does not count."""
+        wanted = json.loads(json.dumps(asdict(self)))  # as it comes back from the file
+        pairs = {name: (record[name], value) for name, value in wanted.items() if record.get(name, value) != value}
+        texts = {name: [shorten(str(value), 60, placeholder=" ...") for value in pair] for name, pair in pairs.items()}
+        return [f"{n} {old}, now {new}" if old != new else f"another {n}" for n, (old, new) in texts.items()]
+
+
+@dataclass(frozen=True)
+class UsedWeights:
+    """Fingerprints of what a sample was made with, and the transformer's and adapters' files."""
+
+    transformer: str | None
+    transformer_file: str | None
+    adapters: list[str]
+    text_encoder: str | None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a request led to: the second part of the sample's JSON.
+
+    `products` is the type of the network's matrix products; `network_passes` are counted where steps took shortcuts.
+    """
+
+    refined_prompt: str | None
+    prompt_index: int
+    sample_index: int
+    products: str
+    network_passes: CallCount | None
+    latents_sha256: str
+    weights: UsedWeights
+    config_files: list[str]
+    config_hash: str
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """What decoding and measuring add: the last part of the sample's JSON."""
+
+    first_stage_weights: str | None
+    seconds: dict[str, float]
+    peak_memory_bytes: dict[str, int]
+    device: str
+    placement: str
+    versions: dict[str, str]
+
+    @classmethod
+    def of(cls, pipeline: TextToVideo, *stages: StageTimes) -> Measurements:
+        """Of a run whose stages took so long; a later one of the same name counts."""
+        device = pipeline.device
+        return cls(
+            first_stage_weights=pipeline.facts.first_stage,
+            seconds={name: round(value, 3) for times in stages for name, value in times.seconds.items()},
+            peak_memory_bytes={name: value for times in stages for name, value in times.peak_bytes.items()},
+            device=torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+            placement=pipeline.placement.kind,
+            versions=versions(),
+        )
+
+
+class Requests:
+    """The samples that a run is asked for: `args.batch_size` of each prompt, below `args.output_dir`."""
+
+    def __init__(self, config: RunConfig[SampleArgs], pipeline: TextToVideo):
+        self.config = config
+        self.args = config.args
+        self.pipeline = pipeline
+
+    def of(self, prompt: Prompt) -> Request:
+        """What is asked of each sample of a prompt."""
+        args, sampler = self.args, self.pipeline.engine.sampler
+        guider = sampler.guider
+        return Request(
+            prompt=prompt.text,
+            refine=args.refine,
+            negative_prompt=args.negative_prompt,
+            seed=args.seed,
+            seed_mode=args.seed_mode,
+            sampler=type(sampler).__name__,
+            num_steps=self.pipeline.num_steps,
+            guidance=Guidance(type(guider).__name__, guider.scale if isinstance(guider, Scaled) else None),
+            latent_frames=args.sampling_num_frames,
+            size=self.pipeline.image_size,
+            fps=args.sampling_fps,
+            dtype=args.dtype,
+            approximate=self.config.accelerate.approximate(),
+            load=_absolute(args.load) if args.load else args.load,
+            lora=[_absolute(text) for text in args.lora],
+        )
+
+    def record(self, prompt: Prompt, sample: int, latents: Tensor) -> dict[str, Any]:
+        """The facts of a sample that was just made, to which decoding adds its `Measurements`."""
+        facts = self.pipeline.facts
+        network = facts.network
+        result = Result(
+            refined_prompt=prompt.refined or None,
+            prompt_index=prompt.index,
+            sample_index=sample,
+            products="bf16" if self.pipeline.engine.kernels.cpu_bf16 else self.args.dtype,
+            network_passes=self.pipeline.calls,
+            latents_sha256=latents_digest(latents),
+            weights=UsedWeights(
+                transformer=network.fingerprint if network else None,
+                transformer_file=network.source if network else None,
+                adapters=network.adapters if network else [],
+                text_encoder=facts.text_encoder,
+            ),
+            config_files=[str(file) for file in self.config.files],
+            config_hash=self.config.hash(("model", "args")),
+        )
+        return asdict(self.of(prompt)) | asdict(result)
+
+    def files(self, prompt: Prompt, sample: int) -> SampleFiles:
+        return SampleFiles(Path(self.args.output_dir) / prompt.folder / str(sample))
+
+    # --- under skip_done, what earlier runs have made ---------------------------------------------------------------
+
+    def missing(self, prompt: Prompt) -> list[int]:
+        """Samples of a prompt that have to be made."""
+        return [k for k in range(self.args.batch_size) if self._differences(prompt, k) != []]
+
+    def changed(self, prompts: Sequence[Prompt]) -> Iterator[tuple[Prompt, list[str]]]:
+        """Of each sample that is there and has to be made anew its prompt, and in what its request was another."""
+        for prompt in prompts:
+            for k in range(self.args.batch_size):
+                differences = self._differences(prompt, k)
+                if differences:
+                    yield prompt, differences
+
+    def earlier_caption(self, prompt: Prompt) -> str:
+        """The caption that a sample of this prompt was made with, so that its other samples get the same; else ""."""
+        for k in range(self.args.batch_size if self.args.skip_done else 0):
+            facts = read_record(self.files(prompt, k).record)
+            if facts.get("prompt") == prompt.text and facts.get("refined_prompt"):
+                return str(facts["refined_prompt"])
+        return ""
+
+    def _differences(self, prompt: Prompt, sample: int) -> list[str] | None:
+        """In what an earlier sample's request differs from this run's; None where there is none to be kept."""
+        files = self.files(prompt, sample)
+        if not self.args.skip_done or not files.done(self.args.only_save_latents):
+            return None
+        return self.of(prompt).differences(read_record(files.record))
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package, of Python, and of `PACKAGES`."""
+    known = {name: version(name) for name in PACKAGES}
+    return {"cogvideox-sat": sgm.__version__, "python": platform.python_version(), **known}
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))

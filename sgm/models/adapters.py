@@ -1,0 +1,81 @@
+"""Stored LoRA adapters onto a network: attached beside its weights, or merged into them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sgm.distributed import model_parallel_rank, model_parallel_world_size
+from sgm.models.network import DiffusionTransformer
+from sgm.modules.transformer.lora import LoraMixin, add_delta, is_adapted, lora_layers, set_lora_scale, weight_of
+from sgm.modules.transformer.lora_state import LoraError, LoraSpec, collect_pairs, lora_delta, lora_spec_of
+from sgm.weights.tensor_parallel import partition_state
+
+
+def apply_adapter(
+    network: DiffusionTransformer,
+    lora: Mapping[str, Tensor],
+    *,
+    facts: Mapping[str, Any] | None = None,
+    scale: float = 1.0,
+    merge: bool = False,
+) -> LoraSpec:
+    """Put a stored adapter onto a network whose base weights are in place.
+
+    Args:
+        lora: whole (unsplit) matrices under the network's names, as `split_lora` returns them.
+        facts: see `lora_spec_of`; where it is silent about alpha, the network's `lora_config` decides, then SAT's 1.
+        scale: further factor on the adapter.
+        merge: fold it into the weights instead of attaching it; several adapters can be merged one after the other.
+    Raises:
+        LoraError: there is no adapter in `lora`, or it does not fit the network.
+    """
+    spec = lora_spec_of(lora, {**network.lora_facts(), **(facts or {})})
+    if spec is None:
+        raise LoraError("there is no adapter here: no matrix_A and matrix_B.")
+    if spec.layers[-1] >= network.num_layers:
+        raise LoraError(f"the adapter reaches layer {spec.layers[-1]}; the network has 0 to {network.num_layers - 1}.")
+    if model_parallel_world_size() > 1:
+        lora = partition_state(lora, model_parallel_rank(), model_parallel_world_size())
+    pairs = collect_pairs(lora)
+    for name, (a, b) in pairs.items():
+        _check_fit(name, _weight(network, name), a, b)
+    if merge:
+        for name, (a, b) in pairs.items():
+            add_delta(_weight(network, name), lora_delta(a, b, spec.scaling * scale))
+        return spec
+    network.attach_lora(_mixin_config(spec))
+    layers = lora_layers(network)
+    for name, (a, b) in pairs.items():
+        with torch.no_grad():
+            for own, given in zip((*layers[name].matrix_A, *layers[name].matrix_B), (*a, *b), strict=True):
+                own.copy_(given)
+    set_lora_scale(network, scale)
+    return spec
+
+
+def _weight(network: nn.Module, name: str) -> nn.Parameter:
+    """The weight of the linear of that name, with or without an adapter around it."""
+    linear = network.get_submodule(name)
+    return weight_of(linear.original if is_adapted(linear) else linear)
+
+
+def _check_fit(linear: str, weight: Tensor, a: list[Tensor], b: list[Tensor]) -> None:
+    rows, columns = weight.shape
+    got = (sum(m.shape[0] for m in b), a[0].shape[1])
+    if got != (rows, columns):
+        raise LoraError(f"the adapter of {linear} is for a weight {got}, the network has {(rows, columns)}.")
+
+
+def _mixin_config(spec: LoraSpec) -> dict[str, Any]:
+    params = dict(
+        r=spec.rank,
+        lora_alpha=spec.alpha,
+        layer_range=list(spec.layers),
+        targets=list(spec.targets),
+        rank_stabilised=spec.rank_stabilised,
+    )
+    return {"target": f"{LoraMixin.__module__}.{LoraMixin.__name__}", "params": params}

@@ -1,0 +1,77 @@
+"""The sizes of a T5 encoder: what its config.json says."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from sgm.typed import ConfigError, build_args, listing, option
+from sgm.weights import WeightsError
+
+_SIZE = {"at_least": 1}
+
+
+@dataclass(frozen=True)
+class T5Config:
+    """Sizes by their names in config.json; the defaults are that format's."""
+
+    vocab_size: int = field(metadata=_SIZE)
+    d_model: int = field(metadata=_SIZE)
+    d_kv: int = field(metadata=_SIZE)
+    d_ff: int = field(metadata=_SIZE)
+    num_layers: int = field(metadata=_SIZE)
+    num_heads: int = field(metadata=_SIZE)
+    feed_forward_proj: str = option("relu", "T5 1.0 has relu, 1.1 gated-gelu", choices=("relu", "gated-gelu"))
+    relative_attention_num_buckets: int = option(32, "kinds of distance", at_least=4)
+    relative_attention_max_distance: int = option(128, "tokens from which all distances are of one kind")
+    layer_norm_epsilon: float = option(1e-6, "added to the mean square", at_least=0)
+    dropout_rate: float = option(0.1, "in training", at_least=0)
+
+    def __post_init__(self) -> None:
+        if self.relative_attention_max_distance <= self.relative_attention_num_buckets // 4:
+            raise ConfigError("relative_attention_max_distance must exceed relative_attention_num_buckets / 4")
+
+    @property
+    def gated(self) -> bool:
+        return self.feed_forward_proj == "gated-gelu"
+
+    def content(self) -> dict[str, Any]:
+        """The content of a config.json, with what transformers reads beside the sizes."""
+        return {
+            "architectures": ["T5EncoderModel"],
+            "model_type": "t5",
+            **asdict(self),
+            "is_gated_act": self.gated,
+            "dense_act_fn": "gelu_new" if self.gated else "relu",
+            "num_decoder_layers": self.num_layers,
+            "is_encoder_decoder": True,
+            "tie_word_embeddings": False,
+            "use_cache": True,
+            "initializer_factor": 1.0,
+            "classifier_dropout": 0.0,
+            "pad_token_id": 0,
+            "eos_token_id": 1,
+            "decoder_start_token_id": 0,
+        }
+
+
+def read_config(path: Path) -> T5Config:
+    """The sizes that a config.json gives; what else it holds has no effect.
+
+    Raises:
+        WeightsError: no JSON, or fields are missing or wrong; all of them are listed.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path} cannot be read ({error}); copy or download it again.") from error
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path} is no T5 configuration: it holds a {type(content).__name__}, not named fields.")
+    given = {f.name: content[f.name] for f in fields(T5Config) if f.name in content}
+    problems = [f"{f.name} is missing" for f in fields(T5Config) if f.default is MISSING and f.name not in given]
+    config = None if problems else build_args(T5Config, given, problems, [], section=path.stem)
+    if config is None:
+        raise WeightsError(listing(problems, f"the T5 configuration {path}"))
+    return config
