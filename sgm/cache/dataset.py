@@ -51,7 +51,7 @@ class CachedClips(Dataset):
         self.report = Report(scan.folder, asdict(settings), usable, scan.rejected, scan.passed_over)
         self.report.require_usable()
         if write_report:
-            self.report.tell_passed_over()
+            self.report.warn_of_passed_over()
         if report is not None and write_report:
             self.report.write(report)
         self.report.usable = []

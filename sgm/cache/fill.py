@@ -20,7 +20,7 @@ from sgm.cache.shard_writer import ShardWriter
 from sgm.cache.shards import CacheError
 from sgm.cache.store import CacheStore, FileStamp, Seen, text_key, video_key
 from sgm.data.clips import CLIP_FAULTS, ClipSettings, load_frames, to_unit_range
-from sgm.data.workers import prepare_worker
+from sgm.data.workers import leave_signals_to_parent
 from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
 from sgm.models.diffusion import DTYPES
 from sgm.modules.encoders.modules import FrozenT5Embedder
@@ -245,7 +245,7 @@ def _examined(
         batch_size=None,
         num_workers=workers,
         collate_fn=_unchanged,
-        worker_init_fn=prepare_worker,
+        worker_init_fn=leave_signals_to_parent,
         prefetch_factor=4 if workers else None,
         in_order=not workers,
     )

@@ -156,7 +156,7 @@ class SFTDataset(Dataset):
         if self.report_path:
             report.write(self.report_path)
         logger.info(report.summary())
-        report.tell_passed_over()
+        report.warn_of_passed_over()
         return report
 
     def _known_report(self) -> Report:

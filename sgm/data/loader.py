@@ -13,7 +13,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 from sgm.data.buckets import BucketSampler
 from sgm.data.collate import collate
 from sgm.data.sampler import ClipSampler, SamplerState
-from sgm.data.workers import prepare_worker
+from sgm.data.workers import leave_signals_to_parent
 
 Batch = dict[str, Any]
 
@@ -136,7 +136,7 @@ def read_in_processes(
         num_workers=workers,
         collate_fn=collate,
         pin_memory=pin,
-        worker_init_fn=prepare_worker,
+        worker_init_fn=leave_signals_to_parent,
         generator=torch.Generator().manual_seed(_worker_seed(sampler)),
         prefetch_factor=ahead if workers else None,
         persistent_workers=workers > 0,

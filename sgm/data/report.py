@@ -73,7 +73,7 @@ class Report:
         line = f"{self.data_dir}: {len(self.usable)} clips usable, {len(self.rejected)} rejected"
         return line + (f" (first: {first_reasons(self.rejected, 1)})" if self.rejected else "")
 
-    def tell_passed_over(self) -> None:
+    def warn_of_passed_over(self) -> None:
         """Log that the folder holds videos or pictures that were not even looked at; they count as nothing."""
         if self.passed_over:
             logger.warning("%s: %s", self.data_dir, passed_over_line(self.passed_over))

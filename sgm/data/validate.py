@@ -157,8 +157,8 @@ def summary(facts: Sequence[ClipFacts], counted: bool) -> list[str]:
     usable = [fact for fact in facts if fact.usable]
     seconds = sum(fact.seconds or 0 for fact in usable)
     lines = [f"{len(usable)} of {len(facts)} clips usable, {seconds / 60:.1f} minutes of video"]
-    kinds = Counter(fact.clip for fact in usable)
-    lines += [f"  {count} of {f} frames, {h}x{w}" for (f, h, w), count in sorted(kinds.items())]  # type: ignore[misc]
+    kinds = Counter(fact.clip for fact in usable if fact.clip)
+    lines += [f"  {count} of {f} frames, {h}x{w}" for (f, h, w), count in sorted(kinds.items())]
     longest = max((fact.tokens or 0 for fact in usable), default=0)
     cut = sum(bool(fact.cut) for fact in usable)
     if counted:

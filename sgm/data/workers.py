@@ -1,26 +1,14 @@
-"""In a worker process: which signals it answers to, and its random generators."""
+"""In a worker process: which signals it answers to."""
 
 from __future__ import annotations
 
 import os
-import random
 import signal
 import threading
 
-import numpy as np
-import torch
 
-
-def prepare_worker(worker_id: int) -> None:
-    """Let the parent alone stop this worker, and seed Python's and numpy's generators as torch has seeded its own."""
-    leave_signals_to_parent()
-    seed = torch.initial_seed()
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-
-
-def leave_signals_to_parent() -> None:
-    """Ignore what does not come from the parent.
+def leave_signals_to_parent(worker_id: int) -> None:
+    """Let the parent alone stop this worker.
 
     Schedulers and terminals send SIGTERM and SIGINT to every process of a job; a worker that died of one would take its
     parent along before that has saved. The parent's own SIGTERM (it ends workers so) still counts.

@@ -59,15 +59,15 @@ class SkipGuard:
 class StopSignal:
     """Remembers SIGTERM or SIGINT, so that the loop can save and leave between two steps.
 
-    One that comes `patience` seconds later or more ends the process at once. (Ctrl-C reaches a process twice when a
+    One that comes `PATIENCE` seconds later or more ends the process at once. (Ctrl-C reaches a process twice when a
     launcher stands between: from the terminal and from the launcher.)
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
+    PATIENCE = 5.0
 
-    def __init__(self, patience: float = 5.0) -> None:
+    def __init__(self) -> None:
         self.received: int | None = None
-        self.patience = patience
         self._since = 0.0
 
     @contextmanager
@@ -83,7 +83,7 @@ class StopSignal:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:
             self.received, self._since = number, time.monotonic()
-        elif time.monotonic() - self._since >= self.patience:
+        elif time.monotonic() - self._since >= self.PATIENCE:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 

@@ -207,11 +207,13 @@ def searching(folder: Path) -> dict[str, Any]:
     if torch.distributed.get_rank() != 0:
         ckpt_load.newest_of_experiment = None  # calling it would fail
     found = find_resume(folder.parent, "toy", resume_hash(CONFIG))
+    own_rank, ckpt_load.own_rank = ckpt_load.own_rank, lambda: (0, 1)
     try:
-        load_state(found, 0, 1)
+        load_state(found)
         refused = ""
     except CheckpointError as error:
         refused = str(error)
+    ckpt_load.own_rank = own_rank
     try:
         find_resume(folder, None, "another hash")
     except CheckpointError as error:
@@ -263,7 +265,7 @@ def parts(folder: Path) -> dict[str, Any]:
     merged = read_transformer(run / "merged").network
     expected = merge_lora_state(whole)
     try:
-        load_state(full, rank, 2)
+        load_state(full)
         loads = True
     except CheckpointError:
         loads = False

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from sgm.cache import fill as filling
 from sgm.cache.dataset import CachedClips
 from sgm.cache.fill import FillSettings, fill
 from sgm.cache.identity import cache_identity, cached_source
@@ -260,6 +261,26 @@ def test_ranks_share_the_work(release, clips, tmp_path):
     stores[0].refresh()
     found = scan(config, stores[0], clips)
     assert len(found.usable) == 4 and not found.missing
+
+
+@pytest.mark.parametrize("waiting, batches", [(None, [4]), (2, [3, 1]), (0, [1, 1, 1, 1])])
+def test_decoded_clips_wait_for_their_batch_up_to_a_number(release, clips, tmp_path, monkeypatch, waiting, batches):
+    made = content(release, clips, tmp_path, cache_dir=str(tmp_path / "cache"))
+    config = load_run_config([write_yaml(tmp_path / "config.yaml", made)], TrainArgs)
+    encoded = []
+    encode = filling.Encoder.__call__
+    monkeypatch.setattr(
+        filling.Encoder,
+        "__call__",
+        lambda self, clips, writer: encoded.append(len(clips)) or encode(self, clips, writer),
+    )
+    if waiting is not None:
+        monkeypatch.setattr(filling, "CLIPS_WAITING", waiting)
+    store = open_store(config)
+    how = FillSettings(torch.device("cpu"), workers=0, batch_size=8)
+    missing = scan(config, store, clips).missing
+    fill(store, config.model, missing, cached_source(config.data).settings, how, lambda line: None)
+    assert encoded == batches and len(store.names("video")) == 4
 
 
 def test_small_clips_share_a_batch_on_a_gpu_only():

@@ -47,6 +47,9 @@ def test_what_no_bucket_can_take_is_refused_with_the_reason():
     with pytest.raises(ClipError, match="would crop 33%, more than max_crop 25%"):
         choose_bucket(600, 600, BUCKETS[:5], 0.25, lambda frames: True)
     assert choose_bucket(600, 600, BUCKETS[:5], 0.34, lambda frames: True).frames == 49
+    assert choose_bucket(480, 960, BUCKETS[:1], 0.25, lambda frames: True) == BUCKETS[0]  # just 25 %
+    with pytest.raises(ClipError, match="would crop 25%, more than max_crop 24%"):
+        choose_bucket(480, 960, BUCKETS[:1], 0.24, lambda frames: True)
     with pytest.raises(ClipError, match="too short.*17 frames"):
         choose_bucket(720, 480, BUCKETS, 0.25, lambda frames: frames < 17)
 

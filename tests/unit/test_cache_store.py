@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sgm.cache import shards
 from sgm.cache.shards import CacheError, ShardReader
 from sgm.cache.store import CacheStore, FileStamp, Seen, text_key, video_key
 
@@ -43,6 +44,22 @@ def test_more_shards_than_open_files(tmp_path, monkeypatch):
     for name in [*made, *reversed(made)]:
         assert torch.equal(reader.read(store.entry(name)), made[name].half())
     assert len(reader._open) == 2
+
+
+def test_the_shard_that_was_not_read_for_longest_is_closed(tmp_path, monkeypatch):
+    monkeypatch.setattr("sgm.cache.shards.OPEN_FILES", 2)
+    opened = []
+    file = shards._OpenFile
+    monkeypatch.setattr(shards, "_OpenFile", lambda path: opened.append(path) or file(path))
+    store = CacheStore(tmp_path, IDENTITY)
+    made = tensors(3)
+    for name, tensor in made.items():
+        store.add("video", {name: tensor})
+    reader = ShardReader(store.shards)
+    first, second, third = (store.entry(name) for name in made)
+    for entry in (first, second, first, third, first, second):
+        reader.read(entry)
+    assert opened == [reader.shards[entry.shard] for entry in (first, second, third, second)]
 
 
 def test_two_commands_that_encode_the_same_clips_leave_each_other_s_places_right(tmp_path):

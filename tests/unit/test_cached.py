@@ -141,6 +141,14 @@ def test_threads_give_the_batches_that_collation_gives(filled, workers):
             assert torch.equal(batch[name], values) if isinstance(values, torch.Tensor) else batch[name] == values
 
 
+def test_each_thread_reads_so_many_batches_ahead(filled):
+    with create_loader(scanned(filled), 4, 2, prefetch=3, read=CachedBatches) as loader:
+        next(loader)
+        assert (loader.consumed, loader.sampler.consumed) == (4, 2 * 3 * 4)
+        next(loader)
+        assert (loader.consumed, loader.sampler.consumed) == (8, 4 + 2 * 3 * 4)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_shard_that_goes_away_ends_the_run_with_its_name(filled, tmp_path, workers):
     store, data = filled

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from sgm.training.checkpoints import load
 from sgm.training.checkpoints.folder import new_run
 from sgm.training.checkpoints.load import find_resume, load_state
 from sgm.training.checkpoints.same_run import resume_hash
@@ -170,10 +171,14 @@ def test_the_hash_counts_what_is_learnt_only():
 # --- refusals ----------------------------------------------------------------------------------------------------
 
 
-def test_another_set_up_is_a_clear_error(tmp_path, run):
+def test_another_set_up_is_a_clear_error(tmp_path, run, monkeypatch):
     path = save(tmp_path, run, 2)
-    with pytest.raises(CheckpointError, match=r"world_size 1 \(now 4\).*same set-up.*args.load"):
-        load_state(path, 0, 4)
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(CheckpointError, match=r"world_size 1 \(now 4\).*same set-up.*args.load"),
+    ):
+        patch.setattr(load, "own_rank", lambda: (0, 4))
+        load_state(path)
     with pytest.raises(CheckpointError, match=r"zero_stage 0 \(now 2\)"):
         load_state(path, zero_stage=2)
     with pytest.raises(CheckpointError, match="no run.json"):

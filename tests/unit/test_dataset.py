@@ -3,6 +3,7 @@ import logging
 import multiprocessing
 import os
 import pickle
+import random
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +12,7 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from sgm.data.clips import CaptionError, caption_path, list_videos, read_caption
 from sgm.data.collate import CollateError, collate
@@ -301,6 +302,30 @@ def test_workers_change_neither_order_nor_content(template, start_method):
             got = next(loader)
             assert got["txt"] == batch["txt"] and torch.equal(got["mp4"], batch["mp4"])
     assert level(dataset[1]["mp4"]) == 1
+
+
+class Draws(Dataset):
+    """Clips of random numbers from the three generators that a worker seeds."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> dict:
+        drawn = torch.tensor([random.random(), np.random.rand(), torch.rand(()).item()], dtype=torch.float64)
+        return {"mp4": drawn.expand(1, 1, 1, 3), "index": index}
+
+
+def test_workers_draw_as_the_seed_says_and_each_rank_by_itself():
+    """Whatever this process has drawn before, which forked workers inherit."""
+
+    def drawn(seed: int, rank: int) -> torch.Tensor:
+        random.random(), np.random.rand(), torch.rand(1)
+        with create_loader(Draws(), num_workers=1, seed=seed, rank=rank, world_size=2) as loader:
+            return next(loader)["mp4"].flatten()
+
+    first = drawn(1, 0)
+    assert torch.equal(drawn(1, 0), first)
+    assert (drawn(1, 1) != first).all() and (drawn(2, 0) != first).all()
 
 
 @pytest.mark.parametrize("workers", [0, 2])

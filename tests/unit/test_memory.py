@@ -42,6 +42,16 @@ def test_estimate_counts_exactly_what_is_exact():
     assert needs().cached().weights == (full.trained + 30_000_000) * 2
 
 
+def test_an_adapter_is_what_trains_less_than_a_fifth_of_the_frozen_network():
+    """Encoders do not count. Its layers keep less for the backward pass, and LoRA is not advised again."""
+    whole = needs(trained=100, frozen=1500, encoder_values=1000)
+    adapter = needs(trained=100, frozen=1501, encoder_values=1000)
+    assert not whole.trains_adapter and adapter.trains_adapter
+    assert adapter.activations < whole.activations
+    advised = [any(how.startswith("LoRA") for how in found.variants()) for found in (whole, adapter)]
+    assert advised == [True, False]
+
+
 def test_only_one_of_three_moments_counts():
     """Encoding, backward pass and update follow each other."""
     full = needs(offload=True)

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from sgm.training.step import StepOutcome
+from sgm.training.watch import run_log
 from sgm.training.watch.bins import BINS, bin_means, bin_sums
 from sgm.training.watch.boards import TensorBoard, WatchError, WeightsAndBiases
 from sgm.training.watch.curve import draw_losses, read_records
@@ -123,6 +124,19 @@ def test_what_is_not_finite_is_left_out(tmp_path):
         log.train(Standing(1, 0.0, None, 1))
     (line,) = [json.loads(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert line["loss"] is None and line["loss_average"] is None and line["skipped"] == 1
+
+
+def test_the_picture_is_drawn_anew_once_a_minute(tmp_path, monkeypatch):
+    now, drawn = [0.0], []
+    monkeypatch.setattr(run_log.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(run_log, "draw_losses", lambda metrics, image: drawn.append(now[0]))
+    log = RunLog(tmp_path, 9, io.StringIO())
+    log.begin(0, 0)
+    for k, now[0] in enumerate((30.0, 60.0, 60.5, 120.0, 121.0), 1):
+        log.train(Standing(k, 1e-3, None, k))
+    assert drawn == [60.5, 121.0]
+    log.valid(5, 0.5, [None] * BINS)
+    assert drawn == [60.5, 121.0, 121.0]
 
 
 def test_time_aside_is_not_a_steps():

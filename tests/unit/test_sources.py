@@ -15,9 +15,11 @@ import torch
 from PIL import Image
 
 from sgm.cache.store import FileStamp, video_key
+from sgm.config import ConfigError
 from sgm.data.dataset import SFTDataset
 from sgm.data.loader import create_loader
 from sgm.data.report import DatasetError
+from sgm.data.section import ClipSource, DataSection
 from sgm.data.shards import VideoDataset
 from sgm.data.sources import Place, SourceError, list_clips, read_manifest
 from sgm.util import get_obj_from_str
@@ -160,6 +162,22 @@ def test_shard_clips_start_at_a_random_frame(tmp_path):
     random.seed(0)  # by chance the sixty draws may lack a start
     starts = {round(float((dataset[0]["mp4"][0].mean() + 1) * 12.75)) for _ in range(60)}
     assert len(starts) > 5 and min(starts) == 2 and max(starts) <= 14  # at most 20 - 2 - 5 + the original's one more
+
+
+def test_a_section_of_shards_says_its_sizes_in_its_own_words():
+    """Which the check of clips against a network reads; a cache and the check of a data set take folders' class only."""
+    params = {"image_size": [16, 32], "num_frames": 5}
+    section = DataSection.parse({"target": "data_video.VideoDataset", "params": params})
+    settings = section.settings()
+    assert (settings.video_size, settings.max_num_frames) == ((16, 32), 5)
+    assert section.names_of("max_num_frames", "video_size") == ["num_frames", "image_size"]
+    with pytest.raises(
+        ConfigError, match=r"it reads shards too \(set txt_key\); data.target is data_video.VideoDataset"
+    ):
+        ClipSource.of(section)
+    plain = DataSection.parse({"target": "data_video.SFTDataset", "params": SMALL})
+    assert plain.names_of("max_num_frames", "video_size") == ["max_num_frames", "video_size"]
+    assert ClipSource.of(plain).settings.skip_frames == 0
 
 
 def test_no_tar_is_refused(tmp_path):

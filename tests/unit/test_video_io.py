@@ -110,6 +110,7 @@ def broken_files(folder: Path, video: Path, fast_start: Path) -> dict[str, tuple
         "zero bytes": (put("zero.mp4", b""), "the file is empty"),
         "only zeros": (put("zeros.mp4", bytes(5000)), "only zeros"),
         "index cut off": (put("cut.mp4", data[: len(data) // 2]), "cut short|no index"),
+        "a byte cut off": (put("byte.mp4", data[:-1]), "cut short"),
         "frames cut off": (put("fast.mp4", moving[: len(moving) * 2 // 3]), "cut short"),
         "overwritten": (put("noise.mp4", moving[:4000] + rubbish), "."),
         "text": (put("text.mp4", b"not a video at all\n" * 50), "Error reading"),

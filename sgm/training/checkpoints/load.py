@@ -48,21 +48,15 @@ def find_resume(
     return Path(found) if found else None
 
 
-def load_state(
-    path: str | Path, rank: int | None = None, world: int | None = None, zero_stage: int | None = None
-) -> TrainState:
+def load_state(path: Path, zero_stage: int | None = None) -> TrainState:
     """This rank's training state from an iteration folder; tensors lie in the mapped file.
 
     Args:
-        rank, world: default to those of the running process group.
         zero_stage: checked if given.
     Raises:
         CheckpointError: incomplete, damaged or unsafe; or of another number of processes, parts or ZeRO stage.
     """
-    path = Path(path)
-    own, all_ranks = own_rank()
-    rank = own if rank is None else rank
-    world = all_ranks if world is None else world
+    rank, world = own_rank()
     record = RunRecord.read(path)
     now: dict[str, int | None] = {
         "world_size": world,

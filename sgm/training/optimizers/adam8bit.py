@@ -89,11 +89,13 @@ def _update_slice(
     codes = slice(rows.start * BLOCK, rows.stop * BLOCK)
     m_place = (state["m_codes"][codes], state["m_tops"][rows])
     v_place = (state["v_codes"][codes], state["v_tops"][rows])
-    g = torch.nn.functional.pad(gradient.float(), (0, -p.numel() % BLOCK)).view(-1, BLOCK)
+    missing = -p.numel() % BLOCK
+    g = gradient.float()
+    g = (torch.nn.functional.pad(g, (0, missing)) if missing else g).view(-1, BLOCK)
     m = decode(*m_place).lerp_(g, 1 - beta1)
     v = decode(*v_place).mul_(beta2).addcmul_(g, g, value=1 - beta2)
     divisor = v.div(1 - beta2**step).sqrt_().add_(group["eps"])
-    update = (m / divisor).view(-1)[: p.numel()]
+    update = torch.div(m, divisor, out=divisor).view(-1)[: p.numel()]
     p.mul_(1 - group["lr"] * group["weight_decay"])
     p.add_(update.to(p.dtype), alpha=-group["lr"] / (1 - beta1**step))
     call = (step * 131_071 + number) * CALLS_PER_SLICE

@@ -14,6 +14,13 @@ from torch import Tensor, nn
 
 from sgm.training.setup.engine import Zero12
 
+# Of DeepSpeed's wrapper, where nothing beside the plain ZeRO 1 is asked for.
+PLAIN_SETTINGS = {
+    "partition_gradients": False, "cpu_offload": False, "overlap_comm": False, "zenflow": False,
+    "has_moe_layers": False, "use_grad_accum_attribute": False, "gradient_average": True, "postscale_gradients": True,
+    "compute_grad_norm": True, "gradient_predivide_factor": 1, "sequence_parallel_size": 1,
+}  # fmt: skip
+
 
 class _Partition(list[Tensor]):
     """What DeepSpeed takes for a group's averaged gradients: empty, with the part of this rank in `flat_partition`."""
@@ -99,14 +106,10 @@ class FlatGradients:
 
 def fits_one_buffer(wrapper: Zero12) -> bool:
     """Whether `wrapper` is that of ZeRO 1, of plain settings, on gradients that fill at most one bucket."""
-    if wrapper.partition_gradients or not wrapper.bit16_groups:
+    plain = all(getattr(wrapper, name) == value for name, value in PLAIN_SETTINGS.items())
+    if not plain or not wrapper.bit16_groups:
         return False
-    odd = (
-        wrapper.cpu_offload, wrapper.overlap_comm, wrapper.zenflow, wrapper.has_moe_layers,
-        wrapper.use_grad_accum_attribute, not wrapper.gradient_average, not wrapper.postscale_gradients,
-        not wrapper.compute_grad_norm, wrapper.gradient_predivide_factor != 1, wrapper.sequence_parallel_size != 1,
-        any(group is not wrapper.dp_process_group for group in wrapper.real_dp_process_group),
-    )  # fmt: skip
+    one_group = all(group is wrapper.dp_process_group for group in wrapper.real_dp_process_group)
     types = {flat.dtype for flat in wrapper.bit16_groups_flat} | {wrapper.communication_data_type}
     values = sum(flat.numel() for flat in wrapper.bit16_groups_flat)
-    return not any(odd) and len(types) == 1 and values <= wrapper.reduce_bucket_size
+    return one_group and len(types) == 1 and values <= wrapper.reduce_bucket_size

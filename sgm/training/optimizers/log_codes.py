@@ -40,11 +40,10 @@ def empty_codes(count: int, signed: bool, device: torch.device) -> tuple[Tensor,
 def decode(codes: Tensor, tops: Tensor) -> Tensor:
     """Values (blocks, 256) in float32 of codes (blocks * 256,) and tops (blocks,)."""
     signed = codes.dtype == torch.int8
-    codes = codes.view(-1, BLOCK).float()
-    sizes = codes.abs() if signed else codes
-    lowest = tops[:, None].float() - (SIGNED_LEVELS if signed else UNSIGNED_LEVELS)
-    values = torch.exp2((sizes + lowest) / PER_OCTAVE)
-    return values.mul_(codes.sign()) if signed else values.mul_(sizes != 0)
+    codes = codes.view(-1, BLOCK)
+    lowest = (tops[:, None].float() - (SIGNED_LEVELS if signed else UNSIGNED_LEVELS)) / PER_OCTAVE
+    values = torch.add(lowest, codes.abs() if signed else codes, alpha=1 / PER_OCTAVE).exp2_()  # eighths: exact
+    return values.mul_(codes.sign()) if signed else values.masked_fill_(codes == 0, 0.0)
 
 
 def encode(values: Tensor, codes: Tensor, tops: Tensor, call: int) -> None:
@@ -59,32 +58,31 @@ def encode(values: Tensor, codes: Tensor, tops: Tensor, call: int) -> None:
     """
     signed = codes.dtype == torch.int8
     levels = SIGNED_LEVELS if signed else UNSIGNED_LEVELS
-    sizes = values.abs()
+    sizes = values.abs() if signed else values
     place = _grid_place(sizes, call)
     top = place.amax(1)
     place.sub_(top[:, None] - levels)
     if signed:
         lowest = torch.exp2((top - levels + 1) / PER_OCTAVE)[:, None]
         rise = _dither(sizes, call + 1) < sizes / lowest
-        place = torch.where(place < 1, rise.float(), place)
-        place.mul_(values.sign())
+        place = torch.where(place < 1, rise, place).mul_(values.sign())
     else:
-        place.clamp_(min=1).mul_(sizes != 0)
-    codes.copy_(place.view(-1).to(codes.dtype))
-    tops.copy_(top.to(tops.dtype))
+        place.clamp_(min=1).masked_fill_(sizes == 0, 0.0)
+    codes.copy_(place.view(-1))
+    tops.copy_(top)
 
 
 def _grid_place(sizes: Tensor, call: int) -> Tensor:
     """e of 2^(e/8) for each of `sizes` >= 0, one of its two neighbours on the grid."""
     sizes = sizes.clamp(min=SMALLEST)
     below = torch.log2(sizes).mul_(PER_OCTAVE).floor_()
-    beyond = sizes.mul_(torch.exp2(below / -PER_OCTAVE)).sub_(1.0)  # 0 to STEP - 1
+    beyond = sizes.mul_((below * (-1 / PER_OCTAVE)).exp2_()).sub_(1.0)  # 0 to STEP - 1
     return below.add_(_dither(sizes, call).mul_(STEP - 1) < beyond)
 
 
 def _dither(like: Tensor, call: int) -> Tensor:
     """Numbers in [0, 1) that are even over the values of a call, and over the calls of a value."""
-    return torch.frac(_ramp(str(like.device))[: like.shape[0]] + call * _BETWEEN_CALLS % 1.0)
+    return (_ramp(str(like.device))[: like.shape[0]] + call * _BETWEEN_CALLS % 1.0).frac_()
 
 
 @lru_cache(maxsize=2)

@@ -68,16 +68,7 @@ class Zero12(Protocol):
     reduce_bucket_size: int
     clip_grad: float
     loss_scale: float
-    gradient_predivide_factor: float
-    sequence_parallel_size: int
-    partition_gradients: bool
     cpu_offload: bool
-    overlap_comm: bool
-    zenflow: bool
-    has_moe_layers: bool
-    use_grad_accum_attribute: bool
-    gradient_average: bool
-    postscale_gradients: bool
     compute_grad_norm: bool
     check_overflow: Callable[..., None]
     reduce_gradients: Callable[..., None]

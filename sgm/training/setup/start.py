@@ -58,10 +58,10 @@ def _look_for_bad_gradients_once(wrapper: Zero12) -> None:
     The norm tells it all, unless part of it is on the CPU or another process of a model-parallel group.
     """
     if wrapper.compute_grad_norm and not wrapper.cpu_offload:
-        wrapper.check_overflow = _norm_will_tell
+        wrapper.check_overflow = _no_overflow_check
 
 
-def _norm_will_tell(partition_gradients: bool = True) -> None:
+def _no_overflow_check(partition_gradients: bool = True) -> None:
     """Takes the place of DeepSpeed's search, which would set the wrapper's `overflow`."""
 
 

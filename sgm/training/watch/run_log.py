@@ -186,7 +186,7 @@ class RunLog:
         values = {"lr": at.lr, "loss_scale": at.scale, "samples": at.samples, "samples_per_second": rate}
         values |= {"skipped": skipped, "loss_average": self.average, **means, "phases": phases, **at.memory}
         self.record("train", iteration=at.iteration, **values)
-        self._tell(_train_scalars(values), at.iteration)
+        self._report(_train_scalars(values), at.iteration)
         if time.monotonic() - self._drawn > DRAW_SECONDS:
             self.draw()
 
@@ -208,7 +208,7 @@ class RunLog:
         """Result of an evaluation."""
         self.line(f"validation loss at iteration {iteration}: {loss:.6f}")
         self.record("valid", iteration=iteration, loss=loss, loss_by_timestep=list(by_timestep))
-        self._tell({"valid/loss": loss, **_bin_scalars("valid_by_timestep", by_timestep)}, iteration)
+        self._report({"valid/loss": loss, **_bin_scalars("valid_by_timestep", by_timestep)}, iteration)
         self.draw()
 
     def video(self, name: str, path: Path, frames: np.ndarray, fps: int, iteration: int) -> None:
@@ -227,7 +227,7 @@ class RunLog:
         except SaveError as error:
             self.line(f"warning: {error}")
 
-    def _tell(self, values: Mapping[str, float | None], iteration: int) -> None:
+    def _report(self, values: Mapping[str, float | None], iteration: int) -> None:
         if self.out is not None:
             known = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
             for board in self.boards:
