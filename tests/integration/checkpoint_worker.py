@@ -35,6 +35,7 @@ from sgm.training.setup.start import start_engine  # noqa: E402
 from sgm.util import instantiate_from_config  # noqa: E402
 from sgm.weights.release import read_transformer  # noqa: E402
 from tests.checkpoint_tiny import configuration, leftovers, load_module, state_of  # noqa: E402
+from tests.dit_tiny import merged_state  # noqa: E402
 from tests.training_tiny import network_section  # noqa: E402
 
 CONFIG = configuration()
@@ -245,7 +246,6 @@ def _toy_run(folder: Path) -> Path:
 
 def parts(folder: Path) -> dict[str, Any]:
     """Two parts of one network: each writes its own file; adapter and merged weights come out whole."""
-    from sgm.modules.transformer.lora import merge_lora_state
     from sgm.weights import assign_state
     from sgm.weights.tensor_parallel import partition_state
 
@@ -263,7 +263,7 @@ def parts(folder: Path) -> dict[str, Any]:
     path = save_checkpoint(run, engine, state_of(engine, 1), config=CONFIG, lora_only=True, full_merged=True)
     full = save_checkpoint(run, engine, state_of(engine, 2), config=CONFIG)
     merged = read_transformer(run / "merged").network
-    expected = merge_lora_state(whole)
+    expected = merged_state(whole)
     try:
         load_state(full)
         loads = True
