@@ -134,7 +134,7 @@ def _say_once(text: str, out: IO[str], only_first: bool = False) -> None:
         return
     mark = hashlib.sha256(text.encode()).hexdigest()
     try:
-        handle = open(shared, "a+", encoding="ascii")
+        handle = open(shared, "a+", encoding="ascii")  # noqa: SIM115  # below
     except OSError:  # the launcher is gone
         _print(text, out)
         return

@@ -163,9 +163,7 @@ def load_run_config(
     merged = merge_yaml(files, overrides)
     problems: list[str] = []
     notes: list[str] = []
-    for name in merged:
-        if name not in SECTIONS:
-            problems.append(f"unknown section `{name}`{nearest(name, SECTIONS)}")
+    problems += [f"unknown section `{n}`{nearest(n, SECTIONS)}" for n in merged if n not in SECTIONS]
     sections = {name: _section(merged, name, problems) for name in SECTIONS}
     given = dict(sections["args"] or {})
     given.update({k: v for k, v in (flags or {}).items() if v is not None})
@@ -257,7 +255,7 @@ def check_model_section(model: Mapping[str, Any], engine: type) -> None:
     Raises:
         ConfigError: listing every problem.
     """
-    known = [n for n in inspect.signature(engine).parameters]
+    known = list(inspect.signature(engine).parameters)
     problems = [f"unknown key model.{n}{nearest(n, known)}" for n in model if n not in known]
     problems += [f"model.{n}: {problem}" for n, problem in typed(model, argument_types(engine))[1].items()]
     problems += check_tree(model)

@@ -192,7 +192,7 @@ def _scalar(value: Any, kind: Any) -> Any:
     kinds = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
     wanted = [k for k in kinds if k in _SCALARS]
     others = [k for k in kinds if k not in _SCALARS and k is not type(None)]
-    if not wanted or value is None and type(None) in kinds or others and not isinstance(value, _SCALARS):
+    if not wanted or (value is None and type(None) in kinds) or (others and not isinstance(value, _SCALARS)):
         return value
     if bool in wanted and not isinstance(value, bool) and value in (0, 1):
         return bool(value)

@@ -76,7 +76,7 @@ def get_obj_from_str(name: str) -> Any:
         raise TargetError(
             f"target {name!r} is not allowed: a configuration may only name classes under "
             f"{', '.join(p + '*' for p in ALLOWED_PREFIXES)} or the original's own names. "
-            f"For code of your own that you trust, add --allow-target {name.split('.')[0]}."
+            f"For code of your own that you trust, add --allow-target {name.split('.', maxsplit=1)[0]}."
         )
     module_name, _, attribute = resolved.rpartition(".")
     try:

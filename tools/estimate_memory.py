@@ -42,8 +42,10 @@ def table(configs: list[Path], overrides: list[str], gpus: int, device: str) -> 
         rows.append((least.cached(), f"with {LOW_MEMORY.name} and args.cache_dir"))
     rows = [(base, "as configured"), *sorted(rows, key=lambda row: row[0].total, reverse=True)]
     return [
-        f"{base.trained:,} trained of {base.trained + base.frozen:,} values, {base.tokens} tokens a clip, "
-        f"{base.dtype}, ZeRO {base.stage} over {gpus} GPU{'s' if gpus > 1 else ''}",
+        (
+            f"{base.trained:,} trained of {base.trained + base.frozen:,} values, {base.tokens} tokens a clip, "
+            f"{base.dtype}, ZeRO {base.stage} over {gpus} GPU{'s' if gpus > 1 else ''}"
+        ),
         *base.report(None),
         "",
         "   GPU GiB  CPU GiB",

@@ -210,8 +210,10 @@ def _sizes(base: Mapping[str, Deferred]) -> tuple[Sizes | None, str]:
 
 def _size_facts(sizes: Sizes) -> list[str]:
     facts = [
-        f"width {sizes.width}, {sizes.layers} layers, {sizes.heads} heads, latent channels {sizes.in_channels} in, "
-        f"{sizes.out_channels} out, patch {'x'.join(map(str, sizes.patch))}"
+        (
+            f"width {sizes.width}, {sizes.layers} layers, {sizes.heads} heads, latent channels {sizes.in_channels} in, "
+            f"{sizes.out_channels} out, patch {'x'.join(map(str, sizes.patch))}"
+        )
     ]
     return facts + ([f"assumed: {sizes.assumed}"] if sizes.assumed else [])
 
@@ -287,8 +289,8 @@ def _vae(state: Mapping[str, Deferred], what: str) -> Found:
         return _found(what, state, facts=[str(error)])
     part = _found(what, state, foreign=[name for name in state if name not in wanted])
     part.missing = [name for name in wanted if name not in state]
-    part.facts = [f"{params['z_channels']} latent channels, width {params['ch']} x {params['ch_mult']}, "
-                  f"{params['num_res_blocks']} blocks a level"]  # fmt: skip
+    part.facts = [(f"{params['z_channels']} latent channels, width {params['ch']} x {params['ch_mult']}, "
+                  f"{params['num_res_blocks']} blocks a level")]  # fmt: skip
     if decoder != vae_sizes.encoder_widths(params):
         part.facts.append(f"its decoder's levels are {decoder} channels wide: diffusers cannot hold it")
     return part

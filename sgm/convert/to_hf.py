@@ -131,8 +131,10 @@ def export_lora(request: ToHf, fold_scale: bool = False) -> list[str]:
         file = write_peft(folder, adapter, request.dtype, fold_scale)
     how = "alpha / r is in lora_B" if fold_scale else "alpha is in the file's metadata, the matrices are unchanged"
     return [
-        f"adapter: rank {adapter.rank}, alpha {adapter.alpha:g}, scaling {adapter.scaling:g}, "
-        f"{len(adapter.modules)} linears ({how})",
+        (
+            f"adapter: rank {adapter.rank}, alpha {adapter.alpha:g}, scaling {adapter.scaling:g}, "
+            f"{len(adapter.modules)} linears ({how})"
+        ),
         f"written: {request.output / file.name}",
     ]
 

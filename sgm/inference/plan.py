@@ -42,8 +42,10 @@ def describe(pipeline: TextToVideo, prompts: Sequence[Prompt]) -> list[str]:
     products = ", products in bf16" if pipeline.engine.kernels.cpu_bf16 else ""
     return [
         f"device {pipeline.device}, {args.dtype}{products}, placement {args.placement}",
-        f"{frames} frames of {width}x{height} ({t} latent frames), {pipeline.num_steps} steps, "
-        f"{args.batch_size} sample(s) a prompt",
+        (
+            f"{frames} frames of {width}x{height} ({t} latent frames), {pipeline.num_steps} steps, "
+            f"{args.batch_size} sample(s) a prompt"
+        ),
         *memory_lines(pipeline),
         *listed[:_SHOWN_PROMPTS],
         *([f"... and {more} more prompts"] if more > 0 else []),

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 
@@ -29,7 +29,7 @@ class StageTimes:
 class Bar(Protocol):
     """What is used of tqdm's bar."""
 
-    def __enter__(self) -> Bar: ...
+    def __enter__(self) -> Self: ...
 
     def __exit__(self, *exception: object) -> None: ...
 

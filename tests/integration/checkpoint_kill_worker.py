@@ -18,11 +18,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from sgm.training.checkpoints.load import find_resume, load_state  # noqa: E402
-from sgm.training.checkpoints.same_run import resume_hash  # noqa: E402
-from sgm.training.checkpoints.save import save_checkpoint  # noqa: E402
-from sgm.weights import save as writers  # noqa: E402
-from tests.checkpoint_tiny import configuration, leftovers, load_module, state_of, step, toy_run  # noqa: E402
+from sgm import files as writers
+from sgm.training.checkpoints.load import find_resume, load_state
+from sgm.training.checkpoints.same_run import resume_hash
+from sgm.training.checkpoints.save import save_checkpoint
+from tests.checkpoint_tiny import configuration, leftovers, load_module, state_of, step, toy_run
 
 CONFIG = configuration()
 WRITES = 40  # of the many small writes, every so-manieth is a point to die at
@@ -42,7 +42,7 @@ class Mortal:
         for name in CALLS:
             setattr(os, name, self.wrapped(getattr(os, name)))
         self.write = writers._Sink.write
-        writers._Sink.write = lambda sink, data: self.torn_write(sink, data)
+        writers._Sink.write = lambda sink, data: self.torn_write(sink, data)  # noqa: PLW0108  # a method of sinks
 
     def count(self) -> bool:
         self.calls += 1

@@ -20,23 +20,23 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from sgm import distributed  # noqa: E402
-from sgm.training.checkpoints import load as ckpt_load  # noqa: E402
-from sgm.training.checkpoints import weights as ckpt_weights  # noqa: E402
-from sgm.training.checkpoints.load import find_resume, load_state  # noqa: E402
-from sgm.training.checkpoints.partitions import load_ema_state, load_optimizer_state  # noqa: E402
-from sgm.training.checkpoints.same_run import resume_hash  # noqa: E402
-from sgm.training.checkpoints.save import save_checkpoint  # noqa: E402
-from sgm.training.checkpoints.state import CheckpointError, restore_rng  # noqa: E402
-from sgm.training.optimizers.ema_adam import FusedEmaAdam  # noqa: E402
-from sgm.training.optimizers.groups import parameter_groups  # noqa: E402
-from sgm.training.setup.deepspeed import plan_deepspeed  # noqa: E402
-from sgm.training.setup.start import start_engine  # noqa: E402
-from sgm.util import instantiate_from_config  # noqa: E402
-from sgm.weights.release import read_transformer  # noqa: E402
-from tests.checkpoint_tiny import configuration, leftovers, load_module, state_of  # noqa: E402
-from tests.dit_tiny import merged_state  # noqa: E402
-from tests.training_tiny import network_section  # noqa: E402
+from sgm import distributed
+from sgm.training.checkpoints import load as ckpt_load
+from sgm.training.checkpoints import weights as ckpt_weights
+from sgm.training.checkpoints.load import find_resume, load_state
+from sgm.training.checkpoints.partitions import load_ema_state, load_optimizer_state
+from sgm.training.checkpoints.same_run import resume_hash
+from sgm.training.checkpoints.save import save_checkpoint
+from sgm.training.checkpoints.state import CheckpointError, restore_rng
+from sgm.training.optimizers.ema_adam import FusedEmaAdam
+from sgm.training.optimizers.groups import parameter_groups
+from sgm.training.setup.deepspeed import plan_deepspeed
+from sgm.training.setup.start import start_engine
+from sgm.util import instantiate_from_config
+from sgm.weights.release import read_transformer
+from tests.checkpoint_tiny import configuration, leftovers, load_module, state_of
+from tests.dit_tiny import merged_state
+from tests.training_tiny import network_section
 
 CONFIG = configuration()
 PREFIX = "model.diffusion_model."

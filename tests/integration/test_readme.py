@@ -176,7 +176,7 @@ def _with_base(file: Path) -> list[Path]:
 def test_the_way_to_install_flash_attention_is_one():
     from sgm.modules.ops.flash4 import HOW_TO_INSTALL
 
-    told = [command for command in re.findall(r"`(pip install [^`]*flash-attn-4[^`]*)`", TEXT)]
+    told = list(re.findall(r"`(pip install [^`]*flash-attn-4[^`]*)`", TEXT))
     assert told and set(told) == {HOW_TO_INSTALL.format(cuda="[cu13]")}
 
 

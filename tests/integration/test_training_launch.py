@@ -101,7 +101,7 @@ def test_two_nodes_without_a_compiler(config, tmp_path):
             stderr=subprocess.STDOUT,
             text=True,
             cwd=tmp_path,
-        )  # fmt: skip
+        )
         for node in (0, 1)
     ]
     outputs = [node.communicate(timeout=240)[0] for node in nodes]

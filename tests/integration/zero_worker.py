@@ -15,20 +15,20 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from sgm.distributed import ensure_groups, init_distributed  # noqa: E402
-from sgm.training.checkpoints.partitions import (  # noqa: E402
+from sgm.distributed import ensure_groups, init_distributed
+from sgm.training.checkpoints.partitions import (
     ema_state,
     ema_weights,
     load_ema_state,
     load_optimizer_state,
     optimizer_state,
 )
-from sgm.training.optimizers.flat_gradients import FlatGradients  # noqa: E402
-from sgm.training.optimizers.groups import parameter_groups  # noqa: E402
-from sgm.training.optimizers.schedule import LearningRate, ScheduleSettings  # noqa: E402
-from sgm.training.setup.deepspeed import plan_deepspeed  # noqa: E402
-from sgm.training.setup.start import start_engine  # noqa: E402
-from sgm.training.step import training_step  # noqa: E402
+from sgm.training.optimizers.flat_gradients import FlatGradients
+from sgm.training.optimizers.groups import parameter_groups
+from sgm.training.optimizers.schedule import LearningRate, ScheduleSettings
+from sgm.training.setup.deepspeed import plan_deepspeed
+from sgm.training.setup.start import start_engine
+from sgm.training.step import training_step
 
 ACCUMULATION = 2
 CLIPPING = 0.1

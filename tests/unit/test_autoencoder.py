@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -275,7 +276,7 @@ def test_tile_spans() -> None:
         spans = tile_spans(length, tile, overlap)
         assert spans[0][0] == 0 and spans[-1][1] == length
         assert all(stop - start == tile for start, stop in spans)
-        assert all(before[1] - after[0] >= overlap for before, after in zip(spans, spans[1:]))
+        assert all(before[1] - after[0] >= overlap for before, after in itertools.pairwise(spans))
     with pytest.raises(ValueError, match="overlap"):
         Tiling(4, 4, 4)
 

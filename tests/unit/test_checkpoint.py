@@ -106,8 +106,13 @@ def test_every_generator_goes_on_where_it_was():
     def draw():
         with tracker.fork():
             tracked = torch.rand(3).tolist()
-        return [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.randn(3).tolist()] + [
-            tracked
+        return [
+            random.random(),
+            random.gauss(0, 1),
+            np.random.rand(),
+            np.random.randn(),
+            torch.randn(3).tolist(),
+            tracked,
         ]
 
     try:
@@ -162,8 +167,8 @@ def test_a_folder_that_was_named_is_taken_or_refused_with_a_reason(tmp_path, run
 
 
 def test_the_hash_counts_what_is_learnt_only():
-    assert HASH == resume_hash(configuration(save="elsewhere", keep_last=3))
-    assert HASH != resume_hash(configuration(seed=2)) and HASH != resume_hash(configuration(train_iters=11))
+    assert resume_hash(configuration(save="elsewhere", keep_last=3)) == HASH
+    assert resume_hash(configuration(seed=2)) != HASH and resume_hash(configuration(train_iters=11)) != HASH
     epochs = resume_hash(configuration(epochs=2))
     assert epochs == resume_hash(configuration(epochs=2, train_iters=400)) != resume_hash(configuration(epochs=3))
 

@@ -292,9 +292,8 @@ def test_failing_exchange_keeps_the_earlier_folder(tmp_path: Path, monkeypatch: 
         return rename(self, other)
 
     monkeypatch.setattr(Path, "rename", stubborn)
-    with pytest.raises(SaveError, match="Permission denied"):
-        with whole_folder(target, overwrite=True, inputs={}):
-            pass
+    with pytest.raises(SaveError, match="Permission denied"), whole_folder(target, overwrite=True, inputs={}):
+        pass
     assert [p.name for p in tmp_path.iterdir()] == ["o"] and (target / "old").read_text() == "old"
 
 
@@ -318,18 +317,19 @@ def test_killed_run_leaves_nothing_that_looks_finished(tmp_path: Path) -> None:
         (folder / "new").write_text("")
     assert [p.name for p in tmp_path.iterdir()] == ["o"]
     (tmp_path / "o").rename(tmp_path / ".replaced-o")  # killed while the folders were exchanged: it comes back
-    with pytest.raises(ConvertError, match="--overwrite"):
-        with whole_folder(tmp_path / "o", overwrite=False, inputs={}):
-            pass
+    with pytest.raises(ConvertError, match="--overwrite"), whole_folder(tmp_path / "o", overwrite=False, inputs={}):
+        pass
     assert (tmp_path / "o" / "new").is_file() and [p.name for p in tmp_path.iterdir()] == ["o"]
 
 
 def test_two_commands_do_not_write_one_folder(tmp_path: Path) -> None:
     with whole_folder(tmp_path / "o", overwrite=True, inputs={}) as folder:
         (folder / "1").write_text("")
-        with pytest.raises(ConvertError, match="another command is writing .*/o just now"):
-            with whole_folder(tmp_path / "o", overwrite=True, inputs={}):
-                raise AssertionError("it was let in")
+        with (
+            pytest.raises(ConvertError, match="another command is writing .*/o just now"),
+            whole_folder(tmp_path / "o", overwrite=True, inputs={}),
+        ):
+            raise AssertionError("it was let in")
         (folder / "2").write_text("")
     assert [p.name for p in tmp_path.iterdir()] == ["o"]
     assert sorted(p.name for p in (tmp_path / "o").iterdir()) == ["1", "2"]

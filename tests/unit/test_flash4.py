@@ -23,7 +23,7 @@ class Package:
         self.calls = []
 
     def flash_attn_func(self, q, k, v, *, return_lse):
-        assert return_lse and not torch.is_grad_enabled() or not q.requires_grad
+        assert (return_lse and not torch.is_grad_enabled()) or not q.requires_grad
         self.calls.append("forward")
         scores = torch.einsum("bnhd,bmhd->bhnm", q.float(), k.float()) / math.sqrt(q.shape[-1])
         out = torch.einsum("bhnm,bmhd->bnhd", scores.softmax(-1), v.float())

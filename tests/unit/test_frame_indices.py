@@ -20,7 +20,7 @@ def test_every_clip_has_4k_plus_1_frames_inside_the_video(rule, fps):
                     continue
                 made += 1
                 assert len(indices) % 4 == 1 and len(indices) <= most
-                assert indices == sorted(indices) and 0 <= indices[0] and indices[-1] < length
+                assert indices == sorted(indices) and indices[0] >= 0 and indices[-1] < length
                 assert indices[0] == int(skip)
     assert made > 400
 

@@ -288,11 +288,11 @@ def test_a_further_mixin_may_replace_the_attention_product() -> None:
 
     class Doubled(BaseMixin):
         @non_conflict
-        def attention_fn(self, q, k, v, mask, dropout, old_impl=None, **kwargs):  # noqa: ANN001, ANN202
+        def attention_fn(self, q, k, v, mask, dropout, old_impl=None, **kwargs):
             return 2 * old_impl(q, k, v, mask, dropout, **kwargs)
 
     class Silent(BaseMixin):
-        def mlp_forward(self, hidden, **kwargs):  # noqa: ANN001, ANN202
+        def mlp_forward(self, hidden, **kwargs):
             return hidden
 
     network, inputs = load_tiny(tiny_network()), random_inputs()

@@ -159,7 +159,7 @@ def test_computed_state_is_real_on_the_meta_device() -> None:
         (lambda: rotary_mixin(rot_v=True), "rot_v"),
     ],
 )
-def test_sizes_that_cannot_be(build, message: str) -> None:  # noqa: ANN001
+def test_sizes_that_cannot_be(build, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build()
 

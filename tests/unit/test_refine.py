@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -55,10 +56,8 @@ class Server:
                     server.asked.append({"path": self.path, **content})
                     server.headers.append(self.headers)
                     reply = server.script.pop(0) if len(server.script) > 1 else server.script[0]
-                try:
+                with suppress(BrokenPipeError, ConnectionResetError):  # the client gave up, as it should
                     reply(self)
-                except (BrokenPipeError, ConnectionResetError):
-                    pass  # the client gave up, as it should
 
             def log_message(self, *_: Any) -> None: ...
 

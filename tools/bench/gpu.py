@@ -266,7 +266,7 @@ def run_part(part: str, bench: Bench, began: float) -> bool:
     release()
     try:
         PARTS[part](bench)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001
         traceback.print_exc()
         emit(part=part, failed=f"{type(error).__name__}: {error}"[:300])
         return False

@@ -100,7 +100,7 @@ def diffusers_network(dtype: str, device: torch.device) -> nn.Module:
     """The 2B transformer of diffusers. ImportError where diffusers is not installed."""
     from diffusers import CogVideoXTransformer3DModel
 
-    return _build_in(dtype, device, lambda: CogVideoXTransformer3DModel())
+    return _build_in(dtype, device, CogVideoXTransformer3DModel)
 
 
 def diffusers_network_like(network: nn.Module, config: str) -> nn.Module:

@@ -21,10 +21,10 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from sgm.files import SaveError, write_text
-from sgm.weights import WeightsError, read_checkpoint  # noqa: E402
-from sgm.weights.files import tensors_of  # noqa: E402
-from sgm.weights.release import NETWORK_PREFIX, read_transformer  # noqa: E402
-from sgm.weights.save import save_pt  # noqa: E402
+from sgm.weights import WeightsError, read_checkpoint
+from sgm.weights.files import tensors_of
+from sgm.weights.release import NETWORK_PREFIX, read_transformer
+from sgm.weights.save import save_pt
 
 COMPUTED = ("mixins.pos_embed.pos_embedding",)  # follows from the configuration
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}

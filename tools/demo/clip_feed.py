@@ -14,6 +14,7 @@ from collections import deque
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from multiprocessing.sharedctypes import RawArray
+from typing import Self
 
 import numpy as np
 
@@ -133,7 +134,7 @@ class ClipFeed:
         for worker in self._workers:
             worker.start()
 
-    def __enter__(self) -> ClipFeed:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -18,12 +18,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import train_video  # noqa: E402
-from sgm.cli import Interrupts, exit_code  # noqa: E402
-from sgm.errors import SgmError  # noqa: E402
-from sgm.flags import run_config  # noqa: E402
-from sgm.places import found_path  # noqa: E402
-from sgm.training.options import TrainArgs  # noqa: E402
+import train_video
+from sgm.cli import Interrupts, exit_code
+from sgm.errors import SgmError
+from sgm.flags import run_config
+from sgm.places import found_path
+from sgm.training.options import TrainArgs
 
 FOLDER = Path(__file__).resolve().parents[2] / "demo" / "clips"
 PLAIN = "plain"

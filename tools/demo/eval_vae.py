@@ -29,15 +29,15 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from sgm.config import merge_yaml  # noqa: E402
-from sgm.files import write_text  # noqa: E402
-from sgm.models.autoencoder import VideoAutoencoder, chunk_bounds  # noqa: E402
-from sgm.modules.autoencoding.regularizers import DiagonalGaussian  # noqa: E402
-from sgm.modules.autoencoding.strides import STRIDES  # noqa: E402
-from tools.demo.attributes import ClipSpec, read_withheld  # noqa: E402
-from tools.demo.clip_feed import held_out_specs  # noqa: E402
-from tools.demo.shapes import render_clip  # noqa: E402
-from tools.demo.vae_training import to_pixels, trainable_vae  # noqa: E402
+from sgm.config import merge_yaml
+from sgm.files import write_text
+from sgm.models.autoencoder import VideoAutoencoder, chunk_bounds
+from sgm.modules.autoencoding.regularizers import DiagonalGaussian
+from sgm.modules.autoencoding.strides import STRIDES
+from tools.demo.attributes import ClipSpec, read_withheld
+from tools.demo.clip_feed import held_out_specs
+from tools.demo.shapes import render_clip
+from tools.demo.vae_training import to_pixels, trainable_vae
 
 WITHHELD = Path(__file__).with_name("withheld.json")
 TEST_SEED = 20240
@@ -100,10 +100,10 @@ def score_clips(
         disturbed = z + DISTURBANCE * deviation[:, None, None, None] * noise
         source, made, worse = (_levels(y) for y in (x, vae.decode(z), vae.decode(disturbed)))
         steps = (_steps(made), _steps(source), _steps(made - source))
-        for k in range(len(x)):
-            scores.append(
-                ClipScore(_psnr(made[k], source[k]), _psnr(worse[k], source[k]), *(s[k].tolist() for s in steps))
-            )
+        scores += [
+            ClipScore(_psnr(made[k], source[k]), _psnr(worse[k], source[k]), *(s[k].tolist() for s in steps))
+            for k in range(len(x))
+        ]
     return scores
 
 

@@ -27,9 +27,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tools.demo.attributes import MOTIONS, STYLES, read_withheld, write_withheld  # noqa: E402
-from tools.demo.shapes import ClipSpec, caption, render_clip, sample_spec  # noqa: E402
-from tools.demo.wordings import HELD_OUT, TRAINING, reword  # noqa: E402
+from tools.demo.attributes import MOTIONS, STYLES, read_withheld, write_withheld
+from tools.demo.shapes import ClipSpec, caption, render_clip, sample_spec
+from tools.demo.wordings import HELD_OUT, TRAINING, reword
 
 FRAME_COUNTS = (1, 17, 33, 49)
 

@@ -30,11 +30,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from sgm.data.clips import CaptionError, list_videos, read_caption  # noqa: E402
-from sgm.data.video_io import VideoError, probe, read_frames  # noqa: E402
-from tools.demo.attributes import COLOURS, MOTIONS, PATTERNS, SHAPES, SIZES  # noqa: E402
-from tools.demo.captions import Said, parse  # noqa: E402
-from tools.demo.measure import SeenGround, SeenShape, measure  # noqa: E402
+from sgm.data.clips import CaptionError, list_videos, read_caption
+from sgm.data.video_io import VideoError, probe, read_frames
+from tools.demo.attributes import COLOURS, MOTIONS, PATTERNS, SHAPES, SIZES
+from tools.demo.captions import Said, parse
+from tools.demo.measure import SeenGround, SeenShape, measure
 
 # Choices that a guess has; None where these differ from clip to clip.
 FILLS = ("plain", "striped")

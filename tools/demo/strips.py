@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from sgm.data.video_io import VideoError, probe, read_frames  # noqa: E402
+from sgm.data.video_io import VideoError, probe, read_frames
 
 GAP = 2  # pixels between frames
 TEXT = 15  # height of a line of text

@@ -35,14 +35,14 @@ from torch.utils.data import DataLoader, Dataset
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from sgm.files import SaveError, write_json
-from sgm.models.random_release import piece_count, train_sentencepiece, write_text_encoder  # noqa: E402
-from sgm.modules.encoders.modules import FrozenT5Embedder  # noqa: E402
-from sgm.modules.encoders.t5_config import T5Config  # noqa: E402
-from sgm.modules.encoders.tokenizer import EXTRA_IDS  # noqa: E402
-from sgm.weights import WeightsError  # noqa: E402
-from tools.demo.attributes import BACKGROUNDS, COLOURS, PATTERNS, SIZES, SPEEDS, ClipSpec, ObjectSpec  # noqa: E402
-from tools.demo.captions import Said, parse  # noqa: E402
-from tools.demo.wordings import (  # noqa: E402
+from sgm.models.random_release import piece_count, train_sentencepiece, write_text_encoder
+from sgm.modules.encoders.modules import FrozenT5Embedder
+from sgm.modules.encoders.t5_config import T5Config
+from sgm.modules.encoders.tokenizer import EXTRA_IDS
+from sgm.weights import WeightsError
+from tools.demo.attributes import BACKGROUNDS, COLOURS, PATTERNS, SIZES, SPEEDS, ClipSpec, ObjectSpec
+from tools.demo.captions import Said, parse
+from tools.demo.wordings import (
     ALL_MOTIONS,
     FILLS,
     HELD_OUT,

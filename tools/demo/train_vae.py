@@ -16,9 +16,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tools.demo.attributes import read_withheld  # noqa: E402
-from tools.demo.clip_feed import ClipFeed  # noqa: E402
-from tools.demo.vae_phases import PHASES, parse_phases  # noqa: E402
+from tools.demo.attributes import read_withheld
+from tools.demo.clip_feed import ClipFeed
+from tools.demo.vae_phases import PHASES, parse_phases
 
 # Worker processes import this file again, so what takes long to import waits until `main`.
 

@@ -174,7 +174,7 @@ class _Writer:
 
     def mistype(self, text: str) -> str:
         """One letter of a longer word lost, doubled, swapped or changed."""
-        long = [m for m in re.finditer(r"[a-z]{5,}", text)]
+        long = list(re.finditer(r"[a-z]{5,}", text))
         if not long:
             return text
         word = pick(self.rng, long)

@@ -10,6 +10,7 @@ Shape letters: b batch, t latent frames, c channels, h w.
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from abc import ABC, abstractmethod
@@ -159,7 +160,7 @@ class BaseDiffusionSampler(ABC):
             raise ValueError("no number of steps: set sampler_config.params.num_steps, or give num_steps to the call.")
         values, timesteps = self.discretization(n, do_append_zero=False, device="cpu", return_idx=True)
         signal = (*values.tolist(), 1.0)
-        if signal[0] < 0 or any(after <= before for before, after in zip(signal, signal[1:])):
+        if signal[0] < 0 or any(after <= before for before, after in itertools.pairwise(signal)):
             raise ValueError(
                 f"{type(self).__name__} needs signal rates that rise from 0 to 1, but "
                 f"{type(self.discretization).__name__} gives {signal[0]:.4g} to {signal[-2]:.4g}. "

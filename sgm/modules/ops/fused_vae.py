@@ -142,7 +142,8 @@ def add_residual(h: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
 def place(x: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
     """One pass with the bias."""
     if bias is None or not _can_fuse(x) or x.stride(1) != 1 or out.stride(1) != 1:
-        return vae.place(x, out, bias)
+        vae.place(x, out, bias)
+        return
     shift = bias.float()[None, :, None, None, None].expand(x.shape[0], -1, 1, 1, 1).contiguous()
     launch_apply_field(x, torch.ones_like(shift), shift, out, swish=False)
 
@@ -150,7 +151,8 @@ def place(x: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
 def join_phases(parts: Tensor, out: Tensor, frame_map: FrameMap, bias: Tensor) -> None:
     """One pass."""
     if not _can_fuse(parts) or parts.stride(1) != 1 or out.stride(1) != 1:
-        return vae.join_phases(parts, out, frame_map, bias)
+        vae.join_phases(parts, out, frame_map, bias)
+        return
     launch_join_phases(parts, out, frame_map, bias)
 
 

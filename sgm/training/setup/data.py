@@ -118,7 +118,7 @@ def mark_prior(dataset: Dataset) -> None:
 
 def split_validation(datasets: Sequence[Dataset], split: str, seed: int) -> tuple[list[Dataset], list[Dataset]]:
     """(training, validation) parts of each data set, by `split`'s first two shares; validation may come out empty."""
-    train_share, valid_share, test_share = split_shares(split)
+    _, valid_share, test_share = split_shares(split)
     train: list[Dataset] = []
     valid: list[Dataset] = []
     for dataset in datasets:

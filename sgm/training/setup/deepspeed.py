@@ -70,12 +70,10 @@ def plan_deepspeed(
     """
     if not section:
         raise ConfigError("training needs a `deepspeed:` section (batch size, optimizer, precision)")
-    problems: list[str] = []
     notes: list[str] = []
     config = _numbers(section, notes)
-    for name in config:
-        if name not in TOP_LEVEL | LOSS_SCALE_KEYS:
-            problems.append(f"unknown key deepspeed.{name}{_nearest(name, TOP_LEVEL)}")
+    unknown = [name for name in config if name not in TOP_LEVEL | LOSS_SCALE_KEYS]
+    problems = [f"unknown key deepspeed.{name}{_nearest(name, TOP_LEVEL)}" for name in unknown]
     _move_loss_scale(config, notes)
     dtype = _precision(config, device_type, problems)
     zero = _zero(config, device_type, problems, notes)

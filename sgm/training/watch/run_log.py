@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Self, TextIO
 
 import numpy as np
 
@@ -113,7 +113,7 @@ class RunLog:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._file = _opened(self._folder / METRICS)
 
-    def __enter__(self) -> RunLog:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -252,7 +252,7 @@ def _bin_scalars(group: str, means: Sequence[float | None]) -> dict[str, float |
 
 def duration(seconds: float) -> str:
     """1:02:03, or 2:03."""
-    whole = int(round(seconds))
+    whole = round(seconds)
     hours, minutes = whole // 3600, whole // 60 % 60
     return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
 
