@@ -160,22 +160,6 @@ def sat_plan(state: Mapping[str, Deferred]) -> dict[str, Deferred]:
     return plan
 
 
-def hf_names(name: str) -> list[str]:
-    """Names in diffusers of one tensor in SAT (without prefix); empty where diffusers has none.
-
-    Raises:
-        TransformerKeyError: no tensor of this network.
-    """
-    match = match_rule(name, _LEAF, [rule.sat for rule in RULES])
-    if match is not None:
-        rule, layer, groups = match
-        return [f"{at_layer(module, layer)}.{groups['leaf']}" for module in rule.hf]
-    if name == POSITIONS[0]:
-        return [POSITIONS[1]]
-    refuse_unknown([] if name in NOT_IN_HF else [name], 1, "SAT")
-    return []
-
-
 def is_sine_table(table: Tensor) -> bool:
     """Whether a position table (1, l + n, d) is the computed one: text rows zero, position (0, 0, 0) all sines of 0 (0)
     and cosines of 0 (1). A trained table, or one that starts at zero, is not."""
