@@ -311,7 +311,7 @@ def mixed(clips, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("mixed")
     lines = []
     for k in range(4):
-        frames = np.stack(list(imageio.get_reader(clips / "videos" / f"{k}.mp4", format="FFMPEG")))
+        frames = np.stack(list(imageio.get_reader(clips / "videos" / f"{k}.mp4", format="FFMPEG").iter_data()))
         with imageio.get_writer(folder / f"tall{k}.mp4", fps=8, codec="libx264", macro_block_size=2) as writer:
             for frame in frames.transpose(0, 2, 1, 3):
                 writer.append_data(np.ascontiguousarray(frame))
