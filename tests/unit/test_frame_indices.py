@@ -2,7 +2,8 @@ import math
 
 import pytest
 
-from sgm.data.frames import ClipError, frame_indices
+from sgm.data.dataset import frame_indices
+from sgm.data.frames import ClipError
 
 RATES = [7.5, 8.0, 10.0, 12.0, 23.976, 24.0, 25.0, 29.97, 30.0, 50.0, 59.94, 60.0, 120.0]
 
