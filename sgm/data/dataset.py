@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from sgm.data.buckets import parse_buckets
 from sgm.data.clips import CLIP_FAULTS, CaptionError, ClipSettings, load_clip, picture_size
-from sgm.data.frames import frame_indices as frame_indices  # the name that others use
+from sgm.data.frames import frame_indices  # noqa: F401  # the name that others use
 from sgm.data.packed import PackedShapes, PackedStrings
 from sgm.data.report import DatasetError, Report, UsableClip, append_broken
 from sgm.data.scan import LEVELS, list_source, scan
