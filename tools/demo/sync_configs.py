@@ -7,6 +7,7 @@ demo_lora.yaml keeps its adapter (`lora_config`, `not_trainable_prefixes`).
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 from pathlib import Path
@@ -29,7 +30,8 @@ def synced(own: str, infer: str) -> str:
     return f"{head}\nmodel:\n{model}"
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
+    argparse.ArgumentParser(description=__doc__).parse_args(arguments)
     infer = (CONFIGS / "demo_infer.yaml").read_text(encoding="utf-8")
     for name in ("demo_lora.yaml", "demo_sft.yaml"):
         path = CONFIGS / name
@@ -41,4 +43,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
