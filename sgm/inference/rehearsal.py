@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextvars
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -17,12 +17,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from sgm.models.autoencoder import VideoAutoencoder
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.modules.ops.modulation import split_modulation
 from sgm.modules.transformer.block import dit_block
+from sgm.weights.meta import MetaRules, Rules
 
 THREADS = 4  # a third of the work is Python, which the run itself needs, too
 FRAMES = 5  # latent frames that show the decoder's first chunk and its later ones
@@ -65,7 +65,7 @@ def run_block(engine: SATVideoDiffusionEngine, shape: Shape) -> None:
     grid = network.patch.grid(frames, height, width)
     kind: dict[str, Any] = {"device": "meta", "dtype": engine.dtype}
     hidden = torch.empty(2, positions.text_length + grid.tokens, network.hidden_size, **kind)
-    with ShapesAlone():
+    with MetaRules(SHAPES):
         dit_block(
             hidden,
             network.transformer.layers[0],
@@ -95,28 +95,9 @@ def run_decoder(stage: VideoAutoencoder, shape: Shape, dtype: torch.dtype) -> No
     # as `TextToVideo.decode` hands them over: frame after frame
     z = torch.empty(1, min(frames, FRAMES), channels, height, width, device="meta", dtype=dtype).transpose(1, 2)
     stage.set_channels_last()  # as the one that is loaded
-    with ShapesAlone():
+    with MetaRules(SHAPES):
         for _ in stage.decode_chunks(z):
             pass
-
-
-class ShapesAlone(TorchFunctionMode):
-    """The results of some operations on the meta device, shape, type and layout, in microseconds.
-
-    PyTorch 2.13 has them from programs of its compiler, which it imports for that, and sympy with it: seconds.
-    """
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        rule = _RULES.get(func)
-        if rule is None or not any(isinstance(x, Tensor) and x.is_meta for x in args):
-            return func(*args, **(kwargs or {}))
-        return rule(*args, **(kwargs or {}))
 
 
 def _empty(shape: Sequence[int], like: Tensor, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
@@ -162,7 +143,8 @@ def _convolution(
     return _empty([x.shape[0], weight.shape[0], *sizes], x, layout)
 
 
-_RULES: dict[Callable[..., Any], Callable[..., Tensor]] = {
+# Shape, type and layout of some operations' results, in microseconds.
+SHAPES: Rules = {
     Tensor.new_empty: _new_empty,
     Tensor.contiguous: _contiguous,
     Tensor.add: _sum,

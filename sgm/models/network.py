@@ -31,7 +31,7 @@ from sgm.modules.transformer.patch_embed import ImagePatchEmbeddingMixin, PatchS
 from sgm.modules.transformer.positions import PositionMixin
 from sgm.modules.transformer.sat_base import BaseModel
 from sgm.util import get_obj_from_str, instantiate_from_config, split_config
-from sgm.weights.meta import WithoutValues
+from sgm.weights.meta import without_values
 
 MIXINS = ("pos_embed", "patch_embed", "adaln_layer", "final_layer")
 # Hooks of SAT that reach this network; the others belong to parts of SAT's layer that are not used here.
@@ -136,7 +136,7 @@ class DiffusionTransformer(BaseModel):
             time_interpolation=time_interpolation,
         )
         ensure_groups(args.model_parallel_size)
-        with preserve_rng(), quiet_libraries(), WithoutValues():
+        with preserve_rng(), quiet_libraries(), without_values():
             # SAT leaves process groups and seeds alone when it is handed a transformer.
             super().__init__(None, transformer=_build_trunk(args, offers, num_attention_heads, parallel_output, dtype))
             self.hidden_size, self.num_layers, self.patch = hidden_size, num_layers, patch

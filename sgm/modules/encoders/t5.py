@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import relu, scaled_dot_product_attention
 
 from sgm.modules.encoders.t5_config import T5Config
+from sgm.weights.meta import without_values
 
 
 def relative_buckets(length: int, buckets: int, farthest: int, device: torch.device) -> Tensor:
@@ -44,11 +45,6 @@ def without_inf(x: Tensor) -> Tensor:
     return x.clamp(min=-limit, max=limit)
 
 
-def empty_table(rows: int, width: int) -> nn.Embedding:
-    """An embedding to be filled from a file: to draw its values on the meta device, torch imports its compiler."""
-    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
-
-
 # --- layers; attributes bear the names that weight files use ----------------------------------------------------------
 
 
@@ -75,7 +71,7 @@ class SelfAttention(nn.Module):
         self.q, self.k, self.v = (nn.Linear(config.d_model, inner, bias=False) for _ in range(3))
         self.o = nn.Linear(inner, config.d_model, bias=False)
         if first:
-            self.relative_attention_bias = empty_table(config.relative_attention_num_buckets, config.num_heads)
+            self.relative_attention_bias = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)
 
     def position_bias(self, length: int) -> Tensor:
         """(1, h, l, l)."""
@@ -162,15 +158,15 @@ class Stack(nn.Module):
 class T5Encoder(nn.Module):
     """Token ids int64 (b, l) to embeddings (b, l, d) of the weights' type. Every token attends to every other.
 
-    It is built to be filled: not all of it has values before. The embedding's table goes by two names, as in weight
-    files: `shared` and `encoder.embed_tokens`.
+    The embedding's table goes by two names, as in weight files: `shared` and `encoder.embed_tokens`.
     """
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
         self.config = config
-        self.shared = empty_table(config.vocab_size, config.d_model)
-        self.encoder = Stack(config, self.shared)
+        with without_values():
+            self.shared = nn.Embedding(config.vocab_size, config.d_model)
+            self.encoder = Stack(config, self.shared)
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.encoder(ids)
