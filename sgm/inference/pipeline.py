@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -107,8 +107,9 @@ class TextToVideo:
         size = self.engine.strides.latent_size(*self.image_size)
         return self.args.sampling_num_frames, self.engine.network.out_channels, *size
 
-    @property
+    @cached_property
     def num_steps(self) -> int:
+        """Of each sampling run; found by making its schedule, which refuses numbers that it cannot have."""
         return len(self.engine.sampler.schedule(self.args.num_steps).timesteps)
 
     @property

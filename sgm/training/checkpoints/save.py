@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from sgm import distributed
 from sgm.config import RunConfig
-from sgm.files import SaveError, remove, require_space
+from sgm.files import SaveError, advising, remove, require_space
 from sgm.training.checkpoints.folder import (
     MERGED,
     RESUME,
@@ -161,11 +161,11 @@ class _Save:
         """
         failure: Exception | None = None
         try:
-            yield
+            with advising("(args.keep_last and args.save say how many checkpoints are kept, and where.)"):
+                yield
         except (SaveError, CheckpointError, WeightsError, OSError) as error:
             failure = error
-        advice = " (args.keep_last and args.save say how many checkpoints are kept, and where.)"
-        reports = gather(f"{failure}{advice if isinstance(failure, SaveError) else ''}" if failure else None)
+        reports = gather(str(failure) if failure else None)
         failures = [f"{'' if self.world_size == 1 else f'rank {r}: '}{text}" for r, text in enumerate(reports) if text]
         if failures:
             if self.rank == 0:
