@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import os
+import posixpath
 import re
 import tarfile
 from collections import Counter
@@ -28,7 +29,7 @@ ARCHIVE_SUFFIX = ".tar"
 PATH_COLUMNS = ("path", "video", "file", "file_name", "image")
 TEXT_COLUMNS = ("caption", "text", "prompt")
 FILE_ORDERS = ("sorted", "walk")
-_INSIDE = re.compile(r"(?P<archive>.+\.tar)!(?P<begin>\d+)\+(?P<size>\d+)!(?P<name>.+)", re.DOTALL)
+_INSIDE = re.compile(r"(?P<archive>.+?\.tar)!(?P<begin>\d+)\+(?P<size>\d+)!(?P<name>.+)", re.DOTALL)
 
 
 class SourceError(SgmError):
@@ -47,8 +48,8 @@ class Listing(list[ListedClip]):
     """Clips of a source, in order.
 
     Attributes:
-        passed_over: how many videos and pictures a folder holds that are no clips for their ending alone, by that
-            (".mov": 3).
+        passed_over: how many videos and pictures a source holds that are no clips for their ending alone (".mov": 3)
+            or, in an archive, for what kind of member they are or how they are named.
     """
 
     def __init__(self, clips: Iterable[ListedClip] = (), passed_over: Mapping[str, int] | None = None):
@@ -135,13 +136,14 @@ def list_clips(source: str | Path, order: str = "sorted", images: bool = False, 
     if source.suffix.lower() in MANIFEST_SUFFIXES and source.is_file():
         return Listing(read_manifest(source))
     if source.suffix.lower() == ARCHIVE_SUFFIX and source.is_file():
-        return Listing(read_shard(source, txt_key))
+        return read_shard(source, txt_key)
     suffixes = VIDEO_SUFFIXES + (IMAGE_SUFFIXES if images else ())
     files, passed_over = _walk(source, suffixes, order, (*MANIFEST_VIDEO_SUFFIXES, *IMAGE_SUFFIXES))
     if files:
         return Listing((ListedClip(str(path)) for path in files), passed_over)
-    shards = list_files(source, (ARCHIVE_SUFFIX,), order)
-    return Listing((clip for shard in shards for clip in read_shard(shard, txt_key)), passed_over)
+    shards = [read_shard(shard, txt_key) for shard in list_files(source, (ARCHIVE_SUFFIX,), order)]
+    passed_over = sum((Counter(shard.passed_over) for shard in shards), passed_over)
+    return Listing((clip for shard in shards for clip in shard), passed_over)
 
 
 def passed_over_line(counts: Mapping[str, int]) -> str:
@@ -153,7 +155,7 @@ def passed_over_line(counts: Mapping[str, int]) -> str:
     ways = ["pictures: data.params.images=true"] if pictures else []
     ways += ["other videos: name them in a LIST.csv"] if videos else []
     named = ", ".join(f"{count} {ending}" for ending, count in sorted(counts.items()))
-    return f"passed over: {named} ({'; '.join(ways)})"
+    return f"passed over: {named}" + (f" ({'; '.join(ways)})" if ways else "")
 
 
 def list_files(folder: str | Path, suffixes: tuple[str, ...], order: str = "sorted") -> list[Path]:
@@ -251,38 +253,48 @@ def _listed(manifest: Path, number: int, row: dict[str, Any]) -> ListedClip:
 # --- shards -------------------------------------------------------------------------------------------------------
 
 
-def read_shard(path: str | Path, txt_key: str = "txt") -> list[ListedClip]:
+def read_shard(path: str | Path, txt_key: str = "txt") -> Listing:
     """Clips of a webdataset shard: members of one name up to the first dot belong together.
 
-    `NAME.mp4` (or a picture) is the clip; the caption is `NAME.txt_key`, else `txt_key` inside `NAME.json`.
+    `NAME.mp4` (or a picture) is the clip; the caption is `NAME.txt_key`, else `txt_key` inside `NAME.json`. Names are
+    normalised (`./a//b` is a/b); of two members of one name the later counts, as for tar. Links, devices and sparse
+    members are passed over, and so are names that lead out of the archive.
 
     Raises:
         SourceError: not a tar file, or cut short.
     """
     path = Path(path)
-    media: dict[str, tarfile.TarInfo] = {}
+    media: dict[str, str] = {}
     texts: dict[str, str] = {}
+    passed_over: Counter[str] = Counter()
+    archive_name = os.path.abspath(path)
     try:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
-                folder, _, name = member.name.rpartition("/")
-                stem, _, kind = name.partition(".")
-                key = f"{folder}/{stem}" if folder else stem
-                if not member.isfile():
+                name = posixpath.normpath(member.name)
+                folder, file = posixpath.split(name)
+                stem, _, kind = file.partition(".")
+                key = posixpath.join(folder, stem)
+                if member.isdir():
                     continue
-                if f".{kind.lower()}" in (*MANIFEST_VIDEO_SUFFIXES, *IMAGE_SUFFIXES):
-                    media[key] = member
+                if unfit := _unfit(member, name):
+                    passed_over[unfit] += 1
+                elif f".{kind.lower()}" in (*MANIFEST_VIDEO_SUFFIXES, *IMAGE_SUFFIXES):
+                    media[key] = f"{archive_name}!{member.offset_data}+{member.size}!{name}"
                 elif kind == txt_key:
                     texts[key] = _text_of(archive, member)
                 elif kind == "json":
                     texts.setdefault(key, _json_text(archive, member, txt_key))
     except (tarfile.TarError, EOFError, OSError) as error:
         raise SourceError(f"{path} is no whole tar file ({error}); compressed ones must be unpacked first") from error
-    archive_name = os.path.abspath(path)
-    return [
-        ListedClip(f"{archive_name}!{member.offset_data}+{member.size}!{member.name}", texts.get(key, ""))
-        for key, member in media.items()
-    ]
+    return Listing((ListedClip(place, texts.get(key, "")) for key, place in media.items()), passed_over)
+
+
+def _unfit(member: tarfile.TarInfo, name: str) -> str | None:
+    """Why a member gives nothing; None where it may."""
+    if not member.isfile() or member.issparse():
+        return "links, devices or sparse members"
+    return "names that lead out of the archive" if name.startswith(("/", "../")) else None
 
 
 def _text_of(archive: tarfile.TarFile, member: tarfile.TarInfo) -> str:

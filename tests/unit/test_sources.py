@@ -180,6 +180,28 @@ def test_a_section_of_shards_says_its_sizes_in_its_own_words():
     assert ClipSource.of(plain).settings.skip_frames == 0
 
 
+def test_names_of_members_stay_in_the_archive(media, tmp_path, caplog):
+    """A name is normalised or passed over: what is checked in the archive is read from the archive."""
+    outside = write_video(tmp_path / "outside" / "secret.mp4", level=220)
+    wide = (media / "wide.mp4").read_bytes()
+    kept = ["./plain", "a/../b", "c//d", "e/./f", "x.tar!5+5!y/z", "new\nline", "nicht-\udce9-utf8", "-", "a b"]
+    out = ["q/../../outside/secret", "../outside/secret", "../../outside/secret", "/" + str(outside.with_suffix("")), "//g"]
+    shard = tmp_path / "d" / "s.tar"
+    shard.parent.mkdir()
+    write_shard(shard, {f"{name}{end}": data for name in [*kept, *out] for end, data in ((".mp4", wide), (".txt", b"x"))})
+    with tarfile.open(shard, "a") as archive:
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE, tarfile.GNUTYPE_SPARSE):
+            info = tarfile.TarInfo(f"special-{kind.decode()}.mp4")
+            info.type, info.linkname = kind, str(outside)
+            archive.addfile(info)
+    dataset = SFTDataset(shard, report=tmp_path / "report.jsonl", **SMALL)
+    named = [item.rpartition("!")[2] for item in dataset.paths]
+    assert named == ["plain.mp4", "b.mp4", "c/d.mp4", "e/f.mp4", *(f"{name}.mp4" for name in ("y/z", *kept[5:]))]
+    assert [float((dataset[k]["mp4"].mean() + 1) * 127.5) for k in range(len(kept))] == pytest.approx([60] * 9, abs=2)
+    assert dataset.report.passed_over == {"names that lead out of the archive": 10, "links, devices or sparse members": 5}
+    assert "passed over: 5 links, devices or sparse members, 10 names that lead out of the archive" in caplog.text
+
+
 def test_no_tar_is_refused(tmp_path):
     (tmp_path / "x.tar").write_bytes(b"\0" * 100 + b"nothing" * 200)
     with pytest.raises(SourceError, match="no whole tar"):
