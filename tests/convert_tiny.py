@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from sgm.models.random_release import write_random_release
 from sgm.util import instantiate_from_config
 from sgm.weights import assign_state
 from sgm.weights.release import NETWORK_PREFIX, read_transformer
 from tests.dit_tiny import TEXT_LENGTH, tiny_config
+from tools.random_release import write_random_release
 
 VAE_PARAMS = {"double_z": True, "z_channels": 16, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 32,
               "ch_mult": [1, 2, 2, 4], "attn_resolutions": [], "num_res_blocks": 1, "dropout": 0.0}  # fmt: skip

@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> int:
 def write(options: argparse.Namespace) -> None:
     from sgm.config import merge_yaml
     from sgm.models.diffusion import DTYPES
-    from sgm.models.random_release import write_random_release
+    from tools.random_release import write_random_release
 
     model = merge_yaml([options.config]).get("model") or {}
     write_random_release(

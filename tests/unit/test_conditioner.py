@@ -15,12 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sgm.models.random_release import train_sentencepiece
 from sgm.modules.conditioner import AbstractEmbModel, ConditionerError, GeneralConditioner, drop_samples
 from sgm.modules.encoders import t5_files
 from sgm.modules.encoders.modules import FrozenT5Embedder, NonFiniteEmbeddingError, text_is_local
 from sgm.modules.encoders.t5_files import EncoderFilesError, wanted_files
 from sgm.weights import WeightsError
+from tools.random_release import train_sentencepiece
 
 LAST_BLOCK = "encoder.block.1.layer.1.DenseReluDense.wo.weight"
 

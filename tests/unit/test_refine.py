@@ -340,9 +340,9 @@ def sampling(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
     from sgm.convert.dit_sizes import sizes_of_params
     from sgm.convert.run_file import run_file
-    from sgm.models.random_release import write_random_release
     from tests.convert_tiny import VAE_PARAMS, model_section
     from tests.dit_tiny import tiny_config
+    from tools.random_release import write_random_release
 
     folder = tmp_path_factory.mktemp("refine") / "w"
     write_random_release(model_section(folder), folder, dtype=torch.float32, t5_name="t5-v1_1-xxl")

@@ -30,12 +30,12 @@ from sgm.config import RunConfig, load_run_config
 from sgm.inference.noise import SampleId
 from sgm.inference.options import SampleArgs
 from sgm.inference.placement import peak_memory
-from sgm.models.random_release import write_random_release
 from sgm.modules.autoencoding.strides import STRIDES
 from sgm.modules.ops.choice import Kernels, choose_kernels
 from tools.bench import models
 from tools.bench.flops import conv_flops, network_flops
 from tools.bench.measure import Ceilings, emit, measure_ceilings, relative_error, time_runs
+from tools.random_release import write_random_release
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "demo_infer.yaml"
 PARTS = ("run", "dit", "vae_decode", "vae_encode")

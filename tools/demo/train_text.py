@@ -35,7 +35,6 @@ from torch.utils.data import DataLoader, Dataset
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from sgm.files import SaveError, write_json
-from sgm.models.random_release import piece_count, train_sentencepiece, write_text_encoder
 from sgm.modules.encoders.modules import FrozenT5Embedder
 from sgm.modules.encoders.t5_config import T5Config
 from sgm.modules.encoders.tokenizer import EXTRA_IDS
@@ -52,6 +51,7 @@ from tools.demo.wordings import (
     random_spec,
     reword,
 )
+from tools.random_release import piece_count, train_sentencepiece, write_text_encoder
 
 LENGTH = 64  # tokens, as in configs/demo_infer.yaml
 BY_HAND = Path(__file__).with_name("other_words.jsonl")
