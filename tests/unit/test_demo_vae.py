@@ -9,12 +9,12 @@ import torch
 from sgm.config import merge_yaml
 from sgm.modules.ops.vae import (
     AffineField,
+    LeanField,
+    LeanMoments,
     apply_field,
     double_frames,
     doubled_frames,
     group_moments,
-    lean_field,
-    lean_moments,
 )
 from tools.demo import clip_feed, eval_vae, train_vae
 from tools.demo.attributes import read_withheld
@@ -59,12 +59,11 @@ def test_lean_operations_have_the_values_and_gradients_of_the_plain_ones(last, f
     scale, shift = (torch.randn(1, 4, frames, 2, 1, dtype=torch.float64, requires_grad=True) for _ in range(2))
     for swish in (True, False):
         field = AffineField(scale, shift)
-        assert torch.equal(lean_field(x, field, swish=swish), apply_field(x, field, swish=swish))
-        checked = (x, scale, shift)
-        assert torch.autograd.gradcheck(lambda a, b, c, s=swish: lean_field(a, AffineField(b, c), swish=s), checked)
-    for mine, plain in zip(lean_moments(x, 2), group_moments(x, 2, 1 << 30), strict=True):
+        assert torch.equal(LeanField.apply(x, scale, shift, swish), apply_field(x, field, swish=swish))
+        assert torch.autograd.gradcheck(lambda a, b, c, s=swish: LeanField.apply(a, b, c, s), (x, scale, shift))
+    for mine, plain in zip(LeanMoments.apply(x, 2), group_moments(x, 2, 1 << 30), strict=True):
         torch.testing.assert_close(mine, plain)
-    assert torch.autograd.gradcheck(lambda a: lean_moments(a, 2), (x,))
+    assert torch.autograd.gradcheck(lambda a: LeanMoments.apply(a, 2), (x,))
 
 
 @pytest.mark.parametrize("frames", [1, 2, 5])

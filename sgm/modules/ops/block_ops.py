@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sgm.modules.ops.attention import attention
-from sgm.modules.ops.autograd import TensorContext
 from sgm.modules.ops.linear import apply_linear
 from sgm.modules.ops.modulation import Modulation, RotaryTable, gated_residual, head_norm_rotate, norm_modulate
 
@@ -70,7 +69,7 @@ class _GeluBySigmoid(torch.autograd.Function):
     """The same as x sigmoid(2u), since (1 + tanh u) / 2 = sigmoid(2u): PyTorch's tanh is slow on a CPU."""
 
     @staticmethod
-    def forward(ctx: TensorContext, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         # 2u = x (slope + 0.044715 slope x^2)
         gate = torch.addcmul(x.new_tensor(GELU_SLOPE), x, x, value=0.044715 * GELU_SLOPE)
@@ -78,7 +77,7 @@ class _GeluBySigmoid(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: TensorContext, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         return torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
 

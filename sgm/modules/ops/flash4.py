@@ -13,12 +13,12 @@ from __future__ import annotations
 import importlib
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sgm.modules.ops.attention import AttentionError, attention
-from sgm.modules.ops.autograd import TensorContext
 
 CAPABILITIES = (9, 10)
 # What was measured together: flash-attn-4 leaves its compiler's version open, and 4.8.1 warns at every kernel.
@@ -72,11 +72,11 @@ def _flash4_backward(
     return grad_query, grad_key, grad_value
 
 
-def _setup_context(ctx: TensorContext, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs, *output)
 
 
-def _backward(ctx: TensorContext, grad: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     return _flash4_backward(grad.contiguous(), *ctx.saved_tensors)
 
 

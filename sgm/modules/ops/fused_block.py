@@ -7,7 +7,7 @@ gradients are wanted, `fused_training` has the kernels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeGuard
 
 import torch
@@ -17,25 +17,22 @@ from sgm.distributed import model_parallel_world_size
 from sgm.modules.ops import block_ops, fused_training, modulation
 from sgm.modules.ops.linear import is_plain_linear, is_watched
 from sgm.modules.ops.modulation import Modulation, RotaryTable
-from sgm.modules.ops.triton_block import NormValues, launch_head_norm_rotate, launch_residual_norm
+from sgm.modules.ops.triton_block import ModulatedNorm, NormValues, launch_head_norm_rotate, launch_residual_norm
 from sgm.modules.ops.triton_support import runs_kernels
 
 
 def norm_modulate(x: Tensor, norm: nn.Module, text: Modulation, video: Modulation, text_length: int) -> Tensor:
     if not _is_plain_norm(norm, x) or not _can_fuse(x, norm.weight, *text, *video):
         return modulation.norm_modulate(x, norm, text, video, text_length)
-    if _wants_grad(x, norm.weight, *text, *video):
-        return fused_training.norm_modulate(x, _norm_values(norm), text, video, text_length)
-    return launch_residual_norm(x, text_length, None, (*_norm_values(norm), text, video))[1]
+    run = _residual_norm_for(x, norm.weight, *text, *video)
+    return run(x, text_length, None, _modulated(norm, text, video))[1]
 
 
 def gated_residual(hidden: Tensor, update: Tensor, text_gate: Tensor, video_gate: Tensor, text_length: int) -> Tensor:
     tensors = (hidden, update, text_gate, video_gate)
     if not (_can_fuse(*tensors) and update.is_contiguous()):
         return modulation.gated_residual(*tensors, text_length)
-    if _wants_grad(*tensors):
-        return fused_training.gated_residual(*tensors, text_length)
-    return launch_residual_norm(hidden, text_length, (update, text_gate, video_gate), None)[0]
+    return _residual_norm_for(*tensors)(hidden, text_length, (update, text_gate, video_gate), None)[0]
 
 
 def residual_norm(
@@ -52,9 +49,8 @@ def residual_norm(
     others = (*residual, *text, *video)
     if not (_is_plain_norm(norm, hidden) and _can_fuse(hidden, norm.weight, *others) and update.is_contiguous()):
         return block_ops.residual_norm(hidden, *residual, norm, text, video, text_length)
-    if _wants_grad(hidden, norm.weight, *others):
-        return fused_training.residual_norm(hidden, residual, _norm_values(norm), text, video, text_length)
-    return launch_residual_norm(hidden, text_length, residual, (*_norm_values(norm), text, video))
+    run = _residual_norm_for(hidden, norm.weight, *others)
+    return run(hidden, text_length, residual, _modulated(norm, text, video))
 
 
 def split_heads(
@@ -105,6 +101,15 @@ def _can_fuse(x: Tensor, *others: Tensor | None) -> bool:
 
 def _wants_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _residual_norm_for(*tensors: Tensor | None) -> Callable[..., tuple[Tensor, Tensor]]:
+    """`launch_residual_norm`, with gradients where one of its tensors wants any."""
+    return fused_training.residual_norm if _wants_grad(*tensors) else launch_residual_norm
+
+
+def _modulated(norm: nn.LayerNorm, text: Modulation, video: Modulation) -> ModulatedNorm:
+    return ModulatedNorm(*_norm_values(norm), text.shift, text.scale, video.shift, video.scale)
 
 
 def _norm_values(norm: nn.LayerNorm) -> NormValues:

@@ -1,4 +1,4 @@
-"""The fused operations of a transformer block with gradients: what `fused_block` calls where a graph is recorded.
+"""The kernels of `triton_block` with gradients: what `fused_block` calls where a graph is recorded.
 
 Each keeps its inputs alone, not what its plain twin in `block_ops` would keep on the way, and has first derivatives
 only.
@@ -7,40 +7,30 @@ only.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sgm.modules.ops.autograd import Context
-from sgm.modules.ops.modulation import Modulation, RotaryTable
-from sgm.modules.ops.triton_block import NormValues, Residual, launch_head_norm_rotate, launch_residual_norm
+from sgm.modules.ops.modulation import RotaryTable
+from sgm.modules.ops.triton_block import (
+    ModulatedNorm,
+    NormValues,
+    Residual,
+    launch_head_norm_rotate,
+    launch_residual_norm,
+)
 from sgm.modules.ops.triton_block_backward import launch_head_norm_rotate_backward, launch_residual_norm_backward
 
 Gradients = tuple[Tensor | None, ...]  # one an argument of `forward`
 
 
-def norm_modulate(x: Tensor, norm: NormValues, text: Modulation, video: Modulation, text_length: int) -> Tensor:
-    vectors = (text.shift, text.scale, video.shift, video.scale)
-    return _NormModulate.apply(x, *norm, *vectors, text_length)
-
-
-def gated_residual(hidden: Tensor, update: Tensor, text_gate: Tensor, video_gate: Tensor, text_length: int) -> Tensor:
-    return _GatedResidual.apply(hidden, update, text_gate, video_gate, text_length)
-
-
 def residual_norm(
-    hidden: Tensor,
-    residual: Residual,
-    norm: NormValues,
-    text: Modulation,
-    video: Modulation,
-    text_length: int,
+    hidden: Tensor, text_length: int, residual: Residual | None, norm: ModulatedNorm | None
 ) -> tuple[Tensor, Tensor]:
-    """`residual`: update, text gate, video gate."""
-    vectors = (text.shift, text.scale, video.shift, video.scale)
-    return _ResidualNorm.apply(hidden, *residual, *norm, *vectors, text_length)
+    """`launch_residual_norm` with gradients; the result of an absent half is None."""
+    return _ResidualNorm.apply(hidden, text_length, *(residual or (None, None, None)), *(norm or ()))
 
 
 def split_heads(
@@ -51,160 +41,73 @@ def split_heads(
     text_length: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Leaves `qkv` as it is; the value is a view of it."""
-    (*query, query_eps), (*key, key_eps) = norms or ((None, None, 0.0), (None, None, 0.0))
-    head_eps = (query_eps, key_eps) if norms else None
-    return _SplitHeads.apply(qkv, head_width, *query, *key, head_eps, rotary, text_length)
-
-
-class _GateContext(Context, Protocol):
-    saved_tensors: tuple[Tensor, Tensor, Tensor]
-    text_length: int
-
-
-class _NormContext(Context, Protocol):
-    saved_tensors: tuple[Tensor, Tensor | None, Tensor | None, *tuple[Tensor, ...]]  # x, weight, bias, others
-    text_length: int
-    eps: float
-
-
-class _ResidualNormContext(Context, Protocol):
-    saved_tensors: tuple[  # the result, weight, bias, update, two gates, others
-        Tensor, Tensor | None, Tensor | None, Tensor, Tensor, Tensor, *tuple[Tensor, ...]
-    ]
-    text_length: int
-    eps: float
-
-
-class _HeadsContext(Context, Protocol):
-    saved_tensors: tuple[Tensor, Tensor | None, Tensor | None, *tuple[Tensor, ...]]  # qkv, two weights, rotary table
-    text_length: int
-    head_eps: tuple[float, float] | None
-
-
-class _NormModulate(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: _NormContext,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        eps: float,
-        text_shift: Tensor,
-        text_scale: Tensor,
-        video_shift: Tensor,
-        video_scale: Tensor,
-        text_length: int,
-    ) -> Tensor:
-        vectors = (text_shift, text_scale, video_shift, video_scale)
-        ctx.save_for_backward(x, weight, bias, *vectors)
-        ctx.eps, ctx.text_length = eps, text_length
-        return launch_residual_norm(x, text_length, None, (weight, bias, eps, *_modulations(vectors)))[1]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: _NormContext, grad: Tensor) -> Gradients:
-        x, weight, bias, *vectors = ctx.saved_tensors
-        norm = (weight, ctx.eps, vectors[1], vectors[3])
-        to_x, _, sums = launch_residual_norm_backward(None, grad.contiguous(), x, None, norm, ctx.text_length)
-        to_weight, to_bias, to_vectors = _norm_gradients(sums, weight, bias, vectors)
-        return to_x, to_weight, to_bias, None, *to_vectors, None
-
-
-class _GatedResidual(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: _GateContext, hidden: Tensor, update: Tensor, text_gate: Tensor, video_gate: Tensor, text_length: int
-    ) -> Tensor:
-        ctx.save_for_backward(update, text_gate, video_gate)
-        ctx.text_length = text_length
-        return launch_residual_norm(hidden, text_length, (update, text_gate, video_gate), None)[0]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: _GateContext, grad: Tensor) -> Gradients:
-        residual, grad = ctx.saved_tensors, grad.contiguous()
-        _, to_update, sums = launch_residual_norm_backward(grad, None, grad, residual, None, ctx.text_length)
-        return grad, to_update, *_gate_gradients(sums, residual[1:]), None
+    query, key = norms or ((), ())
+    return _SplitHeads.apply(qkv, head_width, rotary, text_length, *query, *key)
 
 
 class _ResidualNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: _ResidualNormContext,
+        ctx: Any,
         hidden: Tensor,
-        update: Tensor,
-        text_gate: Tensor,
-        video_gate: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        eps: float,
-        text_shift: Tensor,
-        text_scale: Tensor,
-        video_shift: Tensor,
-        video_scale: Tensor,
         text_length: int,
-    ) -> tuple[Tensor, Tensor]:
-        residual, vectors = (update, text_gate, video_gate), (text_shift, text_scale, video_shift, video_scale)
-        norm = (weight, bias, eps, *_modulations(vectors))
+        update: Any,
+        text_gate: Any,
+        video_gate: Any,
+        *values: Any,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Update and gates are None where there is no residual; `values` are those of a `ModulatedNorm`, or none."""
+        residual = None if update is None else (update, text_gate, video_gate)
+        norm = ModulatedNorm(*values) if values else None
         summed, normed = launch_residual_norm(hidden, text_length, residual, norm)
-        ctx.save_for_backward(summed, weight, bias, *residual, *vectors)
-        ctx.eps, ctx.text_length = eps, text_length
+        weight, bias, eps, *vectors = norm or (None, None, None)
+        ctx.save_for_backward(summed if norm else None, update, text_gate, video_gate, weight, bias, *vectors)
+        ctx.text_length, ctx.eps = text_length, eps
         ctx.set_materialize_grads(False)
-        return summed, normed
+        return summed if residual else None, normed if norm else None
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _ResidualNormContext, grad_summed: Tensor | None, grad_normed: Tensor | None) -> Gradients:
+    def backward(ctx: Any, grad_summed: Any, grad_normed: Any) -> Gradients:
         # read once: where activations are checkpointed each saved tensor can be
-        summed, weight, bias, update, text_gate, video_gate, *vectors = ctx.saved_tensors
+        summed, update, text_gate, video_gate, weight, bias, *vectors = ctx.saved_tensors
         grad_summed, grad_normed = (None if g is None else g.contiguous() for g in (grad_summed, grad_normed))
-        residual, norm = (update, text_gate, video_gate), (weight, ctx.eps, vectors[1], vectors[3])
+        residual = None if update is None else (update, text_gate, video_gate)
+        norm = (weight, ctx.eps, vectors[1], vectors[3]) if vectors else None
         to_hidden, to_update, sums = launch_residual_norm_backward(
-            grad_summed, grad_normed, summed, residual, norm, ctx.text_length
+            grad_summed, grad_normed, grad_summed if summed is None else summed, residual, norm, ctx.text_length
         )
-        to_weight, to_bias, to_vectors = _norm_gradients(sums, weight, bias, vectors)
-        to_gates = _gate_gradients(sums, residual[1:])
-        return to_hidden, to_update, *to_gates, to_weight, to_bias, None, *to_vectors, None
+        to_gates = _gate_gradients(sums, residual[1:]) if residual else (None, None)
+        to_norm = _norm_gradients(sums, weight, bias, vectors) if norm else ()
+        return to_hidden, None, to_update, *to_gates, *to_norm
 
 
 class _SplitHeads(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: _HeadsContext,
-        qkv: Tensor,
-        width: int,
-        query_weight: Tensor | None,
-        query_bias: Tensor | None,
-        key_weight: Tensor | None,
-        key_bias: Tensor | None,
-        head_eps: tuple[float, float] | None,
-        rotary: RotaryTable | None,
-        text_length: int,
+        ctx: Any, qkv: Tensor, width: int, rotary: RotaryTable | None, text_length: int, *values: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`head_eps`: of the queries' norm and the keys', None: there are none."""
-        norms = None
-        if head_eps is not None:
-            norms = ((query_weight, query_bias, head_eps[0]), (key_weight, key_bias, head_eps[1]))
-        ctx.save_for_backward(qkv, query_weight, key_weight, *(rotary or ()))
-        ctx.head_eps, ctx.text_length = head_eps, text_length
+        """`values`: `NormValues` of the queries' norm, then of the keys', or none."""
+        norms = (values[:3], values[3:]) if values else None
+        weights = values[::3] or (None, None)
+        ctx.save_for_backward(qkv, *weights, *(rotary or ()))
+        ctx.head_eps, ctx.text_length = values[2::3], text_length
         out = qkv.new_empty((2, *qkv.shape[:2], qkv.shape[2] // (3 * width), width))
         launch_head_norm_rotate(qkv, width, norms, rotary, text_length, out)
         return out[0], out[1], qkv.unflatten(-1, (3, -1, width))[:, :, 2]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _HeadsContext, to_query: Tensor, to_key: Tensor, to_value: Tensor) -> Gradients:
+    def backward(ctx: Any, to_query: Tensor, to_key: Tensor, to_value: Tensor) -> Gradients:
         qkv, query_weight, key_weight, *table = ctx.saved_tensors
-        norms = None
-        if ctx.head_eps is not None:
-            norms = ((query_weight, ctx.head_eps[0]), (key_weight, ctx.head_eps[1]))
+        norms: Any = tuple(zip((query_weight, key_weight), ctx.head_eps)) or None
         grads = (_with_unit_stride(to_query), _with_unit_stride(to_key), _with_unit_stride(to_value))
         rotary = RotaryTable(*table) if table else None
         to_qkv, sums = launch_head_norm_rotate_backward(qkv, grads, norms, rotary, ctx.text_length)
         if query_weight is None:
-            return to_qkv, *(None,) * 8
+            return to_qkv, None, None, None, *(None,) * (6 if norms else 0)
         (query_plain, query_normed), (key_plain, key_normed) = sums.to(query_weight.dtype)
-        return to_qkv, None, query_normed, query_plain, key_normed, key_plain, None, None, None
+        return to_qkv, None, None, None, query_normed, query_plain, None, key_normed, key_plain, None
 
 
 def _with_unit_stride(grad: Tensor) -> Tensor:
@@ -212,16 +115,10 @@ def _with_unit_stride(grad: Tensor) -> Tensor:
     return grad if grad.stride(-1) == 1 else grad.contiguous()
 
 
-def _modulations(vectors: Sequence[Tensor]) -> tuple[Modulation, Modulation]:
-    """Of text and of video; the kernels that take them have no use for gates."""
-    text_shift, text_scale, video_shift, video_scale = vectors
-    return Modulation(text_shift, text_scale, text_shift), Modulation(video_shift, video_scale, video_shift)
-
-
 def _norm_gradients(
     sums: Tensor, weight: Tensor | None, bias: Tensor | None, vectors: Sequence[Tensor]
-) -> tuple[Tensor | None, Tensor | None, list[Tensor]]:
-    """Gradients of weight and bias (d,), and of shift and scale of text and of video, from the kernel's sums."""
+) -> list[Tensor | None]:
+    """Gradients of the values of a `ModulatedNorm`, from the kernel's sums."""
     affine = None if weight is None or bias is None else (weight.float(), bias.float())
     to_vectors: list[Tensor] = []
     to_weight: list[Tensor] = []
@@ -233,8 +130,8 @@ def _norm_gradients(
         to_weight.append((normed * slope).sum(0))
         to_bias.append((plain * slope).sum(0))
     if weight is None or bias is None:
-        return None, None, to_vectors
-    return (to_weight[0] + to_weight[1]).to(weight.dtype), (to_bias[0] + to_bias[1]).to(bias.dtype), to_vectors
+        return [None, None, None, *to_vectors]
+    return [(to_weight[0] + to_weight[1]).to(weight.dtype), (to_bias[0] + to_bias[1]).to(bias.dtype), None, *to_vectors]
 
 
 def _gate_gradients(sums: Tensor, gates: Sequence[Tensor]) -> list[Tensor]:

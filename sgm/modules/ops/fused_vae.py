@@ -5,7 +5,7 @@ Each function here takes and gives what its twin in `vae` does, and calls the tw
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sgm.modules.ops import vae
-from sgm.modules.ops.autograd import TensorContext
 from sgm.modules.ops.triton_support import runs_kernels
 from sgm.modules.ops.triton_vae import (
     launch_add_residual,
@@ -166,7 +165,7 @@ def _can_fuse(x: Tensor) -> bool:
     return runs_kernels(x) and x.dtype in _KINDS and not (torch.is_grad_enabled() and x.requires_grad)
 
 
-# --- training in half precision: the twins of `vae.lean_moments` and `vae.lean_field` ------------------------------
+# --- training in half precision: the twins of what `vae` has for it ---------------------------------------------
 
 
 def _needs_gradient(x: Tensor) -> bool:
@@ -176,14 +175,14 @@ def _needs_gradient(x: Tensor) -> bool:
 
 class _Moments(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: TensorContext, x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
         mean, variance = launch_group_moments(x, groups, None)
         ctx.save_for_backward(x, mean)
         return mean, variance
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: TensorContext, to_mean: Tensor, to_variance: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, to_mean: Tensor, to_variance: Tensor) -> tuple[Tensor, None]:
         x, mean = ctx.saved_tensors
         per_channel = x.shape[1] // mean.shape[1]
         count = x[0].numel() // mean.shape[1]
@@ -195,16 +194,9 @@ class _Moments(torch.autograd.Function):
         return result, None
 
 
-class _FieldContext(TensorContext, Protocol):
-    swish: bool
-    frame_map: FrameMap
-
-
 class _Field(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: _FieldContext, x: Tensor, scale: Tensor, shift: Tensor, swish: bool, frame_map: FrameMap
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, swish: bool, frame_map: FrameMap) -> Tensor:
         ctx.save_for_backward(x, scale, shift)
         ctx.swish, ctx.frame_map = swish, frame_map
         result = torch.empty_like(x, memory_format=torch.channels_last_3d)
@@ -213,7 +205,7 @@ class _Field(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _FieldContext, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         x, scale, shift = ctx.saved_tensors
         grad = grad if grad.stride(1) == 1 else grad.contiguous(memory_format=torch.channels_last_3d)
         dense = _dense_field(x, scale, shift)

@@ -139,17 +139,13 @@ class NetworkGraphs:
         return self._graphs[key]
 
 
-class _GraphContext(Protocol):
-    graph: TrainingGraph
-
-
 class _Replayed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: _GraphContext, graph: TrainingGraph, inputs: list[Tensor], *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, graph: TrainingGraph, inputs: list[Tensor], *parameters: Tensor) -> Tensor:
         ctx.graph = graph
         return graph.forward(inputs).detach()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _GraphContext, to_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, to_output: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, *ctx.graph.backward(to_output)

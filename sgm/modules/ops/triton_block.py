@@ -8,13 +8,14 @@ Axes: b batch, l text tokens, n all tokens (text first), d width, h heads, hd wi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sgm.modules.ops.modulation import Modulation, RotaryTable
+from sgm.modules.ops.modulation import RotaryTable
 from sgm.modules.ops.triton_support import launch
 
 # The fastest on an H200 at the model's shapes. Tokens that a program of `_residual_norm_kernel` takes, its warps with a
@@ -24,6 +25,18 @@ _HEAD_TILE, _HEAD_WARPS = 1024, 4
 
 NormValues = tuple[Tensor | None, Tensor | None, float]  # weight and bias (both or neither), eps
 Residual = tuple[Tensor, Tensor, Tensor]  # update (b, n, d), text gate, video gate (b, 1, d)
+
+
+class ModulatedNorm(NamedTuple):
+    """Weight and bias (d,), both or neither, eps, and shift and scale (b, 1, d) of text and of video."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    text_shift: Tensor
+    text_scale: Tensor
+    video_shift: Tensor
+    video_scale: Tensor
 
 
 @triton.jit
@@ -128,24 +141,17 @@ def _head_norm_rotate_kernel(  # type: ignore[no-untyped-def]
 
 
 def launch_residual_norm(
-    hidden: Tensor,
-    text_length: int,
-    residual: Residual | None,
-    norm: tuple[Tensor | None, Tensor | None, float, Modulation, Modulation] | None,
+    hidden: Tensor, text_length: int, residual: Residual | None, norm: ModulatedNorm | None
 ) -> tuple[Tensor, Tensor]:
     """(hidden + gate * update, modulated norm of that); an absent half is not computed and its result is `hidden`.
 
-    Args:
-        hidden: (b, n, d), contiguous.
-        residual: update (b, n, d), text gate, video gate (b, 1, d).
-        norm: weight and bias (d,) or None, eps, modulation of text and of video.
+    `hidden` (b, n, d) is contiguous.
     """
     b, n, d = hidden.shape
     cols = triton.next_power_of_2(d)
     update = residual[0] if residual else hidden
     weight, bias, eps = norm[:3] if norm else (None, None, 0.0)
-    given = [*(residual[1:] if residual else ())]
-    given += [vector for modulation in (norm[3:] if norm else ()) for vector in (modulation.shift, modulation.scale)]
+    given = [*(residual[1:] if residual else ()), *(norm[3:] if norm else ())]
     vectors, stride = aligned(given, b, d)
     gates = vectors[:2] if residual else (hidden, hidden)
     modulations = vectors[-4:] if norm else (hidden,) * 4

@@ -293,18 +293,9 @@ def launch_add_residual(h: Tensor, x: Tensor, bias: Tensor) -> None:
     """h += x + bias; h and x (b, c, t, h, w) channels-last without gaps within a sample, bias (c,)."""
     values = h[0].numel()
     launch(
-        _add_residual_kernel,
-        (triton.cdiv(values, _FIELD_TILE), h.shape[0]),
-        h,
-        x,
-        bias,
-        values,
-        h.shape[1],
-        h.stride(0),
-        x.stride(0),
-        SIZE=_FIELD_TILE,
-        num_warps=8,
-    )
+        _add_residual_kernel, (triton.cdiv(values, _FIELD_TILE), h.shape[0]),
+        h, x, bias, values, h.shape[1], h.stride(0), x.stride(0), SIZE=_FIELD_TILE, num_warps=8,
+    )  # fmt: skip
 
 
 def channel_block(channels: int) -> int:

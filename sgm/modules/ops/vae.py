@@ -12,15 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from einops import repeat
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-
-from sgm.modules.ops.autograd import TensorContext
 
 Conv = nn.Conv2d | nn.Conv3d  # of frames (n, c, h, w), or of a clip (b, c, t, h, w)
 
@@ -105,7 +103,7 @@ def group_moments(x: Tensor, groups: int, budget: int, bias: Tensor | None = Non
     if bias is not None:
         x = x + bias[:, None, None, None]
     if _is_lean(x):
-        return lean_moments(x, groups)
+        return LeanMoments.apply(x, groups)
     kind = torch.promote_types(x.dtype, torch.float32)
 
     def run_moments(start: int, stop: int) -> tuple[int, Tensor, Tensor]:
@@ -230,7 +228,7 @@ def apply_field(x: Tensor, field: AffineField, *, swish: bool, out: Tensor | Non
     `out` receives the result (no gradients then); it may be a view, and x itself.
     """
     if out is None and _is_lean(x):
-        return lean_field(x, field, swish=swish)
+        return LeanField.apply(x, *field.expand(x.shape[2]), swish)
     rows, cols = field.scale.shape[3:]
     scale, shift = (part[:, :, :, :, None, :, None] for part in field.expand(x.shape[2]))
     blocks = _blocks(x, rows, cols)
@@ -359,19 +357,11 @@ def _is_lean(x: Tensor) -> bool:
     return torch.is_grad_enabled() and x.dtype in (torch.bfloat16, torch.float16)
 
 
-def lean_moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance as `group_moments` gives them, by sums in float32 (or wider)."""
-    return _Moments.apply(x, groups)
+class LeanMoments(torch.autograd.Function):
+    """`group_moments` by sums in float32 (or wider)."""
 
-
-def lean_field(x: Tensor, field: AffineField, *, swish: bool) -> Tensor:
-    """`apply_field` with gradients for x and the field."""
-    return _Field.apply(x, *field.expand(x.shape[2]), swish)
-
-
-class _Moments(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: TensorContext, x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
         kind = torch.promote_types(x.dtype, torch.float32)
         dims, parts = (2, 3, 4, 5), x.unflatten(1, (groups, -1))  # b g c/g t h w
         count = x[0].numel() // groups
@@ -382,7 +372,7 @@ class _Moments(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: TensorContext, to_mean: Tensor, to_variance: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, to_mean: Tensor, to_variance: Tensor) -> tuple[Tensor, None]:
         x, mean = ctx.saved_tensors
         groups = mean.shape[1]
         count = x[0].numel() // groups
@@ -394,24 +384,22 @@ class _Moments(torch.autograd.Function):
         return result, None
 
 
-class _FieldContext(TensorContext, Protocol):
-    swish: bool
+class LeanField(torch.autograd.Function):
+    """`apply_field`, the field given as scale and shift that fit the frames of x."""
 
-
-class _Field(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: _FieldContext, x: Tensor, scale: Tensor, shift: Tensor, swish: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, swish: bool) -> Tensor:
         ctx.save_for_backward(x, scale, shift)
         ctx.swish = swish
-        result = _affine(x, scale, shift)
-        return F.silu(result, inplace=True) if swish else result
+        return apply_field(x, AffineField(scale, shift), swish=swish, out=torch.empty_like(x))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _FieldContext, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, scale, shift = ctx.saved_tensors
         if ctx.swish:
-            grad = torch.ops.aten.silu_backward(grad, _affine(x, scale, shift))
+            y = apply_field(x, AffineField(scale, shift), swish=False, out=torch.empty_like(x))
+            grad = torch.ops.aten.silu_backward(grad, y)
         rows, cols = scale.shape[3:]
         to_x, blocks = torch.empty_like(x), _blocks(grad, rows, cols)
         torch.mul(blocks, scale[:, :, :, :, None, :, None], out=_blocks(to_x, rows, cols))
@@ -420,15 +408,6 @@ class _Field(torch.autograd.Function):
         to_shift = blocks.sum(dims, dtype=shift.dtype).reshape(shift.shape)
         to_scale = (blocks * _blocks(x, rows, cols)).sum(dims, dtype=scale.dtype).reshape(scale.shape)
         return to_x, to_scale, to_shift, None
-
-
-def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """x * scale + shift in the type and layout of x."""
-    rows, cols = scale.shape[3:]
-    result = torch.empty_like(x)
-    scale, shift = scale[:, :, :, :, None, :, None], shift[:, :, :, :, None, :, None]
-    torch.addcmul(shift, _blocks(x, rows, cols), scale, out=_blocks(result, rows, cols))
-    return result
 
 
 # --- choice --------------------------------------------------------------------------------------------------------
