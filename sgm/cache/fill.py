@@ -5,7 +5,6 @@ Axes: b batch, f pixel frames, t latent frames, c channels, h w height and width
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
 from sgm.models.diffusion import DTYPES
 from sgm.modules.encoders.modules import FrozenT5Embedder
 from sgm.modules.ops.choice import Kernels
+from sgm.progress import Tally
 from sgm.util import instantiate_from_config
 
 T = TypeVar("T")
@@ -108,13 +108,13 @@ def _fill_texts(
     if not captions:
         return
     embedder = _load_text_encoder(model, store.encoded_as, how.device)
-    progress = Progress("captions", len(captions), say)
+    progress = Tally("cache", "captions", len(captions), say)
     with ShardWriter(store, "text") as writer:
         for start in range(0, len(captions), TEXTS_AT_ONCE):
             texts = captions[start : start + TEXTS_AT_ONCE]
             for text, embedding in zip(texts, embedder.encode(texts).cpu(), strict=True):
                 writer.put(text_key(text), embedding)
-            progress.add(len(texts))
+            progress.update(len(texts))
     progress.finish()
 
 
@@ -142,12 +142,12 @@ def _fill_videos(
     if not clips:
         return
     encode = Encoder(model, store.encoded_as, how)
-    progress = Progress("videos", len(clips), say)
+    progress = Tally("cache", "videos", len(clips), say)
     known = set(store.names("video"))
     waiting: defaultdict[tuple[int, ...], list[DecodedClip]] = defaultdict(list)
     with ShardWriter(store, "video") as writer:
         for found in _examined(clips, settings, frozenset(known), how.workers):
-            progress.add(1)
+            progress.update(1)
             writer.note(how.rank, found.stamp, found.seen)
             clip = found.clip
             if clip is None or clip.key in known:
@@ -277,28 +277,3 @@ class _Videos(Dataset[Examined]):
         except OSError as error:
             return Examined(stamp, Seen(None, f"it cannot be read: {error.strerror}", passing=True))
         return Examined(stamp, Seen(key), clip)
-
-
-# --- what is said -------------------------------------------------------------------------------------------------
-
-
-class Progress:
-    """A line now and then: how much is done, how fast, how long it will take."""
-
-    def __init__(self, what: str, total: int, say: Callable[[str], None], every: float = 10.0):
-        self.what, self.total, self._say, self._every = what, total, say, every
-        self.done, self._start = 0, time.monotonic()
-        self._next = self._start + every
-
-    def add(self, count: int) -> None:
-        self.done += count
-        now = time.monotonic()
-        if now >= self._next:
-            self._next = now + self._every
-            rate = self.done / (now - self._start)
-            left = (self.total - self.done) / rate
-            self._say(f"cache: {self.done} of {self.total} {self.what}, {rate:.1f} a second, {left:.0f} s to go")
-
-    def finish(self) -> None:
-        seconds = time.monotonic() - self._start
-        self._say(f"cache: {self.done} {self.what} in {seconds:.1f} s ({self.done / max(seconds, 1e-9):.1f} a second)")

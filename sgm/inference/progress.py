@@ -1,4 +1,4 @@
-"""What a person watching sees: a line per stage, one bar over prompts, one over steps (both on standard error)."""
+"""What a person watching sees: a line per stage, one bar over prompts, one over steps, all on standard error."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from typing import Protocol, Self
 import torch
 
 from sgm.inference.placement import peak_memory
+from sgm.progress import Tally
+
+LINE_SECONDS = 30.0  # between two lines of progress where there is no terminal
 
 
 @dataclass
@@ -60,6 +63,9 @@ class Progress:
         tqdm.write(f"warning: {text}", file=sys.stderr)
 
     def bar(self, total: int, title: str, unit: str) -> Bar:
+        """A bar on a terminal, a line now and then elsewhere."""
+        if self.shown and not sys.stderr.isatty():
+            return Tally(title, f"{unit}s", total, self.line, LINE_SECONDS)
         from tqdm import tqdm
 
         return tqdm(total=total, desc=title, unit=unit, disable=not self.shown, file=sys.stderr, dynamic_ncols=True,

@@ -12,7 +12,7 @@ from tests.sampling_tiny import REPO
 # From the ground up; rooms of one floor do not know each other. What lies beside the packages is below them all.
 FLOORS = (
     {"errors", "places", "lean_sat", "files", "typed", "util", "config", "placeholders", "cli", "flags"}
-    | {"launch", "lock", "distributed"},
+    | {"launch", "lock", "distributed", "progress"},
     {"weights"},
     {"modules"},
     {"models"},

@@ -428,3 +428,18 @@ def test_an_interrupt_that_python_drops_stops_the_next_step(monkeypatch):
     finally:
         for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
             signal.signal(number, handler)
+
+
+def test_a_redirected_log_holds_lines_and_no_bar(capsys, monkeypatch):
+    monkeypatch.setattr("sgm.inference.progress.LINE_SECONDS", 0.0)
+    progress = Progress(True, torch.device("cpu"))
+    with progress.bar(1, "prompts", "prompt") as bar:
+        with progress.steps(2) as step:
+            step()
+            progress.line("between")
+            step()
+        bar.update(1)
+    first, between, second, prompts = capsys.readouterr().err.splitlines()
+    assert first.startswith("sampling: 1 of 2 steps, ") and between == "between"
+    assert second.startswith("sampling: 2 of 2 steps, ") and second.endswith(", 0 s to go")
+    assert prompts.startswith("prompts: 1 of 1 prompts, ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
@@ -248,7 +249,10 @@ def test_half_precision_start_is_sampled_in_float32():
     assert out.dtype == torch.float32 and set(seen) == {torch.float32}
 
 
-def test_verbose_shows_progress(capsys):
+def test_verbose_shows_progress_on_a_terminal(capsys, monkeypatch):
+    run(build(verbose=True))
+    assert capsys.readouterr().err == "", "a log would hold every stage of the bar"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     run(build(verbose=True))
     assert "10/10" in capsys.readouterr().err
     run(build())

@@ -268,7 +268,8 @@ class VideoDDIMSampler(BaseDiffusionSampler):
         scale = self._call_scale(scale)
         previous: Tensor | None = None
         schedule = self.schedule(num_steps)
-        for step in tqdm(schedule.steps(), total=len(schedule.timesteps), desc="sampling", disable=not self.verbose):
+        hidden = None if self.verbose else True  # None: where there is no terminal
+        for step in tqdm(schedule.steps(), total=len(schedule.timesteps), desc="sampling", disable=hidden):
             x = self._with_prefix(x, prefix, step.a, draw)
             denoised = self.denoise(denoiser, x, step, cond, cond if uc is None else uc, scale, **extras)
             x = self.update(x, denoised, previous, step, draw)
