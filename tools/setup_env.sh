@@ -139,7 +139,7 @@ _set_up() {
     rm -f "$_venv/.complete" # until all is installed, it is complete for no requirements
     for file in "${_requirements[@]}"; do
         echo "installing ${file#"$_repo/"}: $(grep -c '^[^#]' "$file") packages and what they need" >&2
-        if ! _pip install -r "$file" 1>&2 2> >(grep -v '^WARNING: Location' >&2); then
+        if ! _install "$file"; then
             echo "error: $file is not installed; the lines above say why. The same command goes on from here." >&2
             [[ -n "$(_lacking "$python")" ]] || echo "To go without: PYTHON=$(printf %q "$python") bash ${0##*/}" >&2
             exit 2
@@ -149,6 +149,13 @@ _set_up() {
     mv "$_venv/.complete.new" "$_venv/.complete"
     exec 9>&- # not to be inherited by what runs next
 }
+
+# All that pip says is out before it returns: bash 3.2 cannot wait for a process substitution, but for a pipe.
+_install() (
+    set -o pipefail
+    exec 3>&2 # what pip prints keeps its terminal, and with it the bar
+    _pip install -r "$1" 2>&1 1>&3 | { grep -v '^WARNING: Location' >&2 || true; }
+)
 
 _check_platform() {
     "$1" - <<'PY'

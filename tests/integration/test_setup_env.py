@@ -128,13 +128,19 @@ def test_a_package_that_was_half_installed_is_installed_anew(made):
     assert probe(made) == "1.0"
 
 
-def test_a_failed_installation_is_no_environment(made):
+def test_a_failed_installation_is_no_environment(made, tmp_path):
     project = made
     (project / "requirements.txt").write_text("absent==1.0\n")
-    command = source(project)
+    late = tmp_path / "bin" / "grep"
+    late.parent.mkdir()
+    late.write_text(f'#!/bin/bash\n[[ "$1" != -v ]] || sleep 1\nexec {shutil.which("grep")} "$@"\n')
+    late.chmod(0o755)
+    command = source(project, f"{late.parent}:{Path(sys.base_prefix, 'bin')}:/usr/bin:/bin")
     out, err = command.communicate(timeout=120)
-    assert command.returncode == 2 and out == ""
-    assert "No matching distribution found for absent==1.0" in err and "The same command goes on from here" in err
+    assert command.returncode == 2 and out == "" and "\r" not in err
+    why, said = err.rsplit("error: ", 1)
+    assert "No matching distribution found for absent==1.0" in why, "pip's own lines come first, also its last ones"
+    assert "the lines above say why" in said and "The same command goes on from here" in said
     add_package(project, "1.0")
     assert "setting up" in set_up(project) and probe(project) == "1.0"
 
