@@ -21,8 +21,8 @@ from sgm.convert.hf_folder import shards_of
 from sgm.convert.lazy import Deferred, all_deferred
 from sgm.convert.lora_files import stated_settings
 from sgm.convert.sat_source import FIRST_STAGE, TEXT_ENCODER, joined
-from sgm.convert.t5_keys import DECODER
 from sgm.files import readable
+from sgm.modules.encoders.t5 import DECODER, SHARED, TIED
 from sgm.modules.transformer.lora_state import lora_spec_of, split_lora
 from sgm.weights.files import WeightsError, WeightsNotFoundError, read_checkpoint, tensors_of
 from sgm.weights.release import locate, weights_entry
@@ -298,7 +298,7 @@ def _vae(state: Mapping[str, Deferred], what: str) -> Found:
 
 def _text(state: Mapping[str, Deferred]) -> Found:
     part = _found("T5 text encoder", state)
-    shared = next((state[n] for n in ("shared.weight", "encoder.embed_tokens.weight") if n in state), None)
+    shared = next((state[n] for n in (SHARED, TIED) if n in state), None)
     layers = {int(m[1]) for name in state if (m := re.match(r"encoder\.block\.(\d+)\.", name))}
     part.facts = [f"{len(layers)} layers" + ("" if shared is None else f", width {shared.shape[1]}, "
                   f"vocabulary {shared.shape[0]}")]  # fmt: skip

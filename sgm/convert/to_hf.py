@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,15 @@ import torch
 
 from sgm.convert import hf_folder as hf
 from sgm.convert import vae_keys, vae_sizes
+from sgm.convert.component import Component, text_encoder
 from sgm.convert.dit_keys import NOT_IN_HF, POSITIONS, hf_plan
 from sgm.convert.dit_sizes import Sizes, sizes_of_params, sizes_of_sat
 from sgm.convert.lazy import ConvertError, Deferred, all_deferred, cast, reshaped, summed_bytes
 from sgm.convert.lora_files import adapter_of_sat, merged, open_adapter, write_peft
-from sgm.convert.output import SHARD_BYTES, whole_folder, write_shards
+from sgm.convert.output import SHARD_BYTES, whole_folder
 from sgm.convert.sat_source import SatWeights, open_sat, open_vae
 from sgm.convert.sine_table import read_sine_table
-from sgm.convert.t5_keys import encoder_plan
-from sgm.files import readable, write_json
+from sgm.files import write_json
 from sgm.modules.encoders import t5_files
 from sgm.weights.release import Adapter
 
@@ -72,23 +72,6 @@ class ToHf:
         return {name: path for name, path in named.items() if path is not None}
 
 
-@dataclass
-class Component:
-    """One folder of the pipeline: tensors to write, `config.json`, and lines for the report."""
-
-    name: str
-    stem: str
-    plan: dict[str, Deferred]
-    config: dict[str, Any]
-    lines: list[str] = field(default_factory=list)
-    files: Mapping[str, Path] = field(default_factory=dict)
-
-    def described(self) -> list[str]:
-        kinds = ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in self.plan.values()}))
-        size = readable(summed_bytes(self.plan))
-        return [f"{self.name}: {len(self.plan)} tensors, {kinds}, {size}", *(f"  {line}" for line in self.lines)]
-
-
 def convert(request: ToHf) -> list[str]:
     """Write the folder; returns the report.
 
@@ -110,7 +93,9 @@ def convert(request: ToHf) -> list[str]:
     needed = sum(summed_bytes(part.plan) for part in parts)
     with whole_folder(request.output, overwrite=request.overwrite, inputs=request.inputs(), needed=needed) as folder:
         for part in parts:
-            _write(folder, part, request.shard_bytes)
+            part.write(folder / part.name, request.shard_bytes)
+            if part.tokenizer:
+                part.write_tokenizer(folder / "tokenizer")
         if not missing and sizes is not None:
             _write_pipeline(folder, sizes, _scales(request, sizes)[1], request.scheduler)
     lines = [line for part in parts for line in part.described()]
@@ -194,7 +179,7 @@ def _transformer(request: ToHf, weights: SatWeights) -> tuple[Component, Sizes]:
         factor = scale * adapter.scaling
         lines.append(f"merged: {adapter.source}, rank {adapter.rank}, alpha {adapter.alpha:g}, factor {factor:g}")
     config = hf.with_class("CogVideoXTransformer3DModel", sizes.hf_config())
-    return Component("transformer", hf.DIFFUSION_STEM, plan, config, lines), sizes
+    return Component("transformer", plan, config, lines), sizes
 
 
 def _sizes(request: ToHf, weights: SatWeights) -> Sizes:
@@ -248,9 +233,7 @@ def _vae(request: ToHf, weights: SatWeights | None, sizes: Sizes | None) -> Comp
     lines = [f"from {source}, scaling factor {factor}"]
     lines += [f"left out: {left_out} entries of the training loss"] if left_out else []
     lines += _unused(weights.first_stage if weights is not None and request.vae is not None else {})
-    return Component(
-        "vae", hf.DIFFUSION_STEM, vae_keys.sat_to_hf(state), hf.with_class("AutoencoderKLCogVideoX", config), lines
-    )
+    return Component("vae", vae_keys.sat_to_hf(state), hf.with_class("AutoencoderKLCogVideoX", config), lines)
 
 
 def _text_encoder(request: ToHf, weights: SatWeights | None, sizes: Sizes | None) -> Component | None:
@@ -267,20 +250,12 @@ def _text_encoder(request: ToHf, weights: SatWeights | None, sizes: Sizes | None
         files = t5_files.files_in(folder, need_weights=not carried)
     else:
         files = t5_files.resolve(request.text_encoder, request.cache_dir)
-    config = hf.read_json(files.config)
     state = all_deferred(files.read_weights()) if files.weights else carried
     source = str(files.config.parent) if files.weights else f"{weights.source if weights else ''} (text encoder)"
-    plan, left_out = encoder_plan(state, config, source)
-    if sizes is not None and config["d_model"] != sizes.text_width:
-        raise ConvertError(
-            f"{source} gives text embeddings of width {config['d_model']}, the transformer takes {sizes.text_width}; "
-            "the published models use T5 v1.1 XXL (4096)."
-        )
-    lines = [f"from {source}"] + ([f"left out: {left_out} decoder tensors"] if left_out else [])
-    lines += _unused(carried if files.weights else {})
-    tokenizer = {n: files.tokenizer / n for n in hf.TOKENIZER_FILES if (files.tokenizer / n).is_file()}
-    return Component("text_encoder", hf.ENCODER_STEM, plan, config | {"architectures": ["T5EncoderModel"]}, lines,
-                     tokenizer)  # fmt: skip
+    part = text_encoder(files, state, source, None if sizes is None else sizes.text_width)
+    part.config["architectures"] = ["T5EncoderModel"]
+    part.lines += _unused(carried if files.weights else {})
+    return part
 
 
 def _unused(carried: Mapping[str, Deferred]) -> list[str]:
@@ -288,25 +263,6 @@ def _unused(carried: Mapping[str, Deferred]) -> list[str]:
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
-
-
-def _write(folder: Path, part: Component, limit: int) -> None:
-    place = folder / part.name
-    place.mkdir()
-    write_shards(place, part.stem, part.plan, limit)
-    write_json(place / "config.json", part.config, indent=2)
-    if part.files:
-        write_tokenizer(folder / "tokenizer", part.files)
-
-
-def write_tokenizer(place: Path, files: Mapping[str, Path]) -> None:
-    """Copy the tokenizer's files; the settings file is made where there is none."""
-    place.mkdir(exist_ok=True)
-    for name, path in files.items():
-        (place / name).write_bytes(path.read_bytes())
-    if "tokenizer_config.json" not in files:
-        special = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>", "extra_ids": 100}
-        write_json(place / "tokenizer_config.json", {"tokenizer_class": "T5Tokenizer", **special}, indent=2)
 
 
 def _write_pipeline(folder: Path, sizes: Sizes, shift_scale: float, scheduler: str) -> None:

@@ -11,14 +11,14 @@ import torch
 
 from sgm.convert import hf_folder as hf
 from sgm.convert import vae_keys, vae_sizes
+from sgm.convert.component import Component, text_encoder
 from sgm.convert.dit_keys import NETWORK_PREFIX, sat_plan
 from sgm.convert.dit_sizes import Sizes, sizes_of_hf
 from sgm.convert.lazy import ConvertError, Deferred, all_deferred, cast, reshaped, summed_bytes
 from sgm.convert.lora_files import merged, open_adapter, sat_matrices
-from sgm.convert.output import SHARD_BYTES, whole_folder, write_shards
+from sgm.convert.output import SHARD_BYTES, whole_folder
 from sgm.convert.run_file import run_file
-from sgm.convert.t5_keys import encoder_plan
-from sgm.files import readable, write_json, write_text
+from sgm.files import write_text
 from sgm.modules.encoders import t5_files
 from sgm.weights.release import Adapter, locate
 from sgm.weights.save import save_pt
@@ -59,28 +59,6 @@ class ToSat:
         return {"--input_path": self.source, **{f"--lora {a.path}": Path(a.path) for a in self.adapters}}
 
 
-@dataclass(frozen=True)
-class Transformer:
-    plan: dict[str, Deferred]
-    sizes: Sizes
-    lines: list[str]
-
-
-@dataclass(frozen=True)
-class Vae:
-    plan: dict[str, Deferred]
-    params: dict[str, Any]
-    factor: float
-
-
-@dataclass(frozen=True)
-class TextEncoder:
-    plan: dict[str, Deferred]
-    config: dict[str, Any]
-    tokenizer: dict[str, Path]
-    left_out: int
-
-
 def convert(request: ToSat) -> list[str]:
     """Write the release folder; returns the report.
 
@@ -88,26 +66,24 @@ def convert(request: ToSat) -> list[str]:
         ConvertError, WeightsError, SaveError, ...: what is wrong; nothing is left in `output` then.
     """
     folders = _folders(request)
-    transformer = _transformer(request, folders["transformer"]) if "transformer" in folders else None
-    vae = _vae(request, folders["vae"]) if "vae" in folders else None
-    text = _text_encoder(request, transformer) if "text_encoder" in folders else None
-    plans = [part.plan for part in (transformer, vae, text) if part is not None]
-    with whole_folder(
-        request.output, overwrite=request.overwrite, inputs=request.inputs(), needed=sum(map(summed_bytes, plans))
-    ) as out:
-        if transformer is not None:
-            _write_network(out / "transformer", {NETWORK_PREFIX + n: t for n, t in transformer.plan.items()})
-        if vae is not None:
-            (out / "vae").mkdir()
-            save_pt(out / "vae" / "3d-vae.pt", {"state_dict": vae.plan})
-        if text is not None:
-            _write_text_encoder(out / TEXT_ENCODER, text, request.shard_bytes)
-        if transformer is not None and vae is not None and text is not None:
-            shift = _shift_scale(request.source, transformer.sizes)
-            dtype = transformer.plan[_PATCH].dtype
-            run = run_file(request.output, transformer.sizes, vae.params, vae.factor, shift, dtype)
+    parts: dict[str, Component] = {}
+    if "transformer" in folders:
+        parts["transformer"], sizes = _transformer(request, folders["transformer"])
+    if "vae" in folders:
+        parts["vae"], factor = _vae(request, folders["vae"])
+    if "text_encoder" in folders:
+        parts["text_encoder"] = _text_encoder(request, sizes.text_width if "transformer" in parts else None)
+    needed = sum(summed_bytes(part.plan) for part in parts.values())
+    lines = [line for part in parts.values() for line in part.described()]
+    lines.append(f"written: {request.output}")
+    with whole_folder(request.output, overwrite=request.overwrite, inputs=request.inputs(), needed=needed) as out:
+        _write(out, parts, request.shard_bytes)
+        if len(parts) == 3:
+            shift, dtype = _shift_scale(request.source, sizes), parts["transformer"].plan[_PATCH].dtype
+            run = run_file(request.output, sizes, parts["vae"].config, factor, shift, dtype)
             write_text(out / RUN_FILE, run)
-    return _report(request, transformer, vae, text)
+            lines.append(_how_to_run(request.output, sizes))
+    return lines
 
 
 def import_lora(request: ToSat) -> list[str]:
@@ -162,50 +138,48 @@ def _is_sat(folder: Path) -> bool:
         return False
 
 
-def _transformer(request: ToSat, folder: Path) -> Transformer:
+def _transformer(request: ToSat, folder: Path) -> tuple[Component, Sizes]:
     config = hf.read_json(folder / "config.json")
     hf.expect_class(folder, config, "CogVideoXTransformer3DModel")
     sizes = sizes_of_hf(config)
     state = hf.read_component(folder, hf.DIFFUSION_STEM)
-    lines = [f"transformer: {sizes.name} from {folder}, {len(state)} tensors"]
+    lines = [f"{sizes.name} from {folder}, {len(state)} tensors"]
     kinds = {name: value.dtype for name, value in state.items()}
     plan = state
     for file in request.adapters:
         adapter = open_adapter(file.path)
         plan = merged(plan, adapter, file.scale)
-        lines.append(f"  merged: {adapter.source}, rank {adapter.rank}, factor {file.scale * adapter.scaling:g}")
+        lines.append(f"merged: {adapter.source}, rank {adapter.rank}, factor {file.scale * adapter.scaling:g}")
     plan = {n: cast(n, t, request.dtype or kinds[n]) for n, t in plan.items()}  # sums come in float32
     plan = sat_plan(plan)
     sizes.check(plan, str(folder))
     if request.linear_patches and not sizes.linear_patches:
         sizes = replace(sizes, linear_patches=True)
         plan[_PATCH] = reshaped(plan[_PATCH], sizes.sat_shapes()[_PATCH])
-    return Transformer(plan, sizes, lines)
+    return Component("transformer", plan, config, lines), sizes
 
 
-def _vae(request: ToSat, folder: Path) -> Vae:
+def _vae(request: ToSat, folder: Path) -> tuple[Component, float]:
+    """The autoencoder, `config` being the params of its coders, and the factor on latents."""
     config = hf.read_json(folder / "config.json")
     hf.expect_class(folder, config, "AutoencoderKLCogVideoX")
+    vae_keys.refuse_foreign(config)
     plan = vae_keys.hf_to_sat(hf.read_component(folder, hf.DIFFUSION_STEM))
     params = vae_sizes.params_of(plan, str(folder))
     vae_sizes.check(plan, params, str(folder))
-    vae_keys.sat_params(config)  # refuses what SAT's layout cannot express
-    plan = {name: cast(name, value, request.dtype) for name, value in plan.items()}
-    return Vae(plan, params, float(config.get("scaling_factor", 1.15258426)))
+    factor = float(config.get("scaling_factor", 1.15258426))
+    return Component("vae", _cast_all(plan, request.dtype), params, [f"scale factor {factor}"]), factor
 
 
-def _text_encoder(request: ToSat, transformer: Transformer | None) -> TextEncoder:
+def _text_encoder(request: ToSat, width: int | None) -> Component:
     files = t5_files.files_in(request.source)
-    config = hf.read_json(files.config)
-    plan, left_out = encoder_plan(all_deferred(files.read_weights()), config, str(files.config.parent))
-    if transformer is not None and config["d_model"] != transformer.sizes.text_width:
-        raise ConvertError(
-            f"the text encoder gives embeddings of width {config['d_model']}, the transformer takes "
-            f"{transformer.sizes.text_width}; the components are of different models."
-        )
-    plan = {name: cast(name, value, request.dtype) for name, value in plan.items()}
-    tokenizer = {n: files.tokenizer / n for n in hf.TOKENIZER_FILES if (files.tokenizer / n).is_file()}
-    return TextEncoder(plan, config, tokenizer, left_out)
+    part = text_encoder(files, all_deferred(files.read_weights()), str(files.config.parent), width)
+    part.plan = _cast_all(part.plan, request.dtype)
+    return part
+
+
+def _cast_all(plan: Mapping[str, Deferred], dtype: torch.dtype | None) -> dict[str, Deferred]:
+    return {name: cast(name, value, dtype) for name, value in plan.items()}
 
 
 def _shift_scale(source: Path, sizes: Sizes) -> float:
@@ -216,6 +190,18 @@ def _shift_scale(source: Path, sizes: Sizes) -> float:
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
+def _write(out: Path, parts: Mapping[str, Component], limit: int) -> None:
+    if "transformer" in parts:
+        plan = parts["transformer"].plan
+        _write_network(out / "transformer", {NETWORK_PREFIX + n: t for n, t in plan.items()})
+    if "vae" in parts:
+        (out / "vae").mkdir()
+        save_pt(out / "vae" / "3d-vae.pt", {"state_dict": parts["vae"].plan})
+    if "text_encoder" in parts:
+        parts["text_encoder"].write(out / TEXT_ENCODER, limit)
+        parts["text_encoder"].write_tokenizer(out / TEXT_ENCODER)
+
+
 def _write_network(folder: Path, plan: Mapping[str, Deferred], more: Mapping[str, Any] | None = None) -> None:
     place = folder / str(ITERATION)
     place.mkdir(parents=True)
@@ -223,32 +209,7 @@ def _write_network(folder: Path, plan: Mapping[str, Deferred], more: Mapping[str
     write_text(folder / "latest", str(ITERATION))
 
 
-def _write_text_encoder(folder: Path, text: TextEncoder, limit: int) -> None:
-    from sgm.convert.to_hf import write_tokenizer
-
-    folder.mkdir()
-    write_shards(folder, hf.ENCODER_STEM, text.plan, limit)
-    write_json(folder / "config.json", text.config, indent=2)
-    write_tokenizer(folder, text.tokenizer)
-
-
-def _report(request: ToSat, transformer: Transformer | None, vae: Vae | None, text: TextEncoder | None) -> list[str]:
-    lines: list[str] = []
-    if transformer is not None:
-        lines += [*transformer.lines, f"  written: {_counted(transformer.plan)}"]
-    if vae is not None:
-        lines.append(f"vae: {_counted(vae.plan)}, scale factor {vae.factor}")
-    if text is not None:
-        left_out = f", left out: {text.left_out} decoder tensors" if text.left_out else ""
-        lines.append(f"text encoder: {_counted(text.plan)}{left_out}")
-    lines.append(f"written: {request.output}")
-    if transformer is None or vae is None or text is None:
-        return lines
-    if transformer.sizes.takes_image or transformer.sizes.patch[0] > 1:
-        return [*lines, f"{RUN_FILE} describes this model; sample_video.py makes text-to-video with 2B and 5B only"]
-    return [*lines, f"to sample: python sample_video.py {request.output / RUN_FILE}"]
-
-
-def _counted(plan: Mapping[str, Deferred]) -> str:
-    kinds = ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in plan.values()}))
-    return f"{len(plan)} tensors, {kinds}, {readable(summed_bytes(plan))}"
+def _how_to_run(output: Path, sizes: Sizes) -> str:
+    if sizes.takes_image or sizes.patch[0] > 1:
+        return f"{RUN_FILE} describes this model; sample_video.py makes text-to-video with 2B and 5B only"
+    return f"to sample: python sample_video.py {output / RUN_FILE}"

@@ -87,32 +87,19 @@ def hf_config(params: Mapping[str, Any], scale_factor: float) -> dict[str, Any]:
     }
 
 
-def sat_params(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The `params` of SAT's encoder and decoder for the fields of a diffusers `config.json`.
+def refuse_foreign(config: Mapping[str, Any]) -> None:
+    """Refuse the `config.json` of a VAE that SAT's layout cannot express.
 
     Raises:
-        ValueError: a network that SAT's layout cannot express, named.
+        KeyMapError: naming what is foreign.
     """
     widths = list(config["block_out_channels"])
-    refused = [name for name in ("use_quant_conv", "use_post_quant_conv") if config.get(name)]
-    if refused or any(width % widths[0] for width in widths):
-        raise ValueError(
-            f"this diffusers VAE has no counterpart in SAT's layout: {refused or f'block_out_channels {widths}'}. "
+    foreign = [name for name in ("use_quant_conv", "use_post_quant_conv") if config.get(name)]
+    if foreign or any(width % widths[0] for width in widths):
+        raise KeyMapError(
+            f"this diffusers VAE has no counterpart in SAT's layout: {foreign or f'block_out_channels {widths}'}. "
             "Only autoencoders of the CogVideoX releases can be converted."
         )
-    return {
-        "double_z": True,
-        "z_channels": config["latent_channels"],
-        "resolution": 256,
-        "in_channels": config["in_channels"],
-        "out_ch": config["out_channels"],
-        "ch": widths[0],
-        "ch_mult": [width // widths[0] for width in widths],
-        "attn_resolutions": [],
-        "num_res_blocks": config["layers_per_block"],
-        "dropout": 0.0,
-        "temporal_compress_times": int(config["temporal_compression_ratio"]),
-    }
 
 
 def _rename(state: Mapping[str, Value], to_hf: bool) -> dict[str, Value]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sgm.convert.vae_keys import KeyMapError, hf_config, hf_to_sat, sat_params, sat_to_hf
+from sgm.convert.vae_keys import KeyMapError, hf_config, hf_to_sat, refuse_foreign, sat_to_hf
+from sgm.convert.vae_sizes import params_of
 from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
 
 diffusers = pytest.importorskip("diffusers")
@@ -62,10 +63,10 @@ def test_key_map_is_a_bijection(ours: VideoAutoencoderInferenceWrapper, theirs: 
 
 
 def test_config_round_trip(theirs: torch.nn.Module) -> None:
-    params = sat_params(theirs.config)
-    assert {**params, "temporal_compress_times": 4} == {**PARAMS, "temporal_compress_times": 4}
-    with pytest.raises(ValueError, match="use_quant_conv"):
-        sat_params({**theirs.config, "use_quant_conv": True})
+    refuse_foreign(theirs.config)
+    assert params_of(hf_to_sat(theirs.state_dict()), "theirs") == PARAMS
+    with pytest.raises(KeyMapError, match="use_quant_conv"):
+        refuse_foreign({**theirs.config, "use_quant_conv": True})
 
 
 def test_foreign_names_are_listed(ours: VideoAutoencoderInferenceWrapper) -> None:

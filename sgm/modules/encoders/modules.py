@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sgm.errors import SgmError
 from sgm.modules.conditioner import AbstractEmbModel, GeneralConditioner
 from sgm.modules.encoders import t5_files
-from sgm.modules.encoders.t5 import T5Encoder
+from sgm.modules.encoders.t5 import DECODER, SHARED, TIED, T5Encoder
 from sgm.modules.encoders.t5_config import read_config
 from sgm.modules.encoders.tokenizer import T5Tokenizer
 from sgm.util import get_obj_from_str
@@ -25,9 +25,6 @@ from sgm.weights import assign_state
 __all__ = ["FrozenT5Embedder", "GeneralConditioner", "NonFiniteEmbeddingError", "TokenizedPrompts", "text_is_local"]
 
 T5_XXL = "google/t5-v1_1-xxl"
-
-_SHARED, _TIED = "shared.weight", "encoder.embed_tokens.weight"
-_DECODER_KEYS = ("decoder.", "lm_head.")  # the other half of a full T5 checkpoint
 
 
 class NonFiniteEmbeddingError(SgmError):
@@ -112,7 +109,7 @@ class FrozenT5Embedder(AbstractEmbModel):
                 are left out by name).
         """
         state = self.files.read_weights()
-        for name, other in ((_SHARED, _TIED), (_TIED, _SHARED)):  # one tensor, of which files hold either or both
+        for name, other in ((SHARED, TIED), (TIED, SHARED)):
             if other in state:
                 state.setdefault(name, state[other])
         assign_state(
@@ -121,7 +118,7 @@ class FrozenT5Embedder(AbstractEmbModel):
             source=", ".join(str(path) for path in self.files.weights),
             device=device,
             dtype=dtype,
-            ignore_prefixes=_DECODER_KEYS,
+            ignore_prefixes=DECODER,
             hint=f"The configuration is {self.files.config}.",
         )
 

@@ -15,6 +15,9 @@ from torch.nn.functional import relu, scaled_dot_product_attention
 from sgm.modules.encoders.t5_config import T5Config
 from sgm.weights.meta import without_values
 
+SHARED, TIED = "shared.weight", "encoder.embed_tokens.weight"  # one tensor, of which files hold either or both
+DECODER = ("decoder.", "lm_head.")  # the other half of a full T5 checkpoint
+
 
 def relative_buckets(length: int, buckets: int, farthest: int, device: torch.device) -> Tensor:
     """Kind of distance from every query (row) to every key (column): int64 (l, l) in [0, buckets).
