@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from sgm.convert.hf_folder import DIFFUSION_STEM, ENCODER_STEM, TOKENIZER_FILES, read_json
-from sgm.convert.lazy import ConvertError, Deferred, demand_shapes, summed_bytes
+from sgm.convert.lazy import ConvertError, Deferred, demand_shapes, summed_bytes, types_of
 from sgm.convert.output import write_shards
 from sgm.files import readable, write_json
 from sgm.modules.encoders.t5 import DECODER, SHARED, TIED, T5Encoder
@@ -32,8 +32,7 @@ class Component:
     tokenizer: Mapping[str, Path] = field(default_factory=dict)
 
     def described(self) -> list[str]:
-        kinds = ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in self.plan.values()}))
-        size = readable(summed_bytes(self.plan))
+        kinds, size = ", ".join(types_of(self.plan.values())), readable(summed_bytes(self.plan))
         return [f"{self.name}: {len(self.plan)} tensors, {kinds}, {size}", *(f"  {line}" for line in self.lines)]
 
     def write(self, folder: Path, limit: int) -> None:

@@ -14,14 +14,13 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from sgm.convert.lazy import all_deferred, made, row_parts, stacked
+from sgm.convert.lazy import all_deferred, made, row_parts, some_of, stacked
 from sgm.errors import SgmError
+from sgm.weights.release import FROZEN_PREFIXES, NETWORK_PREFIX
 from sgm.weights.save import Deferred
 
 Value = TypeVar("Value")
 
-NETWORK_PREFIX = "model.diffusion_model."
-OTHER_PARTS = ("conditioner.", "first_stage_model.")
 POSITIONS = ("mixins.pos_embed.pos_embedding", "patch_embed.pos_embedding")
 # Computed by diffusers, or never read: not part of its files.
 NOT_IN_HF = ("mixins.pos_embed.freqs_sin", "mixins.pos_embed.freqs_cos", "transformer.position_embeddings.weight")
@@ -177,7 +176,7 @@ def is_sine_table(table: Tensor) -> bool:
 def network_entries(state: Mapping[str, Value]) -> dict[str, Value]:
     """Of an engine's state the network's entries, without prefix; a bare network's as they are."""
     if any(name.startswith(NETWORK_PREFIX) for name in state):
-        stray = [n for n in state if not n.startswith((NETWORK_PREFIX, *OTHER_PARTS))]
+        stray = [n for n in state if not n.startswith((NETWORK_PREFIX, *FROZEN_PREFIXES))]
         refuse_unknown(stray, len(state), "SAT")
         return {n.removeprefix(NETWORK_PREFIX): t for n, t in state.items() if n.startswith(NETWORK_PREFIX)}
     return dict(state)
@@ -208,8 +207,7 @@ def at_layer(template: str, layer: str) -> str:
 def refuse_unknown(names: Sequence[str], total: int, layout: str) -> None:
     """Raise TransformerKeyError if there are names that no rule knows."""
     if names:
-        shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
         raise TransformerKeyError(
-            f"{len(names)} of {total} names are not those of a {layout} CogVideoX transformer: {shown}. "
+            f"{len(names)} of {total} names are not those of a {layout} CogVideoX transformer: {some_of(names)}. "
             "Check the direction of the conversion."
         )

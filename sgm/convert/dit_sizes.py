@@ -14,9 +14,10 @@ from typing import Any
 from torch import Tensor
 
 from sgm.convert.dit_keys import NOT_IN_HF, POSITIONS, RULES, at_layer, is_sine_table
-from sgm.convert.lazy import ConvertError, Deferred
+from sgm.convert.lazy import ConvertError, Deferred, some_of
 from sgm.convert.sine_table import read_sine_table
 from sgm.modules.autoencoding.strides import STRIDES
+from sgm.weights.assign import compare_keys
 
 _PATCH = "mixins.patch_embed.proj.weight"
 _LAYER = re.compile(r"^transformer\.layers\.(\d+)\.")
@@ -199,24 +200,14 @@ class Sizes:
         Raises:
             ConvertError: lists missing and misshapen ones.
         """
-        wanted = self.sat_shapes()
-        missing = [name for name in wanted if name not in state]
-        wrong = [
-            f"{name} is {list(state[name].shape)}, not {list(shape)}"
-            for name, shape in wanted.items()
-            if name in state and tuple(state[name].shape) != shape
-        ]
-        if missing or wrong:
-            parts = [f"missing ({len(missing)}): {_shown(missing)}"] if missing else []
-            parts += [f"wrong shape ({len(wrong)}): {_shown(wrong)}"] if wrong else []
+        report = compare_keys(self.sat_shapes(), state)
+        found = {"missing": report.missing, "wrong shape": report.shapes}
+        parts = [f"{what} ({len(names)}): {some_of(names, 5)}" for what, names in found.items() if names]
+        if parts:
             raise ConvertError(
                 f"{source} is not a whole {self.name}: {'; '.join(parts)}. It is incomplete, one part of several "
                 "(name the folder, not one mp_rank file), or of another network than its configuration says."
             )
-
-
-def _shown(names: list[str], limit: int = 5) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------

@@ -9,23 +9,25 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sgm.convert import vae_keys, vae_sizes
 from sgm.convert.dit_keys import NETWORK_PREFIX, NOT_IN_HF, POSITIONS, RULES, sat_plan
-from sgm.convert.dit_sizes import Sizes, sizes_of_sat
+from sgm.convert.dit_sizes import sizes_of_sat
 from sgm.convert.hf_folder import shards_of
-from sgm.convert.lazy import Deferred, all_deferred
+from sgm.convert.lazy import Deferred, all_deferred, some_of, types_of
 from sgm.convert.lora_files import stated_settings
-from sgm.convert.sat_source import FIRST_STAGE, TEXT_ENCODER, joined
+from sgm.convert.sat_source import FIRST_STAGE, TEXT_ENCODER
 from sgm.files import readable
 from sgm.modules.encoders.t5 import DECODER, SHARED, TIED
 from sgm.modules.transformer.lora_state import lora_spec_of, split_lora
+from sgm.weights.assign import compare_keys
 from sgm.weights.files import WeightsError, WeightsNotFoundError, read_checkpoint, tensors_of
 from sgm.weights.release import locate, weights_entry
+from sgm.weights.tensor_parallel import join_partitions
 
 _BLOCK_BYTES = 1 << 22
 _PEFT = re.compile(r"\.lora_[AB](\.default)?\.weight$")
@@ -47,8 +49,8 @@ class Found:
     def lines(self) -> list[str]:
         lines = [f"  {self.what}: {self.tensors} tensors, {self.values:,} values, {', '.join(self.dtypes)}"]
         lines += [f"    {fact}" for fact in self.facts]
-        lines += [f"    missing ({len(self.missing)}): {_shown(self.missing)}"] if self.missing else []
-        return lines + ([f"    does not belong ({len(self.foreign)}): {_shown(self.foreign)}"] if self.foreign else [])
+        lines += [f"    missing ({len(self.missing)}): {some_of(self.missing)}"] if self.missing else []
+        return lines + ([f"    does not belong ({len(self.foreign)}): {some_of(self.foreign)}"] if self.foreign else [])
 
 
 @dataclass
@@ -107,7 +109,11 @@ def _report(files: list[Path], iteration: int | None, with_hash: bool) -> Report
     contents = [read_checkpoint(file) for file in files]
     entries = [tensors_of(weights_entry(content)) for content in contents]
     parts = files[0].name.startswith("mp_rank_") and len(files) > 1
-    state = joined(entries, True) if parts else all_deferred({n: t for entry in entries for n, t in entry.items()})
+    state = (
+        join_partitions(entries, strict=False)
+        if parts
+        else all_deferred({n: t for entry in entries for n, t in entry.items()})
+    )
     first = contents[0]
     stored = first.get("iteration")
     flat = weights_entry(first) is first
@@ -187,45 +193,30 @@ def _network(state: Mapping[str, Deferred], facts: Mapping[str, Any]) -> list[Fo
     base, lora = split_lora(state)
     found = []
     if base:
-        sizes, problem = _sizes(base)
-        known = set() if sizes is None else {*sizes.sat_shapes(), *NOT_IN_HF, POSITIONS[0]}
-        part = _found("transformer in SAT's layout" if sizes is None else f"{sizes.name} in SAT's layout", base)
-        part.facts = [problem] if sizes is None else _size_facts(sizes)
-        if sizes is not None:
-            part.facts += _wrong_shapes(sizes, base)
-            part.missing = [name for name in sizes.sat_shapes() if name not in base]
-            part.foreign = [name for name in base if name not in known]
+        part = _found("transformer in SAT's layout", base)
+        _compare(part, base, "SAT's", also_known={*NOT_IN_HF, POSITIONS[0]})
         found.append(part)
     if lora:
         found.append(_found("LoRA adapter in SAT's layout", lora, facts=_lora_facts(lora, facts)))
     return found
 
 
-def _sizes(base: Mapping[str, Deferred]) -> tuple[Sizes | None, str]:
+def _compare(part: Found, base: Mapping[str, Deferred], layout: str, also_known: Set[str] = frozenset()) -> None:
+    """Say of a transformer (SAT's names) which one it is, and what of it is amiss."""
     try:
-        return sizes_of_sat(base), ""
+        sizes = sizes_of_sat(base)
     except ValueError as error:
-        return None, str(error)
-
-
-def _size_facts(sizes: Sizes) -> list[str]:
-    facts = [
-        (
-            f"width {sizes.width}, {sizes.layers} layers, {sizes.heads} heads, latent channels {sizes.in_channels} in, "
-            f"{sizes.out_channels} out, patch {'x'.join(map(str, sizes.patch))}"
-        )
-    ]
-    return facts + ([f"assumed: {sizes.assumed}"] if sizes.assumed else [])
-
-
-def _wrong_shapes(sizes: Sizes, base: Mapping[str, Deferred]) -> list[str]:
-    wanted = sizes.sat_shapes()
-    wrong = [
-        f"{name} {list(t.shape)} for {list(wanted[name])}"
-        for name, t in base.items()
-        if name in wanted and tuple(t.shape) != wanted[name]
-    ]
-    return [f"wrong shape ({len(wrong)}), as in one part of several: {_shown(wrong, 3)}"] if wrong else []
+        part.facts = [str(error)]
+        return
+    report = compare_keys(sizes.sat_shapes(), base)
+    part.what = f"{sizes.name} in {layout} layout"
+    part.facts = [(f"width {sizes.width}, {sizes.layers} layers, {sizes.heads} heads, latent channels "
+                   f"{sizes.in_channels} in, {sizes.out_channels} out, patch {'x'.join(map(str, sizes.patch))}")]  # fmt: skip
+    part.facts += [f"assumed: {sizes.assumed}"] if sizes.assumed and layout == "SAT's" else []
+    wrong = f"wrong shape ({len(report.shapes)}), as in one part of several: {some_of(report.shapes, 3)}"
+    part.facts += [wrong] if report.shapes else []
+    part.missing = report.missing
+    part.foreign += [name for name in report.unexpected if name not in also_known]
 
 
 def _lora_facts(matrices: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
@@ -262,14 +253,9 @@ def _hf_network(state: dict[str, Deferred]) -> Found:
     kept = {name: t for name, t in state.items() if name not in foreign}
     part = _found("transformer in diffusers' layout", state, foreign=foreign)
     try:
-        base = sat_plan(kept)
-        sizes = sizes_of_sat(base)
+        _compare(part, sat_plan(kept), "diffusers'", also_known={POSITIONS[0]})
     except ValueError as error:
         part.facts = [str(error)]
-        return part
-    part.what, part.facts = f"{sizes.name} in diffusers' layout", _size_facts(sizes)[:1]
-    part.facts += _wrong_shapes(sizes, base)
-    part.missing = [name for name in sizes.sat_shapes() if name not in base]
     return part
 
 
@@ -287,8 +273,8 @@ def _vae(state: Mapping[str, Deferred], what: str) -> Found:
         wanted = vae_sizes.sat_shapes(params, decoder)
     except ValueError as error:
         return _found(what, state, facts=[str(error)])
-    part = _found(what, state, foreign=[name for name in state if name not in wanted])
-    part.missing = [name for name in wanted if name not in state]
+    report = compare_keys(wanted, state)
+    part = _found(what, state, foreign=report.unexpected, missing=report.missing)
     part.facts = [(f"{params['z_channels']} latent channels, width {params['ch']} x {params['ch_mult']}, "
                   f"{params['num_res_blocks']} blocks a level")]  # fmt: skip
     if decoder != vae_sizes.encoder_widths(params):
@@ -308,12 +294,4 @@ def _text(state: Mapping[str, Deferred]) -> Found:
 
 
 def _found(what: str, state: Mapping[str, Any], **more: Any) -> Found:
-    kinds = sorted({str(t.dtype).removeprefix("torch.") for t in state.values()})
-    return Found(what, len(state), sum(math.prod(t.shape) for t in state.values()), kinds, **more)
-
-
-def _shown(names: list[str], limit: int = 6) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
-
-
-__all__ = ["Found", "Report", "describe", "inspect"]
+    return Found(what, len(state), sum(math.prod(t.shape) for t in state.values()), types_of(state.values()), **more)

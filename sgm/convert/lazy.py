@@ -6,12 +6,13 @@ time beside the mapped files.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from sgm.errors import SgmError
+from sgm.weights.assign import compare_keys
 from sgm.weights.save import Deferred
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -109,13 +110,17 @@ def demand_shapes(
     Raises:
         ConvertError: "`source` is not `should_be`", with the first five that are missing, unknown or misshapen.
     """
-    problems = [f"missing {name}" for name in wanted if name not in state]
-    problems += [f"unknown {name}" for name in state if name not in wanted]
-    problems += [
-        f"{name} is {list(state[name].shape)}, not {list(shape)}"
-        for name, shape in wanted.items()
-        if name in state and tuple(state[name].shape) != shape
-    ]
-    if problems:
-        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise ConvertError(f"{source} is not {should_be}: {shown}.")
+    report = compare_keys(wanted, state)
+    problems = [f"missing {name}" for name in report.missing] + [f"unknown {name}" for name in report.unexpected]
+    if report:
+        raise ConvertError(f"{source} is not {should_be}: {some_of([*problems, *report.shapes], 5, '; ')}.")
+
+
+def some_of(names: Sequence[str], limit: int = 6, between: str = ", ") -> str:
+    """The first of these, and how many more there are."""
+    return between.join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def types_of(tensors: Iterable[Tensor | Deferred]) -> list[str]:
+    """The types that occur, by their names, sorted."""
+    return sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})

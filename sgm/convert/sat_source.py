@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from sgm.convert.lazy import ConvertError, Deferred, all_deferred, deferred
+from sgm.convert.lazy import ConvertError, Deferred, deferred
 from sgm.modules.transformer.lora_state import LoraSpec, lora_spec_of, split_lora
 from sgm.weights.files import read_checkpoint, tensors_of
 from sgm.weights.release import read_parts, weights_entry
-from sgm.weights.tensor_parallel import PartitionError, cut_of
+from sgm.weights.tensor_parallel import join_partitions
 
 TEXT_ENCODER = "conditioner.embedders.0.transformer."
 FIRST_STAGE = "first_stage_model."
@@ -72,7 +71,7 @@ def open_sat(path: str | Path, *, allow_drift: bool = False) -> SatWeights:
         PartitionError: parts that do not belong together.
     """
     parts = read_parts(path)
-    state = joined([part.network for part in parts], allow_drift)
+    state = join_partitions([part.network for part in parts], strict=not allow_drift)
     base, lora = split_lora(state)
     others = parts[0].others
     return SatWeights(
@@ -89,46 +88,6 @@ def open_sat(path: str | Path, *, allow_drift: bool = False) -> SatWeights:
 
 def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Deferred]:
     return {name.removeprefix(prefix): deferred(t) for name, t in state.items() if name.startswith(prefix)}
-
-
-def joined(states: Sequence[Mapping[str, Tensor]], allow_drift: bool) -> dict[str, Deferred]:
-    """The whole state dict of all tensor-parallel parts' (in rank order); a single one as it is.
-
-    Raises:
-        PartitionError: parts with different names; when a tensor is made, parts that disagree (see `open_sat`).
-    """
-    first = states[0]
-    if len(states) == 1:
-        return all_deferred(first)
-    for rank, state in enumerate(states):
-        if state.keys() != first.keys():
-            odd = sorted(state.keys() ^ first.keys())
-            raise PartitionError(f"part {rank} and part 0 differ in their names: {', '.join(odd[:6])}.")
-    return {name: _join(name, [state[name] for state in states], allow_drift) for name in first}
-
-
-def _join(name: str, pieces: list[Tensor], allow_drift: bool) -> Deferred:
-    cut = cut_of(name)
-    first = pieces[0]
-    if cut is not None:
-        shape = list(first.shape)
-        shape[cut.dim] *= len(pieces)
-
-        def make() -> Tensor:
-            blocks = zip(*(piece.chunk(cut.blocks, dim=cut.dim) for piece in pieces), strict=True)
-            return torch.cat([piece for block in blocks for piece in block], dim=cut.dim)
-
-        return Deferred(tuple(shape), first.dtype, make)
-
-    def whole() -> Tensor:
-        if not allow_drift and not all(torch.equal(piece, first) for piece in pieces[1:]):
-            raise PartitionError(
-                f"{name} is whole on every rank but differs between the parts: they are of different checkpoints, or "
-                "drifted apart in the original's training (then take the first part's with --allow_drift)."
-            )
-        return first
-
-    return Deferred(tuple(first.shape), first.dtype, whole)
 
 
 def open_vae(path: str | Path) -> tuple[dict[str, Deferred], int]:

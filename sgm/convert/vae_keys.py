@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from sgm.convert.lazy import some_of
 from sgm.errors import SgmError
 from sgm.modules.autoencoding.strides import STRIDES
 
@@ -108,9 +109,8 @@ def _rename(state: Mapping[str, Value], to_hf: bool) -> dict[str, Value]:
     unknown = sorted(name for name, new in renamed.items() if new is None)
     if unknown:
         layout = "SAT" if to_hf else "diffusers"
-        shown = ", ".join(unknown[:6]) + (f" and {len(unknown) - 6} more" if len(unknown) > 6 else "")
         raise KeyMapError(
-            f"{len(unknown)} of {len(state)} names are not those of a {layout} CogVideoX VAE: {shown}. "
+            f"{len(unknown)} of {len(state)} names are not those of a {layout} CogVideoX VAE: {some_of(unknown)}. "
             "Check the direction of the conversion, and leave out what is not of the autoencoder (`loss.*`)."
         )
     return {new: state[name] for name, new in renamed.items() if new is not None}

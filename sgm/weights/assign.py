@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,9 +77,9 @@ def assign_state(
 
 
 def compare_keys(
-    expected: Mapping[str, tuple[int, ...]], offered: Mapping[str, Tensor], may_lack: Collection[str] = ()
+    expected: Mapping[str, tuple[int, ...]], offered: Mapping[str, Any], may_lack: Collection[str] = ()
 ) -> KeyReport:
-    """Compare names and shapes: `expected` name -> shape of the module, `offered` name -> tensor of the file."""
+    """Compare names and shapes: `expected` name -> shape of the module, `offered` name -> what has the file's."""
     allowed = set(may_lack)
     return KeyReport(
         missing=sorted(n for n in expected if n not in offered and n not in allowed),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sgm.errors import SgmError
+from sgm.weights.save import Deferred
 
 
 class PartitionError(SgmError):
@@ -71,30 +72,48 @@ def _part(name: str, tensor: Tensor, rank: int, world: int) -> Tensor:
 
 
 def merge_partitions(states: Sequence[Mapping[str, Tensor]], strict: bool = True) -> dict[str, Tensor]:
+    """`join_partitions`, all tensors at once."""
+    return {name: value.make() for name, value in join_partitions(states, strict).items()}
+
+
+def join_partitions(states: Sequence[Mapping[str, Tensor]], strict: bool = True) -> dict[str, Deferred]:
     """The whole state dict of the parts of all processes, in rank order; the inverse of `partition_state`.
 
     Args:
         strict: tensors that every process holds whole must be equal in all parts; False takes the first part's
             (the original's own tensor-parallel training lets q/k norms drift apart).
     Raises:
-        PartitionError: parts with different names, or (if strict) different values of a whole tensor.
+        PartitionError: parts with different names; when a tensor is made, (if strict) different values of a whole one.
     """
     first = states[0]
+    if len(states) == 1:
+        return {name: Deferred.of(tensor) for name, tensor in first.items()}
     for rank, state in enumerate(states):
         if state.keys() != first.keys():
             odd = sorted(state.keys() ^ first.keys())
             raise PartitionError(f"part {rank} and part 0 differ in their names: {', '.join(odd[:6])}.")
-    return {name: _merge(name, [state[name] for state in states], strict) for name in first}
+    return {name: _join(name, [state[name] for state in states], strict) for name in first}
 
 
-def _merge(name: str, parts: list[Tensor], strict: bool) -> Tensor:
-    cut = cut_of(name)
+def _join(name: str, pieces: list[Tensor], strict: bool) -> Deferred:
+    cut, first = cut_of(name), pieces[0]
     if cut is not None:
-        blocks = zip(*(part.chunk(cut.blocks, dim=cut.dim) for part in parts), strict=True)
-        return torch.cat([piece for block in blocks for piece in block], dim=cut.dim)
-    if strict and not all(torch.equal(part, parts[0]) for part in parts[1:]):
-        raise PartitionError(
-            f"{name} is whole on every process but differs between the parts; they are of different checkpoints, or "
-            "drifted apart in training (then merge with strict=False, which takes part 0's)."
-        )
-    return parts[0]
+        shape = list(first.shape)
+        shape[cut.dim] *= len(pieces)
+
+        def make() -> Tensor:
+            blocks = zip(*(piece.chunk(cut.blocks, dim=cut.dim) for piece in pieces), strict=True)
+            return torch.cat([piece for block in blocks for piece in block], dim=cut.dim)
+
+        return Deferred(tuple(shape), first.dtype, make)
+
+    def whole() -> Tensor:
+        if strict and not all(torch.equal(piece, first) for piece in pieces[1:]):
+            raise PartitionError(
+                f"{name} is whole on every process but differs between the parts: they are of different checkpoints, "
+                "or drifted apart in the original's training (tools/convert_weight_sat2hf.py takes the first part's "
+                "with --allow_drift)."
+            )
+        return first
+
+    return Deferred(tuple(first.shape), first.dtype, whole)
