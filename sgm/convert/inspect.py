@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -194,14 +194,14 @@ def _network(state: Mapping[str, Deferred], facts: Mapping[str, Any]) -> list[Fo
     found = []
     if base:
         part = _found("transformer in SAT's layout", base)
-        _compare(part, base, "SAT's", also_known={*NOT_IN_HF, POSITIONS[0]})
+        _compare(part, base, "SAT's", (*NOT_IN_HF, POSITIONS[0]))
         found.append(part)
     if lora:
         found.append(_found("LoRA adapter in SAT's layout", lora, facts=_lora_facts(lora, facts)))
     return found
 
 
-def _compare(part: Found, base: Mapping[str, Deferred], layout: str, also_known: Set[str] = frozenset()) -> None:
+def _compare(part: Found, base: Mapping[str, Deferred], layout: str, computed: Collection[str]) -> None:
     """Say of a transformer (SAT's names) which one it is, and what of it is amiss."""
     try:
         sizes = sizes_of_sat(base)
@@ -210,13 +210,14 @@ def _compare(part: Found, base: Mapping[str, Deferred], layout: str, also_known:
         return
     report = compare_keys(sizes.sat_shapes(), base)
     part.what = f"{sizes.name} in {layout} layout"
-    part.facts = [(f"width {sizes.width}, {sizes.layers} layers, {sizes.heads} heads, latent channels "
-                   f"{sizes.in_channels} in, {sizes.out_channels} out, patch {'x'.join(map(str, sizes.patch))}")]  # fmt: skip
+    channels = f"latent channels {sizes.in_channels} in, {sizes.out_channels} out"
+    patch = "x".join(map(str, sizes.patch))
+    part.facts = [f"width {sizes.width}, {sizes.layers} layers, {sizes.heads} heads, {channels}, patch {patch}"]
     part.facts += [f"assumed: {sizes.assumed}"] if sizes.assumed and layout == "SAT's" else []
     wrong = f"wrong shape ({len(report.shapes)}), as in one part of several: {some_of(report.shapes, 3)}"
     part.facts += [wrong] if report.shapes else []
     part.missing = report.missing
-    part.foreign += [name for name in report.unexpected if name not in also_known]
+    part.foreign += [name for name in report.unexpected if name not in computed]
 
 
 def _lora_facts(matrices: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
@@ -253,7 +254,7 @@ def _hf_network(state: dict[str, Deferred]) -> Found:
     kept = {name: t for name, t in state.items() if name not in foreign}
     part = _found("transformer in diffusers' layout", state, foreign=foreign)
     try:
-        _compare(part, sat_plan(kept), "diffusers'", also_known={POSITIONS[0]})
+        _compare(part, sat_plan(kept), "diffusers'", POSITIONS[:1])
     except ValueError as error:
         part.facts = [str(error)]
     return part
