@@ -11,16 +11,19 @@ A failed write is a `SaveError` that names the place and the reason. Only the ca
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from sgm.errors import SgmError
+from sgm.lock import try_lock
 
 PARTIAL = ".partial-"  # prefix of everything that is not finished
 REPLACED = ".replaced-"  # prefix of a folder whose successor is on its way
@@ -42,6 +45,8 @@ def advising(what_to_do: str) -> Iterator[None]:
     try:
         yield
     except SaveError as error:
+        if what_to_do in str(error):
+            raise
         raise SaveError(f"{error} {what_to_do}") from error
 
 
@@ -129,15 +134,38 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder: Path) -> list[Path]:
+def remove_leftovers(folder: Path, named: str = "*") -> list[Path]:
     """Delete the unfinished files and folders that killed processes left in `folder`; returns what was deleted."""
-    found = sorted(folder.glob(f"{PARTIAL}*"))
+    found = sorted(folder.glob(PARTIAL + named))
     for path in found:
         remove(path)
     return found
 
 
 # --- folders -----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def scratch_folder(place: Path) -> Iterator[Path]:
+    """A folder in `place` for what this process has not finished. Those of processes that were killed go first, and no
+    others: each is locked by its process.
+
+    Raises:
+        SaveError: `place` cannot be written to.
+    """
+    with ExitStack() as stack:
+        try:
+            for lock in sorted(place.glob(f"{PARTIAL}*.lock")):
+                with try_lock(lock, without_locks=False) as abandoned:
+                    if abandoned:
+                        remove(lock.with_suffix(""))
+            names = (place / f"{PARTIAL}{uuid.uuid4().hex}" for _ in itertools.count())
+            folder = next(f for f in names if stack.enter_context(try_lock(f.with_suffix(".lock"))))
+            folder.mkdir()
+        except OSError as error:
+            raise write_failed(place, error) from error
+        stack.callback(remove, folder)
+        yield folder
 
 
 def exchange(source: Path, target: Path) -> None:

@@ -17,15 +17,16 @@ _held: set[int] = set()
 
 
 @contextmanager
-def try_lock(path: Path) -> Iterator[bool]:
+def try_lock(path: Path, without_locks: bool = True) -> Iterator[bool]:
     """Hold `path`, a file that is made for it and goes afterwards; False where another process holds it.
 
-    On a file system without locks (some cluster drives) it is as if no one else were there; the log says so.
+    On a file system without locks (some cluster drives) it is as if no one else were there, and the log says so; or
+    with `without_locks=False` as if another process were.
 
     Raises:
         OSError: the file cannot be made.
     """
-    handle = _take(path)
+    handle = _take(path, without_locks)
     try:
         yield handle is not None
     finally:
@@ -35,17 +36,16 @@ def try_lock(path: Path) -> Iterator[bool]:
             os.close(handle)
 
 
-def _take(path: Path) -> int | None:
+def _take(path: Path, without_locks: bool) -> int | None:
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            return None
         except OSError as error:
-            if error.errno not in _NO_LOCKS:
+            if error.errno not in _NO_LOCKS or not without_locks:
                 os.close(handle)
+                if error.errno in (errno.EWOULDBLOCK, *_NO_LOCKS):
+                    return None
                 raise
             logger.warning("%s: this file system has no locks (%s); two commands could meet here", path, error.strerror)
         if _is_still_there(handle, path):

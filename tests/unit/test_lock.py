@@ -96,3 +96,5 @@ def test_a_drive_without_locks_is_named(tmp_path, monkeypatch, caplog):
     with caplog.at_level(logging.WARNING), try_lock(tmp_path / "lock") as alone:
         assert alone
     assert "has no locks (No locks available)" in caplog.text
+    with try_lock(tmp_path / "lock", without_locks=False) as certain:
+        assert not certain
