@@ -21,7 +21,7 @@ from sgm.data.collate import collate
 from sgm.data.loader import clip_count, known_shapes
 from sgm.data.video_out import EncodingError, to_uint8, write_video
 from sgm.distributed import data_parallel_rank, data_parallel_world_size, model_parallel_rank, preserve_rng
-from sgm.files import SaveError
+from sgm.files import SaveError, atomic_write, write_text
 from sgm.models.autoencoder import VideoAutoencoder
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.training.setup.engine import TrainingEngine
@@ -175,7 +175,7 @@ class _Files:
         path = self.folder / "video_texts" / f"{self.iteration:08d}"
         if self._writes:
             with self._or_warn(path):
-                path.write_text("".join(f"{text}\n" for text in captions), encoding="utf-8")
+                write_text(path, "".join(f"{text}\n" for text in captions))
 
     def latents(self, number: int, latents: Tensor) -> None:
         """Sampled latents (1, t, c, h, w)."""
@@ -183,7 +183,7 @@ class _Files:
         path = self.folder / "video" / "latents" / f"latents_gs-{self.iteration:06d}" / name
         if self._writes:
             with self._or_warn(path):
-                torch.save(latents.cpu(), path)
+                atomic_write(path, lambda file: torch.save(latents.cpu(), file))
 
     def clip(self, kind: str, number: int, pixels: Tensor) -> None:
         """Pixels (1, f, 3, h, w) in [-1, 1] as an mp4."""

@@ -22,11 +22,11 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
-import imageio_ffmpeg
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from sgm.data import video_out
 from tools.demo.attributes import MOTIONS, STYLES, read_withheld, write_withheld
 from tools.demo.shapes import ClipSpec, caption, render_clip, sample_spec
 from tools.demo.wordings import HELD_OUT, TRAINING, reword
@@ -68,21 +68,8 @@ def make_clip(index: int, options: Options) -> tuple[ClipSpec, str]:
 
 def write_video(path: Path, frames: np.ndarray, fps: float, crf: int = 8) -> None:
     """Write frames, uint8 (f, h, w, 3), as H.264 in yuv420p; the same bytes each time."""
-    temporary = path.with_name(f".{path.name}")
-    writer = imageio_ffmpeg.write_frames(
-        str(temporary),
-        (frames.shape[2], frames.shape[1]),
-        fps=fps,
-        codec="libx264",
-        macro_block_size=2,
-        ffmpeg_log_level="error",
-        output_params=["-crf", str(crf), "-preset", "fast", "-threads", "1", "-bitexact", "-f", "mp4"],
-    )
-    writer.send(None)
-    for frame in frames:
-        writer.send(np.ascontiguousarray(frame))
-    writer.close()
-    temporary.replace(path)
+    options = ["-crf", str(crf), "-preset", "fast", "-threads", "1", "-bitexact", "-f", "mp4"]
+    video_out.write_video(path, frames, fps, options)
 
 
 def other_words(index: int, spec: ClipSpec, seed: int, words: Words) -> str | None:
