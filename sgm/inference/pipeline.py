@@ -33,12 +33,14 @@ from sgm.modules.transformer.quantize import quantize_network
 from sgm.util import instantiate_from_config
 
 Part = Literal["conditioner", "network", "first_stage"]
-_ENCODE_BATCH = 8  # prompts a text-encoder pass
 
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """Conditioning of one prompt and of its negative (CPU, (1, l, d) each), and the end of the prompt that was cut."""
+    """Conditioning of one prompt and of its negative (CPU, (1, l, d) each), and the end of the prompt that was cut.
+
+    Prompts that were encoded together share their negative's.
+    """
 
     cond: Cond
     uncond: Cond
@@ -200,7 +202,7 @@ class TextToVideo:
     # --- the three stages -----------------------------------------------------------------------------------------
 
     def encode(self, prompts: Sequence[str], negative: str = "") -> list[EncodedPrompt]:
-        """Conditioning of each prompt, on the CPU.
+        """Conditioning of each prompt, on the CPU. Each is encoded alone, so that its company changes no bit of it.
 
         Raises:
             SamplingError: the text encoder gives NaN or infinity.
@@ -210,10 +212,10 @@ class TextToVideo:
         cut = encoder.tokenize(list(prompts)).truncated
         encoded: list[EncodedPrompt] = []
         with self.placement.use(self.engine.text_conditioner, [[block] for block in encoder.blocks()]):
-            for start in range(0, len(prompts), _ENCODE_BATCH):
-                batch = list(prompts[start : start + _ENCODE_BATCH])
-                c, uc = self.engine.condition(batch, [negative] * len(batch))
-                encoded += [EncodedPrompt(_row(c, k), _row(uc, k), cut[start + k]) for k in range(len(batch))]
+            for text, end in zip(prompts, cut):
+                cond, uncond = self.engine.condition([text], [] if encoded else [negative])
+                shared = encoded[0].uncond if encoded else _on_cpu(uncond)
+                encoded.append(EncodedPrompt(_on_cpu(cond), shared, end))
         return encoded
 
     def cut_off(self, prompt: str) -> str:
@@ -288,8 +290,8 @@ def _for_inference(model: dict[str, Any]) -> dict[str, Any]:
     return model | {"network_config": network | {"params": params | {"defer_lora": True}}}
 
 
-def _row(cond: Cond, k: int) -> Cond:
-    return {name: value[k : k + 1].cpu() for name, value in cond.items()}
+def _on_cpu(cond: Cond) -> Cond:
+    return {name: value.cpu() for name, value in cond.items()}
 
 
 def _check_finite(x: Tensor, what: str, dtype: str) -> None:

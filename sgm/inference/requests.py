@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from textwrap import shorten
@@ -122,6 +123,21 @@ class Measurements:
         )
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """A prompt, numbers of its samples that have to be made, and what earlier runs say of the others.
+
+    Attributes:
+        changed: of each sample that is there and made anew, in what its request was another.
+        caption: a language model's, which a sample of this prompt was made with, so that the others get the same.
+    """
+
+    prompt: Prompt
+    missing: list[int]
+    changed: list[list[str]]
+    caption: str
+
+
 class Requests:
     """The samples that a run is asked for: `args.batch_size` of each prompt, below `args.output_dir`."""
 
@@ -132,10 +148,14 @@ class Requests:
 
     def of(self, prompt: Prompt) -> Request:
         """What is asked of each sample of a prompt."""
+        return replace(self._of_every_prompt, prompt=prompt.text)
+
+    @cached_property
+    def _of_every_prompt(self) -> Request:
         args, sampler = self.args, self.pipeline.engine.sampler
         guider = sampler.guider
         return Request(
-            prompt=prompt.text,
+            prompt="",
             refine=args.refine,
             negative_prompt=args.negative_prompt,
             seed=args.seed,
@@ -170,41 +190,35 @@ class Requests:
                 text_encoder=facts.text_encoder,
             ),
             config_files=[str(file) for file in self.config.files],
-            config_hash=self.config.hash(("model", "args")),
+            config_hash=self._config_hash,
         )
         return asdict(self.of(prompt)) | asdict(result)
+
+    @cached_property
+    def _config_hash(self) -> str:
+        return self.config.hash(("model", "args"))
 
     def files(self, prompt: Prompt, sample: int) -> SampleFiles:
         return SampleFiles(Path(self.args.output_dir) / prompt.folder / str(sample))
 
-    # --- under skip_done, what earlier runs have made ---------------------------------------------------------------
-
-    def missing(self, prompt: Prompt) -> list[int]:
-        """Samples of a prompt that have to be made."""
-        return [k for k in range(self.args.batch_size) if self._differences(prompt, k) != []]
-
-    def changed(self, prompts: Sequence[Prompt]) -> Iterator[tuple[Prompt, list[str]]]:
-        """Of each sample that is there and has to be made anew its prompt, and in what its request was another."""
-        for prompt in prompts:
-            for k in range(self.args.batch_size):
-                differences = self._differences(prompt, k)
-                if differences:
-                    yield prompt, differences
-
-    def earlier_caption(self, prompt: Prompt) -> str:
-        """The caption that a sample of this prompt was made with, so that its other samples get the same; else ""."""
-        for k in range(self.args.batch_size if self.args.skip_done else 0):
-            facts = read_record(self.files(prompt, k).record)
-            if facts.get("prompt") == prompt.text and facts.get("refined_prompt"):
-                return str(facts["refined_prompt"])
-        return ""
-
-    def _differences(self, prompt: Prompt, sample: int) -> list[str] | None:
-        """In what an earlier sample's request differs from this run's; None where there is none to be kept."""
-        files = self.files(prompt, sample)
-        if not self.args.skip_done or not files.done(self.args.only_save_latents):
-            return None
-        return self.of(prompt).differences(read_record(files.record))
+    def wanted(self, prompt: Prompt) -> Wanted:
+        """What has to be made of a prompt: under skip_done what is not there, and whole, from the same request."""
+        samples = range(self.args.batch_size)
+        if not self.args.skip_done:
+            return Wanted(prompt, list(samples), [], "")
+        missing, changed, caption = [], [], ""
+        for k in samples:
+            files = self.files(prompt, k)
+            record = read_record(files.record)
+            differences = self.of(prompt).differences(record)
+            if not files.done(record, self.args.only_save_latents):
+                missing.append(k)
+            elif differences:
+                missing.append(k)
+                changed.append(differences)
+            if record.get("prompt") == prompt.text:
+                caption = caption or str(record.get("refined_prompt") or "")
+        return Wanted(prompt, missing, changed, caption)
 
 
 def versions() -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,18 @@ from torch import Tensor
 from sgm.config import ConfigError, RunConfig
 from sgm.data.video_out import write_contact_sheet, write_video
 from sgm.errors import SgmError
-from sgm.files import write_json
-from sgm.inference.fit import SamplingError
+from sgm.files import SaveError, remove, scratch_folder, write_json
 from sgm.inference.noise import SampleId
 from sgm.inference.options import SampleArgs
 from sgm.inference.pipeline import EncodedPrompt, Part, TextToVideo
-from sgm.inference.progress import Progress, StageTimes
+from sgm.inference.progress import Bar, Progress, StageTimes
 from sgm.inference.prompts import Prompt, ask, gather, share
 from sgm.inference.refine import Endpoint, refine_prompt
-from sgm.inference.requests import Measurements, Requests
-from sgm.inference.writer import SampleFiles, check_writable, find_latents, read_latents, write_latents, writing_into
+from sgm.inference.requests import Measurements, Requests, Wanted
+from sgm.inference.writer import SampleFiles, check_writable, find_latents, read_latents, write_latents
 
 SHOWN_CHARACTERS = 200  # of the end of a prompt that is not read
+ENCODED_AHEAD = 128  # prompts that are held encoded (1.9 MB each of 2B in half precision)
 
 
 @dataclass
@@ -47,11 +47,17 @@ class Runner:
 
     def run(self) -> None:
         """Do what the configuration asks."""
-        check_writable(Path(self.args.output_dir))
+        saved = Path(self.args.decode_latents) if self.args.decode_latents else None
+        place = Path(self.args.output_dir) if saved is None else saved if saved.is_dir() else saved.parent
+        check_writable(place)
+        with scratch_folder(place) as self.scratch:
+            self._run(saved)
+
+    def _run(self, saved: Path | None) -> None:
         if self.args.seed_mode == "upstream":
             torch.manual_seed(self.args.seed + self.rank)
-        if self.args.decode_latents:
-            self._decode_saved(Path(self.args.decode_latents))
+        if saved is not None:
+            self._decode_saved(saved)
         elif self.args.input_type == "cli" and not self.args.prompts:
             self._converse()
         else:
@@ -72,8 +78,8 @@ class Runner:
         self._load_what_samples_need()
         for prompt in ask():
             try:
-                prompt = self._refined([prompt])[0]
-                self._run_prompt(prompt, self._encode([prompt])[0])
+                wanted = self._refined([self.requests.wanted(prompt)])[0]
+                self._run_prompt(wanted, self._encode([wanted.prompt])[0])
             except torch.OutOfMemoryError:
                 print(f"error: {out_of_memory_advice(self.args)}", file=sys.stderr)
             except ValueError as error:
@@ -82,40 +88,50 @@ class Runner:
                 print(f"error: {error}", file=sys.stderr)
 
     def _run_list(self, prompts: Sequence[Prompt]) -> None:
-        for prompt, differences in self.requests.changed(prompts):
-            self.progress.line(f"prompt {prompt.index}: made anew, it was made otherwise: {'; '.join(differences)}")
-        todo = [prompt for prompt in prompts if self.requests.missing(prompt)]
-        if len(todo) < len(prompts):
-            self.progress.line(f"{len(prompts) - len(todo)} of {len(prompts)} prompts are done already")
+        every = [self.requests.wanted(prompt) for prompt in prompts]
+        for wanted in every:
+            for differences in wanted.changed:
+                said = "; ".join(differences)
+                self.progress.line(f"prompt {wanted.prompt.index}: made anew, it was made otherwise: {said}")
+        todo = [wanted for wanted in every if wanted.missing]
+        if len(todo) < len(every):
+            self.progress.line(f"{len(every) - len(todo)} of {len(every)} prompts are done already")
         if not todo:
             return
+        if self.args.seed_mode == "upstream":  # what comes before a sample draws from the same stream
+            todo = every[: every.index(todo[-1]) + 1]
         todo = self._refined(todo)
         self._load_what_samples_need()  # a bad file shows before an hour of sampling
-        encoded = self._encode(todo)
+        with self.progress.bar(len(todo), "prompts", "prompt") as bar:
+            for start in range(0, len(todo), ENCODED_AHEAD):
+                self._run_some(todo[start : start + ENCODED_AHEAD], bar)
+
+    def _run_some(self, todo: Sequence[Wanted], bar: Bar) -> None:
+        """Encode some prompts, then make their samples."""
+        encoded = self._encode([wanted.prompt for wanted in todo])
         if self.args.placement != "all":
             self.pipeline.drop_text_encoder()
-        with self.progress.bar(len(todo), "prompts", "prompt") as bar:
-            for prompt, conditioning in zip(todo, encoded):
-                self._run_prompt(prompt, conditioning)
-                bar.update(1)
+        for wanted, conditioning in zip(todo, encoded):
+            self._run_prompt(wanted, conditioning)
+            bar.update(1)
 
-    def _refined(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+    def _refined(self, todo: Sequence[Wanted]) -> list[Wanted]:
         """The prompts with their captions, if they are to be refined; a caption of an earlier run is kept.
 
         Raises:
             RefineError: naming the first prompt that cannot be refined.
         """
         if not self.args.refine:
-            return list(prompts)
+            return list(todo)
         endpoint = Endpoint.from_environment(self.args.refine_model)
         refined = []
-        for prompt in prompts:
-            caption = self.requests.earlier_caption(prompt)
+        for wanted in todo:
+            prompt, caption = wanted.prompt, wanted.caption
             if not caption:
                 with self._stage("refine", self.load_times, f"prompt {prompt.index}"):
                     caption = refine_prompt(prompt, endpoint)
             self.progress.line(f"prompt {prompt.index}: {caption}")
-            refined.append(replace(prompt, refined=caption))
+            refined.append(replace(wanted, prompt=replace(prompt, refined=caption)))
         return refined
 
     def _encode(self, prompts: Sequence[Prompt]) -> list[EncodedPrompt]:
@@ -124,8 +140,6 @@ class Runner:
             encoded = self.pipeline.encode([p.wording for p in prompts], self.args.negative_prompt)
         for prompt, conditioning in zip(prompts, encoded):
             self._warn_of_cut(f"prompt {prompt.index}", conditioning.cut)
-        if prompts and self.args.negative_prompt:
-            self._warn_of_cut("the negative prompt", self.pipeline.cut_off(self.args.negative_prompt))
         return encoded
 
     def _warn_of_cut(self, what: str, cut: str) -> None:
@@ -136,20 +150,22 @@ class Runner:
 
     # --- one prompt -----------------------------------------------------------------------------------------------
 
-    def _run_prompt(self, prompt: Prompt, conditioning: EncodedPrompt) -> None:
-        missing = self.requests.missing(prompt)
+    def _run_prompt(self, wanted: Wanted, conditioning: EncodedPrompt) -> None:
+        """Make what is missing, in the batches that the whole prompt has: alone a sample has other last bits."""
+        samples = list(range(self.args.batch_size))
         size = self.pipeline.max_batch
-        while missing:
-            batch = missing[:size]
-            times = StageTimes()
-            latents = self._sample_if_it_fits(prompt, conditioning, batch, times)
-            if latents is None:
-                size = len(batch) // 2
-                self.progress.line(f"not enough memory for {len(batch)} samples at once; trying {size}")
-                continue
-            for sample, one in zip(batch, latents):
-                self._finish(prompt, sample, one, times)
-            missing = missing[len(batch) :]
+        while samples:
+            batch, times = samples[:size], StageTimes()
+            missing = [k for k in batch if k in wanted.missing]
+            if missing or self.args.seed_mode == "upstream":
+                latents = self._sample_if_it_fits(wanted.prompt, conditioning, batch, times)
+                if latents is None:
+                    size = len(batch) // 2
+                    self.progress.line(f"not enough memory for {len(batch)} samples at once; trying {size}")
+                    continue
+                for sample in missing:
+                    self._finish(wanted.prompt, sample, latents[batch.index(sample)], times)
+            samples = samples[len(batch) :]
 
     def _sample_if_it_fits(
         self, prompt: Prompt, conditioning: EncodedPrompt, batch: Sequence[int], times: StageTimes
@@ -172,43 +188,48 @@ class Runner:
         """Decode and write one sample; its record comes last and marks it as done."""
         files = self.requests.files(prompt, sample)
         record = self.requests.record(prompt, sample, latents)
-        if self.args.only_save_latents:
-            write_latents(files.latents, latents, record)
-        else:
-            self._write_frames_or_latents(files, latents, times, record)
-        self._write_record(files, record, times)
+        with files.replaced_together(self.scratch) as new:
+            if self.args.only_save_latents:
+                write_latents(new.latents, latents, record)
+            else:
+                self._write_frames_or_latents(new, files.latents, latents, times, record)
+            self._write_record(new, record, times)
         self.progress.line(f"  {files.latents if self.args.only_save_latents else files.video}")
 
     def _write_frames_or_latents(
-        self, files: SampleFiles, latents: Tensor, times: StageTimes, record: Mapping[str, Any]
+        self, new: SampleFiles, place: Path, latents: Tensor, times: StageTimes, record: Mapping[str, Any]
     ) -> None:
-        """Where decoding fails, keep what sampling has made."""
+        """Where there is no video, keep at `place` what sampling has made, if it can be kept."""
         try:
-            self._write_frames(files, latents, times)
-        except (SamplingError, torch.OutOfMemoryError):
-            write_latents(files.latents, latents, record)
-            self.progress.warn(f"decoding failed; the latents are in {files.latents} (--decode-latents reads them)")
+            self._write_frames(new, latents, times)
+        except (SgmError, torch.OutOfMemoryError):
+            remove(new.folder)  # room for the latents
+            with suppress(SaveError):
+                write_latents(place, latents, record)
+                self.progress.warn(f"there is no video, but its latents: {place} (--decode-latents reads them)")
             raise
 
     def _write_frames(self, files: SampleFiles, latents: Tensor, times: StageTimes) -> None:
         self._load("first_stage")
         with self._stage("decode", times):
             frames = self.pipeline.decode(latents)
-        with self._stage("write", times), writing_into(files.folder):
+        with self._stage("write", times):
             write_video(files.video, frames, self.args.sampling_fps)
             write_contact_sheet(files.sheet, frames)
 
     def _write_record(self, files: SampleFiles, facts: Mapping[str, Any], times: StageTimes) -> None:
         measured = Measurements.of(self.pipeline, self.load_times, times)
-        with writing_into(files.folder):
-            write_json(files.record, {**facts, **asdict(measured)})
+        sizes = facts.get("file_bytes", {}) | files.sizes()
+        write_json(files.record, {**facts, **asdict(measured), "file_bytes": sizes})
 
     def _decode_saved(self, path: Path) -> None:
         for file in find_latents(path)[self.rank :: self.world_size]:
             latents, facts = read_latents(file)
             times, files = StageTimes(), SampleFiles(file.parent)
-            self._write_frames(files, latents, times)
-            self._write_record(files, facts | {"decoded_from": file.name}, times)
+            source = {"decoded_from": file.name, "file_bytes": {file.name: file.stat().st_size}}
+            with files.replaced_together(self.scratch) as new:
+                self._write_frames(new, latents, times)
+                self._write_record(new, facts | source, times)
             self.progress.line(f"  {files.video}")
 
     # --- loading and measuring ------------------------------------------------------------------------------------
@@ -217,6 +238,8 @@ class Runner:
         self._load("network")
         if not self.args.only_save_latents:
             self._load("first_stage")
+        if self.args.negative_prompt:
+            self._warn_of_cut("the negative prompt", self.pipeline.cut_off(self.args.negative_prompt))
 
     def _load(self, part: Part) -> None:
         if not self.pipeline.is_loaded(part):

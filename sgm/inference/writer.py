@@ -13,9 +13,10 @@ from typing import Any
 from torch import Tensor
 
 from sgm.errors import SgmError
-from sgm.files import advising, replacing, require_writable, write_failed
+from sgm.files import advising, remove, remove_leftovers, require_writable, sync_folder, write_failed
+from sgm.weights.save import save_safetensors
 
-ANOTHER_FOLDER = "Choose another --output-dir."
+ANOTHER_FOLDER = "Choose another --output-dir; --skip-done goes on with a run that was stopped."
 
 
 class OutputError(SgmError):
@@ -44,9 +45,39 @@ class SampleFiles:
     def latents(self) -> Path:
         return self.folder / "latents.safetensors"
 
-    def done(self, latents_only: bool) -> bool:
-        """Whether the results are there (the record is written last)."""
-        return self.record.is_file() and (self.latents if latents_only else self.video).is_file()
+    def done(self, record: Mapping[str, Any], latents_only: bool) -> bool:
+        """Whether the video, or else the latents, that the sample's `record` tells of are there, and whole."""
+        result = self.latents if latents_only else self.video
+        sizes = record.get("file_bytes", {result.name: None})  # None: from before it was written down
+        if not record or result.name not in sizes or not result.is_file():
+            return False
+        return sizes[result.name] in (None, result.stat().st_size)
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the files that are there, but for the record."""
+        return {p.name: p.stat().st_size for p in (self.video, self.sheet, self.latents) if p.is_file()}
+
+    @contextmanager
+    def replaced_together(self, scratch: Path) -> Iterator[SampleFiles]:
+        """New files, to be written in `scratch`; if the block succeeds they take their places.
+
+        There is no record while they do: one that is there tells of a whole sample.
+
+        Raises:
+            SaveError: they cannot be written or moved.
+        """
+        new = SampleFiles(scratch / self.folder.parent.name / self.folder.name)
+        with writing_into(self.folder), writing_into(new.folder):
+            yield new
+            try:
+                remove_leftovers(self.folder, "*-*")  # of single files; earlier versions wrote them one by one
+                self.record.unlink(missing_ok=True)
+                for file in sorted(new.folder.iterdir(), key=lambda path: path == new.record):
+                    file.replace(self.folder / file.name)
+                sync_folder(self.folder)
+                remove(new.folder.parent)
+            except OSError as error:
+                raise write_failed(self.folder, error) from error
 
 
 @contextmanager
@@ -81,10 +112,8 @@ def read_record(path: Path) -> dict[str, Any]:
 
 def write_latents(path: Path, latents: Tensor, facts: Mapping[str, Any]) -> None:
     """Scaled latents (t, c, h, w) of one sample; `facts` go into the header as JSON text."""
-    from safetensors.torch import save_file
-
-    with writing_into(path.parent), replacing(path) as temporary:
-        save_file({"latents": latents.cpu().contiguous()}, str(temporary), {"facts": json.dumps(facts)})
+    with writing_into(path.parent):
+        save_safetensors(path, {"latents": latents.cpu()}, {"facts": json.dumps(facts)})
 
 
 def read_latents(path: Path) -> tuple[Tensor, dict[str, Any]]:

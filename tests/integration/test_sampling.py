@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import signal
@@ -77,7 +78,7 @@ def test_writes_video_record_and_sheet_and_repeats_with_the_seed(config, tmp_pat
 
 
 def test_noise_depends_on_seed_prompt_and_sample_only(config, tmp_path):
-    """Whatever the batching: one at a time, together, and a sample made again on its own."""
+    """Whatever the batching: one at a time, together. To the bit where a lost sample is made again."""
     common = [config, "--prompt", "one", "--prompt", "two", "--batch-size", 3]
     assert main(*common, "--output-dir", tmp_path / "a", "--max-batch", 1, "--only-save-latents") == 0
     assert main(*common, "--output-dir", tmp_path / "b", "--max-batch", 2, "--only-save-latents") == 0
@@ -90,10 +91,55 @@ def test_noise_depends_on_seed_prompt_and_sample_only(config, tmp_path):
     assert latents["a"].shape == (6, 1, 16, 2, 4)
     torch.testing.assert_close(latents["a"], latents["b"], rtol=0, atol=1e-5)
     assert len({x.sum().item() for x in latents["a"]}) == 6
-    shutil.rmtree(tmp_path / "b" / "1_two" / "1")
-    assert main(*common, "--output-dir", tmp_path / "b", "--skip-done", "--only-save-latents") == 0
-    again, _ = read_latents(tmp_path / "b" / "1_two" / "1" / "latents.safetensors")
-    torch.testing.assert_close(again, latents["a"][4], rtol=0, atol=1e-5)
+    lost, other = (tmp_path / "b" / "1_two" / k / "latents.safetensors" for k in "10")
+    kept = other.stat().st_mtime_ns
+    lost.write_bytes(lost.read_bytes()[:-1])
+    more = ["--max-batch", 2, "--skip-done", "--only-save-latents"]
+    assert main(*common, "--output-dir", tmp_path / "b", *more) == 0
+    assert torch.equal(read_latents(lost)[0], latents["b"][4]) and other.stat().st_mtime_ns == kept
+
+
+def test_few_prompts_are_held_encoded_and_their_number_changes_nothing(config, tmp_path, monkeypatch):
+    """However many there are; the text encoder comes back for the next ones, and the negative is held once."""
+    from sgm.inference.pipeline import EncodedPrompt, TextToVideo
+
+    sample, held, loaded = TextToVideo.sample, [], []
+    load = TextToVideo.load
+
+    def watched(self, prompt, *rest):
+        encoded = [x for x in gc.get_objects() if type(x) is EncodedPrompt]
+        held.append((len(encoded), len({x.uncond["crossattn"].data_ptr() for x in encoded})))
+        return sample(self, prompt, *rest)
+
+    def counted(self, part):
+        loaded.extend({part} - self._loaded)
+        load(self, part)
+
+    monkeypatch.setattr(TextToVideo, "sample", watched)
+    monkeypatch.setattr(TextToVideo, "load", counted)
+    wish = [config, "--only-save-latents", "--negative-prompt", "dull"]
+    wish += [word for k in range(5) for word in ("--prompt", f"number {k}")]
+    for ahead, placement, loads in ((128, "stages", 1), (2, "stages", 3), (2, "all", 1)):
+        monkeypatch.setattr("sgm.inference.runner.ENCODED_AHEAD", ahead)
+        assert main(*wish, "--output-dir", tmp_path / f"{ahead}{placement}", "--placement", placement) == 0
+        assert max(held) == (min(5, ahead), 1) and loaded.count("conditioner") == loads, (held, loaded)
+        held.clear(), loaded.clear()
+    digests = [
+        [r["latents_sha256"] for r in records(folder).values()] for folder in tmp_path.iterdir() if folder.is_dir()
+    ]
+    assert digests == digests[:1] * 3 and len(set(digests[0])) == 5
+
+
+def test_the_single_stream_is_gone_through_again_up_to_what_is_missing(config, tmp_path):
+    wish = [config, "--seed-mode", "upstream", "--batch-size", 2, "--only-save-latents", "--skip-done"]
+    wish += ["--prompt", "a", "--prompt", "b", "--prompt", "c"]
+    assert main(*wish) == 0
+    before, out = records(tmp_path / "out"), tmp_path / "out"
+    shutil.rmtree(out / "1_b" / "1")
+    assert main(*wish) == 0
+    after = records(out)
+    assert [n for n in after if after[n] != before[n]] == ["1_b/1"]
+    assert after["1_b/1"]["latents_sha256"] == before["1_b/1"]["latents_sha256"]
 
 
 def test_saved_latents_decode_to_the_same_frames_without_the_other_weights(config, release, tmp_path):

@@ -7,10 +7,11 @@ import json
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
+import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
@@ -27,7 +28,7 @@ from sgm.inference.options import SampleArgs
 from sgm.inference.plan import memory_lines
 from sgm.inference.progress import Progress, StageTimes
 from sgm.inference.prompts import Prompt, PromptError, ask, find_prompt_file, gather, read_prompt_file, safe_name, share
-from sgm.inference.requests import Guidance, Request, Requests
+from sgm.inference.requests import Guidance, Request, Requests, Wanted
 from sgm.inference.runner import Runner, out_of_memory_advice
 from sgm.inference.writer import OutputError, SampleFiles
 from sgm.modules.diffusionmodules.guiders import IdentityGuider, VanillaCFG
@@ -160,9 +161,7 @@ def test_video_and_contact_sheet(tmp_path):
     assert Image.open(files.sheet).size == (4 * 64, 2 * 32)
     video_out.write_contact_sheet(files.sheet, frames(1, 480, 720))
     assert Image.open(files.sheet).size == (240, 160)
-    assert not files.done(latents_only=False)
     write_json(files.record, {"prompt": "été"})
-    assert files.done(latents_only=False) and not files.done(latents_only=True)
     assert json.loads(files.record.read_text(encoding="utf-8")) == {"prompt": "été"}
     assert {p.name for p in files.folder.iterdir()} == {"000000.mp4", "000000.png", "000000.json"}
 
@@ -189,9 +188,27 @@ def test_latents_of_another_shape_are_not_decoded(shape):
         check_latents(engine, torch.zeros(shape))
 
 
+REQUEST = Request(
+    "a fox",
+    False,
+    "",
+    42,
+    "sample",
+    "DPM",
+    50,
+    Guidance("DynamicCFG", 6),
+    13,
+    (480, 720),
+    8,
+    "fp16",
+    {},
+    "/w",
+    ["/l:1"],
+)
+
+
 def test_in_what_a_request_differs_from_a_record():
-    guidance, size = Guidance("DynamicCFG", 6), (480, 720)
-    request = Request("a fox", False, "", 42, "sample", "DPM", 50, guidance, 13, size, 8, "fp16", {}, "/w", ["/l:1"])
+    request = REQUEST
     record = json.loads(json.dumps(asdict(request))) | {"latents_sha256": "0"}
     assert request.differences(record) == []
     earlier = {name: value for name, value in record.items() if name not in ("refine", "approximate")}
@@ -213,6 +230,7 @@ def test_a_request_names_weights_by_whole_paths(tmp_path, monkeypatch):
     request = requests.of(Prompt(0, "x"))
     assert (request.load, request.lora) == (f"{tmp_path}/w", [f"{tmp_path}/a.pt:0.5", "/b.pt"])
     assert request.guidance == Guidance("VanillaCFG", 6.0)
+    requests = Requests(SimpleNamespace(args=args, accelerate=AccelerateArgs()), pipeline)
     engine.sampler.guider = IdentityGuider()
     assert requests.of(Prompt(0, "x")).guidance == Guidance("IdentityGuider", None)
 
@@ -257,17 +275,61 @@ def test_a_stage_that_runs_again_adds_its_time_and_keeps_its_peak():
     assert times == StageTimes({"decode": 1.5}, {"decode": 7})
 
 
+def wanted_of(prompt: Prompt, **args) -> Wanted:
+    requests = Requests(SimpleNamespace(args=SampleArgs(**args)), None)
+    requests.__dict__["_of_every_prompt"] = REQUEST
+    return requests.wanted(prompt)
+
+
 def test_a_caption_of_another_prompt_of_the_same_folder_is_not_taken(tmp_path):
     prompt, other = (Prompt(0, "a " * 70 + end) for end in ("red", "blue"))
     assert prompt.folder == other.folder
-    args = SampleArgs(output_dir=str(tmp_path), batch_size=2, skip_done=True)
-    requests = Requests(SimpleNamespace(args=args), None)
-    record = requests.files(prompt, 1).record
+    record = SampleFiles(tmp_path / prompt.folder / "1").record
     with writer.writing_into(record.parent):
         write_json(record, {"prompt": prompt.text, "refined_prompt": "A red one."})
-    assert (requests.earlier_caption(prompt), requests.earlier_caption(other)) == ("A red one.", "")
-    requests.args = replace(args, skip_done=False)
-    assert requests.earlier_caption(prompt) == ""
+    args = {"output_dir": str(tmp_path), "batch_size": 2}
+    assert [wanted_of(p, skip_done=True, **args).caption for p in (prompt, other)] == ["A red one.", ""]
+    assert wanted_of(prompt, **args).caption == ""
+
+
+def test_what_skip_done_leaves_out_is_whole(tmp_path, monkeypatch):
+    """By its record, which is read once; one from before sizes were written down is believed."""
+    prompt = Prompt(0, REQUEST.prompt)
+    for k, sizes in enumerate(({}, {"file_bytes": {"000000.mp4": 5}}, {"file_bytes": {"000000.mp4": 6}},
+                               {"file_bytes": {"latents.safetensors": 5}}, {"seed": 1}, None)):  # fmt: skip
+        files = SampleFiles(tmp_path / prompt.folder / str(k))
+        with writer.writing_into(files.folder):
+            files.video.write_bytes(b"video")
+            if sizes is not None:
+                write_json(files.record, asdict(REQUEST) | sizes)
+    SampleFiles(tmp_path / prompt.folder / "0").sheet.touch()
+    read = []
+    monkeypatch.setattr(
+        "sgm.inference.requests.read_record", lambda path: read.append(path) or writer.read_record(path)
+    )
+    wanted = wanted_of(prompt, output_dir=str(tmp_path), batch_size=7, skip_done=True)
+    assert wanted.missing == [2, 3, 4, 5, 6] and len(read) == len(set(read)) == 7
+    assert wanted.changed == [[f"seed 1, now {REQUEST.seed}"]]
+    assert wanted_of(prompt, output_dir=str(tmp_path), batch_size=2).missing == [0, 1]  # without skip_done
+
+
+def test_files_of_a_sample_take_their_places_together(tmp_path):
+    """A record never stands beside files of another sample, whatever fails and when."""
+    files, scratch = SampleFiles(tmp_path / "0_x" / "0"), tmp_path / "scratch"
+    with files.replaced_together(scratch) as new:
+        new.video.write_text("first")
+        write_json(new.record, {"file_bytes": new.sizes()})
+    (files.folder / ".partial-77-000000.mp4").touch()  # of an earlier version
+    with pytest.raises(KeyboardInterrupt), files.replaced_together(scratch) as new:
+        new.video.write_text("second")
+        raise KeyboardInterrupt
+    assert files.video.read_text() == "first" and files.done(writer.read_record(files.record), latents_only=False)
+    (files.folder / "000000.png").mkdir()  # in the way: the last of the renames that can fail
+    (files.folder / "000000.png" / "x").touch()
+    with pytest.raises(SaveError, match=r"0_x/0.*--skip-done"), files.replaced_together(scratch) as new:
+        new.sheet.write_text("third")
+        write_json(new.record, {"file_bytes": new.sizes()})
+    assert not files.record.exists() and not list(files.folder.glob(".partial*"))
 
 
 def test_a_writer_that_fails_leaves_nothing_new(tmp_path, monkeypatch):
@@ -277,10 +339,35 @@ def test_a_writer_that_fails_leaves_nothing_new(tmp_path, monkeypatch):
         temporary.write_text("half")
         raise KeyboardInterrupt
     assert target.read_text() == "before" and list(tmp_path.iterdir()) == [target]
-    monkeypatch.setattr("imageio_ffmpeg._io.get_ffmpeg_exe", lambda: "/bin/false")
+    monkeypatch.setattr("imageio_ffmpeg.get_ffmpeg_exe", lambda: "/bin/false")
     with pytest.raises(video_out.EncodingError, match=r"cannot encode .*v\.mp4"):
         video_out.write_video(tmp_path / "v.mp4", frames(200), 8)
     assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "avi"])
+@pytest.mark.parametrize(
+    ("script", "error", "words"),
+    [
+        ("trap '' XFSZ; ulimit -f 1; exec {real} \"$@\"", SaveError, "the file grew too large"),
+        ("{real} \"$@\"; kill -9 $$", video_out.EncodingError, "ended with -9"),
+        ("{real} \"$@\" && case $* in *libx264*) exit 1; esac", video_out.EncodingError, "ended with 1: no word"),
+        ("case $* in *libx264*) head -c 18432 | {real} \"$@\";; *) exec {real} \"$@\"; esac",
+         video_out.EncodingError, "of 40 frames the encoder kept 3"),
+        (("case $* in *libx264*) {real} \"$@\" && for last; do :; done && truncate -s 3000 \"$last\";; "
+         "*) exec {real} \"$@\"; esac"), video_out.EncodingError, "ended with|kept"),
+    ],
+)  # fmt: skip
+def test_a_video_is_whole_or_absent(tmp_path, monkeypatch, suffix, script, error, words):
+    """Encoders that fail with a word, without one, by a signal, or not at all while frames are missing."""
+    encoder, real = tmp_path / "ffmpeg", imageio_ffmpeg.get_ffmpeg_exe()
+    encoder.write_text("#!/bin/bash\n" + script.replace("{real}", real) + "\n")
+    encoder.chmod(0o755)
+    monkeypatch.setattr("imageio_ffmpeg.get_ffmpeg_exe", lambda: str(encoder))
+    noise = np.random.default_rng(0).integers(0, 255, (40, 32, 64, 3), dtype=np.uint8)
+    with pytest.raises(error, match=words):
+        video_out.write_video(tmp_path / f"v.{suffix}", noise, 8)
+    assert list(tmp_path.iterdir()) == [encoder]
 
 
 def test_folders_that_cannot_be_written(tmp_path):
