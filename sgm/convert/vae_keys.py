@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from sgm.convert.lazy import some_of
@@ -22,35 +21,25 @@ class KeyMapError(SgmError):
     """Names that belong to no 3D VAE of the expected layout. The message lists them."""
 
 
-@dataclass(frozen=True)
-class Rule:
-    """One kind of prefix, in both layouts. Placeholders are numbers:
-
-    {n} and {m} are the same in both; {level} is a decoder level, counted from the other end in diffusers; {middle}
-    counts from 1 in SAT's name (`block_1`), from 0 in diffusers'.
-    """
-
-    sat: str
-    hf: str
-
-
-RULES: tuple[Rule, ...] = (
-    Rule("encoder.conv_in.", "encoder.conv_in."),
-    Rule("encoder.down.{n}.block.{m}.", "encoder.down_blocks.{n}.resnets.{m}."),
-    Rule("encoder.down.{n}.downsample.", "encoder.down_blocks.{n}.downsamplers.0."),
-    Rule("encoder.mid.block_{middle}.", "encoder.mid_block.resnets.{middle}."),
-    Rule("encoder.norm_out.", "encoder.norm_out."),
-    Rule("encoder.conv_out.", "encoder.conv_out."),
-    Rule("decoder.conv_in.", "decoder.conv_in."),
-    Rule("decoder.mid.block_{middle}.", "decoder.mid_block.resnets.{middle}."),
-    Rule("decoder.up.{level}.block.{m}.", "decoder.up_blocks.{level}.resnets.{m}."),
-    Rule("decoder.up.{level}.upsample.", "decoder.up_blocks.{level}.upsamplers.0."),
-    Rule("decoder.norm_out.", "decoder.norm_out."),
-    Rule("decoder.conv_out.", "decoder.conv_out."),
+# Prefixes in SAT's layout and in diffusers'. Placeholders are numbers: {n} and {m} are the same in both; {level} is a
+# decoder level, counted from the other end in diffusers; {middle} counts from 1 in SAT (`block_1`), from 0 in diffusers.
+RULES: tuple[tuple[str, str], ...] = (
+    ("encoder.conv_in.", "encoder.conv_in."),
+    ("encoder.down.{n}.block.{m}.", "encoder.down_blocks.{n}.resnets.{m}."),
+    ("encoder.down.{n}.downsample.", "encoder.down_blocks.{n}.downsamplers.0."),
+    ("encoder.mid.block_{middle}.", "encoder.mid_block.resnets.{middle}."),
+    ("encoder.norm_out.", "encoder.norm_out."),
+    ("encoder.conv_out.", "encoder.conv_out."),
+    ("decoder.conv_in.", "decoder.conv_in."),
+    ("decoder.mid.block_{middle}.", "decoder.mid_block.resnets.{middle}."),
+    ("decoder.up.{level}.block.{m}.", "decoder.up_blocks.{level}.resnets.{m}."),
+    ("decoder.up.{level}.upsample.", "decoder.up_blocks.{level}.upsamplers.0."),
+    ("decoder.norm_out.", "decoder.norm_out."),
+    ("decoder.conv_out.", "decoder.conv_out."),
 )
 
-# What follows the prefix; a part that is not listed keeps its name.
-PART_NAMES: tuple[tuple[str, str], ...] = (("nin_shortcut.", "conv_shortcut."),)
+# A part behind the prefix that goes by two names; the others keep theirs.
+SHORTCUT = ("nin_shortcut.", "conv_shortcut.")
 
 
 def sat_to_hf(state: Mapping[str, Value]) -> dict[str, Value]:
@@ -117,17 +106,14 @@ def _rename(state: Mapping[str, Value], to_hf: bool) -> dict[str, Value]:
 
 
 def _new_name(name: str, levels: int, to_hf: bool) -> str | None:
-    for rule in RULES:
-        source, target = (rule.sat, rule.hf) if to_hf else (rule.hf, rule.sat)
-        found = _pattern(source).match(name)
+    old_part, new_part = SHORTCUT if to_hf else SHORTCUT[::-1]
+    for sat, hf in RULES:
+        source, target = (sat, hf) if to_hf else (hf, sat)
+        found = re.match(re.sub(r"\\{(\w+)\\}", r"(?P<\1>\\d+)", re.escape(source)), name)
         if found:
             numbers = {key: _renumber(key, int(n), levels, to_hf) for key, n in found.groupdict().items()}
-            return target.format(**numbers) + _part_name(name[found.end() :], to_hf)
+            return target.format(**numbers) + name[found.end() :].replace(old_part, new_part)
     return None
-
-
-def _pattern(template: str) -> re.Pattern[str]:
-    return re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>\\d+)", re.escape(template)))
 
 
 def _renumber(key: str, number: int, levels: int, to_hf: bool) -> int:
@@ -136,14 +122,6 @@ def _renumber(key: str, number: int, levels: int, to_hf: bool) -> int:
     if key == "middle":
         return number - 1 if to_hf else number + 1
     return number
-
-
-def _part_name(part: str, to_hf: bool) -> str:
-    for sat, hf in PART_NAMES:
-        source, target = (sat, hf) if to_hf else (hf, sat)
-        if part.startswith(source):
-            return target + part[len(source) :]
-    return part
 
 
 def _decoder_levels(names: Iterable[str]) -> int:
