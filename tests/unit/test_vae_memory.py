@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from sgm.models import autoencoder
 from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
-from sgm.modules.autoencoding.blocks import LazyUpsample, Upsample3D
+from sgm.modules.autoencoding.blocks import Upsample3D
 from sgm.modules.autoencoding.causal_cache import CausalCache, HostCache, HostLink, Transfer, cache_on
 from sgm.modules.autoencoding.causal_conv import ClipPass
-from sgm.modules.ops.vae import frame_spans
+from sgm.modules.ops.vae import LazyFrames, frame_spans
 from tests.live_bytes import LiveBytes
 from tests.unit.test_autoencoder import RELEASE, TINY, configs, latents
 
@@ -115,7 +115,7 @@ def test_lazy_frames_are_those_of_the_upsampling():
     assert isinstance(block.lazily(x, run), Tensor)  # with gradients
     with torch.no_grad():
         lazy = block.lazily(x, run)
-        assert isinstance(lazy, LazyUpsample) and isinstance(block.lazily(x, ClipPass()), Tensor)
+        assert isinstance(lazy, LazyFrames) and isinstance(block.lazily(x, ClipPass()), Tensor)
         torch.testing.assert_close(lazy.frames(1, 4), block(x)[:, :, 1:4])
         assert lazy.shape == block(x).shape
         assert isinstance(Upsample3D(32, time=True).lazily(x, run), Tensor)

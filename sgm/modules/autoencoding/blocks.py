@@ -29,6 +29,7 @@ from sgm.modules.ops.vae import (
     Activation,
     AffineField,
     FrameMap,
+    LazyFrames,
     Modulation,
     apply_field,
     double_frames,
@@ -210,7 +211,10 @@ class Upsample3D(nn.Module):
         """`forward(x, run)` as frames that are made when they are read, where `run` asks for it and frames allow it."""
         if self.time or not run.recompute or torch.is_grad_enabled():
             return self(all_frames(x), run)
-        return LazyUpsample(self, all_frames(x), run)
+        small = all_frames(x)
+        b, _, t, h, w = small.shape
+        shape = (b, self.conv.out_channels, t, 2 * h, 2 * w)
+        return LazyFrames(shape, small, lambda start, stop: self(small[:, :, start:stop], run))
 
     def _double(self, x: Tensor, result: Tensor, frame_map: FrameMap, run: ClipPass) -> None:
         y = _by_frame(x, lambda frames: run.ops.convolve(self.conv, F.interpolate(frames, scale_factor=2.0)))
@@ -222,25 +226,6 @@ class Upsample3D(nn.Module):
         # cuDNN's result has the layout of x already, one without values (meta) has not
         parts = _by_frame(x, lambda frames: F.conv2d(frames, filters, padding=1).contiguous(memory_format=layout))
         run.ops.join_phases(parts, result, frame_map, self.conv.bias)
-
-
-class LazyUpsample:
-    """The frames of `block(x, run)`, for an upsampling that leaves time alone; see `LazyFrames`."""
-
-    def __init__(self, block: Upsample3D, x: Tensor, run: ClipPass):
-        self.block, self.x, self.run = block, x, run
-        b, _, t, h, w = x.shape
-        self.shape = torch.Size((b, block.conv.out_channels, t, 2 * h, 2 * w))
-        self.dtype, self.device = x.dtype, x.device
-
-    def numel(self) -> int:
-        return self.shape.numel()
-
-    def element_size(self) -> int:
-        return self.x.element_size()
-
-    def frames(self, start: int, stop: int) -> Tensor:
-        return self.block(self.x[:, :, start:stop], self.run)
 
 
 def _by_frame(x: Tensor, convolve: Callable[[Tensor], Tensor]) -> Tensor:

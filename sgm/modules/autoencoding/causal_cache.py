@@ -42,10 +42,6 @@ class CausalCache:
     def __len__(self) -> int:
         return len(self._frames)
 
-    @property
-    def nbytes(self) -> int:
-        return sum(frames.nbytes for frames in self._frames.values())
-
 
 @dataclass(frozen=True)
 class Transfer:

@@ -5,7 +5,7 @@ Axes: b batch, c channels, t frames, h w height and width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ class ClipPass:
         recompute: make the largest activation again where it is read rather than keep it (no gradients; exact).
     """
 
-    cache: CausalCache | None = field(default=None)
+    cache: CausalCache | None = None
     last: bool = True
     slice_bytes: int = SLICE_BYTES
     ops: VaeOps = PLAIN
@@ -105,7 +105,8 @@ class CausalConv3d(nn.Module):
         `overwrite` lets the result replace x (where shapes agree and no gradient is wanted).
         """
         place: Tensor | None = None
-        if overwrite and isinstance(x, Tensor) and self._keeps_shape and not torch.is_grad_enabled():
+        keeps_shape = self.conv.in_channels == self.conv.out_channels
+        if overwrite and isinstance(x, Tensor) and keeps_shape and not torch.is_grad_enabled():
             place = x
         spans = [(0, x.shape[2])]
         if not torch.is_grad_enabled():
@@ -166,10 +167,6 @@ class CausalConv3d(nn.Module):
     def _cached_front(self, run: ClipPass) -> Tensor | None:
         """The frames before this chunk, out of the cache."""
         return run.cache.take(self) if run.cache is not None and self.front else None
-
-    @property
-    def _keeps_shape(self) -> bool:
-        return self.conv.in_channels == self.conv.out_channels
 
     def _frame_bytes(self, x: Activation) -> int:
         """Bytes of one frame of x or of the result, whichever is larger.

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,19 +43,21 @@ class FrameMap(NamedTuple):
 SAME_FRAMES = FrameMap()
 
 
-class LazyFrames(Protocol):
-    """An activation (b, c, t, h, w) that is made a run of frames at a time, when it is read."""
+class LazyFrames:
+    """An activation (b, c, t, h, w) that is made a run of frames at a time, when it is read.
 
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
+    Args:
+        frames: (start, stop) -> frames start .. stop - 1, (b, c, stop - start, h, w), of the type and device of `like`.
+    """
 
-    def numel(self) -> int: ...
+    def __init__(self, shape: tuple[int, ...], like: Tensor, frames: Callable[[int, int], Tensor]):
+        self.shape, self.dtype, self.device, self.frames = torch.Size(shape), like.dtype, like.device, frames
 
-    def element_size(self) -> int: ...
+    def numel(self) -> int:
+        return self.shape.numel()
 
-    def frames(self, start: int, stop: int) -> Tensor:
-        """Frames start .. stop - 1, (b, c, stop - start, h, w)."""
+    def element_size(self) -> int:
+        return self.dtype.itemsize
 
 
 Activation = Tensor | LazyFrames
