@@ -22,7 +22,7 @@ class KeyMapError(SgmError):
 
 
 # Prefixes in SAT's layout and in diffusers'. Placeholders are numbers: {n} and {m} are the same in both; {level} is a
-# level of the decoder, counted from the other end in diffusers; {middle} counts from 1 in SAT (`block_1`), in it from 0.
+# level of the decoder, counted from the other end in diffusers; {middle} counts from 1 in SAT (`block_1`), else from 0.
 RULES: tuple[tuple[str, str], ...] = (
     ("encoder.conv_in.", "encoder.conv_in."),
     ("encoder.down.{n}.block.{m}.", "encoder.down_blocks.{n}.resnets.{m}."),
