@@ -25,7 +25,7 @@ from sgm.files import readable
 from sgm.modules.encoders.t5 import DECODER, SHARED, TIED
 from sgm.modules.transformer.lora_state import lora_spec_of, split_lora
 from sgm.weights.assign import compare_keys
-from sgm.weights.files import WeightsError, WeightsNotFoundError, read_checkpoint, tensors_of
+from sgm.weights.files import WeightsError, WeightsNotFoundError, read_checkpoint, tensors_of, while_files_change
 from sgm.weights.release import locate, weights_entry
 from sgm.weights.tensor_parallel import join_partitions
 
@@ -62,11 +62,11 @@ class Report:
     found: list[Found]
     others: list[str]
     digest: str | None
+    size: int
 
     def lines(self) -> list[str]:
-        size = readable(sum(file.stat().st_size for file in self.files))
         lines = [f"{self.files[0]}" + (f" and {len(self.files) - 1} more parts" if len(self.files) > 1 else "")]
-        lines.append(f"  {size}" + ("" if self.iteration is None else f", iteration {self.iteration}"))
+        lines.append(f"  {readable(self.size)}" + ("" if self.iteration is None else f", iteration {self.iteration}"))
         lines += [line for part in self.found for line in part.lines()]
         lines += [f"  beside the weights: {', '.join(self.others)}"] if self.others else []
         return lines + ([f"  sha256 {self.digest}"] if self.digest else [])
@@ -81,6 +81,10 @@ def inspect(path: str | Path, *, with_hash: bool = True) -> list[Report]:
     path = Path(path).expanduser()
     if not path.exists():
         raise WeightsNotFoundError(f"no file or folder at {path}.")
+    return while_files_change(lambda: _reports(path, with_hash))
+
+
+def _reports(path: Path, with_hash: bool) -> list[Report]:
     groups = [([path], None)] if path.is_file() else _groups(path)
     if not groups:
         raise WeightsError(f"{path} holds no weight files ({', '.join(_WEIGHT_SUFFIXES)}).")
@@ -125,6 +129,7 @@ def _report(files: list[Path], iteration: int | None, with_hash: bool) -> Report
         describe(state, facts or {}),
         others,
         _digest(files) if with_hash else None,
+        sum(file.stat().st_size for file in files),
     )
 
 

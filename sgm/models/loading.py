@@ -20,6 +20,7 @@ from sgm.modules.encoders.modules import FrozenT5Embedder
 from sgm.modules.transformer.lora_state import split_lora
 from sgm.places import CONFIGS
 from sgm.weights import WeightsError, assign_state, weights_fingerprint
+from sgm.weights.files import while_files_change
 from sgm.weights.identify import fitting_configs, what_is
 from sgm.weights.release import Adapter, Checkpoint, read_transformer
 
@@ -56,14 +57,14 @@ def load_network(
     Raises:
         WeightsError: unreadable file, wrong model, missing, unexpected or misshapen entries (all listed).
     """
-    checkpoint = read_transformer(path)
+    checkpoint, fingerprint = while_files_change(lambda: _with_fingerprint(read_transformer(path)))
     base, own_lora = split_lora(checkpoint.network)
     if own_lora and not base:
         raise WeightsError(
             f"{checkpoint.source} holds a LoRA adapter without base weights. Set args.load to the base model and give "
             f"this file as --lora {path}."
         )
-    loaded = LoadedNetwork(checkpoint.source, checkpoint.iteration, weights_fingerprint(checkpoint.files[0]))
+    loaded = LoadedNetwork(checkpoint.source, checkpoint.iteration, fingerprint)
     _assign_base(network, base, checkpoint, device, dtype, allow_absent, loaded)
     found = [(Adapter(str(path)), own_lora, checkpoint)] if own_lora else []
     for adapter in adapters:
@@ -75,6 +76,10 @@ def load_network(
     if not found and network.has_lora_config:
         loaded.notes.append(f"lora_config is set, but {checkpoint.source} holds no LoRA: running the base model")
     return loaded
+
+
+def _with_fingerprint(checkpoint: Checkpoint) -> tuple[Checkpoint, str]:
+    return checkpoint, weights_fingerprint(checkpoint.files[0])
 
 
 def _assign_base(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import _codecs
 import hashlib
+import os
 import pickle
 import re
+import time
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +19,9 @@ from torch import Tensor
 from sgm.errors import SgmError
 
 _SAFETENSORS_SUFFIX = ".safetensors"
+_LOOKS, _PAUSE = 20, 0.2  # how often files are looked up that go away, seconds in between
+
+T = TypeVar("T")
 
 
 class WeightsError(SgmError):
@@ -25,6 +30,32 @@ class WeightsError(SgmError):
 
 class WeightsNotFoundError(WeightsError, FileNotFoundError):
     """A weight file or folder does not exist."""
+
+
+def while_files_change(read: Callable[[], T]) -> T:
+    """What `read` gives, once more where its files are deleted meanwhile, as a training run does with earlier ones.
+
+    Raises:
+        WeightsNotFoundError: that of the first time, where nothing else is found afterwards.
+    """
+    gone: list[FileNotFoundError] = []
+    while len(gone) < _LOOKS and (len(gone) < 2 or str(gone[-1]) != str(gone[-2])):
+        if gone:
+            time.sleep(_PAUSE)
+        try:
+            return read()
+        except FileNotFoundError as error:
+            gone.append(error)
+    if isinstance(gone[0], WeightsNotFoundError):
+        raise gone[0]
+    raise _absent(gone[0].filename) from gone[0]
+
+
+def _absent(path: str | Path) -> WeightsNotFoundError:
+    return WeightsNotFoundError(
+        f"no weight file at {path}. Check the path. If a training run has deleted it meanwhile (args.keep_last), name "
+        "the run's folder in place of an iteration's, or copy the checkpoint first."
+    )
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -42,10 +73,13 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.exists():
-        raise WeightsNotFoundError(f"no weight file at {path}. Check the path in the YAML.")
+        raise _absent(path)
     if path.is_dir():
         raise WeightsError(f"{path} is a folder, a weight file (.pt or .safetensors) is needed here.")
-    content = _read_safetensors(path) if path.suffix == _SAFETENSORS_SUFFIX else _read_pickle(path)
+    try:
+        content = _read_safetensors(path) if path.suffix == _SAFETENSORS_SUFFIX else _read_pickle(path)
+    except FileNotFoundError as error:
+        raise _absent(path) from error
     if not isinstance(content, Mapping):
         raise WeightsError(f"{path} holds a {type(content).__name__}, not a mapping of names to tensors.")
     return dict(content)
@@ -124,11 +158,13 @@ def weights_fingerprint(path: str | Path, *, blocks: int = 64, block_bytes: int 
     Reading a few MiB in place of several GiB makes it cheap enough for every run; it tells files apart, it is no
     proof of integrity.
     """
-    path = Path(path)
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        for k in range(blocks):
-            file.seek(max(0, (size - block_bytes) * k // max(1, blocks - 1)))
-            digest.update(file.read(block_bytes))
+    try:
+        with Path(path).open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            digest = hashlib.sha256(str(size).encode())
+            for k in range(blocks):
+                file.seek(max(0, (size - block_bytes) * k // max(1, blocks - 1)))
+                digest.update(file.read(block_bytes))
+    except FileNotFoundError as error:
+        raise _absent(path) from error
     return digest.hexdigest()[:16]

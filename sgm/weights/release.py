@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sgm.weights.files import WeightsError, WeightsNotFoundError, read_checkpoint, tensors_of
+from sgm.weights.files import WeightsError, WeightsNotFoundError, read_checkpoint, tensors_of, while_files_change
 
 NETWORK_PREFIX = "model.diffusion_model."
 FROZEN_PREFIXES = ("conditioner.", "first_stage_model.")
@@ -188,11 +188,17 @@ def read_transformer(path: str | Path) -> Checkpoint:
 def read_parts(path: str | Path) -> list[Checkpoint]:
     """Read a transformer checkpoint (see `locate`), its tensor-parallel parts one by one, in rank order.
 
+    A checkpoint that is deleted meanwhile is looked up again: `latest` may name another one by then.
+
     Raises:
         WeightsError: as `locate` and `read_checkpoint`; or entries that belong to no part of the engine.
     """
-    files, iteration = locate(path)
-    return [_read_part(file, iteration) for file in files]
+
+    def read() -> list[Checkpoint]:
+        files, iteration = locate(path)
+        return [_read_part(file, iteration) for file in files]
+
+    return while_files_change(read)
 
 
 def _read_part(file: Path, iteration: int | None) -> Checkpoint:

@@ -185,10 +185,18 @@ def test_names_of_members_stay_in_the_archive(media, tmp_path, caplog):
     outside = write_video(tmp_path / "outside" / "secret.mp4", level=220)
     wide = (media / "wide.mp4").read_bytes()
     kept = ["./plain", "a/../b", "c//d", "e/./f", "x.tar!5+5!y/z", "new\nline", "nicht-\udce9-utf8", "-", "a b"]
-    out = ["q/../../outside/secret", "../outside/secret", "../../outside/secret", "/" + str(outside.with_suffix("")), "//g"]
+    out = [
+        "q/../../outside/secret",
+        "../outside/secret",
+        "../../outside/secret",
+        "/" + str(outside.with_suffix("")),
+        "//g",
+    ]
     shard = tmp_path / "d" / "s.tar"
     shard.parent.mkdir()
-    write_shard(shard, {f"{name}{end}": data for name in [*kept, *out] for end, data in ((".mp4", wide), (".txt", b"x"))})
+    write_shard(
+        shard, {f"{name}{end}": data for name in [*kept, *out] for end, data in ((".mp4", wide), (".txt", b"x"))}
+    )
     with tarfile.open(shard, "a") as archive:
         for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE, tarfile.GNUTYPE_SPARSE):
             info = tarfile.TarInfo(f"special-{kind.decode()}.mp4")
@@ -198,7 +206,10 @@ def test_names_of_members_stay_in_the_archive(media, tmp_path, caplog):
     named = [item.rpartition("!")[2] for item in dataset.paths]
     assert named == ["plain.mp4", "b.mp4", "c/d.mp4", "e/f.mp4", *(f"{name}.mp4" for name in ("y/z", *kept[5:]))]
     assert [float((dataset[k]["mp4"].mean() + 1) * 127.5) for k in range(len(kept))] == pytest.approx([60] * 9, abs=2)
-    assert dataset.report.passed_over == {"names that lead out of the archive": 10, "links, devices or sparse members": 5}
+    assert dataset.report.passed_over == {
+        "names that lead out of the archive": 10,
+        "links, devices or sparse members": 5,
+    }
     assert "passed over: 5 links, devices or sparse members, 10 names that lead out of the archive" in caplog.text
 
 

@@ -6,6 +6,9 @@ import json
 import os
 import pickle
 import random
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +17,14 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from sgm.convert.inspect import inspect
 from sgm.weights import WeightsError, WeightsNotFoundError, assign_state, read_checkpoint, weights_fingerprint
 from sgm.weights.files import tensors_of
 from sgm.weights.identify import fitting_configs, transformer_shape, what_is
 from sgm.weights.release import locate, read_transformer
 
 REPO = Path(__file__).resolve().parents[2]
+PART = "mp_rank_00_model_states.pt"
 STATE = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.ones(2)}
 
 
@@ -150,6 +155,67 @@ def test_release_folder_iteration_folder_and_file(tmp_path, latest, folder):
     for path in (tmp_path, tmp_path / folder, file):
         assert locate(path) == ([file], expected)
     assert read_transformer(tmp_path).network.keys() == network_state().keys()
+
+
+def write_iteration(run: Path, number: int) -> None:
+    """As training does: complete under its name, then `latest`, then the earlier one moved away and deleted."""
+    (run / ".partial-new").mkdir()
+    torch.save({"module": {"transformer.x": torch.full((500,), float(number))}}, run / ".partial-new" / PART)
+    (run / ".partial-new").rename(run / str(number))
+    (run / ".partial-latest").write_text(str(number))
+    (run / ".partial-latest").replace(run / "latest")
+    if number > 1:
+        (run / str(number - 1)).rename(run / ".partial-old")
+        shutil.rmtree(run / ".partial-old")
+
+
+def test_a_run_that_saves_and_deletes_all_the_time_is_read_and_described(tmp_path):
+    write_iteration(tmp_path, 1)
+    over = threading.Event()
+
+    def train() -> None:
+        number = 1
+        while not over.is_set():
+            number += 1
+            write_iteration(tmp_path, number)
+
+    with ThreadPoolExecutor(1) as pool:
+        training = pool.submit(train)
+        try:
+            for _ in range(40):
+                read = read_transformer(tmp_path)
+                assert read.network["transformer.x"].eq(float(read.iteration or 0)).all()
+                assert inspect(tmp_path)[0].digest
+        finally:
+            over.set()
+        training.result()
+    assert read.iteration > 5
+
+
+@pytest.mark.parametrize("step", ["locate", "read_checkpoint"])
+def test_a_checkpoint_that_is_deleted_while_it_is_read(tmp_path, monkeypatch, step):
+    """Before it is opened or afterwards: the run's next one is taken; one that was named itself is an error."""
+    from sgm.weights import release
+
+    original, numbers = getattr(release, step), iter(range(2, 9))
+
+    def meanwhile(path):
+        found = original(path) if step == "locate" else None
+        write_iteration(tmp_path, next(numbers))
+        return found or original(path)
+
+    write_iteration(tmp_path, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(release, step, lambda path: patch.undo() or meanwhile(path))
+        assert read_transformer(tmp_path).iteration == 2
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(WeightsNotFoundError, match="at .*/2.*the run's folder"),
+    ):
+        patch.setattr(release, step, lambda path: patch.undo() or meanwhile(path))
+        read_transformer(tmp_path / "2")
+    with pytest.raises(WeightsNotFoundError, match="no weight file at .*the run's folder"):
+        weights_fingerprint(tmp_path / "2" / PART)
 
 
 @pytest.mark.parametrize(
