@@ -11,6 +11,7 @@ import io
 import json
 import logging
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,7 @@ def write_text_encoder(
     total = sum(torch.Size(t.shape).numel() * t.dtype.itemsize for t in tensors.values())
     content = {"metadata": {"total_size": total}, "weight_map": index}
     write_text(folder / "model.safetensors.index.json", json.dumps(content, indent=1))
-    write_text(folder / "config.json", json.dumps(config.content(), indent=1))
+    write_text(folder / "config.json", json.dumps(config_json(config), indent=1))
     atomic_write(folder / "spiece.model", lambda file: file.write(spiece))
     special = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
     write_text(folder / "special_tokens_map.json", json.dumps(special, indent=1))
@@ -144,6 +145,26 @@ def write_text_encoder(
     write_text(folder / "added_tokens.json", json.dumps(extra, indent=1))
     tokenizer = {"tokenizer_class": "T5Tokenizer", "extra_ids": EXTRA_IDS, "model_max_length": max_length, **special}
     write_text(folder / "tokenizer_config.json", json.dumps(tokenizer, indent=1))
+
+
+def config_json(config: T5Config) -> dict[str, Any]:
+    """The content of a config.json, with what transformers reads beside the sizes."""
+    return {
+        "architectures": ["T5EncoderModel"],
+        "model_type": "t5",
+        **asdict(config),
+        "is_gated_act": config.gated,
+        "dense_act_fn": "gelu_new" if config.gated else "relu",
+        "num_decoder_layers": config.num_layers,
+        "is_encoder_decoder": True,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        "initializer_factor": 1.0,
+        "classifier_dropout": 0.0,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "decoder_start_token_id": 0,
+    }
 
 
 def _t5_config(width: int, vocabulary: int) -> T5Config:

@@ -47,7 +47,11 @@ def apply_adapter(
         for name, (a, b) in pairs.items():
             add_delta(_weight(network, name), lora_delta(a, b, spec.scaling * scale))
         return spec
-    network.attach_lora(_mixin_config(spec))
+    params = {
+        "r": spec.rank, "lora_alpha": spec.alpha, "layer_range": list(spec.layers), "targets": list(spec.targets),
+        "rank_stabilised": spec.rank_stabilised,
+    }  # fmt: skip
+    network.attach_lora({"target": f"{LoraMixin.__module__}.{LoraMixin.__name__}", "params": params})
     layers = lora_layers(network)
     for name, (a, b) in pairs.items():
         with torch.no_grad():
@@ -68,14 +72,3 @@ def _check_fit(linear: str, weight: Tensor, a: list[Tensor], b: list[Tensor]) ->
     got = (sum(m.shape[0] for m in b), a[0].shape[1])
     if got != (rows, columns):
         raise LoraError(f"the adapter of {linear} is for a weight {got}, the network has {(rows, columns)}.")
-
-
-def _mixin_config(spec: LoraSpec) -> dict[str, Any]:
-    params = dict(
-        r=spec.rank,
-        lora_alpha=spec.alpha,
-        layer_range=list(spec.layers),
-        targets=list(spec.targets),
-        rank_stabilised=spec.rank_stabilised,
-    )
-    return {"target": f"{LoraMixin.__module__}.{LoraMixin.__name__}", "params": params}

@@ -17,6 +17,7 @@ from sgm.modules.encoders.t5_config import T5Config
 from sgm.modules.encoders.tokenizer import T5Tokenizer
 from tests.convert_tiny import make_release
 from tests.sampling_tiny import REPO
+from tools.random_release import config_json
 
 SIZES = {"vocab_size": 300, "d_model": 48, "d_kv": 12, "d_ff": 80, "num_layers": 3, "num_heads": 4}
 OTHERS = {"relative_attention_num_buckets": 12, "relative_attention_max_distance": 20, "layer_norm_epsilon": 1e-4}
@@ -26,7 +27,7 @@ def pair(**changes) -> tuple[transformers.T5EncoderModel, T5Encoder]:
     """Theirs and ours, with the same weights, which are larger than at the start of training."""
     config = T5Config(**{**SIZES, "feed_forward_proj": "gated-gelu", **changes})
     torch.manual_seed(0)
-    theirs = transformers.T5EncoderModel(transformers.T5Config(**config.content())).eval()
+    theirs = transformers.T5EncoderModel(transformers.T5Config(**config_json(config))).eval()
     ours = T5Encoder(config).eval()
     with torch.no_grad():
         for weight in theirs.parameters():

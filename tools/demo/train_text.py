@@ -51,7 +51,7 @@ from tools.demo.wordings import (
     random_spec,
     reword,
 )
-from tools.random_release import piece_count, train_sentencepiece, write_text_encoder
+from tools.random_release import config_json, piece_count, train_sentencepiece, write_text_encoder
 
 LENGTH = 64  # tokens, as in configs/demo_infer.yaml
 BY_HAND = Path(__file__).with_name("other_words.jsonl")
@@ -236,7 +236,7 @@ def new_encoder(folder: Path, spiece: bytes, settings: Settings) -> FrozenT5Embe
         dropout_rate=0.0,
     )
     torch.manual_seed(settings.seed)
-    model = transformers.T5EncoderModel(transformers.T5Config(**config.content()))
+    model = transformers.T5EncoderModel(transformers.T5Config(**config_json(config)))
     with torch.no_grad():
         model.shared.weight.mul_(EMBEDDING_SCALE)
         for name, p in model.named_parameters():

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
 from sgm.typed import ConfigError, build_args, listing, option
 from sgm.weights import WeightsError
@@ -36,25 +35,6 @@ class T5Config:
     @property
     def gated(self) -> bool:
         return self.feed_forward_proj == "gated-gelu"
-
-    def content(self) -> dict[str, Any]:
-        """The content of a config.json, with what transformers reads beside the sizes."""
-        return {
-            "architectures": ["T5EncoderModel"],
-            "model_type": "t5",
-            **asdict(self),
-            "is_gated_act": self.gated,
-            "dense_act_fn": "gelu_new" if self.gated else "relu",
-            "num_decoder_layers": self.num_layers,
-            "is_encoder_decoder": True,
-            "tie_word_embeddings": False,
-            "use_cache": True,
-            "initializer_factor": 1.0,
-            "classifier_dropout": 0.0,
-            "pad_token_id": 0,
-            "eos_token_id": 1,
-            "decoder_start_token_id": 0,
-        }
 
 
 def read_config(path: Path) -> T5Config:

@@ -44,10 +44,7 @@ class AdaptedLinear(nn.Module):
     matrix_A: nn.ParameterList
     matrix_B: nn.ParameterList
     scaling: float
-
-
-class _SatLoraLinear(AdaptedLinear):
-    r: int
+    r: int  # this and alpha: of SAT's class alone
     lora_alpha: float
 
 
@@ -207,10 +204,6 @@ def is_adapted(module: nn.Module) -> TypeGuard[AdaptedLinear]:
     return hasattr(module, "matrix_A") and hasattr(module, "matrix_B") and hasattr(module, "original")
 
 
-def _is_sat_adapter(layer: AdaptedLinear) -> TypeGuard[_SatLoraLinear]:
-    return not isinstance(layer, LoraLinear)
-
-
 def lora_layers(module: nn.Module) -> dict[str, AdaptedLinear]:
     """The adapted linears inside `module`, by name."""
     return {name: child for name, child in module.named_modules() if is_adapted(child)}
@@ -228,7 +221,7 @@ def set_lora_scale(module: nn.Module, scale: float) -> None:
     for layer in layers.values():
         if isinstance(layer, LoraLinear):
             layer.adapter_scale = float(scale)
-        elif _is_sat_adapter(layer):  # which multiplies by one factor only
+        else:  # SAT's, which multiplies by one factor only
             layer.scaling = layer.lora_alpha / layer.r * scale
 
 

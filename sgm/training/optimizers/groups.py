@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from sgm.distributed import quiet_libraries
 
@@ -45,8 +45,4 @@ def _norm_classes() -> tuple[type, ...]:
 
 def count(groups: list[dict[str, Any]]) -> int:
     """Number of values in the groups' parameters (also where ZeRO-3 has taken them away)."""
-
-    def size(p: Tensor) -> int:
-        return getattr(p, "ds_numel", p.numel())
-
-    return sum(size(p) for group in groups for p in group["params"])
+    return sum(getattr(p, "ds_numel", p.numel()) for group in groups for p in group["params"])
