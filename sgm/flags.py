@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import shlex
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -82,6 +83,16 @@ def _settings(kind: Any, metadata: Mapping[str, Any]) -> dict[str, Any]:
     return settings | {"type": kind, "choices": metadata["choices"] or None}
 
 
+def _refuse_prompts(named: Iterable[str], options: argparse.Namespace) -> None:
+    """Raises ConfigError where what should be configuration files is a text."""
+    from sgm.typed import ConfigError
+
+    words = [name for name in named if not os.path.exists(name) and not name.endswith((".yaml", ".yml"))]
+    if words and hasattr(options, "prompts"):
+        text = " ".join(words)
+        raise ConfigError(f"{text!r} is no configuration file; a prompt is given as --prompt {shlex.quote(text)}")
+
+
 def run_config(options: argparse.Namespace, record: type[Args], default: Path, fallback: Path) -> RunConfig[Args]:
     """The run that a command line asks for, and its effects on this process: allowed targets, and the local rank.
 
@@ -99,6 +110,8 @@ def run_config(options: argparse.Namespace, record: type[Args], default: Path, f
         os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
     for prefix in options.allow_target:
         allow_target(prefix)
-    files = config_files([*options.base, *options.configs], default, fallback)
+    named = [*options.base, *options.configs]
+    _refuse_prompts(named, options)
+    files = config_files(named, default, fallback)
     flags = {field.name: getattr(options, field.name, None) for field in dataclasses.fields(record)}
     return load_run_config(files, record, overrides=options.set, flags=flags)
