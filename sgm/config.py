@@ -38,6 +38,27 @@ UPSTREAM_ARGS = frozenset(
 )
 
 
+# Configurations that the original's commands and guides name, and what takes their place.
+UPSTREAM_FILES = (
+    {
+        "cogvideox_2b.yaml": "configs/cogvideox_2b_infer.yaml to sample, configs/cogvideox_2b_sft.yaml to train",
+        "cogvideox_2b_lora.yaml": "configs/cogvideox_2b_sft.yaml configs/lora.yaml",
+        "inference.yaml": "configs/cogvideox_2b_infer.yaml, which has the model's section, too",
+        "sft.yaml": "configs/cogvideox_2b_sft.yaml, which has the model's section, too",
+    }
+    | dict.fromkeys(
+        ("cogvideox_5b.yaml", "cogvideox_5b_lora.yaml"),
+        "the infer.yaml that tools/convert_weight_hf2sat.py writes beside a 5B release's weights",
+    )
+    | dict.fromkeys(
+        ("cogvideox_5b_i2v.yaml", "cogvideox_5b_i2v_lora.yaml", "cogvideox1.5_5b.yaml", "cogvideox1.5_5b_i2v.yaml"),
+        "none, since neither image-to-video nor 1.5 is run here",
+    )
+)
+
+# Keys of the original's image-to-video models.
+IMAGE_KEYS = frozenset(f"noised_image_{name}" for name in ("input", "all_concat", "dropout"))
+
 EXACT = ("kernels", "attention", "cpu_bf16")  # switches of `accelerate:` with the same result within rounding
 
 
@@ -53,8 +74,8 @@ class AccelerateArgs:
     )
     attention: str = option(
         "default",
-        "implementation of attention that is tried first: default (PyTorch chooses), cudnn, flash, flash4 (the package "
-        "flash-attn-4, for GPUs of compute capability 9 and 10)",
+        "implementation of attention that is tried first: default (PyTorch chooses), cudnn, flash, flash4 (GPUs of "
+        "compute capability 9 and 10; docs/installation.md says how its package is installed)",
         choices=("default", "cudnn", "flash", "flash4"),
     )
     cpu_bf16: bool | str = option(
@@ -227,7 +248,8 @@ def _read_yaml(path: Path) -> Any:
 def _nearby_configs(path: Path) -> str:
     folder = path.parent if path.parent.is_dir() else Path("configs")
     found = sorted(str(p) for p in folder.glob("*.yaml"))
-    return f"; there are: {', '.join(found)}" if found else ""
+    ours = f"; its counterpart here: {UPSTREAM_FILES[path.name]}" if path.name in UPSTREAM_FILES else ""
+    return ours or (f"; there are: {', '.join(found)}" if found else "")
 
 
 def _section(merged: Mapping[str, Any], name: str, problems: list[str]) -> dict[str, Any] | None:
@@ -256,7 +278,13 @@ def check_model_section(model: Mapping[str, Any], engine: type) -> None:
         ConfigError: listing every problem.
     """
     known = list(inspect.signature(engine).parameters)
-    problems = [f"unknown key model.{n}{nearest(n, known)}" for n in model if n not in known]
+    problems = [
+        f"model.{n} is of image-to-video models, which are not run here; take a text-to-video one"
+        if n in IMAGE_KEYS
+        else f"unknown key model.{n}{nearest(n, known)}"
+        for n in model
+        if n not in known
+    ]
     problems += [f"model.{n}: {problem}" for n, problem in typed(model, argument_types(engine))[1].items()]
     problems += check_tree(model)
     if problems:

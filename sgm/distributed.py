@@ -106,7 +106,8 @@ def ensure_groups(model_parallel_size: int = 1) -> None:
     if model_parallel_size < 1 or world_size % model_parallel_size:
         raise DistributedError(
             f"model_parallel_size {model_parallel_size} does not divide the {world_size} processes of this run; "
-            f"start a multiple of {model_parallel_size} processes (torchrun --nproc_per_node) or lower it."
+            f"start a multiple of {model_parallel_size} processes "
+            f"(NPROC={model_parallel_size} bash finetune.sh) or lower it."
         )
     with quiet_libraries():
         from sat import mpu

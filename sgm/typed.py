@@ -147,7 +147,8 @@ def _checked(value: Any, metadata: Mapping[str, Any]) -> Any:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+    """What to say behind an unknown name: the known one that it is a slip of the pen for, if there is such a one."""
+    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.7)
     return f"; did you mean `{close[0]}`?" if close else ""
 
 

@@ -7,7 +7,6 @@ allowed packages. `sat.helpers.os.system` passes the first test and fails the se
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import logging
@@ -15,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sgm.errors import SgmError
-from sgm.typed import argument_types, typed
+from sgm.typed import argument_types, nearest, typed
 
 logger = logging.getLogger(__name__)
 
@@ -101,8 +100,7 @@ def _check_inside(name: str, found: Any) -> None:
 
 
 def _unknown_target(name: str) -> str:
-    close = difflib.get_close_matches(name, known_targets(), n=1, cutoff=0.6)
-    return f"unknown target {name!r}" + (f"; did you mean {close[0]!r}?" if close else ".")
+    return f"unknown target {name!r}" + (nearest(name, known_targets()) or ".")
 
 
 def known_targets() -> list[str]:
@@ -197,9 +195,8 @@ def _accepted_names(cls: Any) -> list[str] | None:
 
 
 def _unknown_param(target: str, name: str, accepted: list[str]) -> str:
-    close = difflib.get_close_matches(name, accepted, n=1, cutoff=0.5)
-    hint = f"did you mean `{close[0]}`?" if close else f"it takes: {', '.join(accepted) or 'nothing'}."
-    return f"{target} takes no parameter `{name}`; {hint}"
+    hint = nearest(name, accepted) or f"; it takes: {', '.join(accepted) or 'nothing'}."
+    return f"{target} takes no parameter `{name}`{hint}"
 
 
 def check_tree(config: Any, place: str = "model") -> list[str]:

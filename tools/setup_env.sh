@@ -79,7 +79,7 @@ _newest_python() {
     done
     echo "error: Python $_versions with its venv module is needed, and ${found:-none at all} is what is here. Install one" \
         "(Debian, Ubuntu: apt install python3-venv; macOS: brew install python@3.12), or name one:" \
-        "PYTHON=/path/to/python bash ${0##*/}" >&2
+        "PYTHON=/path/to/python bash $(printf %q "$0")" >&2
     return 2
 }
 
@@ -141,7 +141,7 @@ _set_up() {
         echo "installing ${file#"$_repo/"}: $(grep -c '^[^#]' "$file") packages and what they need" >&2
         if ! _install "$file"; then
             echo "error: $file is not installed; the lines above say why. The same command goes on from here." >&2
-            [[ -n "$(_lacking "$python")" ]] || echo "To go without: PYTHON=$(printf %q "$python") bash ${0##*/}" >&2
+            [[ -n "$(_lacking "$python")" ]] || echo "To go without: PYTHON=$(printf %q "$python") bash $(printf %q "$0")" >&2
             exit 2
         fi
     done

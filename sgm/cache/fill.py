@@ -218,7 +218,10 @@ class Encoder:
         encoded, self._pending = self._pending, None
         for key, path, moments in zip(encoded.keys, encoded.paths, encoded.fetch(), strict=True):
             if not bool(torch.isfinite(moments).all()):
-                raise CacheError(f"{path}: the VAE gave inf or nan in {self._dtype}; encode in another type")
+                raise CacheError(
+                    f"{path}: the VAE gave inf or nan in {self._dtype}; encode in "
+                    "another type (tools/precompute_cache.py --dtype bf16 or fp32)"
+                )
             writer.put(key, moments)
 
     def _load(self) -> VideoAutoencoderInferenceWrapper:

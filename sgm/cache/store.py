@@ -139,7 +139,8 @@ class CacheStore:
         for name, tensor in stored.items():
             if not bool(torch.isfinite(tensor).all()):
                 raise CacheError(
-                    f"{name} has values outside {self.storage}; make a new cache with --storage bf16 or fp32"
+                    f"{name} has values outside {self.storage}; make a new cache in bf16 or fp32 "
+                    "(args.cache_dtype; tools/precompute_cache.py --storage)"
                 )
         digest = hashlib.sha256("\n".join([self.storage, *stored]).encode()).hexdigest()[:16]
         path = self.folder / f"{kind}-{digest}.safetensors"

@@ -251,7 +251,7 @@ def _channels(patch: tuple[int, ...], out_values: int, latent: int) -> tuple[int
     if frames not in (1, 2) or out_values != 4 * latent * frames or patch[1] % (4 * frames):
         raise ConvertError(
             f"patches of {patch[1]} values in and {out_values} out do not fit {latent} latent channels; "
-            "give the network's YAML file (--config)."
+            "give tools/convert_weight_sat2hf.py the network's YAML file (--config)."
         )
     return patch[1] // (4 * frames), latent, (frames, 2, 2)
 

@@ -26,7 +26,7 @@ from sgm.modules.encoders.t5 import DECODER, SHARED, TIED
 from sgm.modules.transformer.lora_state import lora_spec_of, split_lora
 from sgm.weights.assign import compare_keys
 from sgm.weights.files import WeightsError, WeightsNotFoundError, read_checkpoint, tensors_of, while_files_change
-from sgm.weights.release import locate, weights_entry
+from sgm.weights.release import locate, newest_run, weights_entry
 from sgm.weights.tensor_parallel import join_partitions
 
 _BLOCK_BYTES = 1 << 22
@@ -73,14 +73,16 @@ class Report:
 
 
 def inspect(path: str | Path, *, with_hash: bool = True) -> list[Report]:
-    """Describe a file, a SAT checkpoint folder, a release folder or a diffusers folder.
+    """Describe a file, a SAT checkpoint folder, a training run (also without its date), a release or diffusers folder.
 
     Raises:
         WeightsError: nothing there, no weights in it, or a damaged or unsafe file.
     """
     path = Path(path).expanduser()
     if not path.exists():
-        raise WeightsNotFoundError(f"no file or folder at {path}.")
+        path = newest_run(path) or path
+    if not path.exists():
+        raise WeightsNotFoundError(f"no file or folder at {path}, nor a training run of that name.")
     return while_files_change(lambda: _reports(path, with_hash))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -96,7 +97,8 @@ def import_lora(request: ToSat) -> list[str]:
     how = "stated in the file" if request.lora_alpha is None else "the matrices are scaled for it"
     return [
         f"adapter: {adapter.source}, rank {adapter.rank}, alpha {facts['alpha']:g} ({how}), {len(plan)} matrices",
-        f"written: {request.output} (for --lora {request.output}, or args.load in training)",
+        f"written: {request.output}",
+        f"to sample with it: python sample_video.py CONFIG.yaml --lora {shlex.quote(str(request.output))}",
     ]
 
 
@@ -212,4 +214,4 @@ def _write_network(folder: Path, plan: Mapping[str, Deferred], more: Mapping[str
 def _how_to_run(output: Path, sizes: Sizes) -> str:
     if sizes.takes_image or sizes.patch[0] > 1:
         return f"{RUN_FILE} describes this model; sample_video.py makes text-to-video with 2B and 5B only"
-    return f"to sample: python sample_video.py {output / RUN_FILE}"
+    return f"to sample: python sample_video.py {shlex.quote(str(output / RUN_FILE))}"

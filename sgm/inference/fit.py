@@ -10,6 +10,10 @@ from sgm.errors import SgmError
 from sgm.inference.options import SampleArgs
 from sgm.models.diffusion import SATVideoDiffusionEngine
 
+# Of a side, in relation to training's: a smaller picture is given a part of the trained positions, a larger one some
+# that training never had. A third more or less still leaves more than half of the trained picture.
+LARGEST_FACTOR = 4 / 3
+
 
 class SamplingError(SgmError):
     """The model cannot give this sample; the message says why and what to change."""
@@ -67,7 +71,30 @@ def _channel_problems(engine: SATVideoDiffusionEngine, stated: int | None) -> li
     return problems
 
 
+def unusual_size(engine: SATVideoDiffusionEngine, size: tuple[int, int]) -> str | None:
+    """What to say of a `size` (height, width) that is far from what the network was trained at; None if it is not."""
+    network = engine.network
+    trained = engine.strides.pixel_size(network.latent_height, network.latent_width)
+    if all(own / LARGEST_FACTOR <= side <= own * LARGEST_FACTOR for side, own in zip(size, trained, strict=True)):
+        return None
+    return (
+        f"this model was trained at {trained[0]}x{trained[1]} (height x width); at {size[0]}x{size[1]} expect parts of "
+        "scenes, stripes or repetitions"
+    )
+
+
 def _grid_problems(engine: SATVideoDiffusionEngine, frames: int, size: tuple[int, int]) -> list[str]:
+    if engine.network.patch.t > 1:
+        return [
+            f"the network takes {engine.network.patch.t} frames in a patch, as CogVideoX 1.5; such are not run here"
+        ]
+    if frames % 2 == 0:
+        return [
+            (
+                f"args.sampling_num_frames is {frames} latent frames; the number must be odd (t latent frames decode "
+                f"to 4t-3 frames): choose {frames - 1} or {frames + 1}"
+            )
+        ]
     try:
         grid = engine.network.patch.grid(frames, *engine.strides.latent_size(*size))
         engine.network.mixins.pos_embed.check_grid(grid)

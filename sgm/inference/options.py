@@ -74,12 +74,6 @@ class SampleArgs:
         ]
         if self.fp16 and self.bf16:
             problems.append("args.fp16 and args.bf16 are both true; choose one")
-        if self.sampling_num_frames % 2 == 0:
-            below = self.sampling_num_frames - 1
-            problems.append(
-                f"args.sampling_num_frames is {self.sampling_num_frames} latent frames; the number must be odd "
-                f"(t latent frames decode to 4t-3 frames): choose {below} or {below + 2}"
-            )
         size = self.sampling_image_size
         if size is not None and (len(size) != 2 or any(s <= 0 or s % STRIDES.size_step for s in size)):
             problems.append(

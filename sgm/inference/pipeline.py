@@ -297,7 +297,7 @@ def _on_cpu(cond: Cond) -> Cond:
 def _check_finite(x: Tensor, what: str, dtype: str) -> None:
     if not bool(torch.isfinite(x).all()):
         advice = {
-            "fp16": "float16 overflowed; use --set args.fp16=false args.bf16=true, or float32",
+            "fp16": "float16 overflowed; use bfloat16 (--set args.fp16=false --set args.bf16=true) or float32",
             "bf16": "use float32 (--set args.bf16=false) to see whether the weights are at fault",
             "fp32": "the weights are damaged or belong to another configuration",
         }[dtype]

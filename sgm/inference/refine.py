@@ -190,7 +190,8 @@ def _refusal(error: urllib.error.HTTPError, endpoint: Endpoint) -> Exception:
     if error.code in _PASSING_STATUS or error.code >= 500:
         return _Passing(f"status {status}", _retry_after(error.headers))
     advice = {401: "Check OPENAI_API_KEY.", 403: "Check OPENAI_API_KEY and what it may use.",
-              404: f"Check OPENAI_BASE_URL and the model {endpoint.model!r} (--model)."}  # fmt: skip
+              404: f"Check OPENAI_BASE_URL and the model {endpoint.model!r} "
+                   "(--refine-model; of tools/convert_demo.py: --model)."}  # fmt: skip
     if 300 <= error.code < 400:
         place = error.headers.get("Location", "elsewhere")
         return RefineError(f"{endpoint.url} redirects to {place}; set OPENAI_BASE_URL to where it ends.", fatal=True)

@@ -258,5 +258,7 @@ def out_of_memory_advice(args: SampleArgs) -> str:
     advice = [smaller[args.placement]] if args.placement in smaller else []
     advice += ["--max-batch 1"] if min(args.batch_size, args.max_batch) > 1 else []
     advice += ["--vae-tiling, if decoding failed (approximate)"] if not args.vae_tiling else []
-    advice += ["fewer latent frames (--num-frames 9)", "a smaller --image-size"]
+    fewer = max(1, args.sampling_num_frames - 4)
+    advice += [f"fewer latent frames (--num-frames {fewer})"] if args.sampling_num_frames > 1 else []
+    advice += ["a smaller --image-size"]
     return f"the GPU ran out of memory with --placement {args.placement}. Try " + "; ".join(advice) + "."

@@ -61,8 +61,8 @@ def load_network(
     base, own_lora = split_lora(checkpoint.network)
     if own_lora and not base:
         raise WeightsError(
-            f"{checkpoint.source} holds a LoRA adapter without base weights. Set args.load to the base model and give "
-            f"this file as --lora {path}."
+            f"{checkpoint.source} holds a LoRA adapter without base weights. Set args.load to the base model; when "
+            f"sampling, name the adapter in args.lora ({path})."
         )
     loaded = LoadedNetwork(checkpoint.source, checkpoint.iteration, fingerprint)
     _assign_base(network, base, checkpoint, device, dtype, allow_absent, loaded)

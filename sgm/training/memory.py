@@ -138,6 +138,7 @@ class MemoryNeeds:
     def variants(self) -> dict[str, MemoryNeeds]:
         """The same run with one thing changed, by how to change it."""
         offload = "--set deepspeed.zero_optimization.offload_optimizer.device=cpu"
+        offload += "" if self.stage else " --set deepspeed.zero_optimization.stage=1"
         found = {
             "--set args.checkpoint_activations=true": replace(self, checkpointing=True),
             "--set args.checkpoint_activations=selective": replace(self, checkpointing="selective"),
@@ -153,10 +154,10 @@ class MemoryNeeds:
             "--set args.vae_low_memory=true": replace(self, vae_low_memory=True),
             "--set args.cache_dir=FOLDER": self.cached(),
             "--set deepspeed.train_micro_batch_size_per_gpu=1": replace(self, micro_batch=1),
-            "LoRA instead of full fine-tuning (see the comments in configs/cogvideox_2b_sft.yaml)": replace(
+            "LoRA instead of full fine-tuning (configs/lora.yaml behind the configuration)": replace(
                 self, trained=self.trained // 25, frozen=self.frozen + self.trained
             ),
-            "half the frames (--set data.params.max_num_frames=25)": replace(
+            "half the frames (data.params.max_num_frames)": replace(
                 self, tokens=self.tokens * 25 // 49, vae_values=self.vae_values * 25 // 49
             ),
         }

@@ -151,7 +151,7 @@ def _parts_in(folder: Path) -> list[Path]:
 def _what_lies_in(folder: Path) -> str:
     names = sorted(p.name for p in folder.iterdir())
     if any(n.startswith("z3_rank_") for n in names):
-        return "it holds ZeRO-3 partitions (z3_rank_*), which are no whole weights; save with gathered parameters."
+        return "it holds ZeRO-3 partitions (z3_rank_*), no whole weights; save that run with a ZeRO stage below 3."
     if "model_index.json" in names or "diffusion_pytorch_model.safetensors.index.json" in names:
         return "it holds a diffusers model; convert it with tools/convert_weight_hf2sat.py."
     iterations = [n for n in names if _iteration_of(n) is not None]

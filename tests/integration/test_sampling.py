@@ -313,6 +313,8 @@ VAE = "model.first_stage_config.params.ckpt_path"
          ["transformer_args.max_sequence_length: expected a whole number, got 'x'"]),
         (["--lora", "/nowhere/lora.pt:0.5"], ["args.lora: /nowhere/lora.pt does not exist"]),
         (["--num-frames", "4"], ["odd", "3 or 5"]),
+        (["A", "fox's tail"], ["is no configuration file", "--prompt 'A fox'\"'\"'s tail'"]),
+        (["--num-frames", "4", "--set", "model.network_config.params.patch_size=[2,2,2]"], ["as CogVideoX 1.5"]),
         (["--num-frames", "5"], ["5 latent frames", "more than the 2"]),
         (["--image-size", "100", "192"], ["multiples of 16"]),
         (["--set", "args.sampling_fsp=3"], ["sampling_fsp", "did you mean `sampling_fps`"]),
@@ -341,6 +343,13 @@ def test_bad_input_is_one_clear_error(config, tmp_path, capsys, arguments, words
     err = capsys.readouterr().err
     assert all(word in err for word in words), err
     assert err.count("error: ") == 1 and not list((tmp_path / "out").rglob("*.mp4"))
+
+
+def test_a_size_far_from_training_s_is_warned_of(config, capsys):
+    for width, far in ((32, False), (48, True), (16, True)):
+        assert main(config, "--prompt", "x", "--dry-run", "--image-size", 16, width) == 0
+        warning = f"warning: this model was trained at 16x32 (height x width); at 16x{width} expect"
+        assert (warning in capsys.readouterr().err) == far
 
 
 def test_an_adapter_in_diffusers_form_is_to_be_converted(config, tmp_path, capsys):

@@ -13,6 +13,12 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parents[2]
+LATE_GREP = """#!/bin/bash
+[[ "$1" == -v ]] || exec {grep} "$@"
+lines="$(cat)"
+sleep 0.5
+{grep} "$@" <<<"$lines"
+"""
 PROGRAMS = ("bash", "cat", "cksum", "cut", "dirname", "grep", "mv", "rm")
 OLD = """#!/bin/bash
 says="import sys, platform; sys.version_info = (3, 10, 13, 'final', 0); platform.python_version = lambda: '3.10.13'"
@@ -133,7 +139,7 @@ def test_a_failed_installation_is_no_environment(made, tmp_path):
     (project / "requirements.txt").write_text("absent==1.0\n")
     late = tmp_path / "bin" / "grep"
     late.parent.mkdir()
-    late.write_text(f'#!/bin/bash\n[[ "$1" != -v ]] || sleep 1\nexec {shutil.which("grep")} "$@"\n')
+    late.write_text(LATE_GREP.format(grep=shutil.which("grep")))
     late.chmod(0o755)
     command = source(project, f"{late.parent}:{Path(sys.base_prefix, 'bin')}:/usr/bin:/bin")
     out, err = command.communicate(timeout=120)

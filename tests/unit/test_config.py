@@ -153,7 +153,7 @@ def test_what_is_no_class_of_ours_is_refused(name):
 
 
 def test_typo_in_a_target_is_met_with_the_nearest():
-    with pytest.raises(TargetError, match=r"did you mean 'sgm\.modules\.diffusionmodules\.guiders\.DynamicCFG'"):
+    with pytest.raises(TargetError, match=r"did you mean `sgm\.modules\.diffusionmodules\.guiders\.DynamicCFG`"):
         get_obj_from_str("sgm.modules.diffusionmodules.guiders.DynamicCfg")
 
 

@@ -48,7 +48,7 @@ def picture(folder: Path, count: int, frames: int, width: int) -> Image.Image:
     """
     facts = {video: json.loads(video.with_suffix(".json").read_text("utf-8")) for video in folder.rglob("*.mp4")}
     if not facts:
-        raise VideoError(folder, "no .mp4 files in it; name the --output-dir of a sampling run")
+        raise VideoError(folder, "no .mp4 files in it; name the --output-dir that sample_video.py had")
     videos = sorted(facts, key=lambda video: (facts[video]["prompt_index"], facts[video]["sample_index"]))
     strips = [strip(spread(video, frames), facts[video]["prompt"], width) for video in videos[:count]]
     whole = Image.new("RGB", (width, sum(part.height for part in strips)), "white")

@@ -161,7 +161,9 @@ class FrozenT5Embedder(AbstractEmbModel):
         if not bool(torch.isfinite(embedding).all()):
             raise NonFiniteEmbeddingError(
                 f"the text encoder gave inf or nan in {embedding.dtype}. T5 can leave the range of float16: run in "
-                "bf16 (args.bf16: True, args.fp16: False), and check that the weight files are whole."
+                "bfloat16 (sampling: --set args.fp16=false --set args.bf16=true; training: --set "
+                "deepspeed.fp16.enabled=false --set deepspeed.bf16.enabled=true), and check that the weight files are "
+                "whole."
             )
         return embedding
 

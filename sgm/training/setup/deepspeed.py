@@ -6,9 +6,8 @@ reason why it has none.
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,7 @@ from sgm.config import ConfigError
 from sgm.distributed import quiet_libraries
 from sgm.training.optimizers.ema_adam import OptimizerError
 from sgm.training.optimizers.spec import OptimizerSpec
+from sgm.typed import nearest
 
 TOP_LEVEL = frozenset(
     """activation_checkpointing aio amp autotuning bf16 checkpoint comet comms_logger communication_data_type compile
@@ -73,7 +73,7 @@ def plan_deepspeed(
     notes: list[str] = []
     config = _numbers(section, notes)
     unknown = [name for name in config if name not in TOP_LEVEL | LOSS_SCALE_KEYS]
-    problems = [f"unknown key deepspeed.{name}{_nearest(name, TOP_LEVEL)}" for name in unknown]
+    problems = [f"unknown key deepspeed.{name}{nearest(name, TOP_LEVEL)}" for name in unknown]
     _move_loss_scale(config, notes)
     dtype = _precision(config, device_type, problems)
     zero = _zero(config, device_type, problems, notes)
@@ -101,11 +101,6 @@ def plan_deepspeed(
         config, optimizer, dtype, int(zero["stage"]), offload, micro, accumulation, float(clipping), tuple(notes),
         time_phases,
     )  # fmt: skip
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
-    return f"; did you mean `{close[0]}`?" if close else ""
 
 
 # --- translation, one topic a function ----------------------------------------------------------------------------
@@ -180,7 +175,7 @@ def _zero(config: dict[str, Any], device_type: str, problems: list[str], notes: 
             "args.load starts from the checkpoint's weights"
         )
     known = _zero_keys()
-    problems += [f"unknown key deepspeed.zero_optimization.{n}{_nearest(n, known)}" for n in zero if n not in known]
+    problems += [f"unknown key deepspeed.zero_optimization.{n}{nearest(n, known)}" for n in zero if n not in known]
     return zero
 
 

@@ -124,7 +124,7 @@ def load_engine(
     if not engine.freeze_untrained():
         raise ConfigError(
             f"model.not_trainable_prefixes {list(engine.not_trainable_prefixes)} leaves nothing to train; "
-            "['all'] needs a lora_config beside it (see the comments in configs/cogvideox_2b_sft.yaml)"
+            "['all'] needs a lora_config beside it, as configs/lora.yaml has it"
         )
     engine.to(device)
     if args.prior_data:
