@@ -219,7 +219,8 @@ def test_gradients_of_norm_and_field(shape, grid, groups, swish):
         leaves = [part.clone(memory_format=torch.preserve_format).requires_grad_() for part in (x, y, z, weight, bias)]
         moments = ops.group_moments(leaves[0], groups, 1 << 30)
         frame_map = vae.fit_latent(y, shape[2:])[1] if grid[0] > 1 else vae.SAME_FRAMES
-        field = vae.norm_field(moments, leaves[3], leaves[4], 1e-6, (leaves[1], leaves[2]), frame_map=frame_map)
+        modulation = Modulation(x, frame_map, lambda _: leaves[1], lambda _: leaves[2])
+        field = vae.latent_field(moments, leaves[3], leaves[4], 1e-6, modulation)
         made = ops.apply_field(leaves[0], field, swish=swish)
         assert made.grad_fn is not None
         (made.float() * direction.float()).sum().backward()

@@ -23,10 +23,28 @@ _PATCH = "mixins.patch_embed.proj.weight"
 _LAYER = re.compile(r"^transformer\.layers\.(\d+)\.")
 _SAT_MODULE = "dit_video_concat"
 _5B_WIDTH = 3072
-_COUNTS = (
-    "num_attention_heads", "attention_head_dim", "num_layers", "time_embed_dim", "text_embed_dim", "in_channels",
-    "patch_size", "sample_frames", "sample_height", "sample_width", "max_text_seq_length",
-)  # fmt: skip
+# Sizes -> their names in diffusers' config.json, and what an absent field means there.
+_HF_FIELDS: dict[str, tuple[str, Any]] = {
+    "heads": ("num_attention_heads", 30),
+    "layers": ("num_layers", 30),
+    "time_width": ("time_embed_dim", 512),
+    "text_width": ("text_embed_dim", 4096),
+    "in_channels": ("in_channels", 16),
+    "out_channels": ("out_channels", 16),
+    "rotary": ("use_rotary_positional_embeddings", False),
+    "learned_positions": ("use_learned_positional_embeddings", False),
+    "frames": ("sample_frames", 49),
+    "height": ("sample_height", 60),
+    "width_latent": ("sample_width", 90),
+    "text_length": ("max_text_seq_length", 226),
+    "spacing": ("spatial_interpolation_scale", 1.875),
+    "time_spacing": ("temporal_interpolation_scale", 1.0),
+}
+# Fields that have one value in SAT.
+_HF_FIXED = {
+    "attention_bias": True, "norm_elementwise_affine": True, "flip_sin_to_cos": True, "freq_shift": 0,
+    "temporal_compression_ratio": STRIDES.time,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -95,34 +113,10 @@ class Sizes:
 
     def hf_config(self) -> dict[str, Any]:
         """Fields of `config.json` of `CogVideoXTransformer3DModel`."""
-        config = {
-            "num_attention_heads": self.heads,
-            "attention_head_dim": self.width // self.heads,
-            "in_channels": self.in_channels,
-            "out_channels": self.out_channels,
-            "flip_sin_to_cos": True,
-            "freq_shift": 0,
-            "time_embed_dim": self.time_width,
-            "text_embed_dim": self.text_width,
-            "num_layers": self.layers,
-            "dropout": 0.0,
-            "attention_bias": True,
-            "sample_width": self.width_latent,
-            "sample_height": self.height,
-            "sample_frames": self.frames,
-            "patch_size": self.patch[1],
-            "patch_size_t": None if self.patch[0] == 1 else self.patch[0],
-            "temporal_compression_ratio": STRIDES.time,
-            "max_text_seq_length": self.text_length,
-            "activation_fn": "gelu-approximate",
-            "timestep_activation_fn": "silu",
-            "norm_elementwise_affine": True,
-            "norm_eps": 1e-5,
-            "spatial_interpolation_scale": self.spacing,
-            "temporal_interpolation_scale": self.time_spacing,
-            "use_rotary_positional_embeddings": self.rotary,
-            "use_learned_positional_embeddings": self.learned_positions,
-        }
+        config = {name: getattr(self, size) for size, (name, _) in _HF_FIELDS.items()} | _HF_FIXED
+        config |= {"attention_head_dim": self.width // self.heads, "patch_size": self.patch[1]}
+        config |= {"patch_size_t": None if self.patch[0] == 1 else self.patch[0], "dropout": 0.0, "norm_eps": 1e-5}
+        config |= {"activation_fn": "gelu-approximate", "timestep_activation_fn": "silu"}
         return config if self.ofs_width is None else {**config, "ofs_embed_dim": self.ofs_width}
 
     def sat_params(self) -> dict[str, Any]:
@@ -288,31 +282,22 @@ def sizes_of_hf(config: Mapping[str, Any]) -> Sizes:
     Raises:
         ConvertError: a network that SAT does not have.
     """
-    get = config.get
-    odd = [f"{name} {config[name]!r}" for name in _COUNTS if name in config and not _is_count(config[name])]
+    values = {size: config.get(name, default) for size, (name, default) in _HF_FIELDS.items()}
+    values["out_channels"] = values["out_channels"] or values["in_channels"]
+    values |= {name: float(values[name]) for name in ("spacing", "time_spacing")}
+    head, patch = config.get("attention_head_dim", 64), config.get("patch_size", 2)
+    counts = {name: values[size] for size, (name, default) in _HF_FIELDS.items() if type(default) is int}
+    counts |= {"attention_head_dim": head, "patch_size": patch}
+    odd = [f"{name} {value!r}" for name, value in counts.items() if not _is_count(value)]
     if odd:
         raise ConvertError(f"the transformer's config.json is damaged: {', '.join(odd)}.")
-    heads, head = get("num_attention_heads", 30), get("attention_head_dim", 64)
-    refused = {
-        "attention_bias": (get("attention_bias", True), True),
-        "norm_elementwise_affine": (get("norm_elementwise_affine", True), True),
-        "flip_sin_to_cos": (get("flip_sin_to_cos", True), True),
-        "freq_shift": (get("freq_shift", 0), 0),
-        "temporal_compression_ratio": (get("temporal_compression_ratio", STRIDES.time), STRIDES.time),
-    }
-    wrong = [f"{name} {given!r}" for name, (given, only) in refused.items() if given != only]
+    wrong = [f"{name} {config[name]!r}" for name, only in _HF_FIXED.items() if config.get(name, only) != only]
     if wrong:
         raise ConvertError(f"this diffusers transformer has no counterpart in SAT: {', '.join(wrong)}.")
-    patch, frames = get("patch_size", 2), get("patch_size_t")
+    frames = config.get("patch_size_t")
     return Sizes(
-        width=heads * head, heads=heads, layers=get("num_layers", 30), time_width=get("time_embed_dim", 512),
-        text_width=get("text_embed_dim", 4096), in_channels=get("in_channels", 16),
-        out_channels=get("out_channels", 16) or get("in_channels", 16), patch=(frames or 1, patch, patch),
-        linear_patches=frames is not None, rotary=get("use_rotary_positional_embeddings", False),
-        learned_positions=get("use_learned_positional_embeddings", False), ofs_width=get("ofs_embed_dim"),
-        frames=get("sample_frames", 49), height=get("sample_height", 60), width_latent=get("sample_width", 90),
-        text_length=get("max_text_seq_length", 226), spacing=float(get("spatial_interpolation_scale", 1.875)),
-        time_spacing=float(get("temporal_interpolation_scale", 1.0)),
+        **values, width=values["heads"] * head, patch=(frames or 1, patch, patch), linear_patches=frames is not None,
+        ofs_width=config.get("ofs_embed_dim"),
     )  # fmt: skip
 
 

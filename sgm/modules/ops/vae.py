@@ -144,37 +144,6 @@ def _moments_at_once(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     return mean, inverse.square().reciprocal()
 
 
-def norm_field(
-    moments: tuple[Tensor, Tensor],
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    modulation: tuple[Tensor, Tensor] | None = None,
-    added: Tensor | None = None,
-    frame_map: FrameMap = SAME_FRAMES,
-) -> AffineField:
-    """Group normalisation (Wu & He 2018), optionally modulated, as a field: GN(x) * y + z with modulation = (y, z).
-
-    Args:
-        moments: mean and variance (b, groups).
-        weight, bias: (c,).
-        modulation: y and z, (b, c, t', h', w').
-        added: (c,), makes it the field of x for GN(x + added); the moments are those of x + added.
-        frame_map: from frames of x to those of the modulation.
-    """
-    mean, variance = moments
-    per_channel = weight.shape[0] // mean.shape[1]
-    scale = (variance + eps).rsqrt().repeat_interleave(per_channel, dim=1) * weight.to(mean.dtype)
-    mean = mean.repeat_interleave(per_channel, dim=1)
-    mean = mean if added is None else mean - added
-    shift = bias.to(mean.dtype) - mean * scale
-    scale, shift = scale[:, :, None, None, None], shift[:, :, None, None, None]
-    if modulation is None:
-        return AffineField(scale, shift)
-    y, z = (part.to(mean.dtype) for part in modulation)
-    return AffineField(scale * y, torch.addcmul(z, shift, y), frame_map)
-
-
 class Modulation(NamedTuple):
     """y and z of GN(x) * y + z as 1x1x1 convolutions of a latent grid (b, k, t', h', w'), see `fit_latent`."""
 
@@ -192,11 +161,24 @@ def latent_field(
     modulation: Modulation | None = None,
     added: Tensor | None = None,
 ) -> AffineField:
-    """`norm_field`, under the modulation that a latent gives."""
+    """Group normalisation (Wu & He 2018) as a field, with a modulation GN(x) * y + z.
+
+    Args:
+        moments: mean and variance (b, groups).
+        weight, bias: (c,).
+        added: (c,), makes it the field of x for GN(x + added); the moments are those of x + added.
+    """
+    mean, variance = moments
+    per_channel = weight.shape[0] // mean.shape[1]
+    scale = (variance + eps).rsqrt().repeat_interleave(per_channel, dim=1) * weight.to(mean.dtype)
+    mean = mean.repeat_interleave(per_channel, dim=1)
+    mean = mean if added is None else mean - added
+    shift = bias.to(mean.dtype) - mean * scale
+    scale, shift = scale[:, :, None, None, None], shift[:, :, None, None, None]
     if modulation is None:
-        return norm_field(moments, weight, bias, eps, added=added)
-    y, z = modulation.to_scale(modulation.latent), modulation.to_shift(modulation.latent)
-    return norm_field(moments, weight, bias, eps, (y, z), added, modulation.frame_map)
+        return AffineField(scale, shift)
+    y, z = (conv(modulation.latent).to(mean.dtype) for conv in (modulation.to_scale, modulation.to_shift))
+    return AffineField(scale * y, torch.addcmul(z, shift, y), modulation.frame_map)
 
 
 def fit_latent(z: Tensor, size: tuple[int, int, int]) -> tuple[Tensor, FrameMap]:
