@@ -12,24 +12,56 @@ from dataclasses import dataclass
 from typing import Any
 
 from sgm.config import ConfigError
-from sgm.distributed import quiet_libraries
 from sgm.training.optimizers.ema_adam import OptimizerError
 from sgm.training.optimizers.spec import OptimizerSpec
-from sgm.typed import nearest
+from sgm.training.setup.deepspeed_verdict import deepspeed_verdict, switched_on, value_at, without
+from sgm.typed import listing
 
-TOP_LEVEL = frozenset(
-    """activation_checkpointing aio amp autotuning bf16 checkpoint comet comms_logger communication_data_type compile
-    csv_monitor curriculum_learning data_efficiency data_types disable_allgather dump_state eigenvalue elasticity
-    flops_profiler fp16 gradient_accumulation_steps gradient_clipping gradient_predivide_factor graph_harvesting
-    hybrid_engine load_universal_checkpoint local_rank memory_breakdown nebula optimizer prescale_gradients
-    progressive_layer_drop quantize_training scheduler seq_parallel_communication_data_type sparse_gradients
-    steps_per_print tensor_parallel tensorboard timers torch_autocast train_batch_size train_micro_batch_size_per_gpu
-    use_data_before_expert_parallelism wall_clock_breakdown wandb zero_allow_untested_optimizer
-    zero_force_ds_cpu_optimizer zero_optimization""".split()
-)
+# DeepSpeed's features that have no place in a training here, and what has.
+_NOT_HERE = {
+    "autotuning": "nothing starts its search",
+    "checkpoint.load_universal": "checkpoints are this project's own (--resume)",
+    "load_universal_checkpoint": "checkpoints are this project's own (--resume)",
+    "datastates_ckpt": "checkpoints are this project's own",
+    "comet": "the run reports to args.tensorboard and args.wandb",
+    "csv_monitor": "the run writes its numbers to metrics.jsonl",
+    "tensorboard": "use args.tensorboard",
+    "wandb": "use args.wandb",
+    "compile": "the model is not compiled",
+    "data_efficiency": "clips come from args.train_data, in args.data_order",
+    "expert_parallel": "the network has no experts",
+    "hybrid_engine": "nothing is generated while training",
+    "pipeline": "layers are not dealt out to processes",
+    "sequence_parallel_size": "clips are not cut between processes",
+    "tensor_parallel": "use args.model_parallel_size",
+    "weight_quantization": "it is for DeepSpeed's inference",
+}
+_NO_EFFECT = {
+    "checkpoint": "checkpoints are this project's own",
+    "dataloader_drop_last": "the data loader is this project's own",
+    "disable_allgather": "DeepSpeed reads it and makes no use of it",
+    "dump_state": "`--dry-run` shows the configuration",
+    "local_rank": "the launcher gives it",
+    "seq_parallel_communication_data_type": "clips are not cut between processes",
+    "use_data_before_expert_parallelism": "the network has no experts",
+    "vocabulary_size": "DeepSpeed reads it for a warning alone",
+    "zero_optimization.elastic_checkpoint": "checkpoints are this project's own",
+    "zero_optimization.gather_16bit_weights_on_model_save": "checkpoints hold whole weights",
+    "zero_optimization.stage3_gather_16bit_weights_on_model_save": "checkpoints hold whole weights",
+    "zero_optimization.stage3_gather_fp16_weights_on_model_save": "checkpoints hold whole weights",
+    "zero_optimization.load_from_fp32_weights": "--resume restores the float32 masters, args.load starts from the "
+    "checkpoint's weights",
+    "zero_optimization.pipeline_loading_checkpoint": "checkpoints are this project's own",
+}
+_FIXED = {
+    "gradient_allreduce_op": "mean",
+    "managed_gradient_accumulation": True,
+    "zero_optimization.compute_grad_norm": True,
+}  # what `sgm.training.step` counts on
 LOSS_SCALE_KEYS = frozenset(
     {"loss_scale", "loss_scale_window", "hysteresis", "min_loss_scale", "initial_scale_power", "consecutive_hysteresis"}
 )
+_BF16_NAMES = ("bf16", "bfloat16")
 _BF16_INSTEAD = "--set deepspeed.fp16.enabled=false --set deepspeed.bf16.enabled=true"
 
 
@@ -71,9 +103,8 @@ def plan_deepspeed(
     if not section:
         raise ConfigError("training needs a `deepspeed:` section (batch size, optimizer, precision)")
     notes: list[str] = []
-    config = _numbers(section, notes)
-    unknown = [name for name in config if name not in TOP_LEVEL | LOSS_SCALE_KEYS]
-    problems = [f"unknown key deepspeed.{name}{nearest(name, TOP_LEVEL)}" for name in unknown]
+    problems: list[str] = []
+    config = _without_absent(_numbers(section, notes), problems, notes)
     _move_loss_scale(config, notes)
     dtype = _precision(config, device_type, problems)
     zero = _zero(config, device_type, problems, notes)
@@ -84,14 +115,15 @@ def plan_deepspeed(
     clipping = config.setdefault("gradient_clipping", 0.0)
     if isinstance(clipping, bool) or not isinstance(clipping, int | float) or clipping < 0:
         problems.append(f"deepspeed.gradient_clipping must be a number >= 0, got {clipping!r}")
+    _autocast(config, problems)
+    _quiet_defaults(config)
+    config = _heed_verdict(config, problems, notes)
     if problems or optimizer is None:
-        title = f"{len(problems)} problem{'s' if len(problems) > 1 else ''} in the deepspeed section:"
-        raise ConfigError("\n".join([title, *(f"  - {p}" for p in problems)]))
+        raise ConfigError(listing(problems, "the deepspeed section"))
     if dtype == "fp32" and not zero["stage"]:
         config["gradient_clipping"] = 0.0  # DeepSpeed's own cannot do without gradients; `training_step` clips
-    offload = "offload_optimizer" in zero
+    offload = "offload_optimizer" in config["zero_optimization"]
     _allow_own_optimizer(config, zero, optimizer, notes)
-    _quiet_defaults(config)
     time_phases = bool(config.get("wall_clock_breakdown"))
     config["wall_clock_breakdown"] = False  # DeepSpeed's own knows neither VAE nor text encoder
     idle = [name for name, value in (config.get("activation_checkpointing") or {}).items() if value]
@@ -107,9 +139,10 @@ def plan_deepspeed(
 
 
 def _numbers(value: Any, notes: list[str], place: str = "deepspeed") -> Any:
-    """Numbers that YAML gave as text ("1e-8" has no dot) become numbers, everywhere below."""
+    """Numbers that YAML gave as text ("1e-8" has no dot) become numbers, everywhere below; what is null is left out."""
     if isinstance(value, Mapping):
-        return {key: _numbers(inner, notes, f"{place}.{key}") for key, inner in value.items()}
+        given = {k: v for k, v in value.items() if v is not None or place.startswith("deepspeed.optimizer")}
+        return {key: _numbers(inner, notes, f"{place}.{key}") for key, inner in given.items()}
     if isinstance(value, list | tuple):
         return [_numbers(inner, notes, f"{place}.{k}") for k, inner in enumerate(value)]
     if isinstance(value, str):
@@ -121,6 +154,40 @@ def _numbers(value: Any, notes: list[str], place: str = "deepspeed") -> Any:
             notes.append(f"{place}: the text {value!r} is read as the number {number:g}")
             return int(number) if number.is_integer() and "e" not in value.lower() and "." not in value else number
     return value
+
+
+def _without_absent(config: dict[str, Any], problems: list[str], notes: list[str]) -> dict[str, Any]:
+    """The section without what has no part in a training here."""
+    for place, instead in (_NOT_HERE | _NO_EFFECT).items():
+        value = value_at(config, place)
+        if value is None:
+            continue
+        config = without(config, place)
+        if place not in _NOT_HERE or not switched_on(value):
+            notes.append(f"deepspeed.{place} has no effect: {instead}")
+        else:
+            problems.append(f"deepspeed.{place} is not supported: {instead}; remove it")
+    for place, value in _FIXED.items():
+        if value_at(config, place) not in (None, value):
+            problems.append(f"deepspeed.{place} is {value_at(config, place)!r}; training here needs {value!r}")
+            config = without(config, place)
+    return config
+
+
+def _heed_verdict(config: dict[str, Any], problems: list[str], notes: list[str]) -> dict[str, Any]:
+    """The section without what is switched off; adds what DeepSpeed refuses of it."""
+    refused, idle = deepspeed_verdict(config)
+    for place, reason in refused.items():
+        named = f"deepspeed.{place}" if place else "deepspeed"
+        if not any(f"{named} " in problem for problem in problems):
+            problems.append(f"{named}: {reason}")
+    for place in idle:
+        notes.append(f"deepspeed.{place} has no effect: DeepSpeed has removed what it switches off")
+        config = without(config, place)
+    for part in ("offload_optimizer", "offload_param"):
+        if value_at(config, f"zero_optimization.{part}.device") in (None, "none"):
+            config = without(config, f"zero_optimization.{part}")
+    return config
 
 
 def _move_loss_scale(config: dict[str, Any], notes: list[str]) -> None:
@@ -158,6 +225,16 @@ def _precision(config: dict[str, Any], device_type: str, problems: list[str]) ->
     return enabled[0] if len(enabled) == 1 else "fp32"
 
 
+def _autocast(config: dict[str, Any], problems: list[str]) -> None:
+    section = config.get("torch_autocast")
+    if isinstance(section, dict) and section.get("enabled") and not str(section.get("dtype")).endswith(_BF16_NAMES):
+        problems.append(
+            f"deepspeed.torch_autocast.dtype is {section.get('dtype')!r}: DeepSpeed clips the gradients of float16 while "
+            "they are scaled. Use bfloat16 (`--set deepspeed.torch_autocast.dtype=bfloat16`), or for float16 `--set "
+            "deepspeed.torch_autocast.enabled=false --set deepspeed.fp16.enabled=true`"
+        )
+
+
 def _zero(config: dict[str, Any], device_type: str, problems: list[str], notes: list[str]) -> dict[str, Any]:
     zero = config.get("zero_optimization") or {}
     if not isinstance(zero, dict):
@@ -169,13 +246,6 @@ def _zero(config: dict[str, Any], device_type: str, problems: list[str], notes: 
         problems.append(f"deepspeed.zero_optimization.stage must be 0, 1, 2 or 3, got {stage!r}")
         stage = zero["stage"] = 0
     _offload(zero, stage, device_type, problems, notes)
-    if zero.pop("load_from_fp32_weights", None) is not None:
-        notes.append(
-            "deepspeed.zero_optimization.load_from_fp32_weights has no effect: --resume restores the float32 masters, "
-            "args.load starts from the checkpoint's weights"
-        )
-    known = _zero_keys()
-    problems += [f"unknown key deepspeed.zero_optimization.{n}{nearest(n, known)}" for n in zero if n not in known]
     return zero
 
 
@@ -189,17 +259,8 @@ def _offload(zero: dict[str, Any], stage: int, device_type: str, problems: list[
             notes.append(f"deepspeed.zero_optimization.{old} is today's {new}: {zero[new]}")
         elif wanted not in (None, False):
             problems.append(f"deepspeed.zero_optimization.{old} must be true or false, got {wanted!r}")
-        if isinstance(zero.get(new), dict) and zero[new].get("device", "none") == "none":
-            del zero[new]
-        if new in zero and stage < least:
+        if value_at(zero, f"{new}.device") not in (None, "none") and stage < least:
             problems.append(f"deepspeed.zero_optimization.{new} needs stage {least} or higher, the stage is {stage}")
-
-
-def _zero_keys() -> set[str]:
-    with quiet_libraries():
-        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-    fields = DeepSpeedZeroConfig.model_fields
-    return set(fields) | {field.alias for field in fields.values() if field.alias} | {"legacy_stage1"}
 
 
 def _batch_sizes(config: dict[str, Any], ranks: int, problems: list[str]) -> tuple[int, int]:
