@@ -40,7 +40,7 @@ from sgm.training.setup.estimate import memory_needs, planned_needs
 from sgm.training.setup.model import arrange_first_stage, checkpointing_mode, load_engine
 from sgm.training.setup.places import check_places, with_found_places
 from sgm.training.setup.run_folder import check_writable, find_checkpoint, hold, new_run_folder
-from sgm.training.setup.start import start_engine
+from sgm.training.setup.start import rehearse_start, start_engine
 from sgm.training.trainer import Trainer
 from sgm.training.watch.boards import Board, TensorBoard, WeightsAndBiases
 from sgm.training.watch.run_log import RunLog
@@ -251,6 +251,7 @@ def _activation_note(config: RunConfig[TrainArgs]) -> list[str]:
 def _dry_run(config: RunConfig[TrainArgs], plan: DeepSpeedPlan, info: DistInfo, say: Say) -> int:
     args = config.args
     say(config.as_yaml())
+    rehearse_start(plan, info.device)
     ranks = distributed.data_parallel_world_size()
     batch = plan.micro_batch * plan.accumulation * ranks
     extent = f"{args.epochs} epochs" if args.epochs else f"{args.train_iters} iterations"

@@ -1,5 +1,5 @@
 """Run by test_training_zero.py on several ranks: a toy model through the cases named "STAGE TYPE [offload] [8bit]
-[buckets]"; prints JSON."""
+[buckets] [autocast]"; prints JSON. Autocast last: DeepSpeed remembers it for the rest of a process."""
 
 from __future__ import annotations
 
@@ -76,6 +76,7 @@ def build(stage: int, precision: str, ranks: int, more: list[str]):
     }
     for name in SETTINGS.keys() & more:
         section["zero_optimization"] |= SETTINGS[name]
+    section["torch_autocast"] = {"enabled": "autocast" in more, "dtype": "bfloat16"}
     plan = plan_deepspeed(section, device_type="cpu", data_parallel_size=ranks)
     model = Toy({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
     engine = start_engine(model, parameter_groups(model), plan, "cpu")

@@ -154,6 +154,94 @@ def test_problems_are_listed_together():
         assert part in message
 
 
+REMOVED = {
+    "amp": {"enabled": True}, "curriculum_learning": {"enabled": True}, "eigenvalue": {"enabled": True},
+    "elasticity": {"enabled": True}, "graph_harvesting": True, "nebula": {"enabled": True},
+    "progressive_layer_drop": {"enabled": True, "theta": 0.5}, "quantize_training": {"enabled": True},
+    "sparse_gradients": True, "compression_training": {"weight_quantization": {"shared_parameters": {"enabled": True}}},
+}  # fmt: skip
+
+
+def switched_off(value):
+    if isinstance(value, dict):
+        return {name: switched_off(inner) if isinstance(inner, bool | dict) else inner for name, inner in value.items()}
+    return False
+
+
+def test_what_deepspeed_has_removed_may_stand_there_switched_off():
+    done = plan(**switched_off(REMOVED), zero_optimization={"stage": 2, "mics_shard_size": -1, "zeropp_loco_param": {}})
+    assert not REMOVED.keys() & done.config.keys() and "mics_shard_size" not in done.config["zero_optimization"]
+    said = "\n".join(done.notes)
+    assert all(f"deepspeed.{name} has no effect" in said for name in [*REMOVED, "zero_optimization.mics_shard_size"])
+    with pytest.raises(ConfigError) as caught:
+        plan(**REMOVED, zero_optimization={"stage": 3, "mics_shard_size": 2})
+    named = [line.split(":")[0] for line in str(caught.value).splitlines()[1:]]
+    assert sorted(named) == sorted(f"  - deepspeed.{n}" for n in [*REMOVED, "zero_optimization.mics_shard_size"])
+
+
+def test_what_has_no_part_in_a_training_here():
+    idle = {"checkpoint": {"load_universal": False, "tag_validation": "Warn"}, "dataloader_drop_last": True}
+    done = plan(**idle, tensorboard={"enabled": False}, zero_optimization={"stage": 1, "elastic_checkpoint": True})
+    assert not {*idle, "tensorboard"} & done.config.keys()
+    assert sum("has no effect" in note for note in done.notes) == 5
+    absent = {
+        "load_universal_checkpoint": True,
+        "hybrid_engine": {"enabled": True},
+        "data_efficiency": {"enabled": True},
+    }
+    with pytest.raises(ConfigError) as caught:
+        plan(**absent, checkpoint={"load_universal": True}, wandb={"enabled": True}, gradient_allreduce_op="sum")
+    for place in (*absent, "checkpoint.load_universal", "wandb", "gradient_allreduce_op"):
+        assert f"deepspeed.{place} is " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes, place, words",
+    [
+        ({"zero_optimization": {"stage": 1, "offload_optimizer": {"devce": "cpu"}}},
+         "zero_optimization.offload_optimizer.devce", "unknown key; did you mean `device`"),
+        ({"zero_optimization": {"stage": 3, "stage3_max_live_paramters": 5}},
+         "zero_optimization.stage3_max_live_paramters", "did you mean `stage3_max_live_parameters`"),
+        ({"zero_optimization": {"stage": 3, "leaf_module": {"clases": ["x"]}}},
+         "zero_optimization.leaf_module.clases", "did you mean `classes`"),
+        ({"bfloat16": {"enabled": True}}, "bfloat16", "did you mean `bf16`"),
+        ({"fp16": {"initial_scal_power": 8}}, "fp16.initial_scal_power", "did you mean `initial_scale_power`"),
+        ({"timers": {"throughput": {"enabld": True}}}, "timers.throughput.enabld", "did you mean `enabled`"),
+        ({"activation_checkpointing": {"profil": True}}, "activation_checkpointing.profil", "did you mean `profile`"),
+        ({"flops_profiler": {"enabled": True, "top_moduls": 3}}, "flops_profiler.top_moduls", "`top_modules`"),
+        ({"aio": {"blok_size": 3}}, "aio.blok_size", "did you mean `block_size`"),
+        ({"data_types": {"grad_acum_dtype": "fp32"}}, "data_types.grad_acum_dtype", "`grad_accum_dtype`"),
+        ({"zero_optimization": {"stage": 1, "reduce_bucket_size": "many"}},
+         "zero_optimization.reduce_bucket_size", "valid integer"),
+        ({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "gpu"}}},
+         "zero_optimization.offload_optimizer.device", "'cpu' or 'nvme', got 'gpu'"),
+        ({"flops_profiler": {"profile_step": "late"}}, "flops_profiler.profile_step", "whole number, got 'late'"),
+        ({"flops_profiler": True}, "flops_profiler", "True"),
+        ({"comms_logger": 5}, "comms_logger", "must be a mapping, not int"),
+        ({"prescale_gradients": "yes"}, "prescale_gradients", "true or false, got 'yes'"),
+        ({"communication_data_type": "fp8"}, "communication_data_type", "['fp16', 'bf16', 'fp32']"),
+        ({"data_types": {"keep_in_fp32_modules": 5}}, "data_types.keep_in_fp32_modules", "list of name patterns"),
+        ({"bf16": {"enabled": True, "bf16_optimizer_states": True}}, "", "requires bf16_master_weights_and_grads"),
+    ],
+)  # fmt: skip
+def test_each_key_at_each_depth_is_checked_by_deepspeed_itself(changes, place, words):
+    with pytest.raises(ConfigError) as caught:
+        plan(**changes)
+    title, *lines = str(caught.value).splitlines()
+    assert title == "1 problem in the deepspeed section:" and words in lines[0], lines
+    assert lines[0].startswith(f"  - deepspeed{place and '.'}{place}: ")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "fp16", "torch.float32", None])
+@pytest.mark.parametrize("stage", range(4))
+def test_autocast_is_for_bfloat16(stage, dtype):
+    """DeepSpeed 0.19.8 clips the gradients of float16 while they are scaled."""
+    with pytest.raises(ConfigError, match=r"--set deepspeed.torch_autocast.dtype=bfloat16"):
+        plan(torch_autocast={"enabled": True, "dtype": dtype}, zero_optimization={"stage": stage})
+    assert plan(torch_autocast={"enabled": True, "dtype": "bfloat16"}, zero_optimization={"stage": stage})
+    assert plan(torch_autocast={"enabled": False, "dtype": dtype}, zero_optimization={"stage": stage})
+
+
 def test_batch_sizes_must_agree():
     assert plan(ranks=4).config["train_micro_batch_size_per_gpu"] == 1
     done = plan(ranks=2, train_batch_size=8, gradient_accumulation_steps=None)

@@ -229,9 +229,9 @@ def _autocast(config: dict[str, Any], problems: list[str]) -> None:
     section = config.get("torch_autocast")
     if isinstance(section, dict) and section.get("enabled") and not str(section.get("dtype")).endswith(_BF16_NAMES):
         problems.append(
-            f"deepspeed.torch_autocast.dtype is {section.get('dtype')!r}: DeepSpeed clips the gradients of float16 while "
-            "they are scaled. Use bfloat16 (`--set deepspeed.torch_autocast.dtype=bfloat16`), or for float16 `--set "
-            "deepspeed.torch_autocast.enabled=false --set deepspeed.fp16.enabled=true`"
+            f"deepspeed.torch_autocast.dtype is {section.get('dtype')!r}: DeepSpeed clips the gradients of float16 "
+            "while they are scaled. Use bfloat16 (`--set deepspeed.torch_autocast.dtype=bfloat16`), or for float16 "
+            "`--set deepspeed.torch_autocast.enabled=false --set deepspeed.fp16.enabled=true`"
         )
 
 
@@ -259,6 +259,10 @@ def _offload(zero: dict[str, Any], stage: int, device_type: str, problems: list[
             notes.append(f"deepspeed.zero_optimization.{old} is today's {new}: {zero[new]}")
         elif wanted not in (None, False):
             problems.append(f"deepspeed.zero_optimization.{old} must be true or false, got {wanted!r}")
+        if value_at(zero, f"{new}.device") == "nvme":
+            problems.append(
+                f"deepspeed.zero_optimization.{new}.device is 'nvme'; checkpoints read from memory: use cpu"
+            )
         if value_at(zero, f"{new}.device") not in (None, "none") and stage < least:
             problems.append(f"deepspeed.zero_optimization.{new} needs stage {least} or higher, the stage is {stage}")
 

@@ -7,9 +7,13 @@ import os
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
+from sgm.config import ConfigError
 from sgm.distributed import model_parallel_world_size, prepare_deepspeed, quiet_libraries
+from sgm.models.autoencoder import VideoAutoencoder
+from sgm.models.diffusion import DTYPES
 from sgm.training.optimizers.flat_gradients import FlatGradients, fits_one_buffer
 from sgm.training.setup.deepspeed import DeepSpeedPlan
 from sgm.training.setup.engine import StopsAtLowestScale, TrainingEngine, Zero12
@@ -22,6 +26,9 @@ def start_engine(
 
     The optimizer is built here where it can be, so that no compiler is started on a CPU; the state that some wrappers
     make by a trial step is thrown away.
+
+    Raises:
+        ConfigError: DeepSpeed refuses what its section asks for.
     """
     prepare_deepspeed(device_type)
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed demands it of a single process too
@@ -32,14 +39,21 @@ def start_engine(
 
         if plan.stage == 3:
             _gather_first_stage_whole(model)
-        ds_engine: TrainingEngine = deepspeed.initialize(
-            model=model,
-            model_parameters=None if own is not None else groups,
-            optimizer=own,
-            config=copy.deepcopy(plan.config),
-            mpu=_sat_groups() if split else None,
-            dist_init_required=False,
-        )[0]
+        try:
+            ds_engine: TrainingEngine = deepspeed.initialize(
+                model=model,
+                model_parameters=None if own is not None else groups,
+                optimizer=own,
+                config=copy.deepcopy(plan.config),
+                mpu=_sat_groups() if split else None,
+                dist_init_required=False,
+            )[0]
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # assertions, compilers that are absent, ...: each says what it lacks
+            raise ConfigError(
+                f"DeepSpeed {deepspeed.__version__} does not start with this deepspeed section: {error!r}"
+            ) from error
     ds_engine.basic_optimizer.state.clear()
     wrapper = ds_engine.optimizer
     if isinstance(wrapper, Zero12) and not split:
@@ -50,6 +64,16 @@ def start_engine(
     if isinstance(scaler, StopsAtLowestScale):
         scaler.raise_error_at_min_scale = False  # the limit on skipped steps ends such a run, with advice
     return ds_engine
+
+
+def rehearse_start(plan: DeepSpeedPlan, device: torch.device) -> None:
+    """Start DeepSpeed on a stand-in for the model: what it refuses, a dry run says.
+
+    Raises:
+        ConfigError: as `start_engine`.
+    """
+    model = nn.Linear(8, 8, device=device, dtype=DTYPES[plan.dtype])
+    start_engine(model, [{"params": list(model.parameters())}], plan, device.type)
 
 
 def _look_for_bad_gradients_once(wrapper: Zero12) -> None:
@@ -70,7 +94,7 @@ def _gather_first_stage_whole(model: nn.Module) -> None:
     from deepspeed.utils import set_z3_leaf_modules
 
     stage = getattr(model, "first_stage_model", None)
-    if stage is not None:
+    if isinstance(stage, VideoAutoencoder):  # with a cache something else stands there
         set_z3_leaf_modules(model, list({type(stage.encoder), type(stage.decoder)}))
 
 
