@@ -21,7 +21,7 @@ from typing import IO, Any, NoReturn
 from sgm.errors import SgmError
 from sgm.places import INSTALLED, PROJECT
 
-BAD_INPUT, INTERRUPTED, TERMINATED = 2, 130, 143
+BAD_INPUT, MOSTLY_SKIPPED, INTERRUPTED, TERMINATED = 2, 3, 130, 143
 SAID = "COGVIDEOX_SAID"  # environment: the file of what the ranks have said
 
 

@@ -3,7 +3,8 @@
     python sgm/launch.py --standalone --nproc_per_node=2 sample_video.py ...
 
 The options are torchrun's. What the ranks say of an error is not said again, and the exit code is theirs: 2 for bad
-input, 130 after Ctrl-C, 143 after SIGTERM. (torchrun alone ends with its own traceback and 1, whatever happened.)
+input, 3 after a training that skipped most of its steps, 130 after Ctrl-C, 143 after SIGTERM. (torchrun alone ends
+with its own traceback and 1, whatever happened.)
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ if __name__ == "__main__":
     # Python puts a script's own folder first, where `config`, `data` and others would stand before packages.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from sgm.cli import BAD_INPUT, INTERRUPTED, SAID, TERMINATED, exit_code
+from sgm.cli import BAD_INPUT, INTERRUPTED, MOSTLY_SKIPPED, SAID, TERMINATED, exit_code
 
-SPOKEN_FOR = (BAD_INPUT, INTERRUPTED, TERMINATED)  # codes of a rank that has said why it left
+SPOKEN_FOR = (BAD_INPUT, MOSTLY_SKIPPED, INTERRUPTED, TERMINATED)  # codes of a rank that has said why it left
 # What torchrun logs of ends that are told here, or by the ranks.
 TOLD = ("Sending process %s closing signal", "failed (exitcode", "Received %s death signal")
 

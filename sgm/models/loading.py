@@ -21,6 +21,7 @@ from sgm.modules.transformer.lora_state import split_lora
 from sgm.places import CONFIGS
 from sgm.weights import WeightsError, assign_state, weights_fingerprint
 from sgm.weights.files import while_files_change
+from sgm.weights.finite import require_finite
 from sgm.weights.identify import fitting_configs, what_is
 from sgm.weights.release import Adapter, Checkpoint, read_transformer
 
@@ -71,6 +72,7 @@ def load_network(
         source = read_transformer(adapter.path)
         found.append((adapter, _adapter_state(source, network), source))
     for adapter, lora, source in found:
+        require_finite(lora, source.source)
         _apply_adapter(network, adapter, lora, source, merge or len(found) > 1)
         loaded.adapters.append(f"{source.source} x {adapter.scale:g}")
     if not found and network.has_lora_config:

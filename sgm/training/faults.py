@@ -12,6 +12,8 @@ from types import FrameType
 from sgm.errors import SgmError
 from sgm.training.memory import MemoryNeeds, gib
 
+OVERFLOW = "the gradient left float16's range, the loss scale is lowered"  # in float16 this happens to good runs
+
 
 class TrainingStopped(SgmError):
     """The run cannot usefully go on; the message gives the reason and what to change."""
@@ -25,14 +27,30 @@ class SkipGuard:
         limit: so many in a row end the run.
         total: all so far.
         in_a_row: since the last applied step.
+        search: those before the first applied one, in which float16 looks for its loss scale.
+        reason: of the last one.
     """
 
     limit: int
     total: int = 0
     in_a_row: int = 0
+    search: int = 0
+    reason: str = ""
 
     def applied(self) -> None:
         self.in_a_row = 0
+
+    def worth_saving(self, iteration: int) -> bool:
+        """Do the weights after `iteration` steps hold something that was learnt, and go on being good for losses?
+
+        One step may be skipped for a bad clip, and some in float16; a row of them says that the weights are bad.
+        """
+        return self.total < iteration and (self.in_a_row <= 1 or self.reason == OVERFLOW)
+
+    def mostly_skipped(self, iteration: int) -> bool:
+        """Of `iteration` steps, were more skipped (but for float16's search) than applied?"""
+        applied = iteration - self.total
+        return self.total - self.search > applied or not applied
 
     def skipped(self, reason: str, iteration: int, dtype: str) -> None:
         """Count one.
@@ -40,6 +58,9 @@ class SkipGuard:
         Raises:
             TrainingStopped: `limit` in a row.
         """
+        if reason == OVERFLOW and self.search == self.total == iteration - 1:
+            self.search += 1
+        self.reason = reason
         self.total += 1
         self.in_a_row += 1
         if self.in_a_row < self.limit:

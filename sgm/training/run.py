@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 
 from sgm import distributed
 from sgm.cache.ready import ReadyCache, ready_cache
+from sgm.cli import MOSTLY_SKIPPED
 from sgm.config import ConfigError, RunConfig, check_model_section
 from sgm.distributed import DistInfo, from_first
 from sgm.models.diffusion import SATVideoDiffusionEngine
@@ -250,8 +251,8 @@ def _activation_note(config: RunConfig[TrainArgs]) -> list[str]:
 
 def _dry_run(config: RunConfig[TrainArgs], plan: DeepSpeedPlan, info: DistInfo, say: Say) -> int:
     args = config.args
-    say(config.as_yaml())
     rehearse_start(plan, info.device)
+    say(config.as_yaml())
     ranks = distributed.data_parallel_world_size()
     batch = plan.micro_batch * plan.accumulation * ranks
     extent = f"{args.epochs} epochs" if args.epochs else f"{args.train_iters} iterations"
@@ -266,9 +267,12 @@ def exit_quietly(code: int) -> None:
     """End the process with `code` after orderly shutdown of the groups; a failed rank does not wait for the others."""
     sys.stdout.flush()
     sys.stderr.flush()
-    if code == 0:
+    if code in (0, MOSTLY_SKIPPED):
+        first = not dist.is_initialized() or dist.get_rank() == 0
         distributed.shutdown()
-        return
+        if first or not code:
+            return
+        sys.exit(0)  # the first rank says it for all: the launcher ends the others of one that fails
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         os._exit(code)
     sys.exit(code)

@@ -19,6 +19,7 @@ from torch import Tensor
 from sgm.distributed import model_parallel_rank, model_parallel_world_size
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.training.checkpoints.partitions import load_scaler_state, scaler_state
+from sgm.training.faults import OVERFLOW
 from sgm.training.setup.engine import TrainingEngine
 from sgm.training.watch.bins import BINS, bin_sums
 from sgm.training.watch.timing import PhaseClock
@@ -116,7 +117,7 @@ def training_step(
 def _reason(bad_loss: bool, scaled: bool) -> str:
     if bad_loss:
         return "the loss is not finite"
-    return "the gradient left float16's range, the loss scale is lowered" if scaled else "the gradient is not finite"
+    return OVERFLOW if scaled else "the gradient is not finite"
 
 
 def _sum_over_ranks(loss: Tensor, stop: bool, bins: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from dataclasses import dataclass, field
 
+from sgm.cli import MOSTLY_SKIPPED
 from sgm.data.loader import ClipLoader
 from sgm.training.checkpoints.partitions import scaler_state
 from sgm.training.checkpoints.saver import Saver
@@ -43,9 +44,10 @@ class Trainer:
     clock: PhaseClock = field(default_factory=PhaseClock)
     stop: StopSignal = field(default_factory=StopSignal)
     _saved: int = -1
+    _due: bool = False  # a checkpoint, once a step is not skipped
 
     def fit(self) -> int:
-        """Train to the end, or to a signal. Returns the process's exit code: 0, or 128 + signal.
+        """Train to the end, or to a signal. Returns the process's exit code: 0, 128 + signal, or `MOSTLY_SKIPPED`.
 
         Raises:
             TrainingStopped: too many skipped steps in a row.
@@ -67,7 +69,7 @@ class Trainer:
                     self.log.line(f"stopping at iteration {self.iteration} (args.exit_interval)")
                     break
             self._save_last()
-        return 0
+        return self._sum_up()
 
     def _account(self, outcome: StepOutcome, lr: float) -> None:
         self.log.step(outcome, lr)
@@ -90,6 +92,8 @@ class Trainer:
 
     def _save_and_evaluate(self) -> None:
         if self.saver and self.args.save_interval and self.iteration % self.args.save_interval == 0:
+            self._due = True
+        if self.saver and self._due and not self.guard.in_a_row:
             self._save_or_warn(self.saver)
         if self.evaluation and self.args.eval_interval and self.iteration % self.args.eval_interval == 0:
             loss, by_timestep = self.evaluation.run(self.ds_engine, self.iteration, self.log)
@@ -105,6 +109,7 @@ class Trainer:
 
     def _save_or_warn(self, saver: Saver) -> None:
         """A checkpoint on the way may fail (a full disk): the earlier ones are intact, and training goes on."""
+        self._due = False
         try:
             self._save(saver)
         except CheckpointError as error:
@@ -112,8 +117,23 @@ class Trainer:
             self.log.record("save_failed", iteration=self.iteration, reason=str(error))
 
     def _save_last(self) -> None:
-        if self.saver and self._saved != self.iteration:
+        if not self.saver or self._saved == self.iteration:
+            return
+        if self.guard.worth_saving(self.iteration):
             self._save(self.saver)
+            return
+        self.log.line(
+            f"warning: iteration {self.iteration} is not saved: its last {self.guard.in_a_row} steps were skipped "
+            f"({self.guard.reason}). Checkpoints from before are intact."
+        )
+
+    def _sum_up(self) -> int:
+        if not self.guard.total:
+            return 0
+        failed = self.guard.mostly_skipped(self.iteration)
+        said = f"{self.guard.total} of {self.iteration} steps were skipped, the last one because {self.guard.reason}"
+        self.log.line(f"warning: {said}; exit code {MOSTLY_SKIPPED}" if failed else f"note: {said}")
+        return MOSTLY_SKIPPED if failed else 0
 
     def _leave_on_signal(self) -> int:
         name = self.stop.name or "a signal to another process"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sgm.weights.files import WeightsError
+from sgm.weights.finite import require_finite
 from sgm.weights.staging import StagedCopy
 
 _SHOWN = 6  # names listed a heading before "... and N more"
@@ -62,6 +63,7 @@ def assign_state(
         hint: a last line for the error message.
     Raises:
         WeightsError: lists all missing and unexpected names and all wrong shapes at once; nothing was assigned then.
+        NotFiniteError: values are NaN or infinite, in the file or in the type they are wanted in.
     """
     targets = _named_tensors(module)
     prefixes = tuple(ignore_prefixes)
@@ -73,7 +75,8 @@ def assign_state(
     replaced: dict[int, Tensor] = {}  # tied parameters stay tied
     stage = StagedCopy(torch.device(device)) if device is not None and torch.device(device).type == "cuda" else None
     for name, value in offered.items():
-        _assign_one(module, name, targets[name], value, device, dtype, replaced, stage)
+        assigned = _assign_one(module, name, targets[name], value, device, dtype, replaced, stage)
+        require_finite({name: assigned}, source)
 
 
 def compare_keys(
@@ -116,13 +119,12 @@ def _assign_one(
     dtype: torch.dtype | None,
     replaced: dict[int, Tensor],
     stage: StagedCopy | None,
-) -> None:
+) -> Tensor:
     place = device if device is not None else (value.device if target.is_meta else target.device)
     kind = _wanted_dtype(target, value, dtype)
     if not target.is_meta and target.device == torch.device(place) and target.dtype == kind:
         with torch.no_grad():
-            target.copy_(value)
-        return
+            return target.copy_(value)
     if id(target) not in replaced:
         if stage is not None and value.device.type == "cpu":
             new = torch.empty_like(value, device=place, requires_grad=False)
@@ -133,6 +135,7 @@ def _assign_one(
         replaced[id(target)] = _like(target, new)
     owner = module.get_submodule(name.rpartition(".")[0])
     setattr(owner, name.rpartition(".")[2], replaced[id(target)])
+    return replaced[id(target)]
 
 
 def _wanted_dtype(target: Tensor, value: Tensor, dtype: torch.dtype | None) -> torch.dtype:

@@ -188,7 +188,7 @@ def check_plain(content: Any) -> None:
     Raises:
         SaveError: names the place and the type of the first other thing.
     """
-    for place, value in _leaves(content, ""):
+    for place, value in leaves(content, ""):
         kind = getattr(value, "dtype", None)
         if isinstance(value, Tensor | Deferred):
             if kind not in _STORAGES:
@@ -202,18 +202,19 @@ def check_plain(content: Any) -> None:
 
 def size_of(content: Any) -> int:
     """Bytes of all tensors in a nested structure."""
-    sizes = {_identity(v): _deferred(v).nbytes for _, v in _leaves(content, "") if isinstance(v, Tensor | Deferred)}
+    sizes = {_identity(v): _deferred(v).nbytes for _, v in leaves(content, "") if isinstance(v, Tensor | Deferred)}
     return sum(sizes.values())
 
 
-def _leaves(content: Any, place: str) -> Iterator[tuple[str, Any]]:
+def leaves(content: Any, place: str) -> Iterator[tuple[str, Any]]:
+    """Whatever is no dict, list or tuple in a nested structure, each with its place ("['masters'][3]")."""
     if type(content) in (dict, OrderedDict):
         for key, value in content.items():
             if type(key) not in (str, int):
                 raise SaveError(f"{place}: key {key!r} is a {type(key).__name__}; keys must be text or whole numbers")
-            yield from _leaves(value, f"{place}[{key!r}]")
+            yield from leaves(value, f"{place}[{key!r}]")
     elif type(content) in (list, tuple):
         for k, value in enumerate(content):
-            yield from _leaves(value, f"{place}[{k}]")
+            yield from leaves(value, f"{place}[{k}]")
     else:
         yield place, content

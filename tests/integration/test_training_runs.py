@@ -13,11 +13,10 @@ import yaml
 from sgm.config import load_run_config
 from sgm.data.report import DatasetError
 from sgm.training import trainer
-from sgm.training.faults import TrainingStopped
 from sgm.training.options import TrainArgs
 from sgm.training.run import train
 from sgm.training.watch.timing import PHASES
-from sgm.weights import read_checkpoint
+from sgm.weights import WeightsError, read_checkpoint
 from sgm.weights.release import read_transformer
 from tests.training_tiny import configuration, write_clips, write_release, write_yaml
 
@@ -150,7 +149,7 @@ def test_runs_without_a_finite_loss_stop_with_a_reason(release, clips, tmp_path)
     content = configuration(release, clips, None, train_iters=50, max_skipped_steps=3)
     content["args"]["load"] = str(tmp_path / "bad.pt")
     path = write_yaml(tmp_path / "config.yaml", content)
-    with pytest.raises(TrainingStopped, match="3 steps in a row were skipped up to iteration 3"):
+    with pytest.raises(WeightsError, match=r"bad.pt: time_embed.0.bias is not finite, 32 of 32 values"):
         train(load_run_config([path], TrainArgs))
 
 
@@ -187,12 +186,17 @@ def test_unusable_data_is_an_error_before_training(release, tmp_path):
         ("model.not_trainable_prefixes=[all]", "leaves nothing to train"),
         ("deepspeed.fp16.enabled=true", "--set deepspeed.fp16.enabled=false"),
         ("data.params.fsp=8", "fps"),
+        ("deepspeed.data_types={grad_accum_dtype: bf16}", "does not start with this deepspeed section: NotImpl"),
     ],
 )
 def test_wrong_configurations_are_refused(release, clips, tmp_path, override, message):
     path = write_yaml(tmp_path / "config.yaml", configuration(release, clips, None))
+    config = load_run_config([path], TrainArgs, overrides=[override])
     with pytest.raises(ValueError, match=message):
-        train(load_run_config([path], TrainArgs, overrides=[override]))
+        train(config)
+    if override.startswith("deepspeed"):
+        with pytest.raises(ValueError, match=message):
+            train(config, dry_run=True)
 
 
 def test_dry_run_prints_configuration_plan_and_memory(release, clips, tmp_path, capsys):

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sgm.distributed import data_parallel_rank
 from sgm.errors import SgmError
-from sgm.training.setup.engine import HalfFlat, HalfUnflat, RefreshesWeights, TrainingEngine, Zero3
+from sgm.training.setup.engine import HalfFlat, HalfUnflat, RefreshesWeights, Sharded, TrainingEngine, Zero3
 
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
@@ -72,12 +73,28 @@ def optimizer_state(ds_engine: TrainingEngine) -> dict[str, Any]:
     """
     optimizer = ds_engine.basic_optimizer
     own = masters(ds_engine)
+    if isinstance(ds_engine.optimizer, Zero3):
+        for master, weights in zip(own, ds_engine.optimizer.fp16_groups):
+            _clear_padding([master, *optimizer.state.get(master, {}).values()], weights)
     return {
         "layout": _layout(ds_engine),
         "masters": [m.detach() for m in own],
         "states": [{k: _detached(v) for k, v in optimizer.state.get(m, {}).items() if k != "shadow"} for m in own],
         "counters": {name: int(getattr(ds_engine, name)) for name in COUNTERS},
     }
+
+
+@torch.no_grad()
+def _clear_padding(flat: Sequence[object], weights: Sequence[Sharded]) -> None:
+    """Zero what fills up partitions in ZeRO 3's flat tensors: memory that nobody writes, NaN for all that is known."""
+    start, rank = 0, data_parallel_rank()
+    for weight in weights:
+        size, whole = weight.partition_numel(), weight.ds_numel
+        filled = min(max(whole - rank * size, 0), size)
+        for tensor in flat:
+            if isinstance(tensor, Tensor) and tensor.dim():
+                tensor.detach()[start + filled : start + size] = 0
+        start += size
 
 
 @torch.no_grad()

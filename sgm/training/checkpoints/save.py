@@ -39,6 +39,7 @@ from sgm.training.checkpoints.ranks import gather, own_rank
 from sgm.training.checkpoints.same_run import resume_hash
 from sgm.training.checkpoints.state import CheckpointError, TrainState
 from sgm.training.checkpoints.weights import (
+    EARLIER_ONES,
     Tensors,
     as_metadata,
     checkpoint_tensors,
@@ -48,6 +49,7 @@ from sgm.training.checkpoints.weights import (
 )
 from sgm.training.setup.engine import TrainingEngine
 from sgm.weights import WeightsError
+from sgm.weights.finite import require_finite
 from sgm.weights.save import save_pt, save_safetensors, size_of
 from sgm.weights.tensor_parallel import merge_partitions
 
@@ -78,7 +80,8 @@ def save_checkpoint(
     Returns:
         The iteration's folder.
     Raises:
-        CheckpointError: on every rank alike. Earlier checkpoints are intact then.
+        CheckpointError: on every rank alike; also where weights or state hold NaN or infinity. Earlier checkpoints are
+            intact then.
     """
     job = _Save.of(Path(folder), engine, state, config, lora_only)
     with job.together():
@@ -91,6 +94,7 @@ def save_checkpoint(
             raise CheckpointError(f"{job.run} is not the same folder on all machines; args.save must be a shared one.")
         tensors = checkpoint_tensors(job.module, lora_only=lora_only, save_frozen=save_frozen)
         merged = merged_tensors(job.module) if full_merged else None
+        require_finite(state.as_dict(), "the training state", EARLIER_ONES)
         needed = job.size(tensors, merged, state)
     total = sum(gather(needed))
     with job.together():

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from sgm.config import RunConfig
 from sgm.data.loader import ClipLoader
+from sgm.training.checkpoints.folder import state_file
 from sgm.training.checkpoints.load import load_state
 from sgm.training.checkpoints.partitions import (
     ema_state,
@@ -17,12 +18,14 @@ from sgm.training.checkpoints.partitions import (
     optimizer_state,
     scaler_state,
 )
+from sgm.training.checkpoints.ranks import own_rank
 from sgm.training.checkpoints.save import save_checkpoint
 from sgm.training.checkpoints.state import TrainState, capture_rng, restore_rng
 from sgm.training.faults import SkipGuard
 from sgm.training.optimizers.schedule import LearningRate
 from sgm.training.options import TrainArgs
 from sgm.training.setup.engine import TrainingEngine
+from sgm.weights.finite import require_finite
 
 
 class Resumable(Protocol):
@@ -51,6 +54,8 @@ class Saver:
     def save(self, run: Resumable) -> Path:
         """Write a checkpoint; collective. Returns the iteration's folder.
 
+        While steps are being skipped no earlier one is deleted for it.
+
         Raises:
             CheckpointError: it cannot be written (raised on every rank).
         """
@@ -61,7 +66,7 @@ class Saver:
             snapshot(run),
             config=self.config,
             lora_only=self.lora and args.lora_only,
-            keep_last=args.keep_last,
+            keep_last=None if run.guard.in_a_row else args.keep_last,
             full_merged=self.lora and args.save_merged,
             save_frozen=args.save_frozen,
         )
@@ -87,12 +92,15 @@ def resume(run: Resumable, path: Path) -> None:
 
     Raises:
         CheckpointError: the checkpoint is incomplete or damaged.
+        NotFiniteError: optimizer state or weights hold NaN or infinity.
         OptimizerStateError: it is of another run set-up.
         ValueError: its data position is of other data.
     """
     state = load_state(path, zero_stage=int(run.ds_engine.zero_optimization_stage()))
     load_optimizer_state(run.ds_engine, state.optimizer)
     load_ema_state(run.ds_engine, state.ema)
+    loaded = {"optimizer": optimizer_state(run.ds_engine), "ema": ema_state(run.ds_engine)}
+    require_finite(loaded, state_file(path, own_rank()[0]))
     load_scaler_state(run.ds_engine, state.scaler)
     run.schedule.load_state_dict(state.schedule)
     run.loader.load_state_dict(state.sampler)

@@ -18,10 +18,13 @@ from torch import Tensor, nn
 from sgm.modules.transformer.lora_state import MATRIX, lora_delta
 from sgm.training.checkpoints.state import CheckpointError
 from sgm.weights import WeightsError, weights_fingerprint
+from sgm.weights.finite import require_finite
 from sgm.weights.release import NETWORK_PREFIX, locate
 from sgm.weights.save import Deferred
 
 logger = logging.getLogger(__name__)
+
+EARLIER_ONES = "Nothing is saved while that is so; checkpoints from before are intact."
 
 Tensors = OrderedDict[str, Deferred]
 
@@ -114,18 +117,22 @@ def write_together(tensors: Tensors, write: Callable[[Tensors], Any] | None, *, 
         write: makes every tensor once and in order (as the writers of `sgm.weights.save` do); None on processes that
             do not write.
         collective: making a tensor takes all processes.
+    Raises:
+        NotFiniteError: a tensor to be written holds NaN or infinity.
     """
     made: set[int] = set()
 
-    def counted(source: Deferred) -> Deferred:
+    def counted(name: str, source: Deferred) -> Deferred:
         def make() -> Tensor:
             made.add(id(source))
-            return source.make()
+            tensor = source.make()
+            require_finite({name: tensor}, "the weights", EARLIER_ONES)
+            return tensor
 
         return Deferred(source.shape, source.dtype, make)
 
     unique = {id(source): source for source in tensors.values()}
-    wrapped = {key: counted(source) for key, source in unique.items()}
+    wrapped = {id(source): counted(name, source) for name, source in tensors.items()}
     try:
         if write is not None:
             write(OrderedDict((name, wrapped[id(source)]) for name, source in tensors.items()))
