@@ -204,7 +204,7 @@ def test_what_has_no_part_in_a_training_here():
          "zero_optimization.stage3_max_live_paramters", "did you mean `stage3_max_live_parameters`"),
         ({"zero_optimization": {"stage": 3, "leaf_module": {"clases": ["x"]}}},
          "zero_optimization.leaf_module.clases", "did you mean `classes`"),
-        ({"bfloat16": {"enabled": True}}, "bfloat16", "did you mean `bf16`"),
+        ({"bfloat16": {"enabled": True}}, "bfloat16", "unknown key"),
         ({"fp16": {"initial_scal_power": 8}}, "fp16.initial_scal_power", "did you mean `initial_scale_power`"),
         ({"timers": {"throughput": {"enabld": True}}}, "timers.throughput.enabld", "did you mean `enabled`"),
         ({"activation_checkpointing": {"profil": True}}, "activation_checkpointing.profil", "did you mean `profile`"),
