@@ -1,7 +1,5 @@
 """Triton kernels of a transformer block. Each is one pass over its tensors; arithmetic is float32 throughout.
 
-Triton's language has no types for what a kernel is given.
-
 Axes: b batch, l text tokens, n all tokens (text first), d width, h heads, hd width of a head.
 """
 
@@ -40,7 +38,7 @@ class ModulatedNorm(NamedTuple):
 
 
 @triton.jit
-def load_vector(text, video, is_text, at, inside):  # type: ignore[no-untyped-def]
+def load_vector(text, video, is_text, at, inside):
     """`at` of the text's vector or of the video's, as float32."""
     if is_text:
         value = tl.load(text + at, mask=inside, other=0.0).to(tl.float32)
@@ -50,7 +48,7 @@ def load_vector(text, video, is_text, at, inside):  # type: ignore[no-untyped-de
 
 
 @triton.jit
-def _residual_norm_kernel(  # type: ignore[no-untyped-def]
+def _residual_norm_kernel(
     hidden, update, text_gate, video_gate, weight, bias,
     text_shift, text_scale, video_shift, video_scale, summed, normed,
     n, text_length, d, vector_stride, eps,
@@ -98,7 +96,7 @@ def _residual_norm_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _head_norm_rotate_kernel(  # type: ignore[no-untyped-def]
+def _head_norm_rotate_kernel(
     qkv, out, query_weight, query_bias, key_weight, key_bias, cos, sin,
     total, n, text_length, heads, query_eps, key_eps,
     NORM: tl.constexpr, AFFINE: tl.constexpr, ROTATE: tl.constexpr,

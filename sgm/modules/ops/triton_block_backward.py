@@ -3,8 +3,6 @@
 A program goes through many rows and adds up what the vectors (gates, modulations, weights) get from them; the programs'
 sums are added by PyTorch, in an order that does not change from run to run.
 
-Triton's language has no types for what a kernel is given.
-
 Axes: b batch, l text tokens, n all tokens (text first), d width, h heads, hd width of a head.
 """
 
@@ -24,7 +22,7 @@ _PROGRAMS = 512  # for each sample, or for the queries and for the keys
 
 
 @triton.jit
-def _residual_norm_backward_kernel(  # type: ignore[no-untyped-def]
+def _residual_norm_backward_kernel(
     grad_summed, grad_normed, summed, update, text_gate, video_gate, weight, text_scale, video_scale,
     to_hidden, to_update, sums,
     n, text_length, d, gate_stride, scale_stride, eps, text_programs,
@@ -80,7 +78,7 @@ def _residual_norm_backward_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _head_norm_rotate_backward_kernel(  # type: ignore[no-untyped-def]
+def _head_norm_rotate_backward_kernel(
     qkv, grad_query, grad_key, query_weight, key_weight, cos, sin, to_qkv, sums,
     total, n, text_length, heads, query_eps, key_eps,
     query_b, query_n, query_h, key_b, key_n, key_h,

@@ -1,7 +1,4 @@
-"""Triton kernel for 8-bit linear layers: rows to e4m3 codes and scales in one pass, see `sgm.modules.ops.fp8`.
-
-Triton's language has no types for what a kernel is given.
-"""
+"""Triton kernel for 8-bit linear layers: rows to e4m3 codes and scales in one pass, see `sgm.modules.ops.fp8`."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from sgm.modules.ops.triton_support import launch
 
 
 @triton.jit
-def _quantize_rows_kernel(x, codes, scales, k, LARGEST: tl.constexpr, COLS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _quantize_rows_kernel(x, codes, scales, k, LARGEST: tl.constexpr, COLS: tl.constexpr):
     """A program takes one row."""
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, COLS)

@@ -1,7 +1,5 @@
 """Triton kernels of the 3D VAE, for activations stored channels-last: a pixel's channels lie side by side.
 
-Triton's language has no types for what a kernel is given.
-
 Axes: b batch, c channels, t frames, h w pixels; h' w' pixels of a field, each a block of h/h' x w/w' pixels.
 """
 
@@ -26,7 +24,7 @@ _FIELD_PIXELS = 32
 
 
 @triton.jit
-def _moments_kernel(  # type: ignore[no-untyped-def]
+def _moments_kernel(
     x, means, squares, rows, channels, batch_stride,
     ROWS: tl.constexpr, COLS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
@@ -60,7 +58,7 @@ def _moments_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _merge_moments_kernel(  # type: ignore[no-untyped-def]
+def _merge_moments_kernel(
     means, squares, added, mean, variance, rows, runs, channels, per_group,
     BIASED: tl.constexpr, RUN_ROWS: tl.constexpr, RUNS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
@@ -97,7 +95,7 @@ def _merge_moments_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _norm_field_kernel(  # type: ignore[no-untyped-def]
+def _norm_field_kernel(
     mean, variance, weight, bias, added, latent, scale_weight, scale_bias, shift_weight, shift_bias, scale, shift,
     pixels, channels, per_group, eps, height, width, latent_b, latent_k, latent_t, latent_h, latent_w,
     ADDED: tl.constexpr, LATENTS: tl.constexpr, PIXELS: tl.constexpr, COLS: tl.constexpr,
@@ -133,7 +131,7 @@ def _norm_field_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["frame_repeat", "frame_offset"])
-def _apply_field_kernel(  # type: ignore[no-untyped-def]
+def _apply_field_kernel(
     x, out, scale, shift, cells, channels, height, width, field_height, field_width, frame_repeat, frame_offset,
     x_b, x_t, x_h, x_w, out_b, out_t, out_h, out_w, field_b, field_t,
     SWISH: tl.constexpr, CELLS: tl.constexpr, REPEAT: tl.constexpr, COLS: tl.constexpr,
@@ -164,7 +162,7 @@ def _apply_field_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _add_residual_kernel(h, x, bias, values, channels, h_b, x_b, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+def _add_residual_kernel(h, x, bias, values, channels, h_b, x_b, SIZE: tl.constexpr):
     """h + x + bias in the place of h, over the values of one sample, which lie without gaps."""
     first = tl.program_id(0).to(tl.int64) * SIZE
     at = first + tl.arange(0, SIZE)
@@ -178,7 +176,7 @@ def _add_residual_kernel(h, x, bias, values, channels, h_b, x_b, SIZE: tl.conste
 
 
 @triton.jit(do_not_specialize=["frame_repeat", "frame_offset"])
-def _join_phases_kernel(  # type: ignore[no-untyped-def]
+def _join_phases_kernel(
     parts, out, bias, pixels, channels, height, width, frame_repeat, frame_offset,
     parts_b, parts_t, parts_h, parts_w, out_b, out_t, out_h, out_w,
     PIXELS: tl.constexpr, COLS: tl.constexpr,

@@ -1,7 +1,5 @@
 """The Triton kernel for the gradients of a field (`vae.AffineField`), for activations stored channels-last.
 
-Triton's language has no types for what a kernel is given.
-
 Axes: b batch, c channels, t frames, h w pixels; h' w' pixels of a field, each a block of h/h' x w/w' pixels. A cell is
 a rectangle of pixels within one block.
 """
@@ -23,7 +21,7 @@ _MOST_SIDE = 8  # pixels, of a cell
 
 
 @triton.jit(do_not_specialize=["frame_repeat", "frame_offset"])
-def _field_gradient_kernel(  # type: ignore[no-untyped-def]
+def _field_gradient_kernel(
     x, grad, scale, shift, to_x, to_scale, to_shift, cells, channels, cell_rows, cell_cols, across_rows, across_cols,
     field_cols, field_b, field_t, frame_repeat, frame_offset,
     x_b, x_t, x_h, x_w, grad_b, grad_t, grad_h, grad_w, out_b, out_t, out_h, out_w,
