@@ -74,6 +74,15 @@ def test_two_ranks_resume_exactly(config, tmp_path):
     assert again == first[2:]
 
 
+def test_a_run_that_learnt_next_to_nothing_says_so_in_its_exit_code(config, tmp_path):
+    """At an absurd rate the first step ruins the weights; the others are skipped."""
+    done = train(config(save_interval=1), "--set", "deepspeed.optimizer.params.lr=1e30", ranks=2, port=free_port())
+    assert done.returncode == 3, done.stderr[-3000:]
+    assert "warning: 3 of 4 steps were skipped" in done.stdout and "Traceback" not in done.stderr
+    (folder,) = (tmp_path / "save").iterdir()
+    assert [p.name for p in folder.iterdir() if p.name.isdigit()] == ["1"]
+
+
 def test_tensor_parallel_run_equals_one_process(config, tmp_path):
     path = config(train_iters=2)
     assert train_video.main([str(path), "--set", f"args.save={tmp_path}/one"]) == 0

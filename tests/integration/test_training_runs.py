@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 from pathlib import Path
 
@@ -13,8 +14,11 @@ import yaml
 from sgm.config import load_run_config
 from sgm.data.report import DatasetError
 from sgm.training import trainer
+from sgm.training.checkpoints import saver
+from sgm.training.faults import TrainingStopped
 from sgm.training.options import TrainArgs
 from sgm.training.run import train
+from sgm.training.step import StepOutcome
 from sgm.training.watch.timing import PHASES
 from sgm.weights import WeightsError, read_checkpoint
 from sgm.weights.release import read_transformer
@@ -151,6 +155,83 @@ def test_runs_without_a_finite_loss_stop_with_a_reason(release, clips, tmp_path)
     path = write_yaml(tmp_path / "config.yaml", content)
     with pytest.raises(WeightsError, match=r"bad.pt: time_embed.0.bias is not finite, 32 of 32 values"):
         train(load_run_config([path], TrainArgs))
+
+
+@pytest.fixture
+def steps_that_fail(monkeypatch):
+    """Lets the named iterations be skipped, as those of a NaN loss are."""
+
+    def arrange(*failing: int) -> None:
+        step, count = trainer.training_step, iter(range(1, 99))
+
+        def one(*args):
+            if next(count) in failing:
+                return StepOutcome(math.nan, None, False, "the loss is not finite")
+            return step(*args)
+
+        monkeypatch.setattr(trainer, "training_step", one)
+
+    return arrange
+
+
+@pytest.mark.parametrize(
+    "failing, code, kept, last_words",
+    [
+        ((4, 5), 0, ["2", "6", "7"], "note: 2 of 7 steps were skipped"),  # what is due at 4 waits
+        ((3, 4, 5, 6, 7), 3, ["2"], "warning: 5 of 7 steps were skipped"),
+        ((6, 7), 0, ["2", "4"], "note: 2 of 7 steps were skipped"),
+        ((7,), 0, ["2", "4", "6", "7"], "note: 1 of 7 steps were skipped"),  # one bad clip: kept, and nothing deleted
+        (range(1, 8), 3, [], "warning: 7 of 7 steps were skipped"),
+    ],
+)
+def test_what_is_kept_of_a_run_that_skips_steps(
+    release, clips, tmp_path, capsys, steps_that_fail, failing, code, kept, last_words
+):
+    steps_that_fail(*failing)
+    content = configuration(release, clips, tmp_path / "save", train_iters=7, save_interval=2, keep_last=3)
+    path = write_yaml(tmp_path / "config.yaml", content)
+    assert train(load_run_config([path], TrainArgs)) == code
+    (run_folder,) = (tmp_path / "save").iterdir()
+    assert sorted(p.name for p in run_folder.iterdir() if p.name.isdigit()) == kept
+    said = capsys.readouterr().out
+    assert said.splitlines()[-1].startswith(last_words)
+    assert ("is not saved: its last" in said) == (kept[-1:] != ["7"])
+
+
+def test_a_run_that_turns_bad_keeps_what_was_good(release, clips, tmp_path, monkeypatch):
+    step, count = trainer.training_step, iter(range(1, 99))
+
+    def spoiled(engine, *args):
+        if next(count) == 5:
+            next(p for p in engine.module.parameters() if p.requires_grad).data[0] = math.nan
+        return step(engine, *args)
+
+    monkeypatch.setattr(trainer, "training_step", spoiled)
+    content = configuration(
+        release, clips, tmp_path / "save", train_iters=30, save_interval=2, keep_last=2, max_skipped_steps=6
+    )
+    path = write_yaml(tmp_path / "config.yaml", content)
+    with pytest.raises(TrainingStopped, match=r"6 steps in a row were skipped up to iteration 10(.|\n)*are intact"):
+        train(load_run_config([path], TrainArgs))
+    (run_folder,) = (tmp_path / "save").iterdir()
+    assert sorted(p.name for p in run_folder.iterdir() if p.name.isdigit()) == ["2", "4"]
+    assert all(t.isfinite().all() for t in read_transformer(run_folder).network.values())
+
+
+def test_a_state_that_is_not_finite_is_not_resumed(release, clips, tmp_path, monkeypatch):
+    monkeypatch.setattr("sgm.training.checkpoints.save.require_finite", lambda *_: None)  # as earlier versions saved
+    content = configuration(release, clips, tmp_path / "save", train_iters=2)
+    save = saver.save_checkpoint
+
+    def spoiled(folder, engine, state, **options):
+        state.optimizer["states"][0]["exp_avg"].view(-1)[0] = math.nan
+        return save(folder, engine, state, **options)
+
+    monkeypatch.setattr(saver, "save_checkpoint", spoiled)
+    run_folder = run(content, tmp_path)
+    config = load_run_config([tmp_path / "config.yaml"], TrainArgs, flags={"resume": str(run_folder)})
+    with pytest.raises(WeightsError, match=r"resume/rank_00000.pt: optimizer.states\[0\].exp_avg is not finite, 1 of"):
+        train(config)
 
 
 def test_a_signal_saves_and_leaves(release, clips, tmp_path, monkeypatch):

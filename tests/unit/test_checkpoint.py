@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import math
 import os
 import random
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
@@ -294,6 +296,31 @@ def test_keep_last_deletes_old_complete_ones_only_and_after_the_new_is_there(tmp
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["1", "6", "6-ema", "8", "8-ema"]
     save(tmp_path, run, 5, keep_last=1)  # went back: the one just written stays, whatever its number
     assert (tmp_path / "5").is_dir() and (tmp_path / "latest").read_text() == "5"
+
+
+def poison(run, part):
+    """One NaN or infinity in a part of a run; how an error names it."""
+    optimizer = run.optimizer
+    master = optimizer.param_groups[0]["params"][0]
+    tensor, value, name = {
+        "weights": (master, math.nan, "optimizer.masters[0]"),
+        "moments": (optimizer.state[master]["exp_avg_sq"], math.inf, "optimizer.states[0].exp_avg_sq"),
+        "average": (optimizer.state[master]["shadow"], -math.inf, "ema.0"),
+        "buffer": (run.module.model.diffusion_model.table, math.nan, f"{NETWORK}table"),
+    }[part]
+    with torch.no_grad():
+        tensor.view(-1)[1] = value
+    return name
+
+
+@pytest.mark.parametrize("part", ["weights", "moments", "average", "buffer"])
+def test_what_is_not_finite_is_not_saved_and_deletes_nothing(tmp_path, run, part):
+    save(tmp_path, run, 2), save(tmp_path, run, 4)
+    before = contents(tmp_path)
+    name = poison(run, part)
+    with pytest.raises(CheckpointError, match=re.escape(f"{name} is not finite, 1 of ")):
+        save(tmp_path, run, 6, keep_last=1)
+    assert contents(tmp_path) == before and not leftovers(tmp_path)
 
 
 def test_a_kill_while_an_old_checkpoint_is_deleted_leaves_nothing_of_it(tmp_path, run, monkeypatch):

@@ -7,7 +7,7 @@ import copy
 import pytest
 
 from sgm.config import ConfigError, load_run_config
-from sgm.training.faults import SkipGuard, TrainingStopped
+from sgm.training.faults import OVERFLOW, SkipGuard, TrainingStopped
 from sgm.training.options import TrainArgs, sensible_rates, split_shares, training_advice
 from sgm.training.setup.deepspeed import plan_deepspeed
 from tests.conftest import REPO
@@ -251,6 +251,35 @@ def test_batch_sizes_must_agree():
 
 
 # --- faults and memory ---------------------------------------------------------------------------------------------
+
+
+def skips(pattern: str) -> SkipGuard:
+    """A run's steps: `.` applied, `o` skipped for float16's range, `n` for a loss that is not finite."""
+    guard = SkipGuard(limit=99)
+    for iteration, step in enumerate(pattern, 1):
+        if step == ".":
+            guard.applied()
+        else:
+            guard.skipped(OVERFLOW if step == "o" else "the loss is not finite", iteration, "fp16")
+    return guard
+
+
+@pytest.mark.parametrize(
+    "pattern, mostly",
+    [
+        ("....", False), ("ooooo.", False), ("oooooo", True), ("n", True), ("nn..", False), ("nnn..", True),
+        (".oo", True), ("oo.nn", True), ("oo..n", False), ("ono.", True),
+    ],
+)  # fmt: skip
+def test_a_search_for_the_loss_scale_is_no_failure(pattern, mostly):
+    assert skips(pattern).mostly_skipped(len(pattern)) == mostly
+
+
+@pytest.mark.parametrize(
+    "pattern, worth", [("..", True), ("..n", True), ("..nn", False), ("..ooo", True), ("oo", False), ("n", False)]
+)
+def test_a_row_of_bad_losses_says_that_the_weights_are_bad(pattern, worth):
+    assert skips(pattern).worth_saving(len(pattern)) == worth
 
 
 def test_skips_in_a_row_end_a_run_with_a_reason():

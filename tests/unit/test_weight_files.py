@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import random
@@ -314,6 +315,22 @@ def test_meta_modules_take_the_files_tensors_themselves():
     half = layer("meta")
     assign_state(half, STATE, source="x", dtype=torch.float16)
     assert half["a"].weight.dtype == torch.float16
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    "bad, dtype, words",
+    [(math.nan, None, "float32"), (-math.inf, torch.bfloat16, "bfloat16"), (1e6, torch.float16, "float16")],
+)
+def test_values_that_are_not_finite_are_refused(device, bad, dtype, words):
+    """Also those that only the wanted type cannot hold."""
+    state = {name: value.clone() for name, value in STATE.items()}
+    state["a.weight"][1, 2] = bad
+    with pytest.raises(WeightsError) as caught:
+        assign_state(layer(device), state, source="file.pt", dtype=dtype)
+    assert str(caught.value).startswith(
+        f"file.pt: a.weight is not finite, 1 of 6 values are NaN or infinite in {words}"
+    )
 
 
 def test_real_modules_are_filled_in_place():
