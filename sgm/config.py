@@ -188,6 +188,11 @@ def load_run_config(
     sections = {name: _section(merged, name, problems) for name in SECTIONS}
     given = dict(sections["args"] or {})
     given.update({k: v for k, v in (flags or {}).items() if v is not None})
+    if given.get("image2video"):
+        problems.append(
+            "args.image2video: videos are made from text alone here, not from images; set it to false, and remove the "
+            "@@ and the image from the prompts"
+        )
     args = build_args(args_type, given, problems, notes, idle=UPSTREAM_ARGS)
     accelerate = build_args(AccelerateArgs, sections["accelerate"] or {}, problems, notes, "accelerate")
     model = sections["model"] or {}
@@ -287,5 +292,11 @@ def check_model_section(model: Mapping[str, Any], engine: type) -> None:
     ]
     problems += [f"model.{n}: {problem}" for n, problem in typed(model, argument_types(engine))[1].items()]
     problems += check_tree(model)
+    match model:
+        case {"network_config": {"params": {"in_channels": int(taken), "out_channels": int(given)}}} if taken > given:
+            problems.append(
+                f"model.network_config.params: in_channels {taken} and out_channels {given} are of image-to-video "
+                "models, which are not run here; take a text-to-video one"
+            )
     if problems:
         raise ConfigError(listing(problems, "the model section"))

@@ -128,6 +128,11 @@ def _sampler_problems(engine: SATVideoDiffusionEngine, args: SampleArgs) -> list
         engine.sampler.schedule(args.num_steps)
     except ValueError as error:
         problems.append(str(error))
+    if engine.sampler.fixed_frames:
+        problems.append(
+            f"sampler_config.params.fixed_frames is {engine.sampler.fixed_frames}: it keeps frames that are given, and "
+            "this command has text alone; set it to 0"
+        )
     if args.guidance_scale is not None and not isinstance(engine.sampler.guider, Scaled):
         problems.append(
             f"args.guidance_scale is {args.guidance_scale}, but {type(engine.sampler.guider).__name__} has no scale; "

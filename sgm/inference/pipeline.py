@@ -22,6 +22,7 @@ from sgm.inference.fit import SamplingError, Scaled, check_fit, check_latents
 from sgm.inference.noise import SampleId, StackedNoise
 from sgm.inference.options import SampleArgs
 from sgm.inference.placement import Placement
+from sgm.inference.prompts import Prompt, refuse_images
 from sgm.inference.rehearsal import compile_ahead, run_block, run_decoder
 from sgm.models.autoencoder import VideoAutoencoder
 from sgm.models.diffusion import Cond, SATVideoDiffusionEngine
@@ -205,8 +206,10 @@ class TextToVideo:
         """Conditioning of each prompt, on the CPU. Each is encoded alone, so that its company changes no bit of it.
 
         Raises:
+            PromptError: a prompt has an image.
             SamplingError: the text encoder gives NaN or infinity.
         """
+        refuse_images([Prompt(k, text) for k, text in enumerate(prompts)])
         self.load("conditioner")
         encoder = self.engine.text_encoder
         cut = encoder.tokenize(list(prompts)).truncated

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sgm.data.sources import IMAGE_SUFFIXES
 from sgm.errors import SgmError
 
 _NAME_CHARACTERS = 120  # of the prompt, as the original
 _NAME_BYTES = 200  # file systems allow 255 bytes a name; emoji and CJK text take up to 4 a character
+_PICTURES = (*IMAGE_SUFFIXES, ".gif", ".tif", ".tiff", ".avif", ".heic")
 _UNSAFE = re.compile(r'[\x00-\x1f\x7f\\<>:"|?*]')
 
 
@@ -51,11 +54,36 @@ def safe_name(text: str) -> str:
     return name if name.strip(".") else "prompt"
 
 
+def refuse_images(prompts: Sequence[Prompt], file: Path | None = None) -> None:
+    """Refuse the original's `TEXT@@IMAGE`. An @@ before what is no picture's name and no file is part of the text.
+
+    Args:
+        file: where the prompts are from; its lines are named then.
+    Raises:
+        PromptError: naming the first of them.
+    """
+    asking = [prompt for prompt in prompts if _ends_in_image(prompt.text)]
+    if asking:
+        first, others = asking[0], f" (and {len(asking) - 1} more)" if len(asking) > 1 else ""
+        place = f"{file}, line {first.index + 1}" if file else f"prompt {first.index}"
+        image = first.text.rpartition("@@")[2].strip()
+        raise PromptError(
+            f"{place}{others} asks for a video that begins with the image {image!r}. Videos are made from text alone "
+            "here: remove the @@ and what is behind it, and describe in words what the image shows."
+        )
+
+
+def _ends_in_image(text: str) -> bool:
+    _, mark, path = text.rpartition("@@")
+    path = path.strip().strip("\"'")
+    return bool(mark) and (path.lower().endswith(_PICTURES) or os.path.isfile(os.path.expanduser(path)))
+
+
 def read_prompt_file(path: Path) -> tuple[list[Prompt], int]:
     """(prompts, number of blank lines left out) of a UTF-8 text file with one prompt a line.
 
     Raises:
-        PromptError: not UTF-8 (names line and byte), or no prompt in it.
+        PromptError: not UTF-8 (names line and byte), no prompt in it, or one with an image.
     """
     prompts: list[Prompt] = []
     blank = 0
@@ -73,6 +101,7 @@ def read_prompt_file(path: Path) -> tuple[list[Prompt], int]:
             blank += 1
     if not prompts:
         raise PromptError(f"{path} holds no prompt ({blank} blank lines). Write one prompt a line.")
+    refuse_images(prompts, path)
     return prompts, blank
 
 
@@ -96,12 +125,13 @@ def gather(
     """(prompts, a line that says where they are from) of a run: `given` ones, or else those of `input_file`.
 
     Raises:
-        PromptError: none given and no file named, or the file is missing, unreadable or empty.
+        PromptError: none given and no file named, the file is missing, unreadable or empty, or a prompt has an image.
     """
     if given:
         prompts = [Prompt(k, text.strip()) for k, text in enumerate(given) if text.strip()]
         if not prompts:
             raise PromptError("the prompts given are blank; write some text behind --prompt.")
+        refuse_images(prompts)
         return prompts, None
     if not input_file:
         raise PromptError("args.input_file is not set: name a file with one prompt a line, or give --prompt.")

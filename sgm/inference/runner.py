@@ -21,7 +21,7 @@ from sgm.inference.noise import SampleId
 from sgm.inference.options import SampleArgs
 from sgm.inference.pipeline import EncodedPrompt, Part, TextToVideo
 from sgm.inference.progress import Bar, Progress, StageTimes
-from sgm.inference.prompts import Prompt, ask, gather, share
+from sgm.inference.prompts import Prompt, ask, gather, refuse_images, share
 from sgm.inference.refine import Endpoint, refine_prompt
 from sgm.inference.requests import Measurements, Requests, Wanted
 from sgm.inference.writer import SampleFiles, check_writable, find_latents, read_latents, write_latents
@@ -78,6 +78,7 @@ class Runner:
         self._load_what_samples_need()
         for prompt in ask():
             try:
+                refuse_images([prompt])
                 wanted = self._refined([self.requests.wanted(prompt)])[0]
                 self._run_prompt(wanted, self._encode([wanted.prompt])[0])
             except torch.OutOfMemoryError:

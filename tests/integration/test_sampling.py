@@ -283,10 +283,11 @@ def test_questions_are_asked_and_a_failed_prompt_does_not_end_it(config, tmp_pat
         return sample(self, prompt, samples, steps)
 
     monkeypatch.setattr(TextToVideo, "sample", fragile)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("first\n\n  \nsecond\nthird\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("first\n\n  \nsecond\nthird\nfourth@@x.png\n"))
     assert main(config, "--set", "args.input_type=cli") == 0
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["0_first", "2_third"]
-    assert "error: this one fails" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "error: this one fails" in said and "error: prompt 3 asks for a video that begins with the image" in said
 
 
 # --- bad input ---------------------------------------------------------------------------------------------------
@@ -313,6 +314,10 @@ VAE = "model.first_stage_config.params.ckpt_path"
          ["transformer_args.max_sequence_length: expected a whole number, got 'x'"]),
         (["--lora", "/nowhere/lora.pt:0.5"], ["args.lora: /nowhere/lora.pt does not exist"]),
         (["--num-frames", "4"], ["odd", "3 or 5"]),
+        (["--prompt", "a fox@@fox.png"], ["prompt 0 asks", "image 'fox.png'", "text alone"]),
+        (["--set", "args.image2video=true"], ["args.image2video", "text alone", "set it to false"]),
+        (["--set", "model.network_config.params.in_channels=32"], ["in_channels 32", "image-to-video", "not run here"]),
+        (["--set", "model.sampler_config.params.fixed_frames=1"], ["fixed_frames is 1", "set it to 0"]),
         (["A", "fox's tail"], ["is no configuration file", "--prompt 'A fox'\"'\"'s tail'"]),
         (["--num-frames", "4", "--set", "model.network_config.params.patch_size=[2,2,2]"], ["as CogVideoX 1.5"]),
         (["--num-frames", "5"], ["5 latent frames", "more than the 2"]),

@@ -12,6 +12,7 @@ from sgm import util
 from sgm.config import ConfigError, check_model_section, load_run_config, merge_yaml, option
 from sgm.inference.options import SampleArgs
 from sgm.models.diffusion import SATVideoDiffusionEngine
+from sgm.training.options import TrainArgs
 from sgm.typed import coerce
 from sgm.util import TargetError, check_tree, get_obj_from_str, instantiate_from_config
 
@@ -30,6 +31,17 @@ class Args:
 def write(folder: Path, name: str, text: str) -> Path:
     (folder / name).write_text(text)
     return folder / name
+
+
+@pytest.mark.parametrize("record", [SampleArgs, TrainArgs])
+def test_images_are_not_asked_for_in_vain(tmp_path, record):
+    file = write(tmp_path, "a.yaml", "args: {image2video: false}\nmodel: {k: 1}")
+    assert "args.image2video has no effect here" in load_run_config([file], record).notes
+    with pytest.raises(ConfigError, match="args.image2video: videos are made from text alone here"):
+        load_run_config([file], record, overrides=["args.image2video=True"])
+    network = {"params": {"in_channels": 32, "out_channels": 16}}
+    with pytest.raises(ConfigError, match="in_channels 32 and out_channels 16 are of image-to-video models"):
+        check_model_section({"network_config": network, "denoiser_config": {}}, SATVideoDiffusionEngine)
 
 
 def test_precedence(tmp_path):

@@ -101,6 +101,24 @@ def test_line_k_belongs_to_rank_k_modulo_world_size():
     assert [[p.index for p in share(prompts, rank, 3)] for rank in range(3)] == [[0, 3], [1, 4], [5]]
 
 
+@pytest.mark.parametrize(
+    "mark", ["@@cat.png", "@@ ./Cat.JPEG ", " @@ 'https://x.org/a b.webp'", "@@{there}", "@@x@@y.gif"]
+)
+def test_prompts_with_images_are_refused(tmp_path, mark):
+    (tmp_path / "picture").touch()
+    text = "a cat" + mark.replace("{there}", str(tmp_path / "picture"))
+    with pytest.raises(PromptError, match=r"prompt 1 \(and 1 more\) asks for a video .* image .*made from text alone"):
+        gather(["a dog", text, text], None, [])
+    (tmp_path / "p.txt").write_text(f"a dog\n\n{text}\n", encoding="utf-8")
+    with pytest.raises(PromptError, match=r"p\.txt, line 3 asks .* remove the @@"):
+        read_prompt_file(tmp_path / "p.txt")
+
+
+@pytest.mark.parametrize("text", ["@@ -1,3 +1,4 @@ a diff", "me@@home", "an @@", "cat.png on a wall", "a@@b.png too"])
+def test_prompts_that_merely_hold_the_mark_are_text(text):
+    assert gather([text], None, [])[0] == [Prompt(0, text)]
+
+
 def test_asking_until_the_end_of_input(monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO("one\n  \ntwo\n"))
     assert list(ask()) == [Prompt(0, "one"), Prompt(1, "two")]
