@@ -415,7 +415,6 @@ def test_a_folder_is_checked_by_many_at_once(tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"sampling_num_frames": 12}, "choose 11 or 13"),
         ({"sampling_image_size": [480, 721]}, "multiples of 16"),
         ({"sampling_image_size": [480]}, "multiples of 16"),
         ({"sampling_image_size": [0, 16]}, "multiples of 16"),
