@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +44,12 @@ def model_section(release: Path, **network: Any) -> dict[str, Any]:
 
 
 def make_release(folder: Path, dtype: torch.dtype = torch.float32, **network: Any) -> Path:
-    """A release folder (transformer/, vae/, t5/) with random weights that act; returns it."""
-    write_random_release(model_section(folder, **network), folder, dtype=dtype)
+    """A release folder (transformer/, vae/, t5/, infer.yaml) with random weights that act; returns it."""
+    model = model_section(folder, **network)
+    write_random_release(model, folder, dtype=dtype)
+    schedule = {"params": {"discretization_config": {"params": {"shift_scale": 3.0}}}}
+    content = {"model": model | {"scale_factor": 1.15258426, "sampler_config": schedule}}
+    (folder / "infer.yaml").write_text(json.dumps(content), encoding="utf-8")
     return folder
 
 
@@ -56,11 +62,13 @@ def network_of(checkpoint: Path, **options: Any) -> torch.nn.Module:
 
 
 def rewrite(checkpoint: Path, target: Path, change: Any) -> Path:
-    """A copy of a release's weights file with `change(module)` done to its entries; returns `target`."""
+    """A copy of a release's weights file with `change(module)` done to its entries, and of the release's configuration
+    beside it; returns `target`."""
     content = torch.load(checkpoint / "1000" / "mp_rank_00_model_states.pt", weights_only=True)
     changed = change(content["module"]) or content["module"]
     target.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"module": changed}, target)
+    shutil.copy(checkpoint.parent / "infer.yaml", target.parent)
     return target
 
 

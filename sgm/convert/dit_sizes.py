@@ -23,6 +23,9 @@ _PATCH = "mixins.patch_embed.proj.weight"
 _LAYER = re.compile(r"^transformer\.layers\.(\d+)\.")
 _SAT_MODULE = "dit_video_concat"
 _5B_WIDTH = 3072
+PUBLISHED = {(1920, 30, False, 1): "CogVideoX-2B", (3072, 42, True, 1): "CogVideoX-5B",
+             (3072, 42, True, 2): "CogVideoX1.5-5B"}  # fmt: skip  # by width, layers, rotation, frames of a patch
+PUBLISHED_TEXT_WIDTH = 4096
 # Sizes -> their names in diffusers' config.json, and what an absent field means there.
 _HF_FIELDS: dict[str, tuple[str, Any]] = {
     "heads": ("num_attention_heads", 30),
@@ -90,11 +93,18 @@ class Sizes:
         return self.in_channels > self.out_channels
 
     @property
+    def is_published(self) -> bool:
+        """Whether a published model has this structure: what its tensors do not say is then known."""
+        return self._structure in PUBLISHED and self.text_width == PUBLISHED_TEXT_WIDTH
+
+    @property
+    def _structure(self) -> tuple[int, int, bool, int]:
+        return self.width, self.layers, self.rotary, self.patch[0]
+
+    @property
     def name(self) -> str:
         """The published model with this structure, or a description."""
-        known = {(1920, 30, False, 1): "CogVideoX-2B", (3072, 42, True, 1): "CogVideoX-5B",
-                 (3072, 42, True, 2): "CogVideoX1.5-5B"}  # fmt: skip
-        found = known.get((self.width, self.layers, self.rotary, self.patch[0]))
+        found = PUBLISHED.get(self._structure)
         kind = "rotary" if self.rotary else "sine positions"
         found = found or f"CogVideoX transformer of width {self.width} with {self.layers} layers ({kind})"
         return found + ("-I2V" if self.takes_image else "")

@@ -26,7 +26,7 @@ from sgm.weights.release import newest_run
 from sgm.weights.save import save_safetensors
 
 FILE = "pytorch_lora_weights.safetensors"
-FILES = (FILE, "adapter_model.safetensors", "lora.safetensors")
+FILES = (FILE, "adapter_model.safetensors", "lora.safetensors", "pytorch_lora_weights.bin", "adapter_model.bin")
 _METADATA = "lora_adapter_metadata"  # diffusers' name for LoraConfig's fields in a header
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
 
@@ -40,6 +40,10 @@ class HfAdapter:
     alpha: float
     rank_stabilised: bool
     source: str
+    stated: bool = True  # whether alpha was
+
+    def __str__(self) -> str:
+        return f"rank {self.rank}, alpha {self.alpha:g}" + ("" if self.stated else " (assumed, the file does not say)")
 
     @property
     def scaling(self) -> float:
@@ -77,10 +81,10 @@ def write_peft(folder: Path, adapter: HfAdapter, dtype: torch.dtype | None, fold
     return save_safetensors(folder / FILE, tensors, metadata)
 
 
-def adapter_of_sat(matrices: Mapping[str, Tensor], spec: LoraSpec, source: str) -> HfAdapter:
-    """A SAT adapter under diffusers' names."""
+def adapter_of_sat(matrices: Mapping[str, Tensor], spec: LoraSpec, source: str, stated: bool) -> HfAdapter:
+    """A SAT adapter under diffusers' names; `stated`: whether somebody said its alpha."""
     named = lora_sat_to_hf(matrices, prefix="")
-    return HfAdapter(named, spec.rank, spec.alpha, spec.rank_stabilised, source)
+    return HfAdapter(named, spec.rank, spec.alpha, spec.rank_stabilised, source, stated)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -104,7 +108,7 @@ def open_adapter(path: str | Path, alpha: float | None = None) -> HfAdapter:
 def _peft_file(path: Path) -> Path | None:
     """The PEFT file that `path` is or holds; None where it is something else."""
     found = path if path.is_file() else next((path / name for name in FILES if (path / name).is_file()), None)
-    if found is None or found.suffix != ".safetensors":
+    if found is None:
         return None
     names = read_checkpoint(found)
     return found if any(".lora_A." in n or ".lora_B." in n for n in names) else None
@@ -117,7 +121,7 @@ def _open_sat_adapter(path: Path, alpha: float | None) -> HfAdapter:
     spec = weights.spec(alpha)
     if spec is None:
         raise WeightsError(f"{weights.source} holds no LoRA matrices (matrix_A, matrix_B, lora_A, lora_B).")
-    return adapter_of_sat(weights.lora, spec, weights.source)
+    return adapter_of_sat(weights.lora, spec, weights.source, alpha is not None or "alpha" in weights.facts)
 
 
 def _open_peft(file: Path, alpha: float | None) -> HfAdapter:
@@ -134,7 +138,8 @@ def _open_peft(file: Path, alpha: float | None) -> HfAdapter:
     given = stated.get("lora_alpha", rank) if alpha is None else alpha
     if not isinstance(given, int | float):
         raise ConvertError(f"{file} states lora_alpha {given!r}, which is no number.")
-    return HfAdapter(lora_sat_to_hf(sat, prefix=""), rank, float(given), bool(stated.get("use_rslora")), str(file))
+    stabilised, is_stated = bool(stated.get("use_rslora")), alpha is not None or "lora_alpha" in stated
+    return HfAdapter(lora_sat_to_hf(sat, prefix=""), rank, float(given), stabilised, str(file), is_stated)
 
 
 def _rank(name: str, a: Sequence[Tensor], b: Sequence[Tensor]) -> int:
@@ -152,8 +157,10 @@ def stated_settings(file: Path) -> dict[str, Any]:
     """
     from safetensors import safe_open
 
-    with safe_open(file, framework="pt") as opened:
-        metadata = opened.metadata() or {}
+    metadata = {}
+    if file.suffix == ".safetensors":
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
     beside = file.with_name("adapter_config.json")
     try:
         if _METADATA in metadata:

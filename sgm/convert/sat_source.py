@@ -24,6 +24,7 @@ class SatWeights:
     """What a checkpoint holds.
 
     Attributes:
+        file: the first, and only one but for tensor-parallel parts.
         source: the file, for messages.
         parts: tensor-parallel parts.
         network: the transformer's base weights, without prefix.
@@ -33,6 +34,7 @@ class SatWeights:
         iteration: of the checkpoint, if known.
     """
 
+    file: Path
     source: str
     parts: int
     network: dict[str, Deferred]
@@ -75,6 +77,7 @@ def open_sat(path: str | Path, *, allow_drift: bool = False) -> SatWeights:
     base, lora = split_lora(state)
     others = parts[0].others
     return SatWeights(
+        file=parts[0].files[0],
         source=str(parts[0].files[0]) + (f" (and {len(parts) - 1} more parts)" if len(parts) > 1 else ""),
         parts=len(parts),
         network=base,

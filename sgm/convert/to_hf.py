@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from sgm.convert import hf_folder as hf
 from sgm.convert import vae_keys, vae_sizes
+from sgm.convert.beside import Described, described_beside
 from sgm.convert.component import Component, text_encoder
 from sgm.convert.dit_keys import NOT_IN_HF, POSITIONS, hf_plan
-from sgm.convert.dit_sizes import Sizes, sizes_of_params, sizes_of_sat
+from sgm.convert.dit_sizes import Sizes, sizes_of_sat
 from sgm.convert.lazy import ConvertError, Deferred, all_deferred, cast, reshaped, summed_bytes
 from sgm.convert.lora_files import adapter_of_sat, merged, open_adapter, write_peft
 from sgm.convert.output import SHARD_BYTES, whole_folder
@@ -23,6 +23,7 @@ from sgm.files import write_json
 from sgm.modules.encoders import t5_files
 from sgm.weights.release import Adapter
 
+PUBLISHED_SCALES = {"scale_factor": "1.15258426 of 2B, 0.7 of 5B", "shift_scale": "3.0 of 2B, 1.0 of 5B"}
 _PATCH_HF = "patch_embed.proj.weight"
 
 
@@ -39,8 +40,8 @@ class ToHf:
         dtype: of all weights; None means float16, or bfloat16 where the transformer has it.
         adapters: LoRA files to fold in, beside the checkpoint's own.
         lora_alpha: alpha of the checkpoint's own adapter; None believes the file, then SAT's 1.
-        config: YAML whose network section replaces what the tensors say; its scale factor and the shift of its
-            sampler's schedule replace the published models'.
+        config: YAML that says what no tensor does: clip size, text length, scale factor, the schedule's shift. None
+            looks beside the weights.
         scheduler: "dpm" (the counterpart of SAT's sampler) or "ddim".
         shard_bytes: largest weight file.
         partial: write the components that there are, without a pipeline around them; a VAE that diffusers cannot hold
@@ -79,7 +80,8 @@ def convert(request: ToHf) -> list[str]:
         ConvertError, WeightsError, SaveError, ...: what is wrong; nothing is left in `output` then.
     """
     weights = None if request.transformer is None else open_sat(request.transformer, allow_drift=request.allow_drift)
-    parts, sizes, notes = _components(request, weights)
+    told = _told(request, weights)
+    parts, sizes, notes = _components(request, weights, told)
     missing = [name for name in ("transformer", "vae", "text_encoder") if name not in {p.name for p in parts}]
     if missing and not request.partial:
         options = {"transformer": "--transformer_ckpt_path", "vae": "--vae_ckpt_path",
@@ -90,6 +92,7 @@ def convert(request: ToHf) -> list[str]:
         )
     if not parts:
         raise ConvertError("nothing to convert: give --transformer_ckpt_path, --vae_ckpt_path or --text_encoder_path.")
+    shift_scale = 0.0 if missing or sizes is None else _scale("shift_scale", told, sizes)
     needed = sum(summed_bytes(part.plan) for part in parts)
     with whole_folder(request.output, overwrite=request.overwrite, inputs=request.inputs(), needed=needed) as folder:
         for part in parts:
@@ -97,7 +100,7 @@ def convert(request: ToHf) -> list[str]:
             if part.tokenizer:
                 part.write_tokenizer(folder / "tokenizer")
         if not missing and sizes is not None:
-            _write_pipeline(folder, sizes, _scales(request, sizes)[1], request.scheduler)
+            _write_pipeline(folder, sizes, shift_scale, request.scheduler)
     lines = [line for part in parts for line in part.described()]
     absent = f" (no pipeline: {', '.join(missing)} absent)" if missing else ""
     return [*lines, *notes, f"written: {request.output}{absent}"]
@@ -116,10 +119,7 @@ def export_lora(request: ToHf, fold_scale: bool = False) -> list[str]:
         file = write_peft(folder, adapter, request.dtype, fold_scale)
     how = "alpha / r is in lora_B" if fold_scale else "alpha is in the file's metadata, the matrices are unchanged"
     return [
-        (
-            f"adapter: rank {adapter.rank}, alpha {adapter.alpha:g}, scaling {adapter.scaling:g}, "
-            f"{len(adapter.modules)} linears ({how})"
-        ),
+        (f"adapter: {adapter}, scaling {adapter.scaling:g}, {len(adapter.modules)} linears ({how})"),
         f"written: {request.output / file.name}",
     ]
 
@@ -127,13 +127,24 @@ def export_lora(request: ToHf, fold_scale: bool = False) -> list[str]:
 # --- components ------------------------------------------------------------------------------------------------------
 
 
-def _components(request: ToHf, weights: SatWeights | None) -> tuple[list[Component], Sizes | None, list[str]]:
+def _told(request: ToHf, weights: SatWeights | None) -> Described | None:
+    """What a YAML file says of the model: the one that is named, or one beside the weights."""
+    if request.config is not None:
+        return Described.read(request.config)
+    if weights is not None:
+        return described_beside(weights.file, weights.network) if weights.network else None
+    return None if request.vae is None else described_beside(request.vae, {})
+
+
+def _components(
+    request: ToHf, weights: SatWeights | None, told: Described | None
+) -> tuple[list[Component], Sizes | None, list[str]]:
     """(what can be written, sizes of the transformer, what is left out and why)."""
-    transformer, sizes = (None, None) if weights is None else _transformer(request, weights)
+    transformer, sizes = (None, None) if weights is None else _transformer(request, weights, told)
     dtype = request.dtype or _usual_dtype(weights)
     vae, notes = None, []
     try:
-        vae = _vae(request, weights, sizes)
+        vae = _vae(request, weights, sizes, told)
     except vae_sizes.UnequalWidthsError as error:
         if not request.partial:
             raise vae_sizes.UnequalWidthsError(
@@ -156,66 +167,60 @@ def _usual_dtype(weights: SatWeights | None) -> torch.dtype:
     return torch.bfloat16 if torch.bfloat16 in kinds else torch.float16
 
 
-def _transformer(request: ToHf, weights: SatWeights) -> tuple[Component, Sizes]:
+def _transformer(request: ToHf, weights: SatWeights, told: Described | None) -> tuple[Component, Sizes]:
     if not weights.network:
         raise ConvertError(
             f"{weights.source} holds a LoRA adapter without base weights. Give the base as --transformer_ckpt_path and "
             "this file as --lora, or export the adapter alone with --lora_only."
         )
-    sizes = _sizes(request, weights)
+    sizes = _sizes(weights, told)
     sizes.check(weights.network, weights.source)
     plan = hf_plan(weights.network, learned_positions=sizes.learned_positions)
+    if sizes.assumed and not sizes.is_published:
+        raise ConvertError(
+            f"{weights.source} does not say at which size, for how many frames and text tokens it was trained, and no "
+            "YAML file beside it does: name its configuration with --config."
+        )
     lines = [f"{sizes.name} from {weights.source}, {len(weights.network)} tensors"]
-    lines += [f"assumed: {sizes.assumed}"] if sizes.assumed else []
+    lines += [f"sizes from {told.path}"] if told else [f"assumed: {sizes.assumed}"] if sizes.assumed else []
     left_out = [n for n in (*NOT_IN_HF, POSITIONS[0]) if n in weights.network]
     left_out = [n for n in left_out if n != POSITIONS[0] or not sizes.learned_positions]
     lines += [f"left out, computed or never read by diffusers: {', '.join(left_out)}"] if left_out else []
     if sizes.linear_patches and sizes.patch[0] == 1:
         plan[_PATCH_HF] = reshaped(plan[_PATCH_HF], (sizes.width, sizes.in_channels, *sizes.patch[1:]))
     spec = weights.spec(request.lora_alpha)
-    own = [] if spec is None else [(adapter_of_sat(weights.lora, spec, weights.source), 1.0)]
+    stated = request.lora_alpha is not None or "alpha" in weights.facts
+    own = [] if spec is None else [(adapter_of_sat(weights.lora, spec, weights.source, stated), 1.0)]
     for adapter, scale in [*own, *((open_adapter(a.path), a.scale) for a in request.adapters)]:
         plan = merged(plan, adapter, scale)
-        factor = scale * adapter.scaling
-        lines.append(f"merged: {adapter.source}, rank {adapter.rank}, alpha {adapter.alpha:g}, factor {factor:g}")
+        lines.append(f"merged: {adapter.source}, {adapter}, factor {scale * adapter.scaling:g}")
     config = hf.with_class("CogVideoXTransformer3DModel", sizes.hf_config())
     return Component("transformer", plan, config, lines), sizes
 
 
-def _sizes(request: ToHf, weights: SatWeights) -> Sizes:
-    if request.config is None:
+def _sizes(weights: SatWeights, told: Described | None) -> Sizes:
+    if told is None:
         return sizes_of_sat(weights.network)
-    sizes = sizes_of_params(_network_params(request.config))
     table = weights.network.get(POSITIONS[0])
-    if table is not None and not sizes.learned_positions:
+    if table is not None and not told.sizes.learned_positions:
         read_sine_table(table.make()[0])  # diffusers computes it: it must be the computed one
-    return sizes
+    return told.sizes
 
 
-def _network_params(path: Path) -> Mapping[str, Any]:
-    try:
-        return _model_section(path)["network_config"]["params"]
-    except (KeyError, TypeError) as error:
-        raise ConvertError(f"--config {path} has no model.network_config.params.") from error
+def _scale(name: str, told: Described | None, sizes: Sizes | None) -> float:
+    """`scale_factor` of latents or `shift_scale` of the noise schedule: the YAML's, or the published model's."""
+    value = getattr(told, name, None)
+    if value is None and sizes is not None and sizes.is_published:
+        value = getattr(sizes, name)
+    if value is None:
+        raise ConvertError(
+            f"no tensor says the model's {name} ({PUBLISHED_SCALES[name]}), and no YAML file beside "
+            "the weights does: name its configuration with --config."
+        )
+    return float(value)
 
 
-def _model_section(path: Path) -> Mapping[str, Any]:
-    from sgm.config import merge_yaml
-
-    section = merge_yaml([path]).get("model")
-    return section if isinstance(section, Mapping) else {}
-
-
-def _scales(request: ToHf, sizes: Sizes) -> tuple[float, float]:
-    """(factor on latents, shift of the noise schedule): the YAML's, or the published model's."""
-    node: Any = {} if request.config is None else _model_section(request.config)
-    factor = node.get("scale_factor", sizes.scale_factor)
-    for name in ("sampler_config", "params", "discretization_config", "params"):
-        node = node.get(name) or {}
-    return float(factor), float(node.get("shift_scale", sizes.shift_scale))
-
-
-def _vae(request: ToHf, weights: SatWeights | None, sizes: Sizes | None) -> Component | None:
+def _vae(request: ToHf, weights: SatWeights | None, sizes: Sizes | None, told: Described | None) -> Component | None:
     if request.vae is not None:
         state, left_out = open_vae(request.vae)
         source = str(request.vae)
@@ -226,11 +231,11 @@ def _vae(request: ToHf, weights: SatWeights | None, sizes: Sizes | None) -> Comp
         return None
     params = vae_sizes.params_of(state, source)
     vae_sizes.check(state, params, source)
-    factor = 1.15258426 if sizes is None else _scales(request, sizes)[0]
+    factor = _scale("scale_factor", told, sizes)
     config = vae_keys.hf_config(params, factor)
     if sizes is not None and sizes.patch[0] > 1:
         config["invert_scale_latents"] = True
-    lines = [f"from {source}, scaling factor {factor}"]
+    lines = [f"from {source}, scaling factor {factor:g} ({told.path if told else 'as the published model'})"]
     lines += [f"left out: {left_out} entries of the training loss"] if left_out else []
     lines += _unused(weights.first_stage if weights is not None and request.vae is not None else {})
     return Component("vae", vae_keys.sat_to_hf(state), hf.with_class("AutoencoderKLCogVideoX", config), lines)

@@ -94,9 +94,9 @@ def import_lora(request: ToSat) -> list[str]:
     plan = {NETWORK_PREFIX + n: cast(n, t, request.dtype) for n, t in all_deferred(matrices).items()}
     with whole_folder(request.output, overwrite=request.overwrite, inputs=request.inputs()) as out:
         _write_network(out, plan, {"lora": facts})
-    how = "stated in the file" if request.lora_alpha is None else "the matrices are scaled for it"
+    scaled = "" if request.lora_alpha is None else f", scaled for alpha {request.lora_alpha:g}"
     return [
-        f"adapter: {adapter.source}, rank {adapter.rank}, alpha {facts['alpha']:g} ({how}), {len(plan)} matrices",
+        f"adapter: {adapter.source}, {adapter}{scaled}, {len(plan)} matrices",
         f"written: {request.output}",
         f"to sample with it: python sample_video.py CONFIG.yaml --lora {shlex.quote(str(request.output))}",
     ]
@@ -151,7 +151,7 @@ def _transformer(request: ToSat, folder: Path) -> tuple[Component, Sizes]:
     for file in request.adapters:
         adapter = open_adapter(file.path)
         plan = merged(plan, adapter, file.scale)
-        lines.append(f"merged: {adapter.source}, rank {adapter.rank}, factor {file.scale * adapter.scaling:g}")
+        lines.append(f"merged: {adapter.source}, {adapter}, factor {file.scale * adapter.scaling:g}")
     plan = {n: cast(n, t, request.dtype or kinds[n]) for n, t in plan.items()}  # sums come in float32
     plan = sat_plan(plan)
     sizes.check(plan, str(folder))

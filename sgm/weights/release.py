@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +24,9 @@ _PART = re.compile(r"mp_rank_(\d+)_model_states\.(?:pt|safetensors)$")
 _DATE = re.compile(r"(-\d\d){4}(-\d+)?$")
 _NETWORK_ROOTS = ("mixins.", "transformer.", "time_embed.", "ofs_embed.")
 
-DIFFUSERS_ADAPTERS = frozenset({"pytorch_lora_weights.safetensors", "adapter_model.safetensors"})
+DIFFUSERS_ADAPTERS = frozenset(
+    f"{name}.{end}" for name in ("pytorch_lora_weights", "adapter_model") for end in ("safetensors", "bin")
+)
 
 
 def how_to_get(*archives: str) -> str:
@@ -160,7 +163,8 @@ def _what_lies_in(folder: Path) -> str:
     if not DIFFUSERS_ADAPTERS.isdisjoint(names):
         return (
             "it holds an adapter in diffusers' or PEFT's form; make a SAT folder of it with "
-            f"tools/convert_weight_hf2sat.py --lora_only --input_path {folder} --output_path FOLDER and name that."
+            f"tools/convert_weight_hf2sat.py --lora_only --input_path {shlex.quote(str(folder))} --output_path FOLDER "
+            "and name that."
         )
     return f"no `latest` and no mp_rank_00_model_states.pt in it (found: {', '.join(names[:8]) or 'nothing'})."
 
