@@ -25,7 +25,7 @@ from sgm.config import SECTIONS, UPSTREAM_FILES, AccelerateArgs, ConfigError, ch
 from sgm.inference.options import SampleArgs
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.training.options import TrainArgs
-from sgm.training.setup.deepspeed import TOP_LEVEL, plan_deepspeed
+from sgm.training.setup.deepspeed import plan_deepspeed
 from sgm.typed import nearest
 from tests.sampling_tiny import REPO
 
@@ -39,6 +39,7 @@ PRINTED_BY = {
     "sgm/training/": ("train_video.py",),
     "sgm/cache/": ("train_video.py", "tools/precompute_cache.py"),
     "sgm/convert/to_hf": CONVERTERS[:1],
+    "sgm/convert/beside": CONVERTERS[:1],
     "sgm/convert/to_sat": CONVERTERS[1:],
     "sgm/convert/": CONVERTERS,
     "sgm/data/validate": ("tools/validate_dataset.py",),
@@ -212,7 +213,7 @@ def test_a_wrong_command_is_seen():
 
 OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*\w")
 SETTING = re.compile(r"(--set )?\b((?:args|accelerate|deepspeed|data|model)\.[\w.]+)=([^\s,;)`'\"]+)")
-KEY = re.compile(r"(?<![\w.])(args|accelerate|deepspeed)\.([a-z]\w*)")
+KEY = re.compile(r"(?<![\w.])(args|accelerate)\.([a-z]\w*)")
 RECORDS = {"args": (SampleArgs, TrainArgs), "accelerate": (AccelerateArgs,)}
 
 
@@ -235,7 +236,7 @@ def wrong_keys(text: str) -> list[str]:
     found = [f"{key}={value} stands without --set" for given, key, value in SETTING.findall(text)
              if not given and "--set " in text]  # fmt: skip
     for section, name in KEY.findall(text):
-        known = TOP_LEVEL if section == "deepspeed" else {n for r in RECORDS[section] for n in r.__dataclass_fields__}
+        known = {n for record in RECORDS[section] for n in record.__dataclass_fields__}
         found += [] if name in known else [f"{section}.{name} is no key"]
     for given, key, value in SETTING.findall(text):
         found += [f"--set {key}={value} is refused"] if given and not _takes(f"{key}={value}") else []
@@ -283,7 +284,7 @@ def _slips(name: str) -> set[str]:
 
 def test_a_slip_of_the_pen_is_seen_and_nothing_else():
     records = [list(record.__dataclass_fields__) for record in (SampleArgs, TrainArgs, AccelerateArgs)]
-    for known in (*records, list(SECTIONS), sorted(TOP_LEVEL)):
+    for known in (*records, list(SECTIONS)):
         names = [name for name in known if len(name) > 4]
         missed = {slip: name for name in names for slip in _slips(name) - set(known) if not nearest(slip, known)}
         assert not missed
