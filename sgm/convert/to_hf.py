@@ -208,10 +208,11 @@ def _sizes(weights: SatWeights, told: Described | None) -> Sizes:
 
 
 def _scale(name: str, told: Described | None, sizes: Sizes | None) -> float:
-    """`scale_factor` of latents or `shift_scale` of the noise schedule: the YAML's, or the published model's."""
+    """`scale_factor` of latents or `shift_scale` of the noise schedule: the YAML's, or that of the published models."""
     value = getattr(told, name, None)
-    if value is None and sizes is not None and sizes.is_published:
-        value = getattr(sizes, name)
+    kind = told.sizes if told else sizes if sizes and sizes.is_published else None
+    if value is None and kind:
+        value = getattr(kind, name)
     if value is None:
         raise ConvertError(
             f"no tensor says the model's {name} ({PUBLISHED_SCALES[name]}), and no YAML file beside "
@@ -235,7 +236,8 @@ def _vae(request: ToHf, weights: SatWeights | None, sizes: Sizes | None, told: D
     config = vae_keys.hf_config(params, factor)
     if sizes is not None and sizes.patch[0] > 1:
         config["invert_scale_latents"] = True
-    lines = [f"from {source}, scaling factor {factor:g} ({told.path if told else 'as the published model'})"]
+    said = told.path if told and told.scale_factor is not None else "assumed, that of the published models"
+    lines = [f"from {source}, scaling factor {factor:g} ({said})"]
     lines += [f"left out: {left_out} entries of the training loss"] if left_out else []
     lines += _unused(weights.first_stage if weights is not None and request.vae is not None else {})
     return Component("vae", vae_keys.sat_to_hf(state), hf.with_class("AutoencoderKLCogVideoX", config), lines)

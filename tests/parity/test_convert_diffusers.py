@@ -29,11 +29,7 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def yaml(release: Path) -> Path:
-    from omegaconf import OmegaConf
-
-    file = release / "tiny.yaml"
-    OmegaConf.save(OmegaConf.create({"model": model_section(release)}), file)
-    return file
+    return release / "infer.yaml"
 
 
 @pytest.fixture(scope="module")
