@@ -157,7 +157,7 @@ def stated_settings(file: Path) -> dict[str, Any]:
     """
     from safetensors import safe_open
 
-    metadata = {}
+    metadata: dict[str, str] = {}
     if file.suffix == ".safetensors":
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
