@@ -120,7 +120,7 @@ def _how_to_install(package: str) -> str:
 
 def report(error: Exception) -> None:
     """Print an error without its traceback; once where several ranks have the same."""
-    _say_once(f"error: {error}", sys.stderr)
+    _say_once(" ".join([f"error: {error}", *(f"({note})" for note in getattr(error, "__notes__", ()))]), sys.stderr)
 
 
 def _say_once(text: str, out: IO[str], only_first: bool = False) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import inspect
 import json
 import re
 import typing
@@ -17,8 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic
 
-from sgm.typed import Args, ConfigError, argument_types, build_args, listing, nearest, option, typed
-from sgm.util import check_tree
+from sgm.typed import Args, ConfigError, Misfit, arguments, build_args, listing, nearest, option
 
 SECTIONS = ("args", "model", "data", "deepspeed", "accelerate")
 
@@ -276,22 +274,22 @@ def _mend_log_keys(model: dict[str, Any], notes: list[str]) -> None:
         model["log_keys"] = mended
 
 
-def check_model_section(model: Mapping[str, Any], engine: type) -> None:
-    """Check keys and every `target:` of the `model:` section against the classes, without building anything.
+def check_model_section(model: Mapping[str, Any], engine: type) -> dict[str, Any]:
+    """The `model:` section with each value of its type, every key and `target:` checked; builds nothing.
 
     Raises:
         ConfigError: listing every problem.
     """
-    known = list(inspect.signature(engine).parameters)
     problems = [
         f"model.{n} is of image-to-video models, which are not run here; take a text-to-video one"
-        if n in IMAGE_KEYS
-        else f"unknown key model.{n}{nearest(n, known)}"
         for n in model
-        if n not in known
+        if n in IMAGE_KEYS
     ]
-    problems += [f"model.{n}: {problem}" for n, problem in typed(model, argument_types(engine))[1].items()]
-    problems += check_tree(model)
+    found: dict[str, Any] = {}
+    try:
+        found = arguments(engine, {n: v for n, v in model.items() if n not in IMAGE_KEYS}, "model", ())
+    except Misfit as error:
+        problems += error.problems
     match model:
         case {"network_config": {"params": {"in_channels": int(taken), "out_channels": int(given)}}} if taken > given:
             problems.append(
@@ -300,3 +298,11 @@ def check_model_section(model: Mapping[str, Any], engine: type) -> None:
             )
     if problems:
         raise ConfigError(listing(problems, "the model section"))
+    return typing.cast("dict[str, Any]", _plain(found))
+
+
+def _plain(value: Any) -> Any:
+    """Mappings as those of YAML, all through."""
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list) else value

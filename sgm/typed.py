@@ -1,18 +1,23 @@
 """Values of YAML files and command lines as typed, checked fields of a record; every problem found is reported.
 
 A number may be written as text ("1e-8": YAML 1.1 reads that as text), a list of one without its brackets. Nothing else
-is guessed: `yes` is no truth value.
+is guessed: `yes` is no truth value. What a type says of a value stands in its annotation: bounds of a number as
+`Range`, choices as `Literal`, and what else has a `fit` of its own (`sgm.util.Role`).
 """
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
 import difflib
+import functools
 import inspect
+import math
 import types
 import typing
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar
 
 from sgm.errors import SgmError
 
@@ -20,10 +25,72 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 Args = TypeVar("Args", bound="DataclassInstance")
+SHOWN = 60  # characters of a wrong value
 
 
 class ConfigError(SgmError):
     """The configuration is wrong; the message lists every problem with its place and remedy."""
+
+
+class Misfit(ValueError):
+    """A value, or several below it, are not what is expected; `problems` has a line for each, its place in front."""
+
+    def __init__(self, *problems: str, place: str = ""):
+        self.problems = [f"{place}: {problem}" if place else problem for problem in problems]
+        super().__init__("; ".join(self.problems))
+
+
+@dataclass(frozen=True)
+class Range:
+    """Bounds of a number, of which only `above` is left out itself."""
+
+    least: float = -math.inf
+    most: float = math.inf
+    above: float = -math.inf
+
+    def fit(self, value: Any, place: str) -> Any:
+        """The value. Raises Misfit."""
+        if not isinstance(value, int | float) or (self.least <= value <= self.most and value > self.above):
+            return value
+        bounds = {"above": self.above, "at least": self.least, "at most": self.most}
+        words = " and ".join(f"{word} {bound:.10g}" for word, bound in bounds.items() if math.isfinite(bound))
+        raise Misfit(f"must be {words}, got {shown(value)}", place=place)
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Choices; true and 1 are two."""
+
+    choices: tuple[Any, ...]
+
+    def fit(self, value: Any, place: str) -> Any:
+        """The value. Raises Misfit."""
+        if value is None or any(value == c and isinstance(value, bool) == isinstance(c, bool) for c in self.choices):
+            return value
+        raise Misfit(f"{shown(value)} is not one of {', '.join(map(repr, self.choices))}", place=place)
+
+
+@dataclass(frozen=True)
+class Record:
+    """A mapping that fills an args record."""
+
+    kind: type
+
+    def fit(self, value: Any, place: str) -> Any:
+        """The mapping. Raises Misfit."""
+        problems: list[str] = []
+        build_args(self.kind, value, problems, [], place)
+        if problems:
+            raise Misfit(*problems)
+        return value
+
+
+Size = Annotated[int, Range(1, 1 << 20)]  # of a tensor's axis
+Count = Annotated[int, Range(0, 1 << 20)]
+Layers = Annotated[int, Range(1, 1024)]
+Positive = Annotated[float, Range(above=0, most=1e9)]
+NotNegative = Annotated[float, Range(0, 1e9)]
+Share = Annotated[float, Range(0, 1)]
 
 
 def option(
@@ -31,7 +98,8 @@ def option(
     help: str,
     *,
     choices: Sequence[Any] = (),
-    at_least: float | None = None,
+    at_least: float = -math.inf,
+    at_most: float = math.inf,
     metavar: str | tuple[str, ...] | None = None,
     bare: str | None = None,
 ) -> Any:
@@ -41,7 +109,8 @@ def option(
         metavar: what the flag's help calls its value, or its values one by one.
         bare: value of a flag that is given without one.
     """
-    metadata = {"help": help, "choices": tuple(choices), "at_least": at_least, "metavar": metavar, "bare": bare}
+    rules = [Range(at_least, at_most), *([OneOf(tuple(choices))] if choices else ())]
+    metadata = {"help": help, "choices": tuple(choices), "rules": rules, "metavar": metavar, "bare": bare}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -60,90 +129,151 @@ def build_args(
     Args:
         idle: further names that are accepted, and noted to have no effect.
     """
-    fields = {f.name: f for f in dataclasses.fields(args_type)}
-    hints = typing.get_type_hints(args_type)
-    values: dict[str, Any] = {}
-    before = len(problems)
-    for name, raw in given.items():
-        if name not in fields:
-            if name in idle:
-                notes.append(f"{section}.{name} has no effect here")
-            else:
-                problems.append(f"unknown key {section}.{name}{nearest(name, fields)}")
-            continue
-        try:
-            values[name] = _checked(coerce(raw, hints[name]), fields[name].metadata)
-        except ValueError as error:
-            problems.append(f"{section}.{name}: {error}")
-    if len(problems) > before:
-        return None
+    kinds = typing.get_type_hints(args_type, include_extras=True)
+    for field in dataclasses.fields(args_type):
+        for rule in field.metadata.get("rules", ()):
+            kinds[field.name] = Annotated[kinds[field.name], rule]
+    unused = [name for name in given if name in idle and name not in kinds]
+    notes += [f"{section}.{name} has no effect here" for name in unused]
     try:
-        return args_type(**values)
+        return args_type(**fitted({n: v for n, v in given.items() if n not in unused}, kinds, section))
+    except Misfit as error:
+        problems += error.problems
     except ConfigError as error:  # relations between fields, from __post_init__
         problems.append(str(error))
-        return None
+    return None
 
 
-def coerce(value: Any, kind: Any) -> Any:
-    """`value` as the annotated type, or ValueError. Numbers given as text ("1e-8") become numbers."""
-    origin = typing.get_origin(kind)
-    if origin in (typing.Union, types.UnionType):
-        return _coerce_union(value, typing.get_args(kind))
-    if origin in (list, tuple):
-        items = [value] if isinstance(value, str | int | float) else value
-        if not isinstance(items, list | tuple):
-            raise ValueError(f"expected a list, got {value!r}")
-        return [coerce(item, typing.get_args(kind)[0]) for item in items]
-    if kind is bool:
-        if not isinstance(value, bool):
-            raise ValueError(f"expected true or false, got {value!r}")
+def fitted(
+    given: Mapping[str, Any], kinds: Mapping[str, Any], place: str, required: Iterable[str] = ()
+) -> dict[str, Any]:
+    """Named values as their types.
+
+    Raises:
+        Misfit: names without a type, required ones that are not given, values that do not fit: all of them.
+    """
+    known = f"; there {'is' if len(kinds) == 1 else 'are'} {', '.join(kinds)}" if 0 < len(kinds) < 15 else ""
+    problems = [f"unknown key {place}.{name}{nearest(name, kinds) or known}" for name in given if name not in kinds]
+    problems += [f"{place}.{name} is missing" for name in required if name not in given]
+    values: dict[str, Any] = {}
+    for name in (name for name in given if name in kinds):
+        try:
+            values[name] = coerce(given[name], kinds[name], f"{place}{'.' * (name[:1] != '[')}{name}")
+        except Misfit as error:
+            problems += error.problems
+    if problems:
+        raise Misfit(*problems)
+    return values
+
+
+# --- one value -----------------------------------------------------------------------------------------------------
+
+
+def coerce(value: Any, kind: Any, place: str = "") -> Any:
+    """`value` as the annotated type. Numbers given as text ("1e-8") become numbers.
+
+    Raises:
+        Misfit: it is none; `place` is where it stands.
+    """
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        value = coerce(value, parts[0], place)
+        for rule in (rule for rule in parts[1:] if hasattr(rule, "fit")):
+            value = rule.fit(value, place)
         return value
-    if kind in (int, float):
-        return _number(value, kind)
-    if kind is str:
-        if isinstance(value, bool | list | dict) or value is None:
-            raise ValueError(f"expected text, got {value!r}")
-        return str(value)
+    if origin in (typing.Union, types.UnionType):
+        return _coerce_union(value, parts, place)
+    if origin is Literal:
+        return OneOf(parts).fit(value, place) if value is not None else _refuse("a value", value, place)
+    if origin in (list, tuple, collections.abc.Sequence):
+        return _coerce_list(value, origin, parts, place)
+    if origin in (dict, collections.abc.Mapping) or typing.is_typeddict(kind):
+        return _coerce_mapping(value, kind, place)
+    if kind in _SCALARS:
+        return _SCALARS[kind](value, place)
+    if inspect.isclass(kind) and kind is not Any and not getattr(kind, "_is_protocol", False):
+        return value if isinstance(value, kind) else _refuse(f"a {kind.__name__}", value, place)
     return value
 
 
-def _coerce_union(value: Any, kinds: tuple[Any, ...]) -> Any:
+def _refuse(noun: str, value: Any, place: str) -> NoReturn:
+    raise Misfit(f"expected {noun}, got {shown(value)}", place=place)
+
+
+def _coerce_union(value: Any, kinds: tuple[Any, ...], place: str) -> Any:
     if value is None and type(None) in kinds:
         return None
     errors = []
     for kind in kinds:
-        if kind is type(None):
-            continue
-        try:
-            return coerce(value, kind)
-        except ValueError as error:
-            errors.append(str(error))
-    raise ValueError(" or ".join(errors) or f"got {value!r}")
+        if kind is not type(None):
+            try:
+                return coerce(value, kind, place)
+            except Misfit as error:
+                errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    told = dict.fromkeys(problem.removeprefix(f"{place}: ") for error in errors for problem in error.problems)
+    raise Misfit(" or ".join(told), place=place)
 
 
-def _number(value: Any, kind: type) -> Any:
-    noun = "a whole number" if kind is int else "a number"
+def _coerce_list(value: Any, origin: Any, kinds: tuple[Any, ...], place: str) -> Any:
+    if isinstance(value, str | int | float):
+        found = [coerce(value, kinds[0], place)]
+    elif isinstance(value, list | tuple):
+        items = {f"[{k}]": item for k, item in enumerate(value)}
+        found = list(fitted(items, dict.fromkeys(items, kinds[0]), place).values())
+    else:
+        _refuse("a list", value, place)
+    if origin is tuple and kinds[-1] is not Ellipsis and len(found) != len(kinds):
+        _refuse(f"{len(kinds)} values", value, place)
+    return tuple(found) if origin is tuple else found
+
+
+def _coerce_mapping(value: Any, kind: Any, place: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        _refuse("a mapping", value, place)
+    if typing.is_typeddict(kind):
+        return fitted(value, typing.get_type_hints(kind, include_extras=True), place, sorted(kind.__required_keys__))
+    return fitted(value, dict.fromkeys(value, typing.get_args(kind)[1]), place)
+
+
+def _truth(value: Any, place: str) -> bool:
+    return value if isinstance(value, bool) else _refuse("true or false", value, place)
+
+
+def _text(value: Any, place: str) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or "\0" in str(value):
+        _refuse("text" + " without a zero byte" * isinstance(value, str), value, place)
+    return value if isinstance(value, str) else str(value)
+
+
+def _whole(value: Any, place: str) -> int:
+    number = _number(value, place, "a whole number")
+    if not float(number).is_integer() or abs(number) >= 1 << 63:
+        _refuse("a whole number" + " below 2^63" * (abs(number) >= 1 << 63), value, place)
+    return int(number)
+
+
+def _number(value: Any, place: str, noun: str = "a number") -> Any:
+    """A finite number: one that is none makes every other that it meets so, too."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise ValueError(f"expected {noun}, got {value!r}")
+        _refuse(noun, value, place)
     try:
         number = float(value)
-    except ValueError as error:
-        raise ValueError(f"expected {noun}, got {value!r}") from error
-    if kind is float:
-        return number
-    if not number.is_integer():
-        raise ValueError(f"expected {noun}, got {value!r}")
-    return int(value) if isinstance(value, int) else int(number)
+    except (ValueError, OverflowError):
+        _refuse(noun, value, place)
+    if not math.isfinite(number):
+        _refuse(f"a finite {noun.removeprefix('a ')}", value, place)
+    return value if isinstance(value, int) else number
 
 
-def _checked(value: Any, metadata: Mapping[str, Any]) -> Any:
-    if value is None:
-        return value
-    if metadata.get("choices") and value not in metadata["choices"]:
-        raise ValueError(f"{value!r} is not one of {', '.join(map(repr, metadata['choices']))}")
-    if metadata.get("at_least") is not None and not value >= metadata["at_least"]:  # nan is not, either
-        raise ValueError(f"must be at least {metadata['at_least']}, got {value!r}")
-    return value
+_SCALARS = {bool: _truth, int: _whole, float: lambda value, place: float(_number(value, place)), str: _text}
+
+
+def shown(value: Any) -> str:
+    """A wrong value for a message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -161,45 +291,30 @@ def listing(problems: Sequence[str], place: str) -> str:
 # --- arguments of a constructor ------------------------------------------------------------------------------------
 
 
+@functools.cache
 def argument_types(cls: Any) -> dict[str, Any]:
     """Types that a constructor (or function) states for its arguments; empty where they cannot be read."""
     try:
-        return typing.get_type_hints(cls.__init__ if inspect.isclass(cls) else cls)
+        return typing.get_type_hints(cls.__init__ if inspect.isclass(cls) else cls, include_extras=True)
     except (NameError, TypeError, AttributeError):  # names that only a type checker imports: nothing is known then
         return {}
 
 
-def typed(values: Mapping[str, Any], kinds: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """(`values` as their annotated types, what is wrong with the others by name); see `_scalar`."""
-    fitting: dict[str, Any] = {}
-    problems: dict[str, str] = {}
-    for name, value in values.items():
-        try:
-            fitting[name] = _scalar(value, kinds.get(name, Any))
-        except ValueError as error:
-            problems[name] = str(error)
-    return fitting, problems
+def arguments(cls: Any, values: Mapping[str, Any], place: str, given: Collection[str] | None = None) -> dict[str, Any]:
+    """`values` as arguments of the constructor `cls`: known by name, all there, and of their types.
 
-
-_SCALARS = (bool, int, float, str)
-
-
-def _scalar(value: Any, kind: Any) -> Any:
-    """`value` as int, float, bool or str where that is what `kind` asks for; what is more complex is left alone.
-
+    Args:
+        given: names that the caller adds; None: what is missing is not asked for.
     Raises:
-        ValueError: what is expected, and what was given.
+        Misfit: all that is wrong.
     """
-    kinds = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
-    wanted = [k for k in kinds if k in _SCALARS]
-    others = [k for k in kinds if k not in _SCALARS and k is not type(None)]
-    if not wanted or (value is None and type(None) in kinds) or (others and not isinstance(value, _SCALARS)):
-        return value
-    if bool in wanted and not isinstance(value, bool) and value in (0, 1):
-        return bool(value)
-    if float in wanted and isinstance(value, int) and not isinstance(value, bool):
-        return value  # stays as written in what a run records
-    read = coerce(value, typing.Union[tuple(wanted)])  # noqa: UP007
-    if read != read:  # nan: every number that it meets becomes nan, too
-        raise ValueError(f"expected a number, got {value!r}")
-    return read
+    parameters = inspect.signature(cls).parameters.values()
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    any_name = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    hints, names = argument_types(cls), [*(p.name for p in named), *(values if any_name else ())]
+    kinds = {name: hints.get(name, Any) for name in names}
+    needed = [] if given is None else [p.name for p in named if p.default is p.empty and p.name not in given]
+    switched = {n: bool(v) if kinds.get(n) is bool and type(v) is int and v in (0, 1) else v for n, v in values.items()}
+    found = fitted(switched, kinds, place, needed)
+    # What a run records of a whole number stays as it was written.
+    return {name: values[name] if type(values[name]) is int and type(v) is float else v for name, v in found.items()}

@@ -2,7 +2,8 @@
 
 A YAML file must not be able to run code, so a target is resolved only if its name starts with an allowed prefix, or
 stands in the alias table, *and* the object found is a class (or a function that the table names) defined inside the
-allowed packages. `sat.helpers.os.system` passes the first test and fails the second.
+allowed packages. `sat.helpers.os.system` passes the first test and fails the second. And each slot takes classes of its
+own `Role` only, which stands in the annotation of the constructor that reads it.
 """
 
 from __future__ import annotations
@@ -10,15 +11,17 @@ from __future__ import annotations
 import importlib
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from sgm.errors import SgmError
-from sgm.typed import argument_types, nearest, typed
+from sgm.typed import Misfit, arguments, coerce, nearest, shown
 
 logger = logging.getLogger(__name__)
 
-ALLOWED_PREFIXES: list[str] = ["sgm.", "sat.", "torch.nn.", "torch.optim.", "deepspeed.ops."]
+_PREFIXES = ("sgm.", "sat.", "torch.nn.", "torch.optim.", "deepspeed.ops.")
+ALLOWED_PREFIXES: list[str] = [*_PREFIXES]
 
 _TRANSFORMER = "sgm.modules.transformer"
 _VAE, _VAE_PARTS = "sgm.models.autoencoder", "sgm.modules.autoencoding"
@@ -64,28 +67,91 @@ def allow_target(prefix: str) -> None:
     ALLOWED_PREFIXES.append(prefix if prefix.endswith(".") else prefix + ".")
 
 
+Config = Mapping[str, Any]  # a node: `target`, and `params` for it
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a slot of a configuration takes, as an annotation of the argument that holds it: a node, or a class's name.
+
+    Attributes:
+        base: classes derived from it; by name where it is heavy to import.
+        rooms: packages that they may be in, beside the user's own.
+        beside: TypedDict of what may stand beside `target`.
+    """
+
+    base: type | str
+    rooms: tuple[str, ...] = ("sgm.",)
+    beside: Any = None
+
+    def fit(self, value: Any, place: str) -> Any:
+        """The node with its place, checked with all that is below it. Raises Misfit."""
+        try:
+            if not isinstance(value, Mapping):
+                self.find(value)
+                return value
+            target, params = split_config(value, tuple(self.beside.__annotations__) if self.beside else ())
+            cls = self.find(target)
+        except TargetError as error:
+            raise Misfit(str(error), place=place) from error
+        if self.beside:
+            coerce({name: v for name, v in value.items() if name not in ("target", "params")}, self.beside, place)
+        fitting = arguments(cls, _without_idle(target, params), f"{place}.params")
+        node = Node({**value, "params": params | fitting} if "params" in value else value)
+        node.place = place
+        return node
+
+    def find(self, name: str) -> Any:
+        """The class of that name. Raises TargetError: there is none, or it is of another role."""
+        resolved = TARGET_ALIASES.get(name, name)
+        found = get_obj_from_str(name) if resolved.startswith((*self.rooms, *_own_prefixes())) else None
+        if found is None or not self._takes(found):
+            get_obj_from_str(name)  # may have a better reason
+            raise TargetError(f"{name!r} has another role; choose {' or '.join(self._choices())}")
+        return found
+
+    def _takes(self, found: Any) -> bool:
+        base = get_obj_from_str(self.base) if isinstance(self.base, str) else self.base
+        return inspect.isclass(found) and base in found.__mro__  # a protocol takes no class by its mere form
+
+    def _choices(self) -> list[str]:
+        known = {get_obj_from_str(name): name for name in reversed(known_targets())}
+        return sorted(name for cls, name in known.items() if self._takes(cls))
+
+
+class Node(dict[str, Any]):
+    """A checked `target:` node that knows its place in the configuration."""
+
+    place = ""
+
+
+def _own_prefixes() -> list[str]:
+    return ALLOWED_PREFIXES[len(_PREFIXES) :]
+
+
 def get_obj_from_str(name: str) -> Any:
     """The class (or function named in the alias table) behind a dotted target name.
 
     Raises:
-        TargetError: outside the allow-list, no such module or attribute, or not a class defined inside the list.
+        TargetError: outside the allow-list, no such module or attribute, one that cannot be imported, or not a class
+            defined inside the list.
     """
     resolved = TARGET_ALIASES.get(name, name)
     if not resolved.startswith(tuple(ALLOWED_PREFIXES)):
         raise TargetError(
-            f"target {name!r} is not allowed: a configuration may only name classes under "
+            f"target {shown(name)} is not allowed: a configuration may only name classes under "
             f"{', '.join(p + '*' for p in ALLOWED_PREFIXES)} or the original's own names. "
             f"For code of your own that you trust, add --allow-target {name.split('.', maxsplit=1)[0]}."
         )
     module_name, _, attribute = resolved.rpartition(".")
     try:
         found = getattr(importlib.import_module(module_name), attribute)
-    except ModuleNotFoundError as error:
-        if error.name is None or not module_name.startswith(error.name):
-            raise  # the module exists and lacks a dependency: that is another matter
+    except (ImportError, AttributeError) as error:
+        if isinstance(error, ModuleNotFoundError) and not module_name.startswith(error.name or "\0"):
+            raise TargetError(f"target {name!r} cannot be imported: {error}") from error
         raise TargetError(_unknown_target(name)) from error
-    except AttributeError as error:
-        raise TargetError(_unknown_target(name)) from error
+    except Exception as error:  # whatever another package's module does when it is imported
+        raise TargetError(f"target {name!r} cannot be imported: {type(error).__name__}: {error}") from error
     _check_inside(name, found)
     return found
 
@@ -100,7 +166,7 @@ def _check_inside(name: str, found: Any) -> None:
 
 
 def _unknown_target(name: str) -> str:
-    return f"unknown target {name!r}" + (nearest(name, known_targets()) or ".")
+    return f"unknown target {shown(name)}" + (nearest(name, known_targets()) or ".")
 
 
 def known_targets() -> list[str]:
@@ -126,95 +192,67 @@ def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:
     """Build the object that `{"target": name, "params": {...}}` describes; `extra` are further keyword arguments.
 
     Raises:
-        TargetError: see `get_obj_from_str` and `check_params`; or `config` has no `target`.
+        TargetError: see `get_obj_from_str` and `check_params`; `config` has no `target`; or the constructor refuses
+            the values. Further errors of the constructor say where in the configuration it stands.
     """
-    target, params = split_config(config)
+    target, params = split_config(config, config if isinstance(config, Node) else ())
+    place = getattr(config, "place", "")
     cls = get_obj_from_str(target)
-    return cls(**check_params(target, cls, params), **extra)
+    kept = check_params(target, cls, params, f"{place}.params" if place else target, tuple(extra))
+    try:
+        return cls(**kept, **extra)
+    except SgmError as error:
+        if place and not hasattr(error, "__notes__"):
+            error.add_note(f"at {place}")
+        raise
+    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise TargetError(f"{place or target}: {reason}") from error
 
 
-def split_config(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """(target, params) of a config node, checked for form."""
-    if not isinstance(config, Mapping) or "target" not in config:
-        shown = dict(config) if isinstance(config, Mapping) else config
-        raise TargetError(f"expected a mapping with `target:` (and `params:`), got {shown!r}.")
-    stray = [str(key) for key in config if key not in ("target", "params")]
-    if stray and not _SIBLINGS.keys() >= set(stray):
+def split_config(config: Mapping[str, Any], beside: Collection[str] = ()) -> tuple[str, dict[str, Any]]:
+    """(target, params) of a config node, checked for form.
+
+    Args:
+        beside: what else may stand beside the two.
+    """
+    if not isinstance(config, Mapping) or not isinstance(config.get("target"), str):
+        found = dict(config) if isinstance(config, Mapping) else config
+        raise TargetError(f"expected a mapping with `target:` (and `params:`), got {shown(found)}.")
+    stray = [str(key) for key in config if key not in ("target", "params", *beside)]
+    if stray:
         raise TargetError(
             f"{config['target']}: {', '.join(stray)} stands beside `target:`; arguments belong under `params:`."
         )
-    params = config.get("params") or {}
+    params = {} if config.get("params") is None else config["params"]
     if not isinstance(params, Mapping):
-        raise TargetError(f"{config['target']}: `params:` must be a mapping, it is {params!r}.")
-    return str(config["target"]), dict(params)
+        raise TargetError(f"{config['target']}: `params:` must be a mapping, it is {shown(params)}.")
+    return config["target"], dict(params)
 
 
-# Keys that the conditioner reads from beside an embedder's `target:`, with their types.
-_SIBLINGS: dict[str, Any] = {
-    "is_trainable": bool, "input_key": str, "input_keys": Any, "ucg_rate": float, "legacy_ucg_value": Any, "name": Any,
-}  # fmt: skip
-
-
-def check_params(target: str, cls: Any, params: Mapping[str, Any]) -> dict[str, Any]:
+def check_params(
+    target: str, cls: Any, params: Mapping[str, Any], place: str = "", given: Collection[str] = ()
+) -> dict[str, Any]:
     """`params` as the constructor takes them: checked against its signature, without the known no-effect names.
 
     Numbers given as text, and whole numbers given as 50.0, become what the annotation says.
 
+    Args:
+        place: where they stand. given: arguments that the caller adds.
     Raises:
-        TargetError: names the unknown parameter and the nearest valid one, or the first value of a wrong type.
+        TargetError: names every parameter that is unknown or missing, and every value that its annotation excludes.
     """
-    kept = _known_params(target, cls, params)
-    values, problems = typed(kept, argument_types(cls))
-    for name, problem in problems.items():
-        raise TargetError(f"{target}: `{name}`: {problem}")
-    return values
+    try:
+        return arguments(cls, _without_idle(target, params), place or target, given)
+    except Misfit as error:
+        raise TargetError(str(error)) from error
 
 
-def _known_params(target: str, cls: Any, params: Mapping[str, Any]) -> dict[str, Any]:
+def _without_idle(target: str, params: Mapping[str, Any]) -> dict[str, Any]:
     resolved = TARGET_ALIASES.get(target, target)
     idle = NO_EFFECT_PARAMS.get(resolved, frozenset())
     for name in sorted(idle & set(params)):
         if (resolved, name) not in _warned_no_effect:
             _warned_no_effect.add((resolved, name))
             logger.info("%s: `%s` has no effect (nor in the original)", target, name)
-    kept = {name: value for name, value in params.items() if name not in idle}
-    accepted = _accepted_names(cls)
-    if accepted is not None:
-        for name in kept:
-            if name not in accepted:
-                raise TargetError(_unknown_param(target, name, accepted))
-    return kept
-
-
-def _accepted_names(cls: Any) -> list[str] | None:
-    """Keyword names that the constructor takes; None where it takes any (`**kwargs`)."""
-    parameters = inspect.signature(cls).parameters.values()
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return None
-    return [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-
-
-def _unknown_param(target: str, name: str, accepted: list[str]) -> str:
-    hint = nearest(name, accepted) or f"; it takes: {', '.join(accepted) or 'nothing'}."
-    return f"{target} takes no parameter `{name}`{hint}"
-
-
-def check_tree(config: Any, place: str = "model") -> list[str]:
-    """Problems of every `target:` node below `config` (found without building anything), as readable lines."""
-    problems: list[str] = []
-    if isinstance(config, Mapping):
-        if "target" in config:
-            try:
-                target, params = split_config(config)
-                cls = get_obj_from_str(target)
-                wrong = typed(_known_params(target, cls, params), argument_types(cls))[1]
-                problems += [f"{place}.params.{name}: {problem}" for name, problem in wrong.items()]
-                problems += [f"{place}.{name}: {problem}" for name, problem in typed(config, _SIBLINGS)[1].items()]
-            except TargetError as error:
-                problems.append(f"{place}: {error}")
-        for key, value in config.items():
-            problems += check_tree(value, f"{place}.{key}")
-    elif isinstance(config, list | tuple):
-        for index, value in enumerate(config):
-            problems += check_tree(value, f"{place}[{index}]")
-    return problems
+    return {name: value for name, value in params.items() if name not in idle}

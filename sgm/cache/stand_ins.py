@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -13,9 +13,10 @@ from sgm.cache.dataset import EMBEDDING, MOMENTS
 from sgm.cache.identity import TEXT_KEY, encoder_params
 from sgm.errors import SgmError
 from sgm.modules.autoencoding.first_stage import FirstStage
+from sgm.modules.autoencoding.regularizers import DiagonalGaussianRegularizer
 from sgm.modules.conditioner import AbstractEmbModel
 from sgm.modules.ops.vae import VaeOps
-from sgm.util import instantiate_from_config
+from sgm.util import Config, Role, instantiate_from_config
 
 _REGULARIZER = {"target": "sgm.modules.autoencoding.regularizers.DiagonalGaussianRegularizer"}
 
@@ -55,7 +56,7 @@ class CachedFirstStage(FirstStage):
         regularizer_config: that of the autoencoder: from moments to latents.
     """
 
-    def __init__(self, regularizer_config: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, regularizer_config: Annotated[Config, Role(DiagonalGaussianRegularizer)] | None = None) -> None:
         super().__init__()
         self.regularization = instantiate_from_config(regularizer_config or _REGULARIZER)
 

@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from torch.utils.data import Dataset
 
 from sgm.config import ConfigError
 from sgm.data.buckets import parse_buckets
@@ -15,10 +17,14 @@ from sgm.data.clips import ClipSettings, picture_size
 from sgm.data.dataset import SFTDataset
 from sgm.data.scan import list_source
 from sgm.data.sources import Listing
-from sgm.util import check_params, get_obj_from_str, split_config
+from sgm.typed import Misfit, coerce, listing
+from sgm.util import Role, check_params, get_obj_from_str, split_config
 
 # What the classes call otherwise than `ClipSettings` does.
 SETTING_OF = {"skip_frms_num": "skip_frames", "image_size": "video_size", "num_frames": "max_num_frames"}
+
+FROM_THE_RUN = ("data_dir", "report")
+DATASET = Annotated[Mapping[str, Any], Role(Dataset, ("sgm.data.",))]
 
 
 @dataclass(frozen=True)
@@ -31,10 +37,14 @@ class DataSection:
 
     @classmethod
     def parse(cls, data: Mapping[str, Any]) -> DataSection:
-        """Raises TargetError: see `sgm.util.get_obj_from_str` and `check_params`."""
-        target, params = split_config(data)
+        """Raises ConfigError, TargetError: no data set, or parameters that it does not take."""
+        try:
+            node = coerce(data, DATASET, "data")
+        except Misfit as error:
+            raise ConfigError(listing(error.problems, "the data section")) from error
+        target, params = split_config(node)
         found = get_obj_from_str(target)
-        return cls(target, found, check_params(target, found, params))
+        return cls(target, found, check_params(target, found, params, "data.params", FROM_THE_RUN))
 
     def names_of(self, *settings: str) -> list[str]:
         """What the class calls these fields of `ClipSettings`."""

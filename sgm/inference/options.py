@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from sgm.modules.autoencoding.strides import STRIDES
 from sgm.typed import ConfigError, option
@@ -67,11 +66,7 @@ class SampleArgs:
     latent_channels: int | None = option(None, "checked against the network's input channels if given")
 
     def __post_init__(self) -> None:
-        problems = [
-            f"args.{field.name} is {value}; it must be a finite number"
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), float) and not math.isfinite(value)
-        ]
+        problems = []
         if self.fp16 and self.bf16:
             problems.append("args.fp16 and args.bf16 are both true; choose one")
         size = self.sampling_image_size

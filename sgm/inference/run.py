@@ -30,8 +30,7 @@ def sample(config: RunConfig[SampleArgs], check: Callable[[], None], *, dry_run:
     """
     from sgm.models.diffusion import SATVideoDiffusionEngine
 
-    check_model_section(config.model, SATVideoDiffusionEngine)
-    config = with_found_paths(config)
+    config = with_found_paths(replace(config, model=check_model_section(config.model, SATVideoDiffusionEngine)))
     if not dry_run:
         check_paths(*_paths_to_check(config))
     info = init_distributed(_device_type(config.args.device, several=int(os.environ.get("WORLD_SIZE", "1")) > 1))

@@ -12,22 +12,27 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
 from sgm.modules.autoencoding.causal_cache import cache_on
 from sgm.modules.autoencoding.causal_conv import CPU_SLICE_BYTES, DECODE_SLICE_BYTES, SLICE_BYTES, ClipPass
-from sgm.modules.autoencoding.coders import ContextParallelDecoder3D, ContextParallelEncoder3D
+from sgm.modules.autoencoding.coders import (
+    ContextParallelDecoder3D,
+    ContextParallelEncoder3D,
+)
 from sgm.modules.autoencoding.first_stage import FirstStage
+from sgm.modules.autoencoding.regularizers import DiagonalGaussianRegularizer
 from sgm.modules.autoencoding.tiling import Tiling, blend_tiles
 from sgm.modules.ops.vae import PLAIN, VaeOps
-from sgm.util import instantiate_from_config
+from sgm.util import Config, Role, instantiate_from_config
 from sgm.weights import assign_state, read_checkpoint
 
 LOW_MEMORY_SLICE_BYTES = 192 << 20  # two frames of the first level at 480x720 in half precision
 _REGULARIZER = {"target": "sgm.modules.autoencoding.regularizers.DiagonalGaussianRegularizer"}
+TORCH_LOSS = Role(nn.Module, ("torch.nn.",))
 _NO_LOSS = {"target": "torch.nn.Identity"}
 
 
@@ -80,10 +85,10 @@ class VideoAutoencoder(FirstStage):
 
     def __init__(
         self,
-        encoder_config: Mapping[str, Any],
-        decoder_config: Mapping[str, Any],
-        loss_config: Mapping[str, Any] | None = None,
-        regularizer_config: Mapping[str, Any] | None = None,
+        encoder_config: Annotated[Config, Role(ContextParallelEncoder3D)],
+        decoder_config: Annotated[Config, Role(ContextParallelDecoder3D)],
+        loss_config: Annotated[Config, TORCH_LOSS] | None = None,
+        regularizer_config: Annotated[Config, Role(DiagonalGaussianRegularizer)] | None = None,
     ) -> None:
         super().__init__()
         self.encoder = instantiate_from_config(encoder_config)
@@ -338,10 +343,10 @@ class VideoAutoencoderInferenceWrapper(VideoAutoencoder):
 
     def __init__(
         self,
-        encoder_config: Mapping[str, Any],
-        decoder_config: Mapping[str, Any],
-        loss_config: Mapping[str, Any] | None = None,
-        regularizer_config: Mapping[str, Any] | None = None,
+        encoder_config: Annotated[Config, Role(ContextParallelEncoder3D)],
+        decoder_config: Annotated[Config, Role(ContextParallelDecoder3D)],
+        loss_config: Annotated[Config, TORCH_LOSS] | None = None,
+        regularizer_config: Annotated[Config, Role(DiagonalGaussianRegularizer)] | None = None,
         ckpt_path: str | None = None,
         ignore_keys: Sequence[str] = (),
         cp_size: int = 0,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,8 @@ from sgm.modules.diffusionmodules.wrappers import NetworkWrapper, OpenAIWrapper
 from sgm.modules.encoders.modules import FrozenT5Embedder
 from sgm.modules.ops.choice import Kernels
 from sgm.modules.ops.graphs import NetworkGraphs
-from sgm.util import get_obj_from_str, instantiate_from_config
+from sgm.typed import Positive
+from sgm.util import Config, Role, check_params, get_obj_from_str, instantiate_from_config
 
 if TYPE_CHECKING:
     from sgm.models.network import DiffusionTransformer  # at run time its `target:` brings it, and SAT with it
@@ -72,14 +73,14 @@ class SATVideoDiffusionEngine(nn.Module):
 
     def __init__(
         self,
-        network_config: Mapping[str, Any],
-        denoiser_config: Mapping[str, Any],
-        conditioner_config: Mapping[str, Any] | None = None,
-        first_stage_config: Mapping[str, Any] | None = None,
-        sampler_config: Mapping[str, Any] | None = None,
-        loss_fn_config: Mapping[str, Any] | None = None,
-        network_wrapper: str | None = None,
-        scale_factor: float = 1.0,
+        network_config: Annotated[Config, Role("sgm.models.network.DiffusionTransformer")],
+        denoiser_config: Annotated[Config, Role(Denoiser)],
+        conditioner_config: Annotated[Config, Role(GeneralConditioner)] | None = None,
+        first_stage_config: Annotated[Config, Role(FirstStage)] | None = None,
+        sampler_config: Annotated[Config, Role(VideoDDIMSampler)] | None = None,
+        loss_fn_config: Annotated[Config, Role(Loss)] | None = None,
+        network_wrapper: Annotated[str, Role(NetworkWrapper)] | None = None,
+        scale_factor: Positive = 1.0,
         latent_input: bool = False,
         input_key: str = "mp4",
         log_keys: Sequence[str] = (),
@@ -98,14 +99,22 @@ class SATVideoDiffusionEngine(nn.Module):
         self.base: Network | None = None  # what the network was, for samples of a batch that are to keep it
         self.base_weight = 1.0  # of their loss
 
+        nodes = check_params(
+            "the engine",
+            SATVideoDiffusionEngine,
+            {"network_config": network_config, "denoiser_config": denoiser_config, "sampler_config": sampler_config,
+             "conditioner_config": conditioner_config, "first_stage_config": first_stage_config,
+             "loss_fn_config": loss_fn_config, "network_wrapper": network_wrapper},
+            "model",
+        )  # fmt: skip
         wrapper = get_obj_from_str(network_wrapper) if network_wrapper else OpenAIWrapper
-        network = instantiate_from_config(network_config, dtype=dtype)
+        network = instantiate_from_config(nodes["network_config"], dtype=dtype)
         self.model = wrapper(network, dtype=self.dtype)
-        self.conditioner = _build_frozen(conditioner_config, self.dtype)
-        self.first_stage_model = _build_frozen(first_stage_config, self.dtype)
-        self.denoiser = instantiate_from_config(denoiser_config)
-        self._sampler: VideoDDIMSampler | None = instantiate_from_config(sampler_config) if sampler_config else None
-        self.loss_fn = instantiate_from_config(loss_fn_config) if loss_fn_config else None
+        self.conditioner = _build_frozen(nodes["conditioner_config"], self.dtype)
+        self.first_stage_model = _build_frozen(nodes["first_stage_config"], self.dtype)
+        self.denoiser = instantiate_from_config(nodes["denoiser_config"])
+        self._sampler: VideoDDIMSampler | None = _build(nodes["sampler_config"])
+        self.loss_fn = _build(nodes["loss_fn_config"])
 
     # --- parts; those that a configuration may lack raise AbsentPartError -------------------------------------------
 
@@ -333,9 +342,12 @@ def _denoise(
 
 
 def _build_frozen(config: Mapping[str, Any] | None, dtype: torch.dtype) -> Any:
-    if config is None:
-        return None
-    return instantiate_from_config(config).to(dtype).eval().requires_grad_(False)
+    part = _build(config)
+    return None if part is None else part.to(dtype).eval().requires_grad_(False)
+
+
+def _build(config: Mapping[str, Any] | None) -> Any:
+    return None if config is None else instantiate_from_config(config)
 
 
 def _broadcast(x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -20,17 +20,19 @@ from sgm.distributed import (
     preserve_rng,
     quiet_libraries,
 )
-from sgm.models.network_args import DTYPES, NetworkConfigError, TransformerArgs, check_sizes, refuse_unavailable
+from sgm.models.network_args import DTYPES, NetworkConfigError, TransformerArgs, check_sizes
 from sgm.modules.diffusionmodules.util import timestep_embedding
 from sgm.modules.ops.block_ops import BlockOps
 from sgm.modules.ops.step_cache import LayerRunner
 from sgm.modules.transformer.adaln import AdaLNMixin
 from sgm.modules.transformer.block import DiTTransformer, NetworkInputs
-from sgm.modules.transformer.lora import LoraMixin
-from sgm.modules.transformer.patch_embed import ImagePatchEmbeddingMixin, PatchSize
-from sgm.modules.transformer.positions import PositionMixin
+from sgm.modules.transformer.final_layer import FinalLayerMixin
+from sgm.modules.transformer.lora import LoraMixin, SatLoraMixin
+from sgm.modules.transformer.patch_embed import ImagePatchEmbeddingMixin, Patch, PatchSize
+from sgm.modules.transformer.positions import Divisor, PositionMixin
 from sgm.modules.transformer.sat_base import BaseModel
-from sgm.util import get_obj_from_str, instantiate_from_config, split_config
+from sgm.typed import Layers, Range, Record, Size
+from sgm.util import Config, Role, get_obj_from_str, instantiate_from_config, split_config
 from sgm.weights.meta import without_values
 
 MIXINS = ("pos_embed", "patch_embed", "adaln_layer", "final_layer")
@@ -42,6 +44,25 @@ HOOKS = {
     "attention_fn",
     "final_forward",
 }
+
+
+Side = Annotated[int, Range(1, 4096)]  # in latent pixels
+Channels = Annotated[int, Range(1, 65536)]
+
+
+class Adapter(TypedDict, total=False):
+    """The mixin that a network may have."""
+
+    lora_config: Annotated[Config, Role(SatLoraMixin, ("sgm.", "sat."))]
+
+
+class Mixins(Adapter):
+    """The mixins of a network."""
+
+    pos_embed_config: Annotated[Config, Role(PositionMixin)]
+    patch_embed_config: Annotated[Config, Role(ImagePatchEmbeddingMixin)]
+    adaln_layer_config: Annotated[Config, Role(AdaLNMixin)]
+    final_layer_config: Annotated[Config, Role(FinalLayerMixin)]
 
 
 class DiffusionTransformer(BaseModel):
@@ -78,41 +99,34 @@ class DiffusionTransformer(BaseModel):
 
     def __init__(
         self,
-        transformer_args: Mapping[str, Any],
-        num_frames: int,
-        time_compressed_rate: int,
-        latent_width: int,
-        latent_height: int,
-        patch_size: int | Sequence[int],
-        in_channels: int,
-        out_channels: int,
-        hidden_size: int,
-        num_layers: int,
-        num_attention_heads: int,
+        transformer_args: Annotated[Mapping[str, Any], Record(TransformerArgs)],
+        num_frames: Size,
+        time_compressed_rate: Size,
+        latent_width: Side,
+        latent_height: Side,
+        patch_size: Patch | Sequence[Patch],
+        in_channels: Channels,
+        out_channels: Channels,
+        hidden_size: Size,
+        num_layers: Layers,
+        num_attention_heads: Size,
         elementwise_affine: bool = True,
-        time_embed_dim: int | None = None,
-        modules: Mapping[str, Mapping[str, Any]] | None = None,
+        time_embed_dim: Size | None = None,
+        modules: Mixins | None = None,
         dtype: str = "fp32",
         parallel_output: bool = True,
-        ofs_embed_dim: int | None = None,
-        height_interpolation: float = 1.0,
-        width_interpolation: float = 1.0,
-        time_interpolation: float = 1.0,
+        ofs_embed_dim: Size | None = None,
+        height_interpolation: Divisor = 1.0,
+        width_interpolation: Divisor = 1.0,
+        time_interpolation: Divisor = 1.0,
         defer_lora: bool = False,
-        num_classes: int | None = None,
+        num_classes: None = None,
         adm_in_channels: int | None = None,
-        input_time: str = "adaln",
-        use_SwiGLU: bool = False,
-        use_RMSNorm: bool = False,
-        zero_init_y_embed: bool = False,
+        input_time: Literal["adaln"] = "adaln",
+        use_SwiGLU: Literal[False] = False,
+        use_RMSNorm: Literal[False] = False,
+        zero_init_y_embed: Literal[False] = False,
     ):
-        refuse_unavailable(
-            num_classes=(num_classes, None),
-            input_time=(input_time, "adaln"),
-            use_SwiGLU=(use_SwiGLU, False),
-            use_RMSNorm=(use_RMSNorm, False),
-            zero_init_y_embed=(zero_init_y_embed, False),
-        )
         args = TransformerArgs.parse(transformer_args)
         check_sizes(hidden_size, num_attention_heads, args.model_parallel_size, dtype)
         patch = PatchSize.parse(patch_size)
@@ -148,16 +162,8 @@ class DiffusionTransformer(BaseModel):
             if self.has_lora_config and not defer_lora:
                 self.attach_lora()
 
-    def _build(self, modules: Mapping[str, Mapping[str, Any]], offers: dict[str, Any], ofs_dim: int | None) -> None:
+    def _build(self, modules: Mapping[str, Any], offers: dict[str, Any], ofs_dim: int | None) -> None:
         """Mixins in the original's order, then the embeddings of time and ofs."""
-        missing = [f"{name}_config" for name in MIXINS if f"{name}_config" not in modules]
-        known = [f"{name}_config" for name in (*MIXINS, "lora")]
-        unknown = [name for name in modules if name not in known]
-        if missing or unknown:
-            raise NetworkConfigError(
-                f"modules must name {', '.join(known[:-1])} (and may name {known[-1]}); "
-                f"missing: {missing or 'none'}, unknown: {unknown or 'none'}."
-            )
         self._lora_config, self.ofs_embed_dim = modules.get("lora_config"), ofs_dim
         for name in MIXINS:
             self.add_mixin(name, _build_mixin(modules[f"{name}_config"], offers), reinit=True)

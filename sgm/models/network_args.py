@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, get_type_hints
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 import torch
 
 from sgm.errors import SgmError
 from sgm.modules.ops.recompute_modes import MODES
-from sgm.typed import typed
+from sgm.typed import Range, Size, build_args, option
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -34,54 +34,26 @@ class TransformerArgs:
         layernorm_order, is_decoder: fixed by the architecture; other values are refused.
     """
 
-    checkpoint_activations: bool | str = False
-    model_parallel_size: int = 1
-    max_sequence_length: int = 64
+    checkpoint_activations: bool | str = option(False, "see above", choices=MODES)
+    model_parallel_size: Annotated[int, Range(1, 1024)] = 1
+    max_sequence_length: Size = 64
     skip_init: bool = False
-    vocab_size: int = 1
-    layernorm_order: str = "pre"
-    is_decoder: bool = False
+    vocab_size: Size = 1
+    layernorm_order: Literal["pre"] = "pre"
+    is_decoder: Literal[False] = False
 
     @classmethod
     def parse(cls, values: Mapping[str, Any] | Namespace) -> TransformerArgs:
         """From a YAML mapping.
 
         Raises:
-            NetworkConfigError: an unknown name, a wrong type, or a value that the architecture does not allow.
+            NetworkConfigError: unknown names, and values that the architecture does not allow.
         """
-        given = dict(vars(values) if isinstance(values, Namespace) else values)
-        known = [field.name for field in fields(cls)]
-        for name in given:
-            if name not in known:
-                raise NetworkConfigError(f"transformer_args takes no {name!r}; it takes {', '.join(known)}.")
-        fitting, problems = typed(given, get_type_hints(cls))
-        for name, problem in problems.items():
-            raise NetworkConfigError(f"transformer_args.{name}: {problem}.")
-        args = cls(**fitting)
-        if args.checkpoint_activations not in MODES:
-            raise NetworkConfigError(
-                f"transformer_args.checkpoint_activations is {args.checkpoint_activations!r}; choose true, false, "
-                "selective or products."
-            )
-        for name in ("layernorm_order", "is_decoder"):
-            if getattr(args, name) != getattr(cls, name):
-                raise NetworkConfigError(
-                    f"transformer_args.{name} is {getattr(args, name)!r}; this architecture has {getattr(cls, name)!r}."
-                )
+        given, problems = vars(values) if isinstance(values, Namespace) else values, list[str]()
+        args = build_args(cls, given, problems, [], "transformer_args")
+        if args is None:
+            raise NetworkConfigError("; ".join(problems))
         return args
-
-
-def refuse_unavailable(**values: tuple[Any, Any]) -> None:
-    """Each value is (given, available); they must be equal.
-
-    Raises:
-        NetworkConfigError: the first that differs.
-    """
-    for name, (given, available) in values.items():
-        if given != available:
-            raise NetworkConfigError(
-                f"{name}: {given!r} is not available, no published model uses it; leave it out ({available!r})."
-            )
 
 
 def check_sizes(hidden_size: int, heads: int, model_parallel_size: int, dtype: str) -> None:

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from sgm.errors import SgmError
 from sgm.modules.children import ModuleList
-from sgm.util import instantiate_from_config
+from sgm.typed import Share
+from sgm.util import Config, Node, Role, instantiate_from_config
 
 # An embedding's number of axes decides what it is to the network.
 KEY_OF_RANK = {2: "vector", 3: "crossattn", 4: "concat", 5: "concat"}
 # The axis on which embeddings of one kind are joined: vector (b, d), crossattn (b, l, d), concat (b, [t,] c, h, w).
 JOIN_AXIS = {"vector": 1, "crossattn": 2, "concat": -3}
-
-_EMBEDDER_KEYS = frozenset({"target", "params", "is_trainable", "ucg_rate", "input_key", "input_keys", "name"})
 
 
 class ConditionerError(SgmError):
@@ -44,6 +43,16 @@ class AbstractEmbModel(nn.Module):
         return super().train(mode and self.is_trainable)
 
 
+class BesideEmbedder(TypedDict, total=False):
+    """What may stand beside an embedder's target."""
+
+    is_trainable: bool
+    ucg_rate: Share
+    input_key: str
+    input_keys: Sequence[str]
+    name: Any
+
+
 def drop_samples(embedding: Tensor, rate: float) -> Tensor:
     """Zero whole samples of (b, ...) with probability `rate`; the others are not rescaled.
 
@@ -63,7 +72,7 @@ class GeneralConditioner(nn.Module):
         ConditionerError: an entry without an input key, with an unknown key, or a rate outside 0..1.
     """
 
-    def __init__(self, emb_models: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(self, emb_models: Sequence[Annotated[Config, Role(AbstractEmbModel, beside=BesideEmbedder)]]) -> None:
         super().__init__()
         self.embedders: ModuleList[AbstractEmbModel] = ModuleList([_build_embedder(config) for config in emb_models])
 
@@ -133,20 +142,14 @@ class GeneralConditioner(nn.Module):
 
 
 def _build_embedder(config: Mapping[str, Any]) -> AbstractEmbModel:
-    target = config.get("target", "an embedder without `target`")
-    unknown = sorted(set(config) - _EMBEDDER_KEYS)
-    if unknown:
-        known = ", ".join(sorted(_EMBEDDER_KEYS))
-        raise ConditionerError(f"{target}: unknown {', '.join(unknown)}; known are {known}.")
+    target = config["target"]
     keys = [config["input_key"]] if "input_key" in config else list(config.get("input_keys", ()))
     if not keys:
         raise ConditionerError(f"{target}: set input_key, the batch entry that it embeds (captions: txt).")
     rate = float(config.get("ucg_rate", 0.0))
-    if not 0 <= rate <= 1:
-        raise ConditionerError(f"{target}: ucg_rate is a probability, not {rate}.")
-    embedder = instantiate_from_config({"target": config["target"], "params": config.get("params") or {}})
-    if not isinstance(embedder, AbstractEmbModel):
-        raise ConditionerError(f"{target} is no embedder: it must derive from {AbstractEmbModel.__qualname__}.")
+    bare = Node(target=target, params=config.get("params") or {})
+    bare.place = getattr(config, "place", "")
+    embedder = instantiate_from_config(bare)
     embedder.input_keys, embedder.ucg_rate = tuple(keys), rate
     embedder.is_trainable = bool(config.get("is_trainable", False))
     if not embedder.is_trainable:

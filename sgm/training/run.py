@@ -58,8 +58,8 @@ def train(config: RunConfig[TrainArgs], *, dry_run: bool = False) -> int:
     Raises:
         ConfigError, WeightsError, DatasetError, CheckpointError, TrainingStopped: with what to change.
     """
-    check_model_section(config.model, SATVideoDiffusionEngine)
-    config = with_found_places(config)
+    model = check_model_section(config.model, SATVideoDiffusionEngine)
+    config = with_found_places(dataclasses.replace(config, model=model))
     args = config.args
     kind = device_type(args.device)
     info = distributed.init_distributed(kind)

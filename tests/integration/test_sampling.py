@@ -304,7 +304,7 @@ VAE = "model.first_stage_config.params.ckpt_path"
         (["--set", f"{VAE}=/nowhere/vae.pt"], ["/nowhere/vae.pt does not exist"]),
         (["--set", f"{MODEL_DIR}=/nowhere/t5"], ["/nowhere/t5 does not exist", "spiece.model"]),
         (["--set", "args.load={your_ckpt}"], ["args.load is still the placeholder '{your_ckpt}'", "transformer.zip"]),
-        (["--guidance-scale", "nan"], ["args.guidance_scale is nan", "finite"]),
+        (["--guidance-scale", "nan"], ["args.guidance_scale: expected a finite number, got nan"]),
         (["--set", "model.sampler_config.params.num_steps=x"],
          ["model.sampler_config.params.num_steps: expected a whole number, got 'x'"]),
         (["--dry-run", "--set", "model.sampler_config.params.num_steps=x"], ["num_steps: expected a whole number"]),

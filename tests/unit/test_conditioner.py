@@ -19,6 +19,7 @@ from sgm.modules.conditioner import AbstractEmbModel, ConditionerError, GeneralC
 from sgm.modules.encoders import t5_files
 from sgm.modules.encoders.modules import FrozenT5Embedder, NonFiniteEmbeddingError, text_is_local
 from sgm.modules.encoders.t5_files import EncoderFilesError, wanted_files
+from sgm.util import TargetError, instantiate_from_config
 from sgm.weights import WeightsError
 from tools.random_release import train_sentencepiece
 
@@ -179,22 +180,28 @@ def test_frozen_embedders_stay_in_eval_without_gradients(constants):
     assert out["vector"].requires_grad
 
 
+T5 = "sgm.modules.encoders.modules.FrozenT5Embedder"
+
+
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("entry", "message"),
     [
-        ({"params": {"shape": [1]}}, "set input_key"),
-        (entry([1], ucg_rate=1.5), "ucg_rate is a probability, not 1.5"),
-        (entry([1], legacy_ucg_value=""), "unknown legacy_ucg_value"),
+        (
+            {"target": T5, "input_key": "txt", "ucg_rate": 1.5},
+            r"emb_models\[0\].ucg_rate: must be .*at most 1, got 1.5",
+        ),
+        ({"target": T5, "legacy_ucg_value": ""}, "legacy_ucg_value stands beside"),
+        ({"target": "torch.nn.Identity", "input_key": "txt"}, f"another role; choose {T5}"),
     ],
 )
-def test_entries_are_checked(constants, config, message):
-    with pytest.raises(ConditionerError, match=message):
-        constants(config)
+def test_entries_are_checked(entry, message):
+    with pytest.raises(TargetError, match=message):
+        instantiate_from_config({"target": "sgm.modules.GeneralConditioner", "params": {"emb_models": [entry]}})
 
 
-def test_only_embedders_can_embed():
-    with pytest.raises(ConditionerError, match="torch.nn.Identity is no embedder"):
-        GeneralConditioner([{"target": "torch.nn.Identity", "input_key": "txt"}])
+def test_an_entry_names_what_it_embeds(constants):
+    with pytest.raises(ConditionerError, match="set input_key"):
+        constants({"target": "x", "params": {"shape": [1]}})
 
 
 def test_useless_rank(constants):

@@ -348,7 +348,7 @@ def test_learned_positions_fix_the_resolution() -> None:
         ({"num_classes": 10}, "num_classes"),
         ({"ofs_embed_dim": 32}, "ofs_embed_dim 32 must equal time_embed_dim 24"),
         ({"transformer_args": {"layernorm_order": "post"}}, "layernorm_order.*'pre'"),
-        ({"transformer_args": {"layers": 3}}, "takes no 'layers'"),
+        ({"transformer_args": {"layers": 3}}, "transformer_args.layers"),
         ({"transformer_args": {"model_parallel_size": 2}}, "model_parallel_size 2"),
         ({"modules": {}}, "missing.*pos_embed_config"),
         ({"patch_size": [2, 2]}, r"\[t, h, w\]"),

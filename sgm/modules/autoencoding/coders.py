@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Annotated
 
 from torch import Tensor, nn
 
@@ -18,6 +19,10 @@ from sgm.modules.autoencoding.causal_conv import WHOLE_CLIP, CausalConv3d, ClipP
 from sgm.modules.autoencoding.strides import STRIDES, Strides
 from sgm.modules.children import ModuleList
 from sgm.modules.ops.vae import Activation
+from sgm.typed import Layers, Range, Share, Size
+
+Channels = Annotated[int, Range(1, 65536)]
+Multipliers = Sequence[Annotated[int, Range(1, 1024)]]
 
 
 class ContextParallelEncoder3D(nn.Module):
@@ -41,18 +46,18 @@ class ContextParallelEncoder3D(nn.Module):
     def __init__(
         self,
         *,
-        ch: int,
-        out_ch: int,
-        ch_mult: Sequence[int] = (1, 2, 4, 8),
-        num_res_blocks: int,
+        ch: Channels,
+        out_ch: Channels,
+        ch_mult: Multipliers = (1, 2, 4, 8),
+        num_res_blocks: Layers,
         attn_resolutions: Sequence[int] = (),
-        dropout: float = 0.0,
-        in_channels: int,
-        resolution: int,
-        z_channels: int,
+        dropout: Share = 0.0,
+        in_channels: Channels,
+        resolution: Size,
+        z_channels: Channels,
         double_z: bool = True,
         gather_norm: bool = False,
-        temporal_compress_times: int = STRIDES.time,
+        temporal_compress_times: Size = STRIDES.time,
     ) -> None:
         super().__init__()
         time_levels = _time_levels(temporal_compress_times, ch_mult, attn_resolutions)
@@ -93,18 +98,18 @@ class ContextParallelDecoder3D(nn.Module):
     def __init__(
         self,
         *,
-        ch: int,
-        out_ch: int,
-        ch_mult: Sequence[int] = (1, 2, 4, 8),
-        num_res_blocks: int,
+        ch: Channels,
+        out_ch: Channels,
+        ch_mult: Multipliers = (1, 2, 4, 8),
+        num_res_blocks: Layers,
         attn_resolutions: Sequence[int] = (),
-        dropout: float = 0.0,
-        in_channels: int,
-        resolution: int,
-        z_channels: int,
+        dropout: Share = 0.0,
+        in_channels: Channels,
+        resolution: Size,
+        z_channels: Channels,
         double_z: bool = True,
         gather_norm: bool = False,
-        temporal_compress_times: int = STRIDES.time,
+        temporal_compress_times: Size = STRIDES.time,
     ) -> None:
         super().__init__()
         time_levels = _time_levels(temporal_compress_times, ch_mult, attn_resolutions)

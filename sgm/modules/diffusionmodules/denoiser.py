@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
-from sgm.modules.diffusionmodules.denoiser_scaling import VideoScaling
-from sgm.util import instantiate_from_config
+from sgm.modules.diffusionmodules.denoiser_scaling import Scaling, VideoScaling
+from sgm.modules.diffusionmodules.denoiser_weighting import Weighting
+from sgm.modules.diffusionmodules.discretizer import Discretization, Timesteps
+from sgm.util import Config, Role, instantiate_from_config
 
 # (noised input, noise label (b,), conditions, **extras) -> output like the input; `OpenAIWrapper` is one
 Network = Callable[..., Tensor]
@@ -28,7 +30,9 @@ class Denoiser(nn.Module):
         scaling_config: target of the coefficients.
     """
 
-    def __init__(self, weighting_config: Mapping[str, Any], scaling_config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, weighting_config: Annotated[Config, Role(Weighting)], scaling_config: Annotated[Config, Role(Scaling)]
+    ) -> None:
         super().__init__()
         self.weighting = instantiate_from_config(weighting_config)
         self.scaling = instantiate_from_config(scaling_config)
@@ -81,10 +85,10 @@ class DiscreteDenoiser(Denoiser):
 
     def __init__(
         self,
-        weighting_config: Mapping[str, Any],
-        scaling_config: Mapping[str, Any],
-        num_idx: int,
-        discretization_config: Mapping[str, Any],
+        weighting_config: Annotated[Config, Role(Weighting)],
+        scaling_config: Annotated[Config, Role(Scaling)],
+        num_idx: Timesteps,
+        discretization_config: Annotated[Config, Role(Discretization)],
         do_append_zero: bool = False,
         quantize_c_noise: bool = True,
         flip: bool = True,

@@ -6,10 +6,13 @@ and returns `Scalings`, whose entries broadcast like sigma (c_noise of `VideoSca
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from sgm.typed import Positive
 
 
 class Scalings(NamedTuple):
@@ -21,10 +24,17 @@ class Scalings(NamedTuple):
     noise: Tensor
 
 
-class EDMScaling:
+class Scaling(ABC):
+    """Coefficients for sigma, and timesteps where they are asked for."""
+
+    @abstractmethod
+    def __call__(self, sigma: Tensor, idx: Tensor | None = None) -> Scalings: ...
+
+
+class EDMScaling(Scaling):
     """Karras et al. 2022, table 1: unit variance of network input and target for data of deviation `sigma_data`."""
 
-    def __init__(self, sigma_data: float = 0.5) -> None:
+    def __init__(self, sigma_data: Positive = 0.5) -> None:
         self.sigma_data = sigma_data
 
     def __call__(self, sigma: Tensor, idx: Tensor | None = None) -> Scalings:
@@ -37,14 +47,14 @@ class EDMScaling:
         )
 
 
-class EpsScaling:
+class EpsScaling(Scaling):
     """The network predicts the noise (Ho et al. 2020): D = x - sigma F(x / sqrt(1 + sigma^2))."""
 
     def __call__(self, sigma: Tensor, idx: Tensor | None = None) -> Scalings:
         return Scalings(skip=torch.ones_like(sigma), out=-sigma, input=1 / (sigma**2 + 1).sqrt(), noise=sigma.clone())
 
 
-class VScaling:
+class VScaling(Scaling):
     """The network predicts v (Salimans & Ho 2022, arXiv 2202.00512), for a variance-exploding sigma."""
 
     def __call__(self, sigma: Tensor, idx: Tensor | None = None) -> Scalings:
@@ -52,14 +62,14 @@ class VScaling:
         return Scalings(skip=1 / total, out=-sigma / total.sqrt(), input=1 / total.sqrt(), noise=sigma.clone())
 
 
-class VScalingWithEDMcNoise:
+class VScalingWithEDMcNoise(Scaling):
     """`VScaling` that tells the network 0.25 ln(sigma), as EDM does."""
 
     def __call__(self, sigma: Tensor, idx: Tensor | None = None) -> Scalings:
         return VScaling()(sigma)._replace(noise=0.25 * sigma.log())
 
 
-class VideoScaling:
+class VideoScaling(Scaling):
     """v-prediction for signal rates a = sqrt(abar): D = a x - sqrt(1 - a^2) F(x; timestep).
 
     Salimans & Ho 2022, section 4: v = a eps - sqrt(1 - a^2) x0, hence x0 = a x_t - sqrt(1 - a^2) v. The network is

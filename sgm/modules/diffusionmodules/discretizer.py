@@ -11,14 +11,16 @@ abar is the cumulative product of 1 - beta (Ho et al. 2020, arXiv 2006.11239).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Literal, TypeVar, overload
+from typing import Annotated, Literal, TypeVar, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sgm.errors import SgmError
+from sgm.typed import Positive, Range
 
+Timesteps = Annotated[int, Range(1, 1_000_000)]
 T = TypeVar("T", float, np.ndarray, Tensor)
 
 
@@ -128,7 +130,9 @@ class Discretization(ABC):
 class LegacyDDPMDiscretization(Discretization):
     """sigma = sqrt((1 - abar) / abar) of the DDPM schedule (terminal SNR above zero)."""
 
-    def __init__(self, linear_start: float = 0.00085, linear_end: float = 0.0120, num_timesteps: int = 1000) -> None:
+    def __init__(
+        self, linear_start: float = 0.00085, linear_end: float = 0.0120, num_timesteps: Timesteps = 1000
+    ) -> None:
         super().__init__(linear_start, linear_end, num_timesteps)
 
     def values_from(self, abar: Tensor) -> Tensor:
@@ -151,8 +155,8 @@ class ZeroSNRDDPMDiscretization(Discretization):
         self,
         linear_start: float = 0.00085,
         linear_end: float = 0.0120,
-        num_timesteps: int = 1000,
-        shift_scale: float = 1.0,
+        num_timesteps: Timesteps = 1000,
+        shift_scale: Positive = 1.0,
         keep_start: bool = False,
         post_shift: bool = False,
     ) -> None:

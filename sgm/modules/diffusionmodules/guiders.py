@@ -10,15 +10,19 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
+
+from sgm.modules.diffusionmodules.discretizer import Timesteps
+from sgm.typed import Range
 
 # Conditions with a batch axis; any other entry must be the same in both halves.
 BATCHED_CONDITIONS = ("vector", "crossattn", "concat")
 
 Conditions = Mapping[str, Any]
+Scale = Annotated[float, Range(-1e6, 1e6)]
 
 
 def guide(denoised: Tensor, scale: float | Tensor) -> Tensor:
@@ -107,7 +111,7 @@ class IdentityGuider(Guider):
 class VanillaCFG(Guider):
     """Guidance with a constant scale; a call's own `scale` replaces it."""
 
-    def __init__(self, scale: float) -> None:
+    def __init__(self, scale: Scale) -> None:
         self.scale = scale
 
     def prepare_inputs(
@@ -142,7 +146,7 @@ class DynamicCFG(VanillaCFG):
         num_steps: the schedule's length; need not be the sampler's.
     """
 
-    def __init__(self, scale: float, exp: int, num_steps: int) -> None:
+    def __init__(self, scale: Scale, exp: Annotated[int, Range(0, 64)], num_steps: Timesteps) -> None:
         if not float(exp).is_integer():
             raise ValueError(f"DynamicCFG takes powers of negative numbers: exp must be an integer, not {exp}.")
         if num_steps < 1:

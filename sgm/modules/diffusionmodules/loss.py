@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Annotated, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from sgm.modules.diffusionmodules.denoiser import Network, append_dims
-from sgm.util import instantiate_from_config
+from sgm.modules.diffusionmodules.sigma_sampling import DiscreteSampling
+from sgm.typed import NotNegative, Positive
+from sgm.util import Config, Role, instantiate_from_config
 
 Denoise = Callable[..., Tensor]  # (network, noised, signal rate (b,), conditions, idx=..., **extras) -> estimate
 Conditioner = Callable[[Mapping[str, Any]], dict[str, Tensor]]
@@ -78,7 +80,7 @@ class DetailedLoss(Loss, Protocol):
     ) -> LossDetails: ...
 
 
-class VideoDiffusionLoss:
+class VideoDiffusionLoss(DetailedLoss):
     """Weighted error of the clean estimate, at a random timestep per sample.
 
     Random draws, in this order: what the conditioner draws (caption dropout), the timesteps (CPU), the noise like z,
@@ -98,12 +100,12 @@ class VideoDiffusionLoss:
 
     def __init__(
         self,
-        sigma_sampler_config: Mapping[str, Any],
-        type: str = "l2",
-        offset_noise_level: float = 0.0,
+        sigma_sampler_config: Annotated[Config, Role(DiscreteSampling)],
+        type: Literal["l2", "l1"] = "l2",
+        offset_noise_level: NotNegative = 0.0,
         block_scale: float | None = None,
         block_size: int | None = None,
-        min_snr_value: float | None = None,
+        min_snr_value: Positive | None = None,
         fixed_frames: int = 0,
         batch2model_keys: str | Sequence[str] | None = None,
     ) -> None:

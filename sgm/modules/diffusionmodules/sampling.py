@@ -14,16 +14,18 @@ import itertools
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from sgm.modules.diffusionmodules.discretizer import Discretization, Timesteps
 from sgm.modules.diffusionmodules.guiders import Conditions, Guider, IdentityGuider
-from sgm.util import instantiate_from_config
+from sgm.typed import Count
+from sgm.util import Config, Role, instantiate_from_config
 
 # denoiser(x (b, t, c, h, w), signal rate (b,), conditions, idx=timesteps (b,), **extras) -> clean estimate like x
 DenoiserFn = Callable[..., Tensor]
@@ -137,9 +139,9 @@ class BaseDiffusionSampler(ABC):
 
     def __init__(
         self,
-        discretization_config: Mapping[str, Any],
-        num_steps: int | None = None,
-        guider_config: Mapping[str, Any] | None = None,
+        discretization_config: Annotated[Config, Role(Discretization)],
+        num_steps: Timesteps | None = None,
+        guider_config: Annotated[Config, Role(Guider)] | None = None,
         verbose: bool = False,
         device: torch.device | str = "cuda",
     ) -> None:
@@ -215,12 +217,12 @@ class VideoDDIMSampler(BaseDiffusionSampler):
 
     def __init__(
         self,
-        discretization_config: Mapping[str, Any],
-        num_steps: int | None = None,
-        guider_config: Mapping[str, Any] | None = None,
+        discretization_config: Annotated[Config, Role(Discretization)],
+        num_steps: Timesteps | None = None,
+        guider_config: Annotated[Config, Role(Guider)] | None = None,
         verbose: bool = False,
         device: torch.device | str = "cuda",
-        fixed_frames: int = 0,
+        fixed_frames: Count = 0,
         sdedit: bool = False,
     ) -> None:
         super().__init__(discretization_config, num_steps, guider_config, verbose, device)

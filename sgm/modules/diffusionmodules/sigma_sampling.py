@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from sgm.util import instantiate_from_config
+from sgm.modules.diffusionmodules.discretizer import Discretization, Timesteps
+from sgm.typed import Count, Positive
+from sgm.util import Config, Role, instantiate_from_config
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,12 @@ class DiscreteSampling:
 
     def __init__(
         self,
-        discretization_config: Mapping[str, Any],
-        num_idx: int,
+        discretization_config: Annotated[Config, Role(Discretization)],
+        num_idx: Timesteps,
         do_append_zero: bool = False,
         flip: bool = True,
         uniform_sampling: bool = False,
-        group_num: int = 0,
+        group_num: Count = 0,
     ) -> None:
         self.num_idx = num_idx
         self.sigmas = instantiate_from_config(discretization_config)(num_idx, do_append_zero=do_append_zero, flip=flip)
@@ -122,7 +123,7 @@ class DiscreteSampling:
 class EDMSampling:
     """ln(sigma) ~ N(p_mean, p_std^2) (Karras et al. 2022, table 1)."""
 
-    def __init__(self, p_mean: float = -1.2, p_std: float = 1.2) -> None:
+    def __init__(self, p_mean: float = -1.2, p_std: Positive = 1.2) -> None:
         self.p_mean = p_mean
         self.p_std = p_std
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,14 @@ from sgm.modules.encoders import t5_files
 from sgm.modules.encoders.t5 import DECODER, SHARED, TIED, T5Encoder
 from sgm.modules.encoders.t5_config import read_config
 from sgm.modules.encoders.tokenizer import T5Tokenizer
+from sgm.typed import Range
 from sgm.util import get_obj_from_str
 from sgm.weights import assign_state
 
 __all__ = ["FrozenT5Embedder", "GeneralConditioner", "NonFiniteEmbeddingError", "TokenizedPrompts", "text_is_local"]
 
 T5_XXL = "google/t5-v1_1-xxl"
+Tokens = Annotated[int, Range(1, 65536)]
 
 
 class NonFiniteEmbeddingError(SgmError):
@@ -69,7 +71,7 @@ class FrozenT5Embedder(AbstractEmbModel):
         self,
         model_dir: str = T5_XXL,
         device: torch.device | str | None = None,
-        max_length: int = 77,
+        max_length: Tokens = 77,
         freeze: bool = True,
         cache_dir: str | None = None,
     ) -> None:

@@ -6,10 +6,10 @@ import json
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
-from sgm.typed import ConfigError, build_args, listing, option
+from sgm.typed import ConfigError, Range, build_args, listing, option
 from sgm.weights import WeightsError
 
-_SIZE = {"at_least": 1}
+_SIZE = {"rules": [Range(1)]}
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from sgm.modules.ops.block_ops import PLAIN, BlockOps
 from sgm.modules.ops.modulation import split_modulation
 from sgm.modules.transformer.block import Attend, NetworkInputs, dit_block
 from sgm.modules.transformer.sat_base import HOOKS_DEFAULT, BaseMixin, copy_to_model_parallel_region
+from sgm.typed import Layers, Size
 
 HEAD_NORM_EPS = 1e-6
 
@@ -47,10 +48,10 @@ class AdaLNMixin(BaseMixin):
 
     def __init__(
         self,
-        hidden_size: int,
-        num_layers: int,
-        time_embed_dim: int,
-        hidden_size_head: int | None = None,
+        hidden_size: Size,
+        num_layers: Layers,
+        time_embed_dim: Size,
+        hidden_size_head: Size | None = None,
         qk_ln: bool = True,
         elementwise_affine: bool = True,
     ):

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from sgm.modules.transformer.block import NetworkInputs
-from sgm.modules.transformer.patch_embed import PatchSize, unpatchify
+from sgm.modules.transformer.patch_embed import Patch, PatchSize, unpatchify
 from sgm.modules.transformer.sat_base import BaseMixin
+from sgm.typed import Size
 
 FINAL_NORM_EPS = 1e-6
 
@@ -30,10 +31,10 @@ class FinalLayerMixin(BaseMixin):
 
     def __init__(
         self,
-        hidden_size: int,
-        time_embed_dim: int,
-        patch_size: int | Sequence[int],
-        out_channels: int,
+        hidden_size: Size,
+        time_embed_dim: Size,
+        patch_size: Patch | Sequence[Patch],
+        out_channels: Size,
         elementwise_affine: bool = True,
     ):
         super().__init__()

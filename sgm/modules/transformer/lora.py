@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, TypeGuard
+from typing import Annotated, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +32,13 @@ from sgm.modules.transformer.sat_base import (
     copy_to_model_parallel_region,
     reduce_from_model_parallel_region,
 )
+from sgm.typed import Count, Layers, Positive, Range
 
 with quiet_libraries():
     from sat.model.finetune.lora2 import LoraMixin as SatLoraMixin
+
+Rank = Annotated[int, Range(1, 65536)]
+Dropout = Annotated[float, Range(0, 0.999)]
 
 
 class AdaptedLinear(nn.Module):
@@ -152,11 +156,11 @@ class LoraMixin(SatLoraMixin):
 
     def __init__(
         self,
-        layer_num: int,
-        r: int = 4,
-        lora_alpha: float = 1,
-        lora_dropout: float = 0.0,
-        layer_range: Sequence[int] | None = None,
+        layer_num: Layers,
+        r: Rank = 4,
+        lora_alpha: Positive = 1,
+        lora_dropout: Dropout = 0.0,
+        layer_range: Sequence[Count] | None = None,
         qlora: bool = False,
         cross_attention: bool = True,
         targets: str | Sequence[str] = ("attention",),

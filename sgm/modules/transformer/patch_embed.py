@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from sgm.modules.transformer.block import NetworkInputs, TokenGrid
 from sgm.modules.transformer.sat_base import BaseMixin
+from sgm.typed import Range, Size
+
+Patch = Annotated[int, Range(1, 64)]
 
 
 class PatchSize(NamedTuple):
@@ -70,11 +73,11 @@ class ImagePatchEmbeddingMixin(BaseMixin):
 
     def __init__(
         self,
-        in_channels: int,
-        hidden_size: int,
-        patch_size: int | Sequence[int],
+        in_channels: Size,
+        hidden_size: Size,
+        patch_size: Patch | Sequence[Patch],
         bias: bool = True,
-        text_hidden_size: int | None = None,
+        text_hidden_size: Size | None = None,
     ):
         super().__init__()
         self.patch = PatchSize.parse(patch_size)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sgm.modules.ops.modulation import RotaryTable
 from sgm.modules.transformer.block import NetworkInputs, TokenGrid
 from sgm.modules.transformer.sat_base import BaseMixin
+from sgm.typed import Positive, Range, Size
 
 T = TypeVar("T")
 
@@ -23,6 +24,9 @@ MAX_PERIOD = 10000.0
 LARGEST_STRETCH = 2.0  # tokens along an axis in relation to the configured ones, for training on other sizes
 TABLES_KEPT = 8  # grids whose tables stay in memory
 OTHER_SIZES = ("extend", "interpolate")
+OtherSizes = Literal["extend", "interpolate"]
+Divisor = Annotated[float, Range(1e-6, 1e6)]
+TextLength = Annotated[int, Range(0, 65536)]
 Spacing = tuple[float, float, float]  # divisors of the positions along t, h, w
 
 
@@ -99,7 +103,7 @@ class PositionMixin(BaseMixin):
     rotates = False
 
     def __init__(
-        self, height: int, width: int, compressed_num_frames: int, text_length: int, other_sizes: str = "extend"
+        self, height: int, width: int, compressed_num_frames: int, text_length: int, other_sizes: OtherSizes = "extend"
     ):
         super().__init__()
         if other_sizes not in OTHER_SIZES:
@@ -191,15 +195,15 @@ class Basic3DPositionEmbeddingMixin(PositionMixin):
 
     def __init__(
         self,
-        height: int,
-        width: int,
-        compressed_num_frames: int,
-        hidden_size: int,
-        text_length: int = 0,
-        height_interpolation: float = 1.0,
-        width_interpolation: float = 1.0,
-        time_interpolation: float = 1.0,
-        other_sizes: str = "extend",
+        height: Size,
+        width: Size,
+        compressed_num_frames: Size,
+        hidden_size: Size,
+        text_length: TextLength = 0,
+        height_interpolation: Divisor = 1.0,
+        width_interpolation: Divisor = 1.0,
+        time_interpolation: Divisor = 1.0,
+        other_sizes: OtherSizes = "extend",
     ):
         super().__init__(height, width, compressed_num_frames, text_length, other_sizes)
         if hidden_size % 16:
@@ -250,20 +254,20 @@ class Rotary3DPositionEmbeddingMixin(PositionMixin):
 
     def __init__(
         self,
-        height: int,
-        width: int,
-        compressed_num_frames: int,
-        hidden_size: int,
-        hidden_size_head: int,
-        text_length: int,
-        theta: float = MAX_PERIOD,
+        height: Size,
+        width: Size,
+        compressed_num_frames: Size,
+        hidden_size: Size,
+        hidden_size_head: Size,
+        text_length: TextLength,
+        theta: Positive = MAX_PERIOD,
         rot_v: bool = False,
         learnable_pos_embed: bool = False,
         persistent: bool = True,
-        height_interpolation: float = 1.0,
-        width_interpolation: float = 1.0,
-        time_interpolation: float = 1.0,
-        other_sizes: str = "extend",
+        height_interpolation: Divisor = 1.0,
+        width_interpolation: Divisor = 1.0,
+        time_interpolation: Divisor = 1.0,
+        other_sizes: OtherSizes = "extend",
     ):
         super().__init__(height, width, compressed_num_frames, text_length, other_sizes)
         if hidden_size_head % 16:

@@ -59,7 +59,7 @@ class OptimizerSpec:
             return cls(name, None, params, float(lr))
         target, params, notes = _resolve(name, params)
         try:
-            params = check_params(name, target, params)
+            params = check_params(name, target, params, "deepspeed.optimizer.params", ("params", "lr"))
         except TargetError as error:
             raise OptimizerError(f"deepspeed.optimizer: {error}") from error
         return cls(name, target, params, float(lr), notes)

@@ -12,7 +12,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from sgm.distributed import quiet_libraries
-from sgm.typed import nearest, typed
+from sgm.typed import Misfit, coerce, nearest
 
 Lookups = dict[str, Any]  # "checkpoint.load_universal" -> DeepSpeed's default; the last lookup at the end
 _WHETHER = object()  # in place of a default: it was asked whether there is such a key
@@ -163,4 +163,10 @@ def _mismatch(value: Any, default: Any) -> str | None:
     """In what a value's type differs from that of DeepSpeed's default."""
     if isinstance(default, Mapping):
         return None if isinstance(value, Mapping) else f"expected a mapping, got {value!r}"
-    return typed({"": value}, {"": type(default)})[1].get("")
+    if not isinstance(default, bool | int | float | str) or (isinstance(default, bool) and value in (0, 1)):
+        return None
+    try:
+        coerce(value, type(default))
+    except Misfit as error:
+        return str(error)
+    return None
