@@ -25,6 +25,7 @@ from sgm.cache.ready import ReadyCache, ready_cache
 from sgm.cli import MOSTLY_SKIPPED
 from sgm.config import ConfigError, RunConfig, check_model_section
 from sgm.distributed import DistInfo, from_first
+from sgm.files import SaveError
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.training.checkpoints.same_run import CONFIG_FILE
 from sgm.training.checkpoints.saver import Saver, resume
@@ -34,6 +35,7 @@ from sgm.training.memory import MemoryNeeds, free_memory
 from sgm.training.optimizers.groups import count, parameter_groups
 from sgm.training.optimizers.schedule import LearningRate
 from sgm.training.options import TrainArgs, training_advice, trains_lora
+from sgm.training.sampling_file import write_sampling_file
 from sgm.training.setup.clips import check_clips
 from sgm.training.setup.data import cache_request, clip_sets, left_out, training_loader
 from sgm.training.setup.deepspeed import DeepSpeedPlan, plan_deepspeed
@@ -76,9 +78,22 @@ def train(config: RunConfig[TrainArgs], *, dry_run: bool = False) -> int:
     with ExitStack() as stack:
         parts = _load(config, plan, info, stack, say)
         try:
-            return _start(parts, config, plan, info, stack, say).fit()
+            code = _start(parts, config, plan, info, stack, say).fit()
         except torch.OutOfMemoryError as error:
             raise TrainingStopped(out_of_memory_advice(parts.needs)) from error
+        if code == 0 and parts.folder and info.rank == 0:
+            _say_how_to_sample(parts.folder, config, plan.dtype, say)
+        return code
+
+
+def _say_how_to_sample(folder: Path, config: RunConfig[TrainArgs], dtype: str, say: Say) -> None:
+    try:
+        command = write_sampling_file(folder, config, dtype)
+    except SaveError as error:  # all that is needed is saved already
+        command = None
+        say(f"warning: {error}")
+    if command:
+        say(f"to sample: {command}")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import Field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -46,17 +46,23 @@ def with_found_paths(config: RunConfig[Args]) -> RunConfig[Args]:
 
     A training run's folder may be given without its date: the newest run is taken.
     """
-    model = copy.deepcopy(config.model)
-    for place, value in weight_paths(model, None).items():
-        *parents, leaf = place.removeprefix("model.").split(".")
-        node: Any = model
-        for key in parents:
-            node = node[int(key)] if isinstance(node, list) else node[key]
-        node[leaf] = found_path(value)
+    model = with_paths(config.model, found_path)
     load = config.args.load and found_path(config.args.load)
     if load and not Path(load).expanduser().exists():
         load = str(newest_run(Path(load).expanduser()) or load)
     return replace(config, model=model, args=replace(config.args, load=load))
+
+
+def with_paths(model: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    """A copy of a model section with each path of weights changed."""
+    changed = copy.deepcopy(dict(model))
+    for place, value in weight_paths(changed, None).items():
+        *parents, leaf = place.removeprefix("model.").split(".")
+        node: Any = changed
+        for key in parents:
+            node = node[int(key)] if isinstance(node, list) else node[key]
+        node[leaf] = change(value)
+    return changed
 
 
 def check_paths(model: Mapping[str, Any], load: str | None, lora: Sequence[str] = ()) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import signal
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+import sample_video
 from sgm.config import load_run_config
 from sgm.data.report import DatasetError
 from sgm.training import trainer
@@ -319,3 +321,17 @@ def test_lora_saves_alone_and_folded_in(release, clips, tmp_path):
     changed = {name for name, value in base.items() if not torch.equal(merged[name], value)}
     adapted = ("attention.dense.weight", "attention.query_key_value.weight")
     assert changed == {f"transformer.layers.{i}.{name}" for i in (0, 1) for name in adapted}
+
+
+@pytest.mark.parametrize("kind", ["whole", "lora", "adapter"])
+def test_the_command_at_the_end_samples_from_the_run(release, one_clip, tmp_path, capsys, kind):
+    args = {"train_iters": 1, "experiment_name": "it's new", "lora_only": kind == "adapter"}
+    run(configuration(release, one_clip, tmp_path / "save", lora=None if kind == "whole" else 2, **args), tmp_path)
+    (said,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("to sample: "))
+    program, script, *arguments = shlex.split(said.removeprefix("to sample: "))
+    assert program == "bash" and Path(script).is_file() and Path(script).name == "inference.sh"
+    out = tmp_path / "videos"
+    short = ["--num-frames", "1", "--steps", "2", "--device", "cpu", "--output-dir", str(out)]
+    assert sample_video.main([*arguments, *short]) == 0
+    (record,) = (json.loads(file.read_text()) for file in out.rglob("000000.json"))
+    assert "it's new" in json.dumps(record["weights"]) and list(out.rglob("*.mp4"))
