@@ -5,6 +5,7 @@ Importing this module costs nothing beyond torch; DeepSpeed and SAT are imported
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import logging
 import os
@@ -69,6 +70,7 @@ def init_distributed(device_type: str | None = None) -> DistInfo:
     if world_size == 1:
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+        atexit.register(shutdown)  # else NCCL warns at the end of whatever program this is
     else:
         _require_master()
         with quiet_libraries():

@@ -229,3 +229,11 @@ def test_partition_errors() -> None:
         merge_partitions([state, state | {"time_embed.0.bias": torch.ones(2)}])
     with pytest.raises(PartitionError, match="names: time_embed.0.bias"):
         merge_partitions([state, {"transformer.layers.0.attention.dense.weight": torch.zeros(4, 6)}])
+
+
+def test_a_program_of_one_process_leaves_its_group_at_its_end():
+    """NCCL warns of groups that are left, whatever the program was."""
+    code = "import atexit, torch.distributed as d; atexit.register(lambda: print(d.is_initialized()))\n"
+    code += "from sgm.distributed import ensure_groups; ensure_groups(); print(d.is_initialized())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO, check=True)
+    assert done.stdout.split() == ["True", "False"]
