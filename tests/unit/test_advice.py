@@ -21,7 +21,15 @@ from pathlib import Path
 import pytest
 
 import sgm.cli
-from sgm.config import SECTIONS, UPSTREAM_FILES, AccelerateArgs, ConfigError, check_model_section, load_run_config
+from sgm.config import (
+    SECTIONS,
+    UPSTREAM_ARGS,
+    UPSTREAM_FILES,
+    AccelerateArgs,
+    ConfigError,
+    check_model_section,
+    load_run_config,
+)
 from sgm.inference.options import SampleArgs
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.training.options import TrainArgs
@@ -236,7 +244,7 @@ def wrong_keys(text: str) -> list[str]:
     found = [f"{key}={value} stands without --set" for given, key, value in SETTING.findall(text)
              if not given and "--set " in text]  # fmt: skip
     for section, name in KEY.findall(text):
-        known = {n for record in RECORDS[section] for n in record.__dataclass_fields__}
+        known = UPSTREAM_ARGS.union(*(record.__dataclass_fields__ for record in RECORDS[section]))
         found += [] if name in known else [f"{section}.{name} is no key"]
     for given, key, value in SETTING.findall(text):
         found += [f"--set {key}={value} is refused"] if given and not _takes(f"{key}={value}") else []
