@@ -36,7 +36,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> int:
     from sgm.inference.refine import Endpoint, RefineError, is_long, refine
-    from sgm.inference.refine_file import refine_file
+    from tools.refine_file import refine_file
 
     endpoint = Endpoint.from_environment(options.model, timeout=options.timeout, attempts=options.attempts)
     if options.prompt is not None:

@@ -44,9 +44,9 @@ def run(options: argparse.Namespace) -> int:
     from sgm.config import merge_yaml
     from sgm.data.section import ClipSource, DataSection
     from sgm.data.sources import Listing, passed_over_line
-    from sgm.data.validate import as_json, contact_sheet, examine, summary, table, text_encoder_params
     from sgm.files import write_text
     from sgm.places import found_path
+    from tools.examine_clips import as_json, contact_sheet, examine, summary, table, text_encoder_params
 
     config = merge_yaml(options.configs, options.set) if options.configs else {}
     data = config.get("data") or {"target": "data_video.SFTDataset", "params": {}}
@@ -90,8 +90,8 @@ def _named(config: dict, name: str) -> list[str]:
 
 def _tokenizer(model_dir: str | None, max_length: int):
     """Counts a caption's tokens; None where there is no text encoder here."""
-    from sgm.data.validate import TokenCounter
     from sgm.modules.encoders.t5_files import is_local
+    from tools.examine_clips import TokenCounter
 
     return TokenCounter(model_dir, max_length) if model_dir and is_local(model_dir) else None
 

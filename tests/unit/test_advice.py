@@ -41,7 +41,7 @@ ENTRIES = {"inference.sh": "sample_video.py", "finetune.sh": "train_video.py"}
 CONVERTERS = ("tools/convert_weight_sat2hf.py", "tools/convert_weight_hf2sat.py")
 # Which programs print a file's texts; an option that stands there without a program's name must be one of each.
 PRINTED_BY = {
-    "sgm/inference/refine_file": ("tools/convert_demo.py",),
+    "tools/refine_file": ("tools/convert_demo.py",),
     "sgm/inference/refine": ("sample_video.py", "tools/convert_demo.py"),
     "sgm/inference/": ("sample_video.py",),
     "sgm/training/": ("train_video.py",),
@@ -50,7 +50,7 @@ PRINTED_BY = {
     "sgm/convert/beside": CONVERTERS[:1],
     "sgm/convert/to_sat": CONVERTERS[1:],
     "sgm/convert/": CONVERTERS,
-    "sgm/data/validate": ("tools/validate_dataset.py",),
+    "tools/examine_clips": ("tools/validate_dataset.py",),
     "sgm/weights/release": ("sample_video.py", *CONVERTERS),  # adapters: training takes none
     "sgm/weights/": ("sample_video.py", "train_video.py"),
     "sgm/": ("sample_video.py",),

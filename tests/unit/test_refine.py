@@ -16,8 +16,8 @@ import pytest
 
 from sgm.inference.prompts import PromptError
 from sgm.inference.refine import SYSTEM_PROMPT, Endpoint, RefineError, clean, is_long, refine
-from sgm.inference.refine_file import refine_file
 from tools import convert_demo
+from tools.refine_file import refine_file
 
 KEY = "sk-secret-123"
 Reply = Callable[[Any], None]
