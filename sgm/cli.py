@@ -20,6 +20,7 @@ from typing import IO, Any, NoReturn
 
 from sgm.errors import SgmError
 from sgm.places import INSTALLED, PROJECT
+from sgm.secrets import hidden
 
 BAD_INPUT, MOSTLY_SKIPPED, INTERRUPTED, TERMINATED = 2, 3, 130, 143
 SAID = "COGVIDEOX_SAID"  # environment: the file of what the ranks have said
@@ -151,4 +152,4 @@ def _say_once(text: str, out: IO[str], only_first: bool = False) -> None:
 
 def _print(text: str, out: IO[str]) -> None:
     with contextlib.suppress(BrokenPipeError):  # `--help | head`: the reader has seen enough
-        print(text, file=out, flush=True)
+        print(hidden(text), file=out, flush=True)

@@ -11,13 +11,16 @@ import hashlib
 import json
 import re
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic
 
+from sgm.secrets import environment_value, holds_secret
 from sgm.typed import Args, ConfigError, Misfit, arguments, build_args, listing, nearest, option
 
+Place = tuple[str | int, ...]  # keys down to a value
 SECTIONS = ("args", "model", "data", "deepspeed", "accelerate")
 
 # Every option of the original's parsers. A name that the running mode does not use is accepted and named once.
@@ -143,8 +146,13 @@ class RunConfig(Generic[Args]):
     accelerate: AccelerateArgs
     files: tuple[Path, ...]
     notes: tuple[str, ...]
+    written: Mapping[Place, str] = dataclasses.field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
+        """All sections as a YAML file says them: what came from the environment as the interpolation that it was."""
+        return typing.cast("dict[str, Any]", _as_written(self._content(), self.written))
+
+    def _content(self) -> dict[str, Any]:
         sections = {"args": dataclasses.asdict(self.args), "model": self.model, "data": self.data}
         sections |= {"deepspeed": self.deepspeed, "accelerate": dataclasses.asdict(self.accelerate)}
         return {name: value for name, value in sections.items() if value is not None}
@@ -156,7 +164,7 @@ class RunConfig(Generic[Args]):
 
     def hash(self, sections: Iterable[str] = ("model",), ignore: Iterable[str] = ()) -> str:
         """Identity of the named sections (12 hex digits); `ignore` lists `args` that do not count."""
-        content = {name: value for name, value in self.as_dict().items() if name in set(sections)}
+        content = {name: value for name, value in self._content().items() if name in set(sections)}
         if "args" in content:
             content["args"] = {k: v for k, v in content["args"].items() if k not in set(ignore)}
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:12]
@@ -179,13 +187,14 @@ def load_run_config(
     Raises:
         ConfigError: listing every problem.
     """
-    merged = merge_yaml(files, overrides)
+    merged, written = _merge(files, overrides)
     problems: list[str] = []
     notes: list[str] = []
     problems += [f"unknown section `{n}`{nearest(n, SECTIONS)}" for n in merged if n not in SECTIONS]
     sections = {name: _section(merged, name, problems) for name in SECTIONS}
     given = dict(sections["args"] or {})
     given.update({k: v for k, v in (flags or {}).items() if v is not None})
+    flagged = {("args", k) for k, v in (flags or {}).items() if v is not None}
     if given.get("image2video"):
         problems.append(
             "args.image2video: videos are made from text alone here, not from images; set it to false, and remove the "
@@ -202,6 +211,7 @@ def load_run_config(
     return RunConfig(
         args, model, sections["data"], sections["deepspeed"], accelerate,
         tuple(Path(f) for f in files), tuple(notes),
+        {place: text for place, text in written.items() if place[:2] not in flagged},
     )  # fmt: skip
 
 
@@ -211,38 +221,93 @@ _BRACED_WORD = re.compile(r"\{[^{}:,]*[^{}:,\s][^{}:,]*\}[^{}]*$")
 
 def merge_yaml(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The plain mapping that the files and overrides give together."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
+    return _merge(files, overrides)[0]
 
-    merged = OmegaConf.merge({}, *(_read_yaml(Path(file)) for file in files))
+
+def _merge(files: Sequence[str | Path], overrides: Sequence[str]) -> tuple[dict[str, Any], dict[Place, str]]:
+    """The mapping, and what stands in it in place of values from the environment."""
+    from omegaconf import OmegaConf
+
+    OmegaConf.register_resolver("oc.env", environment_value, replace=True)
+    place = ", ".join(map(str, files))
+    merged = _told(place, lambda: OmegaConf.merge({}, *(_read_yaml(Path(file)) for file in files)))
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
             raise ConfigError(f"--set {text!r}: expected KEY=VALUE, for example --set args.seed=7")
-        try:
-            read = value.strip() if _BRACED_WORD.match(value.strip()) else OmegaConf.create(f"v: {value}").v
-            OmegaConf.update(merged, key.strip(), read, merge=False)
-        except (OmegaConfBaseException, YAMLError, ValueError, TypeError, IndexError, AttributeError) as error:
-            raise ConfigError(f"--set {text!r}: {str(error).splitlines()[0]}") from error
+        _told(f"--set {text!r}", partial(_override, merged, key.strip(), value.strip()))
+    raw = OmegaConf.to_container(merged)
+    plain = _told(place, partial(OmegaConf.to_container, merged, resolve=True, throw_on_missing=True))
+    odd = [f"{'.'.join(map(str, place))} is no text, and so no name" for place in _odd_keys(plain)]
+    if odd:
+        raise ConfigError(listing(odd, place))
+    return plain, dict(_from_environment(raw, plain))
+
+
+def _override(merged: Any, key: str, value: str) -> None:
+    from omegaconf import OmegaConf
+
+    read: Any = {"": value} if _BRACED_WORD.match(value) else OmegaConf.to_container(OmegaConf.create(f'"": {value}'))
+    OmegaConf.update(merged, key, read[""], merge=False)
+
+
+# What OmegaConf and PyYAML raise at a user's text; the last five are slips of theirs (`!!bool x`, `a: {a: {a: ...`).
+_TEXT_ERRORS = (ValueError, OSError, TypeError, AttributeError, LookupError, RecursionError)
+
+
+def _told(place: str, read: Callable[[], Any]) -> Any:
+    """What `read` gives. Raises ConfigError: one line that says what is wrong at `place`."""
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
     try:
-        plain = OmegaConf.to_container(merged, resolve=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{', '.join(map(str, files))}: {str(error).splitlines()[0]}") from error
-    return typing.cast("dict[str, Any]", plain)
+        return read()
+    except ConfigError:
+        raise
+    except (YAMLError, OmegaConfBaseException, *_TEXT_ERRORS) as error:
+        key = getattr(error, "full_key", None)
+        kind = "" if isinstance(error, YAMLError | OmegaConfBaseException | OSError) else f"{type(error).__name__}: "
+        reason = str(error) if isinstance(error, YAMLError) else str(error).partition("\n")[0]
+        raise ConfigError(f"{place}: {f'{key}: ' if key else ''}{kind}{' '.join(reason.split())}") from error
+
+
+def _odd_keys(value: Any, place: Place = ()) -> Iterator[Place]:
+    for key, inner in _items(value):
+        if isinstance(value, dict) and not isinstance(key, str):
+            yield (*place, key)
+        yield from _odd_keys(inner, (*place, key))
+
+
+def _from_environment(raw: Any, plain: Any, place: Place = ()) -> Iterator[tuple[Place, str]]:
+    if isinstance(raw, str) and "${" in raw and ("oc.env" in raw or holds_secret(plain)):
+        yield place, raw
+    elif not isinstance(raw, str):
+        for key, inner in _items(raw):
+            yield from _from_environment(inner, plain[key], (*place, key))
+
+
+def _as_written(value: Any, written: Mapping[Place, str], place: Place = ()) -> Any:
+    if place in written:
+        return written[place]
+    if isinstance(value, dict):
+        return {key: _as_written(inner, written, (*place, key)) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_written(inner, written, (*place, k)) for k, inner in enumerate(value)]
+    # what looks like an interpolation and is none
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+
+
+def _items(value: Any) -> Iterable[tuple[Any, Any]]:
+    return value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
 
 
 def _read_yaml(path: Path) -> Any:
     from omegaconf import DictConfig, OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
 
     if not path.is_file():
-        raise ConfigError(f"no configuration file at {path}{_nearby_configs(path)}")
-    try:
-        content = OmegaConf.load(path)
-    except (YAMLError, UnicodeDecodeError, OmegaConfBaseException, OSError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        why = ", which is a folder" * path.is_dir()
+        raise ConfigError(f"no configuration file at {path}{why}{_nearby_configs(path)}")
+    content = _told(f"{path} is not valid YAML", partial(OmegaConf.load, path))
     if not isinstance(content, DictConfig):
         raise ConfigError(f"{path} must hold a mapping with the sections {', '.join(SECTIONS)}")
     return content

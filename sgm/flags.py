@@ -104,6 +104,7 @@ def run_config(options: argparse.Namespace, record: type[Args], default: Path, f
     """
     from sgm.config import load_run_config
     from sgm.placeholders import config_files
+    from sgm.secrets import guard_output
     from sgm.util import allow_target
 
     if options.local_rank is not None:
@@ -114,4 +115,6 @@ def run_config(options: argparse.Namespace, record: type[Args], default: Path, f
     _refuse_prompts(named, options)
     files = config_files(named, default, fallback)
     flags = {field.name: getattr(options, field.name, None) for field in dataclasses.fields(record)}
-    return load_run_config(files, record, overrides=options.set, flags=flags)
+    config = load_run_config(files, record, overrides=options.set, flags=flags)
+    guard_output()
+    return config

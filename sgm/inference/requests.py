@@ -25,6 +25,7 @@ from sgm.inference.progress import StageTimes
 from sgm.inference.prompts import Prompt
 from sgm.inference.writer import SampleFiles, latents_digest, read_record
 from sgm.modules.diffusionmodules.shortcuts import CallCount
+from sgm.secrets import hidden_in
 
 # Versions that can change numbers.
 PACKAGES = ("torch", "transformers", "SwissArmyTransformer", "safetensors")
@@ -64,7 +65,7 @@ class Request:
 
     def differences(self, record: Mapping[str, Any]) -> list[str]:
         """In what the request that a sample's JSON holds differs from this one; what that lacks does not count."""
-        wanted = json.loads(json.dumps(asdict(self)))  # as it comes back from the file
+        wanted = hidden_in(json.loads(json.dumps(asdict(self))))  # as it comes back from the file
         pairs = {name: (record[name], value) for name, value in wanted.items() if record.get(name, value) != value}
         texts = {name: [shorten(str(value), 60, placeholder=" ...") for value in pair] for name, pair in pairs.items()}
         return [f"{n} {old}, now {new}" if old != new else f"another {n}" for n, (old, new) in texts.items()]
@@ -192,7 +193,7 @@ class Requests:
             config_files=[str(file) for file in self.config.files],
             config_hash=self._config_hash,
         )
-        return asdict(self.of(prompt)) | asdict(result)
+        return hidden_in(asdict(self.of(prompt)) | asdict(result))
 
     @cached_property
     def _config_hash(self) -> str:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 
 import pytest
 
-from sgm import util
+from sgm import secrets, util
+from sgm.cli import exit_code, report
 from sgm.config import ConfigError, check_model_section, load_run_config, merge_yaml, option
 from sgm.inference.options import SampleArgs
 from sgm.models.diffusion import SATVideoDiffusionEngine
@@ -108,6 +110,46 @@ def test_unreadable_files(tmp_path):
         merge_yaml([tmp_path / "c.yaml"])
     with pytest.raises(ConfigError, match="nowhere"):
         merge_yaml([write(tmp_path, "d.yaml", "a: ${nowhere.to.be.found}")])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("a: 1\na: 2", "found duplicate key a in .*a.yaml., line 2"), ("\ta: 1", "line 1, column 1"), ("a: &x [*x]", "recursive"),
+     ("--- 1", "not valid YAML"), ("a: !!bool x", "not valid YAML"), ("a: " + "9" * 5000, "4300 digits"), ("null: 1", "key type"),
+     ("\n".join(" " * k + "a:" for k in range(400)), "recursion"), ("a: {1: 2}", "a.1 is no text"), ("a: '???'", "a: Missing"),
+     ("a: ${a}", "a: Recursive"), ("a: ${b.c}\nb: {c: '${a}'}", "Recursive"), ("a: ${", "a: no viable"), ("a: ${nope:1}", "a: Unsup"),
+     ("a: ${oc.dict.keys:a}", "a: Recursion")],
+)  # fmt: skip
+def test_text_that_gives_no_mapping_is_one_error_with_its_place(tmp_path, text, said):
+    with pytest.raises(ConfigError, match=rf"a\.yaml(.|\n)*{said}"):
+        merge_yaml([write(tmp_path, "a.yaml", text)])
+
+
+def test_what_comes_from_the_environment_is_used_and_not_shown(tmp_path, monkeypatch, capsys):
+    file = write(tmp_path, "a.yaml", "args: {name: '${oc.env:NAME_OF_IT}', many: ['${args.name}-b', 'c \\${d}'], count: 2}\n"
+                 "model: {a: '${oc.decode:${oc.env:NUMBER}}'}")  # fmt: skip
+    kind = make_dataclass("Free", [("name", str), ("many", list[str]), ("count", int)])
+
+    def load(text="pass'word", **flags):
+        monkeypatch.setenv("NAME_OF_IT", text)
+        monkeypatch.setenv("NUMBER", "771177")
+        return load_run_config([file], kind, flags=flags)
+
+    config = load()
+    assert (
+        config.args.name == "pass'word"
+        and config.args.many == ["pass'word-b", "c ${d}"]
+        and config.model["a"] == 771177
+    )
+    assert "word" not in config.as_yaml() and "771177" not in config.as_yaml()
+    again = load_run_config([write(tmp_path, "b.yaml", config.as_yaml())], kind)
+    assert again.args == config.args and again.hash(("args", "model")) == config.hash(("args", "model"))
+    assert load("other words").hash(("args",)) != config.hash(("args",))  # another run
+    assert load(name="given").as_dict()["args"]["name"] == "given"
+    with pytest.raises(ConfigError) as error:
+        load_run_config([file], kind, overrides=["args.count=${oc.env:NAME_OF_IT}"])
+    assert exit_code(lambda: report(error.value)) == 0 and 'got "${oc.env:NAME_OF_IT}"' in capsys.readouterr().err
+    assert secrets.hidden_in({"a": ["x pass'word", 'y"']}) == {"a": ["x ${oc.env:NAME_OF_IT}", 'y"']}
 
 
 @pytest.mark.parametrize("text", ["args.count", "=3", "args.count=[", "args.many.x.y=1"])
@@ -257,6 +299,69 @@ def test_what_stands_beside_targets_and_in_the_engine_is_typed():
     for words in ("model.scale_factor: expected a number, got 'abc'", "emb_models[0].ucg_rate: expected a number, got 'x'",
                   "emb_models[0].is_trainable: expected true or false, got 'no'", "3 problems"):  # fmt: skip
         assert words in str(error.value)
+
+
+DATASET, RUN_LOG, STORE = (
+    "sgm.data.dataset.SFTDataset",
+    "sgm.training.watch.run_log.RunLog",
+    "sgm.cache.store.CacheStore",
+)
+
+
+@pytest.mark.parametrize("target", [DATASET, RUN_LOG, STORE, "torch.optim.SGD", "sgm.config.RunConfig"])
+def test_each_slot_takes_classes_of_its_own_role(target):
+    """Of every slot of a configuration, however deep: none takes what may read or write files, nor another slot's."""
+    model = merge_yaml([REPO / "configs" / "demo_lora.yaml"])["model"]
+    places = list(slots(model))
+    assert len(places) > 20
+    for place in places:
+        hostile = copy.deepcopy(model)
+        node = hostile
+        for key in place:
+            node = node[key]
+        node["target"] = target
+        with pytest.raises(ConfigError, match=f"{place[-1]}.*{target}.* has another role; choose ") as error:
+            check_model_section(hostile, SATVideoDiffusionEngine)
+        assert str(error.value).startswith("1 problem in the model section")
+
+
+def slots(node, place=()):
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, inner in items:
+        if isinstance(inner, dict) and "target" in inner and not isinstance(key, int):
+            yield (*place, key)
+        yield from slots(inner, (*place, key))
+
+
+def test_building_an_engine_touches_no_file(tmp_path):
+    (tmp_path / "report").write_text("precious")
+    model = merge_yaml([REPO / "configs" / "demo_infer.yaml"])["model"]
+    params = {"data_dir": str(tmp_path), "report": str(tmp_path / "report")}
+    for slot in ("first_stage_config", "denoiser_config", "network_config"):
+        with pytest.raises(TargetError, match=f"model.{slot}.*another role"):
+            SATVideoDiffusionEngine(**model | {slot: {"target": DATASET, "params": params}})
+    assert (tmp_path / "report").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [("network_config.params.num_layers=-1", "num_layers: must be at least 1 and at most 1024, got -1"),
+     ("network_config.params.hidden_size=1e308", "hidden_size: expected a whole number below 2^63, got 1e+308"),
+     ("network_config.params.latent_width=.inf", "latent_width: expected a finite whole number, got inf"),
+     ("network_config.params.modules=[]", "model.network_config.params.modules: expected a mapping, got []"),
+     ("network_config.params.modules.pos_embed_config=null", "pos_embed_config: expected a mapping, got None"),
+     ("network_config.params.transformer_args.vocab_size=0", "transformer_args.vocab_size: must be at least 1"),
+     ("first_stage_config.params.cp_size=x", "model.first_stage_config.params.cp_size: expected a whole number, got 'x'"),
+     ("first_stage_config.params.encoder_config.params.ch_mult=[1, 0]", "ch_mult[1]: must be at least 1 and at most 1024, got 0"),
+     ("conditioner_config.params.emb_models=[5]", "model.conditioner_config.params.emb_models[0]: expected a mapping, got 5"),
+     ("sampler_config.params.guider_config.params.exp=5000", "guider_config.params.exp: must be at least 0 and at most 64"),
+     ("scale_factor=0", "model.scale_factor: must be above 0"),
+     ("denoiser_config.target=sat.model.nope.X", "model.denoiser_config: unknown target 'sat.model.nope.X'")],
+)  # fmt: skip
+def test_every_value_has_a_type_and_a_range(change, problem):
+    model = merge_yaml([REPO / "configs" / "demo_infer.yaml"], [f"model.{change}"])["model"]
+    with pytest.raises(ConfigError, match=re.escape(problem)):
+        check_model_section(model, SATVideoDiffusionEngine)
 
 
 @pytest.mark.parametrize("name", [p.name for p in sorted((REPO / "configs").glob("*.yaml"))])

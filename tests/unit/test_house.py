@@ -11,7 +11,7 @@ from tests.sampling_tiny import REPO
 
 # From the ground up; rooms of one floor do not know each other. What lies beside the packages is below them all.
 FLOORS = (
-    {"errors", "places", "lean_sat", "files", "typed", "util", "config", "placeholders", "cli", "flags"}
+    {"errors", "places", "lean_sat", "files", "typed", "util", "config", "placeholders", "cli", "flags", "secrets"}
     | {"launch", "lock", "distributed", "progress"},
     {"weights"},
     {"modules"},
