@@ -142,30 +142,29 @@ def remove_leftovers(folder: Path, named: str = "*") -> list[Path]:
     return found
 
 
-# --- folders -----------------------------------------------------------------------------------------------------
-
-
 @contextmanager
-def scratch_folder(place: Path) -> Iterator[Path]:
-    """A folder in `place` for what this process has not finished. Those of processes that were killed go first, and no
-    others: each is locked by its process.
+def unfinished_names(place: Path) -> Iterator[str]:
+    """A prefix for names of files below `place` that this process has not finished. Such files of processes that were
+    killed are deleted, and no others: each process holds the lock of its prefix.
 
     Raises:
         SaveError: `place` cannot be written to.
     """
     with ExitStack() as stack:
         try:
-            for lock in sorted(place.glob(f"{PARTIAL}*.lock")):
+            for lock in sorted(place.glob(f"{PARTIAL}run*.lock")):
                 with try_lock(lock, without_locks=False) as abandoned:
-                    if abandoned:
-                        remove(lock.with_suffix(""))
-            names = (place / f"{PARTIAL}{uuid.uuid4().hex}" for _ in itertools.count())
-            folder = next(f for f in names if stack.enter_context(try_lock(f.with_suffix(".lock"))))
-            folder.mkdir()
+                    left = place.rglob(f"{PARTIAL}*{lock.stem.removeprefix(PARTIAL)}-*") if abandoned else ()
+                    for file in sorted(left):
+                        remove(file)
+            names = (f"{PARTIAL}run{uuid.uuid4().hex}" for _ in itertools.count())
+            name = next(n for n in names if stack.enter_context(try_lock(place / f"{n}.lock")))
         except OSError as error:
             raise write_failed(place, error) from error
-        stack.callback(remove, folder)
-        yield folder
+        yield f"{name}-"
+
+
+# --- folders -----------------------------------------------------------------------------------------------------
 
 
 def exchange(source: Path, target: Path) -> None:

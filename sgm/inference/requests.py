@@ -211,10 +211,9 @@ class Requests:
         for k in samples:
             files = self.files(prompt, k)
             record = read_record(files.record)
-            differences = self.of(prompt).differences(record)
             if not files.done(record, self.args.only_save_latents):
                 missing.append(k)
-            elif differences:
+            elif differences := self.of(prompt).differences(record):
                 missing.append(k)
                 changed.append(differences)
             if record.get("prompt") == prompt.text:

@@ -16,7 +16,7 @@ from torch import Tensor
 from sgm.config import ConfigError, RunConfig
 from sgm.data.video_out import write_contact_sheet, write_video
 from sgm.errors import SgmError
-from sgm.files import SaveError, remove, scratch_folder, write_json
+from sgm.files import SaveError, unfinished_names, write_json
 from sgm.inference.noise import SampleId
 from sgm.inference.options import SampleArgs
 from sgm.inference.pipeline import EncodedPrompt, Part, TextToVideo
@@ -50,7 +50,7 @@ class Runner:
         saved = Path(self.args.decode_latents) if self.args.decode_latents else None
         place = Path(self.args.output_dir) if saved is None else saved if saved.is_dir() else saved.parent
         check_writable(place)
-        with scratch_folder(place) as self.scratch:
+        with unfinished_names(place) as self.unfinished:
             self._run(saved)
 
     def _run(self, saved: Path | None) -> None:
@@ -189,7 +189,7 @@ class Runner:
         """Decode and write one sample; its record comes last and marks it as done."""
         files = self.requests.files(prompt, sample)
         record = self.requests.record(prompt, sample, latents)
-        with files.replaced_together(self.scratch) as new:
+        with files.replaced_together(self.unfinished) as new:
             if self.args.only_save_latents:
                 write_latents(new.latents, latents, record)
             else:
@@ -204,7 +204,7 @@ class Runner:
         try:
             self._write_frames(new, latents, times)
         except (SgmError, torch.OutOfMemoryError):
-            remove(new.folder)  # room for the latents
+            new.discard()  # room for the latents
             with suppress(SaveError):
                 write_latents(place, latents, record)
                 self.progress.warn(f"there is no video, but its latents: {place} (--decode-latents reads them)")
@@ -228,7 +228,7 @@ class Runner:
             latents, facts = read_latents(file)
             times, files = StageTimes(), SampleFiles(file.parent)
             source = {"decoded_from": file.name, "file_bytes": {file.name: file.stat().st_size}}
-            with files.replaced_together(self.scratch) as new:
+            with files.replaced_together(self.unfinished) as new:
                 self._write_frames(new, latents, times)
                 self._write_record(new, facts | source, times)
             self.progress.line(f"  {files.video}")

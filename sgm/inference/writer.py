@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from sgm.errors import SgmError
-from sgm.files import advising, remove, remove_leftovers, require_writable, sync_folder, write_failed
+from sgm.files import advising, remove_leftovers, require_writable, sync_folder, write_failed
 from sgm.weights.save import save_safetensors
 
 ANOTHER_FOLDER = "Choose another --output-dir; --skip-done goes on with a run that was stopped."
@@ -28,22 +28,28 @@ class SampleFiles:
     """The original's layout: `OUT/{index}_{prompt}/{sample}/000000.mp4`, and what we put beside it."""
 
     folder: Path
+    prefix: str = ""  # of the names, while the files are not finished
 
     @property
     def video(self) -> Path:
-        return self.folder / "000000.mp4"
+        return self.folder / f"{self.prefix}000000.mp4"
 
     @property
     def record(self) -> Path:
-        return self.folder / "000000.json"
+        return self.folder / f"{self.prefix}000000.json"
 
     @property
     def sheet(self) -> Path:
-        return self.folder / "000000.png"
+        return self.folder / f"{self.prefix}000000.png"
 
     @property
     def latents(self) -> Path:
-        return self.folder / "latents.safetensors"
+        return self.folder / f"{self.prefix}latents.safetensors"
+
+    @property
+    def all(self) -> tuple[Path, ...]:
+        """Those that can be, the record last."""
+        return self.video, self.sheet, self.latents, self.record
 
     def done(self, record: Mapping[str, Any], latents_only: bool) -> bool:
         """Whether the video, or else the latents, that the sample's `record` tells of are there, and whole."""
@@ -55,29 +61,41 @@ class SampleFiles:
 
     def sizes(self) -> dict[str, int]:
         """Bytes of the files that are there, but for the record."""
-        return {p.name: p.stat().st_size for p in (self.video, self.sheet, self.latents) if p.is_file()}
+        return {p.name.removeprefix(self.prefix): p.stat().st_size for p in self.all[:-1] if p.is_file()}
+
+    def discard(self) -> None:
+        """Delete what is there."""
+        for path in self.all:
+            with suppress(OSError):
+                path.unlink()
 
     @contextmanager
-    def replaced_together(self, scratch: Path) -> Iterator[SampleFiles]:
-        """New files, to be written in `scratch`; if the block succeeds they take their places.
+    def replaced_together(self, prefix: str) -> Iterator[SampleFiles]:
+        """New files, to be written under names with `prefix`; if the block succeeds they take their places.
 
         There is no record while they do: one that is there tells of a whole sample.
 
         Raises:
-            SaveError: they cannot be written or moved.
+            SaveError: they cannot be written or renamed.
         """
-        new = SampleFiles(scratch / self.folder.parent.name / self.folder.name)
-        with writing_into(self.folder), writing_into(new.folder):
-            yield new
+        new = replace(self, prefix=prefix)
+        with writing_into(self.folder):
             try:
-                remove_leftovers(self.folder, "*-*")  # of single files; earlier versions wrote them one by one
-                self.record.unlink(missing_ok=True)
-                for file in sorted(new.folder.iterdir(), key=lambda path: path == new.record):
-                    file.replace(self.folder / file.name)
-                sync_folder(self.folder)
-                remove(new.folder.parent)
-            except OSError as error:
-                raise write_failed(self.folder, error) from error
+                yield new
+                self._rename_from(new)
+            finally:
+                new.discard()
+
+    def _rename_from(self, new: SampleFiles) -> None:
+        try:
+            remove_leftovers(self.folder, "[0-9]*-[0l]*")  # of earlier versions
+            self.record.unlink(missing_ok=True)
+            for source, target in zip(new.all, self.all):
+                if source.exists():
+                    source.replace(target)
+            sync_folder(self.folder)
+        except OSError as error:
+            raise write_failed(self.folder, error) from error
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from PIL import Image
 from sgm.data.video_io import probe
 from tests.sampling_tiny import REPO, configuration, environment, main, start, write_release, write_yaml
 
+ROOM = ["--set", "model.network_config.params.num_frames=9"]  # positions for three latent frames
 DEMO = REPO / "configs" / "demo_infer.yaml"
 
 
@@ -556,6 +558,31 @@ def test_a_failing_process_fails_the_job(config, tmp_path):
     _, err = run.communicate(timeout=240)
     assert run.returncode != 0 and "1_one" in err
     assert not list((tmp_path / "out").rglob(".partial*"))
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(config, tmp_path):
+    """Two processes are killed while they write; one alone makes what is missing, and clears what they left."""
+    (tmp_path / "prompts.txt").write_text("".join(f"number {k}\n" for k in range(6)), encoding="utf-8")
+    wish, out, whole = (
+        [config, "--batch-size", 2, "--num-frames", 3, "--steps", 6],
+        tmp_path / "out",
+        tmp_path / "whole",
+    )
+    run = start(*wish, *ROOM, ranks=2)
+    deadline = time.monotonic() + 200
+    while not list(out.rglob("000000.json")) and time.monotonic() < deadline and run.poll() is None:
+        time.sleep(0.002)
+    for process in (*Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split(), run.pid):
+        os.kill(int(process), signal.SIGKILL)
+    run.communicate()
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("000000.json")}
+    assert 0 < len(before) < 12 and list(out.glob(".partial*"))
+    assert main(*wish, *ROOM, "--skip-done") == main(*wish, *ROOM, "--output-dir", whole) == 0
+    videos = sorted(p.relative_to(whole) for p in whole.rglob("*.mp4"))
+    assert len(videos) == 12 and all((out / v).read_bytes() == (whole / v).read_bytes() for v in videos)
+    again, once = records(out), records(whole)
+    assert {n: r["latents_sha256"] for n, r in again.items()} == {n: r["latents_sha256"] for n, r in once.items()}
+    assert not list(out.rglob(".partial*")) and all(p.stat().st_mtime_ns == stamp for p, stamp in before.items())
 
 
 def test_interrupt_keeps_finished_videos(config, tmp_path):

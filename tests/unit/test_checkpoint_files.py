@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from sgm.files import SaveError, atomic_write, remove_leftovers, require_space, scratch_folder, write_text
+from sgm.files import SaveError, atomic_write, remove_leftovers, require_space, unfinished_names, write_text
 from sgm.weights.save import Deferred, save_pt, save_safetensors, size_of
 
 REPO = Path(__file__).resolve().parents[2]
@@ -142,31 +142,36 @@ def test_leftovers_of_killed_processes_are_removed(tmp_path):
 WORKER = """
 import sys, time
 from pathlib import Path
-from sgm.files import scratch_folder
-with scratch_folder(Path(sys.argv[1])) as folder:
-    (folder / "half").write_text("x")
-    print(folder, flush=True)
+from sgm.files import unfinished_names
+with unfinished_names(Path(sys.argv[1])) as prefix:
+    for name in (f"{prefix}x.json", f".partial-{len(prefix)}-{prefix}x.mp4"):  # the latter while it is written
+        (Path(sys.argv[1]) / "sample" / name).write_text("x")
+    print(prefix, flush=True)
     time.sleep(60)
 """
 
 
-def test_scratch_of_killed_processes_goes_and_that_of_living_ones_stays(tmp_path):
-    command = [sys.executable, "-c", WORKER, str(tmp_path)]
+def test_unfinished_files_of_killed_processes_go_and_those_of_living_ones_stay(tmp_path):
+    command, place = [sys.executable, "-c", WORKER, str(tmp_path)], tmp_path / "sample"
+    place.mkdir()
     dead, living = (subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, text=True) for _ in range(2))
     try:
-        left, used = (Path(process.stdout.readline().strip()) for process in (dead, living))
+        left, used = (process.stdout.readline().strip() for process in (dead, living))
         dead.kill()
         dead.wait()
-        (tmp_path / ".partial-5-x.json").touch()  # without a lock: whoever wrote it may be at work
-        with scratch_folder(tmp_path) as ours:
-            assert {p.name for p in tmp_path.iterdir() if p.is_dir()} == {used.name, ours.name}
-            assert left.parent == ours.parent and list(used.iterdir()) == [used / "half"]
+        (place / ".partial-5-x.json").touch()  # without a lock: whoever wrote it may be at work
+        with unfinished_names(tmp_path) as ours:
+            assert len({left, used, ours}) == 3
+            locks = {p.name for p in tmp_path.iterdir() if p.is_file()}
+            assert locks == {f"{prefix.removesuffix('-')}.lock" for prefix in (used, ours)}
+            kept = {f"{used}x.json", f".partial-{len(used)}-{used}x.mp4", ".partial-5-x.json"}
+            assert {p.name for p in place.iterdir()} == kept
     finally:
         living.kill()
         living.wait()
-    with scratch_folder(tmp_path):
+    with unfinished_names(tmp_path):
         pass
-    assert [p.name for p in tmp_path.iterdir()] == [".partial-5-x.json"]
+    assert [p.name for p in tmp_path.rglob("*")] == ["sample", ".partial-5-x.json"]
 
 
 def test_a_real_write_error_of_the_system_is_reported_through_torchs_writer(tmp_path):

@@ -333,18 +333,18 @@ def test_what_skip_done_leaves_out_is_whole(tmp_path, monkeypatch):
 
 def test_files_of_a_sample_take_their_places_together(tmp_path):
     """A record never stands beside files of another sample, whatever fails and when."""
-    files, scratch = SampleFiles(tmp_path / "0_x" / "0"), tmp_path / "scratch"
-    with files.replaced_together(scratch) as new:
+    files, names = SampleFiles(tmp_path / "0_x" / "0"), ".partial-run7-"
+    with files.replaced_together(names) as new:
         new.video.write_text("first")
         write_json(new.record, {"file_bytes": new.sizes()})
     (files.folder / ".partial-77-000000.mp4").touch()  # of an earlier version
-    with pytest.raises(KeyboardInterrupt), files.replaced_together(scratch) as new:
+    with pytest.raises(KeyboardInterrupt), files.replaced_together(names) as new:
         new.video.write_text("second")
         raise KeyboardInterrupt
     assert files.video.read_text() == "first" and files.done(writer.read_record(files.record), latents_only=False)
     (files.folder / "000000.png").mkdir()  # in the way: the last of the renames that can fail
     (files.folder / "000000.png" / "x").touch()
-    with pytest.raises(SaveError, match=r"0_x/0.*--skip-done"), files.replaced_together(scratch) as new:
+    with pytest.raises(SaveError, match=r"0_x/0.*--skip-done"), files.replaced_together(names) as new:
         new.sheet.write_text("third")
         write_json(new.record, {"file_bytes": new.sizes()})
     assert not files.record.exists() and not list(files.folder.glob(".partial*"))
