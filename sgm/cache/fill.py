@@ -208,11 +208,7 @@ class Encoder:
         self._pending = encoded
 
     def finish(self, writer: ShardWriter) -> None:
-        """Hand the last batch to the writer.
-
-        Raises:
-            CacheError: inf or nan in the moments.
-        """
+        """Hand the last batch to the writer. Raises CacheError: inf or nan in the moments."""
         if self._pending is None:
             return
         encoded, self._pending = self._pending, None

@@ -126,11 +126,7 @@ def with_class(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def expect_class(folder: Path, config: Mapping[str, Any], name: str) -> None:
-    """Refuse a component of another class.
-
-    Raises:
-        ConvertError: naming both.
-    """
+    """Refuse a component of another class. Raises ConvertError: naming both."""
     found = config.get("_class_name")
     if found is not None and found != name:
         raise ConvertError(f"{folder / 'config.json'} is of a {found}, not of a {name}; it is another kind of model.")

@@ -76,11 +76,7 @@ def _refuse_existing(target: Path, overwrite: bool, inputs: Mapping[str, Path]) 
 
 
 def parse_size(text: str) -> int:
-    """Bytes of `5GB`, `200MB`, `1GiB` or a plain number.
-
-    Raises:
-        ConvertError: not a positive size.
-    """
+    """Bytes of `5GB`, `200MB`, `1GiB` or a plain number. Raises ConvertError: not a positive size."""
     word = text.strip().upper()
     unit = next((u for u in sorted(_UNITS, key=len, reverse=True) if word.endswith(u)), "")
     try:

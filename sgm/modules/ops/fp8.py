@@ -30,11 +30,7 @@ class Fp8Error(SgmError):
 
 
 def check_fp8(device: torch.device) -> None:
-    """Refuse a GPU without 8-bit tensor cores.
-
-    Raises:
-        Fp8Error: naming the GPU.
-    """
+    """Refuse a GPU without 8-bit tensor cores. Raises Fp8Error: naming the GPU."""
     if device.type != "cuda":
         return
     found = torch.cuda.get_device_capability(device)

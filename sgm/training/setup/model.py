@@ -48,11 +48,7 @@ def checkpointing_mode(model: Mapping[str, Any], args: TrainArgs) -> bool | str:
 
 
 def refuse_approximations(accelerate: AccelerateArgs) -> None:
-    """Switches that make sampling faster and less exact have no place in training.
-
-    Raises:
-        ConfigError: naming them.
-    """
+    """Switches that make sampling faster and less exact have no place in training. Raises ConfigError: naming them."""
     on = accelerate.approximate()
     if on:
         raise ConfigError(f"accelerate: {', '.join(on)} are for sampling; leave them out of a training configuration")
