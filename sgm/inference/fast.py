@@ -7,7 +7,7 @@ import math
 from sgm.config import AccelerateArgs
 from sgm.inference.fit import SamplingError
 from sgm.modules.diffusionmodules.guiders import IdentityGuider
-from sgm.modules.diffusionmodules.sampling import BaseDiffusionSampler
+from sgm.modules.diffusionmodules.sampling import VideoDDIMSampler
 from sgm.modules.diffusionmodules.shortcuts import GuidanceRule, Shortcuts
 from sgm.modules.ops.step_cache import SkipRule
 
@@ -32,7 +32,7 @@ def _skip_rule(accelerate: AccelerateArgs) -> SkipRule:
     )
 
 
-def check_shortcuts(shortcuts: Shortcuts | None, sampler: BaseDiffusionSampler, steps: int) -> None:
+def check_shortcuts(shortcuts: Shortcuts | None, sampler: VideoDDIMSampler, steps: int) -> None:
     """Refuse shortcuts that could never be taken.
 
     Raises:

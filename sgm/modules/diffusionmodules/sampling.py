@@ -13,7 +13,6 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -123,8 +122,8 @@ class SamplingSchedule:
 # --- samplers ---------------------------------------------------------------------------------------------------------
 
 
-class BaseDiffusionSampler(ABC):
-    """Schedule and guidance of a sampler.
+class VideoDDIMSampler:
+    """Deterministic DDIM, and the schedule, guidance and video options that the other samplers inherit.
 
     Args:
         discretization_config: target of a schedule of signal rates.
@@ -133,6 +132,9 @@ class BaseDiffusionSampler(ABC):
         verbose: show a progress bar.
         device: taken from the original's YAML files; the schedule is a handful of numbers, and sampling runs where the
             start noise lies.
+        fixed_frames: that many leading latent frames are kept: the caller puts them, clean, into the start value.
+        sdedit: noise the kept frames to each step's level before it (Meng et al. 2021, arXiv 2108.01073), instead of
+            showing them clean.
     """
 
     takes_call_scale = True
@@ -144,12 +146,16 @@ class BaseDiffusionSampler(ABC):
         guider_config: Annotated[Config, Role(Guider)] | None = None,
         verbose: bool = False,
         device: torch.device | str = "cuda",
+        fixed_frames: Count = 0,
+        sdedit: bool = False,
     ) -> None:
         self.discretization = instantiate_from_config(discretization_config)
         self.num_steps = num_steps
         self.guider: Guider = IdentityGuider() if guider_config is None else instantiate_from_config(guider_config)
         self.verbose = verbose
         self.device = device
+        self.fixed_frames = fixed_frames
+        self.sdedit = sdedit
 
     def schedule(self, num_steps: int | None = None) -> SamplingSchedule:
         """The schedule of a run of `num_steps` (None: the configured number).
@@ -199,35 +205,6 @@ class BaseDiffusionSampler(ABC):
     def _guidance_position(self, step: Step) -> int:
         """The configured number of steps minus the timestep: see DynamicCFG, which is the one to read it."""
         return (self.num_steps or step.total) - step.timestep
-
-    @abstractmethod
-    def update(self, x: Tensor, denoised: Tensor, previous: Tensor | None, step: Step, draw: NoiseSampler) -> Tensor:
-        """x at `step` -> x at the next one. `previous` is the estimate of the step before, None on the first."""
-
-
-class VideoDDIMSampler(BaseDiffusionSampler):
-    """Deterministic DDIM with the video options, which the other samplers inherit.
-
-    Args:
-        fixed_frames: that many leading latent frames are kept: the caller puts them, clean, into the start value.
-        sdedit: noise the kept frames to each step's level before it (Meng et al. 2021, arXiv 2108.01073), instead of
-            showing them clean.
-        discretization_config, num_steps, guider_config, verbose, device: see `BaseDiffusionSampler`.
-    """
-
-    def __init__(
-        self,
-        discretization_config: Annotated[Config, Role(Discretization)],
-        num_steps: Timesteps | None = None,
-        guider_config: Annotated[Config, Role(Guider)] | None = None,
-        verbose: bool = False,
-        device: torch.device | str = "cuda",
-        fixed_frames: Count = 0,
-        sdedit: bool = False,
-    ) -> None:
-        super().__init__(discretization_config, num_steps, guider_config, verbose, device)
-        self.fixed_frames = fixed_frames
-        self.sdedit = sdedit
 
     def __call__(
         self,
@@ -281,6 +258,7 @@ class VideoDDIMSampler(BaseDiffusionSampler):
         return torch.cat([prefix, x[:, prefix.shape[1] :]], dim=1)
 
     def update(self, x: Tensor, denoised: Tensor, previous: Tensor | None, step: Step, draw: NoiseSampler) -> Tensor:
+        """x at `step` -> x at the next one. `previous` is the estimate of the step before, None on the first."""
         return ddim_step(x, denoised, step.a, step.a_next)
 
     def _call_scale(self, scale: float | Tensor | None) -> float | Tensor | None:

@@ -103,7 +103,7 @@ class ShortcutRun:
         Args:
             samples: b.
             scales: the guider's factor on (conditional - unconditional) at each step of the run, see
-                `BaseDiffusionSampler.guidance_scales`.
+                `VideoDDIMSampler.guidance_scales`.
         """
         self._start(samples, scales)
 
