@@ -7,19 +7,19 @@ written. Axes: b batch, t latent frames, f pixel frames, c channels, h w (latent
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from sgm.distributed import broadcast_in_model_parallel
 from sgm.errors import SgmError
 from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
 from sgm.modules.autoencoding.first_stage import FirstStage
 from sgm.modules.autoencoding.strides import STRIDES, Strides
 from sgm.modules.conditioner import GeneralConditioner
 from sgm.modules.diffusionmodules.denoiser import Denoiser, Network
-from sgm.modules.diffusionmodules.loss import DetailedLoss, Loss
+from sgm.modules.diffusionmodules.loss import Loss, VideoDiffusionLoss
 from sgm.modules.diffusionmodules.sampling import DenoiserFn, VideoDDIMSampler
 from sgm.modules.diffusionmodules.shortcuts import ShortcutRun
 from sgm.modules.diffusionmodules.wrappers import NetworkWrapper, OpenAIWrapper
@@ -247,7 +247,7 @@ class SATVideoDiffusionEngine(nn.Module):
         That is `loss`, and from a loss function that tells them, per sample (b,) `sample_loss` and `timestep_share`.
         """
         parts = (self.model, self.denoiser, self.text_conditioner)
-        if not isinstance(self.loss, DetailedLoss):
+        if not isinstance(self.loss, VideoDiffusionLoss):
             loss = self.loss(*parts, z, batch).mean()
             return loss, {"loss": loss.detach()}
         details = self.loss.detailed(*parts, z, batch, base=self.base, base_weight=self.base_weight)
@@ -307,8 +307,12 @@ class SATVideoDiffusionEngine(nn.Module):
         x = noise.to(device=device, dtype=torch.float32)
         if prefix is not None:
             x = torch.cat([prefix.to(x), x[:, prefix.shape[1] :]], dim=1)
-        x = _broadcast(x)
-        denoiser: DenoiserFn = partial(_denoise, self.denoiser, self.model, network_inputs)
+        x = broadcast_in_model_parallel(x)
+
+        def denoise(x: Tensor, sigma: Tensor, c: Cond, **kw: Any) -> Tensor:
+            return self.denoiser(self.model, x, sigma, c, **kw, **network_inputs)
+
+        denoiser: DenoiserFn = denoise
         if shortcuts is not None:
             denoiser = shortcuts.around(denoiser, len(x), self.sampler.guidance_scales(num_steps, scale))
         samples = self.sampler(
@@ -335,12 +339,6 @@ def _class_name(part: object) -> str:
     return type(part).__name__
 
 
-def _denoise(
-    denoiser: Denoiser, network: Network, network_inputs: dict[str, Any], x: Tensor, sigma: Tensor, c: Cond, **kw: Any
-) -> Tensor:
-    return denoiser(network, x, sigma, c, **kw, **network_inputs)
-
-
 def _build_frozen(config: Mapping[str, Any] | None, dtype: torch.dtype) -> Any:
     part = _build(config)
     return None if part is None else part.to(dtype).eval().requires_grad_(False)
@@ -348,9 +346,3 @@ def _build_frozen(config: Mapping[str, Any] | None, dtype: torch.dtype) -> Any:
 
 def _build(config: Mapping[str, Any] | None) -> Any:
     return None if config is None else instantiate_from_config(config)
-
-
-def _broadcast(x: Tensor) -> Tensor:
-    from sgm.distributed import broadcast_in_model_parallel
-
-    return broadcast_in_model_parallel(x)

@@ -11,7 +11,7 @@ abar is the cumulative product of 1 - beta (Ho et al. 2020, arXiv 2006.11239).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Annotated, Literal, TypeVar, overload
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import torch
@@ -71,22 +71,6 @@ class Discretization(ABC):
         self.num_timesteps = num_timesteps
         self.alphas_cumprod = np.cumprod(1.0 - scaled_linear_betas(linear_start, linear_end, num_timesteps))
 
-    @overload
-    def __call__(
-        self, n: int, do_append_zero: bool = ..., device: torch.device | str = ..., flip: bool = ...
-    ) -> Tensor: ...
-
-    @overload
-    def __call__(
-        self,
-        n: int,
-        do_append_zero: bool = ...,
-        device: torch.device | str = ...,
-        flip: bool = ...,
-        *,
-        return_idx: Literal[True],
-    ) -> tuple[Tensor, Tensor]: ...
-
     def __call__(
         self,
         n: int,
@@ -94,7 +78,7 @@ class Discretization(ABC):
         device: torch.device | str = "cpu",
         flip: bool = False,
         return_idx: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Any:  # a pair under `return_idx`
         """Schedule values for a run of `n` steps.
 
         Args:

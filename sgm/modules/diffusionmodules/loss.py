@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from sgm.distributed import broadcast_in_model_parallel as shared
 from sgm.modules.diffusionmodules.denoiser import Network, append_dims
 from sgm.modules.diffusionmodules.sigma_sampling import DiscreteSampling
 from sgm.typed import NotNegative, Positive
@@ -47,9 +49,10 @@ class LossDetails(NamedTuple):
     timestep_share: Tensor
 
 
-class Loss(Protocol):
-    """Loss (b,) of each sample of clean latents z (b, ...) and a batch; see `VideoDiffusionLoss.__call__`."""
+class Loss(ABC):
+    """Loss of each sample of clean latents and a batch."""
 
+    @abstractmethod
     def __call__(
         self,
         network: Network,
@@ -59,28 +62,20 @@ class Loss(Protocol):
         batch: Mapping[str, Any],
         idx: Tensor | None = None,
         noise: Tensor | None = None,
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """(b,) float32.
+
+        Args:
+            network, denoiser: see `Denoiser.forward`.
+            conditioner: batch -> conditions.
+            z: clean latents (b, ...), scaled, in any floating type.
+            batch: what the data set gives.
+            idx: (b,) int64 timesteps instead of random ones.
+            noise: (b, ...) like z instead of random noise.
+        """
 
 
-@runtime_checkable
-class DetailedLoss(Loss, Protocol):
-    """A loss that also says which timesteps it drew, and takes a base network; see `VideoDiffusionLoss.detailed`."""
-
-    def detailed(
-        self,
-        network: Network,
-        denoiser: Denoise,
-        conditioner: Conditioner,
-        z: Tensor,
-        batch: Mapping[str, Any],
-        idx: Tensor | None = None,
-        noise: Tensor | None = None,
-        base: Network | None = None,
-        base_weight: float = 1.0,
-    ) -> LossDetails: ...
-
-
-class VideoDiffusionLoss(DetailedLoss):
+class VideoDiffusionLoss(Loss):
     """Weighted error of the clean estimate, at a random timestep per sample.
 
     Random draws, in this order: what the conditioner draws (caption dropout), the timesteps (CPU), the noise like z,
@@ -93,7 +88,7 @@ class VideoDiffusionLoss(DetailedLoss):
         block_scale, block_size, fixed_frames: known to the original, which makes nothing of them; only their defaults
             are accepted.
         min_snr_value: upper bound of the weight; None for no bound.
-        batch2model_keys: entries of the batch that are handed to the network.
+        batch2model_keys: entries of the batch that are handed to the network, beside `concat_images`.
     Raises:
         ValueError: unknown type, or a value for a parameter that has no effect.
     """
@@ -135,18 +130,6 @@ class VideoDiffusionLoss(DetailedLoss):
         idx: Tensor | None = None,
         noise: Tensor | None = None,
     ) -> Tensor:
-        """Loss of each sample.
-
-        Args:
-            network, denoiser: see `Denoiser.forward`.
-            conditioner: batch -> conditions; called first.
-            z: clean latents (b, ...), scaled, in any floating type.
-            batch: what the data set gives; also the source of `batch2model_keys` (and `concat_images`, if present).
-            idx: (b,) int64 timesteps instead of random ones.
-            noise: (b, ...) like z instead of random noise (the offset is still added).
-        Returns:
-            (b,) float32.
-        """
         return self.detailed(network, denoiser, conditioner, z, batch, idx, noise).loss
 
     def detailed(
@@ -187,8 +170,6 @@ class VideoDiffusionLoss(DetailedLoss):
 
     def _draw(self, z: Tensor, idx: Tensor | None, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Signal rates (b,), timesteps (b,) and noise (b, ...) on z's device, the same in a model-parallel group."""
-        from sgm.distributed import broadcast_in_model_parallel as shared
-
         signal, idx = self.sigma_sampler(z.shape[0], rand=idx, return_idx=True)
         if noise is None:
             noise = torch.randn_like(z)

@@ -12,7 +12,7 @@ from sgm.cache.stand_ins import cached_model_section
 from sgm.config import AccelerateArgs, ConfigError, RunConfig
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.models.loading import LoadedNetwork, load_first_stage, load_network, load_text_encoder
-from sgm.modules.diffusionmodules.loss import DetailedLoss, Loss
+from sgm.modules.diffusionmodules.loss import Loss, VideoDiffusionLoss
 from sgm.modules.ops.choice import choose_kernels
 from sgm.modules.ops.recompute import MODES, stronger_mode
 from sgm.training.options import TrainArgs
@@ -79,7 +79,7 @@ def check_prior(args: TrainArgs, plan: DeepSpeedPlan, loss_fn: Loss | None) -> N
     obstacles = {
         "args.cuda_graphs": args.cuda_graphs,
         "deepspeed.zero_optimization.stage: 3": plan.stage == 3,
-        f"the loss_fn_config {type(loss_fn).__name__}": not isinstance(loss_fn, DetailedLoss),
+        f"the loss_fn_config {type(loss_fn).__name__}": not isinstance(loss_fn, VideoDiffusionLoss),
     }
     found = [name for name, there in obstacles.items() if there]
     if args.prior_data and found:
