@@ -52,14 +52,13 @@ def sincos_table(grid: TokenGrid, width: int, divisors: Spacing, dtype: torch.dt
         sincos_axis(count, part, divisor).to(dtype)
         for count, part, divisor in zip(grid, (width // 4, width // 8 * 3, width // 8 * 3), divisors, strict=True)
     )
-    return torch.cat(
-        (
-            time[:, None, None].expand(*grid, -1),
-            column[None, None].expand(*grid, -1),
-            row[None, :, None].expand(*grid, -1),
-        ),
-        dim=-1,
-    ).flatten(0, 2)
+    return _on_grid(grid, (0, time), (2, column), (1, row))
+
+
+def _on_grid(grid: TokenGrid, *parts: tuple[int, Tensor]) -> Tensor:
+    """Rows (t*h*w) of all parts side by side, each of which is (count, width) along one axis of the grid."""
+    places = torch.cartesian_prod(*(torch.arange(count, device="cpu") for count in grid))  # (t*h*w, 3)
+    return torch.cat([values[places[:, axis]] for axis, values in parts], dim=-1)
 
 
 def rotary_table(
@@ -74,14 +73,7 @@ def rotary_table(
     axes = [
         _rotary_axis(count, part, theta, divisor) for count, part, divisor in zip(grid, parts, divisors, strict=True)
     ]
-    angles = torch.cat(
-        (
-            axes[0][:, None, None].expand(*grid, -1),
-            axes[1][None, :, None].expand(*grid, -1),
-            axes[2][None, None].expand(*grid, -1),
-        ),
-        dim=-1,
-    ).flatten(0, 2)
+    angles = _on_grid(grid, *enumerate(axes))
     return RotaryTable(angles.cos(), angles.sin())
 
 
@@ -101,6 +93,7 @@ class PositionMixin(BaseMixin):
     """
 
     rotates = False
+    is_learned = False  # whether a learned table fixes height and width
 
     def __init__(
         self, height: int, width: int, compressed_num_frames: int, text_length: int, other_sizes: OtherSizes = "extend"
@@ -137,7 +130,16 @@ class PositionMixin(BaseMixin):
         Raises:
             ValueError: too many frames, or another height or width than a learned table has.
         """
-        self._check_frames(grid)
+        if grid.t > self.grid.t:
+            raise ValueError(
+                f"{grid.t} latent frames (in patches) are more than the {self.grid.t} that this model has positions "
+                "for; shorten the clip, or raise num_frames of network_config for a model trained on longer ones."
+            )
+        if self.is_learned and not self._is_configured(grid):
+            raise ValueError(
+                f"a token grid of {grid.h} x {grid.w} (height x width) does not fit the learned position table of "
+                f"{self.grid.h} x {self.grid.w}; use the resolution that latent_height and latent_width configure."
+            )
 
     def stretch(self, grid: TokenGrid) -> float:
         """The larger of height and width in relation to the configured one."""
@@ -152,20 +154,6 @@ class PositionMixin(BaseMixin):
 
     def _is_configured(self, grid: TokenGrid) -> bool:
         return grid[1:] == self.grid[1:]
-
-    def _check_frames(self, grid: TokenGrid) -> None:
-        if grid.t > self.grid.t:
-            raise ValueError(
-                f"{grid.t} latent frames (in patches) are more than the {self.grid.t} that this model has positions "
-                "for; shorten the clip, or raise num_frames of network_config for a model trained on longer ones."
-            )
-
-    def _check_learned(self, grid: TokenGrid) -> None:
-        if not self._is_configured(grid):
-            raise ValueError(
-                f"a token grid of {grid.h} x {grid.w} (height x width) does not fit the learned position table of "
-                f"{self.grid.h} x {self.grid.w}; use the resolution that latent_height and latent_width configure."
-            )
 
     def _cached(self, key: Hashable, make: Callable[[], T]) -> T:
         if key not in self._tables:
@@ -221,7 +209,7 @@ class Basic3DPositionEmbeddingMixin(PositionMixin):
         return self(inputs.grid)
 
     def forward(self, grid: TokenGrid) -> Tensor:
-        self._check_frames(grid)
+        self.check_grid(grid)
         if self._is_configured(grid):
             return self.pos_embedding[:, : self.text_length + grid.tokens]
         device, dtype = self.pos_embedding.device, self.pos_embedding.dtype
@@ -278,6 +266,7 @@ class Rotary3DPositionEmbeddingMixin(PositionMixin):
         self.theta = theta
         self.divisors = (time_interpolation, height_interpolation, width_interpolation)
         self.persistent = persistent
+        self.is_learned = learnable_pos_embed
         rows = text_length + self.grid.tokens
         self.pos_embedding = nn.Parameter(torch.zeros(1, rows, hidden_size)) if learnable_pos_embed else None
         if persistent:
@@ -290,11 +279,6 @@ class Rotary3DPositionEmbeddingMixin(PositionMixin):
         table = self._table(self.grid)
         return {"freqs_sin": table.sin, "freqs_cos": table.cos}
 
-    def check_grid(self, grid: TokenGrid) -> None:
-        super().check_grid(grid)
-        if self.pos_embedding is not None:
-            self._check_learned(grid)
-
     def position_embedding_forward(self, position_ids: Any, *, inputs: NetworkInputs, **_: Any) -> Tensor | None:
         """SAT hook: the learned table's rows (1, l + t*h*w, d), or None."""
         return self(inputs.grid)
@@ -302,12 +286,11 @@ class Rotary3DPositionEmbeddingMixin(PositionMixin):
     def forward(self, grid: TokenGrid) -> Tensor | None:
         if self.pos_embedding is None:
             return None
-        self._check_frames(grid)
-        self._check_learned(grid)
+        self.check_grid(grid)
         return self.pos_embedding[:, : self.text_length + grid.tokens]
 
     def rotary(self, grid: TokenGrid, like: Tensor) -> RotaryTable:
-        self._check_frames(grid)
+        self.check_grid(grid)
         if self.persistent and self._is_configured(grid):
             return RotaryTable(self.freqs_cos[: grid.tokens], self.freqs_sin[: grid.tokens])
         dtype = like.dtype if self.persistent else torch.float32
