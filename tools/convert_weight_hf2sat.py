@@ -32,9 +32,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> None:
-    from sgm.convert.lazy import DTYPES
     from sgm.convert.output import parse_size
     from sgm.convert.to_sat import ToSat, convert, import_lora
+    from sgm.weights import DTYPES
     from sgm.weights.release import Adapter
 
     request = ToSat(

@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> int:
 
 def write(options: argparse.Namespace) -> None:
     from sgm.config import merge_yaml
-    from sgm.models.diffusion import DTYPES
+    from sgm.weights import DTYPES
     from tools.random_release import write_random_release
 
     model = merge_yaml([options.config]).get("model") or {}

@@ -21,11 +21,11 @@ from sgm.cache.store import CacheStore, FileStamp, Seen, text_key, video_key
 from sgm.data.clips import CLIP_FAULTS, ClipSettings, load_frames, to_unit_range
 from sgm.data.workers import leave_signals_to_parent
 from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
-from sgm.models.diffusion import DTYPES
 from sgm.modules.encoders.modules import FrozenT5Embedder
 from sgm.modules.ops.choice import Kernels
 from sgm.progress import Tally
 from sgm.util import instantiate_from_config
+from sgm.weights import DTYPES
 
 T = TypeVar("T")
 

@@ -18,8 +18,6 @@ from sgm.modules.conditioner import AbstractEmbModel
 from sgm.modules.ops.vae import VaeOps
 from sgm.util import Config, Role, instantiate_from_config
 
-_REGULARIZER = {"target": "sgm.modules.autoencoding.regularizers.DiagonalGaussianRegularizer"}
-
 
 def cached_model_section(model: Mapping[str, Any]) -> dict[str, Any]:
     """The `model:` section with stand-ins for VAE and text encoder, which take what the cache holds.
@@ -58,7 +56,8 @@ class CachedFirstStage(FirstStage):
 
     def __init__(self, regularizer_config: Annotated[Config, Role(DiagonalGaussianRegularizer)] | None = None) -> None:
         super().__init__()
-        self.regularization = instantiate_from_config(regularizer_config or _REGULARIZER)
+        given = regularizer_config
+        self.regularization = instantiate_from_config(given) if given else DiagonalGaussianRegularizer()
 
     def encode(self, x: Tensor) -> Tensor:
         """Moments x (b, 2c, t, h, w) to latents (b, c, t, h, w), a draw from the posterior."""

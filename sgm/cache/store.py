@@ -25,11 +25,11 @@ from torch import Tensor
 from sgm.cache.shards import CacheError, Entry, read_index
 from sgm.data.sources import Place
 from sgm.files import SaveError, write_failed, write_text
+from sgm.weights import DTYPES
 from sgm.weights.save import save_safetensors
 
 FORMAT = 1
 KINDS = ("video", "text")
-STORAGE = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 KEY_DIGITS = 32
 
 
@@ -132,7 +132,7 @@ class CacheStore:
             CacheError: a value leaves the storage type's range.
             SaveError: it cannot be written.
         """
-        dtype = STORAGE[self.storage]
+        dtype = DTYPES[self.storage]
         # In an order that the file's name tells: another process that encodes the same clips replaces this file by one
         # with the same layout, so that whoever has read its head goes on reading the right places.
         stored = {name: tensors[name].to(dtype) for name in sorted(tensors)}
@@ -178,14 +178,14 @@ class CacheStore:
             self.storage, self.encoded_as = content["storage"], content["encoded_as"]
         except (ValueError, KeyError, TypeError) as error:
             raise CacheError(f"{head} is not the head of a cache ({error}); give another folder") from error
-        if version != FORMAT or self.storage not in STORAGE:
+        if version != FORMAT or self.storage not in DTYPES:
             raise CacheError(f"{head} has format {version}, this program reads {FORMAT}; fill a new folder")
         self._compare(found)
         self.identity = found
 
     def _create(self, head: Path) -> None:
-        if self.storage not in STORAGE:
-            raise CacheError(f"unknown storage type {self.storage!r}; choose one of {', '.join(STORAGE)}")
+        if self.storage not in DTYPES:
+            raise CacheError(f"unknown storage type {self.storage!r}; choose one of {', '.join(DTYPES)}")
         if self.uncompared:
             raise CacheError(
                 f"cannot start a cache in {self.folder}: the files behind {', '.join(sorted(self.uncompared))} are "

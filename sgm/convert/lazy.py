@@ -15,8 +15,6 @@ from sgm.errors import SgmError
 from sgm.weights.assign import compare_keys
 from sgm.weights.save import Deferred
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-
 
 class ConvertError(SgmError):
     """A conversion is not possible as asked; the message says what is wrong, where, and what to do."""

@@ -31,9 +31,7 @@ from sgm.util import Config, Role, instantiate_from_config
 from sgm.weights import assign_state, read_checkpoint
 
 LOW_MEMORY_SLICE_BYTES = 192 << 20  # two frames of the first level at 480x720 in half precision
-_REGULARIZER = {"target": "sgm.modules.autoencoding.regularizers.DiagonalGaussianRegularizer"}
 TORCH_LOSS = Role(nn.Module, ("torch.nn.",))
-_NO_LOSS = {"target": "torch.nn.Identity"}
 
 
 @dataclass(frozen=True)
@@ -93,9 +91,10 @@ class VideoAutoencoder(FirstStage):
         super().__init__()
         self.encoder = instantiate_from_config(encoder_config)
         self.decoder = instantiate_from_config(decoder_config)
-        self.loss = instantiate_from_config(loss_config or _NO_LOSS)
+        self.loss = instantiate_from_config(loss_config) if loss_config else nn.Identity()
         self.strides = self.encoder.strides
-        self.regularization = instantiate_from_config(regularizer_config or _REGULARIZER)
+        given = regularizer_config
+        self.regularization = instantiate_from_config(given) if given else DiagonalGaussianRegularizer()
         self.memory = MemoryPlan()
 
     @property

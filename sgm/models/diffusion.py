@@ -28,11 +28,11 @@ from sgm.modules.ops.choice import Kernels
 from sgm.modules.ops.graphs import NetworkGraphs
 from sgm.typed import Positive
 from sgm.util import Config, Role, check_params, get_obj_from_str, instantiate_from_config
+from sgm.weights import DTYPES
 
 if TYPE_CHECKING:
     from sgm.models.network import DiffusionTransformer  # at run time its `target:` brings it, and SAT with it
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FROZEN_PARTS = ("first_stage_model", "conditioner")
 LORA_MARKS = ("matrix_A", "matrix_B")
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sgm.distributed import model_parallel_rank, model_parallel_world_size
 from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
 from sgm.modules.conditioner import GeneralConditioner
 from sgm.modules.encoders.modules import FrozenT5Embedder
@@ -24,6 +25,7 @@ from sgm.weights.files import while_files_change
 from sgm.weights.finite import require_finite
 from sgm.weights.identify import fitting_configs, what_is
 from sgm.weights.release import Adapter, Checkpoint, read_transformer
+from sgm.weights.tensor_parallel import partition_state
 
 if TYPE_CHECKING:
     from sgm.models.network import DiffusionTransformer  # at run time its `target:` brings it, and SAT with it
@@ -70,7 +72,7 @@ def load_network(
     found = [(Adapter(str(path)), own_lora, checkpoint)] if own_lora else []
     for adapter in adapters:
         source = read_transformer(adapter.path)
-        found.append((adapter, _adapter_state(source, network), source))
+        found.append((adapter, _adapter_state(source), source))
     for adapter, lora, source in found:
         require_finite(lora, source.source)
         _apply_adapter(network, adapter, lora, source, merge or len(found) > 1)
@@ -103,8 +105,6 @@ def _assign_base(
         )
     if absent:
         loaded.notes.append(f"computed from the configuration: {', '.join(absent)}")
-    from sgm.distributed import model_parallel_rank, model_parallel_world_size
-    from sgm.weights.tensor_parallel import partition_state
 
     unused = {name: torch.zeros(network.state_dict()[name].shape) for name in network.dead_keys() if name not in base}
     whole = {**{name: computed[name] for name in absent}, **unused, **base}
@@ -118,15 +118,13 @@ def _hint(base: Mapping[str, Tensor]) -> str:
     return found + (f" This configuration fits: {', '.join(fits)}." if fits else " No shipped configuration fits it.")
 
 
-def _adapter_state(checkpoint: Checkpoint, network: DiffusionTransformer) -> dict[str, Tensor]:
+def _adapter_state(checkpoint: Checkpoint) -> dict[str, Tensor]:
     _, lora = split_lora(checkpoint.network)
     if not lora:
-        raise WeightsError(f"{checkpoint.source} holds no LoRA matrices (matrix_A, matrix_B) but {_found(checkpoint)}.")
+        raise WeightsError(
+            f"{checkpoint.source} holds no LoRA matrices (matrix_A, matrix_B) but {what_is(checkpoint.network)}."
+        )
     return lora
-
-
-def _found(checkpoint: Checkpoint) -> str:
-    return what_is(checkpoint.network)
 
 
 def _apply_adapter(

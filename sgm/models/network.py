@@ -20,7 +20,7 @@ from sgm.distributed import (
     preserve_rng,
     quiet_libraries,
 )
-from sgm.models.network_args import DTYPES, NetworkConfigError, TransformerArgs, check_sizes
+from sgm.models.network_args import NetworkConfigError, TransformerArgs, check_sizes
 from sgm.modules.diffusionmodules.util import timestep_embedding
 from sgm.modules.ops.block_ops import BlockOps
 from sgm.modules.ops.step_cache import LayerRunner
@@ -33,17 +33,12 @@ from sgm.modules.transformer.positions import Divisor, PositionMixin
 from sgm.modules.transformer.sat_base import BaseModel
 from sgm.typed import Layers, Range, Record, Size
 from sgm.util import Config, Role, get_obj_from_str, instantiate_from_config, split_config
+from sgm.weights import DTYPES
 from sgm.weights.meta import without_values
 
 MIXINS = ("pos_embed", "patch_embed", "adaln_layer", "final_layer")
 # Hooks of SAT that reach this network; the others belong to parts of SAT's layer that are not used here.
-HOOKS = {
-    "word_embedding_forward",
-    "position_embedding_forward",
-    "layer_forward",
-    "attention_fn",
-    "final_forward",
-}
+HOOKS = {"word_embedding_forward", "position_embedding_forward", "layer_forward", "attention_fn", "final_forward"}
 
 
 Side = Annotated[int, Range(1, 4096)]  # in latent pixels

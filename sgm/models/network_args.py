@@ -7,13 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-import torch
-
 from sgm.errors import SgmError
 from sgm.modules.ops.recompute_modes import MODES
 from sgm.typed import Range, Size, build_args, option
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+from sgm.weights import DTYPES
 
 
 class NetworkConfigError(SgmError):

@@ -31,11 +31,12 @@ from sgm.cache.batches import CachedBatches
 from sgm.cache.dataset import EMBEDDING, MOMENTS, CachedClips
 from sgm.cache.scan import scan_cached
 from sgm.cache.shard_writer import ShardWriter
-from sgm.cache.store import STORAGE, CacheStore, FileStamp, Seen, text_key
+from sgm.cache.store import CacheStore, FileStamp, Seen, text_key
 from sgm.data.clips import ClipSettings
 from sgm.data.loader import ClipLoader, create_loader
 from sgm.data.scan import list_source
 from sgm.data.section import ClipSource
+from sgm.weights import DTYPES
 from tools.bench.measure import emit
 
 DISTINCT = 32  # different random encodings; what they hold does not matter
@@ -47,13 +48,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--clips", type=int, default=2000, help="clips in the cache")
     parser.add_argument("--moments", type=_sizes, default=(13, 32, 16, 24), metavar="T,2C,H,W", help="of a clip")
     parser.add_argument("--text", type=_sizes, default=(64, 128), metavar="L,D", help="embedding of a caption")
-    parser.add_argument("--storage", choices=sorted(STORAGE), default="fp16", help="type in the cache")
+    parser.add_argument("--storage", choices=sorted(DTYPES), default="fp16", help="type in the cache")
     parser.add_argument("--batch", type=int, default=96, help="clips in a batch")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2, 8], metavar="N", help="numbers to try")
     parser.add_argument("--prefetch", type=int, default=4, help="batches that each worker reads ahead")
     parser.add_argument("--batches", type=int, default=100, help="batches to time with each number of workers")
     parser.add_argument("--step-ms", type=float, default=0.0, help="pause after each batch, in place of a step")
-    parser.add_argument("--dtype", choices=sorted(STORAGE), default="bf16", help="type of the model")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16", help="type of the model")
     parser.add_argument("--folder", type=Path, help="where the cache is, or is written and left; default: nowhere")
     parser.add_argument("--profile", action="store_true", help="say what reading without workers spends its time on")
     return parser.parse_args(arguments)
@@ -81,7 +82,7 @@ def fill(store: CacheStore, data: Path, options: argparse.Namespace) -> None:
         (data / name).mkdir(parents=True, exist_ok=True)
     draw = torch.Generator().manual_seed(0)
     moments, texts = (
-        torch.randn(DISTINCT, *shape, generator=draw).to(STORAGE[options.storage])
+        torch.randn(DISTINCT, *shape, generator=draw).to(DTYPES[options.storage])
         for shape in (options.moments, options.text)
     )
     with ShardWriter(store, "text") as captions, ShardWriter(store, "video") as videos:
@@ -140,7 +141,7 @@ def take(loader: ClipLoader, place: Callable[[torch.Tensor], object], pause: flo
 
 def bench(clips: CachedClips, store: CacheStore, workers: int, options: argparse.Namespace) -> None:
     """Time the loader with so many workers, and print its line."""
-    dtype, cuda = STORAGE[options.dtype], torch.cuda.is_available()
+    dtype, cuda = DTYPES[options.dtype], torch.cuda.is_available()
     limit = raw_rate(store, options.clips, options.batch, max(1, workers))
     profile = cProfile.Profile() if options.profile and workers == 0 else None
     more = {"prefetch": options.prefetch, "seed": 1, "read": CachedBatches}

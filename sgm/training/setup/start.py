@@ -13,10 +13,10 @@ from torch import nn
 from sgm.config import ConfigError
 from sgm.distributed import model_parallel_world_size, prepare_deepspeed, quiet_libraries
 from sgm.models.autoencoder import VideoAutoencoder
-from sgm.models.diffusion import DTYPES
 from sgm.training.optimizers.flat_gradients import FlatGradients, fits_one_buffer
 from sgm.training.setup.deepspeed import DeepSpeedPlan
 from sgm.training.setup.engine import StopsAtLowestScale, TrainingEngine, Zero12
+from sgm.weights import DTYPES
 
 
 def start_engine(
