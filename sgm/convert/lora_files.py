@@ -19,8 +19,8 @@ from torch import Tensor
 
 from sgm.convert.lazy import ConvertError, Deferred, added, cast, deferred
 from sgm.convert.lora_keys import lora_hf_to_sat, lora_sat_to_hf
-from sgm.convert.sat_source import open_sat
-from sgm.modules.transformer.lora_state import LoraSpec, collect_pairs, lora_scaling, lora_spec_of
+from sgm.convert.sat_source import SatWeights, open_sat
+from sgm.modules.transformer.lora_state import collect_pairs, lora_delta, lora_scaling, lora_spec_of
 from sgm.weights.files import WeightsError, WeightsNotFoundError, read_checkpoint, tensors_of
 from sgm.weights.release import newest_run
 from sgm.weights.save import save_safetensors
@@ -28,12 +28,11 @@ from sgm.weights.save import save_safetensors
 FILE = "pytorch_lora_weights.safetensors"
 FILES = (FILE, "adapter_model.safetensors", "lora.safetensors", "pytorch_lora_weights.bin", "adapter_model.bin")
 _METADATA = "lora_adapter_metadata"  # diffusers' name for LoraConfig's fields in a header
-_DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
 
 
 @dataclass(frozen=True)
-class HfAdapter:
-    """An adapter under diffusers' names (without `transformer.`): matrices, and the factor alpha / r on them."""
+class StoredAdapter:
+    """An adapter under SAT's names (without prefix): matrices, and the factor alpha / r on them."""
 
     matrices: dict[str, Tensor]
     rank: int
@@ -51,23 +50,21 @@ class HfAdapter:
 
     @property
     def modules(self) -> list[str]:
-        return sorted(name.removesuffix(_DOWN) for name in self.matrices if name.endswith(_DOWN))
+        """Those of diffusers that it adapts."""
+        names = lora_sat_to_hf(self.matrices, prefix="")
+        return sorted(name.removesuffix(".lora_A.weight") for name in names if ".lora_A." in name)
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-def write_peft(folder: Path, adapter: HfAdapter, dtype: torch.dtype | None, fold_scale: bool) -> Path:
+def write_peft(folder: Path, adapter: StoredAdapter, dtype: torch.dtype | None, fold_scale: bool) -> Path:
     """Write `pytorch_lora_weights.safetensors`; matrices bit for bit unless `dtype` or `fold_scale` change them.
 
     Args:
         fold_scale: put alpha / r into B and state alpha = r, for readers that ignore a file's metadata.
     """
-    factor = adapter.scaling if fold_scale else 1.0
-    tensors = {
-        f"transformer.{name}": cast(name, deferred(t * factor if factor != 1.0 and name.endswith(_UP) else t), dtype)
-        for name, t in adapter.matrices.items()
-    }
+    named = lora_sat_to_hf(adapter.matrices, scaling=adapter.scaling if fold_scale else 1.0)
     alpha = float(adapter.rank) if fold_scale else adapter.alpha
     stabilised = adapter.rank_stabilised and not fold_scale
     config = {"r": adapter.rank, "lora_alpha": alpha, "use_rslora": stabilised, "target_modules": adapter.modules}
@@ -78,19 +75,13 @@ def write_peft(folder: Path, adapter: HfAdapter, dtype: torch.dtype | None, fold
         "rank_stabilised": str(stabilised),
         _METADATA: json.dumps({f"transformer.{name}": value for name, value in config.items()}),
     }
-    return save_safetensors(folder / FILE, tensors, metadata)
-
-
-def adapter_of_sat(matrices: Mapping[str, Tensor], spec: LoraSpec, source: str, stated: bool) -> HfAdapter:
-    """A SAT adapter under diffusers' names; `stated`: whether somebody said its alpha."""
-    named = lora_sat_to_hf(matrices, prefix="")
-    return HfAdapter(named, spec.rank, spec.alpha, spec.rank_stabilised, source, stated)
+    return save_safetensors(folder / FILE, {n: cast(n, deferred(t), dtype) for n, t in named.items()}, metadata)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def open_adapter(path: str | Path, alpha: float | None = None) -> HfAdapter:
+def open_adapter(path: str | Path, alpha: float | None = None) -> StoredAdapter:
     """An adapter in SAT's or PEFT's layout.
 
     Args:
@@ -114,17 +105,26 @@ def _peft_file(path: Path) -> Path | None:
     return found if any(".lora_A." in n or ".lora_B." in n for n in names) else None
 
 
-def _open_sat_adapter(path: Path, alpha: float | None) -> HfAdapter:
+def _open_sat_adapter(path: Path, alpha: float | None) -> StoredAdapter:
     if not path.exists() and newest_run(path) is None:
         raise WeightsNotFoundError(f"no adapter at {path}: no such file or folder.")
     weights = open_sat(path)
+    found = adapter_in(weights, alpha)
+    if found is None:
+        raise WeightsError(f"{weights.source} holds no LoRA matrices (matrix_A, matrix_B, lora_A, lora_B).")
+    return found
+
+
+def adapter_in(weights: SatWeights, alpha: float | None = None) -> StoredAdapter | None:
+    """The adapter that a SAT checkpoint holds, if any; `alpha` overrides what the file says."""
     spec = weights.spec(alpha)
     if spec is None:
-        raise WeightsError(f"{weights.source} holds no LoRA matrices (matrix_A, matrix_B, lora_A, lora_B).")
-    return adapter_of_sat(weights.lora, spec, weights.source, alpha is not None or "alpha" in weights.facts)
+        return None
+    stated = alpha is not None or "alpha" in weights.facts
+    return StoredAdapter(weights.lora, spec.rank, spec.alpha, spec.rank_stabilised, weights.source, stated)
 
 
-def _open_peft(file: Path, alpha: float | None) -> HfAdapter:
+def _open_peft(file: Path, alpha: float | None) -> StoredAdapter:
     sat = lora_hf_to_sat(tensors_of(read_checkpoint(file)))  # refuses foreign names and lonely matrices
     stated = stated_settings(file)
     ranks = {name: _rank(name, a, b) for name, (a, b) in collect_pairs(sat).items()}
@@ -139,7 +139,7 @@ def _open_peft(file: Path, alpha: float | None) -> HfAdapter:
     if not isinstance(given, int | float):
         raise ConvertError(f"{file} states lora_alpha {given!r}, which is no number.")
     stabilised, is_stated = bool(stated.get("use_rslora")), alpha is not None or "lora_alpha" in stated
-    return HfAdapter(lora_sat_to_hf(sat, prefix=""), rank, float(given), stabilised, str(file), is_stated)
+    return StoredAdapter(sat, rank, float(given), stabilised, str(file), is_stated)
 
 
 def _rank(name: str, a: Sequence[Tensor], b: Sequence[Tensor]) -> int:
@@ -171,7 +171,7 @@ def stated_settings(file: Path) -> dict[str, Any]:
         raise WeightsError(f"{file}: what it says of its LoRA settings is unreadable: {error}") from error
 
 
-def sat_matrices(adapter: HfAdapter, alpha: float | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def sat_matrices(adapter: StoredAdapter, alpha: float | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(matrices under SAT's names without prefix, facts for the file).
 
     Args:
@@ -181,7 +181,7 @@ def sat_matrices(adapter: HfAdapter, alpha: float | None = None) -> tuple[dict[s
     target = adapter.alpha if alpha is None else alpha
     stabilised = adapter.rank_stabilised and alpha is None
     factor = lora_scaling(adapter.rank, target, stabilised) / adapter.scaling if alpha is not None else 1.0
-    matrices = lora_hf_to_sat(adapter.matrices, scaling=factor)
+    matrices = {n: t / factor if factor != 1.0 and ".matrix_B." in n else t for n, t in adapter.matrices.items()}
     spec = lora_spec_of(matrices)
     facts = {"rank": adapter.rank, "alpha": target, "rank_stabilised": stabilised,
              "targets": list(spec.targets) if spec else [], "base_path": "", "base_hash": ""}  # fmt: skip
@@ -191,27 +191,21 @@ def sat_matrices(adapter: HfAdapter, alpha: float | None = None) -> tuple[dict[s
 # --- merging ---------------------------------------------------------------------------------------------------------
 
 
-def merged(plan: Mapping[str, Deferred], adapter: HfAdapter, scale: float = 1.0) -> dict[str, Deferred]:
-    """diffusers' weights W with W + scale * scaling * B A in place of each adapted one, in float32.
+def merged(plan: Mapping[str, Deferred], adapter: StoredAdapter, scale: float = 1.0) -> dict[str, Deferred]:
+    """SAT's weights W with W + scale * scaling * B A in place of each adapted one, in float32.
 
     Raises:
-        ConvertError: an adapted module that `plan` lacks or that has another shape.
+        ConvertError: an adapted linear that `plan` lacks or that has another shape.
     """
     result = dict(plan)
-    factor = scale * adapter.scaling
-    for module in adapter.modules:
-        down, up = adapter.matrices[module + _DOWN], adapter.matrices[module + _UP]
-        weight = plan.get(f"{module}.weight")
+    for linear, (a, b) in collect_pairs(adapter.matrices).items():
+        weight, shape = plan.get(f"{linear}.weight"), (sum(up.shape[0] for up in b), a[0].shape[1])
         if weight is None:
-            raise ConvertError(f"{adapter.source} adapts {module}, which the base lacks; it is for a larger one.")
-        if tuple(weight.shape) != (up.shape[0], down.shape[1]):
+            raise ConvertError(f"{adapter.source} adapts {linear}, which the base lacks; it is for a larger one.")
+        if tuple(weight.shape) != shape:
             raise ConvertError(
-                f"{adapter.source} adapts {module} as {[up.shape[0], down.shape[1]]}, the base has "
-                f"{list(weight.shape)}; it belongs to another model."
+                f"{adapter.source} adapts {linear} as {list(shape)}, the base has {list(weight.shape)}; it belongs to "
+                "another model."
             )
-        result[f"{module}.weight"] = added(weight, partial(_product, factor, up, down))
+        result[f"{linear}.weight"] = added(weight, partial(lora_delta, a, b, scale * adapter.scaling))
     return result
-
-
-def _product(factor: float, up: Tensor, down: Tensor) -> Tensor:
-    return factor * (up.float() @ down.float())

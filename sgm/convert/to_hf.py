@@ -15,7 +15,7 @@ from sgm.convert.component import Component, text_encoder
 from sgm.convert.dit_keys import NOT_IN_HF, POSITIONS, hf_plan
 from sgm.convert.dit_sizes import Sizes, sizes_of_sat
 from sgm.convert.lazy import ConvertError, Deferred, all_deferred, cast, reshaped, summed_bytes
-from sgm.convert.lora_files import adapter_of_sat, merged, open_adapter, write_peft
+from sgm.convert.lora_files import adapter_in, merged, open_adapter, write_peft
 from sgm.convert.output import SHARD_BYTES, whole_folder
 from sgm.convert.sat_source import SatWeights, open_sat, open_vae
 from sgm.convert.sine_table import read_sine_table
@@ -175,7 +175,6 @@ def _transformer(request: ToHf, weights: SatWeights, told: Described | None) -> 
         )
     sizes = _sizes(weights, told)
     sizes.check(weights.network, weights.source)
-    plan = hf_plan(weights.network, learned_positions=sizes.learned_positions)
     if sizes.assumed and not sizes.is_published:
         raise ConvertError(
             f"{weights.source} does not say at which size, for how many frames and text tokens it was trained, and no "
@@ -186,14 +185,14 @@ def _transformer(request: ToHf, weights: SatWeights, told: Described | None) -> 
     left_out = [n for n in (*NOT_IN_HF, POSITIONS[0]) if n in weights.network]
     left_out = [n for n in left_out if n != POSITIONS[0] or not sizes.learned_positions]
     lines += [f"left out, computed or never read by diffusers: {', '.join(left_out)}"] if left_out else []
+    own, network = adapter_in(weights, request.lora_alpha), weights.network
+    others = [(open_adapter(file.path), file.scale) for file in request.adapters]
+    for adapter, scale in [(own, 1.0), *others] if own else others:
+        network = merged(network, adapter, scale)
+        lines.append(f"merged: {adapter.source}, {adapter}, factor {scale * adapter.scaling:g}")
+    plan = hf_plan(network, learned_positions=sizes.learned_positions)
     if sizes.linear_patches and sizes.patch[0] == 1:
         plan[_PATCH_HF] = reshaped(plan[_PATCH_HF], (sizes.width, sizes.in_channels, *sizes.patch[1:]))
-    spec = weights.spec(request.lora_alpha)
-    stated = request.lora_alpha is not None or "alpha" in weights.facts
-    own = [] if spec is None else [(adapter_of_sat(weights.lora, spec, weights.source, stated), 1.0)]
-    for adapter, scale in [*own, *((open_adapter(a.path), a.scale) for a in request.adapters)]:
-        plan = merged(plan, adapter, scale)
-        lines.append(f"merged: {adapter.source}, {adapter}, factor {scale * adapter.scaling:g}")
     config = hf.with_class("CogVideoXTransformer3DModel", sizes.hf_config())
     return Component("transformer", plan, config, lines), sizes
 

@@ -146,15 +146,14 @@ def _transformer(request: ToSat, folder: Path) -> tuple[Component, Sizes]:
     sizes = sizes_of_hf(config)
     state = hf.read_component(folder, hf.DIFFUSION_STEM)
     lines = [f"{sizes.name} from {folder}, {len(state)} tensors"]
-    kinds = {name: value.dtype for name, value in state.items()}
-    plan = state
+    plan = sat_plan(state)
+    sizes.check(plan, str(folder))
+    kinds = {name: value.dtype for name, value in plan.items()}
     for file in request.adapters:
         adapter = open_adapter(file.path)
         plan = merged(plan, adapter, file.scale)
         lines.append(f"merged: {adapter.source}, {adapter}, factor {file.scale * adapter.scaling:g}")
     plan = {n: cast(n, t, request.dtype or kinds[n]) for n, t in plan.items()}  # sums come in float32
-    plan = sat_plan(plan)
-    sizes.check(plan, str(folder))
     if request.linear_patches and not sizes.linear_patches:
         sizes = replace(sizes, linear_patches=True)
         plan[_PATCH] = reshaped(plan[_PATCH], sizes.sat_shapes()[_PATCH])

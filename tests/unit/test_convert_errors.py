@@ -195,13 +195,13 @@ def test_adapters_that_do_not_fit(release: Path, tmp_path: Path, capsys: Any) ->
     mixed = adapter_matrices(rank=4) | {n: t for n, t in adapter_matrices(rank=2).items() if "layers.1." in n}
     refused(to_hf, [*base, "--lora", adapter("mixed.pt", mixed)], capsys, "mixes ranks [2, 4]")
     refused(
-        to_hf, [*base, "--lora", adapter("wide.pt", adapter_matrices(width=96))], capsys, "another model", "[192, 192]"
+        to_hf, [*base, "--lora", adapter("wide.pt", adapter_matrices(width=96))], capsys, "another model", "[576, 192]"
     )
     refused(
         to_hf,
         [*base, "--lora", adapter("deep.pt", adapter_matrices(layers=3))],
         capsys,
-        "transformer_blocks.2.",
+        "transformer.layers.2.",
         "lacks",
     )
     lonely = {n: t for n, t in adapter_matrices().items() if not n.endswith("dense.matrix_B.0")}
