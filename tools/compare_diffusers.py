@@ -33,6 +33,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--device", default="cpu")
     add("--frames", type=int, help="latent frames, odd (default: the network's)")
     add("--tolerance", type=float, default=1.0, help="factor on the allowed differences (5e-6, VAE 5e-5)")
+    add("--allow-target", action="append", default=[], metavar="PREFIX", help="see sample_video.py")
     options = parser.parse_args(arguments)
     if (options.lora is None) != (options.hf_lora is None):
         parser.error("--lora and --hf_lora go together")
@@ -114,8 +115,11 @@ def vae_outputs(options: argparse.Namespace, config: Mapping[str, Any]) -> dict[
 
 def run(options: argparse.Namespace) -> int:
     from sgm.config import merge_yaml
+    from sgm.util import allow_target
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    for prefix in options.allow_target:
+        allow_target(prefix)
     config = merge_yaml([options.config])
     same = _agree("transformer", *transformer_outputs(options, config), options.tolerance * TRANSFORMER)
     if not (options.hf / "vae").is_dir():  # converted with --partial

@@ -14,6 +14,22 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
+# Options of the original's later converter, and what takes their place.
+SIZES = "is read from the weights and the YAML file beside them; another file is named with --config FILE.yaml"
+ELSEWHERE = {"--typecast_fp32": "is --fp32 here"} | dict.fromkeys(
+    ("--num_layers", "--num_attention_heads", "--use_rotary_positional_embeddings", "--scaling_factor",
+     "--snr_shift_scale", "--i2v", "--version"), SIZES,
+)  # fmt: skip
+
+
+class Elsewhere(argparse.Action):
+    """An option that is not needed here: one line that says why."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> None:
+        (option,) = self.option_strings
+        parser.exit(2, f"error: {option} {ELSEWHERE[option]}\n")
+
+
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -36,6 +52,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--max_shard_size", default="5GiB", help="largest weight file (5GiB, 500MB)")
     add("--partial", action="store_true", help="convert what is given and diffusers can hold, without a pipeline")
     add("--allow_drift", action="store_true", help="tensor-parallel parts: take part 0's where whole tensors differ")
+    for option in ELSEWHERE:
+        add(option, nargs="?", action=Elsewhere, help=argparse.SUPPRESS)
     add("--overwrite", action="store_true", help="replace an existing output folder")
     return parser.parse_args(arguments)
 

@@ -20,7 +20,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key")
     parser.add_argument("--gpus", type=int, default=1, help="data-parallel GPUs the run is spread over")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="kind of machine it will run on")
+    parser.add_argument("--allow-target", action="append", default=[], metavar="PREFIX", help="see train_video.py")
     options = parser.parse_args(arguments)
+    from sgm.util import allow_target
+
+    for prefix in options.allow_target:
+        allow_target(prefix)
     from sgm.cli import exit_code
 
     return exit_code(lambda: print("\n".join(table(options.configs, options.set, options.gpus, options.device))))

@@ -17,6 +17,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--device", default="cpu", help="where values are drawn; a GPU is faster")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--t5-name", default="t5", help="name of the text encoder's folder")
+    parser.add_argument("--allow-target", action="append", default=[], metavar="PREFIX", help="see sample_video.py")
     options = parser.parse_args(arguments)
 
     from sgm.cli import exit_code
@@ -26,9 +27,12 @@ def main(arguments: list[str]) -> int:
 
 def write(options: argparse.Namespace) -> None:
     from sgm.config import merge_yaml
+    from sgm.util import allow_target
     from sgm.weights import DTYPES
     from tools.random_release import write_random_release
 
+    for prefix in options.allow_target:
+        allow_target(prefix)
     model = merge_yaml([options.config]).get("model") or {}
     write_random_release(
         model, options.out, dtype=DTYPES[options.dtype], device=options.device, seed=options.seed,

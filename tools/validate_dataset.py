@@ -27,6 +27,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=20, metavar="N", help="rows of the table; 0: all")
     parser.add_argument("--workers", type=int, metavar="N", help="videos opened at a time")
     parser.add_argument("--strict", action="store_true", help="fail where any clip is not usable")
+    parser.add_argument("--allow-target", action="append", default=[], metavar="PREFIX", help="see train_video.py")
     options = parser.parse_args(arguments)
     if not options.configs and not options.data:
         parser.error("name a configuration or --data")
@@ -46,8 +47,11 @@ def run(options: argparse.Namespace) -> int:
     from sgm.data.sources import Listing, passed_over_line
     from sgm.files import write_text
     from sgm.places import found_path
+    from sgm.util import allow_target
     from tools.examine_clips import as_json, contact_sheet, examine, summary, table, text_encoder_params
 
+    for prefix in options.allow_target:
+        allow_target(prefix)
     config = merge_yaml(options.configs, options.set) if options.configs else {}
     data = config.get("data") or {"target": "data_video.SFTDataset", "params": {}}
     clips_of = ClipSource.of(DataSection.parse(data))

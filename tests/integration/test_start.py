@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 
@@ -56,3 +58,15 @@ def test_starts_are_measured_against_another_checkout():
     wall, cpu = map(json.loads, done.stdout.splitlines())
     assert (wall["part"], wall["figure"], cpu["figure"]) == ("help", "wall_s", "cpu_s")
     assert wall["median"] > 0 and wall["ratio"] == pytest.approx(wall["median"] / wall["against"], rel=1e-2)
+
+
+@pytest.mark.parametrize(("given", "policy"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_threads_that_wait_sleep_unless_the_user_says_otherwise(given, policy):
+    """What OpenMP says of itself when it is loaded."""
+    known = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    done = subprocess.run(
+        [sys.executable, "-c", "import sgm, torch"], cwd=REPO, env=known | {"OMP_DISPLAY_ENV": "true"} | given,
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    (said,) = re.findall(r"OMP_WAIT_POLICY\s*=\s*'?(\w+)", done.stderr)
+    assert said == policy

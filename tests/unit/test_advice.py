@@ -14,6 +14,7 @@ import importlib
 import io
 import re
 import shlex
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,15 @@ PRINTED_BY = {
     "tools/examine_clips": ("tools/validate_dataset.py",),
     "sgm/weights/release": ("sample_video.py", *CONVERTERS),  # adapters: training takes none
     "sgm/weights/": ("sample_video.py", "train_video.py"),
+    "sgm/util": (
+        "sample_video.py",
+        "train_video.py",
+        "tools/make_weights.py",
+        "tools/compare_diffusers.py",
+        "tools/estimate_memory.py",
+        "tools/validate_dataset.py",
+        "tools/precompute_cache.py",
+    ),
     "sgm/": ("sample_video.py",),
     "finetune": ("train_video.py",),
     "inference": ("sample_video.py",),
@@ -311,3 +321,22 @@ def test_the_original_s_files_have_their_counterparts_named():
     for file, ours in UPSTREAM_FILES.items():
         with pytest.raises(ConfigError, match=re.escape(f"configs/{file}; its counterpart here: {ours}")):
             load_run_config([Path("configs") / file], SampleArgs)
+
+
+@pytest.mark.parametrize("words", [["--num_layers", "42"], ["--i2v"], ["--scaling_factor", "0.7"], ["--typecast_fp32"]])
+def test_options_of_the_original_s_converter_are_told_what_takes_their_place(words, capsys):
+    from tools import convert_weight_sat2hf
+
+    with pytest.raises(SystemExit) as stopped:
+        convert_weight_sat2hf.main(["--transformer_ckpt_path", "x", "--output_path", "y", *words])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and said.count("\n") == 1 and said.startswith(f"error: {words[0]} is ")
+    (ours,) = re.findall(r"--(?:config|fp32)\b", said)
+    assert ours in options_of("tools/convert_weight_sat2hf.py")
+
+
+@pytest.mark.parametrize("script", ["finetune_single_gpu.sh", "finetune_multi_gpus.sh"])
+def test_the_original_s_scripts_name_ours(script):
+    done = subprocess.run(["bash", REPO / script], capture_output=True, text=True, timeout=20)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and not wrong_commands(done.stderr)
+    assert "bash finetune.sh configs/cogvideox_2b_sft.yaml" in done.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -245,6 +246,14 @@ def test_tensor_parallel_parts_and_averaged_weights(release: Path, hf: Path, tmp
         transformer_of(folder, tmp_path / "b")
     assert not (tmp_path / "b").exists() and not list(tmp_path.glob(".partial*"))
     same(transformer_of(folder, tmp_path / "b", allow_drift=True), expected)
+
+
+def test_a_run_is_described_without_its_date(release: Path, tmp_path: Path) -> None:
+    shutil.copytree(release / "transformer", tmp_path / "fox-01-31-12-00")
+    (report,) = inspect(tmp_path / "fox", with_hash=False)
+    assert "fox-01-31-12-00" in report.lines()[0]
+    with pytest.raises(ValueError, match="nor a training run of that name"):
+        inspect(tmp_path / "hen")
 
 
 def test_whole_engine_save_gives_all_parts(release: Path, hf: Path, yaml: Path, tmp_path: Path) -> None:
