@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from sgm.config import ConfigError, load_run_config
+from sgm.modules.diffusionmodules.loss import Loss
 from sgm.modules.transformer.lora import lora_layers
 from sgm.training.options import TrainArgs
 from sgm.training.prior import BaseNetwork
 from sgm.training.run import train
 from sgm.training.setup.deepspeed import plan_deepspeed
 from sgm.training.setup.estimate import planned_needs
-from sgm.training.setup.model import load_engine
+from sgm.training.setup.model import check_prior, load_engine
 from sgm.weights.release import read_transformer
 from tests.integration.test_training_runs import records
 from tests.training_tiny import configuration, write_clips, write_release, write_yaml
@@ -135,9 +136,13 @@ def test_what_does_not_go_with_it_is_refused(parts, tmp_path, override, message)
 
 
 def test_a_loss_that_takes_no_other_target_is_refused(parts, tmp_path):
-    config = config_of(parts, tmp_path, None, "model.loss_fn_config={target: torch.nn.MSELoss}")
-    with pytest.raises(ConfigError, match="args.prior_data does not go with the loss_fn_config MSELoss"):
-        load_engine(config, PLAN, CPU)
+    class OwnLoss(Loss):
+        def __call__(self, network, denoiser, conditioner, z, batch, idx=None, noise=None):
+            return z.flatten(1).mean(1)
+
+    args = config_of(parts, tmp_path, None).args
+    with pytest.raises(ConfigError, match="args.prior_data does not go with the loss_fn_config OwnLoss"):
+        check_prior(args, PLAN, OwnLoss())
 
 
 def test_a_folder_is_new_or_known(parts, tmp_path):
