@@ -131,13 +131,13 @@ def _say_once(text: str, out: IO[str], only_first: bool = False) -> None:
     """
     shared = os.environ.get(SAID)
     if not shared:
-        _print(text, out)
+        print_line(text, out)
         return
     mark = hashlib.sha256(text.encode()).hexdigest()
     try:
         handle = open(shared, "a+", encoding="ascii")  # noqa: SIM115  # below
     except OSError:  # the launcher is gone
-        _print(text, out)
+        print_line(text, out)
         return
     with handle:
         with contextlib.suppress(OSError):  # no locks on this file system: at worst it is said twice
@@ -146,10 +146,20 @@ def _say_once(text: str, out: IO[str], only_first: bool = False) -> None:
         said = handle.read().split()
         if mark in said or (only_first and said):
             return
-        _print(text, out)
+        print_line(text, out)
         handle.write(f"{mark}\n")
 
 
-def _print(text: str, out: IO[str]) -> None:
-    with contextlib.suppress(BrokenPipeError):  # `--help | head`: the reader has seen enough
+def print_line(text: str, out: IO[str] | None = None) -> None:
+    """Print at once. Work does not end where nobody hears of it: `| head` has seen enough, a log's disk is full."""
+    with contextlib.suppress(OSError):
         print(hidden(text), file=out, flush=True)
+
+
+def flush_output() -> None:
+    """Bring out what was printed; what cannot be written is thrown away, and spoils no exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

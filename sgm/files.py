@@ -231,9 +231,10 @@ def require_writable(folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()  # a name of its own: other ranks look, too
+        with tempfile.TemporaryFile(dir=folder) as probe:  # a name of its own: other ranks look, too
+            probe.write(bytes(4096))  # a full disk still takes names
     except OSError as error:
-        raise SaveError(f"cannot write in {folder}: {error.strerror}.") from error
+        raise SaveError(f"cannot write in {folder}: {_FULL.get(error.errno or 0, error.strerror)}.") from error
 
 
 def require_space(folder: Path, needed: int) -> None:

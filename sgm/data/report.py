@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -116,11 +115,11 @@ class Report:
 def append_broken(path: str | Path, video: str | Path, reason: str) -> None:
     """Add a clip found broken to a report file. Safe from many processes: one line, one write, at the end."""
     line = json.dumps({"status": "broken", "path": str(video), "reason": reason}) + "\n"
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        os.write(descriptor, line.encode())
-    finally:
-        os.close(descriptor)
+        with open(path, "ab", buffering=0) as file:
+            file.write(line.encode())
+    except OSError as error:  # no reason to end a training
+        logger.warning("%s: the broken clip %s is not noted: %s", path, video, error.strerror)
 
 
 def first_reasons(rejected: Sequence[Rejection], count: int = REASONS_SHOWN) -> str:

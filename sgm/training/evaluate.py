@@ -19,9 +19,9 @@ from torch.utils.data import Dataset
 from sgm.data.buckets import batches_by_shape
 from sgm.data.collate import collate
 from sgm.data.loader import clip_count, known_shapes
-from sgm.data.video_out import EncodingError, to_uint8, write_video
+from sgm.data.video_out import to_uint8, write_video
 from sgm.distributed import data_parallel_rank, data_parallel_world_size, model_parallel_rank, preserve_rng
-from sgm.files import SaveError, atomic_write, write_text
+from sgm.files import atomic_write, write_text
 from sgm.models.autoencoder import VideoAutoencoder
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.training.setup.engine import TrainingEngine
@@ -165,11 +165,11 @@ class _Files:
 
     @contextmanager
     def _or_warn(self, path: Path) -> Iterator[None]:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        inner = path.relative_to(self.folder)
+        with self.log.or_warn(self.folder / inner.parts[0]):
+            for parent in reversed(inner.parents[:-1]):  # not the run's folder: its disk may be gone
+                (self.folder / parent).mkdir(exist_ok=True)
             yield
-        except (OSError, SaveError, EncodingError) as error:
-            self.log.line(f"warning: {path} was not written: {error}")
 
     def text(self, captions: Sequence[str]) -> None:
         path = self.folder / "video_texts" / f"{self.iteration:08d}"

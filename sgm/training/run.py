@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,10 +21,10 @@ from torch.utils.data import Dataset
 
 from sgm import distributed
 from sgm.cache.ready import ReadyCache, ready_cache
-from sgm.cli import MOSTLY_SKIPPED
+from sgm.cli import MOSTLY_SKIPPED, flush_output, print_line
 from sgm.config import ConfigError, RunConfig, check_model_section
 from sgm.distributed import DistInfo, from_first
-from sgm.files import SaveError
+from sgm.files import SaveError, write_text
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.training.checkpoints.same_run import CONFIG_FILE
 from sgm.training.checkpoints.saver import Saver, resume
@@ -175,7 +174,7 @@ def _start(
     if info.rank == 0:
         log.boards = _boards(config, folder, trainer.iteration)
     if folder and info.rank == 0:
-        (folder / CONFIG_FILE).write_text(config.as_yaml(), encoding="utf-8")
+        write_text(folder / CONFIG_FILE, config.as_yaml())
         say(f"run folder {folder}")
     return trainer
 
@@ -252,7 +251,7 @@ def seed_all(seed: int) -> None:
 
 def rank_zero_printer(rank: int) -> Say:
     """Prints a line at once, on the first rank; the others say nothing."""
-    return partial(print, flush=True) if rank == 0 else lambda line: None
+    return print_line if rank == 0 else lambda line: None
 
 
 def _activation_note(config: RunConfig[TrainArgs]) -> list[str]:
@@ -280,8 +279,7 @@ def _dry_run(config: RunConfig[TrainArgs], plan: DeepSpeedPlan, info: DistInfo, 
 
 def exit_quietly(code: int) -> None:
     """End the process with `code` after orderly shutdown of the groups; a failed rank does not wait for the others."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flush_output()
     if code in (0, MOSTLY_SKIPPED):
         first = not dist.is_initialized() or dist.get_rank() == 0
         distributed.shutdown()

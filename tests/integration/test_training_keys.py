@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -83,6 +84,10 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_loaded(pa
     release, two, _ = parts
     monkeypatch.setattr("sgm.training.run.load_engine", None)
     (tmp_path / "file").write_text("")
+    with pytest.MonkeyPatch.context() as patch:  # full
+        patch.setattr("tempfile.TemporaryFile", lambda dir: os.fdopen(os.open("/dev/full", os.O_WRONLY), "wb"))
+        with pytest.raises(CheckpointError, match=f"cannot write in {tmp_path}: the disk is full"):
+            train(load_run_config([write_yaml(tmp_path / "c.yaml", configuration(release, two, tmp_path))], TrainArgs))
     for save in ("/proc/none", str(tmp_path / "file"), str(tmp_path / "file" / "below")):
         path = write_yaml(tmp_path / "c.yaml", configuration(release, two, save))
         with pytest.raises(CheckpointError, match=f"cannot write in {save}: .*Set args.save"):

@@ -17,6 +17,7 @@ from sgm.config import load_run_config
 from sgm.data.report import DatasetError
 from sgm.training import trainer
 from sgm.training.checkpoints import saver
+from sgm.training.checkpoints.state import CheckpointError
 from sgm.training.faults import TrainingStopped
 from sgm.training.options import TrainArgs
 from sgm.training.run import train
@@ -234,6 +235,34 @@ def test_a_state_that_is_not_finite_is_not_resumed(release, clips, tmp_path, mon
     config = load_run_config([tmp_path / "config.yaml"], TrainArgs, flags={"resume": str(run_folder)})
     with pytest.raises(WeightsError, match=r"resume/rank_00000.pt: optimizer.states\[0\].exp_avg is not finite, 1 of"):
         train(config)
+
+
+@pytest.mark.parametrize("gone", ["the run's folder", "the folder of runs"])
+def test_a_folder_that_disappears(release, clips, tmp_path, monkeypatch, capsys, gone):
+    """A run's folder is made again; where what it lies in is gone, too, the last save is one error."""
+    step, count, save, away = trainer.training_step, iter(range(1, 99)), tmp_path / "save", tmp_path / "away"
+
+    def disturbed(*args):
+        if next(count) == 4:
+            (next(save.iterdir()) if gone == "the run's folder" else save).rename(away)
+        return step(*args)
+
+    monkeypatch.setattr(trainer, "training_step", disturbed)
+    content = configuration(release, clips, save, train_iters=7, save_interval=3)
+    config = load_run_config([write_yaml(tmp_path / "config.yaml", content)], TrainArgs)
+    if gone == "the run's folder":
+        assert train(config) == 0
+        (folder,) = save.iterdir()
+        assert {"6", "7", "latest", "training_config.yaml"} <= {p.name for p in folder.iterdir()}
+        old = away
+    else:
+        with pytest.raises(CheckpointError, match=f"cannot write {save}/tiny-.*: No such file or directory"):
+            train(config)
+        assert not save.exists()
+        (old,) = away.iterdir()
+    said = capsys.readouterr().out
+    assert said.count("metrics.jsonl is not written") == 1 and "iteration 7/7" in said
+    assert (old / "latest").read_text() == "3" and read_transformer(old).iteration == 3
 
 
 def test_a_signal_saves_and_leaves(release, clips, tmp_path, monkeypatch):

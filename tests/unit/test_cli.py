@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -138,3 +139,12 @@ def test_ranks_say_the_same_once(tmp_path, monkeypatch, capsys):
 )
 def test_exit_code_of_a_launch(codes, lines, code):
     assert verdict(codes) == (lines, code)
+
+
+def test_output_that_cannot_be_written_spoils_no_exit_code():
+    program = "import sgm.cli; sgm.cli.print_line('x'); sgm.cli.flush_output(); sys.exit(0)"
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", f"import sys; {program}"], stdout=full, stderr=subprocess.PIPE, cwd=REPO
+        )
+    assert (done.returncode, done.stderr) == (0, b"")

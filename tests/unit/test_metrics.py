@@ -7,6 +7,7 @@ import json
 import math
 import struct
 import sys
+from contextlib import suppress
 from types import SimpleNamespace
 
 import numpy as np
@@ -139,6 +140,69 @@ def test_the_picture_is_drawn_anew_once_a_minute(tmp_path, monkeypatch):
     assert drawn == [60.5, 121.0, 121.0]
 
 
+def records(folder) -> list[int]:
+    return [r["iteration"] for r in read_records(folder / "metrics.jsonl", "train")]
+
+
+def test_a_folder_that_disappears_and_comes_back(tmp_path):
+    """Training is not disturbed, each place is told of once, and written again when it is there again."""
+    folder, away, out = tmp_path / "run", tmp_path / "away", io.StringIO()
+    with RunLog(folder, 9, out) as log:
+        log.boards = [TensorBoard(folder / "tensorboard")]
+        log.begin(0, 0)
+        for k in range(1, 10):
+            log.step(outcome(1.0), 1e-3)
+            log.train(Standing(k, 1e-3, None, k))
+            log.draw()
+            if k in (3, 6):
+                folder.rename(away) if k == 3 else away.rename(folder)
+    warnings = [line for line in out.getvalue().splitlines() if line.startswith("warning: ")]
+    assert [line.split()[1].split("/")[-1] for line in warnings] == ["metrics.jsonl", "TensorBoard", "loss.png"]
+    assert all(f"{folder}" in line and "No such file" in line and "training goes on" in line for line in warnings)
+    assert out.getvalue().count("lacks what was to be written 3 times") == 3
+    assert records(folder) == [1, 2, 3, 7, 8, 9]
+    files = sorted((folder / "tensorboard").iterdir())
+    assert [sorted({e.step for e in read_events(f) if e.step}) for f in files] == [[1, 2, 3], [7, 8, 9]]
+
+
+def test_a_full_disk_cuts_no_line_in_two(tmp_path):
+    import resource
+
+    limit, out = resource.getrlimit(resource.RLIMIT_FSIZE), io.StringIO()
+    with RunLog(tmp_path, 9, out) as log:
+        log.record("train", iteration=1, note="x" * 100)
+        size = (tmp_path / "metrics.jsonl").stat().st_size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 40, limit[1]))
+        try:
+            for k in (2, 3):
+                log.record("train", iteration=k, note="x" * 100)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        log.record("train", iteration=4)
+    assert records(tmp_path) == [1, 4]
+    assert out.getvalue().count("warning: ") == 1 and "metrics.jsonl: the file grew too large" in out.getvalue()
+
+
+def test_a_board_that_fails_is_told_of_once(tmp_path):
+    class Failing(Memo):
+        def scalars(self, values, iteration):
+            raise RuntimeError("the server has gone")
+
+        def close(self):
+            raise ValueError("the file is closed")
+
+    out, well = io.StringIO(), Memo()
+    run_of([4.0, 2.0, 3.0, 1.0], tmp_path, out, boards=[Failing(), well])
+    assert out.getvalue().count("warning: ") == 1 and "Failing is not written" in out.getvalue()
+    assert "the server has gone" in out.getvalue() and len(well.told) == 3 and well.closed
+
+
+def test_a_log_on_a_full_disk_ends_no_run(tmp_path):
+    with suppress(OSError), open("/dev/full", "w") as full:  # which cannot be closed, either
+        run_of([1.0] * 4, tmp_path, full)
+    assert records(tmp_path) == [2, 4]
+
+
 def test_time_aside_is_not_a_steps():
     log = RunLog(None, 1, io.StringIO())
     before = log.interval.started
@@ -201,9 +265,13 @@ def test_one_point_is_a_picture(tmp_path):
 
 
 def events_in(folder) -> list:
+    (file,) = folder.glob("events.out.tfevents.*")
+    return read_events(file)
+
+
+def read_events(file) -> list:
     from tensorboardX.proto.event_pb2 import Event
 
-    (file,) = folder.glob("events.out.tfevents.*")
     data, found = file.read_bytes(), []
     while data:
         (length,) = struct.unpack("<Q", data[:8])

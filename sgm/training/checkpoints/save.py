@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from sgm import distributed
 from sgm.config import RunConfig
-from sgm.files import SaveError, advising, remove, require_space
+from sgm.files import SaveError, advising, remove, require_space, write_failed, write_text
 from sgm.training.checkpoints.folder import (
     MERGED,
     RESUME,
@@ -36,7 +36,7 @@ from sgm.training.checkpoints.folder import (
 )
 from sgm.training.checkpoints.partitions import ema_weights
 from sgm.training.checkpoints.ranks import gather, own_rank
-from sgm.training.checkpoints.same_run import resume_hash
+from sgm.training.checkpoints.same_run import CONFIG_FILE, resume_hash
 from sgm.training.checkpoints.state import CheckpointError, TrainState
 from sgm.training.checkpoints.weights import (
     EARLIER_ONES,
@@ -86,6 +86,9 @@ def save_checkpoint(
     job = _Save.of(Path(folder), engine, state, config, lora_only)
     with job.together():
         if job.rank == 0:
+            if not job.run.is_dir():  # deleted, or its disk is gone: then what it lies in is gone, too
+                job.run.mkdir()
+                write_text(job.run / CONFIG_FILE, config.as_yaml())
             recover(job.run)
             for name in ("main", f"main/{RESUME}"):
                 (job.staging / name).mkdir(parents=True)
@@ -167,8 +170,10 @@ class _Save:
         try:
             with advising("(args.keep_last and args.save say how many checkpoints are kept, and where.)"):
                 yield
-        except (SaveError, CheckpointError, WeightsError, OSError) as error:
+        except (SaveError, CheckpointError, WeightsError) as error:
             failure = error
+        except OSError as error:
+            failure = write_failed(Path(error.filename or self.run), error)
         reports = gather(str(failure) if failure else None)
         failures = [f"{'' if self.world_size == 1 else f'rank {r}: '}{text}" for r, text in enumerate(reports) if text]
         if failures:

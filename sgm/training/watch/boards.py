@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -39,24 +41,48 @@ class TensorBoard:
     STRIP_FRAMES = 8
 
     def __init__(self, folder: Path, iteration: int = 0):
-        from tensorboardX import SummaryWriter  # type: ignore[import-untyped]
-
+        self._folder, self._files = folder, 0
+        self._writer: Any = None
         try:
-            self._writer = SummaryWriter(str(folder), purge_step=iteration + 1 if iteration else None)
+            folder.mkdir(parents=True, exist_ok=True)
+            if iteration:
+                self._write(iteration + 1, {"session_log": {"status": "START"}})
         except OSError as error:
             raise WatchError(f"cannot write TensorBoard's files to {folder}: {error.strerror or error}") from error
 
     def scalars(self, values: Mapping[str, float], iteration: int) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, iteration)
-        self._writer.flush()
+        from tensorboardX import summary
+
+        self._write(iteration, *({"summary": summary.scalar(name, value)} for name, value in values.items()))
 
     def video(self, name: str, path: Path, frames: np.ndarray, fps: int, iteration: int) -> None:
+        from tensorboardX import summary
+
         picked = np.linspace(0, len(frames) - 1, min(self.STRIP_FRAMES, len(frames))).round().astype(int)
-        self._writer.add_image(name, np.concatenate(list(frames[picked]), axis=1), iteration, dataformats="HWC")
+        strip = np.concatenate(list(frames[picked]), axis=1)
+        self._write(iteration, {"summary": summary.image(name, strip, dataformats="HWC")})
 
     def close(self) -> None:
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def _write(self, iteration: int, *contents: Mapping[str, Any]) -> None:
+        """Append events, here and now: tensorboardX's SummaryWriter leaves that to a thread, which dies where the disk
+        is full; the run would wait for ever for room in its queue.
+        """
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event
+
+        try:
+            if self._writer is None or not Path(self._writer._file_name).exists():
+                self._files += 1
+                self._writer = EventsWriter(str(self._folder / "events"), f".{os.getpid()}.{self._files}")
+            for content in contents:
+                self._writer.write_event(Event(step=iteration, wall_time=time.time(), **content))
+            self._writer.flush()
+        except OSError:
+            self._writer = None  # nothing is read behind an event that was cut short: go on in another file
+            raise
 
 
 class WeightsAndBiases:

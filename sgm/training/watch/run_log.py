@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,12 +14,15 @@ from typing import Any, Self, TextIO
 
 import numpy as np
 
-from sgm.files import SaveError
+from sgm.cli import print_line
+from sgm.errors import SgmError
+from sgm.files import write_failed
 from sgm.training.step import StepOutcome
 from sgm.training.watch.bins import BIN_NAMES, BINS, bin_means
 from sgm.training.watch.boards import Board
 from sgm.training.watch.curve import draw_losses, read_records
 
+Kinds = type[Exception] | tuple[type[Exception], ...]
 METRICS, CURVE = "metrics.jsonl", "loss.png"
 DRAW_SECONDS = 60.0  # between two drawings of the loss, at least
 AVERAGE_STEPS = 50  # the moving average of the loss: a plain mean so far, then one that forgets 1/50 a step
@@ -107,23 +111,32 @@ class RunLog:
         self._samples = 0
         self._drawn = time.monotonic()
         self._folder = folder if out is not None else None
-        self._file: TextIO | None = None
         self._bar: Any = None
+        self._failed: dict[str, int] = {}  # what could not be written, and how often
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._file = _opened(self._folder / METRICS)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.draw()
-        for board in self.boards:
-            board.close()
+        self._on_boards(lambda board: board.close())
         if self._bar is not None:
             self._bar.close()
-        if self._file is not None:
-            self._file.close()
+        for place, times in self._failed.items():
+            self.line(f"note: {place} lacks what was to be written {times} times, see the warning above")
+
+    @contextmanager
+    def or_warn(self, place: object, kinds: Kinds = (OSError, SgmError)) -> Iterator[None]:
+        """What cannot be written inside ends no training: the first time it is told, later ones are counted."""
+        try:
+            yield
+        except kinds as error:
+            reason = write_failed(Path(error.filename or str(place)), error) if isinstance(error, OSError) else error
+            if str(place) not in self._failed:
+                self.line(f"warning: {place} is not written, training goes on: {reason}")
+            self._failed[str(place)] = self._failed.get(str(place), 0) + 1
 
     # --- iterations -----------------------------------------------------------------------------------------------
 
@@ -132,9 +145,10 @@ class RunLog:
         self._samples = samples
         self.interval = Interval()
         if iteration and self._folder is not None:
-            past = [r for r in read_records(self._folder / METRICS, "train") if r["iteration"] <= iteration]
-            self.average = past[-1].get("loss_average") if past else None
-            self._averaged = iteration if self.average is not None else 0
+            with self.or_warn(self._folder / METRICS):
+                past = [r for r in read_records(self._folder / METRICS, "train") if r["iteration"] <= iteration]
+                self.average = past[-1].get("loss_average") if past else None
+                self._averaged = iteration if self.average is not None else 0
         if self.out is not None and self.out.isatty():
             from tqdm import tqdm
 
@@ -166,13 +180,14 @@ class RunLog:
         if self._bar is not None:
             self._bar.write(text, file=self.out)
         elif self.out is not None:
-            print(text, file=self.out, flush=True)
+            print_line(text, self.out)
 
     def record(self, kind: str, **values: Any) -> None:
         """One line of `metrics.jsonl`."""
-        if self._file is not None:
-            stamped = {"kind": kind, "time": round(time.time(), 3), **_jsonable(values)}
-            self._file.write(json.dumps(stamped) + "\n")
+        if self._folder is not None:
+            with self.or_warn(self._folder / METRICS):
+                stamped = {"kind": kind, "time": round(time.time(), 3), **_jsonable(values)}
+                _append(self._folder / METRICS, json.dumps(stamped))
 
     def train(self, at: Standing) -> None:
         """Progress line over the iterations since the last one."""
@@ -213,25 +228,24 @@ class RunLog:
 
     def video(self, name: str, path: Path, frames: np.ndarray, fps: int, iteration: int) -> None:
         """A clip that was written to `path`: uint8 frames (f, h, w, 3)."""
-        if self.out is not None:
-            for board in self.boards:
-                board.video(name, path, frames, fps, iteration)
+        self._on_boards(lambda board: board.video(name, path, frames, fps, iteration))
 
     def draw(self) -> None:
         """Bring `loss.png` up to date."""
         if self._folder is None:
             return
         self._drawn = time.monotonic()
-        try:
+        with self.or_warn(self._folder / CURVE):
             draw_losses(self._folder / METRICS, self._folder / CURVE)
-        except SaveError as error:
-            self.line(f"warning: {error}")
 
     def _report(self, values: Mapping[str, float | None], iteration: int) -> None:
-        if self.out is not None:
-            known = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
-            for board in self.boards:
-                board.scalars(known, iteration)
+        known = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
+        self._on_boards(lambda board: board.scalars(known, iteration))
+
+    def _on_boards(self, tell: Callable[[Board], None]) -> None:
+        for board in self.boards if self.out is not None else ():
+            with self.or_warn(type(board).__name__, Exception):  # other people's code, and its servers
+                tell(board)
 
 
 def _train_scalars(values: Mapping[str, Any]) -> dict[str, float | None]:
@@ -257,13 +271,13 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
 
 
-def _opened(path: Path) -> TextIO:
-    """The file, to append lines to; one that a crash cut off is ended first."""
-    cut = path.is_file() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-    file = path.open("a", encoding="utf-8", buffering=1)
-    if cut:
-        file.write("\n")
-    return file
+def _append(path: Path, line: str) -> None:
+    """Add a line to a file; one that a crash or a full disk cut off is ended first."""
+    with path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else f"\n{line}"
+        file.write(f"{line}\n".encode())
 
 
 def _mean(values: list[float]) -> float | None:
