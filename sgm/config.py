@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Generic
 
+from sgm.files import refuse_lfs_pointer
 from sgm.secrets import environment_value, holds_secret
 from sgm.typed import Args, ConfigError, Misfit, arguments, build_args, listing, nearest, option
 
@@ -307,6 +308,7 @@ def _read_yaml(path: Path) -> Any:
     if not path.is_file():
         why = ", which is a folder" * path.is_dir()
         raise ConfigError(f"no configuration file at {path}{why}{_nearby_configs(path)}")
+    refuse_lfs_pointer(path, ConfigError)
     content = _told(f"{path} is not valid YAML", partial(OmegaConf.load, path))
     if not isinstance(content, DictConfig):
         raise ConfigError(f"{path} must hold a mapping with the sections {', '.join(SECTIONS)}")

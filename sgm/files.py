@@ -28,6 +28,8 @@ from sgm.lock import try_lock
 PARTIAL = ".partial-"  # prefix of everything that is not finished
 REPLACED = ".replaced-"  # prefix of a folder whose successor is on its way
 _FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EFBIG: "the file grew too large"}
+LFS_POINTER = "a Git LFS pointer, not the file itself: run `git lfs pull` in its folder"
+LFS_MAGIC = "version https://git-lfs."  # with which pointers begin
 _SPARE = 16 << 20  # bytes to leave free for small files beside the big ones
 
 
@@ -48,6 +50,15 @@ def advising(what_to_do: str) -> Iterator[None]:
         if what_to_do in str(error):
             raise
         raise SaveError(f"{error} {what_to_do}") from error
+
+
+def refuse_lfs_pointer(path: Path, kind: type[SgmError]) -> None:
+    """Raises `kind` where a clone without git-lfs has left a pointer in a file's place."""
+    head = b""
+    with suppress(OSError), path.open("rb") as file:  # who reads it says so
+        head = file.read(len(LFS_MAGIC))
+    if head == LFS_MAGIC.encode():
+        raise kind(f"{path} is {LFS_POINTER}.")
 
 
 # --- files -------------------------------------------------------------------------------------------------------

@@ -94,5 +94,5 @@ def _text_fingerprint(model_dir: str, cache_dir: str | None) -> str | None:
         return None
     if files is None:
         return None
-    parts = [*files.weights, files.config, files.tokenizer / t5_files.VOCABULARY]
+    parts = [*files.weights, files.config, files.vocabulary]
     return "-".join(weights_fingerprint(path)[:8] for path in parts)

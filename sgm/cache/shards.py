@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import threading
-from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from sgm.errors import SgmError
+from sgm.weights.checksums import OpenFile, WeightsError, crc32, read_header
 
 OPEN_FILES = 64  # shards a process keeps open
+_AGAIN = "delete it and fill the cache again"
 _TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
@@ -48,21 +48,21 @@ def read_index(path: Path, shard: int) -> tuple[dict[str, Entry], str | None]:
         CacheError: it is damaged.
     """
     try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-            size = os.fstat(file.fileno()).st_size
-        identity = header.pop("__metadata__", {}).get("identity")
+        header = read_header(path)
         entries = {
-            name: Entry(shard, 8 + length + v["data_offsets"][0], tuple(v["shape"]), _TYPES[v["dtype"]])
-            for name, v in header.items()
+            name: Entry(shard, header.begin + v["data_offsets"][0], tuple(v["shape"]), _TYPES[v["dtype"]])
+            for name, v in header.tensors.items()
         }
-        end = 8 + length + max((v["data_offsets"][1] for v in header.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, MemoryError, OverflowError) as error:
-        raise CacheError(f"{path} is damaged ({error}); delete it and fill the cache again") from error
-    if size != end:
-        raise CacheError(f"{path} has {size} bytes in place of {end}; delete it and fill the cache again")
-    return entries, identity
+        end = header.begin + max((v["data_offsets"][1] for v in header.tensors.values()), default=0)
+    except (WeightsError, KeyError, TypeError) as error:
+        raise _damaged(path, error) from error
+    if (size := path.stat().st_size) != end:
+        raise CacheError(f"{path} has {size} bytes in place of {end}; {_AGAIN}")
+    return entries, header.metadata.get("identity")
+
+
+def _damaged(path: str | Path, error: Exception) -> CacheError:
+    return CacheError(f"{path} is damaged ({getattr(error, 'reason', error)}); {_AGAIN}")
 
 
 class ShardReader:
@@ -70,8 +70,7 @@ class ShardReader:
 
     def __init__(self, shards: Iterable[Path | str]):
         self.shards = [str(path) for path in shards]
-        self._open: OrderedDict[int, _OpenFile] = OrderedDict()
-        self._lock = threading.Lock()
+        self._open = lru_cache(OPEN_FILES)(_OpenFile)
 
     def read(self, entry: Entry) -> Tensor:
         """The tensor of an entry, in its stored type. Raises CacheError, see `read_into`."""
@@ -83,44 +82,38 @@ class ShardReader:
         """Put an entry's bytes, `entry.nbytes` of them, into `place`. Other threads run meanwhile.
 
         Raises:
-            CacheError: the shard has gone or was shortened since the cache was opened.
+            CacheError: the shard has gone, was shortened since the cache was opened, or is damaged here.
         """
-        done = 0
+        done, path = 0, self.shards[entry.shard]
         try:
-            file = self._file(entry.shard)
+            file = self._open(path)
             while done < entry.nbytes:  # once, except on some network drives
                 count = os.preadv(file.descriptor, [place[done:]], entry.begin + done)
                 if count == 0:
-                    raise CacheError(f"{self.shards[entry.shard]} ends too early; delete it and fill the cache again")
+                    raise CacheError(f"{path} ends too early; {_AGAIN}")
                 done += count
+            if entry.begin not in file.stretches:
+                return  # of a time before checksums
+            name, begin, size, crc = file.stretches[entry.begin]
+            rest = begin + done, size - done  # some, where fewer latent frames are wanted
+            if file.crc(*rest, crc32(place)) != crc:
+                raise CacheError(f"{path} is damaged ({name} has another checksum than it states); {_AGAIN}")
+        except WeightsError as error:
+            raise _damaged(path, error) from error
         except OSError as error:
-            raise CacheError(f"{self.shards[entry.shard]}: {error.strerror}; was the cache moved?") from error
+            raise CacheError(f"{path}: {error.strerror}; was the cache moved?") from error
 
     def close(self) -> None:
-        with self._lock:
-            self._open.clear()
+        self._open.cache_clear()
 
     def __reduce__(self) -> tuple[type, tuple[list[str]]]:
         return type(self), (self.shards,)
 
-    def _file(self, shard: int) -> _OpenFile:
-        with self._lock:
-            found = self._open.get(shard)
-            if found is None:
-                if len(self._open) >= OPEN_FILES:
-                    self._open.popitem(last=False)
-                found = self._open[shard] = _OpenFile(self.shards[shard])
-            self._open.move_to_end(shard)
-            return found
 
-
-class _OpenFile:
-    """A descriptor that is closed when the last one who reads from it has let go."""
+class _OpenFile(OpenFile):
+    """With its checksums by where they begin."""
 
     def __init__(self, path: str):
-        self.descriptor = -1
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def __del__(self) -> None:
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
+        super().__init__(path)
+        with open(self.descriptor, "rb", closefd=False) as file:
+            self.stretches = {part[1]: part for part in read_header(self.path, file).stretches}

@@ -24,8 +24,9 @@ from torch import Tensor
 
 from sgm.cache.shards import CacheError, Entry, read_index
 from sgm.data.sources import Place
-from sgm.files import SaveError, write_failed, write_text
+from sgm.files import SaveError, refuse_lfs_pointer, write_failed, write_json
 from sgm.weights import DTYPES
+from sgm.weights.checksums import read_json
 from sgm.weights.save import save_safetensors
 
 FORMAT = 1
@@ -173,12 +174,13 @@ class CacheStore:
             self._create(head)
             return
         try:
-            content = json.loads(head.read_text(encoding="utf-8"))
+            content = read_json(head)
             found, version = dict(content["identity"]), content["format"]
             self.storage, self.encoded_as = content["storage"], content["encoded_as"]
+            known = version == FORMAT and {self.storage, self.encoded_as} <= DTYPES.keys()
         except (ValueError, KeyError, TypeError) as error:
             raise CacheError(f"{head} is not the head of a cache ({error}); give another folder") from error
-        if version != FORMAT or self.storage not in DTYPES:
+        if not known:
             raise CacheError(f"{head} has format {version}, this program reads {FORMAT}; fill a new folder")
         self._compare(found)
         self.identity = found
@@ -196,7 +198,7 @@ class CacheStore:
         except OSError as error:
             raise SaveError(f"cannot make the cache folder {self.folder}: {error.strerror}") from error
         content = {"format": FORMAT, "storage": self.storage, "encoded_as": self.encoded_as, "identity": self.identity}
-        write_text(head, json.dumps(content, indent=1) + "\n")
+        write_json(head, content)
 
     def _compare(self, found: Mapping[str, Any]) -> None:
         other = [
@@ -222,6 +224,7 @@ class CacheStore:
         self.shards.append(path)
 
     def _read_files(self, path: Path) -> None:
+        refuse_lfs_pointer(path, CacheError)
         place = 0
         for line in path.read_bytes().splitlines(keepends=True):
             place += len(line)
@@ -246,8 +249,5 @@ def text_key(text: str) -> str:
 
 def video_key(path: str | Path) -> str:
     """Name under which a video's moments are stored. Reads the whole file; raises OSError."""
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 20))
     with Place.of(path).open() as file:
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
-    return "video:" + digest.hexdigest()[:KEY_DIGITS]
+        return "video:" + hashlib.file_digest(file, "sha256").hexdigest()[:KEY_DIGITS]

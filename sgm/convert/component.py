@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
-from sgm.convert.hf_folder import DIFFUSION_STEM, ENCODER_STEM, TOKENIZER_FILES, read_json
+from sgm.convert.hf_folder import DIFFUSION_STEM, ENCODER_STEM, TOKENIZER_FILES
 from sgm.convert.lazy import ConvertError, Deferred, demand_shapes, summed_bytes, types_of
 from sgm.convert.output import write_shards
 from sgm.files import readable, write_json
 from sgm.modules.encoders.t5 import DECODER, SHARED, TIED, T5Encoder
 from sgm.modules.encoders.t5_config import T5Config, read_config
 from sgm.modules.encoders.t5_files import T5Files
+from sgm.weights.checksums import read_bytes, read_json
 
 
 @dataclass
@@ -45,7 +46,7 @@ class Component:
         """Copy the tokenizer's files; the settings file is made where there is none."""
         folder.mkdir(exist_ok=True)
         for name, path in self.tokenizer.items():
-            (folder / name).write_bytes(path.read_bytes())
+            (folder / name).write_bytes(read_bytes(path))
         if "tokenizer_config.json" not in self.tokenizer:
             special = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>", "extra_ids": 100}
             write_json(folder / "tokenizer_config.json", {"tokenizer_class": "T5Tokenizer", **special}, indent=2)

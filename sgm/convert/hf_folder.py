@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,30 +9,13 @@ from typing import Any
 from torch import Tensor
 
 from sgm.convert.lazy import ConvertError, Deferred, deferred
-from sgm.weights.files import WeightsError, WeightsNotFoundError, read_checkpoint, tensors_of
+from sgm.modules.encoders.t5_files import VOCABULARIES
+from sgm.weights.files import WeightsError, WeightsNotFoundError, read_checkpoint, shards_of, tensors_of
 
 DIFFUSION_STEM, ENCODER_STEM = "diffusion_pytorch_model", "model"
-TOKENIZER_FILES = ("spiece.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+TOKENIZER_FILES = (*VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _VERSION = "0.30.3"  # first stable form of these classes' configurations
 SCHEDULERS = {"dpm": "CogVideoXDPMScheduler", "ddim": "CogVideoXDDIMScheduler"}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        WeightsNotFoundError: no such file.
-        WeightsError: unreadable.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise WeightsNotFoundError(f"{path} is missing; the folder is no complete diffusers component.") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise WeightsError(f"{path} is unreadable: {error}. Copy or download it again.") from error
-    if not isinstance(content, dict):
-        raise WeightsError(f"{path} holds no JSON object; copy or download it again.")
-    return content
 
 
 def read_component(folder: Path, stem: str) -> dict[str, Deferred]:
@@ -50,6 +32,8 @@ def read_component(folder: Path, stem: str) -> dict[str, Deferred]:
     if found.suffix != ".json":
         return {name: deferred(value) for name, value in tensors_of(read_checkpoint(found)).items()}
     placed, shards = shards_of(found)
+    if missing := [shard.name for shard in shards if not shard.is_file()]:
+        raise WeightsNotFoundError(f"{folder} lacks {len(missing)} of {len(shards)} shards: {', '.join(missing)}.")
     state: dict[str, Tensor] = {}
     for shard in shards:
         state |= tensors_of(read_checkpoint(shard))
@@ -57,26 +41,6 @@ def read_component(folder: Path, stem: str) -> dict[str, Deferred]:
     if odd:
         raise WeightsError(f"{found} and its shards disagree on {len(odd)} tensors: {', '.join(odd[:5])}.")
     return {name: deferred(value) for name, value in state.items()}
-
-
-def shards_of(index: Path) -> tuple[dict[str, str], list[Path]]:
-    """(tensor name -> file name, the files) of an index of shards.
-
-    Raises:
-        WeightsNotFoundError: shards that are not there (all listed).
-        WeightsError: no such index, or one that names files elsewhere.
-    """
-    placed = read_json(index).get("weight_map")
-    if not isinstance(placed, dict) or not all(isinstance(name, str) for name in placed.values()):
-        raise WeightsError(f"{index} names no shards (weight_map); copy or download it again.")
-    names = sorted(set(placed.values()))
-    outside = [name for name in names if Path(name).name != name]
-    if outside:
-        raise WeightsError(f"{index} names the shard {outside[0]!r}, which lies outside its folder; not read.")
-    missing = [name for name in names if not (index.parent / name).is_file()]
-    if missing:
-        raise WeightsNotFoundError(f"{index.parent} lacks {len(missing)} of {len(names)} shards: {', '.join(missing)}.")
-    return placed, [index.parent / name for name in names]
 
 
 # --- what a pipeline folder says ------------------------------------------------------------------------------------

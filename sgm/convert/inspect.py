@@ -17,7 +17,6 @@ from typing import Any
 from sgm.convert import vae_keys, vae_sizes
 from sgm.convert.dit_keys import NETWORK_PREFIX, NOT_IN_HF, POSITIONS, RULES, sat_plan
 from sgm.convert.dit_sizes import sizes_of_sat
-from sgm.convert.hf_folder import shards_of
 from sgm.convert.lazy import Deferred, all_deferred, some_of, types_of
 from sgm.convert.lora_files import stated_settings
 from sgm.convert.sat_source import FIRST_STAGE, TEXT_ENCODER
@@ -25,11 +24,11 @@ from sgm.files import readable
 from sgm.modules.encoders.t5 import DECODER, SHARED, TIED
 from sgm.modules.transformer.lora_state import lora_spec_of, split_lora
 from sgm.weights.assign import compare_keys
-from sgm.weights.files import WeightsError, WeightsNotFoundError, read_checkpoint, tensors_of, while_files_change
+from sgm.weights.checksums import WeightsError, WeightsNotFoundError, read_header
+from sgm.weights.files import read_checkpoint, shards_of, tensors_of, while_files_change
 from sgm.weights.release import locate, newest_run, weights_entry
 from sgm.weights.tensor_parallel import join_partitions
 
-_BLOCK_BYTES = 1 << 22
 _PEFT = re.compile(r"\.lora_[AB](\.default)?\.weight$")
 _WEIGHT_SUFFIXES = (".pt", ".bin", ".ckpt", ".pth", ".safetensors")
 
@@ -138,10 +137,7 @@ def _report(files: list[Path], iteration: int | None, with_hash: bool) -> Report
 def _header(file: Path) -> dict[str, Any]:
     if file.suffix != ".safetensors":
         return {}
-    from safetensors import safe_open
-
-    with safe_open(file, framework="pt") as opened:
-        facts = dict(opened.metadata() or {})
+    facts = read_header(file).metadata
     settings = stated_settings(file)
     return {**({"alpha": settings["lora_alpha"]} if "lora_alpha" in settings else {}), **facts}
 
@@ -151,8 +147,7 @@ def _digest(files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as opened:
-            while block := opened.read(_BLOCK_BYTES):
-                digest.update(block)
+            hashlib.file_digest(opened, lambda: digest)
     return digest.hexdigest()
 
 

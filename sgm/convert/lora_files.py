@@ -21,6 +21,7 @@ from sgm.convert.lazy import ConvertError, Deferred, added, cast, deferred
 from sgm.convert.lora_keys import lora_hf_to_sat, lora_sat_to_hf
 from sgm.convert.sat_source import SatWeights, open_sat
 from sgm.modules.transformer.lora_state import collect_pairs, lora_delta, lora_scaling, lora_spec_of
+from sgm.weights.checksums import read_header, read_json
 from sgm.weights.files import WeightsError, WeightsNotFoundError, read_checkpoint, tensors_of
 from sgm.weights.release import newest_run
 from sgm.weights.save import save_safetensors
@@ -155,19 +156,14 @@ def stated_settings(file: Path) -> dict[str, Any]:
     Raises:
         WeightsError: unreadable ones.
     """
-    from safetensors import safe_open
-
-    metadata: dict[str, str] = {}
-    if file.suffix == ".safetensors":
-        with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
+    metadata = read_header(file).metadata if file.suffix == ".safetensors" else {}
     beside = file.with_name("adapter_config.json")
     try:
         if _METADATA in metadata:
             fields = json.loads(metadata[_METADATA])
             return {name.removeprefix("transformer."): value for name, value in fields.items()}
-        return dict(json.loads(beside.read_text(encoding="utf-8"))) if beside.is_file() else {}
-    except (ValueError, AttributeError, TypeError) as error:
+        return read_json(beside) if beside.is_file() else {}
+    except (ValueError, AttributeError) as error:
         raise WeightsError(f"{file}: what it says of its LoRA settings is unreadable: {error}") from error
 
 

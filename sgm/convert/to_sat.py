@@ -21,6 +21,7 @@ from sgm.convert.output import SHARD_BYTES, whole_folder
 from sgm.convert.run_file import run_file
 from sgm.files import write_text
 from sgm.modules.encoders import t5_files
+from sgm.weights.checksums import read_json
 from sgm.weights.release import Adapter, locate
 from sgm.weights.save import save_pt
 
@@ -116,7 +117,7 @@ def _folders(request: ToSat) -> dict[str, Path]:
         raise ConvertError(f"--input_path {source} is no folder; it must be a local copy of a diffusers repository.")
     if (source / "config.json").is_file() and not (source / "model_index.json").is_file():
         kinds = {"CogVideoXTransformer3DModel": "transformer", "AutoencoderKLCogVideoX": "vae"}
-        kind = kinds.get(hf.read_json(source / "config.json").get("_class_name", ""))
+        kind = kinds.get(read_json(source / "config.json").get("_class_name", ""))
         if kind and request.partial:
             return {kind: source}
         if kind:
@@ -141,7 +142,7 @@ def _is_sat(folder: Path) -> bool:
 
 
 def _transformer(request: ToSat, folder: Path) -> tuple[Component, Sizes]:
-    config = hf.read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     hf.expect_class(folder, config, "CogVideoXTransformer3DModel")
     sizes = sizes_of_hf(config)
     state = hf.read_component(folder, hf.DIFFUSION_STEM)
@@ -162,7 +163,7 @@ def _transformer(request: ToSat, folder: Path) -> tuple[Component, Sizes]:
 
 def _vae(request: ToSat, folder: Path) -> tuple[Component, float]:
     """The autoencoder, `config` being the params of its coders, and the factor on latents."""
-    config = hf.read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     hf.expect_class(folder, config, "AutoencoderKLCogVideoX")
     vae_keys.refuse_foreign(config)
     plan = vae_keys.hf_to_sat(hf.read_component(folder, hf.DIFFUSION_STEM))
@@ -185,7 +186,7 @@ def _cast_all(plan: Mapping[str, Deferred], dtype: torch.dtype | None) -> dict[s
 
 def _shift_scale(source: Path, sizes: Sizes) -> float:
     file = source / "scheduler" / "scheduler_config.json"
-    return float(hf.read_json(file).get("snr_shift_scale", 3.0)) if file.is_file() else sizes.shift_scale
+    return float(read_json(file).get("snr_shift_scale", 3.0)) if file.is_file() else sizes.shift_scale
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from sgm.data.frames import ClipError, ClipShape, check_settings, frame_indices
 from sgm.data.sources import VIDEO_SUFFIXES, ListedClip, first_line, is_image, list_files
 from sgm.data.video_io import DECODE_TIMEOUT, VideoError, VideoInfo, probe, read_frames, resize_crop
 from sgm.errors import SgmError
+from sgm.files import LFS_MAGIC, LFS_POINTER
 
 MISSING_CAPTION = ("skip", "error", "empty")
 
@@ -167,9 +168,9 @@ def read_caption(video: str | Path, missing: str = "skip") -> str:
 
 def caption_of(clip: ListedClip, missing: str = "skip") -> str:
     """A clip's caption, from its source or its file; see `read_caption`. Raises CaptionError."""
-    if clip.caption is None:
-        return read_caption(clip.path, missing)
-    line = first_line(clip.caption)
+    line = read_caption(clip.path, missing) if clip.caption is None else first_line(clip.caption)
+    if line.startswith(LFS_MAGIC):
+        raise CaptionError(clip.path, f"its caption is {LFS_POINTER}")
     if line.strip() or missing == "empty":
         return line if line.strip() else ""
     raise CaptionError(clip.path, "its caption is empty")

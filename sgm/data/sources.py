@@ -15,11 +15,14 @@ import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from sgm.errors import SgmError
+from sgm.files import refuse_lfs_pointer
 
 VIDEO_SUFFIXES = (".mp4",)
 MANIFEST_VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
@@ -72,46 +75,20 @@ class Place:
             return cls(Path(path))
         return cls(Path(inside["archive"]), int(inside["begin"]), int(inside["size"]))
 
-    def open(self) -> io.BufferedReader:
+    @contextmanager
+    def open(self) -> Iterator[io.BufferedReader]:
         """The bytes as a file of their own. Raises OSError."""
-        file = self.file.open("rb")
-        return file if self.size is None else io.BufferedReader(_Window(file, self.begin, self.size))
+        with self.file.open("rb") as file:
+            if self.size is None:
+                yield file
+                return
+            member = tarfile.TarInfo()
+            member.offset_data, member.size = self.begin, self.size
+            yield tarfile.ExFileObject(SimpleNamespace(fileobj=file), member)  # type: ignore[arg-type]  # all it asks of
 
     def length(self) -> int:
         """In bytes. Raises OSError."""
         return self.file.stat().st_size if self.size is None else self.size
-
-
-class _Window(io.RawIOBase):
-    """Part of a file as a file."""
-
-    def __init__(self, file: io.BufferedReader, begin: int, size: int):
-        self._file, self._begin, self._size, self._at = file, begin, size, 0
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
-        self._at = start + offset
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        count = max(0, min(len(buffer), self._size - self._at))
-        self._file.seek(self._begin + self._at)
-        done = self._file.readinto(memoryview(buffer)[:count])
-        self._at += done
-        return done
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
 
 
 def is_image(path: str | Path) -> bool:
@@ -208,6 +185,7 @@ def read_manifest(path: str | Path) -> list[ListedClip]:
     path = Path(path)
     rows = _csv_rows(path) if path.suffix.lower() == ".csv" else _json_rows(path)
     try:
+        refuse_lfs_pointer(path, SourceError)
         return [_listed(path, number, row) for number, row in rows]
     except UnicodeDecodeError as error:
         raise SourceError(f"{path} is not UTF-8 (byte {error.start})") from error
@@ -269,6 +247,7 @@ def read_shard(path: str | Path, txt_key: str = "txt") -> Listing:
     passed_over: Counter[str] = Counter()
     archive_name = os.path.abspath(path)
     try:
+        refuse_lfs_pointer(path, SourceError)
         with tarfile.open(path, "r:") as archive:
             for member in archive:
                 name = posixpath.normpath(member.name)

@@ -20,6 +20,7 @@ from sgm.data.container import ContainerError, inspect
 from sgm.data.decoder import DecodeError, DecodeProcess, DecoderLostError, thread_decoder
 from sgm.data.sources import Place, is_image
 from sgm.errors import SgmError
+from sgm.files import LFS_MAGIC, LFS_POINTER
 
 DECODE_TIMEOUT = 60.0  # seconds for one clip
 CROP_MODES = ("center", "random")
@@ -113,8 +114,11 @@ def read_image(path: str | Path) -> Tensor:
         VideoError: not a picture, damaged, or larger than Pillow thinks safe.
     """
     try:
-        with Place.of(path).open() as file, Image.open(file) as image:
-            pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+        with Place.of(path).open() as file:
+            if file.peek(len(LFS_MAGIC)).startswith(LFS_MAGIC.encode()):
+                raise ValueError(LFS_POINTER)
+            with Image.open(file) as image:
+                pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         of_the_drive = getattr(error, "errno", None) is not None  # Pillow's own OSErrors have no number
         raise VideoError(path, f"no readable picture ({error})", of_the_drive) from error

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from sgm.data.sources import IMAGE_SUFFIXES
 from sgm.errors import SgmError
+from sgm.files import refuse_lfs_pointer
 
 _NAME_CHARACTERS = 120  # of the prompt, as the original
 _NAME_BYTES = 200  # file systems allow 255 bytes a name; emoji and CJK text take up to 4 a character
@@ -85,6 +86,7 @@ def read_prompt_file(path: Path) -> tuple[list[Prompt], int]:
     Raises:
         PromptError: not UTF-8 (names line and byte), no prompt in it, or one with an image.
     """
+    refuse_lfs_pointer(path, PromptError)
     prompts: list[Prompt] = []
     blank = 0
     for number, raw in enumerate(path.read_bytes().splitlines()):

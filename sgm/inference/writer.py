@@ -14,6 +14,8 @@ from torch import Tensor
 
 from sgm.errors import SgmError
 from sgm.files import advising, remove_leftovers, require_writable, sync_folder, write_failed
+from sgm.weights import read_checkpoint
+from sgm.weights.checksums import read_header
 from sgm.weights.save import save_safetensors
 
 ANOTHER_FOLDER = "Choose another --output-dir; --skip-done goes on with a run that was stopped."
@@ -131,7 +133,7 @@ def read_record(path: Path) -> dict[str, Any]:
 def write_latents(path: Path, latents: Tensor, facts: Mapping[str, Any]) -> None:
     """Scaled latents (t, c, h, w) of one sample; `facts` go into the header as JSON text."""
     with writing_into(path.parent):
-        save_safetensors(path, {"latents": latents.cpu()}, {"facts": json.dumps(facts)})
+        save_safetensors(path, {"latents": latents}, {"facts": json.dumps(facts)})
 
 
 def read_latents(path: Path) -> tuple[Tensor, dict[str, Any]]:
@@ -140,12 +142,9 @@ def read_latents(path: Path) -> tuple[Tensor, dict[str, Any]]:
     Raises:
         OutputError: not such a file.
     """
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor("latents"), json.loads((file.metadata() or {}).get("facts", "{}"))
-    except (SafetensorError, OSError, ValueError) as error:
+        return read_checkpoint(path)["latents"], json.loads(read_header(path).metadata.get("facts", "{}"))
+    except (KeyError, ValueError) as error:
         raise OutputError(f"{path} holds no saved latents: {error}") from error
 
 

@@ -21,6 +21,7 @@ from sgm.modules.encoders.modules import FrozenT5Embedder
 from sgm.modules.transformer.lora_state import split_lora
 from sgm.places import CONFIGS
 from sgm.weights import WeightsError, assign_state, weights_fingerprint
+from sgm.weights.checksums import verifying
 from sgm.weights.files import while_files_change
 from sgm.weights.finite import require_finite
 from sgm.weights.identify import fitting_configs, what_is
@@ -42,6 +43,7 @@ class LoadedNetwork:
     notes: list[str] = field(default_factory=list)
 
 
+@verifying()
 def load_network(
     network: DiffusionTransformer,
     path: str | Path,
@@ -140,6 +142,7 @@ def _apply_adapter(
         raise WeightsError(f"{source.source}: {error}") from error
 
 
+@verifying()
 def load_first_stage(stage: VideoAutoencoderInferenceWrapper, *, device: torch.device, dtype: torch.dtype) -> str:
     """Fill a VAE built on meta from its `ckpt_path`; returns the file's fingerprint."""
     if not stage.ckpt_path:
@@ -148,6 +151,7 @@ def load_first_stage(stage: VideoAutoencoderInferenceWrapper, *, device: torch.d
     return weights_fingerprint(stage.ckpt_path)
 
 
+@verifying()
 def load_text_encoder(conditioner: GeneralConditioner, *, device: torch.device, dtype: torch.dtype) -> str:
     """Fill every embedder of a conditioner built on meta; returns the first weight file's fingerprint of each.
 

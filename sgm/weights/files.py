@@ -16,20 +16,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from sgm.errors import SgmError
+from sgm.weights.checksums import AGAIN, DamagedError, WeightsError, WeightsNotFoundError, check, read_json, verifying
 
 _SAFETENSORS_SUFFIX = ".safetensors"
 _LOOKS, _PAUSE = 20, 0.2  # how often files are looked up that go away, seconds in between
 
 T = TypeVar("T")
-
-
-class WeightsError(SgmError):
-    """A weight file cannot be used: damaged, unsafe, or not what the model needs. The message says which and why."""
-
-
-class WeightsNotFoundError(WeightsError, FileNotFoundError):
-    """A weight file or folder does not exist."""
 
 
 def while_files_change(read: Callable[[], T]) -> T:
@@ -68,8 +60,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         and safetensors); they keep the file's dtype.
     Raises:
         WeightsNotFoundError: no such file.
-        WeightsError: truncated, not a checkpoint, not a mapping, or it holds pickled objects other than tensors,
-            plain Python values and NumPy arrays (random-generator states of old checkpoints).
+        WeightsError: damaged (by its checksums, too; within `verifying` at that block's end), not a checkpoint, not a
+            mapping, or it holds pickled objects other than tensors, plain Python values and NumPy arrays
+            (random-generator states of old checkpoints).
     """
     path = Path(path)
     if not path.exists():
@@ -77,12 +70,30 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if path.is_dir():
         raise WeightsError(f"{path} is a folder, a weight file (.pt or .safetensors) is needed here.")
     try:
-        content = _read_safetensors(path) if path.suffix == _SAFETENSORS_SUFFIX else _read_pickle(path)
+        with verifying() as submit:
+            check(path, submit)
+            content = _read_safetensors(path) if path.suffix == _SAFETENSORS_SUFFIX else _read_pickle(path)
     except FileNotFoundError as error:
         raise _absent(path) from error
     if not isinstance(content, Mapping):
         raise WeightsError(f"{path} holds a {type(content).__name__}, not a mapping of names to tensors.")
     return dict(content)
+
+
+def shards_of(index: Path) -> tuple[dict[str, str], list[Path]]:
+    """(tensor name -> file name, the files, there or not) of an index of shards.
+
+    Raises:
+        WeightsError: no such index, or one that names files elsewhere.
+    """
+    placed = read_json(index).get("weight_map")
+    if not isinstance(placed, dict) or not all(isinstance(name, str) for name in placed.values()):
+        raise WeightsError(f"{index} is no index of weight shards: no weight_map; {AGAIN}.")
+    names = sorted(set(placed.values()))
+    outside = [name for name in names if Path(name).name != name]
+    if outside:
+        raise WeightsError(f"{index} names the shard {outside[0]!r}, which lies outside its folder; not read.")
+    return placed, [index.parent / name for name in names]
 
 
 def tensors_of(content: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -96,30 +107,30 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+    except FileNotFoundError:
+        raise
     except (SafetensorError, OSError) as error:
-        raise _damaged(path, error) from error
+        raise DamagedError(path, error) from error
 
 
 def _read_pickle(path: Path) -> Any:
     is_zip = zipfile.is_zipfile(path)
-    if not is_zip and _starts_like_zip(path):
-        raise _damaged(path, "the archive's end is missing")
     try:
         with torch.serialization.safe_globals(_numpy_globals()):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip or None)
     except pickle.UnpicklingError as error:
         refused = _refused_global(error)
         if refused is None:
-            raise _damaged(path, "it is not a file that torch.save wrote with tensors alone") from error
+            raise DamagedError(path, "it is not a file that torch.save wrote with tensors alone") from error
         raise WeightsError(
             f"{path} was not loaded: it contains the pickled object {refused!r}, and unpickling such an object can run "
             "code. Only tensors, plain Python values and NumPy arrays are read. If you trust the file, re-save its "
             "weights alone (torch.save(state_dict) or safetensors) and use that file."
         ) from error
-    except MemoryError:
+    except (MemoryError, FileNotFoundError):
         raise
     except Exception as error:  # a damaged byte stream can make an unpickler raise anything
-        raise _damaged(path, error) from error
+        raise DamagedError(path, error) from error
 
 
 def _numpy_globals() -> list[Any]:
@@ -133,23 +144,10 @@ def _numpy_globals() -> list[Any]:
     return [*named, np.ndarray, np.dtype, *dtypes, _codecs.encode]
 
 
-def _starts_like_zip(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(4) == b"PK\x03\x04"
-
-
 def _refused_global(error: pickle.UnpicklingError) -> str | None:
     """Name of the object that torch's restricted unpickler would not make, from its message."""
     found = re.search(r"GLOBAL `?([\w.]+)|(?:function|type|class) `?([\w.]+\.[\w.]+)", str(error))
     return (found.group(1) or found.group(2)) if found else None
-
-
-def _damaged(path: Path, why: object) -> WeightsError:
-    reason = str(why).splitlines()[0] if str(why) else type(why).__name__
-    return WeightsError(
-        f"{path} cannot be read as weights ({path.stat().st_size} bytes): {reason}. "
-        "It is truncated or not a checkpoint; copy or download it again."
-    )
 
 
 def weights_fingerprint(path: str | Path, *, blocks: int = 64, block_bytes: int = 1 << 16) -> str:

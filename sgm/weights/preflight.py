@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import Field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from sgm.config import ConfigError, RunConfig
+from sgm.files import refuse_lfs_pointer
 from sgm.placeholders import SHIPPED_T5, unedited, weight_paths
 from sgm.places import found_path
-from sgm.weights.release import how_to_get, newest_run
+from sgm.weights.checksums import WeightsError
+from sgm.weights.release import how_to_get, locate, newest_run
 
 
 class LoadingArgs(Protocol):
@@ -87,6 +90,10 @@ def check_paths(model: Mapping[str, Any], load: str | None, lora: Sequence[str] 
     if problems:
         title = f"{len(problems)} weight path{'s' if len(problems) > 1 else ''} to set:"
         raise PathError("\n".join([title, *(f"  - {p}" for p in problems.values()), *_remedies(problems)]))
+    for value in [v for place, v in paths.items() if not place.endswith("model_dir")] + [*map(adapter_path, lora)]:
+        with suppress(WeightsError):  # of what else is wrong its reader speaks; the text encoder looks at its own
+            for file in locate(value)[0]:
+                refuse_lfs_pointer(file, PathError)
 
 
 def _remedies(places: Iterable[str]) -> list[str]:

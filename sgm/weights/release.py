@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sgm.weights.checksums import read_bytes, read_header
 from sgm.weights.files import WeightsError, WeightsNotFoundError, read_checkpoint, tensors_of, while_files_change
 
 NETWORK_PREFIX = "model.diffusion_model."
@@ -126,7 +127,7 @@ def newest_run(path: Path) -> Path | None:
 
 
 def _follow_latest(path: Path) -> tuple[list[Path], int | None]:
-    text = (path / "latest").read_text(errors="replace").strip()
+    text = read_bytes(path / "latest").decode(errors="replace").strip()
     if text != "release" and not re.fullmatch(r"0*[1-9]\d*(-ema)?", text):
         raise WeightsError(
             f"{path / 'latest'} reads {text!r}; it must hold an iteration above 0 or the word release. "
@@ -246,10 +247,7 @@ def _metadata(file: Path) -> dict[str, Any]:
     """Adapter facts that we store as text in a safetensors header."""
     if file.suffix != ".safetensors":
         return {}
-    from safetensors import safe_open
-
-    with safe_open(file, framework="pt") as opened:
-        stored = opened.metadata() or {}
+    stored = read_header(file).metadata
     numbers = {"rank": int, "alpha": float}
     try:
         return {k: numbers.get(k, str)(v) for k, v in stored.items()}

@@ -16,7 +16,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from sgm.files import SaveError, atomic_write
+from sgm.files import SaveError, atomic_write, replacing
+from sgm.weights.checksums import CRC, crc32
 
 
 @dataclass(frozen=True)
@@ -63,13 +64,15 @@ def save_safetensors(
     """Write a `.safetensors` file, one tensor in memory at a time.
 
     Layout (safetensors format, version 0.3): header length as 8 bytes little-endian, JSON header padded with blanks
-    to a multiple of 8, then the values in the header's order.
+    to a multiple of 8, then the values in the header's order. The metadata begin with `crc32`: CRC-32 of the header
+    (with zeros in this place) and of each tensor, 8 hex digits each; see `sgm.weights.checksums`.
 
     Raises:
         SaveError: it cannot be written, or a tensor's type has no name in the format.
     """
     deferred = {name: _deferred(value) for name, value in tensors.items()}
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    blank = "0" * 8 * (len(deferred) + 1)
+    header: dict[str, Any] = {"__metadata__": {CRC: blank, **(metadata or {})}}
     end = 0
     for name, value in deferred.items():
         if value.dtype not in _SAFETENSORS_NAMES:
@@ -80,13 +83,16 @@ def save_safetensors(
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
 
-    def write(file: BinaryIO) -> None:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
+    crcs = [crc32(text)]
+    with replacing(Path(path)) as temporary, temporary.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
         for value in deferred.values():
-            file.write(_bytes_of(value.on_cpu()))
-
-    return atomic_write(path, write)
+            content = _bytes_of(value.on_cpu())
+            crcs.append(crc32(content))
+            file.write(content)
+        file.seek(8)
+        file.write(text.replace(blank.encode(), "".join(f"{crc:08x}" for crc in crcs).encode(), 1))
+    return Path(path)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

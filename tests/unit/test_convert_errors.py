@@ -115,7 +115,7 @@ def test_component_of_another_model(copy: Path, tmp_path: Path, capsys: Any) -> 
     file.write_text(json.dumps(good | {"_class_name": "FluxTransformer2DModel"}))
     refused(convert_weight_hf2sat.main, arguments, capsys, "FluxTransformer2DModel", "another kind of model")
     file.write_text(json.dumps(good)[:40])
-    refused(convert_weight_hf2sat.main, arguments, capsys, "config.json is unreadable")
+    refused(convert_weight_hf2sat.main, arguments, capsys, "config.json cannot be read")
     file.write_text(json.dumps(good))
     text = json.loads((copy / "text_encoder" / "config.json").read_text())
     (copy / "text_encoder" / "config.json").write_text(json.dumps(text | {"num_layers": 5}))

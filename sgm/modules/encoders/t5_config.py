@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
 from sgm.typed import ConfigError, Range, build_args, listing, option
 from sgm.weights import WeightsError
+from sgm.weights.checksums import read_json
 
 _SIZE = {"rules": [Range(1)]}
 
@@ -43,12 +43,7 @@ def read_config(path: Path) -> T5Config:
     Raises:
         WeightsError: no JSON, or fields are missing or wrong; all of them are listed.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{path} cannot be read ({error}); copy or download it again.") from error
-    if not isinstance(content, dict):
-        raise WeightsError(f"{path} is no T5 configuration: it holds a {type(content).__name__}, not named fields.")
+    content = read_json(path)
     given = {f.name: content[f.name] for f in fields(T5Config) if f.name in content}
     problems = [f"{f.name} is missing" for f in fields(T5Config) if f.default is MISSING and f.name not in given]
     config = None if problems else build_args(T5Config, given, problems, [], section=path.stem)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -10,9 +9,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sgm.weights import WeightsError, WeightsNotFoundError, read_checkpoint
+from sgm.files import refuse_lfs_pointer
+from sgm.weights import WeightsNotFoundError, read_checkpoint
+from sgm.weights.files import shards_of
 
-CONFIG, VOCABULARY = "config.json", "spiece.model"
+CONFIG = "config.json"
+VOCABULARIES = ("spiece.model", "tokenizer.json")  # in order of preference; transformers 5 saves the second alone
 # In order of preference: a single file, or an index that names shards.
 WEIGHT_FILES = (
     "model.safetensors.index.json",
@@ -43,7 +45,7 @@ class T5Files:
 
     @property
     def vocabulary(self) -> Path:
-        return self.tokenizer / VOCABULARY
+        return _vocabulary_in(self.tokenizer)
 
     def read_weights(self) -> dict[str, Tensor]:
         """All tensors by name, memory-mapped where the format allows.
@@ -90,10 +92,10 @@ def files_in(folder: Path, need_weights: bool = True) -> T5Files:
         WeightsError: the index of the weights is unreadable.
     """
     encoder = _subfolder_with(folder, "text_encoder", CONFIG)
-    tokenizer = _subfolder_with(folder, "tokenizer", VOCABULARY)
-    missing = [str(path) for path in (encoder / CONFIG, tokenizer / VOCABULARY) if not path.is_file()]
+    tokenizer = _subfolder_with(folder, "tokenizer", _vocabulary_in(folder).name)
+    missing = [str(path) for path in (encoder / CONFIG, _vocabulary_in(tokenizer)) if not path.is_file()]
     found = next((encoder / name for name in WEIGHT_FILES if (encoder / name).is_file()), None)
-    weights = () if found is None else _shards(found)
+    weights = tuple(shards_of(found)[1] if found.suffix == ".json" else [found]) if found else ()
     if found is None and need_weights:
         missing.append(f"weights (one of {', '.join(WEIGHT_FILES)}) in {encoder}")
     missing += [f"{path} (named in {found.name})" for path in weights if found and not path.is_file()]
@@ -101,22 +103,20 @@ def files_in(folder: Path, need_weights: bool = True) -> T5Files:
         raise EncoderFilesError(
             f"the text encoder in {folder} is incomplete; missing: {'; '.join(missing)}. {HOW_TO_GET}"
         )
-    return T5Files(encoder / CONFIG, tokenizer, weights)
+    files = T5Files(encoder / CONFIG, tokenizer, weights)
+    for path in (files.config, files.vocabulary, *weights):
+        refuse_lfs_pointer(path, EncoderFilesError)
+    return files
+
+
+def _vocabulary_in(folder: Path) -> Path:
+    """The first of `VOCABULARIES` that there is, else the first."""
+    return next((folder / name for name in VOCABULARIES if (folder / name).is_file()), folder / VOCABULARIES[0])
 
 
 def _subfolder_with(folder: Path, name: str, wanted: str) -> Path:
     sub = folder / name
     return sub if sub.is_dir() and not (folder / wanted).is_file() else folder
-
-
-def _shards(found: Path) -> tuple[Path, ...]:
-    if found.suffix != ".json":
-        return (found,)
-    try:
-        names = set(json.loads(found.read_text())["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{found} is no index of weight shards ({error!r}); copy or download it again.") from error
-    return tuple(found.parent / name for name in sorted(names))
 
 
 # --- hub --------------------------------------------------------------------------------------------------------------
@@ -125,8 +125,10 @@ def _shards(found: Path) -> tuple[Path, ...]:
 def wanted_files(names: Collection[str]) -> list[str]:
     """Of a repository's file names those that the encoder needs, in the layout and weight format that it has."""
     encoder = "" if CONFIG in names or f"text_encoder/{CONFIG}" not in names else "text_encoder/"
-    tokenizer = "" if VOCABULARY in names or f"tokenizer/{VOCABULARY}" not in names else "tokenizer/"
-    wanted = {encoder + CONFIG, tokenizer + VOCABULARY, *(tokenizer + extra for extra in TOKENIZER_EXTRAS)}
+    vocabularies = [place + name for place in ("", "tokenizer/") for name in VOCABULARIES if place + name in names]
+    vocabulary = next(iter(vocabularies), VOCABULARIES[0])
+    tokenizer = vocabulary.removesuffix(vocabulary.rpartition("/")[2])
+    wanted = {encoder + CONFIG, vocabulary, *(tokenizer + extra for extra in TOKENIZER_EXTRAS)}
     weights = next((name for name in WEIGHT_FILES if encoder + name in names), None)
     if weights is not None:
         wanted.add(encoder + weights)
