@@ -14,6 +14,7 @@ import torch
 from sgm.training.optimizers.log_codes import BYTES_A_MOMENT
 
 GIB = 2**30
+SMALL_BUCKET = 40_000_000  # elements
 EIGHT_BIT_MOMENTS = 2 * BYTES_A_MOMENT
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 # Tensors of (tokens, width) that one layer keeps for its backward pass: where all of it learns, and where only an
@@ -137,16 +138,17 @@ class MemoryNeeds:
 
     def variants(self) -> dict[str, MemoryNeeds]:
         """The same run with one thing changed, by how to change it."""
+        buckets = "--set deepspeed.zero_optimization.reduce_bucket_size=20000000"
         offload = "--set deepspeed.zero_optimization.offload_optimizer.device=cpu"
-        offload += "" if self.stage else " --set deepspeed.zero_optimization.stage=1"
+        offload += "" if self.stage else f" --set deepspeed.zero_optimization.stage=1 {buckets}"
         found = {
             "--set args.checkpoint_activations=true": replace(self, checkpointing=True),
             "--set args.checkpoint_activations=selective": replace(self, checkpointing="selective"),
-            offload: replace(self, offload=True, stage=max(1, self.stage)),
-            "--set deepspeed.zero_optimization.stage=3": replace(self, stage=3),
-            "--set deepspeed.zero_optimization.reduce_bucket_size=20000000": replace(
-                self, bucket=min(self.bucket, 40_000_000)
+            offload: replace(
+                self, offload=True, stage=self.stage or 1, bucket=self.bucket if self.stage else SMALL_BUCKET
             ),
+            "--set deepspeed.zero_optimization.stage=3": replace(self, stage=3),
+            buckets: replace(self, bucket=min(self.bucket, SMALL_BUCKET)),
             "--set deepspeed.optimizer.params.ema=false": replace(self, ema=False),
             "--set deepspeed.optimizer.type=AdamW8bit": replace(
                 self, moment_bytes=min(self.moment_bytes, EIGHT_BIT_MOMENTS), ema=False

@@ -24,9 +24,11 @@ NEVER = {"transformers", "datasets", "pandas", "wandb", "requests", "sympy", "to
 
 def loaded(entry: str, *words: str) -> set[str]:
     line = [sys.executable, "-c", LOADED.format(entry=entry), *words]
-    done = subprocess.run(line, cwd=REPO, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
-    return set(done.stderr.splitlines()[-1].split())
+    done = subprocess.run(line, cwd=REPO, capture_output=True, timeout=120)
+    said = done.stderr.decode()
+    assert done.returncode == 0 and "Traceback" not in said, said
+    assert b"\r" not in done.stdout + done.stderr, "no bars where there is no terminal"
+    return set(said.splitlines()[-1].split())
 
 
 def test_help_loads_no_library():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 
 import pytest
@@ -160,3 +161,15 @@ def test_overlays_change_what_they_say():
     assert plan.offload and plan.optimizer.target is AdamW8bit and not plan.optimizer.keeps_ema
     assert plan.config["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
     assert config.model["not_trainable_prefixes"] == ["all"] and plan.optimizer.lr == 1e-3
+
+
+@pytest.mark.parametrize("given", [[], ["deepspeed.zero_optimization.stage=0"], ["deepspeed.optimizer.type=AdamW"]])
+@pytest.mark.parametrize("file", ["demo_sft", "cogvideox_2b_sft"])
+def test_what_is_said_to_help_can_be_given_and_helps(file, given):
+    config = [REPO / "configs" / f"{file}.yaml"]
+    base = estimate_memory.needs_of(config, given, 1, "cuda")
+    advised = [how for how, needs in base.variants().items() if needs.total < base.total and how.startswith("--set")]
+    assert len(advised) > 2
+    for how in advised:
+        overrides = shlex.split(how.replace("FOLDER", "/tmp/cache"))[1::2]
+        assert estimate_memory.needs_of(config, [*given, *overrides], 1, "cuda").total < base.total, how
