@@ -63,7 +63,7 @@ def assign_state(
         hint: a last line for the error message.
     Raises:
         WeightsError: lists all missing and unexpected names and all wrong shapes at once; nothing was assigned then.
-        NotFiniteError: values are NaN or infinite, in the file or in the type they are wanted in.
+        WeightsError: values are NaN or infinite, in the file or in the type they are wanted in.
     """
     targets = _named_tensors(module)
     prefixes = tuple(ignore_prefixes)

@@ -15,21 +15,17 @@ _COPY_AGAIN = (
 )
 
 
-class NotFiniteError(WeightsError):
-    """Weights hold NaN or infinite values. The message says which tensor, and of which file."""
-
-
 def require_finite(content: Any, source: object, what_to_do: str = _COPY_AGAIN) -> None:
     """Refuse NaN and infinity in every tensor of a nested structure.
 
     Raises:
-        NotFiniteError: names the first that holds some, and `source`; `what_to_do` ends the message.
+        WeightsError: names the first that holds some, and `source`; `what_to_do` ends the message.
     """
     for place, value in leaves(content, ""):
         if isinstance(value, Tensor) and not is_finite(value):
             bad = value.numel() - int(torch.isfinite(value).sum())
             name = place.replace("['", ".").replace("']", "").lstrip(".")
-            raise NotFiniteError(
+            raise WeightsError(
                 f"{source}: {name} is not finite, {bad} of {value.numel()} values are NaN or infinite in "
                 f"{str(value.dtype).removeprefix('torch.')}. {what_to_do}"
             )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sgm.distributed import data_parallel_rank
 from sgm.errors import SgmError
-from sgm.training.setup.engine import HalfFlat, HalfUnflat, RefreshesWeights, Sharded, TrainingEngine, Zero3
+from sgm.training.setup.engine import HalfFlat, HalfUnflat, RefreshesWeights, TrainingEngine, Zero3
 
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
@@ -85,7 +85,7 @@ def optimizer_state(ds_engine: TrainingEngine) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _clear_padding(flat: Sequence[object], weights: Sequence[Sharded]) -> None:
+def _clear_padding(flat: Sequence[object], weights: Sequence[Any]) -> None:
     """Zero what fills up partitions in ZeRO 3's flat tensors: memory that nobody writes, NaN for all that is known."""
     start, rank = 0, data_parallel_rank()
     for weight in weights:

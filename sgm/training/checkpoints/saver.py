@@ -92,7 +92,7 @@ def resume(run: Resumable, path: Path) -> None:
 
     Raises:
         CheckpointError: the checkpoint is incomplete or damaged.
-        NotFiniteError: optimizer state or weights hold NaN or infinity.
+        WeightsError: optimizer state or weights hold NaN or infinity.
         OptimizerStateError: it is of another run set-up.
         ValueError: its data position is of other data.
     """

@@ -118,7 +118,7 @@ def write_together(tensors: Tensors, write: Callable[[Tensors], Any] | None, *, 
             do not write.
         collective: making a tensor takes all processes.
     Raises:
-        NotFiniteError: a tensor to be written holds NaN or infinity.
+        WeightsError: a tensor to be written holds NaN or infinity.
     """
     made: set[int] = set()
 

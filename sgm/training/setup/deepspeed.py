@@ -17,51 +17,31 @@ from sgm.training.optimizers.spec import OptimizerSpec
 from sgm.training.setup.deepspeed_verdict import deepspeed_verdict, switched_on, value_at, without
 from sgm.typed import listing
 
-# DeepSpeed's features that have no place in a training here, and what has.
+# Of what DeepSpeed reads: what has no part in a training here (switched on it is an error), and what has no effect.
 _NOT_HERE = {
-    "autotuning": "nothing starts its search",
-    "checkpoint.load_universal": "checkpoints are this project's own (--resume)",
-    "load_universal_checkpoint": "checkpoints are this project's own (--resume)",
-    "datastates_ckpt": "checkpoints are this project's own",
-    "comet": "the run reports to args.tensorboard and args.wandb",
-    "csv_monitor": "the run writes its numbers to metrics.jsonl",
-    "tensorboard": "use args.tensorboard",
-    "wandb": "use args.wandb",
-    "compile": "the model is not compiled",
+    "checkpoint.load_universal load_universal_checkpoint datastates_ckpt": "checkpoints are read by --resume alone",
+    "comet csv_monitor tensorboard wandb": "args.tensorboard and args.wandb report the run, and metrics.jsonl",
+    "pipeline sequence_parallel_size tensor_parallel": "args.model_parallel_size shares a model between processes",
     "data_efficiency": "clips come from args.train_data, in args.data_order",
-    "expert_parallel": "the network has no experts",
-    "hybrid_engine": "nothing is generated while training",
-    "pipeline": "layers are not dealt out to processes",
-    "sequence_parallel_size": "clips are not cut between processes",
-    "tensor_parallel": "use args.model_parallel_size",
-    "weight_quantization": "it is for DeepSpeed's inference",
+    "autotuning compile expert_parallel hybrid_engine weight_quantization": "training here makes no use of it",
 }
+_ZERO_CHECKPOINTS = """elastic_checkpoint gather_16bit_weights_on_model_save load_from_fp32_weights
+    pipeline_loading_checkpoint stage3_gather_16bit_weights_on_model_save stage3_gather_fp16_weights_on_model_save"""
 _NO_EFFECT = {
-    "checkpoint": "checkpoints are this project's own",
+    " ".join(
+        ["checkpoint", *(f"zero_optimization.{name}" for name in _ZERO_CHECKPOINTS.split())]
+    ): "checkpoints are this project's own: they hold whole weights, and --resume restores the float32 masters",
     "dataloader_drop_last": "the data loader is this project's own",
-    "disable_allgather": "DeepSpeed reads it and makes no use of it",
-    "dump_state": "`--dry-run` shows the configuration",
-    "local_rank": "the launcher gives it",
-    "seq_parallel_communication_data_type": "clips are not cut between processes",
-    "use_data_before_expert_parallelism": "the network has no experts",
-    "vocabulary_size": "DeepSpeed reads it for a warning alone",
-    "zero_optimization.elastic_checkpoint": "checkpoints are this project's own",
-    "zero_optimization.gather_16bit_weights_on_model_save": "checkpoints hold whole weights",
-    "zero_optimization.stage3_gather_16bit_weights_on_model_save": "checkpoints hold whole weights",
-    "zero_optimization.stage3_gather_fp16_weights_on_model_save": "checkpoints hold whole weights",
-    "zero_optimization.load_from_fp32_weights": "--resume restores the float32 masters, args.load starts from the "
-    "checkpoint's weights",
-    "zero_optimization.pipeline_loading_checkpoint": "checkpoints are this project's own",
+    "disable_allgather dump_state local_rank seq_parallel_communication_data_type use_data_before_expert_parallelism "
+    "vocabulary_size": "training here makes no use of it",
 }
+# What `sgm.training.step` counts on.
 _FIXED = {
-    "gradient_allreduce_op": "mean",
-    "managed_gradient_accumulation": True,
-    "zero_optimization.compute_grad_norm": True,
-}  # what `sgm.training.step` counts on
+    "gradient_allreduce_op": "mean", "managed_gradient_accumulation": True, "zero_optimization.compute_grad_norm": True,
+}  # fmt: skip
 LOSS_SCALE_KEYS = frozenset(
     {"loss_scale", "loss_scale_window", "hysteresis", "min_loss_scale", "initial_scale_power", "consecutive_hysteresis"}
 )
-_BF16_NAMES = ("bf16", "bfloat16")
 _BF16_INSTEAD = "--set deepspeed.fp16.enabled=false --set deepspeed.bf16.enabled=true"
 
 
@@ -158,15 +138,14 @@ def _numbers(value: Any, notes: list[str], place: str = "deepspeed") -> Any:
 
 def _without_absent(config: dict[str, Any], problems: list[str], notes: list[str]) -> dict[str, Any]:
     """The section without what has no part in a training here."""
-    for place, instead in (_NOT_HERE | _NO_EFFECT).items():
-        value = value_at(config, place)
-        if value is None:
-            continue
-        config = without(config, place)
-        if place not in _NOT_HERE or not switched_on(value):
-            notes.append(f"deepspeed.{place} has no effect: {instead}")
-        else:
-            problems.append(f"deepspeed.{place} is not supported: {instead}; remove it")
+    for places, instead in (_NOT_HERE | _NO_EFFECT).items():
+        for place in places.split():
+            value = value_at(config, place)
+            config = without(config, place)
+            if places in _NOT_HERE and switched_on(value):
+                problems.append(f"deepspeed.{place} is not supported: {instead}; remove it")
+            elif value is not None:
+                notes.append(f"deepspeed.{place} has no effect: {instead}")
     for place, value in _FIXED.items():
         if value_at(config, place) not in (None, value):
             problems.append(f"deepspeed.{place} is {value_at(config, place)!r}; training here needs {value!r}")
@@ -226,10 +205,10 @@ def _precision(config: dict[str, Any], device_type: str, problems: list[str]) ->
 
 
 def _autocast(config: dict[str, Any], problems: list[str]) -> None:
-    section = config.get("torch_autocast")
-    if isinstance(section, dict) and section.get("enabled") and not str(section.get("dtype")).endswith(_BF16_NAMES):
+    dtype = value_at(config, "torch_autocast.dtype")
+    if value_at(config, "torch_autocast.enabled") and not str(dtype).endswith(("bf16", "bfloat16")):
         problems.append(
-            f"deepspeed.torch_autocast.dtype is {section.get('dtype')!r}: DeepSpeed clips the gradients of float16 "
+            f"deepspeed.torch_autocast.dtype is {dtype!r}: DeepSpeed clips the gradients of float16 "
             "while they are scaled. Use bfloat16 (`--set deepspeed.torch_autocast.dtype=bfloat16`), or for float16 "
             "`--set deepspeed.torch_autocast.enabled=false --set deepspeed.fp16.enabled=true`"
         )

@@ -78,20 +78,12 @@ class Zero12(Protocol):
     _update_model_bit16_weights: Callable[[int], None]
 
 
-class Sharded(Protocol):
-    """A parameter under ZeRO 3: its values, and how many of them (padding included) each process holds."""
-
-    ds_numel: int
-
-    def partition_numel(self) -> int: ...
-
-
 @runtime_checkable
 class Zero3(Protocol):
     """Wrapper of ZeRO 3; `fp16_groups`: weights of each sub-group, whatever their type."""
 
     fp32_partitioned_groups_flat: Sequence[Tensor]
-    fp16_groups: Sequence[Sequence[Sharded]]
+    fp16_groups: Sequence[Sequence[Any]]
     persistent_parameters: Sequence[Any]
 
     def _partition_all_parameters(self) -> None: ...
