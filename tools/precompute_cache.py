@@ -6,6 +6,7 @@ Run again, it goes on where it was interrupted. Several GPUs share the work unde
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
@@ -80,7 +81,7 @@ def _tell(ready) -> None:
     size = sum(path.stat().st_size for path in store.shards)
     what = f"{len(store.names('video'))} videos and {len(store.names('text'))} captions"
     print(f"complete: {store.folder}, {what}, {size / 2**30:.2f} GiB in {len(store.shards)} files, {store.storage}; "
-          f"train with --cache-dir {store.folder}", flush=True)  # fmt: skip
+          f"train with --cache-dir {shlex.quote(str(store.folder))}", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -88,7 +88,8 @@ def ready_cache(request: CacheRequest, info: DistInfo, say: Callable[[str], None
     if lacking:
         if not request.fill:
             raise CacheError(
-                f"{store.folder} lacks {lacking}. Fill it with tools/precompute_cache.py, or leave out args.cache_fill"
+                f"{store.folder} lacks {lacking}. Fill it (tools/precompute_cache.py CONFIG.yaml --cache-dir DIR), or "
+                "leave out args.cache_fill"
             )
         say(f"cache: encoding {lacking}")
         _fill(store, request, source.settings, scans, info, say)

@@ -28,6 +28,7 @@ from sgm.weights.save import save_pt
 ITERATION = 1000
 TEXT_ENCODER = "t5-v1_1-xxl"
 RUN_FILE = "infer.yaml"
+_SCHEDULER = "scheduler/scheduler_config.json"
 _PATCH = "mixins.patch_embed.proj.weight"
 
 
@@ -84,6 +85,8 @@ def convert(request: ToSat) -> list[str]:
             shift, dtype = _shift_scale(request.source, sizes), parts["transformer"].plan[_PATCH].dtype
             run = run_file(request.output, sizes, parts["vae"].config, factor, shift, dtype)
             write_text(out / RUN_FILE, run)
+            if not (request.source / _SCHEDULER).is_file():
+                lines.append(f"assumed: shift_scale {shift:g}, as the published model's ({_SCHEDULER} is not there)")
             lines.append(_how_to_run(request.output, sizes))
     return lines
 
@@ -185,7 +188,7 @@ def _cast_all(plan: Mapping[str, Deferred], dtype: torch.dtype | None) -> dict[s
 
 
 def _shift_scale(source: Path, sizes: Sizes) -> float:
-    file = source / "scheduler" / "scheduler_config.json"
+    file = source / _SCHEDULER
     return float(read_json(file).get("snr_shift_scale", 3.0)) if file.is_file() else sizes.shift_scale
 
 

@@ -194,7 +194,14 @@ def commands(text: str) -> list[tuple[bool, str, list[str]]]:
         return [(True, whole[1], shlex.split(re.sub(r"\[.*?\]", "", whole[2])))]
     text = text.replace("cogvideox-sat train", "python train_video.py")
     text = text.replace("cogvideox-sat sample", "python sample_video.py")
-    return [(bool(m[1]), ENTRIES.get(m[2], m[2]), shlex.split(m[3].rstrip("."))) for m in COMMAND.finditer(text)]
+    found = [(bool(m[1]), ENTRIES.get(m[2], m[2]), shlex.split(m[3].rstrip("."))) for m in COMMAND.finditer(text)]
+    return [(called, script if called else _tool(script), words) for called, script, words in found]
+
+
+@functools.cache
+def _tool(script: str) -> str:
+    """A tool that is named without its folder, with it."""
+    return next((tool for tool in sources(f"tools/**/{script}") if not (REPO / script).exists()), script)
 
 
 def wrong_commands(text: str) -> list[str]:

@@ -122,7 +122,7 @@ def test_scales_of_a_configuration_go_along_both_ways(release: Path, tmp_path: P
     scheduler = json.loads((tmp_path / "hf" / "scheduler" / "scheduler_config.json").read_text())
     assert scheduler["snr_shift_scale"] == 2.5 and scheduler["_class_name"] == "CogVideoXDDIMScheduler"
     assert json.loads((tmp_path / "hf" / "vae" / "config.json").read_text())["scaling_factor"] == 0.5
-    convert_back(ToSat(tmp_path / "hf", tmp_path / "sat"))
+    assert not [line for line in convert_back(ToSat(tmp_path / "hf", tmp_path / "sat")) if "assumed" in line]
     written = merge_yaml([tmp_path / "sat" / "infer.yaml"])["model"]
     assert written["scale_factor"] == 0.5
     shifts = [
@@ -131,6 +131,9 @@ def test_scales_of_a_configuration_go_along_both_ways(release: Path, tmp_path: P
         written["loss_fn_config"]["params"]["sigma_sampler_config"],
     ]
     assert [node["params"]["discretization_config"]["params"]["shift_scale"] for node in shifts] == [2.5] * 3
+    shutil.rmtree(tmp_path / "hf" / "scheduler")
+    lines = convert_back(ToSat(tmp_path / "hf", tmp_path / "sat", overwrite=True))
+    assert any(line.startswith("assumed: shift_scale 3, as the published model's") for line in lines)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
