@@ -77,11 +77,13 @@ class Role:
     Attributes:
         base: classes derived from it; by name where it is heavy to import.
         rooms: packages that they may be in, beside the user's own.
+        given: arguments that the slot's reader adds; None: others may be missing, too.
         beside: TypedDict of what may stand beside `target`.
     """
 
     base: type | str
     rooms: tuple[str, ...] = ("sgm.",)
+    given: tuple[str, ...] | None = ()
     beside: Any = None
 
     def fit(self, value: Any, place: str) -> Any:
@@ -96,7 +98,7 @@ class Role:
             raise Misfit(str(error), place=place) from error
         if self.beside:
             coerce({name: v for name, v in value.items() if name not in ("target", "params")}, self.beside, place)
-        fitting = arguments(cls, _without_idle(target, params), f"{place}.params")
+        fitting = arguments(cls, _without_idle(target, params), f"{place}.params", self.given)
         node = Node({**value, "params": params | fitting} if "params" in value else value)
         node.place = place
         return node

@@ -18,13 +18,13 @@ from sgm.data.dataset import SFTDataset
 from sgm.data.scan import list_source
 from sgm.data.sources import Listing
 from sgm.typed import Misfit, coerce, listing
-from sgm.util import Role, check_params, get_obj_from_str, split_config
+from sgm.util import Role, get_obj_from_str, split_config
 
 # What the classes call otherwise than `ClipSettings` does.
 SETTING_OF = {"skip_frms_num": "skip_frames", "image_size": "video_size", "num_frames": "max_num_frames"}
 
 FROM_THE_RUN = ("data_dir", "report")
-DATASET = Annotated[Mapping[str, Any], Role(Dataset, ("sgm.data.",))]
+DATASET = Annotated[Mapping[str, Any], Role(Dataset, ("sgm.data.",), FROM_THE_RUN)]
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,13 @@ class DataSection:
 
     @classmethod
     def parse(cls, data: Mapping[str, Any]) -> DataSection:
-        """Raises ConfigError, TargetError: no data set, or parameters that it does not take."""
+        """Raises ConfigError: no data set, or parameters that it does not take."""
         try:
             node = coerce(data, DATASET, "data")
         except Misfit as error:
             raise ConfigError(listing(error.problems, "the data section")) from error
         target, params = split_config(node)
-        found = get_obj_from_str(target)
-        return cls(target, found, check_params(target, found, params, "data.params", FROM_THE_RUN))
+        return cls(target, get_obj_from_str(target), params)
 
     def names_of(self, *settings: str) -> list[str]:
         """What the class calls these fields of `ClipSettings`."""

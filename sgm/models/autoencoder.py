@@ -93,6 +93,12 @@ class VideoAutoencoder(FirstStage):
         self.decoder = instantiate_from_config(decoder_config)
         self.loss = instantiate_from_config(loss_config) if loss_config else nn.Identity()
         self.strides = self.encoder.strides
+        if self.strides != self.decoder.strides or self.encoder.out_channels != 2 * self.decoder.z_channels:
+            raise ValueError(
+                f"the encoder makes {self.encoder.out_channels} channels (mean and log variance) with {self.strides}, "
+                f"the decoder takes {self.decoder.z_channels} with {self.decoder.strides}: give both one z_channels, "
+                "double_z: true, one ch_mult and one temporal_compress_times."
+            )
         given = regularizer_config
         self.regularization = instantiate_from_config(given) if given else DiagonalGaussianRegularizer()
         self.memory = MemoryPlan()

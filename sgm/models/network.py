@@ -48,16 +48,16 @@ Channels = Annotated[int, Range(1, 65536)]
 class Adapter(TypedDict, total=False):
     """The mixin that a network may have."""
 
-    lora_config: Annotated[Config, Role(SatLoraMixin, ("sgm.", "sat."))]
+    lora_config: Annotated[Config, Role(SatLoraMixin, ("sgm.", "sat."), given=None)]
 
 
 class Mixins(Adapter):
     """The mixins of a network."""
 
-    pos_embed_config: Annotated[Config, Role(PositionMixin)]
-    patch_embed_config: Annotated[Config, Role(ImagePatchEmbeddingMixin)]
-    adaln_layer_config: Annotated[Config, Role(AdaLNMixin)]
-    final_layer_config: Annotated[Config, Role(FinalLayerMixin)]
+    pos_embed_config: Annotated[Config, Role(PositionMixin, given=None)]
+    patch_embed_config: Annotated[Config, Role(ImagePatchEmbeddingMixin, given=None)]
+    adaln_layer_config: Annotated[Config, Role(AdaLNMixin, given=None)]
+    final_layer_config: Annotated[Config, Role(FinalLayerMixin, given=None)]
 
 
 class DiffusionTransformer(BaseModel):
@@ -105,9 +105,9 @@ class DiffusionTransformer(BaseModel):
         hidden_size: Size,
         num_layers: Layers,
         num_attention_heads: Size,
+        modules: Mixins,
         elementwise_affine: bool = True,
         time_embed_dim: Size | None = None,
-        modules: Mixins | None = None,
         dtype: str = "fp32",
         parallel_output: bool = True,
         ofs_embed_dim: Size | None = None,
@@ -151,7 +151,7 @@ class DiffusionTransformer(BaseModel):
             self.hidden_size, self.num_layers, self.patch = hidden_size, num_layers, patch
             self.in_channels, self.out_channels = in_channels, out_channels
             self.latent_height, self.latent_width = latent_height, latent_width
-            self._build(modules or {}, offers, ofs_embed_dim)
+            self._build(modules, offers, ofs_embed_dim)
             self.to(DTYPES[dtype])
             self._share_whole_parameters(args.model_parallel_size)
             if self.has_lora_config and not defer_lora:

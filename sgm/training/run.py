@@ -39,7 +39,7 @@ from sgm.training.setup.clips import check_clips
 from sgm.training.setup.data import cache_request, clip_sets, left_out, training_loader
 from sgm.training.setup.deepspeed import DeepSpeedPlan, plan_deepspeed
 from sgm.training.setup.estimate import memory_needs, planned_needs
-from sgm.training.setup.model import arrange_first_stage, checkpointing_mode, load_engine
+from sgm.training.setup.model import arrange_first_stage, checkpointing_mode, load_engine, training_kernels
 from sgm.training.setup.places import check_places, with_found_places
 from sgm.training.setup.run_folder import check_writable, find_checkpoint, hold, new_run_folder
 from sgm.training.setup.start import rehearse_start, start_engine
@@ -265,6 +265,7 @@ def _activation_note(config: RunConfig[TrainArgs]) -> list[str]:
 
 def _dry_run(config: RunConfig[TrainArgs], plan: DeepSpeedPlan, info: DistInfo, say: Say) -> int:
     args = config.args
+    training_kernels(config.accelerate, info.device)
     rehearse_start(plan, info.device)
     say(config.as_yaml())
     ranks = distributed.data_parallel_world_size()

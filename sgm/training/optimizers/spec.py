@@ -50,7 +50,10 @@ class OptimizerSpec:
         if stray or not isinstance(section.get("type"), str):
             found = ", ".join(section) or "nothing"
             raise OptimizerError(f"deepspeed.optimizer needs `type` and `params`, got {found}")
-        params = dict(section.get("params") or {})
+        params = section.get("params") or {}
+        if not isinstance(params, Mapping):
+            raise OptimizerError(f"deepspeed.optimizer.params must be a mapping, got {params!r}")
+        params = dict(params)
         lr = params.pop("lr", None)
         if isinstance(lr, bool) or not isinstance(lr, int | float) or not math.isfinite(lr) or lr < 0:
             raise OptimizerError(f"deepspeed.optimizer.params.lr must be a number >= 0, got {lr!r}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sgm.config import ConfigError, RunConfig
 from sgm.data.buckets import Bucket
@@ -11,6 +11,7 @@ from sgm.modules.autoencoding.strides import STRIDES
 from sgm.modules.transformer.positions import LARGEST_STRETCH
 from sgm.training.options import TrainArgs
 from sgm.training.setup.model import meta_engine, training_model_section
+from sgm.typed import listing
 
 if TYPE_CHECKING:
     from sgm.models.network import DiffusionTransformer  # brings SAT, and with it seconds
@@ -24,11 +25,14 @@ def check_clips(config: RunConfig[TrainArgs], dtype: str) -> None:
             than `LARGEST_STRETCH` times the network's own.
     """
     if not config.data:
-        return
+        raise ConfigError("training needs a `data:` section (target: data_video.SFTDataset and its params)")
     section = DataSection.parse(config.data)
     settings = section.settings()
     if settings is None:
         return
+    wrong = _wrong_inputs(config.model)
+    if wrong:
+        raise ConfigError(listing(wrong, "what the network is to learn from"))
     model = training_model_section(config.model, config.args)
     model["conditioner_config"] = None
     network = meta_engine(model, dtype).network
@@ -38,6 +42,21 @@ def check_clips(config: RunConfig[TrainArgs], dtype: str) -> None:
         sizes = " and ".join(section.names_of("max_num_frames", "video_size"))
         keys = "data.params.buckets does" if settings.buckets else f"data.params.{sizes} do"
         raise ConfigError(f"{keys} not suit this network: {'; '.join(problems)}")
+
+
+def _wrong_inputs(model: dict[str, Any]) -> list[str]:
+    """What parts of the engine ask of a batch, and our data sets do not give."""
+    problems = []
+    if model.get("latent_input"):
+        problems.append("model.latent_input: the data set gives pixels; leave it out (args.cache_dir keeps latents)")
+    if model.get("input_key", "mp4") != "mp4":
+        problems.append(f"model.input_key is {model['input_key']!r}; the data set gives clips as mp4")
+    embedders = ((model.get("conditioner_config") or {}).get("params") or {}).get("emb_models") or []
+    return problems + [
+        f"model.conditioner_config.params.emb_models[{k}].input_key is {key!r}; the data set gives captions as txt"
+        for k, entry in enumerate(embedders)
+        if (key := entry.get("input_key", "txt")) != "txt"
+    ]
 
 
 def _unsuitable(clip: Bucket, network: DiffusionTransformer) -> str | None:

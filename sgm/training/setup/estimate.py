@@ -19,7 +19,7 @@ from sgm.training.memory import MemoryNeeds
 from sgm.training.options import TrainArgs
 from sgm.training.prior import needs_copy
 from sgm.training.setup.deepspeed import DeepSpeedPlan
-from sgm.training.setup.model import meta_engine, training_model_section
+from sgm.training.setup.model import checked_engine, freeze_untrained, training_model_section
 
 T5_XXL_VALUES = 4_762_310_656
 
@@ -62,11 +62,11 @@ def planned_needs(config: RunConfig[TrainArgs], plan: DeepSpeedPlan, data_parall
     absent = 0 if text_is_local(model) else T5_XXL_VALUES
     if absent:
         model["conditioner_config"] = None
-    engine = meta_engine(model, plan.dtype)
+    engine = checked_engine(model, config.args, plan)
     if engine.network.has_lora_config:
         with torch.device("meta"):
             engine.network.attach_lora()
-    engine.freeze_untrained()
+    freeze_untrained(engine)
     needs = memory_needs(engine, config, plan, data_parallel_size)
     return replace(needs, frozen=needs.frozen + absent, encoder_values=needs.encoder_values + absent)
 

@@ -13,7 +13,7 @@ from sgm.config import AccelerateArgs, ConfigError, RunConfig
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.models.loading import LoadedNetwork, load_first_stage, load_network, load_text_encoder
 from sgm.modules.diffusionmodules.loss import Loss, VideoDiffusionLoss
-from sgm.modules.ops.choice import choose_kernels
+from sgm.modules.ops.choice import Kernels, choose_kernels
 from sgm.modules.ops.recompute import MODES, stronger_mode
 from sgm.training.options import TrainArgs
 from sgm.training.prior import BaseNetwork
@@ -92,6 +92,36 @@ def meta_engine(model: Mapping[str, Any], dtype: str) -> SATVideoDiffusionEngine
         return SATVideoDiffusionEngine(**model, dtype=dtype)
 
 
+def checked_engine(model: dict[str, Any], args: TrainArgs, plan: DeepSpeedPlan) -> SATVideoDiffusionEngine:
+    """`meta_engine` of a `training_model_section`, whose parts go with what a run asks of them.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    engine = meta_engine(model, plan.dtype)
+    check_graphs(args, plan, engine.network.transformer.checkpoint_activations)
+    check_prior(args, plan, engine.loss_fn)
+    for part, there in {"conditioner": engine.conditioner, "loss_fn": engine.loss_fn}.items():
+        if there is None and f"{part}_config" not in model:
+            raise ConfigError(f"model.{part}_config is missing, which training needs")
+    return engine
+
+
+def training_kernels(fast: AccelerateArgs, device: torch.device) -> Kernels:
+    """Raises ConfigError, KernelError: what cannot be trained with, or does not run on `device`."""
+    refuse_approximations(fast)
+    return choose_kernels(fast.kernels, fast.attention, device, fast.cpu_bf16)
+
+
+def freeze_untrained(engine: SATVideoDiffusionEngine) -> None:
+    """Leave gradients to what learns. Raises ConfigError: that is nothing."""
+    if not engine.freeze_untrained():
+        raise ConfigError(
+            f"model.not_trainable_prefixes {list(engine.not_trainable_prefixes)} leaves nothing to train; "
+            "['all'] needs a lora_config beside it, as configs/lora.yaml has it"
+        )
+
+
 def load_engine(
     config: RunConfig[TrainArgs], plan: DeepSpeedPlan, device: torch.device
 ) -> tuple[SATVideoDiffusionEngine, LoadedNetwork | None]:
@@ -103,13 +133,9 @@ def load_engine(
         KernelError: `accelerate.kernels` do not run on `device`.
     """
     args = config.args
-    fast = config.accelerate
-    refuse_approximations(fast)
-    kernels = choose_kernels(fast.kernels, fast.attention, device, fast.cpu_bf16)
+    kernels = training_kernels(config.accelerate, device)
     model = training_model_section(config.model, args)
-    engine = meta_engine(model, plan.dtype)
-    check_graphs(args, plan, engine.network.transformer.checkpoint_activations)
-    check_prior(args, plan, engine.loss_fn)
+    engine = checked_engine(model, args, plan)
     loaded = _load_or_start_network(engine, args, model["network_config"], plan.dtype, device)
     if engine.first_stage_model is not None and not args.cache_dir:
         load_first_stage(engine.autoencoder, device=device, dtype=engine.dtype)
@@ -117,11 +143,7 @@ def load_engine(
     if engine.conditioner is not None and not args.cache_dir:
         load_text_encoder(engine.conditioner, device=device, dtype=engine.dtype)
     engine.use_kernels(kernels)
-    if not engine.freeze_untrained():
-        raise ConfigError(
-            f"model.not_trainable_prefixes {list(engine.not_trainable_prefixes)} leaves nothing to train; "
-            "['all'] needs a lora_config beside it, as configs/lora.yaml has it"
-        )
+    freeze_untrained(engine)
     engine.to(device)
     if args.prior_data:
         engine.base, engine.base_weight = BaseNetwork(engine.model), args.prior_weight
