@@ -130,6 +130,11 @@ def test_a_run_writes_the_originals_layout(release, clips, tmp_path):
     assert (folder / "loss.png").stat().st_size > 0 and len(list((folder / "tensorboard").iterdir())) == 1
 
 
+def test_zero_3_trains_from_a_cache(release, clips, tmp_path):
+    content = configuration(release, clips, tmp_path / "save", train_iters=1, cache_dir=str(tmp_path / "cache"))
+    assert (run(content, tmp_path, "deepspeed.zero_optimization.stage=3") / "1").is_dir()
+
+
 def test_epochs_replace_iterations(release, clips, tmp_path, capsys):
     content = configuration(release, clips, tmp_path / "save", epochs=2, log_image=False)
     content["deepspeed"] |= {"gradient_accumulation_steps": 2, "wall_clock_breakdown": True}

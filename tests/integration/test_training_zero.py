@@ -55,7 +55,7 @@ def test_a_bad_micro_batch_on_one_rank_is_skipped_by_all_without_a_trace(results
 @pytest.mark.parametrize("case", CASES)
 def test_optimizer_state_resumes_bit_for_bit(results, case):
     for rank in results[case]:
-        assert rank["restored"] and rank["resumed_equal"] and rank["ema_equal_after_resume"]
+        assert rank["finite"] and rank["restored"] and rank["resumed_equal"] and rank["ema_equal_after_resume"]
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,20 @@ def _mapped(file: Path) -> list[tuple[int, int]]:
 @pytest.mark.parametrize(("text", "scale"), [("a.pt", 1.0), ("a.pt:0.5", 0.5), ("C:x:2", 2.0)])
 def test_adapters_by_path_and_scale(text, scale):
     assert Adapter.parse(text).scale == scale
+
+
+def test_an_adapter_that_is_not_finite_is_named(tmp_path):
+    source = tiny_network()
+    save(source, tmp_path / "w.pt")
+    place = "transformer.layers.0.attention.dense"
+    out, wide = source.get_submodule(place).weight.shape
+    matrices = {f"{place}.matrix_A.0": torch.zeros(2, wide), f"{place}.matrix_B.0": torch.full((out, 2), math.inf)}
+    torch.save({"module": {f"model.diffusion_model.{n}": m for n, m in matrices.items()}}, tmp_path / "lora.pt")
+    with pytest.raises(WeightsError, match=rf"lora.pt: {place}.matrix_B.0 is not finite, {2 * out} of {2 * out}"):
+        load_network(
+            empty(), tmp_path / "w.pt", device=torch.device("cpu"), dtype=torch.float32, allow_absent=True,
+            adapters=[Adapter(str(tmp_path / "lora.pt"))],
+        )  # fmt: skip
 
 
 def test_adapter_scale_that_is_no_number(tmp_path):
