@@ -117,39 +117,59 @@ class BucketSampler(ClipSampler):
         weights: Sequence[float] | None = None,
     ):
         super().__init__([len(source) for source in shapes], seed, rank, world_size, "shuffle", weights)
-        self.block = batch_size * world_size
-        self.groups, amounts = _groups(shapes, self.weights)
-        blocks = max(len(self.groups), round(self.length / self.block))
-        self.shares = shares(blocks, amounts)
-        self.length = blocks * self.block
+        self.groups, self._amounts = _groups(shapes, self.weights)
+        self._clips = self.length
+        # Where this arrangement in blocks began, and how many clips of each shape came before it.
+        self._begin, self._taken = 0, [0] * len(self.groups)
+        self._arrange(batch_size * world_size)
+
+    def _arrange(self, block: int) -> None:
+        self.block = block
+        blocks = max(len(self.groups), round(self._clips / block))
+        self.shares = shares(blocks, self._amounts)
+        self.length = blocks * block
+
+    def at(self, position: int) -> int:
+        return super().at(position - self._begin)
 
     def state_dict(self, consumed: int | None = None) -> SamplerState:
-        state = super().state_dict(consumed)
-        return {**state, "block": self.block, "groups": [len(group) for group in self.groups]}
+        state = super().state_dict((self.consumed if consumed is None else consumed) - self._begin)
+        groups = [len(group) for group in self.groups]
+        return {**state, "block": self.block, "groups": groups, "begin": self._begin, "taken": list(self._taken)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken.
-
-        Raises:
-            ValueError: other data, or another number of clips a step: blocks would not be those of the earlier run.
+        """Go on where `state_dict` was taken. With another number of clips a step the shapes come in a new order, while
+        those of one shape go on in theirs.
         """
-        for name in ("block", "groups"):
-            own = self.block if name == "block" else [len(group) for group in self.groups]
-            if state.get(name) != own:
-                raise ValueError(
-                    f"the saved stream of bucketed batches has {name} {state.get(name)}, this run has {own}: go on "
-                    "with the same data, micro-batch and number of processes, or start the data stream anew"
-                )
+        own = self.block
+        self._arrange(int(state.get("block", own)))
         super().load_state_dict(state)
+        self._begin, self._taken = int(state.get("begin", 0)), list(state.get("taken", [0] * len(self.groups)))
+        self.consumed += self._begin
+        if own != self.block:
+            self._arrange_anew(own)
+
+    def _arrange_anew(self, block: int) -> None:
+        epoch, offset = divmod(self.consumed - self._begin, self.length)
+        here = np.bincount(self._order(epoch)[: offset // self.block], minlength=len(self.groups)).tolist()
+        blocks = [epoch * share + count for share, count in zip(self.shares, here, strict=True)]
+        self._taken = [before + count * self.block for before, count in zip(self._taken, blocks, strict=True)]
+        self._begin = self.consumed
+        self._arrange(block)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """Group of each block of an epoch."""
+        order = np.repeat(np.arange(len(self.groups)), self.shares)
+        self._rng(epoch).shuffle(order)
+        return order
 
     def _plan_of(self, epoch: int) -> np.ndarray:
         """Clip numbers of one epoch, int64 (length,)."""
-        order = np.repeat(np.arange(len(self.groups)), self.shares)
-        self._rng(epoch).shuffle(order)
+        order = self._order(epoch)
         plan = np.empty((len(order), self.block), np.int64)
         for number, (group, share) in enumerate(zip(self.groups, self.shares, strict=True)):
             count = share * self.block
-            taken = self._of_source(number, len(group), epoch * count, count)
+            taken = self._of_source(number, len(group), self._taken[number] + epoch * count, count)
             plan[order == number] = group[taken].reshape(share, self.block)
         return plan.reshape(-1)
 

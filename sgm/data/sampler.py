@@ -14,11 +14,13 @@ from typing import Any, NotRequired, TypedDict
 import numpy as np
 from torch.utils.data import Sampler
 
+from sgm.errors import SgmError
+
 ORDERS = ("shuffle", "sequential", "upstream")
 
 
 class SamplerState(TypedDict):
-    """Where a stream stands, for all ranks alike, and of what data it is; `block`, `groups`: of a `BucketSampler`."""
+    """Where a stream stands, for all ranks alike, and of what data it is; from `block` on: of a `BucketSampler`."""
 
     seed: int
     epoch: int
@@ -28,6 +30,12 @@ class SamplerState(TypedDict):
     weights: list[float] | None
     block: NotRequired[int]
     groups: NotRequired[list[int]]
+    begin: NotRequired[int]
+    taken: NotRequired[list[int]]
+
+
+class PositionError(SgmError):
+    """A saved data position means nothing for this data or its order."""
 
 
 class ClipSampler(Sampler[int]):
@@ -100,13 +108,14 @@ class ClipSampler(Sampler[int]):
         """Go on where `state_dict` was taken, with its seed.
 
         Raises:
-            ValueError: the state belongs to other data or another order, so that its position means nothing here.
+            PositionError: the state belongs to other data or another order, so that its position means nothing here.
         """
-        for name in ("sizes", "order", "weights"):
-            if state[name] != getattr(self, name):
-                raise ValueError(
-                    f"the saved data position was taken with {name} {state[name]}, now it is {getattr(self, name)}; "
-                    "restore the data set, or start the data stream anew without this state"
+        own = self.state_dict()
+        for name in ("sizes", "order", "weights", "groups"):
+            if state.get(name) != own.get(name):
+                raise PositionError(
+                    f"the saved data position was taken with {name} {state.get(name)}, now it is {own.get(name)}; "
+                    "restore the data set, or start a new run from the saved weights (args.load)"
                 )
         self.seed = int(state["seed"])
         self.consumed = int(state["epoch"]) * self.length + int(state["position"])

@@ -17,7 +17,7 @@ from sgm.data.buckets import (
     parse_buckets,
 )
 from sgm.data.frames import ClipError
-from sgm.data.sampler import ClipSampler
+from sgm.data.sampler import ClipSampler, PositionError
 
 BUCKETS = parse_buckets(
     [[49, 480, 720], [49, 720, 480], [17, 480, 720], [17, 720, 480], [1, 480, 720], [1, 1024, 1024]]
@@ -126,9 +126,30 @@ def test_resuming_keeps_the_order(steps):
     assert take(second, 80 - steps * 2) == straight[steps * 2 :]
 
 
-def test_another_number_of_clips_a_step_is_refused():
-    state = BucketSampler(SHAPES, 2, 5).state_dict()
-    with pytest.raises(ValueError, match="has block 2, this run has 4.*micro-batch"):
-        BucketSampler(SHAPES, 4, 5).load_state_dict(state)
-    with pytest.raises(ValueError, match="block None"):
-        BucketSampler(SHAPES, 4, 5).load_state_dict(ClipSampler([20]).state_dict())
+def test_with_another_number_of_ranks_each_clip_still_comes_before_any_comes_again():
+    """2 ranks, then 1, then 3, and resumed in between with the same: whole batches of one shape, no clip skipped."""
+    flat, seen, state = SHAPES[0], [], None
+    for ranks, steps in ((2, 7), (1, 9), (1, 4), (3, 6), (2, 20)):
+        each = [BucketSampler(SHAPES, 2, 5, rank, ranks) for rank in range(ranks)]
+        for sampler in each if state else ():
+            sampler.load_state_dict(state)
+        before = each[0].consumed
+        taken = [take(sampler, 2 * steps) for sampler in each]
+        for step in range(steps):
+            batches = [stream[2 * step : 2 * step + 2] for stream in taken]
+            assert len({flat[clip] for batch in batches for clip in batch}) == 1
+            seen += [clip for batch in batches for clip in batch]
+        state = each[0].state_dict()
+        assert each[0].consumed == before + 2 * steps * ranks == len(seen)
+        for shape in set(flat):
+            counts = [seen.count(k) for k, found in enumerate(flat) if found == shape]
+            assert max(counts) - min(counts) <= 1
+    assert min(Counter(seen).values()) > 1 and len(set(seen)) == 20
+
+
+def test_a_position_in_another_kind_of_stream_is_refused():
+    plain, blocks = ClipSampler([20]), BucketSampler(SHAPES, 4, 5)
+    with pytest.raises(PositionError, match=r"groups None, now it is \[.*args.load"):
+        blocks.load_state_dict(plain.state_dict())
+    with pytest.raises(PositionError, match="now it is None"):
+        plain.load_state_dict(blocks.state_dict())
