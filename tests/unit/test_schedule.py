@@ -72,3 +72,16 @@ def test_groups_get_the_rate_times_their_scale_and_resume_exactly():
     assert later[0]["lr"] == groups[0]["lr"]
     schedule.step(), other.step()
     assert later[0]["lr"] == groups[0]["lr"]
+
+
+def test_a_longer_run_decays_to_its_new_end_and_warms_up_once():
+    first = LearningRate(ScheduleSettings(LR, 1000, warmup=0.1, hold_steps=0), [{}])
+    first.steps = 400
+    longer = LearningRate(ScheduleSettings(LR, 8000, warmup=0.1, hold_steps=0), [{}])
+    longer.load_state_dict(first.state_dict())
+    assert longer.current == pytest.approx(LR * (8000 - (401 - 100)) / 8000)  # step 401 lies beyond the warm-up of 100
+    again = LearningRate(ScheduleSettings(LR, 8000, warmup=0.1, hold_steps=0), [{}])
+    again.load_state_dict(longer.state_dict())
+    assert again.current == longer.current
+    again.steps = 8099
+    assert again.current == 0.0

@@ -6,6 +6,7 @@ asks for less), whatever the warm-up setting. That is kept: `hold_steps`, 0 turn
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ class ScheduleSettings:
             constant too, as in the original.
         decay_ratio: final share of `base_lr` under "cosine".
         hold_steps: optimizer steps at the start held at `hold_rate * base_lr` or below.
+        warmup_steps: of a run that was made longer since, in place of `warmup * total_steps`.
     """
 
     base_lr: float
@@ -41,6 +43,7 @@ class ScheduleSettings:
     decay_ratio: float = 0.1
     hold_steps: int = 100
     hold_rate: float = 0.05
+    warmup_steps: float | None = None
 
     def __post_init__(self) -> None:
         if self.style not in STYLES:
@@ -52,6 +55,11 @@ class ScheduleSettings:
         if self.base_lr < 0 or not math.isfinite(self.base_lr):
             raise ScheduleError(f"the learning rate {self.base_lr} must be a finite number >= 0")
 
+    @property
+    def rising_steps(self) -> float:
+        """Optimizer steps of the warm-up."""
+        return self.warmup * max(1, self.total_steps) if self.warmup_steps is None else self.warmup_steps
+
 
 def learning_rate(settings: ScheduleSettings, step: int) -> float:
     """Rate of optimizer step `step` (from 0).
@@ -60,7 +68,7 @@ def learning_rate(settings: ScheduleSettings, step: int) -> float:
     linear lr (N - (k - w))/N, not below 0, or cosine lr r ((cos(pi p) + 1)(1/r - 1)/2 + 1), p = min(1, (k - w)/N).
     """
     k, total = step + 1, max(1, settings.total_steps)
-    warmup_steps = settings.warmup * total
+    warmup_steps = settings.rising_steps
     rising = settings.base_lr * k / warmup_steps if k <= warmup_steps else math.inf
     if k <= settings.hold_steps:
         return min(settings.hold_rate * settings.base_lr, rising)
@@ -103,9 +111,11 @@ class LearningRate:
         self._apply()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": self.steps}
+        return {"steps": self.steps, "warmup_steps": self.settings.rising_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken. The warm-up stays that run's; the decay ends where these settings say."""
+        self.settings = dataclasses.replace(self.settings, warmup_steps=state.get("warmup_steps"))
         self.steps = int(state["steps"])
         self._apply()
 
