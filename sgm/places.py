@@ -25,6 +25,12 @@ def found_path(value: str) -> str:
     return str(below)
 
 
+def real_path(value: str) -> str:
+    """`value` without symbolic links, from the root, where it exists; else as it is (a name in a hub, for example)."""
+    path = Path(value).expanduser()
+    return str(path.resolve()) if path.exists() else value
+
+
 def lies_in_demo(path: str) -> bool:
     """Whether a path is below the demo folder, where things are made at first use: the checkout's, or one here."""
     home = Path.cwd() if INSTALLED else PROJECT

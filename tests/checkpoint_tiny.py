@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,26 +13,23 @@ from sgm.config import AccelerateArgs, RunConfig
 from sgm.training.checkpoints.partitions import ema_state, load_ema_state, load_optimizer_state, optimizer_state
 from sgm.training.checkpoints.state import TrainState, capture_rng
 from sgm.training.optimizers.ema_adam import FusedEmaAdam
+from sgm.training.options import TrainArgs
 from sgm.weights import read_checkpoint
 from sgm.weights.files import tensors_of
 from sgm.weights.release import locate
 
 
-@dataclass(frozen=True)
-class Args:
-    experiment_name: str = "toy"
-    seed: int = 1
-    load: str | None = None
-    train_iters: int = 10
-    epochs: int | None = None
-    save: str = "runs"
-    keep_last: int | None = None
-
-
-def configuration(**args: Any) -> RunConfig[Args]:
-    return RunConfig(
-        Args(**args), {"scale_factor": 1.0}, None, {"zero_optimization": {"stage": 0}}, AccelerateArgs(), (), ()
-    )
+def configuration(**args: Any) -> RunConfig[TrainArgs]:
+    given = {
+        "experiment_name": "toy",
+        "mode": "pretrain",
+        "train_data": ["clips"],
+        "seed": 1,
+        "train_iters": 10,
+        **args,
+    }
+    sections = ({"scale_factor": 1.0}, None, {"zero_optimization": {"stage": 0}})
+    return RunConfig(TrainArgs(**given), *sections, AccelerateArgs(), (), ())
 
 
 class ToyEngine(nn.Module):
@@ -58,6 +54,7 @@ def toy_run(seed: int = 0) -> Any:
     return SimpleNamespace(
         module=module, optimizer=optimizer, basic_optimizer=optimizer, zero_optimization_stage=lambda: 0,
         dp_world_size=1, global_steps=0, global_samples=0, micro_steps=0, skipped_steps=0,
+        gradient_accumulation_steps=lambda: 1,
     )  # fmt: skip
 
 

@@ -17,12 +17,13 @@ PUBLISHED_WIDTH = 1920  # of CogVideoX-2B, for which these are meant
 FULL_RATES = (1e-7, 1e-5, 1e-4)
 LORA_RATES = (1e-4, 1e-3, 1e-2)
 
-# What may change between a run and its continuation: it decides when things are written, not what is learnt.
+# What may change between a run and its continuation: how far it goes, what is written when, where it runs.
 RESUME_MAY_CHANGE = frozenset(
-    """resume save save_interval keep_last lora_only save_merged save_frozen log_interval eval_interval eval_iters
+    """train_iters epochs lr_decay_iters
+    resume save save_interval keep_last lora_only save_merged save_frozen log_interval eval_interval eval_iters
     eval_batch_size strict_eval only_log_video_latents log_image num_workers prefetch_factor exit_interval device
     eval_prompts tensorboard summary_dir wandb wandb_project_name
-    max_skipped_steps no_load_rng checkpoint_activations cuda_graphs vae_low_memory cache_dir cache_fill
+    max_skipped_steps no_load_rng force_train checkpoint_activations cuda_graphs vae_low_memory cache_dir cache_fill
     cache_dtype""".split()
 )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import random
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -14,7 +13,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils.data import Dataset
@@ -26,8 +24,10 @@ from sgm.config import ConfigError, RunConfig, check_model_section
 from sgm.distributed import DistInfo, from_first
 from sgm.files import SaveError, write_text
 from sgm.models.diffusion import SATVideoDiffusionEngine
+from sgm.training.checkpoints.load import Earlier, load_state
 from sgm.training.checkpoints.same_run import CONFIG_FILE
 from sgm.training.checkpoints.saver import Saver, resume
+from sgm.training.checkpoints.state import seed_all
 from sgm.training.evaluate import Evaluation, evaluation_batches
 from sgm.training.faults import SkipGuard, TrainingStopped, out_of_memory_advice
 from sgm.training.memory import MemoryNeeds, free_memory
@@ -41,7 +41,14 @@ from sgm.training.setup.deepspeed import DeepSpeedPlan, plan_deepspeed
 from sgm.training.setup.estimate import memory_needs, planned_needs
 from sgm.training.setup.model import arrange_first_stage, checkpointing_mode, load_engine, training_kernels
 from sgm.training.setup.places import check_places, with_found_places
-from sgm.training.setup.run_folder import check_writable, find_checkpoint, hold, new_run_folder
+from sgm.training.setup.run_folder import (
+    check_writable,
+    find_checkpoint,
+    hold,
+    keep_clips_per_step,
+    new_run_folder,
+    require_longer,
+)
 from sgm.training.setup.start import rehearse_start, start_engine
 from sgm.training.trainer import Trainer
 from sgm.training.watch.boards import Board, TensorBoard, WeightsAndBiases
@@ -74,8 +81,13 @@ def train(config: RunConfig[TrainArgs], *, dry_run: bool = False) -> int:
         say(note if note.startswith("warning") else f"note: {note}")
     if dry_run:
         return _dry_run(config, plan, info, say)
+    if args.save:
+        check_writable(args.save)
+    earlier = find_checkpoint(config, say)
+    if earlier:
+        plan = keep_clips_per_step(plan, earlier, config.deepspeed or {}, distributed.data_parallel_world_size())
     with ExitStack() as stack:
-        parts = _load(config, plan, info, stack, say)
+        parts = _load(config, plan, earlier, info, stack, say)
         try:
             code = _start(parts, config, plan, info, stack, say).fit()
         except torch.OutOfMemoryError as error:
@@ -100,11 +112,11 @@ class _Loaded:
     """What is there before the clips.
 
     Attributes:
-        checkpoint: the iteration folder to go on from. folder: the run's; None where nothing is saved.
+        earlier: the checkpoint to go on from. folder: the run's; None where nothing is saved.
         groups: the parameters that learn, in an optimizer's groups.
     """
 
-    checkpoint: Path | None
+    earlier: Earlier | None
     cache: ReadyCache | None
     folder: Path | None
     engine: SATVideoDiffusionEngine
@@ -112,15 +124,19 @@ class _Loaded:
     needs: MemoryNeeds
 
 
-def _load(config: RunConfig[TrainArgs], plan: DeepSpeedPlan, info: DistInfo, stack: ExitStack, say: Say) -> _Loaded:
+def _load(
+    config: RunConfig[TrainArgs],
+    plan: DeepSpeedPlan,
+    earlier: Earlier | None,
+    info: DistInfo,
+    stack: ExitStack,
+    say: Say,
+) -> _Loaded:
     """Where to write, the cache, the engine with its weights; what must be closed goes onto `stack`."""
     args = config.args
-    if args.save:
-        check_writable(args.save)
-    found = find_checkpoint(config, say)
     request = cache_request(config, plan.dtype)
     cache = ready_cache(request, info, say) if request else None
-    folder = found.parent if found else new_run_folder(args)
+    folder = earlier.folder.parent if earlier else new_run_folder(args)
     if folder:
         hold(folder, stack)
     seed_all(args.seed)  # the same on all ranks, for what is initialised at random
@@ -133,7 +149,7 @@ def _load(config: RunConfig[TrainArgs], plan: DeepSpeedPlan, info: DistInfo, sta
     say(f"training {count(groups):,} of {sum(p.numel() for p in engine.parameters()):,} values; {info.world_size} "
         f"process{'es' if info.world_size > 1 else ''}, {types}, ZeRO {plan.stage}")  # fmt: skip
     say("\n".join(needs.report(free_memory(info.device))))
-    return _Loaded(found, cache, folder, engine, groups, needs)
+    return _Loaded(earlier, cache, folder, engine, groups, needs)
 
 
 def _start(
@@ -146,9 +162,12 @@ def _start(
     for line in left_out([*clips.train, *clips.valid]):
         say(line)
     loader = stack.enter_context(training_loader(config.args, plan.micro_batch, clips.train))
-    config = _with_epochs(config, plan, sum(loader.sampler.sizes))
+    config = _with_epochs(config, plan, sum(loader.sampler.sizes), parts.earlier)
+    if parts.earlier:
+        require_longer(parts.earlier, config.args.train_iters)
     args = config.args
 
+    ranks = distributed.data_parallel_world_size()
     ds_engine = start_engine(engine, parts.groups, plan, info.device.type)
     arrange_first_stage(engine, config, plan)
     schedule = LearningRate(args.schedule(plan.optimizer.lr), ds_engine.basic_optimizer.param_groups)
@@ -161,16 +180,16 @@ def _start(
         args,
         log,
         SkipGuard(args.max_skipped_steps),
-        saver=Saver(folder, config, trains_lora(config.model)) if folder else None,
+        saver=Saver(folder, config, trains_lora(config.model), plan.clips_per_step(ranks)) if folder else None,
         evaluation=_evaluation(config, plan, clips.valid, folder),
         dtype=plan.dtype,
         clipping=plan.clipping,
         clock=phases_of_step(PhaseClock(True, info.device), engine),
     )
     seed_all(args.seed + distributed.data_parallel_rank())
-    if parts.checkpoint:
-        resume(trainer, parts.checkpoint)
-        say(f"resumed {parts.checkpoint} at iteration {trainer.iteration}")
+    if parts.earlier:
+        resume(trainer, parts.earlier.folder)
+        say("\n".join(_resumed(trainer, parts.earlier, plan, ranks)))
     if info.rank == 0:
         log.boards = _boards(config, folder, trainer.iteration)
     if folder and info.rank == 0:
@@ -193,15 +212,21 @@ def device_type(wanted: str | None) -> str:
     return wanted
 
 
-def _with_epochs(config: RunConfig[TrainArgs], plan: DeepSpeedPlan, clips: int) -> RunConfig[TrainArgs]:
+def _with_epochs(
+    config: RunConfig[TrainArgs], plan: DeepSpeedPlan, clips: int, earlier: Earlier | None
+) -> RunConfig[TrainArgs]:
     """`epochs` as iterations, and the intervals that default to one epoch."""
     args = config.args
     if args.epochs is None:
         return config
-    samples = plan.micro_batch * plan.accumulation * distributed.data_parallel_world_size()
+    samples = plan.clips_per_step(distributed.data_parallel_world_size())
     per_epoch = math.ceil(clips / samples)
+    train_iters = args.epochs * per_epoch
+    if earlier and earlier.clips_per_step != samples:
+        left = max(0, args.epochs * clips - load_state(earlier.folder, 0).consumed_samples)
+        train_iters = earlier.record.iteration + math.ceil(left / samples)
     args = dataclasses.replace(
-        args, train_iters=args.epochs * per_epoch, eval_interval=args.eval_interval or per_epoch,
+        args, train_iters=train_iters, eval_interval=args.eval_interval or per_epoch,
         save_interval=args.save_interval or per_epoch,
     )  # fmt: skip
     return dataclasses.replace(config, args=args)
@@ -239,19 +264,33 @@ def _boards(config: RunConfig[TrainArgs], folder: Path | None, iteration: int) -
     return boards
 
 
-def seed_all(seed: int) -> None:
-    """Seed Python, NumPy and torch (all devices)."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
 # --- what is said -------------------------------------------------------------------------------------------------
 
 
 def rank_zero_printer(rank: int) -> Say:
     """Prints a line at once, on the first rank; the others say nothing."""
     return print_line if rank == 0 else lambda line: None
+
+
+def _resumed(trainer: Trainer, earlier: Earlier, plan: DeepSpeedPlan, ranks: int) -> list[str]:
+    """Where a run goes on, and all that is not as it was."""
+    end, before, schedule = trainer.args.train_iters, earlier.then.get("args.train_iters"), trainer.schedule
+    lines = [f"resumed {earlier.folder} at iteration {trainer.iteration} of {end}"]
+    lines += [f"note: changed since: {change}" for change in earlier.changes]
+    if end != before:
+        lines.append(
+            f"note: the run's end moves from iteration {before} to {end}: the learning rate goes on with "
+            f"{schedule.current:.3g} and falls until step {schedule.settings.total_steps}"
+        )
+    set_up = "{} processes, ZeRO {}, {} clips a step"
+    then = set_up.format(earlier.record.world_size, earlier.record.zero_stage, earlier.clips_per_step)
+    now = set_up.format(dist.get_world_size(), plan.stage, plan.clips_per_step(ranks))
+    if then != now:
+        lines.append(
+            f"note: {then} -> {now} ({plan.micro_batch} x {plan.accumulation} accumulation x {ranks} ranks): the "
+            f"optimizer's state is kept value for value, the clips go on in their order after {trainer.loader.consumed}"
+        )
+    return lines
 
 
 def _activation_note(config: RunConfig[TrainArgs]) -> list[str]:
@@ -269,7 +308,7 @@ def _dry_run(config: RunConfig[TrainArgs], plan: DeepSpeedPlan, info: DistInfo, 
     rehearse_start(plan, info.device)
     say(config.as_yaml())
     ranks = distributed.data_parallel_world_size()
-    batch = plan.micro_batch * plan.accumulation * ranks
+    batch = plan.clips_per_step(ranks)
     extent = f"{args.epochs} epochs" if args.epochs else f"{args.train_iters} iterations"
     say(f"plan: {extent} of {batch} clips ({plan.micro_batch} x {plan.accumulation} accumulation x {ranks} ranks) on "
         f"{info.device}, {plan.dtype}, ZeRO {plan.stage}{' with CPU offload' if plan.offload else ''}, optimizer "

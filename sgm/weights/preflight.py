@@ -44,13 +44,13 @@ class PathError(ConfigError):
     """A path in the configuration is unedited or wrong; the message names each and says how to get the weights."""
 
 
-def with_found_paths(config: RunConfig[Args]) -> RunConfig[Args]:
-    """`config` with relative weight paths that do not exist from the current folder taken from the project's.
+def with_found_paths(config: RunConfig[Args], find: Callable[[str], str] = found_path) -> RunConfig[Args]:
+    """`config` with its weight paths as `find` gives them: by default the project's where only these are.
 
     A training run's folder may be given without its date: the newest run is taken.
     """
-    model = with_paths(config.model, found_path)
-    load = config.args.load and found_path(config.args.load)
+    model = with_paths(config.model, find)
+    load = config.args.load and find(config.args.load)
     if load and not Path(load).expanduser().exists():
         load = str(newest_run(Path(load).expanduser()) or load)
     return replace(config, model=model, args=replace(config.args, load=load))

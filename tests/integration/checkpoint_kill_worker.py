@@ -20,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from sgm import files as writers
 from sgm.training.checkpoints.load import find_resume, load_state
-from sgm.training.checkpoints.same_run import resume_hash
 from sgm.training.checkpoints.save import save_checkpoint
 from tests.checkpoint_tiny import configuration, leftovers, load_module, state_of, step, toy_run
 
@@ -84,7 +83,7 @@ def killed_save(template: Path, run, iteration: int, fatal: int) -> tuple[Path, 
 
 def verdict(folder: Path, run, weights: dict[int, list[torch.Tensor]]) -> str:
     """What a new process finds: the iteration it resumes from, or what is wrong."""
-    found = find_resume(folder.parent, "toy", resume_hash(CONFIG))
+    found = find_resume(folder.parent, "toy", CONFIG)
     if found is None:
         return "nothing to resume"
     state, module = load_state(found), load_module(found)

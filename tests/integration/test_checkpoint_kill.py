@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from sgm.training.checkpoints.load import find_resume, load_state
-from sgm.training.checkpoints.same_run import resume_hash
 from tests.checkpoint_tiny import configuration, leftovers
 from tests.training_tiny import environment
 
@@ -50,6 +49,6 @@ def test_a_process_killed_from_outside_while_writing_weights(tmp_path):
         process.wait(30)
         process.stdout.close()
     assert leftovers(folder) and not (folder / "4").exists()
-    found = find_resume(tmp_path, "toy", resume_hash(configuration()))
+    found = find_resume(tmp_path, "toy", configuration())
     assert found == folder / "2" and load_state(found).iteration == 2
     assert (folder / "latest").read_text() == "2"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shlex
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,8 +14,10 @@ from typing import Any
 import pytest
 import torch
 
+import train_video
 from sgm.config import ConfigError, load_run_config
 from sgm.training import trainer as trainer_module
+from sgm.training.checkpoints.load import load_state
 from sgm.training.checkpoints.state import CheckpointError
 from sgm.training.faults import SkipGuard, TrainingStopped
 from sgm.training.options import TrainArgs
@@ -94,23 +99,73 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_loaded(pa
             train(load_run_config([path], TrainArgs))
 
 
-def test_a_changed_key_is_named_when_a_run_is_to_go_on(parts, tmp_path, capsys):
-    """By name it is refused; the search starts a new run, and says in what the old one differs."""
+def test_a_changed_key_is_an_error_whose_ways_out_work(parts, tmp_path, capsys):
+    """A run by name and a search alike; without any checkpoint a search begins."""
     release, two, _ = parts
     path = write_yaml(tmp_path / "c.yaml", configuration(release, two, tmp_path / "save", train_iters=2))
-    assert train(load_run_config([path], TrainArgs)) == 0
+    assert train_video.main([str(path), "--resume"]) == 0
+    assert f"no run {tmp_path}/save/tiny-* has a checkpoint: starting a new one\n" in capsys.readouterr().out
     (run,) = (tmp_path / "save").iterdir()
-    changed = ["args.seed=4", "deepspeed.optimizer.params.lr=0.5", "args.log_interval=7"]
-    with pytest.raises(CheckpointError) as error:
-        train(load_run_config([path], TrainArgs, overrides=changed, flags={"resume": str(run)}))
-    said = str(error.value)
-    assert "args.seed: " in said and " there, 4 here" in said and "log_interval" not in said
-    assert "deepspeed.optimizer.params.lr: 0.001 there, 0.5 here" in said
-    capsys.readouterr()
-    assert train(load_run_config([path], TrainArgs, overrides=["args.train_iters=3"], flags={"resume": "auto"})) == 0
-    out = capsys.readouterr().out
-    assert f"warning: {run / '2'} is of another configuration: args.train_iters: 2 there, 3 here\n" in out
+    text = "model.conditioner_config.params.emb_models.0.ucg_rate=0.2"
+    changed = ["--set", "deepspeed.optimizer.params.lr=0.002", "--set", "args.log_interval=7", "--set", text]
+    for resume in (["--resume"], ["--resume", str(run)]):
+        assert train_video.main([str(path), *changed, *resume]) == 2
+        said = capsys.readouterr().err
+        assert f"  {run / '2'} (then -> now)\n" in said and "log_interval" not in said
+        assert "    deepspeed.optimizer.params.lr: 0.001 -> 0.002\n" in said
+        assert "    model.conditioner_config.params.emb_models.0.ucg_rate: 0.1 -> 0.2\n" in said
+    back = shlex.split(re.search("go on with it: (.*)", said)[1])
+    assert train_video.main([str(path), *changed, *back]) == 0
+    assert train_video.main([str(path), *changed, *shlex.split(re.search("without --resume: (.*)", said)[1])]) == 0
     assert len(list((tmp_path / "save").iterdir())) == 2
+
+
+@pytest.mark.parametrize("lora", [None, 4])
+def test_a_run_is_made_longer(parts, tmp_path, capsys, monkeypatch, lora):
+    """From another folder, with other spellings of all paths: with its moments, and a rate that falls to the new end."""
+    release, two, _ = parts
+    made = configuration(release, two, tmp_path / "save", lora=lora, train_iters=2, warmup=0.0, valid_data=[str(two)])
+    assert train_video.main([str(write_yaml(tmp_path / "c.yaml", made))]) == 0
+    (run,) = (tmp_path / "save").iterdir()
+    (tmp_path / "link").symlink_to(release.parent)
+    monkeypatch.chdir(tmp_path)
+    made["args"] |= {"load": f"link/{release.name}/transformer", "train_data": [f"{tmp_path}/./link/{two.name}"], "save": "save",
+                     "valid_data": [f"{tmp_path}/link/../{release.parent.name}/{two.name}"], "train_iters": 4}  # fmt: skip
+    made["model"]["first_stage_config"]["params"]["ckpt_path"] = f"link/{release.name}/vae/3d-vae.pt"
+    capsys.readouterr()
+    assert train_video.main([str(write_yaml(tmp_path / "other.yaml", made)), "--resume"]) == 0
+    shown = capsys.readouterr().out
+    assert f"resumed {run / '2'} at iteration 2 of 4\n" in shown
+    assert "note: changed since: args.train_iters: 2 -> 4\n" in shown
+    assert (
+        "the run's end moves from iteration 2 to 4: the learning rate goes on with 0.00025 and falls until step 4"
+        in shown
+    )
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["lr"] for row in rows if row["kind"] == "train"] == pytest.approx([5e-4, 0, 2.5e-4, 0])
+    state = load_state(run / "4")
+    assert int(state.optimizer["states"][0]["step"]) == 4 and state.optimizer["states"][0]["exp_avg"].any()
+    assert train_video.main(["other.yaml", "--resume", "--set", "args.train_iters=3"]) == 2
+    assert "at iteration 4, beyond the 3 asked for" in capsys.readouterr().err
+
+
+def test_epochs_are_added(parts, tmp_path, capsys):
+    release, two, _ = parts
+    path = write_yaml(tmp_path / "c.yaml", configuration(release, two, tmp_path / "save", epochs=1, log_interval=1))
+    for more in ([], ["--resume", "--set", "args.epochs=2"], ["--resume", "--set", "args.epochs=2"]):
+        assert train_video.main([str(path), *more]) == 0
+    shown = capsys.readouterr().out
+    assert "resumed" in shown and "iteration 3/4" in shown and "end moves from iteration 2 to 4" in shown
+    assert shown.count("changed since") == 1
+    batch = ["--set", "args.epochs=3", "--set", "deepspeed.gradient_accumulation_steps=2"]
+    assert train_video.main([str(path), "--resume", *batch]) == 2
+    assert "took 1 clips a step, now it would be 2" in capsys.readouterr().err
+    assert train_video.main([str(path), "--resume", *batch, "--set", "deepspeed.train_batch_size=2"]) == 0
+    assert (
+        "1 processes, ZeRO 0, 1 clips a step -> 1 processes, ZeRO 0, 2 clips a step"
+        in (shown := capsys.readouterr().out)
+        and "iteration 5/5" in shown
+    )  # 2 clips were left
 
 
 def test_videos_left_out_are_counted_and_named(prepared, tmp_path, capsys):

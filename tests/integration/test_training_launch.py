@@ -60,7 +60,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def test_two_ranks_resume_exactly(config, tmp_path):
+def test_two_ranks_resume_exactly_and_other_numbers_go_on(config, tmp_path, capsys):
     path = config(lora=4, stage=2, save_interval=2)
     done = train(path, ranks=2, port=free_port())
     assert done.returncode == 0, done.stderr[-3000:]
@@ -72,6 +72,18 @@ def test_two_ranks_resume_exactly(config, tmp_path):
     assert "at iteration 2" in done.stdout
     first, again = losses(tmp_path / "save")[:4], losses(tmp_path / "save")[4:]
     assert again == first[2:]
+    # on one process: as many clips a step, by accumulation
+    code = train_video.main([str(path), "--resume", str(folder / "2"), "--set", "args.train_iters=6"])
+    shown = capsys.readouterr().out
+    assert code == 0 and "2 processes, ZeRO 2, 2 clips a step -> 1 processes, ZeRO 2, 2 clips a step" in shown
+    assert "(1 x 2 accumulation x 1 ranks)" in shown
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["samples"] for row in rows if row["kind"] == "train"][6:] == [6, 8, 10, 12]
+    done = train(path, "--resume", "--set", "args.train_iters=7", ranks=2, port=free_port())
+    assert done.returncode == 0 and "(1 x 1 accumulation x 2 ranks)" in done.stdout, done.stderr[-3000:]
+    done = train(path, "--resume", ranks=3, port=free_port())
+    assert done.returncode == 2 and "took 2 clips a step, now it would be 3" in done.stderr
+    assert "--set deepspeed.train_batch_size=3" in done.stderr
 
 
 def test_a_run_that_learnt_next_to_nothing_says_so_in_its_exit_code(config, tmp_path):

@@ -63,6 +63,7 @@ OPTIMIZERS = {
 
 
 SETTINGS = {"offload": {"cpu_offload": True}, "buckets": {"reduce_bucket_size": 300}}  # less than all gradients
+SETTINGS["robin"] = {"round_robin_gradients": True}
 
 
 def build(stage: int, precision: str, ranks: int, more: list[str]):

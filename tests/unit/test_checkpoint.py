@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 import torch
 
-from sgm.training.checkpoints import load
 from sgm.training.checkpoints.folder import new_run
 from sgm.training.checkpoints.load import find_resume, load_state
-from sgm.training.checkpoints.same_run import resume_hash
+from sgm.training.checkpoints.partitions import OptimizerStateError, layout_differences
+from sgm.training.checkpoints.repartition import repartitioned
+from sgm.training.checkpoints.same_run import identity
 from sgm.training.checkpoints.save import save_checkpoint
 from sgm.training.checkpoints.state import CheckpointError, capture_rng, restore_rng
 from sgm.weights import WeightsError
@@ -27,7 +28,6 @@ from sgm.weights.release import locate
 from tests.checkpoint_tiny import configuration, leftovers, load_module, put_back, state_of, step, toy_run
 
 CONFIG = configuration()
-HASH = resume_hash(CONFIG)
 NETWORK = "model.diffusion_model."
 
 
@@ -135,59 +135,113 @@ def test_every_generator_goes_on_where_it_was():
 
 
 def test_the_newest_complete_checkpoint_of_the_same_configuration_is_found(tmp_path, run, caplog):
-    assert find_resume(tmp_path, "toy", HASH) is None
+    assert find_resume(tmp_path, "toy", CONFIG) is None
     save(tmp_path / "toy-01-01-00-00", run, 8)
     save(tmp_path / "toy-01-02-00-00", run, 2)
     newest = save(tmp_path / "toy-01-02-00-00", run, 4)
     save(tmp_path / "toy-01-03-00-00", run, 9, config=configuration(seed=2))
     save(tmp_path / "other-01-04-00-00", run, 9, config=configuration(experiment_name="other"))
-    assert find_resume(tmp_path, "toy", HASH) == newest
+    save(tmp_path / "toy-big-01-05-00-00", run, 9, config=configuration(experiment_name="toy-big"))
+    assert find_resume(tmp_path, "toy", CONFIG) == newest
     (newest / "resume" / "rank_00000.pt").unlink()
-    assert find_resume(tmp_path, "toy", HASH) == tmp_path / "toy-01-02-00-00" / "2"
+    assert find_resume(tmp_path, "toy", CONFIG) == tmp_path / "toy-01-02-00-00" / "2"
     assert "rank_00000.pt is missing" in caplog.text
     (tmp_path / "toy-01-02-00-00" / "2" / "run.json").write_text("{")
-    assert find_resume(tmp_path, "toy", HASH) == tmp_path / "toy-01-01-00-00" / "8"
+    assert find_resume(tmp_path, "toy", CONFIG) == tmp_path / "toy-01-01-00-00" / "8"
     with (tmp_path / "toy-01-01-00-00" / "8" / "mp_rank_00_model_states.pt").open("r+b") as file:
         file.truncate(100)
-    assert find_resume(tmp_path, "toy", HASH) is None
+    with pytest.raises(CheckpointError) as error:  # a search that would start anew beside one that differs
+        find_resume(tmp_path, "toy", CONFIG)
     assert "100 bytes long" in caplog.text
+    assert str(tmp_path / "toy-01-03-00-00" / "9") in str(error.value) and "args.seed: 2 -> 1" in str(error.value)
+    assert "toy-big" not in str(error.value) and "other-01" not in str(error.value)
+
+
+def test_damaged_checkpoints_alone_are_an_error_not_a_new_run(tmp_path, run):
+    (save(tmp_path / "toy-01-01-00-00", run, 8) / "run.json").unlink()
+    with pytest.raises(CheckpointError, match=r"(?s)no complete checkpoint .*/toy-.*no run.json.*leave out --resume"):
+        find_resume(tmp_path, "toy", CONFIG)
+
+
+def test_of_several_runs_that_fit_the_one_that_goes_as_far_is_taken(tmp_path, run):
+    longer = save(tmp_path / "toy-01-01-00-00", run, 8, config=configuration(train_iters=20))
+    newest = save(tmp_path / "toy-01-02-00-00", run, 10)
+    assert find_resume(tmp_path, "toy", CONFIG) == newest
+    assert find_resume(tmp_path, "toy", configuration(train_iters=20)) == longer
+    assert find_resume(tmp_path, "toy", configuration(train_iters=30)) == newest
 
 
 def test_a_folder_that_was_named_is_taken_or_refused_with_a_reason(tmp_path, run):
     save(tmp_path / "r", run, 2)
     last = save(tmp_path / "r", run, 4)
-    assert find_resume(tmp_path / "r", None, HASH) == last
-    assert find_resume(tmp_path / "r" / "2", None, HASH) == tmp_path / "r" / "2"
-    with pytest.raises(CheckpointError, match="another configuration.*training_config.yaml.*args.load"):
-        find_resume(tmp_path / "r", None, "0" * 12)
+    assert find_resume(tmp_path / "r", None, CONFIG) == last
+    assert find_resume(tmp_path / "r" / "2", None, CONFIG) == tmp_path / "r" / "2"
+    with pytest.raises(CheckpointError) as error:
+        find_resume(tmp_path / "r", None, configuration(seed=2, save="elsewhere"))
+    assert str(error.value).splitlines() == [
+        f"--resume: no complete checkpoint of this configuration in {tmp_path / 'r'}",
+        f"  {last} (then -> now)",
+        "    args.seed: 1 -> 2",
+        "    go on with it: --resume --set args.seed=1",
+        f"    a new run from its weights, without --resume: --set args.load={last}",
+        "To start a new run, leave out --resume.",
+    ]
     with pytest.raises(CheckpointError, match="does not exist"):
-        find_resume(tmp_path / "none", None, HASH)
+        find_resume(tmp_path / "none", None, CONFIG)
     (last / "run.json").unlink()
     with pytest.raises(CheckpointError, match="no run.json"):
-        find_resume(last, None, HASH)
-    assert find_resume(tmp_path / "r", None, HASH) == tmp_path / "r" / "2"
+        find_resume(last, None, CONFIG)
+    assert find_resume(tmp_path / "r", None, CONFIG) == tmp_path / "r" / "2"
 
 
-def test_the_hash_counts_what_is_learnt_only():
-    assert resume_hash(configuration(save="elsewhere", keep_last=3)) == HASH
-    assert resume_hash(configuration(seed=2)) != HASH and resume_hash(configuration(train_iters=11)) != HASH
-    epochs = resume_hash(configuration(epochs=2))
-    assert epochs == resume_hash(configuration(epochs=2, train_iters=400)) != resume_hash(configuration(epochs=3))
+def test_what_counts_is_what_is_learnt_wherever_its_files_lie(tmp_path, run, monkeypatch):
+    path = save(tmp_path / "r", run, 2, config=CONFIG)
+    free = configuration(save="elsewhere", keep_last=3, train_iters=11, lr_decay_iters=5, epochs=3)
+    assert find_resume(path, None, free) == path
+    clips = tmp_path / "project" / "clips"
+    clips.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(clips)
+    monkeypatch.chdir(clips.parent)
+    spelled = ["clips", "./clips", "../project/clips", str(clips), "../link", f"{tmp_path}/project/../link"]
+    named = [configuration(train_data=[path], valid_data=[path], load=path) for path in spelled]
+    assert all(identity(config) == identity(named[0]) for config in named)
+    path = save(tmp_path / "r", run, 2, config=configuration(train_data=["clips"]))
+    monkeypatch.chdir("/")
+    assert find_resume(path, None, configuration(train_data=[str(tmp_path / "link")])) == path
+    with pytest.raises(CheckpointError, match=f"args.train_data: .*{clips}.* -> .*{tmp_path}"):
+        find_resume(path, None, configuration(train_data=[str(tmp_path)]))
+    clips.rename(tmp_path / "clips")  # moved: same name, and the old place is empty
+    assert find_resume(path, None, configuration(train_data=[str(tmp_path / "clips")])) == path
+
+
+def test_a_run_of_an_earlier_version_is_compared_by_its_folders_configuration(tmp_path, run):
+    """Their records held a hash in which each spelling of a path was another run."""
+    path = save(tmp_path, run, 2)
+    record = json.loads((path / "run.json").read_text())
+    for name in ("identity", "clips_per_step"):
+        del record[name]
+    (path / "run.json").write_text(json.dumps({**record, "config_hash": "of another kind"}))
+    with pytest.raises(CheckpointError, match="no configuration file at .*training_config.yaml"):
+        find_resume(path, None, CONFIG)
+    (tmp_path / "training_config.yaml").write_text(CONFIG.as_yaml())
+    assert find_resume(path, None, configuration(train_iters=40)) == path
+    with pytest.raises(CheckpointError, match="args.seed: 1 -> 3"):
+        find_resume(path, None, configuration(seed=3))
 
 
 # --- refusals ----------------------------------------------------------------------------------------------------
 
 
-def test_another_set_up_is_a_clear_error(tmp_path, run, monkeypatch):
-    path = save(tmp_path, run, 2)
-    with (
-        monkeypatch.context() as patch,
-        pytest.raises(CheckpointError, match=r"world_size 1 \(now 4\).*same set-up.*args.load"),
-    ):
-        patch.setattr(load, "own_rank", lambda: (0, 4))
-        load_state(path)
-    with pytest.raises(CheckpointError, match=r"zero_stage 0 \(now 2\)"):
-        load_state(path, zero_stage=2)
+def test_states_of_an_earlier_version_go_on_in_the_same_set_up_alone(tmp_path, run):
+    """They did not say which values of which parameter a rank's partition holds."""
+    state = state_of(run, 2)
+    del state.optimizer["layout"]["pieces"]
+    put_back(toy_run(seed=5), state)
+    other = toy_run(seed=5)
+    other.dp_world_size = 2
+    assert layout_differences(other, state.optimizer) == ["data_parallel_size (stored 1, now 2)"]
+    with pytest.raises(OptimizerStateError, match="by a version whose states cannot be cut up anew"):
+        repartitioned(other, [state])
     with pytest.raises(CheckpointError, match="no run.json"):
         load_state(tmp_path)
 
@@ -282,9 +336,9 @@ def test_a_disk_that_fills_up_at_any_point_leaves_the_last_good_checkpoint(tmp_p
         assert not leftovers(tmp_path)
         if not (tmp_path / "4").exists():
             assert contents(tmp_path) == before
-            assert find_resume(tmp_path, None, HASH) == tmp_path / "2"
+            assert find_resume(tmp_path, None, CONFIG) == tmp_path / "2"
     assert failing > 8
-    assert find_resume(tmp_path, None, HASH) == tmp_path / "4"
+    assert find_resume(tmp_path, None, CONFIG) == tmp_path / "4"
     assert torch.equal(load_state(tmp_path / "4").optimizer["masters"][0], state_of(run, 4).optimizer["masters"][0])
 
 

@@ -16,11 +16,9 @@ A checkpoint is written under `.partial-100` and renamed when all of it is on th
 
 from __future__ import annotations
 
-import glob
 import json
 import logging
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +33,6 @@ from sgm.files import (
     write_text,
 )
 from sgm.lock import try_lock
-from sgm.training.checkpoints.same_run import CONFIG_FILE
 from sgm.training.checkpoints.state import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -52,10 +49,12 @@ class RunRecord:
 
     Attributes:
         saved_at: seconds since 1970.
-        config_hash: identity of what the run learns.
+        config_hash: of what the run learns.
         world_size, model_parallel_size, zero_stage: set-up that the resume state belongs to.
         lora_only: the weights are the adapter alone.
         files: path inside the iteration's folder -> bytes.
+        clips_per_step: of all processes and micro-batches; 0: of a version that did not write it.
+        identity: every key of the run with its value, see `same_run.identity`; empty as above.
     """
 
     iteration: int
@@ -66,6 +65,8 @@ class RunRecord:
     zero_stage: int
     lora_only: bool
     files: dict[str, int]
+    clips_per_step: int = 0
+    identity: dict[str, Any] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         write_text(folder / RECORD, json.dumps(asdict(self), indent=1, sort_keys=True))
@@ -83,7 +84,8 @@ class RunRecord:
             raise CheckpointError(f"{folder} is incomplete: it has no {RECORD}") from None
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{folder / RECORD} is unreadable: {error}") from error
-        known = isinstance(content, dict) and content.keys() == {f.name for f in fields(cls)}
+        names = {f.name for f in fields(cls)}
+        known = isinstance(content, dict) and names - {"clips_per_step", "identity"} <= content.keys() <= names
         if not known or not isinstance(content["files"], dict):
             raise CheckpointError(f"{folder / RECORD} is no record of this version")
         record = cls(**content)
@@ -145,7 +147,7 @@ def recover(run: Path) -> None:
         remove_leftovers(place)
 
 
-def _restore_unless_live(run: Path) -> None:
+def restore_unless_live(run: Path) -> None:
     """`restore_replaced`, but not under the hands of a command that is saving into this run."""
     if any(run.glob(f"{REPLACED}*")):
         with try_lock(run / LOCK) as alone:
@@ -214,58 +216,3 @@ def _is_complete(folder: Path) -> bool:
     except CheckpointError:
         return False
     return True
-
-
-# --- finding -----------------------------------------------------------------------------------------------------
-
-
-def newest_of_experiment(root: Path, name: str, config_hash: str | None) -> Path | None:
-    """The last saved complete checkpoint of `root/name-*` with this configuration (None: with any), if there is one."""
-    best: tuple[float, int] | None = None
-    found: Path | None = None
-    for run in sorted(root.glob(f"{glob.escape(name)}-*")):
-        _restore_unless_live(run)
-        for folder in iterations(run):
-            try:
-                record = RunRecord.read(folder)
-            except CheckpointError as error:
-                logger.warning("passed over: %s", error)
-                continue
-            if config_hash not in (None, record.config_hash):
-                logger.info("passed over: %s is of another configuration (%s)", folder, record.config_hash)
-            elif best is None or (record.saved_at, record.iteration) > best:
-                best, found = (record.saved_at, record.iteration), folder
-    return found
-
-
-def named_checkpoint(path: Path, config_hash: str | None, explain: Callable[[Path], list[str]] | None = None) -> Path:
-    """The checkpoint that a user named: an iteration's folder, or a run's folder (then its last complete one).
-
-    Raises:
-        CheckpointError: there is none, it is incomplete, or of another configuration.
-    """
-    if (path / RECORD).exists() or path.name.isdigit():
-        folder, record = path, RunRecord.read(path)
-    else:
-        folder, record = _last_complete(path)
-    if config_hash not in (None, record.config_hash):
-        known = explain(folder.parent) if explain else []
-        why = "; ".join(known) or f"hash {record.config_hash}, this run's is {config_hash}"
-        raise CheckpointError(
-            f"{folder} was written under another configuration ({why}); going on would not be the same run. Compare "
-            f"{folder.parent / CONFIG_FILE}; to start a new run from its weights, set args.load to {folder}."
-        )
-    return folder
-
-
-def _last_complete(run: Path) -> tuple[Path, RunRecord]:
-    _restore_unless_live(run)
-    reasons = []
-    for folder in reversed(iterations(run)):
-        try:
-            return folder, RunRecord.read(folder)
-        except CheckpointError as error:
-            logger.warning("passed over: %s", error)
-            reasons.append(str(error))
-    state = "does not exist" if not run.is_dir() else "; ".join(reasons) or "it holds no iteration"
-    raise CheckpointError(f"no complete checkpoint in {run}: {state}.")

@@ -10,14 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from sgm.distributed import data_parallel_rank
 from sgm.errors import SgmError
-from sgm.training.setup.engine import HalfFlat, HalfUnflat, RefreshesWeights, TrainingEngine, Zero3
+from sgm.training.setup.engine import (
+    Bf16Flat,
+    HalfFlat,
+    HalfUnflat,
+    RefreshesWeights,
+    TrainingEngine,
+    Zero3,
+    Zero12,
+)
 
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
@@ -77,7 +86,7 @@ def optimizer_state(ds_engine: TrainingEngine) -> dict[str, Any]:
         for master, weights in zip(own, ds_engine.optimizer.fp16_groups):
             _clear_padding([master, *optimizer.state.get(master, {}).values()], weights)
     return {
-        "layout": _layout(ds_engine),
+        "layout": layout(ds_engine),
         "masters": [m.detach() for m in own],
         "states": [{k: _detached(v) for k, v in optimizer.state.get(m, {}).items() if k != "shadow"} for m in own],
         "counters": {name: int(getattr(ds_engine, name)) for name in COUNTERS},
@@ -87,12 +96,12 @@ def optimizer_state(ds_engine: TrainingEngine) -> dict[str, Any]:
 @torch.no_grad()
 def _clear_padding(flat: Sequence[object], weights: Sequence[Any]) -> None:
     """Zero what fills up partitions in ZeRO 3's flat tensors: memory that nobody writes, NaN for all that is known."""
-    start, rank = 0, data_parallel_rank()
+    start, rank, total = 0, data_parallel_rank(), sum(weight.partition_numel() for weight in weights)
     for weight in weights:
         size, whole = weight.partition_numel(), weight.ds_numel
         filled = min(max(whole - rank * size, 0), size)
         for tensor in flat:
-            if isinstance(tensor, Tensor) and tensor.dim():
+            if isinstance(tensor, Tensor) and tensor.numel() >= total:  # not a step, nor a block's top
                 tensor.detach()[start + filled : start + size] = 0
         start += size
 
@@ -102,9 +111,11 @@ def load_optimizer_state(ds_engine: TrainingEngine, state: dict[str, Any]) -> No
     """Put back what `optimizer_state` gave, and refresh the model's trainable weights from the masters. Collective.
 
     Raises:
-        OptimizerStateError: another ZeRO stage, another number of ranks, another optimizer or other parameters.
+        OptimizerStateError: cut up otherwise (see `checkpoints.repartition`), of another optimizer or other parameters.
     """
-    _require_same_layout(_layout(ds_engine), state["layout"])
+    other = layout_differences(ds_engine, state)
+    if other:
+        raise OptimizerStateError(f"the stored optimizer state is of another run set-up: {', '.join(other)}.")
     optimizer = ds_engine.basic_optimizer
     settings = optimizer.param_groups[0]
     for master, stored, values in zip(masters(ds_engine), state["masters"], state["states"]):
@@ -114,27 +125,87 @@ def load_optimizer_state(ds_engine: TrainingEngine, state: dict[str, Any]) -> No
             optimizer.state[master] = {k: _placed(v, master, settings) for k, v in values.items()} | kept
     for name in COUNTERS:
         setattr(ds_engine, name, state["counters"][name])
+    ds_engine.micro_steps -= ds_engine.micro_steps % ds_engine.gradient_accumulation_steps()  # of another number
     refresh_weights(ds_engine)
 
 
-def _layout(ds_engine: TrainingEngine) -> dict[str, Any]:
+class Piece(NamedTuple):
+    """A run of a parameter's values in one of a rank's masters.
+
+    Attributes:
+        master, start: number of the master, and place of the first value in it.
+        name, begin, size: of the parameter, place of the first value in it, and how many.
+    """
+
+    master: int
+    start: int
+    name: str
+    begin: int
+    size: int
+
+
+def pieces(ds_engine: TrainingEngine) -> list[Piece]:
+    """What this rank's masters hold; the rest of them is padding."""
+    names = {id(p): name for name, p in ds_engine.module.named_parameters()}
+    found = []
+    for k, (group, master) in enumerate(zip(_parameters_of_masters(ds_engine), masters(ds_engine))):
+        next_window = 0
+        for p in group:
+            first, window = _place(ds_engine.optimizer, k, p, master.numel(), next_window)
+            begin, end = max(0, window.start - first), min(getattr(p, "ds_numel", p.numel()), window.stop - first)
+            if begin < end:
+                found.append(Piece(k, first + begin, names[id(p)], begin, end - begin))
+            next_window = window.stop
+    return found
+
+
+def _parameters_of_masters(ds_engine: TrainingEngine) -> Sequence[Sequence[Any]]:
+    wrapper = ds_engine.optimizer
+    if isinstance(wrapper, Zero12):
+        return wrapper.bit16_groups
+    if isinstance(wrapper, Bf16Flat):
+        return wrapper.bf16_groups
+    if isinstance(wrapper, Zero3 | HalfFlat):
+        return wrapper.fp16_groups
+    groups = wrapper.fp16_groups if isinstance(wrapper, HalfUnflat) else [masters(ds_engine)]
+    return [[p] for group in groups for p in group]
+
+
+def _place(wrapper: object, k: int, p: Any, size: int, at: int) -> tuple[int, range]:
+    """(place in master `k` where a parameter's first value is or would be, places that its values may fill)
+
+    `size` of the master; `at`: the end of the parameter before.
+    """
+    if isinstance(wrapper, Zero3):
+        share = p.partition_numel()
+        return at - share * data_parallel_rank(), range(at, at + share)
+    if isinstance(wrapper, Zero12 | Bf16Flat):
+        flat = wrapper.bit16_groups_flat[k] if isinstance(wrapper, Zero12) else wrapper.bf16_groups_flat[k]
+        own = size * dist.get_rank(wrapper.real_dp_process_group[k])
+        return p.storage_offset() - flat.storage_offset() - own, range(size)
+    return at, range(at, at + p.numel())
+
+
+def layout(ds_engine: TrainingEngine) -> dict[str, Any]:
+    """How this rank's masters are cut out of the parameters, as plain types."""
     return {
         "optimizer": type(ds_engine.basic_optimizer).__name__,
         "wrapper": type(ds_engine.optimizer).__name__,
         "zero_stage": int(ds_engine.zero_optimization_stage()),
         "data_parallel_size": int(ds_engine.dp_world_size),
         "sizes": [m.numel() for m in masters(ds_engine)],
+        "pieces": [list(piece) for piece in pieces(ds_engine)],
     }
 
 
-def _require_same_layout(now: dict[str, Any], stored: dict[str, Any]) -> None:
-    other = [name for name in now if now[name] != stored.get(name)]
-    if other:
-        listed = ", ".join(f"{name} (stored {stored.get(name)}, now {now[name]})" for name in other)
-        raise OptimizerStateError(
-            f"the stored optimizer state is of another run set-up: {listed}. Resume with the same number of processes, "
-            "ZeRO stage and optimizer, or start a new run from the saved weights (args.load)."
-        )
+def layout_differences(ds_engine: TrainingEngine, state: Mapping[str, Any]) -> list[str]:
+    """In what this rank's masters differ from those of a state by `optimizer_state`. Pieces that are the same are
+    enough; earlier versions did not write them.
+    """
+    now, stored = layout(ds_engine), state["layout"]
+    decisive = ["pieces"] if "pieces" in stored else ["data_parallel_size", "zero_stage"]
+    counted = ["optimizer", "wrapper", "sizes", *decisive]
+    return [f"{n} (stored {stored[n]}, now {now[n]})" for n in counted if now[n] != stored[n]]
 
 
 def _detached(value: object) -> object:

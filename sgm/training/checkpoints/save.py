@@ -36,7 +36,7 @@ from sgm.training.checkpoints.folder import (
 )
 from sgm.training.checkpoints.partitions import ema_weights
 from sgm.training.checkpoints.ranks import gather, own_rank
-from sgm.training.checkpoints.same_run import CONFIG_FILE, resume_hash
+from sgm.training.checkpoints.same_run import CONFIG_FILE, SECTIONS, identity
 from sgm.training.checkpoints.state import CheckpointError, TrainState
 from sgm.training.checkpoints.weights import (
     EARLIER_ONES,
@@ -61,6 +61,7 @@ def save_checkpoint(
     *,
     config: RunConfig[Any],
     lora_only: bool = False,
+    clips_per_step: int = 0,
     keep_last: int | None = None,
     full_merged: bool = False,
     save_frozen: bool = False,
@@ -74,6 +75,7 @@ def save_checkpoint(
         engine: DeepSpeed engine around a `SATVideoDiffusionEngine`.
         state: this rank's state; its tensors are written as they are now.
         lora_only: the adapter's matrices alone, also as `lora.safetensors`.
+        clips_per_step: of all processes and micro-batches; 0 where that is not known.
         keep_last: afterwards delete all but so many complete checkpoints; None keeps all.
         full_merged: also write `merged/`, the network with its adapter folded in.
         save_frozen: text encoder and VAE, too.
@@ -117,7 +119,7 @@ def save_checkpoint(
         save_pt(state_file(job.staging / "main", job.rank), state.as_dict())
     with job.together():
         if job.rank == 0:
-            job.finish(keep_last)
+            job.finish(keep_last, clips_per_step, identity(config))
     return job.run / str(state.iteration)
 
 
@@ -142,7 +144,7 @@ class _Save:
             run=run,
             module=engine.module,
             iteration=state.iteration,
-            config_hash=resume_hash(config),
+            config_hash=config.hash(SECTIONS),
             lora=lora_facts(engine.module, config.args.load),
             lora_only=lora_only,
             rank=rank,
@@ -226,7 +228,7 @@ class _Save:
                 facts = {"format": "pt", "iteration": str(self.iteration), **as_metadata(self.lora or {})}
                 save_safetensors(self.staging / "main" / "lora.safetensors", merge_partitions(parts), facts)
 
-    def finish(self, keep_last: int | None) -> None:
+    def finish(self, keep_last: int | None, clips_per_step: int, keys: dict[str, Any]) -> None:
         """All files are there: record them, let the checkpoint take its place, delete old ones."""
         main = self.staging / "main"
         RunRecord(
@@ -238,6 +240,8 @@ class _Save:
             zero_stage=self.zero_stage,
             lora_only=self.lora_only,
             files=files_in(main),
+            clips_per_step=clips_per_step,
+            identity=keys,
         ).write(main)
         publish(self.run, self.staging, self.iteration)
         announce(self.run, self.iteration, type(self.module).__name__, distributed.model_parallel_world_size())

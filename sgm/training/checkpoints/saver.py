@@ -6,12 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+import torch
+
 from sgm.config import RunConfig
 from sgm.data.loader import ClipLoader
+from sgm.distributed import model_parallel_rank
 from sgm.training.checkpoints.folder import state_file
-from sgm.training.checkpoints.load import load_state
+from sgm.training.checkpoints.load import load_state, states_of_part
 from sgm.training.checkpoints.partitions import (
     ema_state,
+    layout_differences,
     load_ema_state,
     load_optimizer_state,
     load_scaler_state,
@@ -19,8 +24,9 @@ from sgm.training.checkpoints.partitions import (
     scaler_state,
 )
 from sgm.training.checkpoints.ranks import own_rank
+from sgm.training.checkpoints.repartition import repartitioned
 from sgm.training.checkpoints.save import save_checkpoint
-from sgm.training.checkpoints.state import TrainState, capture_rng, restore_rng
+from sgm.training.checkpoints.state import TrainState, capture_rng, restore_rng, seed_all
 from sgm.training.faults import SkipGuard
 from sgm.training.optimizers.schedule import LearningRate
 from sgm.training.options import TrainArgs
@@ -45,11 +51,13 @@ class Saver:
     Attributes:
         folder: run folder, the same on every rank.
         lora: the run trains an adapter, which can be saved alone or folded in.
+        clips_per_step: of all processes and micro-batches.
     """
 
     folder: Path
     config: RunConfig[TrainArgs]
     lora: bool
+    clips_per_step: int
 
     def save(self, run: Resumable) -> Path:
         """Write a checkpoint; collective. Returns the iteration's folder.
@@ -67,6 +75,7 @@ class Saver:
             config=self.config,
             lora_only=self.lora and args.lora_only,
             keep_last=None if run.guard.in_a_row else args.keep_last,
+            clips_per_step=self.clips_per_step,
             full_merged=self.lora and args.save_merged,
             save_frozen=args.save_frozen,
         )
@@ -90,20 +99,31 @@ def snapshot(run: Resumable) -> TrainState:
 def resume(run: Resumable, path: Path) -> None:
     """Put a training where the checkpoint `path` was taken. Collective.
 
+    Of another number of processes, or another ZeRO stage, the optimizer's state is cut up anew. A process that was not
+    there seeds its generators from its own seed and the iteration.
+
     Raises:
         CheckpointError: the checkpoint is incomplete or damaged.
         WeightsError: optimizer state or weights hold NaN or infinity.
         OptimizerStateError: it is of another run set-up.
-        ValueError: its data position is of other data.
+        PositionError: its data position is of other data.
     """
-    state = load_state(path, zero_stage=int(run.ds_engine.zero_optimization_stage()))
+    rank, _ = own_rank()
+    was_there = state_file(path, rank).exists()
+    state = load_state(path, rank if was_there else model_parallel_rank())
+    if layout_differences(run.ds_engine, state.optimizer):
+        state.optimizer, state.ema = repartitioned(run.ds_engine, states_of_part(path))
     load_optimizer_state(run.ds_engine, state.optimizer)
     load_ema_state(run.ds_engine, state.ema)
     loaded = {"optimizer": optimizer_state(run.ds_engine), "ema": ema_state(run.ds_engine)}
-    require_finite(loaded, state_file(path, own_rank()[0]))
+    require_finite(loaded, path)
     load_scaler_state(run.ds_engine, state.scaler)
     run.schedule.load_state_dict(state.schedule)
     run.loader.load_state_dict(state.sampler)
     run.guard.total = state.skipped_steps
     run.iteration = state.iteration
-    restore_rng(state.rng)
+    if was_there:
+        restore_rng(state.rng)
+    else:
+        words = np.random.SeedSequence([torch.initial_seed() % 2**64, state.iteration]).generate_state(2)
+        seed_all(int(words[0]) << 31 | int(words[1]) >> 1)

@@ -70,6 +70,13 @@ class TrainState:
 # --- random generators -------------------------------------------------------------------------------------------
 
 
+def seed_all(seed: int) -> None:
+    """Seed Python, NumPy and torch (all devices)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 def capture_rng() -> dict[str, Any]:
     """State of this rank's generators: Python, NumPy, torch on the CPU and on the current GPU, and SAT's tracker."""
     version, words, gauss = random.getstate()

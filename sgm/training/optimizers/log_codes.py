@@ -46,6 +46,21 @@ def decode(codes: Tensor, tops: Tensor) -> Tensor:
     return values.mul_(codes.sign()) if signed else values.masked_fill_(codes == 0, 0.0)
 
 
+def encoded_again(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    """(codes, tops) of values (n,) that `decode` gave, in blocks of their own.
+
+    Exact but for values that lie below the window of their new block: 65 536 times smaller than its largest they go to
+    0, where unsigned and 2^32 times smaller to its lowest place.
+    """
+    codes, tops = empty_codes(len(values), signed, values.device)
+    rows = torch.nn.functional.pad(values, (0, -len(values) % BLOCK)).view(-1, BLOCK)
+    place = torch.log2(rows.abs().clamp(min=SMALLEST)).mul_(PER_OCTAVE).round_()
+    tops.copy_(place.amax(1))
+    place.sub_(tops[:, None] - (SIGNED_LEVELS if signed else UNSIGNED_LEVELS)).clamp_(min=0 if signed else 1)
+    codes.copy_(place.mul_(rows.sign()).view(-1))
+    return codes, tops
+
+
 def encode(values: Tensor, codes: Tensor, tops: Tensor, call: int) -> None:
     """Write values (blocks, 256) float32, >= 0 where codes are uint8, into codes and tops; at most MOST_BLOCKS of them.
 

@@ -71,6 +71,10 @@ class DeepSpeedPlan:
     notes: tuple[str, ...]
     time_phases: bool = False
 
+    def clips_per_step(self, ranks: int) -> int:
+        """Of so many data-parallel processes together."""
+        return self.micro_batch * self.accumulation * ranks
+
 
 def plan_deepspeed(
     section: Mapping[str, Any] | None, *, device_type: str, data_parallel_size: int = 1
@@ -88,7 +92,7 @@ def plan_deepspeed(
     _move_loss_scale(config, notes)
     dtype = _precision(config, device_type, problems)
     zero = _zero(config, device_type, problems, notes)
-    micro, accumulation = _batch_sizes(config, data_parallel_size, problems)
+    micro, accumulation = batch_sizes(config, data_parallel_size, problems)
     if config.pop("scheduler", None):
         problems.append("deepspeed.scheduler: the learning rate follows args.lr_decay_style and args.warmup; remove it")
     optimizer = _optimizer(config, problems, notes)
@@ -246,7 +250,7 @@ def _offload(zero: dict[str, Any], stage: int, device_type: str, problems: list[
             problems.append(f"deepspeed.zero_optimization.{new} needs stage {least} or higher, the stage is {stage}")
 
 
-def _batch_sizes(config: dict[str, Any], ranks: int, problems: list[str]) -> tuple[int, int]:
+def batch_sizes(config: dict[str, Any], ranks: int, problems: list[str]) -> tuple[int, int]:
     """(micro batch, accumulation steps); `train_batch_size` must agree with them and the number of ranks."""
     values = []
     names = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")

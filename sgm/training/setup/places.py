@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from sgm.config import ConfigError, RunConfig
@@ -15,18 +16,18 @@ from sgm.training.options import TrainArgs
 from sgm.weights.preflight import check_paths, with_found_paths
 
 
-def with_found_places(config: RunConfig[TrainArgs]) -> RunConfig[TrainArgs]:
-    """Relative paths that are not below the current folder are looked for in the project's."""
+def with_found_places(config: RunConfig[TrainArgs], find: Callable[[str], str] = found_path) -> RunConfig[TrainArgs]:
+    """Every path as `find` gives it: by default the project's where only these are."""
     args = config.args
-    valid = args.valid_data and [found_path(folder) for folder in args.valid_data]
+    valid = args.valid_data and [find(folder) for folder in args.valid_data]
     args = dataclasses.replace(
         args,
-        train_data=[found_path(folder) for folder in args.train_data],
-        prior_data=[found_path(folder) for folder in args.prior_data],
+        train_data=[find(folder) for folder in args.train_data],
+        prior_data=[find(folder) for folder in args.prior_data],
         valid_data=valid,
-        cache_dir=args.cache_dir and found_path(args.cache_dir),
+        cache_dir=args.cache_dir and find(args.cache_dir),
     )
-    return with_found_paths(dataclasses.replace(config, args=args))
+    return with_found_paths(dataclasses.replace(config, args=args), find)
 
 
 def check_places(config: RunConfig[TrainArgs], dry_run: bool) -> None:
