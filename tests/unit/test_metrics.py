@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from sgm.files import SaveError
 from sgm.training.step import StepOutcome
 from sgm.training.watch import run_log
 from sgm.training.watch.bins import BINS, bin_means, bin_sums
@@ -180,6 +181,16 @@ def test_a_full_disk_cuts_no_line_in_two(tmp_path):
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         log.record("train", iteration=4)
     assert records(tmp_path) == [1, 4]
+    board = TensorBoard(tmp_path / "board")
+    board.scalars({"a": 1.0}, 1)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
+    try:
+        with pytest.raises(SaveError, match=f"cannot write {tmp_path}/board: the file grew too large"):
+            board.scalars({"a": 2.0}, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    board.scalars({"a": 3.0}, 3)
+    assert [e.step for f in sorted((tmp_path / "board").iterdir()) for e in read_events(f)][-1] == 3
     assert out.getvalue().count("warning: ") == 1 and "metrics.jsonl: the file grew too large" in out.getvalue()
 
 

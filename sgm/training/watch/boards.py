@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from sgm.errors import SgmError
+from sgm.files import write_failed
 
 
 class WatchError(SgmError):
@@ -80,9 +81,9 @@ class TensorBoard:
             for content in contents:
                 self._writer.write_event(Event(step=iteration, wall_time=time.time(), **content))
             self._writer.flush()
-        except OSError:
+        except OSError as error:
             self._writer = None  # nothing is read behind an event that was cut short: go on in another file
-            raise
+            raise write_failed(self._folder, error) from error
 
 
 class WeightsAndBiases:
