@@ -61,6 +61,15 @@ def refuse_lfs_pointer(path: Path, kind: type[SgmError]) -> None:
         raise kind(f"{path} is {LFS_POINTER}.")
 
 
+@contextmanager
+def saving(path: Path) -> Iterator[None]:
+    """Let errors of the system within the block be those of a failed write of `path`. Raises SaveError."""
+    try:
+        yield
+    except OSError as error:
+        raise write_failed(path, error) from error
+
+
 # --- files -------------------------------------------------------------------------------------------------------
 
 
@@ -73,12 +82,11 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
     try:
-        yield temporary
-        _sync(temporary)
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        raise write_failed(path, error) from error
+        with saving(path):
+            yield temporary
+            _sync(temporary)
+            os.replace(temporary, path)
+            sync_folder(path.parent)
     finally:
         with suppress(OSError):  # where the folder is none, neither is there a temporary file
             temporary.unlink()
@@ -162,7 +170,8 @@ def unfinished_names(place: Path) -> Iterator[str]:
         SaveError: `place` cannot be written to.
     """
     with ExitStack() as stack:
-        try:
+        with saving(place):
+            place.mkdir(parents=True, exist_ok=True)
             for lock in sorted(place.glob(f"{PARTIAL}run*.lock")):
                 with try_lock(lock, without_locks=False) as abandoned:
                     left = place.rglob(f"{PARTIAL}*{lock.stem.removeprefix(PARTIAL)}-*") if abandoned else ()
@@ -170,8 +179,6 @@ def unfinished_names(place: Path) -> Iterator[str]:
                         remove(file)
             names = (f"{PARTIAL}run{uuid.uuid4().hex}" for _ in itertools.count())
             name = next(n for n in names if stack.enter_context(try_lock(place / f"{n}.lock")))
-        except OSError as error:
-            raise write_failed(place, error) from error
         yield f"{name}-"
 
 

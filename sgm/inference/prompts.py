@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sgm.data.sources import IMAGE_SUFFIXES
 from sgm.errors import SgmError
 from sgm.files import refuse_lfs_pointer
 
 _NAME_CHARACTERS = 120  # of the prompt, as the original
 _NAME_BYTES = 200  # file systems allow 255 bytes a name; emoji and CJK text take up to 4 a character
-_PICTURES = (*IMAGE_SUFFIXES, ".gif", ".tif", ".tiff", ".avif", ".heic")
+_IMAGE = re.compile(r"@@\s*[\"']?(?P<path>[^@]+\.(png|jpe?g|webp|bmp|gif|tiff?|avif|heic))[\"']?\s*$", re.IGNORECASE)
 _UNSAFE = re.compile(r'[\x00-\x1f\x7f\\<>:"|?*]')
 
 
@@ -56,28 +54,20 @@ def safe_name(text: str) -> str:
 
 
 def refuse_images(prompts: Sequence[Prompt], file: Path | None = None) -> None:
-    """Refuse the original's `TEXT@@IMAGE`. An @@ before what is no picture's name and no file is part of the text.
+    """Refuse the original's `TEXT@@IMAGE`, in lines of `file`, say. An @@ without a picture's name is part of the text.
 
-    Args:
-        file: where the prompts are from; its lines are named then.
     Raises:
         PromptError: naming the first of them.
     """
-    asking = [prompt for prompt in prompts if _ends_in_image(prompt.text)]
+    asking = [(prompt, found["path"]) for prompt in prompts if (found := _IMAGE.search(prompt.text))]
     if asking:
-        first, others = asking[0], f" (and {len(asking) - 1} more)" if len(asking) > 1 else ""
+        first, image = asking[0]
         place = f"{file}, line {first.index + 1}" if file else f"prompt {first.index}"
-        image = first.text.rpartition("@@")[2].strip()
         raise PromptError(
-            f"{place}{others} asks for a video that begins with the image {image!r}. Videos are made from text alone "
-            "here: remove the @@ and what is behind it, and describe in words what the image shows."
+            f"{place}{f' (and {len(asking) - 1} more)' if asking[1:] else ''} asks for a video that begins with the "
+            f"image {image!r}. Videos are made from text alone here: remove the @@ and what is behind it, and describe "
+            "in words what the image shows."
         )
-
-
-def _ends_in_image(text: str) -> bool:
-    _, mark, path = text.rpartition("@@")
-    path = path.strip().strip("\"'")
-    return bool(mark) and (path.lower().endswith(_PICTURES) or os.path.isfile(os.path.expanduser(path)))
 
 
 def read_prompt_file(path: Path) -> tuple[list[Prompt], int]:

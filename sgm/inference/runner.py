@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from torch import Tensor
 from sgm.config import ConfigError, RunConfig
 from sgm.data.video_out import write_contact_sheet, write_video
 from sgm.errors import SgmError
-from sgm.files import SaveError, unfinished_names, write_json
+from sgm.files import SaveError, advising, unfinished_names, write_json
 from sgm.inference.noise import SampleId
 from sgm.inference.options import SampleArgs
 from sgm.inference.pipeline import EncodedPrompt, Part, TextToVideo
@@ -24,8 +25,9 @@ from sgm.inference.progress import Bar, Progress, StageTimes
 from sgm.inference.prompts import Prompt, ask, gather, refuse_images, share
 from sgm.inference.refine import Endpoint, refine_prompt
 from sgm.inference.requests import Measurements, Requests, Wanted
-from sgm.inference.writer import SampleFiles, check_writable, find_latents, read_latents, write_latents
+from sgm.inference.writer import SampleFiles, find_latents, read_latents, write_latents
 
+ANOTHER_FOLDER = "Choose another --output-dir; --skip-done goes on with a run that was stopped."
 SHOWN_CHARACTERS = 200  # of the end of a prompt that is not read
 ENCODED_AHEAD = 128  # prompts that are held encoded (1.9 MB each of 2B in half precision)
 
@@ -47,17 +49,16 @@ class Runner:
 
     def run(self) -> None:
         """Do what the configuration asks."""
-        saved = Path(self.args.decode_latents) if self.args.decode_latents else None
-        place = Path(self.args.output_dir) if saved is None else saved if saved.is_dir() else saved.parent
-        check_writable(place)
-        with unfinished_names(place) as self.unfinished:
+        saved = find_latents(Path(self.args.decode_latents)) if self.args.decode_latents else []
+        place = os.path.commonpath([str(file.parent) for file in saved] or [self.args.output_dir])
+        with advising(ANOTHER_FOLDER), unfinished_names(Path(place)) as self.unfinished:
             self._run(saved)
 
-    def _run(self, saved: Path | None) -> None:
+    def _run(self, saved: Sequence[Path]) -> None:
         if self.args.seed_mode == "upstream":
             torch.manual_seed(self.args.seed + self.rank)
-        if saved is not None:
-            self._decode_saved(saved)
+        if saved:
+            self._decode_saved(saved[self.rank :: self.world_size])
         elif self.args.input_type == "cli" and not self.args.prompts:
             self._converse()
         else:
@@ -223,8 +224,8 @@ class Runner:
         sizes = facts.get("file_bytes", {}) | files.sizes()
         write_json(files.record, {**facts, **asdict(measured), "file_bytes": sizes})
 
-    def _decode_saved(self, path: Path) -> None:
-        for file in find_latents(path)[self.rank :: self.world_size]:
+    def _decode_saved(self, saved: Sequence[Path]) -> None:
+        for file in saved:
             latents, facts = read_latents(file)
             times, files = StageTimes(), SampleFiles(file.parent)
             source = {"decoded_from": file.name, "file_bytes": {file.name: file.stat().st_size}}

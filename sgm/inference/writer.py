@@ -13,12 +13,10 @@ from typing import Any
 from torch import Tensor
 
 from sgm.errors import SgmError
-from sgm.files import advising, remove_leftovers, require_writable, sync_folder, write_failed
+from sgm.files import remove_leftovers, saving, sync_folder
 from sgm.weights import read_checkpoint
 from sgm.weights.checksums import read_header
 from sgm.weights.save import save_safetensors
-
-ANOTHER_FOLDER = "Choose another --output-dir; --skip-done goes on with a run that was stopped."
 
 
 class OutputError(SgmError):
@@ -81,44 +79,18 @@ class SampleFiles:
             SaveError: they cannot be written or renamed.
         """
         new = replace(self, prefix=prefix)
-        with writing_into(self.folder):
-            try:
-                yield new
-                self._rename_from(new)
-            finally:
-                new.discard()
-
-    def _rename_from(self, new: SampleFiles) -> None:
         try:
-            remove_leftovers(self.folder, "[0-9]*-[0l]*")  # of earlier versions
-            self.record.unlink(missing_ok=True)
-            for source, target in zip(new.all, self.all):
-                if source.exists():
-                    source.replace(target)
-            sync_folder(self.folder)
-        except OSError as error:
-            raise write_failed(self.folder, error) from error
-
-
-@contextmanager
-def writing_into(folder: Path) -> Iterator[None]:
-    """Make `folder`; a write that fails within the block says what to do.
-
-    Raises:
-        SaveError: `folder` cannot be made, or that of the block.
-    """
-    with advising(ANOTHER_FOLDER):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise write_failed(folder, error) from error
-        yield
-
-
-def check_writable(folder: Path) -> None:
-    """Fail before an hour of sampling, not after it. Raises SaveError."""
-    with advising(ANOTHER_FOLDER):
-        require_writable(folder)
+            with saving(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+            yield new
+            with saving(self.folder):
+                remove_leftovers(self.folder, "[0-9]*-[0l]*")  # of earlier versions
+                self.record.unlink(missing_ok=True)
+                for source in filter(Path.exists, new.all):
+                    source.replace(self.folder / source.name.removeprefix(prefix))
+                sync_folder(self.folder)
+        finally:
+            new.discard()
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -132,8 +104,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 def write_latents(path: Path, latents: Tensor, facts: Mapping[str, Any]) -> None:
     """Scaled latents (t, c, h, w) of one sample; `facts` go into the header as JSON text."""
-    with writing_into(path.parent):
-        save_safetensors(path, {"latents": latents}, {"facts": json.dumps(facts)})
+    save_safetensors(path, {"latents": latents}, {"facts": json.dumps(facts)})
 
 
 def read_latents(path: Path) -> tuple[Tensor, dict[str, Any]]:

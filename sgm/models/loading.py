@@ -62,7 +62,7 @@ def load_network(
     Raises:
         WeightsError: unreadable file, wrong model, missing, unexpected or misshapen entries (all listed).
     """
-    checkpoint, fingerprint = while_files_change(lambda: _with_fingerprint(read_transformer(path)))
+    checkpoint, fingerprint = while_files_change(lambda: (c := read_transformer(path), weights_fingerprint(c.files[0])))
     base, own_lora = split_lora(checkpoint.network)
     if own_lora and not base:
         raise WeightsError(
@@ -82,10 +82,6 @@ def load_network(
     if not found and network.has_lora_config:
         loaded.notes.append(f"lora_config is set, but {checkpoint.source} holds no LoRA: running the base model")
     return loaded
-
-
-def _with_fingerprint(checkpoint: Checkpoint) -> tuple[Checkpoint, str]:
-    return checkpoint, weights_fingerprint(checkpoint.files[0])
 
 
 def _assign_base(
