@@ -215,7 +215,10 @@ def _compare(part: Found, base: Mapping[str, Deferred], layout: str, computed: C
     channels = f"latent channels {sizes.in_channels} in, {sizes.out_channels} out"
     patch = "x".join(map(str, sizes.patch))
     part.facts = [f"width {sizes.width}, {sizes.layers} layers, {sizes.heads} heads, {channels}, patch {patch}"]
-    part.facts += [f"assumed: {sizes.assumed}"] if sizes.assumed and layout == "SAT's" else []
+    if sizes.assumed and layout == "SAT's":
+        part.facts.append(
+            f"assumed: {sizes.assumed}" if sizes.is_published else "not in the file: clip size, text tokens"
+        )
     wrong = f"wrong shape ({len(report.shapes)}), as in one part of several: {some_of(report.shapes, 3)}"
     part.facts += [wrong] if report.shapes else []
     part.missing = report.missing
