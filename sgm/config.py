@@ -13,7 +13,8 @@ import re
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any, Generic
 
@@ -239,10 +240,12 @@ def _merge(files: Sequence[str | Path], overrides: Sequence[str]) -> tuple[dict[
         _told(f"--set {text!r}", partial(_override, merged, key.strip(), value.strip()))
     raw = OmegaConf.to_container(merged)
     plain = _told(place, partial(OmegaConf.to_container, merged, resolve=True, throw_on_missing=True))
-    odd = [f"{'.'.join(map(str, place))} is no text, and so no name" for place in _odd_keys(plain)]
+    names = [(*at, key) for at, node in _nodes(plain) if isinstance(node, dict) for key in node]
+    odd = [f"{'.'.join(map(str, name))} is no text, and so no name" for name in names if not isinstance(name[-1], str)]
     if odd:
         raise ConfigError(listing(odd, place))
-    return plain, dict(_from_environment(raw, plain))
+    shown = {at: text for at, text in _nodes(raw) if _is_from_environment(text, reduce(getitem, at, plain))}
+    return plain, shown
 
 
 def _override(merged: Any, key: str, value: str) -> None:
@@ -272,19 +275,15 @@ def _told(place: str, read: Callable[[], Any]) -> Any:
         raise ConfigError(f"{place}: {f'{key}: ' if key else ''}{kind}{' '.join(reason.split())}") from error
 
 
-def _odd_keys(value: Any, place: Place = ()) -> Iterator[Place]:
-    for key, inner in _items(value):
-        if isinstance(value, dict) and not isinstance(key, str):
-            yield (*place, key)
-        yield from _odd_keys(inner, (*place, key))
+def _nodes(value: Any, place: Place = ()) -> Iterator[tuple[Place, Any]]:
+    """Everything below a value, itself included, by its place."""
+    yield place, value
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list) else ()):
+        yield from _nodes(inner, (*place, key))
 
 
-def _from_environment(raw: Any, plain: Any, place: Place = ()) -> Iterator[tuple[Place, str]]:
-    if isinstance(raw, str) and "${" in raw and ("oc.env" in raw or holds_secret(plain)):
-        yield place, raw
-    elif not isinstance(raw, str):
-        for key, inner in _items(raw):
-            yield from _from_environment(inner, plain[key], (*place, key))
+def _is_from_environment(text: Any, value: Any) -> bool:
+    return isinstance(text, str) and "${" in text and ("oc.env" in text or holds_secret(value))
 
 
 def _as_written(value: Any, written: Mapping[Place, str], place: Place = ()) -> Any:
@@ -296,10 +295,6 @@ def _as_written(value: Any, written: Mapping[Place, str], place: Place = ()) -> 
         return [_as_written(inner, written, (*place, k)) for k, inner in enumerate(value)]
     # what looks like an interpolation and is none
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
-
-
-def _items(value: Any) -> Iterable[tuple[Any, Any]]:
-    return value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
 
 
 def _read_yaml(path: Path) -> Any:

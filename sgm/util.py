@@ -105,30 +105,23 @@ class Role:
 
     def find(self, name: str) -> Any:
         """The class of that name. Raises TargetError: there is none, or it is of another role."""
-        resolved = TARGET_ALIASES.get(name, name)
-        found = get_obj_from_str(name) if resolved.startswith((*self.rooms, *_own_prefixes())) else None
-        if found is None or not self._takes(found):
-            get_obj_from_str(name)  # may have a better reason
-            raise TargetError(f"{name!r} has another role; choose {' or '.join(self._choices())}")
-        return found
+        if not self._takes(name):
+            known = {get_obj_from_str(name): name for name in reversed(known_targets()) if self._takes(name)}
+            raise TargetError(f"{name!r} has another role; choose {' or '.join(sorted(known.values()))}")
+        return get_obj_from_str(name)
 
-    def _takes(self, found: Any) -> bool:
+    def _takes(self, name: str) -> bool:
+        found = get_obj_from_str(name)
+        rooms = (*self.rooms, *ALLOWED_PREFIXES[len(_PREFIXES) :])
         base = get_obj_from_str(self.base) if isinstance(self.base, str) else self.base
-        return inspect.isclass(found) and base in found.__mro__  # a protocol takes no class by its mere form
-
-    def _choices(self) -> list[str]:
-        known = {get_obj_from_str(name): name for name in reversed(known_targets())}
-        return sorted(name for cls, name in known.items() if self._takes(cls))
+        # a protocol takes no class by its mere form
+        return TARGET_ALIASES.get(name, name).startswith(rooms) and base in inspect.getmro(found)
 
 
 class Node(dict[str, Any]):
     """A checked `target:` node that knows its place in the configuration."""
 
     place = ""
-
-
-def _own_prefixes() -> list[str]:
-    return ALLOWED_PREFIXES[len(_PREFIXES) :]
 
 
 def get_obj_from_str(name: str) -> Any:

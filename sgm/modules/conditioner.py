@@ -74,6 +74,8 @@ class GeneralConditioner(nn.Module):
 
     def __init__(self, emb_models: Sequence[Annotated[Config, Role(AbstractEmbModel, beside=BesideEmbedder)]]) -> None:
         super().__init__()
+        if not emb_models:
+            raise ConditionerError("emb_models is empty: name a text encoder, as the configurations in configs/ do.")
         self.embedders: ModuleList[AbstractEmbModel] = ModuleList([_build_embedder(config) for config in emb_models])
 
     def forward(
