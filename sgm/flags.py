@@ -87,7 +87,8 @@ def _refuse_prompts(named: Iterable[str], options: argparse.Namespace) -> None:
     """Raises ConfigError where what should be configuration files is a text."""
     from sgm.typed import ConfigError
 
-    words = [name for name in named if not os.path.exists(name) and not name.endswith((".yaml", ".yml"))]
+    absent = [name for name in named if not os.path.exists(name) and not name.endswith((".yaml", ".yml"))]
+    words = [name for name in absent if " " in name or "/" not in name]
     if words and hasattr(options, "prompts"):
         text = " ".join(words)
         raise ConfigError(f"{text!r} is no configuration file; a prompt is given as --prompt {shlex.quote(text)}")

@@ -320,6 +320,7 @@ VAE = "model.first_stage_config.params.ckpt_path"
         (["--set", "args.image2video=true"], ["args.image2video", "text alone", "set it to false"]),
         (["--set", "model.network_config.params.in_channels=32"], ["in_channels 32", "image-to-video", "not run here"]),
         (["--set", "model.sampler_config.params.fixed_frames=1"], ["fixed_frames is 1", "set it to 0"]),
+        (["configs/demo_infer"], ["no configuration file at configs/demo_infer;", "configs/demo_infer.yaml"]),
         (["A", "fox's tail"], ["is no configuration file", "--prompt 'A fox'\"'\"'s tail'"]),
         (["--num-frames", "4", "--set", "model.network_config.params.patch_size=[2,2,2]"], ["as CogVideoX 1.5"]),
         (["--num-frames", "5"], ["5 latent frames", "more than the 2"]),
