@@ -6,9 +6,9 @@ import copy
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import Field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any
 
 from sgm.config import ConfigError, RunConfig
 from sgm.files import refuse_lfs_pointer
@@ -17,17 +17,6 @@ from sgm.places import found_path
 from sgm.weights.checksums import WeightsError
 from sgm.weights.release import how_to_get, locate, newest_run
 
-
-class LoadingArgs(Protocol):
-    """The `args:` record of a run that loads a transformer."""
-
-    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
-
-    @property
-    def load(self) -> str | None: ...
-
-
-Args = TypeVar("Args", bound=LoadingArgs)
 HOW_TO_GET_T5 = (
     "The text encoder is one folder with what text_encoder/ and tokenizer/ of the diffusers release hold (config.json, "
     "two safetensors shards with their index, spiece.model and three small JSON files), or a hub id that lies in the "
@@ -44,7 +33,7 @@ class PathError(ConfigError):
     """A path in the configuration is unedited or wrong; the message names each and says how to get the weights."""
 
 
-def with_found_paths(config: RunConfig[Args], find: Callable[[str], str] = found_path) -> RunConfig[Args]:
+def with_found_paths(config: RunConfig[Any], find: Callable[[str], str] = found_path) -> RunConfig[Any]:
     """`config` with its weight paths as `find` gives them: by default the project's where only these are.
 
     A training run's folder may be given without its date: the newest run is taken.

@@ -13,7 +13,6 @@ from sgm.modules.ops.vae import (
     LeanMoments,
     apply_field,
     double_frames,
-    doubled_frames,
     group_moments,
 )
 from tools.demo import clip_feed, eval_vae, train_vae
@@ -69,9 +68,10 @@ def test_lean_operations_have_the_values_and_gradients_of_the_plain_ones(last, f
 @pytest.mark.parametrize("frames", [1, 2, 5])
 def test_doubled_frames_come_in_order_and_keep_the_layout(frames):
     x = torch.randn(2, 3, frames, 2, 2)
-    assert torch.equal(double_frames(x), x[:, :, doubled_frames(frames)])
+    order = [k for k in range(frames) for _ in range(1 if frames % 2 and k == 0 else 2)]
+    assert torch.equal(double_frames(x), x[:, :, order])
     last = double_frames(x.to(memory_format=torch.channels_last_3d))
-    assert torch.equal(last, x[:, :, doubled_frames(frames)])
+    assert torch.equal(last, x[:, :, order])
     assert last.is_contiguous(memory_format=torch.channels_last_3d)
 
 

@@ -33,7 +33,6 @@ from sgm.modules.ops.vae import (
     Modulation,
     apply_field,
     double_frames,
-    doubled_frames,
     doubled_span,
     doubling_filters,
     fit_latent,
@@ -200,7 +199,7 @@ class Upsample3D(nn.Module):
             return double_frames(y) if self.time and t > 1 else y
         folds = run.ops.folds_bias or x.dtype == torch.float32
         double = self._double_folded if folds else self._double
-        frames = len(doubled_frames(t)) if self.time else t
+        frames = 2 * t - t % 2 if self.time else t
         result = empty((b, self.conv.out_channels, frames, 2 * h, 2 * w), x, layout_of(x))
         for start, stop in frame_spans(t, 4 * frame_bytes(x), run.slice_bytes):
             target, frame_map = doubled_span(t, start, stop) if self.time else (slice(start, stop), SAME_FRAMES)

@@ -239,7 +239,7 @@ def pool_frames(x: Tensor) -> Tensor:
 
 
 def double_frames(x: Tensor) -> Tensor:
-    """Each frame of x (b, c, t, h, w) twice, but the first one once where t is odd: as `doubled_frames` says."""
+    """Each frame of x (b, c, t, h, w) twice, but the first one once where t is odd (1 -> 1, 3 -> 5, 2 -> 4)."""
     if x.shape[2] == 1:
         return x
     kept, rest = x[:, :, : x.shape[2] % 2], x[:, :, x.shape[2] % 2 :]
@@ -249,11 +249,6 @@ def double_frames(x: Tensor) -> Tensor:
     else:
         twice = repeat(rest, "b c t h w -> b c (t 2) h w")
     return torch.cat([kept, twice], dim=2) if kept.shape[2] else twice
-
-
-def doubled_frames(t: int) -> list[int]:
-    """Source frame of each frame after doubling time: an odd number leaves frame 0 single (1 -> 1, 3 -> 5, 2 -> 4)."""
-    return [k for k in range(t) for _ in range(1 if t % 2 and k == 0 else 2)]
 
 
 def convolve(conv: Conv, x: Tensor, bare: bool = False, spare: Tensor | None = None) -> Tensor:
@@ -279,7 +274,7 @@ def place(x: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
 
 
 def doubled_span(t: int, start: int, stop: int) -> tuple[slice, FrameMap]:
-    """`doubled_frames(t)` for sources start .. stop - 1: frames of the result, and their map to these sources."""
+    """`double_frames` of t frames, for sources start .. stop - 1: frames of the result, and their map to these."""
     odd = t % 2
     target = slice(2 * start - odd if start else 0, 2 * stop - odd)
     return target, FrameMap(2, odd if start == 0 else 0)

@@ -1,5 +1,7 @@
 """What the transformer takes from SwissArmyTransformer, imported once and without SAT's start-up messages."""
 
+# ruff: noqa: F401  # names for the modules beside this one
+
 from __future__ import annotations
 
 from sgm.distributed import quiet_libraries
@@ -15,18 +17,3 @@ with quiet_libraries():
     )
     from sat.mpu.utils import scaled_init_method, unscaled_init_method
     from sat.transformer_defaults import HOOKS_DEFAULT
-
-__all__ = [
-    "HOOKS_DEFAULT",
-    "BaseMixin",
-    "BaseModel",
-    "BaseTransformer",
-    "BaseTransformerLayer",
-    "ColumnParallelLinear",
-    "RowParallelLinear",
-    "SelfAttention",
-    "copy_to_model_parallel_region",
-    "reduce_from_model_parallel_region",
-    "scaled_init_method",
-    "unscaled_init_method",
-]
