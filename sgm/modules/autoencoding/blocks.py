@@ -220,7 +220,7 @@ class Upsample3D(nn.Module):
         place_frames(y, result, frame_map)
 
     def _double_folded(self, x: Tensor, result: Tensor, frame_map: FrameMap, run: ClipPass) -> None:
-        layout = _frame_layout(x)
+        layout = torch.channels_last if layout_of(x) == torch.channels_last_3d else torch.contiguous_format
         filters = doubling_filters(self.conv.weight).contiguous(memory_format=layout)
         # cuDNN's result has the layout of x already, one without values (meta) has not
         parts = _by_frame(x, lambda frames: F.conv2d(frames, filters, padding=1).contiguous(memory_format=layout))
@@ -231,11 +231,6 @@ def _by_frame(x: Tensor, convolve: Callable[[Tensor], Tensor]) -> Tensor:
     """A 2D operation on every frame of x (b, c, t, h, w)."""
     y = convolve(rearrange(x, "b c t h w -> (b t) c h w"))
     return rearrange(y, "(b t) c h w -> b c t h w", b=x.shape[0])
-
-
-def _frame_layout(x: Tensor) -> torch.memory_format:
-    """The layout that a frame of the clip x has."""
-    return torch.channels_last if layout_of(x) == torch.channels_last_3d else torch.contiguous_format
 
 
 def make_norm(channels: int, latent_channels: int | None) -> ClipNorm | SpatialNorm3D:

@@ -26,8 +26,10 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
 
 def _sorted_parameters(model: nn.Module) -> Iterator[tuple[bool, nn.Parameter]]:
     """(has weight decay, parameter) of each trainable parameter, once, in module order."""
-    seen: set[int] = set()
-    norms = _norm_classes()
+    with quiet_libraries():
+        from sat.transformer_defaults import NO_WD_MODULES
+
+    norms, seen = (*NO_WD_MODULES, nn.LayerNorm), set[int]()
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is None or not parameter.requires_grad or id(parameter) in seen:
@@ -35,12 +37,6 @@ def _sorted_parameters(model: nn.Module) -> Iterator[tuple[bool, nn.Parameter]]:
             seen.add(id(parameter))
             exempt = isinstance(module, norms) or name == "bias" or getattr(parameter, "no_weight_decay", False)
             yield not exempt, parameter
-
-
-def _norm_classes() -> tuple[type, ...]:
-    with quiet_libraries():
-        from sat.transformer_defaults import NO_WD_MODULES
-    return (*NO_WD_MODULES, nn.LayerNorm)
 
 
 def count(groups: list[dict[str, Any]]) -> int:

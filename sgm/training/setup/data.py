@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -98,20 +98,13 @@ def build_datasets(data: Mapping[str, Any] | None, folders: Sequence[str], repor
     return made
 
 
-@runtime_checkable
-class MarksPrior(Protocol):
-    """A data set whose items say whether they keep what the model knows."""
-
-    prior: bool
-
-
-def mark_prior(dataset: Dataset) -> None:
+def mark_prior(dataset: Any) -> None:
     """Let a data set's items say that they keep what the model knows.
 
     Raises:
         ConfigError: a class that is not made for it.
     """
-    if not isinstance(dataset, MarksPrior):
+    if not hasattr(dataset, "prior"):
         raise ConfigError(f"args.prior_data: {type(dataset).__name__} gives items without `prior`, see SFTDataset")
     dataset.prior = True
 

@@ -65,9 +65,8 @@ def check_graphs(args: TrainArgs, plan: DeepSpeedPlan, checkpointing: bool | str
         "deepspeed.zero_optimization.stage: 3": plan.stage == 3,
         "args.model_parallel_size above 1": args.model_parallel_size > 1,
     }
-    found = [name for name, there in obstacles.items() if there]
-    if args.cuda_graphs and found:
-        raise ConfigError(f"args.cuda_graphs does not go with {' and '.join(found)}; leave one of them out")
+    if args.cuda_graphs:
+        _refuse_with("args.cuda_graphs", obstacles)
 
 
 def check_prior(args: TrainArgs, plan: DeepSpeedPlan, loss_fn: Loss | None) -> None:
@@ -81,9 +80,14 @@ def check_prior(args: TrainArgs, plan: DeepSpeedPlan, loss_fn: Loss | None) -> N
         "deepspeed.zero_optimization.stage: 3": plan.stage == 3,
         f"the loss_fn_config {type(loss_fn).__name__}": not isinstance(loss_fn, VideoDiffusionLoss),
     }
+    if args.prior_data:
+        _refuse_with("args.prior_data", obstacles)
+
+
+def _refuse_with(switch: str, obstacles: Mapping[str, Any]) -> None:
     found = [name for name, there in obstacles.items() if there]
-    if args.prior_data and found:
-        raise ConfigError(f"args.prior_data does not go with {' and '.join(found)}; leave one of them out")
+    if found:
+        raise ConfigError(f"{switch} does not go with {' and '.join(found)}; leave one of them out")
 
 
 def meta_engine(model: Mapping[str, Any], dtype: str) -> SATVideoDiffusionEngine:
