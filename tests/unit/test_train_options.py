@@ -222,6 +222,7 @@ def test_what_has_no_part_in_a_training_here():
         ({"communication_data_type": "fp8"}, "communication_data_type", "['fp16', 'bf16', 'fp32']"),
         ({"data_types": {"keep_in_fp32_modules": 5}}, "data_types.keep_in_fp32_modules", "list of name patterns"),
         ({"bf16": {"enabled": True, "bf16_optimizer_states": True}}, "", "requires bf16_master_weights_and_grads"),
+        ({"timers": 5}, "timers", "5"),
     ],
 )  # fmt: skip
 def test_each_key_at_each_depth_is_checked_by_deepspeed_itself(changes, place, words):
@@ -240,6 +241,11 @@ def test_autocast_is_for_bfloat16(stage, dtype):
         plan(torch_autocast={"enabled": True, "dtype": dtype}, zero_optimization={"stage": stage})
     assert plan(torch_autocast={"enabled": True, "dtype": "bfloat16"}, zero_optimization={"stage": stage})
     assert plan(torch_autocast={"enabled": False, "dtype": dtype}, zero_optimization={"stage": stage})
+
+
+def test_a_report_of_deepspeeds_own_needs_a_number_of_steps():
+    with pytest.raises(ConfigError, match="steps_per_print must be a whole number >= 1, got 0"):
+        plan(steps_per_print=0)
 
 
 def test_batch_sizes_must_agree():

@@ -14,9 +14,7 @@ from sgm.training.optimizers.ema_adam import FusedEmaAdam, OptimizerError
 from sgm.training.optimizers.log_codes import BYTES_A_MOMENT
 from sgm.util import TargetError, check_params, get_obj_from_str
 
-DEEPSPEED_NATIVE = frozenset(
-    {"onebitadam", "zerooneadam", "onebitlamb", "lamb", "lion", "muon", "muadam", "muadamw", "musgd"}
-)
+DEEPSPEED_NATIVE = frozenset({"lamb", "lion", "muon", "muadam", "muadamw", "musgd"})
 _ADAMW_NAMES = frozenset({"adam", "adamw", "fusedadam", "cpuadam", "deepspeedcpuadam"})
 _DEEPSPEED_ADAM_SWITCHES = ("torch_adam", "adam_w_mode", "fp32_optimizer_states")
 
@@ -48,7 +46,7 @@ class OptimizerSpec:
         """
         stray = sorted(set(section) - {"type", "params", "legacy_fusion"})
         if stray or not isinstance(section.get("type"), str):
-            found = ", ".join(section) or "nothing"
+            found = ", ".join(map(str, section)) or "nothing"
             raise OptimizerError(f"deepspeed.optimizer needs `type` and `params`, got {found}")
         params = section.get("params") or {}
         if not isinstance(params, Mapping):

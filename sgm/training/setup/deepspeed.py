@@ -253,19 +253,17 @@ def _offload(zero: dict[str, Any], stage: int, device_type: str, problems: list[
 def batch_sizes(config: dict[str, Any], ranks: int, problems: list[str]) -> tuple[int, int]:
     """(micro batch, accumulation steps); `train_batch_size` must agree with them and the number of ranks."""
     values = []
-    names = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
+    names = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size", "steps_per_print")
     for name in names:
         value = config.get(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             problems.append(f"deepspeed.{name} must be a whole number >= 1, got {value!r}")
             return 1, 1
         values.append(value)
-    micro, accumulation, total = values
+    micro, accumulation, total, _ = values
     if total is not None and (micro is None or accumulation is None):
         given = (micro or 1) * (accumulation or 1) * ranks
-        if micro is None and accumulation is None:
-            micro = max(1, total // ranks)
-        elif micro is None:
+        if micro is None:
             micro = max(1, total // given)
         else:
             accumulation = max(1, total // given)
@@ -312,6 +310,8 @@ def _quiet_defaults(config: dict[str, Any]) -> None:
     """Where DeepSpeed's defaults would print or skip a check."""
     config.setdefault("steps_per_print", None)
     # DeepSpeed's own measure of throughput, which nothing here reads, waits for the GPU twice a step.
-    config["timers"] = {"throughput": {"enabled": False}} | (config.get("timers") or {})
+    timers = config.setdefault("timers", {})
+    if isinstance(timers, dict):
+        timers.setdefault("throughput", {"enabled": False})
     if config["bf16"]["enabled"]:
         config["bf16"].setdefault("check_grad_overflow", True)
