@@ -26,6 +26,7 @@ from sgm.modules.ops.choice import Kernels
 from sgm.progress import Tally
 from sgm.util import instantiate_from_config
 from sgm.weights import DTYPES
+from sgm.weights.staging import Download
 
 T = TypeVar("T")
 
@@ -169,30 +170,13 @@ def _fill_videos(
     progress.finish()
 
 
-class _Encoded:
-    """A batch on its way back from the GPU."""
-
-    def __init__(self, clips: Sequence[DecodedClip], moments: Tensor):
-        self.keys, self.paths = [clip.key for clip in clips], [clip.path for clip in clips]
-        self._moments = moments
-        self._arrived = torch.cuda.Event() if moments.is_pinned() else None
-        if self._arrived is not None:
-            self._arrived.record()
-
-    def fetch(self) -> Tensor:
-        """Moments (b, t, 2c, h, w) on the CPU."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return self._moments
-
-
 class Encoder:
     """The VAE, loaded when the first clip asks for it. A batch's results are fetched when the next is under way."""
 
     def __init__(self, model: Mapping[str, Any], dtype: str, how: FillSettings):
         self._model, self._dtype, self._how = model, dtype, how
         self._stage: VideoAutoencoderInferenceWrapper | None = None
-        self._pending: _Encoded | None = None
+        self._pending: tuple[list[tuple[str, str]], Download] | None = None  # keys and paths, moments (b, t, 2c, h, w)
 
     @torch.no_grad()
     def __call__(self, clips: Sequence[DecodedClip], writer: ShardWriter) -> None:
@@ -203,16 +187,16 @@ class Encoder:
         pixels = to_unit_range(frames).to(DTYPES[self._dtype]).transpose(1, 2)
         with torch.autocast(device.type, enabled=False):
             moments = stage.moments(pixels)
-        encoded = _Encoded(clips, moments.transpose(1, 2).to("cpu", non_blocking=True))
+        coming = Download(moments.transpose(1, 2))
         self.finish(writer)
-        self._pending = encoded
+        self._pending = [(clip.key, clip.path) for clip in clips], coming
 
     def finish(self, writer: ShardWriter) -> None:
         """Hand the last batch to the writer. Raises CacheError: inf or nan in the moments."""
         if self._pending is None:
             return
-        encoded, self._pending = self._pending, None
-        for key, path, moments in zip(encoded.keys, encoded.paths, encoded.fetch(), strict=True):
+        (names, coming), self._pending = self._pending, None
+        for (key, path), moments in zip(names, coming.read(), strict=True):
             if not bool(torch.isfinite(moments).all()):
                 raise CacheError(
                     f"{path}: the VAE gave inf or nan in {self._dtype}; encode in "

@@ -26,23 +26,19 @@ class SatWeights:
     Attributes:
         file: the first, and only one but for tensor-parallel parts.
         source: the file, for messages.
-        parts: tensor-parallel parts.
         network: the transformer's base weights, without prefix.
         lora: adapter matrices (small, mapped), without prefix.
         facts: what the file says of the adapter.
         text_encoder, first_stage: those parts' entries, without prefix.
-        iteration: of the checkpoint, if known.
     """
 
     file: Path
     source: str
-    parts: int
     network: dict[str, Deferred]
     lora: dict[str, Tensor]
     facts: Mapping[str, Any]
     text_encoder: dict[str, Deferred]
     first_stage: dict[str, Deferred]
-    iteration: int | None
 
     def spec(self, alpha: float | None = None) -> LoraSpec | None:
         """Rank, alpha and targets of the adapter; `alpha` overrides the file's, which overrides SAT's 1.
@@ -79,13 +75,11 @@ def open_sat(path: str | Path, *, allow_drift: bool = False) -> SatWeights:
     return SatWeights(
         file=parts[0].files[0],
         source=str(parts[0].files[0]) + (f" (and {len(parts) - 1} more parts)" if len(parts) > 1 else ""),
-        parts=len(parts),
         network=base,
         lora={name: value.make() for name, value in lora.items()},
         facts=parts[0].lora,
         text_encoder=_under(others, TEXT_ENCODER),
         first_stage=_under(others, FIRST_STAGE),
-        iteration=parts[0].iteration,
     )
 
 

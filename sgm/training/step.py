@@ -23,6 +23,7 @@ from sgm.training.faults import OVERFLOW
 from sgm.training.setup.engine import TrainingEngine
 from sgm.training.watch.bins import BINS, bin_sums
 from sgm.training.watch.timing import PhaseClock
+from sgm.weights.staging import Download
 
 _BAD = 1  # place of the number of bad losses among what ranks share
 
@@ -85,7 +86,7 @@ def training_step(
     were.
     """
     clock = clock or PhaseClock()
-    underway: list[_AsyncCopy] = []
+    underway: list[Download] = []
     poison, waited = torch.ones((), dtype=torch.float64, device=ds_engine.device), 0.0
     scaler = scaler_state(ds_engine)
     for _ in range(ds_engine.gradient_accumulation_steps()):
@@ -95,7 +96,7 @@ def training_step(
         waited += time.perf_counter() - asked
         loss, logs = batch_loss(ds_engine, batch, clock)
         sums = _sum_over_ranks(loss, stop_requested, bin_sums(logs, loss.device))
-        underway.append(_AsyncCopy(sums))
+        underway.append(Download(sums))
         # A gradient that is NaN throughout makes DeepSpeed drop what has been accumulated, in every ZeRO stage. The
         # device decides it, so that nobody waits for the forward pass here.
         poison = torch.where(sums[_BAD] > 0, math.nan, poison)
@@ -131,21 +132,6 @@ def _sum_over_ranks(loss: Tensor, stop: bool, bins: Tensor) -> Tensor:
     return sums
 
 
-class _AsyncCopy:
-    """Numbers on their way from the device. Who reads them waits for them, not for what was queued after them."""
-
-    def __init__(self, numbers: Tensor):
-        self._numbers = numbers.to("cpu", non_blocking=True)
-        self._arrived = torch.cuda.Event() if numbers.is_cuda else None
-        if self._arrived is not None:
-            self._arrived.record()
-
-    def read(self) -> list[float]:
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return self._numbers.tolist()
-
-
 class _Shared(NamedTuple):
     """Of all ranks' micro-batches: the mean loss, NaN if any is not finite (`bad`); whether any rank wants to stop; sum
     of losses and number of samples by timestep."""
@@ -156,9 +142,9 @@ class _Shared(NamedTuple):
     by_timestep: tuple[list[float], list[float]]
 
 
-def _read(shared: list[_AsyncCopy]) -> _Shared:
+def _read(shared: list[Download]) -> _Shared:
     """From what `_sum_over_ranks` gave for each micro-batch."""
-    total, bad, wants_stop, *rest = (sum(column) for column in zip(*(sums.read() for sums in shared)))
+    total, bad, wants_stop, *rest = (sum(column) for column in zip(*(sums.read().tolist() for sums in shared)))
     mean = math.nan if bad else total / dist.get_world_size() / len(shared)
     return _Shared(mean, bad > 0, wants_stop > 0, (rest[:BINS], rest[BINS:]))
 

@@ -1,4 +1,4 @@
-"""From ordinary host memory, such as a mapped file, to a GPU at the speed of the bus."""
+"""Between host memory and a GPU: from a mapped file at the speed of the bus, and back while the GPU goes on."""
 
 from __future__ import annotations
 
@@ -45,3 +45,18 @@ class StagedCopy:
         target.copy_(buffer, non_blocking=True)
         if self._on_gpu:
             self._sent[slot] = torch.cuda.current_stream(self.device).record_event()
+
+
+class Download:
+    """A tensor on its way to the CPU. Who reads it waits for it, not for what was queued after it."""
+
+    def __init__(self, tensor: Tensor):
+        self._tensor = tensor.to("cpu", non_blocking=True)
+        self._arrived = torch.cuda.Event() if tensor.is_cuda else None
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def read(self) -> Tensor:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._tensor
