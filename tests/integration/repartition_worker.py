@@ -77,9 +77,12 @@ def link(folder: Path, before: Path | None, ranks: int, stage: int, precision: s
         found["cut up anew"] = bool(layout_differences(engine, next(stored()).optimizer))
         read.clear()
         optimizer, ema = repartitioned(engine, stored())
-        load_optimizer_state(engine, optimizer)
+        load_optimizer_state(engine, next(stored()).optimizer | optimizer)
         load_ema_state(engine, ema)
-        found |= {"differ": differing(torch.load(before / "seen.pt"), seen_through_model(engine)), "read": len(read)}
+        found |= {
+            "differ": differing(torch.load(before / "seen.pt"), seen_through_model(engine)),
+            "read": len(read) - 1,
+        }
         schedule.steps = int(engine.global_steps)
         found["boundary"] = engine.micro_steps % engine.gradient_accumulation_steps() == 0
     found["losses"] = [loss for loss, _, _ in steps(engine, schedule, batches(rank), STEPS)]

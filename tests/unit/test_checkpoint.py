@@ -182,7 +182,7 @@ def test_a_folder_that_was_named_is_taken_or_refused_with_a_reason(tmp_path, run
         f"--resume: no complete checkpoint of this configuration in {tmp_path / 'r'}",
         f"  {last} (then -> now)",
         "    args.seed: 1 -> 2",
-        "    go on with it: --resume --set args.seed=1",
+        f"    go on with it: --resume {last} --set args.seed=1",
         f"    a new run from its weights, without --resume: --set args.load={last}",
         "To start a new run, leave out --resume.",
     ]
@@ -241,7 +241,7 @@ def test_states_of_an_earlier_version_go_on_in_the_same_set_up_alone(tmp_path, r
     other.dp_world_size = 2
     assert layout_differences(other, state.optimizer) == ["data_parallel_size (stored 1, now 2)"]
     with pytest.raises(OptimizerStateError, match="by a version whose states cannot be cut up anew"):
-        repartitioned(other, [state])
+        repartitioned(other, iter([state]))
     with pytest.raises(CheckpointError, match="no run.json"):
         load_state(tmp_path)
 

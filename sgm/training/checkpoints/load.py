@@ -5,7 +5,8 @@ from __future__ import annotations
 import glob
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -122,11 +123,11 @@ def _none_fits(place: object, found: Sequence[Earlier], reasons: Sequence[str]) 
     lines = [f"--resume: no complete checkpoint of this configuration in {place}", *(f"  {text}" for text in reasons)]
     newest = {other.folder.parent: other for other in sorted(found, key=lambda other: other.worth)}  # of each run
     for other in list(newest.values())[::-1]:
-        lines += [f"  {other.folder} (then -> now)", *(f"    {change}" for change in other.refused)]
-        values = " ".join(change.undone for change in other.refused)
-        lines.append(f"    go on with it: --resume {values}")
+        folder, values = shlex.quote(str(other.folder)), " ".join(change.undone for change in other.refused)
+        lines += [f"  {folder} (then -> now)", *(f"    {change}" for change in other.refused)]
+        lines.append(f"    go on with it: --resume {folder} {values}")
         if not other.record.lora_only:
-            lines.append(f"    a new run from its weights, without --resume: --set args.load={other.folder}")
+            lines.append(f"    a new run from its weights, without --resume: --set args.load={folder}")
     return "\n".join([*lines, "To start a new run, leave out --resume."])
 
 
@@ -149,14 +150,3 @@ def load_state(path: Path, rank: int | None = None) -> TrainState:
     if state.iteration != record.iteration:
         raise CheckpointError(f"{file} is of iteration {state.iteration}, not {record.iteration}: files were mixed up.")
     return state
-
-
-def states_of_part(path: Path) -> Iterator[TrainState]:
-    """States of all earlier ranks that held this rank's tensor-parallel part, in order, each read when asked for.
-
-    Raises:
-        CheckpointError: see `load_state`.
-    """
-    record = RunRecord.read(path)
-    for rank in range(distributed.model_parallel_rank(), record.world_size, record.model_parallel_size):
-        yield load_state(path, rank)

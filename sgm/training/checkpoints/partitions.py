@@ -13,19 +13,16 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from sgm.distributed import data_parallel_rank
 from sgm.errors import SgmError
 from sgm.training.setup.engine import (
-    Bf16Flat,
     HalfFlat,
     HalfUnflat,
     RefreshesWeights,
     TrainingEngine,
     Zero3,
-    Zero12,
 )
 
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -147,43 +144,29 @@ class Piece(NamedTuple):
 def pieces(ds_engine: TrainingEngine) -> list[Piece]:
     """What this rank's masters hold; the rest of them is padding."""
     names = {id(p): name for name, p in ds_engine.module.named_parameters()}
+    own, wrapper = masters(ds_engine), ds_engine.optimizer
+    kind = next((kind for kind in ("bit16", "bf16", "fp16") if hasattr(wrapper, f"{kind}_groups")), None)
+    groups: Sequence[Sequence[Any]] = getattr(wrapper, f"{kind}_groups") if kind else [own]
+    if len(groups) != len(own):
+        groups = [[p] for group in groups for p in group]
+    flats = None if kind == "fp16" else getattr(wrapper, f"{kind}_groups_flat", None)
     found = []
-    for k, (group, master) in enumerate(zip(_parameters_of_masters(ds_engine), masters(ds_engine))):
-        next_window = 0
+    for k, (group, master) in enumerate(zip(groups, own)):
+        at = 0
         for p in group:
-            first, window = _place(ds_engine.optimizer, k, p, master.numel(), next_window)
+            # where in the master the parameter's first value is or would be, and which places its values may fill
+            first, window = at, range(at, at + p.numel())
+            if isinstance(wrapper, Zero3):
+                window = range(at, at + p.partition_numel())
+                first -= len(window) * data_parallel_rank()
+            elif flats:  # ZeRO 1 and 2, and bfloat16 without ZeRO, cut each group's flat tensor into equal parts
+                window = range(master.numel())
+                first = p.storage_offset() - flats[k].storage_offset() - len(window) * data_parallel_rank()
             begin, end = max(0, window.start - first), min(getattr(p, "ds_numel", p.numel()), window.stop - first)
             if begin < end:
                 found.append(Piece(k, first + begin, names[id(p)], begin, end - begin))
-            next_window = window.stop
+            at = window.stop
     return found
-
-
-def _parameters_of_masters(ds_engine: TrainingEngine) -> Sequence[Sequence[Any]]:
-    wrapper = ds_engine.optimizer
-    if isinstance(wrapper, Zero12):
-        return wrapper.bit16_groups
-    if isinstance(wrapper, Bf16Flat):
-        return wrapper.bf16_groups
-    if isinstance(wrapper, Zero3 | HalfFlat):
-        return wrapper.fp16_groups
-    groups = wrapper.fp16_groups if isinstance(wrapper, HalfUnflat) else [masters(ds_engine)]
-    return [[p] for group in groups for p in group]
-
-
-def _place(wrapper: object, k: int, p: Any, size: int, at: int) -> tuple[int, range]:
-    """(place in master `k` where a parameter's first value is or would be, places that its values may fill)
-
-    `size` of the master; `at`: the end of the parameter before.
-    """
-    if isinstance(wrapper, Zero3):
-        share = p.partition_numel()
-        return at - share * data_parallel_rank(), range(at, at + share)
-    if isinstance(wrapper, Zero12 | Bf16Flat):
-        flat = wrapper.bit16_groups_flat[k] if isinstance(wrapper, Zero12) else wrapper.bf16_groups_flat[k]
-        own = size * dist.get_rank(wrapper.real_dp_process_group[k])
-        return p.storage_offset() - flat.storage_offset() - own, range(size)
-    return at, range(at, at + p.numel())
 
 
 def layout(ds_engine: TrainingEngine) -> dict[str, Any]:

@@ -6,7 +6,9 @@ Moments in 8 bits are decoded and put into the blocks of the new partition; see 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Iterator
+from itertools import starmap
 from typing import Any
 
 from torch import Tensor
@@ -21,9 +23,9 @@ _MASTER, _SHADOW, _CODES, _TOPS = "master", "shadow", "_codes", "_tops"
 
 
 def repartitioned(
-    ds_engine: TrainingEngine, stored: Iterable[TrainState]
+    ds_engine: TrainingEngine, stored: Iterator[TrainState]
 ) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
-    """This rank's (optimizer state, averaged weights) as `partitions` load them, from the states of all earlier ranks.
+    """This rank's (masters and moments, averaged weights) as `partitions` load them, from all earlier ranks' states.
 
     Args:
         stored: in order; no more are asked for once every value is there.
@@ -32,42 +34,35 @@ def repartitioned(
             cut up.
     """
     now = layout(ds_engine)
-    wanted = pieces(ds_engine)
-    missing = sum(piece.size for piece in wanted)
+    missing = sum(piece.size for piece in pieces(ds_engine))
     columns: list[Columns] = [{} for _ in now["sizes"]]
     whole: list[dict[str, Any]] = [{} for _ in now["sizes"]]  # values that count for a master as a whole: steps
-    counters: Mapping[str, Any] = {}
-    for state in stored:
-        counters = state.optimizer["counters"]
-        missing -= _take(state, now, wanted, columns, whole)
-        if not missing:
-            break
+    while missing and (state := next(stored, None)):
+        missing -= _take(state, now, columns, whole)
     if missing:
         raise OptimizerStateError(f"the stored optimizer state lacks {missing:,} values that this run trains.")
     kept = [_as_kept(held, master) for held, master in zip(columns, masters(ds_engine))]
     shadows = {str(k): values.pop(_SHADOW) for k, values in enumerate(kept) if _SHADOW in values}
     own = [values.pop(_MASTER) for values in kept]
     states = [values | single for values, single in zip(kept, whole)]
-    return {"layout": now, "masters": own, "states": states, "counters": dict(counters)}, shadows or None
+    return {"layout": now, "masters": own, "states": states}, shadows or None
 
 
-def _take(
-    state: TrainState, now: dict[str, Any], wanted: list[Piece], columns: list[Columns], whole: list[dict[str, Any]]
-) -> int:
-    """Copy what `state` has of the pieces that are wanted; how many values of each column that is."""
+def _take(state: TrainState, now: dict[str, Any], columns: list[Columns], whole: list[dict[str, Any]]) -> int:
+    """Copy what `state` has of the pieces that `now` has; how many values of each column that is."""
     there = state.optimizer["layout"]
     if there["optimizer"] != now["optimizer"] or "pieces" not in there:
+        which = "" if "pieces" in there else ", by a version whose states cannot be cut up anew"
         raise OptimizerStateError(
             f"the stored optimizer state is of {there['optimizer']} on {there['data_parallel_size']} data-parallel "
-            f"processes with ZeRO {there['zero_stage']}"
-            + ("." if "pieces" in there else ", by a version whose states cannot be cut up anew: resume with the same.")
+            f"processes with ZeRO {there['zero_stage']}{which}: resume with the same."
         )
-    places: dict[str, list[Piece]] = {}
-    for piece in there["pieces"]:
-        places.setdefault(piece[2], []).append(Piece(*piece))
     taken, held = 0, [_columns(state, k) for k in range(len(there["sizes"]))]
-    for to in wanted:
-        for source in places.get(to.name, ()):
+    places = defaultdict(list)
+    for piece in starmap(Piece, there["pieces"]):
+        places[piece.name].append(piece)
+    for to in starmap(Piece, now["pieces"]):
+        for source in places[to.name]:
             begin, end = max(to.begin, source.begin), min(to.begin + to.size, source.begin + source.size)
             if begin >= end:
                 continue

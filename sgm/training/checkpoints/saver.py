@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import torch
 
 from sgm.config import RunConfig
 from sgm.data.loader import ClipLoader
 from sgm.distributed import model_parallel_rank
-from sgm.training.checkpoints.folder import state_file
-from sgm.training.checkpoints.load import load_state, states_of_part
+from sgm.training.checkpoints.folder import RunRecord, state_file
+from sgm.training.checkpoints.load import load_state
 from sgm.training.checkpoints.partitions import (
     ema_state,
     layout_differences,
@@ -112,7 +111,10 @@ def resume(run: Resumable, path: Path) -> None:
     was_there = state_file(path, rank).exists()
     state = load_state(path, rank if was_there else model_parallel_rank())
     if layout_differences(run.ds_engine, state.optimizer):
-        state.optimizer, state.ema = repartitioned(run.ds_engine, states_of_part(path))
+        record = RunRecord.read(path)
+        same_part = range(model_parallel_rank(), record.world_size, record.model_parallel_size)
+        cut, state.ema = repartitioned(run.ds_engine, (load_state(path, other) for other in same_part))
+        state.optimizer |= cut
     load_optimizer_state(run.ds_engine, state.optimizer)
     load_ema_state(run.ds_engine, state.ema)
     loaded = {"optimizer": optimizer_state(run.ds_engine), "ema": ema_state(run.ds_engine)}
@@ -125,5 +127,4 @@ def resume(run: Resumable, path: Path) -> None:
     if was_there:
         restore_rng(state.rng)
     else:
-        words = np.random.SeedSequence([torch.initial_seed() % 2**64, state.iteration]).generate_state(2)
-        seed_all(int(words[0]) << 31 | int(words[1]) >> 1)
+        seed_all(torch.initial_seed() + 1_000_003 * state.iteration)

@@ -79,15 +79,6 @@ class Zero12(Protocol):
 
 
 @runtime_checkable
-class Bf16Flat(Protocol):
-    """Wrapper of bfloat16 without ZeRO, which cuts up its float32 copy all the same; one item a parameter group."""
-
-    bf16_groups: Sequence[Sequence[nn.Parameter]]
-    bf16_groups_flat: Sequence[Tensor]
-    real_dp_process_group: Sequence[dist.ProcessGroup]
-
-
-@runtime_checkable
 class Zero3(Protocol):
     """Wrapper of ZeRO 3; `fp16_groups`: weights of each sub-group, whatever their type."""
 
