@@ -6,7 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -62,15 +62,12 @@ class Runner:
         elif self.args.input_type == "cli" and not self.args.prompts:
             self._converse()
         else:
-            self._run_list(share(self._prompts(), self.rank, self.world_size))
+            prompts, note = gather(self.args.prompts, self.args.input_file, self.config.files)
+            if note:
+                self.progress.line(note)
+            self._run_list(share(prompts, self.rank, self.world_size))
 
     # --- prompts --------------------------------------------------------------------------------------------------
-
-    def _prompts(self) -> list[Prompt]:
-        prompts, note = gather(self.args.prompts, self.args.input_file, self.config.files)
-        if note:
-            self.progress.line(note)
-        return prompts
 
     def _converse(self) -> None:
         """Ask for prompts; one that fails does not end the conversation."""
@@ -130,7 +127,7 @@ class Runner:
         for wanted in todo:
             prompt, caption = wanted.prompt, wanted.caption
             if not caption:
-                with self._stage("refine", self.load_times, f"prompt {prompt.index}"):
+                with self.progress.stage("refine", self.load_times, f"prompt {prompt.index}"):
                     caption = refine_prompt(prompt, endpoint)
             self.progress.line(f"prompt {prompt.index}: {caption}")
             refined.append(replace(wanted, prompt=replace(prompt, refined=caption)))
@@ -138,7 +135,7 @@ class Runner:
 
     def _encode(self, prompts: Sequence[Prompt]) -> list[EncodedPrompt]:
         self._load("conditioner")
-        with self._stage("encode", self.load_times, f"{len(prompts)} prompts"):
+        with self.progress.stage("encode", self.load_times, f"{len(prompts)} prompts"):
             encoded = self.pipeline.encode([p.wording for p in prompts], self.args.negative_prompt)
         for prompt, conditioning in zip(prompts, encoded):
             self._warn_of_cut(f"prompt {prompt.index}", conditioning.cut)
@@ -173,18 +170,14 @@ class Runner:
         self, prompt: Prompt, conditioning: EncodedPrompt, batch: Sequence[int], times: StageTimes
     ) -> Tensor | None:
         """Latents of a batch, or None where memory is short and a smaller batch may fit."""
+        ids = [SampleId(self.args.seed, prompt.index, k) for k in batch]
         try:
-            return self._sample(prompt, conditioning, batch, times)
+            with self.progress.stage("sample", times, f"{self.pipeline.num_steps} steps, batch {len(batch)}"):
+                return self.pipeline.sample(conditioning, ids, self.progress.steps)
         except torch.OutOfMemoryError:
             if len(batch) == 1:
                 raise
         return None
-
-    def _sample(self, prompt: Prompt, conditioning: EncodedPrompt, batch: Sequence[int], times: StageTimes) -> Tensor:
-        ids = [SampleId(self.args.seed, prompt.index, k) for k in batch]
-        what = f"{self.pipeline.num_steps} steps, batch {len(batch)}"
-        with self._stage("sample", times, what):
-            return self.pipeline.sample(conditioning, ids, self.progress.steps)
 
     def _finish(self, prompt: Prompt, sample: int, latents: Tensor, times: StageTimes) -> None:
         """Decode and write one sample; its record comes last and marks it as done."""
@@ -213,9 +206,9 @@ class Runner:
 
     def _write_frames(self, files: SampleFiles, latents: Tensor, times: StageTimes) -> None:
         self._load("first_stage")
-        with self._stage("decode", times):
+        with self.progress.stage("decode", times):
             frames = self.pipeline.decode(latents)
-        with self._stage("write", times):
+        with self.progress.stage("write", times):
             write_video(files.video, frames, self.args.sampling_fps)
             write_contact_sheet(files.sheet, frames)
 
@@ -245,13 +238,10 @@ class Runner:
 
     def _load(self, part: Part) -> None:
         if not self.pipeline.is_loaded(part):
-            with self._stage(f"load {part.split('_')[0]}", self.load_times):
+            with self.progress.stage(f"load {part.split('_')[0]}", self.load_times):
                 self.pipeline.load(part)
             while self.pipeline.facts.notes:
                 self.progress.line(f"note: {self.pipeline.facts.notes.pop(0)}")
-
-    def _stage(self, name: str, times: StageTimes, what: str = "") -> AbstractContextManager[None]:
-        return self.progress.stage(name, times, what)
 
 
 def out_of_memory_advice(args: SampleArgs) -> str:
