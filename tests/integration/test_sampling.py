@@ -425,7 +425,7 @@ def test_bad_transformer_files(config, release, tmp_path, capsys):
     )
     for file, words in [
         (hostile, ["hostile.pt was not loaded", "run code"]),
-        (cut, ["cut.pt", "truncated"]),
+        (cut, ["cut.pt", "cut short"]),
         (lacking, ["missing", "time_embed.0.bias"]),
         (wide, ["wrong shape", "width 128"]),
         (release / "vae" / "3d-vae.pt", ["3D VAE"]),
