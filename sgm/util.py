@@ -10,15 +10,12 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from sgm.errors import SgmError
 from sgm.typed import Misfit, arguments, coerce, nearest, shown
-
-logger = logging.getLogger(__name__)
 
 _PREFIXES = ("sgm.", "sat.", "torch.nn.", "torch.optim.", "deepspeed.ops.")
 ALLOWED_PREFIXES: list[str] = [*_PREFIXES]
@@ -49,13 +46,6 @@ TARGET_ALIASES: dict[str, str] = {
     "sgm.modules.GeneralConditioner": "sgm.modules.conditioner.GeneralConditioner",
     "sgm.modules.encoders.modules.GeneralConditioner": "sgm.modules.conditioner.GeneralConditioner",
 }
-
-# Parameters that YAML files of the original carry although its classes make nothing of them.
-NO_EFFECT_PARAMS: dict[str, frozenset[str]] = {
-    "sgm.models.network.DiffusionTransformer": frozenset({"adm_in_channels"}),
-}
-
-_warned_no_effect: set[tuple[str, str]] = set()
 
 
 class TargetError(SgmError):
@@ -98,7 +88,7 @@ class Role:
             raise Misfit(str(error), place=place) from error
         if self.beside:
             coerce({name: v for name, v in value.items() if name not in ("target", "params")}, self.beside, place)
-        fitting = arguments(cls, _without_idle(target, params), f"{place}.params", self.given)
+        fitting = arguments(cls, params, f"{place}.params", self.given)
         node = Node({**value, "params": params | fitting} if "params" in value else value)
         node.place = place
         return node
@@ -228,7 +218,7 @@ def split_config(config: Mapping[str, Any], beside: Collection[str] = ()) -> tup
 def check_params(
     target: str, cls: Any, params: Mapping[str, Any], place: str = "", given: Collection[str] = ()
 ) -> dict[str, Any]:
-    """`params` as the constructor takes them: checked against its signature, without the known no-effect names.
+    """`params` as the constructor takes them, checked against its signature.
 
     Numbers given as text, and whole numbers given as 50.0, become what the annotation says.
 
@@ -238,16 +228,6 @@ def check_params(
         TargetError: names every parameter that is unknown or missing, and every value that its annotation excludes.
     """
     try:
-        return arguments(cls, _without_idle(target, params), place or target, given)
+        return arguments(cls, params, place or target, given)
     except Misfit as error:
         raise TargetError(str(error)) from error
-
-
-def _without_idle(target: str, params: Mapping[str, Any]) -> dict[str, Any]:
-    resolved = TARGET_ALIASES.get(target, target)
-    idle = NO_EFFECT_PARAMS.get(resolved, frozenset())
-    for name in sorted(idle & set(params)):
-        if (resolved, name) not in _warned_no_effect:
-            _warned_no_effect.add((resolved, name))
-            logger.info("%s: `%s` has no effect (nor in the original)", target, name)
-    return {name: value for name, value in params.items() if name not in idle}

@@ -6,6 +6,7 @@ Axes: b batch, t latent frames, c channels, h w latent height and width, l text 
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypedDict
 
@@ -36,6 +37,7 @@ from sgm.util import Config, Role, get_obj_from_str, instantiate_from_config, sp
 from sgm.weights import DTYPES
 from sgm.weights.meta import without_values
 
+logger = logging.getLogger(__name__)
 MIXINS = ("pos_embed", "patch_embed", "adaln_layer", "final_layer")
 # Hooks of SAT that reach this network; the others belong to parts of SAT's layer that are not used here.
 HOOKS = {"word_embedding_forward", "position_embedding_forward", "layer_forward", "attention_fn", "final_forward"}
@@ -122,6 +124,8 @@ class DiffusionTransformer(BaseModel):
         use_RMSNorm: Literal[False] = False,
         zero_init_y_embed: Literal[False] = False,
     ):
+        if adm_in_channels is not None:
+            logger.info("network_config.params.adm_in_channels has no effect (nor in the original)")
         args = TransformerArgs.parse(transformer_args)
         check_sizes(hidden_size, num_attention_heads, args.model_parallel_size, dtype)
         patch = PatchSize.parse(patch_size)

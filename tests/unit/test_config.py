@@ -370,17 +370,6 @@ def test_every_shipped_model_section_has_the_right_types(name):
     check_model_section(merge_yaml(files)["model"], SATVideoDiffusionEngine)
 
 
-def test_names_without_effect_are_said_once(caplog):
-    util._warned_no_effect.clear()
-    config = {"adm_in_channels": 256}
-    cls = get_obj_from_str("dit_video_concat.DiffusionTransformer")
-    with caplog.at_level("INFO", logger="sgm.util"):
-        for _ in range(2):
-            given = inspect.signature(cls).parameters
-            assert util.check_params("dit_video_concat.DiffusionTransformer", cls, config, given=given) == {}
-    assert caplog.text.count("adm_in_channels") == 1
-
-
 # --- shipped files -------------------------------------------------------------------------------------------------
 
 

@@ -8,13 +8,13 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from sgm.modules.diffusionmodules.denoiser_scaling import Scaling, VideoScaling
-from sgm.modules.diffusionmodules.denoiser_weighting import Weighting
+from sgm.modules.diffusionmodules.denoiser_scaling import VideoScaling
 from sgm.modules.diffusionmodules.discretizer import Discretization, Timesteps
 from sgm.util import Config, Role, instantiate_from_config
 
 # (noised input, noise label (b,), conditions, **extras) -> output like the input; `OpenAIWrapper` is one
 Network = Callable[..., Tensor]
+WEIGHTING, SCALING = (Role(object, (f"{__package__}.denoiser_{name}.",)) for name in ("weighting", "scaling"))
 
 
 def append_dims(values: Tensor, ndim: int) -> Tensor:
@@ -31,7 +31,7 @@ class Denoiser(nn.Module):
     """
 
     def __init__(
-        self, weighting_config: Annotated[Config, Role(Weighting)], scaling_config: Annotated[Config, Role(Scaling)]
+        self, weighting_config: Annotated[Config, WEIGHTING], scaling_config: Annotated[Config, SCALING]
     ) -> None:
         super().__init__()
         self.weighting = instantiate_from_config(weighting_config)
@@ -85,8 +85,8 @@ class DiscreteDenoiser(Denoiser):
 
     def __init__(
         self,
-        weighting_config: Annotated[Config, Role(Weighting)],
-        scaling_config: Annotated[Config, Role(Scaling)],
+        weighting_config: Annotated[Config, WEIGHTING],
+        scaling_config: Annotated[Config, SCALING],
         num_idx: Timesteps,
         discretization_config: Annotated[Config, Role(Discretization)],
         do_append_zero: bool = False,

@@ -6,7 +6,6 @@ and returns `Scalings`, whose entries broadcast like sigma (c_noise of `VideoSca
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
@@ -24,14 +23,7 @@ class Scalings(NamedTuple):
     noise: Tensor
 
 
-class Scaling(ABC):
-    """Coefficients for sigma, and timesteps where they are asked for."""
-
-    @abstractmethod
-    def __call__(self, sigma: Tensor, idx: Tensor | None = None) -> Scalings: ...
-
-
-class EDMScaling(Scaling):
+class EDMScaling:
     """Karras et al. 2022, table 1: unit variance of network input and target for data of deviation `sigma_data`."""
 
     def __init__(self, sigma_data: Positive = 0.5) -> None:
@@ -47,14 +39,14 @@ class EDMScaling(Scaling):
         )
 
 
-class EpsScaling(Scaling):
+class EpsScaling:
     """The network predicts the noise (Ho et al. 2020): D = x - sigma F(x / sqrt(1 + sigma^2))."""
 
     def __call__(self, sigma: Tensor, idx: Tensor | None = None) -> Scalings:
         return Scalings(skip=torch.ones_like(sigma), out=-sigma, input=1 / (sigma**2 + 1).sqrt(), noise=sigma.clone())
 
 
-class VScaling(Scaling):
+class VScaling:
     """The network predicts v (Salimans & Ho 2022, arXiv 2202.00512), for a variance-exploding sigma."""
 
     def __call__(self, sigma: Tensor, idx: Tensor | None = None) -> Scalings:
@@ -62,14 +54,14 @@ class VScaling(Scaling):
         return Scalings(skip=1 / total, out=-sigma / total.sqrt(), input=1 / total.sqrt(), noise=sigma.clone())
 
 
-class VScalingWithEDMcNoise(Scaling):
+class VScalingWithEDMcNoise:
     """`VScaling` that tells the network 0.25 ln(sigma), as EDM does."""
 
     def __call__(self, sigma: Tensor, idx: Tensor | None = None) -> Scalings:
         return VScaling()(sigma)._replace(noise=0.25 * sigma.log())
 
 
-class VideoScaling(Scaling):
+class VideoScaling:
     """v-prediction for signal rates a = sqrt(abar): D = a x - sqrt(1 - a^2) F(x; timestep).
 
     Salimans & Ho 2022, section 4: v = a eps - sqrt(1 - a^2) x0, hence x0 = a x_t - sqrt(1 - a^2) v. The network is

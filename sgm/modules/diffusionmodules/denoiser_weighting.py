@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-
 import torch
 from torch import Tensor
 
 from sgm.typed import Positive
 
 
-class Weighting(ABC):
-    """w(sigma), elementwise."""
-
-    @abstractmethod
-    def __call__(self, sigma: Tensor) -> Tensor: ...
-
-
-class UnitWeighting(Weighting):
+class UnitWeighting:
     """w = 1."""
 
     def __call__(self, sigma: Tensor) -> Tensor:
         return torch.ones_like(sigma)
 
 
-class EDMWeighting(Weighting):
+class EDMWeighting:
     """w = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2: unit weight on the network's output (Karras et al. 2022)."""
 
     def __init__(self, sigma_data: Positive = 0.5) -> None:
@@ -41,7 +32,7 @@ class VWeighting(EDMWeighting):
         super().__init__(sigma_data=1.0)
 
 
-class EpsWeighting(Weighting):
+class EpsWeighting:
     """w = sigma^-2: the plain error of eps (Ho et al. 2020)."""
 
     def __call__(self, sigma: Tensor) -> Tensor:
