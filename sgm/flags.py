@@ -67,7 +67,11 @@ def add_flags(
 
 def _settings(kind: Any, metadata: Mapping[str, Any]) -> dict[str, Any]:
     """What argparse is told of a field."""
-    (kind,) = {*typing.get_args(kind)} - {type(None)} if isinstance(kind, types.UnionType) else {kind}
+    (kind,) = (
+        {*typing.get_args(kind)} - {type(None)}
+        if typing.get_origin(kind) in (typing.Union, types.UnionType)
+        else {kind}
+    )
     settings: dict[str, Any] = {"help": metadata["help"].replace("%", "%%"), "default": None}
     if kind is bool:
         return settings | {"action": "store_true"}

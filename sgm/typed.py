@@ -13,6 +13,7 @@ import difflib
 import functools
 import inspect
 import math
+import os
 import types
 import typing
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -70,6 +71,18 @@ class OneOf:
         raise Misfit(f"{shown(value)} is not one of {', '.join(map(repr, self.choices))}", place=place)
 
 
+class FileName:
+    """A text that can name a file or folder."""
+
+    def fit(self, value: str, place: str) -> str:
+        """The text. Raises Misfit."""
+        if len(os.fsencode(value)) > 4000 or any(len(os.fsencode(part)) > 255 for part in value.split(os.sep)):
+            raise Misfit(f"too long for the name of a file: {shown(value)}", place=place)
+        if value.startswith("~") and os.path.expanduser(value) == value:
+            raise Misfit(f"there is no such user: {shown(value)}", place=place)
+        return value
+
+
 @dataclass(frozen=True)
 class Record:
     """A mapping that fills an args record."""
@@ -91,6 +104,7 @@ Layers = Annotated[int, Range(1, 1024)]
 Positive = Annotated[float, Range(above=0, most=1e9)]
 NotNegative = Annotated[float, Range(0, 1e9)]
 Share = Annotated[float, Range(0, 1)]
+PathText = Annotated[str, FileName()]
 
 
 def option(
@@ -244,6 +258,10 @@ def _truth(value: Any, place: str) -> bool:
 def _text(value: Any, place: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float) or "\0" in str(value):
         _refuse("text" + " without a zero byte" * isinstance(value, str), value, place)
+    try:
+        os.fsencode(str(value))
+    except UnicodeEncodeError:
+        _refuse("text that can be written as UTF-8", value, place)
     return value if isinstance(value, str) else str(value)
 
 

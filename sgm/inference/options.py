@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sgm.modules.autoencoding.strides import STRIDES
-from sgm.typed import ConfigError, option
+from sgm.typed import ConfigError, PathText, option
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,9 @@ class SampleArgs:
     """Options of `sample_video.py`; names and meanings of the original where it has them."""
 
     mode: str = option("inference", "what the configuration is for", choices=("inference",))
-    load: str | None = option(None, "transformer weights: release folder, iteration folder or file", metavar="PATH")
+    load: PathText | None = option(
+        None, "transformer weights: release folder, iteration folder or file", metavar="PATH"
+    )
     fp16: bool = option(False, "weights and activations in float16")
     bf16: bool = option(False, "weights and activations in bfloat16 (default: float32)")
     device: str | None = option(None, "cpu, cuda or cuda:N; default: the GPU if there is one")
@@ -24,7 +26,7 @@ class SampleArgs:
         choices=("sample", "upstream"),
     )
     input_type: str = option("txt", "txt: prompts from input_file; cli: ask for them", choices=("txt", "cli"))
-    input_file: str | None = option(
+    input_file: PathText | None = option(
         None, "one prompt a line; looked for from the current folder, then beside the YAML", metavar="FILE"
     )
     prompts: list[str] = option(
@@ -48,9 +50,9 @@ class SampleArgs:
     sampling_fps: int = option(8, "frames per second of the written video", at_least=1)
     num_steps: int | None = option(None, "sampling steps; default: the sampler's setting", at_least=2, metavar="N")
     guidance_scale: float | None = option(None, "in place of the guider's configured scale", metavar="S")
-    output_dir: str = option("outputs/", "folder for results", metavar="DIR")
+    output_dir: PathText = option("outputs/", "folder for results", metavar="DIR")
     only_save_latents: bool = option(False, "write latents instead of videos; decode them later with --decode-latents")
-    decode_latents: str | None = option(
+    decode_latents: PathText | None = option(
         None, "decode latents that an earlier run saved: a file, or a folder of them", metavar="PATH"
     )
     skip_done: bool = option(False, "leave out samples whose video and JSON are there, from the same request")
@@ -60,7 +62,9 @@ class SampleArgs:
         choices=("all", "stages", "lean"),
     )
     vae_tiling: bool = option(False, "decode in overlapping tiles: approximate, for GPUs too small otherwise")
-    lora: list[str] = option([], "an adapter checkpoint, with the scale of what it adds (1)", metavar="PATH[:SCALE]")
+    lora: list[PathText] = option(
+        [], "an adapter checkpoint, with the scale of what it adds (1)", metavar="PATH[:SCALE]"
+    )
     merge_lora: bool = option(False, "fold adapters into the weights before sampling")
     force_inference: bool = option(False, "accept a transformer file without the computed position table")
     latent_channels: int | None = option(None, "checked against the network's input channels if given")

@@ -27,6 +27,7 @@ from sgm.modules.autoencoding.first_stage import FirstStage
 from sgm.modules.autoencoding.regularizers import DiagonalGaussianRegularizer
 from sgm.modules.autoencoding.tiling import Tiling, blend_tiles
 from sgm.modules.ops.vae import PLAIN, VaeOps
+from sgm.typed import PathText
 from sgm.util import Config, Role, instantiate_from_config
 from sgm.weights import assign_state, read_checkpoint
 
@@ -352,7 +353,7 @@ class VideoAutoencoderInferenceWrapper(VideoAutoencoder):
         decoder_config: Annotated[Config, Role(ContextParallelDecoder3D)],
         loss_config: Annotated[Config, TORCH_LOSS] | None = None,
         regularizer_config: Annotated[Config, Role(DiagonalGaussianRegularizer)] | None = None,
-        ckpt_path: str | None = None,
+        ckpt_path: PathText | None = None,
         ignore_keys: Sequence[str] = (),
         cp_size: int = 0,
     ) -> None:

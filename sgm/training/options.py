@@ -10,7 +10,7 @@ from typing import Any
 from sgm.modules.autoencoding.strides import STRIDES
 from sgm.modules.ops.recompute_modes import MODES
 from sgm.training.optimizers.schedule import STYLES, ScheduleError, ScheduleSettings
-from sgm.typed import ConfigError, option
+from sgm.typed import ConfigError, PathText, option
 
 # (lowest, recommended, highest) rates with Adam; a run outside is warned. See `sensible_rates`.
 PUBLISHED_WIDTH = 1920  # of CogVideoX-2B, for which these are meant
@@ -35,10 +35,10 @@ class TrainArgs:
     mode: str = option(
         "finetune", "finetune, or pretrain (no held start of the learning rate)", choices=("finetune", "pretrain")
     )
-    load: str | None = option(None, "transformer weights to start from: release folder, iteration folder or file")
+    load: PathText | None = option(None, "transformer weights to start from: release folder, iteration folder or file")
     force_train: bool = option(False, "accept a transformer file without what the configuration determines")
     no_load_rng: bool = option(False, "kept for upstream files: random state comes from --resume only, never from load")
-    resume: str | None = option(
+    resume: PathText | None = option(
         None,
         "go on exactly with the run in this folder; auto, or the flag alone: with the newest run of this configuration",
         metavar="FOLDER",
@@ -52,15 +52,15 @@ class TrainArgs:
     )
     eval_batch_size: int | None = option(None, "clips in an evaluation batch; default: the training batch", at_least=1)
     strict_eval: bool = option(False, "evaluate on all of valid_data instead of eval_iters batches")
-    save: str | None = option(None, "folder for runs; nothing is saved without it")
+    save: PathText | None = option(None, "folder for runs; nothing is saved without it")
     save_interval: int | None = option(None, "iterations between checkpoints; the last one is always saved", at_least=1)
     keep_last: int | None = option(None, "how many checkpoints to keep; default: all", at_least=1)
     lora_only: bool = option(False, "LoRA: save the adapter alone (a small file) instead of a whole network")
     save_merged: bool = option(False, "LoRA: also save the network with the adapter folded in, under merged/")
     save_frozen: bool = option(False, "save text encoder and VAE as well, as the original does (10 GB more at 2B)")
     log_interval: int = option(50, "iterations between progress lines", at_least=1)
-    train_data: list[str] = option([], "training folders, each with videos/ and labels/")
-    prior_data: list[str] = option(
+    train_data: list[PathText] = option([], "training folders, each with videos/ and labels/")
+    prior_data: list[PathText] = option(
         [], "further training folders, of clips like those that the model knows: their target is the prediction of the "
         "model as it was loaded, so that it does not forget them; full fine-tuning keeps a copy of the network for it"
     )  # fmt: skip
@@ -68,7 +68,7 @@ class TrainArgs:
     train_data_weights: list[float] | None = option(
         None, "share of each folder of train_data and prior_data; default: its size"
     )
-    valid_data: list[str] | None = option(None, "validation folders; may be the training ones")
+    valid_data: list[PathText] | None = option(None, "validation folders; may be the training ones")
     split: str = option("1000,1,1", "shares of train, validation and test data, where valid_data is not given")
     data_order: str = option(
         "shuffle",
@@ -77,7 +77,7 @@ class TrainArgs:
     )
     num_workers: int = option(1, "decoding processes a rank; with cache_dir, reading threads", at_least=0)
     prefetch_factor: int = option(4, "batches that each worker reads ahead", at_least=1)
-    cache_dir: str | None = option(
+    cache_dir: PathText | None = option(
         None,
         "folder of encoded clips, filled where needed: VAE and text encoder are not loaded once it is full",
         metavar="DIR",
@@ -92,10 +92,10 @@ class TrainArgs:
     log_image: bool = option(True, "evaluation samples a video (or its latents), and writes it")
     eval_prompts: list[str] = option([], "prompts that evaluation samples beside the first validation clip's caption")
     tensorboard: bool = option(True, "write TensorBoard's files into the run folder")
-    summary_dir: str | None = option(None, "another folder for TensorBoard's files")
+    summary_dir: PathText | None = option(None, "another folder for TensorBoard's files")
     wandb: bool = option(False, "report to Weights & Biases as well (wandb login, or WANDB_MODE=offline)")
     wandb_project_name: str = option("default_project", "project of the run there")
-    experiment_name: str = option("MyModel", "name of the run folder, which also gets the date")
+    experiment_name: PathText = option("MyModel", "name of the run folder, which also gets the date")
     checkpoint_activations: bool | str = option(
         False,
         "true: recompute activations in the backward pass, less memory, 1/3 slower; selective: all but attention; "

@@ -90,7 +90,8 @@ def test_values_become_their_type(value, kind, expected):
 @pytest.mark.parametrize(
     ("value", "kind"),
     [("x", int), (1.5, int), (True, int), ("1", bool), (0, bool), (None, str), ({}, str), ({}, list[int]), ("inf", int),
-     (["a"], list[int]), (10**400, int), (10**400, float), (2**63, int), (float("inf"), float), (b"x", str), ("a\0", str)],
+     (["a"], list[int]), (10**400, int), (10**400, float), (2**63, int), (float("inf"), float), (b"x", str), ("a\0", str),
+     ("\ud800", str)],
 )  # fmt: skip
 def test_values_of_another_type_are_refused(value, kind):
     with pytest.raises(ValueError, match="expected|got"):
@@ -355,6 +356,8 @@ def test_building_an_engine_touches_no_file(tmp_path):
      ("first_stage_config.params.encoder_config.params.ch_mult=[1, 0]", "ch_mult[1]: must be at least 1 and at most 1024, got 0"),
      ("conditioner_config.params.emb_models=[5]", "model.conditioner_config.params.emb_models[0]: expected a mapping, got 5"),
      ("sampler_config.params.guider_config.params.exp=5000", "guider_config.params.exp: must be at least 0 and at most 64"),
+     (f"first_stage_config.params.ckpt_path={'a' * 300}", "ckpt_path: too long for the name of a file: 'aaa"),
+     ("first_stage_config.params.ckpt_path=~nobody-here/x", "ckpt_path: there is no such user: '~nobody-here/x'"),
      ("scale_factor=0", "model.scale_factor: must be above 0"),
      ("denoiser_config.target=sat.model.nope.X", "model.denoiser_config: unknown target 'sat.model.nope.X'")],
 )  # fmt: skip

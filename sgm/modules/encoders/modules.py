@@ -19,7 +19,7 @@ from sgm.modules.encoders import t5_files
 from sgm.modules.encoders.t5 import DECODER, SHARED, TIED, T5Encoder
 from sgm.modules.encoders.t5_config import read_config
 from sgm.modules.encoders.tokenizer import T5Tokenizer
-from sgm.typed import Range
+from sgm.typed import PathText, Range
 from sgm.util import get_obj_from_str
 from sgm.weights import assign_state
 
@@ -69,11 +69,11 @@ class FrozenT5Embedder(AbstractEmbModel):
 
     def __init__(
         self,
-        model_dir: str = T5_XXL,
+        model_dir: PathText = T5_XXL,
         device: torch.device | str | None = None,
         max_length: Tokens = 77,
         freeze: bool = True,
-        cache_dir: str | None = None,
+        cache_dir: PathText | None = None,
     ) -> None:
         super().__init__()
         if max_length < 1:
