@@ -107,18 +107,18 @@ def resume(run: Resumable, path: Path) -> None:
         OptimizerStateError: it is of another run set-up.
         PositionError: its data position is of other data.
     """
-    rank, _ = own_rank()
-    was_there = state_file(path, rank).exists()
-    state = load_state(path, rank if was_there else model_parallel_rank())
+    own, part = state_file(path, own_rank()[0]), model_parallel_rank()
+    was_there = own.exists()
+    state = load_state(path, None if was_there else part)
     if layout_differences(run.ds_engine, state.optimizer):
         record = RunRecord.read(path)
-        same_part = range(model_parallel_rank(), record.world_size, record.model_parallel_size)
+        same_part = range(part, record.world_size, record.model_parallel_size)
         cut, state.ema = repartitioned(run.ds_engine, (load_state(path, other) for other in same_part))
         state.optimizer |= cut
     load_optimizer_state(run.ds_engine, state.optimizer)
     load_ema_state(run.ds_engine, state.ema)
     loaded = {"optimizer": optimizer_state(run.ds_engine), "ema": ema_state(run.ds_engine)}
-    require_finite(loaded, path)
+    require_finite(loaded, own if was_there else path)
     load_scaler_state(run.ds_engine, state.scaler)
     run.schedule.load_state_dict(state.schedule)
     run.loader.load_state_dict(state.sampler)
