@@ -165,3 +165,24 @@ def test_the_tokenizers_other_files_change_nothing(tmp_path):
     for text in ("a  <extra_id_3> b <extra_id_99>", *TEXTS):
         assert ours.encode(text) == theirs(text, verbose=False).input_ids
         assert ours.decode(ours.encode(text)) == theirs.decode(theirs(text).input_ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("changes", [{}, {"pre_tokenizer": None}, {"normalizer": None}, {"normalizer": "more"}])
+def test_a_folder_that_transformers_saved_has_the_same_ids(tmp_path, changes):
+    """tokenizer.json alone; transformers builds T5's own pipeline, whatever the file says of one."""
+    transformers.T5Tokenizer.from_pretrained(REPO / "demo" / "t5").save_pretrained(tmp_path)
+    assert not (tmp_path / "spiece.model").exists()
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    if changes.get("normalizer") == "more":
+        changes = {"normalizer": {"type": "Sequence", "normalizers": [content["normalizer"], {"type": "Lowercase"}]}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content | changes))
+    for name in (
+        "config.json",
+        "model.safetensors.index.json",
+        *(f"model-0000{k}-of-00002.safetensors" for k in (1, 2)),
+    ):
+        shutil.copy(REPO / "demo" / "t5" / name, tmp_path)
+    theirs, ours = transformers.T5Tokenizer.from_pretrained(tmp_path), FrozenT5Embedder(str(tmp_path)).tokenizer
+    rng = random.Random(8)
+    texts = [*TEXTS, *SPECIAL, *BLANKS, *(written(rng) for _ in range(300))]
+    assert [text for text in texts if ours.encode(text) != theirs(text, verbose=False).input_ids] == []

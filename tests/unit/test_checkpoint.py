@@ -254,6 +254,15 @@ def _rewrite(path, file, content):
     (path / "run.json").write_text(json.dumps(record))
 
 
+def test_a_flipped_byte_in_the_state_is_seen(tmp_path, run):
+    file = save(tmp_path, run, 2) / "resume" / "rank_00000.pt"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0x40
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"cannot be used: .*rank_00000.pt .*another checksum"):
+        load_state(file.parent.parent)
+
+
 class Harmful:
     def __reduce__(self):
         return os.system, ("touch harm-was-done",)

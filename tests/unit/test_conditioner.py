@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -18,7 +20,9 @@ from safetensors.torch import load_file, save_file
 from sgm.modules.conditioner import AbstractEmbModel, ConditionerError, GeneralConditioner, drop_samples
 from sgm.modules.encoders import t5_files
 from sgm.modules.encoders.modules import FrozenT5Embedder, NonFiniteEmbeddingError, text_is_local
+from sgm.modules.encoders.t5_config import read_config
 from sgm.modules.encoders.t5_files import EncoderFilesError, wanted_files
+from sgm.modules.encoders.tokenizer import T5Tokenizer
 from sgm.util import TargetError, instantiate_from_config
 from sgm.weights import WeightsError
 from tools.random_release import train_sentencepiece
@@ -392,6 +396,24 @@ def test_empty_or_foreign_vocabulary(folder):
         (folder / "spiece.model").write_bytes(content)
         with pytest.raises(WeightsError, match="spiece.model is no whole vocabulary of T5"):
             load(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "spiece.model", "tokenizer.json"])
+def test_damage_without_checksums_is_refused_or_read(folder, name):
+    """Bytes flipped, lost and doubled: whatever the libraries raise, or panic with, becomes one error."""
+    if name == "tokenizer.json":
+        T5Tokenizer(folder / "spiece.model")._tokenizer.save(str(folder / name))
+    path, rng = folder / name, random.Random(3)
+    whole = path.read_bytes()
+    for k in range(60):
+        place = rng.randrange(len(whole))
+        end = place + (1, 40, 0, 1)[k % 4]
+        middle = (bytes([whole[place] ^ 1 << k % 8]), b"", whole[place : place + 90], b"\xff")[k % 4]
+        path.write_bytes(whole[:place] + middle + whole[end:])
+        with contextlib.suppress(WeightsError):
+            tokenizer = T5Tokenizer(path if name != "config.json" else folder / "spiece.model")
+            tokenizer.decode(tokenizer.encode("A ﬁne ① naïve cat <extra_id_3> ---- 月"))
+            read_config(folder / "config.json")
 
 
 def test_unreadable_index(folder):

@@ -20,6 +20,8 @@ from sgm.convert.lazy import ConvertError
 from sgm.convert.output import whole_folder
 from sgm.convert.upload import push_to_hub
 from sgm.files import SaveError
+from sgm.modules.encoders.modules import FrozenT5Embedder
+from sgm.modules.encoders.tokenizer import T5Tokenizer
 from sgm.weights.release import NETWORK_PREFIX
 from sgm.weights.save import save_pt, save_safetensors
 from tests.convert_tiny import adapter_matrices, make_release, rewrite
@@ -61,6 +63,26 @@ def refused(main: Callable[[list[str]], int], arguments: list[str], capsys: Any,
     assert printed.err.count("error:") == 1 and "Traceback" not in printed.err and not printed.out
     assert all(word in printed.err for word in words), printed.err
     assert sorted(out.parent.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer/spiece.model", "text_encoder/config.json", "vae/diffusion_pytorch_model-00001-of-*.safetensors"]
+)
+def test_git_lfs_pointers_are_not_converted(copy: Path, tmp_path: Path, capsys: Any, name: str) -> None:
+    (path,) = copy.glob(name)
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    arguments = ["--input_path", str(copy), "--output_path", str(tmp_path / "o")]
+    refused(convert_weight_hf2sat.main, arguments, capsys, f"{path} is a Git LFS pointer", "`git lfs pull`")
+
+
+def test_a_tokenizer_json_alone_goes_along(copy: Path, tmp_path: Path) -> None:
+    spiece = copy / "tokenizer" / "spiece.model"
+    before = T5Tokenizer(spiece)
+    before._tokenizer.save(str(spiece.with_name("tokenizer.json")))
+    spiece.unlink()
+    assert convert_weight_hf2sat.main(["--input_path", str(copy), "--output_path", str(tmp_path / "o")]) == 0
+    made = FrozenT5Embedder(str(tmp_path / "o" / "t5-v1_1-xxl")).tokenizer
+    assert made.encode("a small ﬁsh") == before.encode("a small ﬁsh")
 
 
 def test_what_a_pipeline_lacks_is_named(release: Path, tmp_path: Path, capsys: Any) -> None:
