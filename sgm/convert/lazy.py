@@ -13,16 +13,11 @@ from torch import Tensor
 
 from sgm.errors import SgmError
 from sgm.weights.assign import compare_keys
-from sgm.weights.save import Deferred
+from sgm.weights.save import Deferred, deferred
 
 
 class ConvertError(SgmError):
     """A conversion is not possible as asked; the message says what is wrong, where, and what to do."""
-
-
-def deferred(value: Tensor | Deferred) -> Deferred:
-    """A tensor (mapped from a file, as a rule) as a `Deferred`; one that is deferred already stays as it is."""
-    return value if isinstance(value, Deferred) else Deferred.of(value)
 
 
 def all_deferred(state: Mapping[str, Tensor] | Mapping[str, Deferred]) -> dict[str, Deferred]:

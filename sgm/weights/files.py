@@ -16,7 +16,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from sgm.weights.checksums import AGAIN, DamagedError, WeightsError, WeightsNotFoundError, check, read_json, verifying
+from sgm.weights.checksums import (
+    AGAIN,
+    DamagedError,
+    WeightsError,
+    WeightsNotFoundError,
+    check,
+    read_json,
+    reading,
+    verifying,
+)
 
 _SAFETENSORS_SUFFIX = ".safetensors"
 _LOOKS, _PAUSE = 20, 0.2  # how often files are looked up that go away, seconds in between
@@ -105,11 +114,9 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
+        with reading(path), safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
-    except FileNotFoundError:
-        raise
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
         raise DamagedError(path, error) from error
 
 

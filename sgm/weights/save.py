@@ -70,11 +70,11 @@ def save_safetensors(
     Raises:
         SaveError: it cannot be written, or a tensor's type has no name in the format.
     """
-    deferred = {name: _deferred(value) for name, value in tensors.items()}
-    blank = "0" * 8 * (len(deferred) + 1)
+    values = {name: deferred(value) for name, value in tensors.items()}
+    blank = "0" * 8 * (len(values) + 1)
     header: dict[str, Any] = {"__metadata__": {CRC: blank, **(metadata or {})}}
     end = 0
-    for name, value in deferred.items():
+    for name, value in values.items():
         if value.dtype not in _SAFETENSORS_NAMES:
             raise SaveError(f"{path}: {name} is {value.dtype}, which safetensors files are not written in here")
         begin, end = end, end + value.nbytes
@@ -82,12 +82,11 @@ def save_safetensors(
         header[name] = {"dtype": kind, "shape": list(value.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-
     crcs = [crc32(text)]
     with replacing(Path(path)) as temporary, temporary.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for value in deferred.values():
-            content = _bytes_of(value.on_cpu())
+        for value in values.values():
+            content = value.on_cpu().reshape(-1).view(torch.uint8).numpy().data
             crcs.append(crc32(content))
             file.write(content)
         file.seek(8)
@@ -95,11 +94,8 @@ def save_safetensors(
     return Path(path)
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
-
-
-def _deferred(value: Tensor | Deferred) -> Deferred:
+def deferred(value: Tensor | Deferred) -> Deferred:
+    """A tensor (mapped from a file, as a rule) as a `Deferred`; one that is deferred already stays as it is."""
     return value if isinstance(value, Deferred) else Deferred.of(value)
 
 
@@ -155,9 +151,8 @@ def _structure(content: Mapping[str, Any], records: list[Deferred]) -> bytes:
     def reference(value: Tensor | Deferred) -> _Storage:
         identity = _identity(value)
         if identity not in known:
-            deferred = _deferred(value)
-            known[identity] = _Storage(len(records), deferred.dtype, math.prod(deferred.shape))
-            records.append(deferred)
+            records.append(deferred(value))
+            known[identity] = _Storage(len(records) - 1, value.dtype, math.prod(value.shape))
         return known[identity]
 
     class Pickler(pickle.Pickler):
@@ -208,7 +203,7 @@ def check_plain(content: Any) -> None:
 
 def size_of(content: Any) -> int:
     """Bytes of all tensors in a nested structure."""
-    sizes = {_identity(v): _deferred(v).nbytes for _, v in leaves(content, "") if isinstance(v, Tensor | Deferred)}
+    sizes = {_identity(v): deferred(v).nbytes for _, v in leaves(content, "") if isinstance(v, Tensor | Deferred)}
     return sum(sizes.values())
 
 

@@ -351,7 +351,7 @@ def test_commands_of_the_page(hf: Path, tmp_path: Path, monkeypatch: pytest.Monk
     (run / "7").mkdir(parents=True)
     save_pt(run / "7" / "mp_rank_00_model_states.pt", {"module": adapter_matrices()})
     (run / "latest").write_text("7")
-    assert len(commands) == 6
+    assert len(commands) == 7
     for _, tool, *arguments in commands:
         assert tools[tool].main(arguments) == 0, (tool, arguments, capsys.readouterr().err)
     printed = capsys.readouterr().out
