@@ -11,6 +11,7 @@ import random
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ import torch
 
 from sgm.training.checkpoints.folder import new_run
 from sgm.training.checkpoints.load import find_resume, load_state
-from sgm.training.checkpoints.partitions import OptimizerStateError, layout_differences
+from sgm.training.checkpoints.partitions import OptimizerStateError, layout_differences, optimizer_state
 from sgm.training.checkpoints.repartition import repartitioned
 from sgm.training.checkpoints.same_run import identity
 from sgm.training.checkpoints.save import save_checkpoint
@@ -96,6 +97,30 @@ def test_continuation_is_bit_for_bit_the_uninterrupted_run(tmp_path, run):
     restore_rng(state.rng)
     assert [step(other) for _ in range(4)] == uninterrupted and losses != uninterrupted[:2]
     assert state.iteration == 3 and state.sampler == {"epoch": 1, "position": 3, "weights": [0.5, 0.5]}
+
+
+def test_padding_of_zero_3_is_cleared_and_nothing_else():
+    """Also with moments in 8 bits, whose block maxima are fewer than the values."""
+    module = torch.nn.Module()
+    module.small, module.large = torch.nn.Parameter(torch.empty(0)), torch.nn.Parameter(torch.empty(0))
+    for p, size, share in ((module.small, 1, 2), (module.large, 600, 600)):
+        p.ds_numel, p.partition_numel = size, lambda share=share: share
+    master = torch.ones(602).index_fill(0, torch.tensor(1), torch.nan)
+    moments = {"m_codes": torch.ones(768, dtype=torch.int8), "m_tops": torch.full((3,), 5), "step": 2}
+    wrapper = SimpleNamespace(
+        fp32_partitioned_groups_flat=[master], fp16_groups=[[module.small, module.large]], persistent_parameters=[],
+        _partition_all_parameters=print, _reassign_or_swap_out_partitioned_parameters=print,
+    )  # fmt: skip
+    basic = SimpleNamespace(state={master: moments})
+    run = SimpleNamespace(
+        module=module, optimizer=wrapper, basic_optimizer=basic, zero_optimization_stage=lambda: 3, dp_world_size=1,
+        global_steps=0, global_samples=0, micro_steps=0, skipped_steps=0,
+    )  # fmt: skip
+    state = optimizer_state(run)
+    assert state["layout"]["pieces"] == [[0, 0, "small", 0, 1], [0, 2, "large", 0, 600]]
+    assert state["masters"][0][:3].tolist() == [1, 0, 1] and state["masters"][0].sum() == 601
+    assert state["states"][0]["m_codes"][:3].tolist() == [1, 0, 1]
+    assert state["states"][0]["m_tops"].tolist() == [5, 5, 5] and state["states"][0]["step"] == 2
 
 
 def test_every_generator_goes_on_where_it_was():
