@@ -82,7 +82,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         with verifying() as submit:
             check(path, submit)
             content = _read_safetensors(path) if path.suffix == _SAFETENSORS_SUFFIX else _read_pickle(path)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, DamagedError) as error:  # the latter in PyTorch's words for the former
+        if path.exists():
+            raise
         raise _absent(path) from error
     if not isinstance(content, Mapping):
         raise WeightsError(f"{path} holds a {type(content).__name__}, not a mapping of names to tensors.")

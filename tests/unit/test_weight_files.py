@@ -193,6 +193,14 @@ def test_a_run_that_saves_and_deletes_all_the_time_is_read_and_described(tmp_pat
     assert read.iteration > 5
 
 
+@pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
+def test_a_file_that_is_deleted_between_check_and_reading(tmp_path, monkeypatch, name):
+    save_file(STATE, tmp_path / name) if name.endswith("s") else torch.save(STATE, tmp_path / name)
+    monkeypatch.setattr("sgm.weights.files.check", lambda path, submit: path.unlink())
+    with pytest.raises(WeightsNotFoundError, match=f"no weight file at .*{name}.*the run's folder"):
+        read_checkpoint(tmp_path / name)
+
+
 @pytest.mark.parametrize("step", ["locate", "read_checkpoint"])
 def test_a_checkpoint_that_is_deleted_while_it_is_read(tmp_path, monkeypatch, step):
     """Before it is opened or afterwards: the run's next one is taken; one that was named itself is an error."""
