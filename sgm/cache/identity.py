@@ -37,6 +37,8 @@ def cache_identity(model: Mapping[str, Any], settings: ClipSettings) -> dict[str
         "skip_frms_num": settings.skip_frames,
         "sampling": settings.sampling,
     }
+    if settings.interlaced != "deinterlace":
+        identity["interlaced"] = settings.interlaced
     if settings.buckets:
         for name in ("video_size", "max_num_frames"):
             del identity[name]

@@ -64,7 +64,7 @@ def scan_cached(folder: str | Path, source: ClipSource, store: CacheStore) -> Ca
     scan, unnamed = CacheScan(str(folder), passed_over=clips.passed_over), []
     for clip in clips:
         try:
-            caption = caption_of(clip, missing_caption)
+            caption = caption_of(clip, missing_caption, source.settings.caption_lines).text
         except CaptionError as fault:
             unnamed.append(Rejection(str(fault.path), fault.reason))
             scan.rejected.append(Rejection(clip.path, str(fault)))

@@ -17,12 +17,14 @@ from torch import Tensor
 from sgm.data.buckets import Bucket, choose_bucket
 from sgm.data.decoder import DecodeProcess
 from sgm.data.frames import ClipError, ClipShape, check_settings, frame_indices
-from sgm.data.sources import VIDEO_SUFFIXES, ListedClip, first_line, is_image, list_files
-from sgm.data.video_io import DECODE_TIMEOUT, VideoError, VideoInfo, probe, read_frames, resize_crop
+from sgm.data.sources import VIDEO_SUFFIXES, ListedClip, is_image, list_files
+from sgm.data.video_io import DECODE_TIMEOUT, VideoError, VideoInfo, probe, read_frames
 from sgm.errors import SgmError
 from sgm.files import LFS_MAGIC, LFS_POINTER
 
 MISSING_CAPTION = ("skip", "error", "empty")
+CAPTION_LINES = ("first", "all")
+INTERLACED = ("deinterlace", "skip", "keep")
 
 
 class CaptionError(SgmError):
@@ -58,6 +60,9 @@ class ClipSettings:
         max_crop: with buckets, the largest share of a picture that may be cropped away.
         missing_caption: what an absent or empty caption does: "skip" rejects the clip, "error" stops, "empty" trains
             the clip with the text "". A caption that is not UTF-8 is never read as "".
+        caption_lines: "first" of a caption's lines, as the original, or "all", joined by blanks.
+        interlaced: what becomes of interlaced videos: "deinterlace" makes whole pictures of them, "skip" leaves them
+            out, "keep" takes them as they are.
         decode_timeout: seconds after which decoding one clip is given up.
     """
 
@@ -70,13 +75,17 @@ class ClipSettings:
     decode_timeout: float = DECODE_TIMEOUT
     buckets: tuple[Bucket, ...] = ()
     max_crop: float = 0.25
+    caption_lines: str = "first"
+    interlaced: str = "deinterlace"
 
     def __post_init__(self) -> None:
         problems = []
         if not all(isinstance(side, int | float) and side == int(side) and side > 0 for side in self.video_size):
             problems.append(f"video_size is {self.video_size}, expected [height, width] in pixels")
-        if self.missing_caption not in MISSING_CAPTION:
-            problems.append(f"missing_caption is {self.missing_caption!r}, choose one of {', '.join(MISSING_CAPTION)}")
+        choices = {"missing_caption": MISSING_CAPTION, "caption_lines": CAPTION_LINES, "interlaced": INTERLACED}
+        for name, ways in choices.items():
+            if (chosen := getattr(self, name)) not in ways:
+                problems.append(f"{name} is {chosen!r}, choose one of {', '.join(ways)}")
         if not self.decode_timeout > 0:
             problems.append(f"decode_timeout is {self.decode_timeout}, it must be a positive number of seconds")
         if not 0 <= self.max_crop < 1:
@@ -91,13 +100,15 @@ class ClipSettings:
     def indices(self, info: VideoInfo, most: int | None = None) -> list[int]:
         """The frames to take from a video, at most `most` in place of `max_num_frames`. Raises ClipError."""
         most = most or self.max_num_frames
-        return frame_indices(info.frames, info.fps, self.fps, most, self.skip_frames, rule=self.sampling)
+        return frame_indices(info.frames, info.fps, self.fps, most, self.skip_frames, self.sampling, info.times)
 
     def plan(self, path: str | Path, info: VideoInfo) -> ClipPlan:
         """How a clip is taken from a video or picture. Raises ClipError."""
         if is_image(path):
             size = self._bucket(info, lambda frames: frames == 1)[1:] if self.buckets else self.video_size
             return ClipPlan([0], size)
+        if info.interlaced and self.interlaced == "skip":
+            raise ClipError("an interlaced video, which interlaced: skip leaves out; interlaced: deinterlace takes it")
         if not self.buckets:
             return ClipPlan(self.indices(info), self.video_size)
         bucket = self._bucket(info, lambda frames: self._gives(info, frames))
@@ -121,7 +132,7 @@ def picture_size(given: Sequence[int]) -> tuple[int, int]:
 
 
 def list_videos(data_dir: str | Path, order: str = "sorted") -> list[Path]:
-    """All `.mp4` files under a folder, in sorted order, or ("walk", as the original) as the file system lists them."""
+    """All videos under a folder, in sorted order, or ("walk", as the original) as the file system lists them."""
     return list_files(data_dir, VIDEO_SUFFIXES, order)
 
 
@@ -139,41 +150,58 @@ def caption_path(video: str | Path) -> Path:
     return Path(*parts).with_suffix(".txt")
 
 
-def read_caption(video: str | Path, missing: str = "skip") -> str:
-    """First line of a video's caption, trailing blanks kept as the original does; a byte order mark is dropped.
+class Caption(NamedTuple):
+    """What of a caption is used, and how many lines with text are not."""
+
+    text: str
+    dropped: int
+
+
+def caption_of(clip: ListedClip, missing: str = "skip", lines: str = "first") -> Caption:
+    """A clip's caption: of its source, or of its file, which lies where `caption_path` says or beside the video.
+
+    Of the first line trailing blanks are kept, as the original does; a byte order mark is dropped.
 
     Args:
         missing: with "empty", an absent or empty caption is ""; otherwise it raises.
+        lines: "first", or "all" joined by blanks.
 
     Raises:
         CaptionError: no caption, an empty one, or bytes that are not UTF-8.
     """
-    path = caption_path(video)
+    where, text = Path(clip.path), clip.caption
+    if text is None:
+        where = caption_path(clip.path)
+        beside = Path(clip.path).with_suffix(".txt")
+        where = beside if beside.is_file() and not where.exists() else where
+        text = _text_of(where, missing)
+    if text.startswith(LFS_MAGIC):
+        raise CaptionError(where, f"its caption is {LFS_POINTER}")
+    first, *more = text.splitlines() or [""]
+    more = [line for line in more if line.strip()]
+    if lines == "all":
+        first, more = " ".join(line.strip() for line in (first, *more) if line.strip()), []
+    if first.strip() or missing == "empty":
+        return Caption(first if first.strip() else "", len(more))
+    raise CaptionError(where, "the caption's first line is empty" if more else "the caption is empty")
+
+
+def _text_of(path: Path, missing: str) -> str:
     try:
-        lines = path.read_bytes().decode("utf-8-sig").splitlines()
-    except FileNotFoundError:
-        lines, problem = [], "there is no such caption file"
+        return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise CaptionError(path, f"the caption is not UTF-8 (byte {error.start})") from error
     except OSError as error:
-        raise CaptionError(path, f"the caption cannot be read: {error.strerror}") from error
-    else:
-        problem = "the caption's first line is empty" if lines else "the caption file is empty"
-    if lines and lines[0].strip():
-        return lines[0]
-    if missing == "empty":
-        return ""
-    raise CaptionError(path, problem)
+        absent = isinstance(error, FileNotFoundError)
+        if absent and missing == "empty":
+            return ""
+        reason = "there is no such caption file" if absent else f"the caption cannot be read: {error.strerror}"
+        raise CaptionError(path, reason) from error
 
 
-def caption_of(clip: ListedClip, missing: str = "skip") -> str:
-    """A clip's caption, from its source or its file; see `read_caption`. Raises CaptionError."""
-    line = read_caption(clip.path, missing) if clip.caption is None else first_line(clip.caption)
-    if line.startswith(LFS_MAGIC):
-        raise CaptionError(clip.path, f"its caption is {LFS_POINTER}")
-    if line.strip() or missing == "empty":
-        return line if line.strip() else ""
-    raise CaptionError(clip.path, "its caption is empty")
+def read_caption(video: str | Path, missing: str = "skip") -> str:
+    """First line of the caption file of a video; see `caption_of`."""
+    return caption_of(ListedClip(str(video)), missing).text
 
 
 def check_clip(clip: ListedClip, settings: ClipSettings, decoder: DecodeProcess | None = None) -> ClipShape:
@@ -182,7 +210,7 @@ def check_clip(clip: ListedClip, settings: ClipSettings, decoder: DecodeProcess 
     Raises:
         VideoError, ClipError, CaptionError: it gives none; the message says why.
     """
-    caption_of(clip, settings.missing_caption)
+    caption_of(clip, settings.missing_caption, settings.caption_lines)
     plan = settings.plan(clip.path, probe(clip.path, settings.decode_timeout, decoder))
     return len(plan.indices), *plan.size
 
@@ -193,7 +221,7 @@ def load_clip(clip: ListedClip, settings: ClipSettings) -> tuple[Tensor, str]:
     Raises:
         VideoError, ClipError, CaptionError: the clip cannot be had.
     """
-    caption = caption_of(clip, settings.missing_caption)
+    caption = caption_of(clip, settings.missing_caption, settings.caption_lines).text
     return to_unit_range(load_frames(clip.path, settings)), caption
 
 
@@ -203,10 +231,14 @@ def load_frames(video: str | Path, settings: ClipSettings) -> Tensor:
     Raises:
         VideoError, ClipError: the clip cannot be had.
     """
-    plan = settings.plan(video, probe(video, settings.decode_timeout))
-    return resize_crop(read_frames(video, plan.indices, settings.decode_timeout), plan.size)
+    timeout = settings.decode_timeout
+    plan = settings.plan(video, probe(video, timeout))
+    return read_frames(video, plan.indices, timeout, None, plan.size, settings.interlaced == "deinterlace")
 
 
 def to_unit_range(frames: Tensor) -> Tensor:
     """uint8 to float32 in [-1, 1]."""
-    return frames.to(torch.float32).sub_(127.5).div_(127.5)
+    out = torch.empty_like(frames, dtype=torch.float32)
+    for source, target in zip(frames, out, strict=True):  # one at a time stays in the processor's cache
+        torch.sub(source, 127.5, out=target).div_(127.5)
+    return out

@@ -37,7 +37,8 @@ class SFTDataset(Dataset):
     Args:
         data_dir: folder with the videos, nested folders included; or another source, see `sgm.data.sources`.
         video_size: [height, width] of the clips in pixels.
-        fps, max_num_frames, skip_frms_num, sampling, missing_caption, decode_timeout: see `ClipSettings`.
+        fps, max_num_frames, skip_frms_num, sampling, missing_caption, decode_timeout, caption_lines, interlaced: see
+            `ClipSettings`.
         file_order: "sorted", or "walk" for the file system's order, which the original uses.
         validate: "probe" opens every video first; "captions" reads the captions; "none" lists the files only;
             "report" takes the usable videos from the file `report` instead of looking, so that all ranks agree.
@@ -71,11 +72,13 @@ class SFTDataset(Dataset):
         max_crop: float = 0.25,
         images: bool = False,
         txt_key: str = "txt",
+        caption_lines: str = "first",
+        interlaced: str = "deinterlace",
     ):
         self.data_dir = Path(data_dir)
         self.settings = ClipSettings(
             picture_size(video_size), fps, max_num_frames, skip_frms_num, sampling, missing_caption, decode_timeout,
-            parse_buckets(buckets), max_crop,
+            parse_buckets(buckets), max_crop, caption_lines, interlaced,
         )  # fmt: skip
         self._list_source = partial(list_source, order=file_order, images=images, txt_key=txt_key)
         self.report_path = None if report is None else Path(report)
@@ -167,7 +170,8 @@ class SFTDataset(Dataset):
         if Path(report.data_dir).resolve() != self.data_dir.resolve():
             raise DatasetError(f"{self.report_path} is the report of {report.data_dir}, not of {self.data_dir}")
         settings = json.loads(json.dumps(asdict(self.settings)))  # as they come back from a file
-        other = sorted(name for name in settings if report.settings.get(name) != settings[name])
+        known = asdict(ClipSettings()) | report.settings  # one written before there was a setting lacks it
+        other = sorted(name for name in settings if known[name] != settings[name])
         if other:
             raise DatasetError(f"{self.report_path} was made with another {', '.join(other)}; check the data set again")
         return report

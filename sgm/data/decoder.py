@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
@@ -28,13 +28,17 @@ from sgm.data.sources import Place
 from sgm.errors import SgmError
 
 CHILD = Path(__file__).with_name("_decoder_child.py")
-START_SECONDS = 120.0  # importing decord on a busy machine or a slow network drive
+START_SECONDS = 120.0  # importing PyAV on a busy machine or a slow network drive
 EXIT_SECONDS = 2.0
 PIPE_BYTES = 1 << 20
 
 
 class DecodeError(SgmError):
-    """The decoder refused, crashed or hung; the message is the reason alone."""
+    """The decoder refused, crashed or hung; the message is the reason alone. `codec`: of the video, if it was found."""
+
+    def __init__(self, reason: str, codec: str = "unknown"):
+        super().__init__(reason)
+        self.codec = codec
 
 
 class DecoderLostError(DecodeError):
@@ -42,12 +46,18 @@ class DecoderLostError(DecodeError):
 
 
 class Probed(NamedTuple):
-    """What a video says of itself."""
+    """What a video says of itself: see `sgm.data.video_io.VideoInfo`. `turned`: the filters that set it upright."""
 
-    frames: int
+    times: np.ndarray
     fps: float
     height: int
     width: int
+    codec: str
+    hidden: int
+    tracks: int
+    interlaced: bool
+    pixel_aspect: float
+    turned: list[tuple[str, str | None]]
 
 
 class _Child(NamedTuple):
@@ -81,12 +91,26 @@ class DecodeProcess:
 
     def probe(self, path: Path, timeout: float) -> Probed:
         """What a video says of itself. Raises DecodeError."""
-        return Probed(**self._ask({"op": "probe", **_where(path)}, timeout)[0])
+        [(facts, times)] = self._ask({"op": "probe", **_where(path)}, timeout, 1)
+        return Probed(times, **facts)
 
-    def read(self, path: Path, indices: Sequence[int], timeout: float) -> np.ndarray:
-        """Frames as uint8 (f, h, w, 3), in the order of `indices`, which may repeat. Raises DecodeError."""
-        request = {"op": "read", **_where(path), "indices": [int(i) for i in indices]}
-        return self._ask(request, timeout)[1]
+    def read(self, path: Path, indices: Sequence[int], timeout: float, deinterlace: bool) -> Generator[np.ndarray]:
+        """Frames as uint8 (h, w, 3), one after the other as they are decoded.
+
+        Args:
+            indices: ascending, without repeats.
+            timeout: seconds until the last frame is taken.
+            deinterlace: make whole pictures of interlaced ones.
+
+        It is to be read to its end or closed; else the process could not be asked again.
+
+        Raises:
+            DecodeError: at any frame.
+        """
+        request = {"op": "read", **_where(path), "indices": [int(i) for i in indices], "deinterlace": deinterlace}
+        with contextlib.closing(self._ask(request, timeout, len(indices))) as answers:
+            for _, frame in answers:
+                yield frame
 
     def close(self) -> None:
         """End the process; a later request starts a new one."""
@@ -107,8 +131,8 @@ class DecodeProcess:
             child.close_pipes()  # our copies: held open, they would keep the process from seeing its end
             child.process.returncode = 0  # not our child: nothing to wait for
 
-    def _ask(self, request: dict[str, Any], timeout: float) -> tuple[dict[str, Any], np.ndarray]:
-        """(head of the answer, the array that follows it; empty where none does)."""
+    def _ask(self, request: dict[str, Any], timeout: float, count: int) -> Generator[tuple[dict[str, Any], np.ndarray]]:
+        """So many answers: what else their heads say, and the array."""
         if timeout <= 0:
             raise ValueError(f"timeout is {timeout} s, it must be positive")
         child = self._child or self._start()
@@ -117,12 +141,13 @@ class DecodeProcess:
         message = json.dumps({**request, "limit": timeout + EXIT_SECONDS}).encode() + b"\n"
         try:
             child.requests.write(message)
-            head = _read_head(child.answers, deadline)
-            if "error" in head:
-                raise DecodeError(head["error"])
-            frames = np.empty(head.get("shape", 0), np.uint8)
-            _read_into(frames.reshape(-1).data, child.answers, deadline)
-            return head, frames
+            for _ in range(count):
+                head = _read_head(child.answers, deadline)
+                if "error" in head:
+                    raise DecodeError(head["error"], head["codec"])
+                array = np.empty(head.pop("shape"), head.pop("dtype"))
+                _read_into(array.reshape(-1).view(np.uint8).data, child.answers, deadline)
+                yield head, array
         except DecodeError:
             raise  # an answer: the process is in step and goes on
         except TimeoutError:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
 
 import numpy as np
 
@@ -12,6 +11,8 @@ from sgm.errors import SgmError
 from sgm.modules.autoencoding.strides import STRIDES
 
 ClipShape = tuple[int, int, int]  # frames, height and width of a clip in pixels
+FRAME_RULES = ("upstream", "timestamps", "random")
+INSTANT = 1e-6  # seconds; halfway between two frames the later one is taken, whatever way the times were rounded
 
 
 class ClipError(SgmError):
@@ -25,6 +26,7 @@ def frame_indices(
     max_num_frames: int,
     skip_frames: float,
     rule: str = "upstream",
+    times: np.ndarray | None = None,
 ) -> list[int]:
     """Frames of a video to train on, in playing order; their number is 4k + 1 and at most `max_num_frames`.
 
@@ -37,9 +39,11 @@ def frame_indices(
         rule: "upstream" keeps the original's choice to the frame. It leaves the end in when the video is longer
             than the clip, and ignores the frame rate when it is shorter (so a 30 fps video of 40 frames yields 33
             consecutive frames). "timestamps" takes frame i from the instant i / wanted_fps after the first
-            unskipped frame (the nearest frame, never one of the last `skip_frames`), right at any frame rate.
+            unskipped frame (the nearest frame, never one of the last `skip_frames`), right at any frame rate, also
+            one that changes.
             "random" is that of the original's shards: a clip of full length from a random start (drawn from Python's
             `random` once), spread like "upstream"'s.
+        times: when the frames are shown, in seconds, ascending, for "timestamps"; by default evenly, at `fps`.
 
     Raises:
         ClipError: the video gives no clip. Where the original failed with an IndexError or went on with an empty
@@ -51,7 +55,10 @@ def frame_indices(
         raise ClipError(f"a video of {length} frames")
     if not (math.isfinite(fps) and fps > 0):
         raise ValueError(f"fps is {fps}, it must be a positive number of frames per second")
-    return FRAME_RULES[rule](length, fps, wanted_fps, max_num_frames, int(skip_frames))
+    if rule == "timestamps":
+        times = np.arange(length) / fps if times is None else times
+        return _timestamps(times, fps, wanted_fps, max_num_frames, int(skip_frames))
+    return (_random if rule == "random" else _upstream)(length, fps, wanted_fps, max_num_frames, int(skip_frames))
 
 
 def check_settings(wanted_fps: float, max_num_frames: int, skip_frames: float, rule: str) -> None:
@@ -108,15 +115,15 @@ def _spread(start: int, end: int, count: int) -> list[int]:
     return indices[:count]
 
 
-def _timestamps(length: int, fps: float, wanted_fps: float, max_num_frames: int, skip: int) -> list[int]:
-    usable = length - 2 * skip
-    if usable < 1:
-        raise ClipError(_too_short(length, skip))
-    ratio = fps / wanted_fps
-    nearest = (math.floor(i * ratio + 0.5) for i in range(max_num_frames))  # half a frame rounds up
-    offsets = [offset for offset in nearest if offset < usable]
-    count = largest_clip(len(offsets), max_num_frames)
-    return [skip + offset for offset in offsets[:count]]
+def _timestamps(times: np.ndarray, fps: float, wanted_fps: float, max_num_frames: int, skip: int) -> list[int]:
+    if len(times) - 2 * skip < 1:
+        raise ClipError(_too_short(len(times), skip))
+    # From where on the next frame is the nearest; the last one is shown as long as the mean.
+    ends = np.append((times[1:] + times[:-1]) / 2, times[-1] + 0.5 / fps)
+    instants = times[skip] + np.arange(max_num_frames) / wanted_fps
+    nearest = np.searchsorted(ends, instants + INSTANT, side="right")
+    nearest = nearest[nearest < len(times) - skip]
+    return nearest[: largest_clip(len(nearest), max_num_frames)].tolist()
 
 
 def _random(length: int, fps: float, wanted_fps: float, max_num_frames: int, skip: int) -> list[int]:
@@ -134,10 +141,3 @@ def _random(length: int, fps: float, wanted_fps: float, max_num_frames: int, ski
 
 def _too_short(length: int, skip: int) -> str:
     return f"{length} frames, of which the first and last {skip} are skipped: none is left; lower the skipped frames"
-
-
-FRAME_RULES: dict[str, Callable[[int, float, float, int, int], list[int]]] = {
-    "upstream": _upstream,
-    "timestamps": _timestamps,
-    "random": _random,
-}

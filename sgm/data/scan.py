@@ -24,7 +24,7 @@ LEVELS = ("probe", "captions")
 def list_source(data_dir: str | Path, order: str = "sorted", images: bool = False, txt_key: str = "txt") -> Listing:
     """All clips of a source, see `sgm.data.sources.list_clips`. DatasetError where there is none so named."""
     if not exists(data_dir):
-        raise DatasetError(f"{data_dir}: no such folder, manifest (.csv, .jsonl) or shard (.tar)")
+        raise DatasetError(f"{data_dir}: no such folder, manifest (.csv, .jsonl, .json) or shard (.tar)")
     return list_clips(data_dir, order, images, txt_key)
 
 
@@ -67,7 +67,7 @@ def _shape_or_fault(
     try:
         if decoder is not None:
             return check_clip(clip, settings, decoder)
-        caption_of(clip, settings.missing_caption)
+        caption_of(clip, settings.missing_caption, settings.caption_lines)
     except CLIP_FAULTS as fault:
         return fault
     return None

@@ -25,7 +25,8 @@ class VideoDataset(SFTDataset):
         include_dirs: folders below the path to take, comma-separated; None takes all.
         txt_key: extension of the captions, or their name in `NAME.json`.
         nshards, seed, shuffle_buffer, meta_names: of the original's streaming; without effect.
-        sampling, validate, report, file_order, missing_caption, decode_timeout, buckets, max_crop: see `SFTDataset`.
+        sampling, validate, report, file_order, missing_caption, decode_timeout, buckets, max_crop, caption_lines,
+            interlaced: see `SFTDataset`.
     """
 
     def __init__(
@@ -50,11 +51,13 @@ class VideoDataset(SFTDataset):
         report: str | Path | None = None,
         buckets: Sequence[Sequence[int]] = (),
         max_crop: float = 0.25,
+        caption_lines: str = "first",
+        interlaced: str = "deinterlace",
     ):
         self.include_dirs = [name.strip("/ ") for name in include_dirs.split(",")] if include_dirs else None
         super().__init__(
             path or data_dir, image_size, fps, num_frames, skip_frms_num, sampling, missing_caption, decode_timeout,
-            file_order, validate, report, buckets, max_crop, txt_key=txt_key,
+            file_order, validate, report, buckets, max_crop, False, txt_key, caption_lines, interlaced,
         )  # fmt: skip
 
     def _list_all(self, source: Path) -> Listing:

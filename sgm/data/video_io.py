@@ -5,9 +5,10 @@ Shapes: f frames, h w pixels. Frames are uint8 (f, 3, h, w), RGB, 0 to 255.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,18 @@ class VideoError(SgmError):
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """Length in frames and seconds, average frames per second, size in pixels, codec ("unknown" outside MP4)."""
+    """What a video shows, and what of the file a player heeds for that.
+
+    Attributes:
+        frames, seconds: length of what is shown. fps: average frames per second.
+        height, width: of the upright picture with square pixels.
+        codec: FFmpeg's name; of a picture its file's ending.
+        times: of the frames, float64 (frames,), in seconds, ascending.
+        hidden: frames in the file that are not shown: cut away by an edit list, or undecodable at its start or end.
+        turned: how the picture is set upright: the names of FFmpeg's filters ("clock", "hflip", ...).
+        pixel_aspect: width of a stored pixel by its height. interlaced: two half pictures a frame.
+        tracks: of video; the one that FFmpeg's command takes is read.
+    """
 
     frames: int
     fps: float
@@ -53,10 +65,16 @@ class VideoInfo:
     width: int
     codec: str
     seconds: float
+    times: np.ndarray = field(default_factory=lambda: np.zeros(1), compare=False, repr=False)
+    hidden: int = 0
+    turned: tuple[str, ...] = ()
+    pixel_aspect: float = 1.0
+    interlaced: bool = False
+    tracks: int = 1
 
 
 def probe(path: str | Path, timeout: float = DECODE_TIMEOUT, decoder: DecodeProcess | None = None) -> VideoInfo:
-    """What the video holds. Reads its index and decodes one frame.
+    """What the video shows. Reads it through once and decodes one frame.
 
     Args:
         timeout: seconds after which the decoder is stopped.
@@ -69,14 +87,14 @@ def probe(path: str | Path, timeout: float = DECODE_TIMEOUT, decoder: DecodeProc
     if is_image(path):
         _, _, height, width = read_image(path).shape
         return VideoInfo(1, 1.0, height, width, path.suffix[1:].lower(), 0.0)
-    try:
-        codec = inspect(path)
+    with _video_errors(path):
+        inspect(path)
         found = (decoder or thread_decoder()).probe(path, timeout)
-    except (ContainerError, DecodeError, OSError) as error:
-        raise VideoError(path, str(error), isinstance(error, (DecoderLostError, OSError))) from error
-    if found.frames < 1 or not (math.isfinite(found.fps) and found.fps > 0):
-        raise VideoError(path, f"{found.frames} frames at {found.fps} frames per second")
-    return VideoInfo(found.frames, found.fps, found.height, found.width, codec, found.frames / found.fps)
+    frames, turned = len(found.times), tuple(argument or name for name, argument in found.turned)
+    return VideoInfo(
+        frames, found.fps, found.height, found.width, found.codec, frames / found.fps, found.times, found.hidden,
+        turned, found.pixel_aspect, found.interlaced, found.tracks,
+    )  # fmt: skip
 
 
 def read_frames(
@@ -84,27 +102,65 @@ def read_frames(
     indices: Sequence[int],
     timeout: float = DECODE_TIMEOUT,
     decoder: DecodeProcess | None = None,
+    size: tuple[int, int] | None = None,
+    deinterlace: bool = True,
 ) -> Tensor:
-    """The frames `indices` of a video, uint8 (f, 3, h, w); only these are kept in memory.
+    """The frames `indices` of those that a video shows, uint8 (f, 3, h, w); only these are kept in memory.
 
     Args:
         indices: frame numbers from 0, in any order, repeats allowed.
         timeout, decoder: as for `probe`.
+        size: (height, width) to which each is brought by `resize_crop` as it comes; by default the video's.
+        deinterlace: make whole pictures of interlaced ones.
 
     Raises:
-        VideoError: as for `probe`, or an index outside the video.
+        VideoError: as for `probe`, or an index outside the video, or pictures of several sizes without `size`.
     """
     path = Path(path)
     if not len(indices) or min(indices) < 0:
         raise ValueError(f"{path}: frames {list(indices)} asked for; name at least one, counted from 0")
     if is_image(path):
-        return read_image(path)[list(indices)]
-    try:
+        pictures = read_image(path)
+        return (resize_crop(pictures, size) if size else pictures)[list(indices)]
+    with _video_errors(path):
         inspect(path)
-        frames = (decoder or thread_decoder()).read(path, indices, timeout)
-    except (ContainerError, DecodeError, OSError) as error:
-        raise VideoError(path, str(error), isinstance(error, (DecoderLostError, OSError))) from error
-    return torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous()
+        frames = (decoder or thread_decoder()).read(path, sorted(set(indices)), timeout, deinterlace)
+        with closing(frames):
+            return _in_order(frames, indices, size)
+
+
+def _in_order(frames: Iterator[np.ndarray], indices: Sequence[int], size: tuple[int, int] | None) -> Tensor:
+    """Frames, which come sorted by their index and once each, as they are asked for."""
+    places: dict[int, list[int]] = {index: [] for index in sorted(indices)}
+    for place, index in enumerate(indices):
+        places[index].append(place)
+    out = torch.empty(0)
+    for at, frame in zip(places.values(), frames, strict=True):
+        picture = torch.from_numpy(frame).permute(2, 0, 1)[None]
+        picture = resize_crop(picture, size) if size else picture
+        if not len(out):
+            out = picture.new_empty(len(indices), *picture.shape[1:])
+        if picture.shape[1:] != out.shape[1:]:
+            raise DecodeError(f"its pictures change from {tuple(out.shape[2:])} to {tuple(picture.shape[2:])} pixels")
+        for place in at:
+            out[place] = picture[0]
+    return out
+
+
+@contextmanager
+def _video_errors(path: Path) -> Iterator[None]:
+    """Faults of a file as VideoErrors; those of its codec with the command that makes it readable."""
+    try:
+        yield
+    except DecoderLostError as error:
+        raise VideoError(path, str(error), passing=True) from error
+    except DecodeError as error:
+        remedy = f"ffmpeg -i {shlex.quote(str(Place.of(path).file))} -c:v libx264 -crf 12 -pix_fmt yuv420p NEW.mp4"
+        raise VideoError(path, f"{error} (codec {error.codec}; what FFmpeg can read of it: `{remedy}`)") from error
+    except ContainerError as error:
+        raise VideoError(path, str(error)) from error
+    except OSError as error:
+        raise VideoError(path, str(error), passing=True) from error
 
 
 def read_image(path: str | Path) -> Tensor:
@@ -161,16 +217,16 @@ def resize_crop(
     top, left = _corner(new_height - height, new_width - width, mode, rng)
     out = frames.new_empty(*frames.shape[:2], height, width)
     for frame, target in zip(frames, out, strict=True):  # one at a time: float32 needs four times the memory
-        scaled = _bicubic(frame, new_height, new_width)
-        target.copy_(scaled[:, top : top + height, left : left + width])
+        scaled = _bicubic(frame, new_height, new_width)[:, top : top + height, left : left + width]
+        target.copy_(scaled if scaled.dtype == torch.uint8 else scaled.clamp_(0, 255).round_())
     return out
 
 
 def _bicubic(frame: Tensor, height: int, width: int) -> Tensor:
+    """float32, or the frame itself where it has that size."""
     if frame.shape[-2:] == (height, width):
         return frame
-    scaled = F.interpolate(frame[None].float(), (height, width), mode="bicubic", align_corners=False, antialias=True)[0]
-    return scaled.clamp_(0, 255).round_().to(torch.uint8)
+    return F.interpolate(frame[None].float(), (height, width), mode="bicubic", align_corners=False, antialias=True)[0]
 
 
 def _corner(spare_height: int, spare_width: int, mode: str, rng: Rng | None) -> tuple[int, int]:

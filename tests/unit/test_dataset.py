@@ -145,7 +145,7 @@ def test_captions(tmp_path, data, text):
     "data, text, may_be_empty",
     [
         (None, "no such caption", True),
-        (b"", "file is empty", True),
+        (b"", "caption is empty", True),
         (b"  \nsecond", "first line is empty", True),
         (b"caf\xe9", "not UTF-8", False),
     ],
@@ -160,6 +160,23 @@ def test_bad_captions_are_never_silently_empty(tmp_path, data, text, may_be_empt
     else:
         with pytest.raises(CaptionError, match=text):
             read_caption(tmp_path / "a.mp4", missing="empty")
+
+
+def test_all_lines_of_a_caption_on_request(folder):
+    write_caption(folder / "videos" / "c1.mp4", " first \r\n\n second\nthird \n")
+    assert SFTDataset(folder, **SMALL)[1]["txt"] == " first "
+    assert SFTDataset(folder, **SMALL, caption_lines="all")[1]["txt"] == "first second third"
+    with pytest.raises(ValueError, match="caption_lines is 'both', choose one of first, all"):
+        SFTDataset(folder, **SMALL, caption_lines="both")
+
+
+def test_captions_may_lie_beside_the_videos(folder):
+    (folder / "labels").rename(folder / "elsewhere")
+    for file in (folder / "elsewhere").iterdir():
+        file.rename(folder / "videos" / file.name)
+    (folder / "videos" / "c5.mp4").rename(folder / "videos" / "c5.MOV")
+    dataset = SFTDataset(folder, **SMALL)
+    assert [item["txt"] for item in map(dataset.__getitem__, range(6))] == [f"clip {k} " for k in range(6)]
 
 
 def damage(folder: Path) -> None:
@@ -185,18 +202,17 @@ def test_what_is_wrong_is_reported(folder, tmp_path, caplog):
 
 
 def test_what_is_passed_over_is_said_and_counts_as_nothing(folder, tmp_path, caplog, monkeypatch):
-    (folder / "videos" / "a.mov").write_bytes(b"")
     (folder / "images").mkdir()
-    for name in ("b.png", "c.PNG"):
+    for name in ("a.jpg", "b.png", "c.PNG"):
         (folder / "images" / name).write_bytes(b"")
     file, walks, walk = tmp_path / "report.jsonl", [], os.walk
     monkeypatch.setattr(os, "walk", lambda top: walks.append(top) or walk(top))
     dataset = SFTDataset(folder, **SMALL, report=file)
     assert len(walks) == 1  # folders may be large
     assert len(dataset) == 6 and dataset.report.rejected == []
-    assert caplog.text.count("passed over: 1 .mov, 2 .png (pictures: data.params.images=true; other videos") == 1
+    assert caplog.text.count("passed over: 1 .jpg, 2 .png (pictures: data.params.images=true)") == 1
     head = json.loads(file.read_text().splitlines()[0])
-    assert (head["usable"], head["rejected"], head["passed_over"]) == (6, 0, {".mov": 1, ".png": 2})
+    assert (head["usable"], head["rejected"], head["passed_over"]) == (6, 0, {".jpg": 1, ".png": 2})
     again = SFTDataset(folder, **SMALL, validate="report", report=file)  # what other ranks do: they say nothing
     assert again.report.passed_over == head["passed_over"] and caplog.text.count("passed over") == 1
 
@@ -214,11 +230,11 @@ def test_missing_captions_by_choice(folder):
 def test_nothing_usable_is_an_error_with_reasons(tmp_path):
     with pytest.raises(DatasetError, match="no such folder"):
         SFTDataset(tmp_path / "absent", **SMALL)
-    with pytest.raises(DatasetError, match="no .mp4 files"):
+    with pytest.raises(DatasetError, match="no videos"):
         SFTDataset(tmp_path, **SMALL)
-    (tmp_path / "a.mov").write_bytes(b"")
+    (tmp_path / "a.png").write_bytes(b"")
     for validate in ("probe", "none"):
-        with pytest.raises(DatasetError, match="no .mp4 files.*1 .mov .*name them in a LIST.csv"):
+        with pytest.raises(DatasetError, match="no videos.*1 .png .*data.params.images=true"):
             SFTDataset(tmp_path, **SMALL, validate=validate)
     for i in range(8):
         (tmp_path / f"{i}.mp4").write_bytes(b"")
@@ -397,7 +413,7 @@ def test_many_clips_are_looked_at_at_a_time_in_their_order(template, threads):
     clips, decoders = list_clips(template), {}
 
     def look(clip, decoder):
-        frames = decoder.probe(Path(clip.path), 60).frames
+        frames = len(decoder.probe(Path(clip.path), 60).times)
         decoders.setdefault(decoder.pid, decoder)
         return clip.path, frames
 

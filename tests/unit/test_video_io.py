@@ -74,7 +74,7 @@ def test_colours_and_orientation(tmp_path):
 
 @pytest.mark.parametrize("width", [2, 16, 48, 50, 72])
 def test_narrow_videos(tmp_path, width):
-    """decord pads the rows of some."""
+    """The scaler pads the rows of some."""
     columns = np.linspace(20, 220, width).astype(np.uint8)
     frames = np.broadcast_to(columns[None, None, :, None], (4, 36, width, 3))
     path = write_video(tmp_path / "narrow.mp4", frames)
@@ -113,9 +113,12 @@ def broken_files(folder: Path, video: Path, fast_start: Path) -> dict[str, tuple
         "a byte cut off": (put("byte.mp4", data[:-1]), "cut short"),
         "frames cut off": (put("fast.mp4", moving[: len(moving) * 2 // 3]), "cut short"),
         "overwritten": (put("noise.mp4", moving[:4000] + rubbish), "."),
-        "text": (put("text.mp4", b"not a video at all\n" * 50), "Error reading"),
+        "text": (put("text.mp4", b"not a video at all\n" * 50), "Invalid data"),
         "picture": (put("picture.mp4", b"\x89PNG\r\n\x1a\n" + bytes(100)), "PNG picture"),
         "web page": (put("page.mp4", b"<!DOCTYPE html><html>404"), "HTML page"),
+        "playlist": (put("list.mp4", f"ffconcat version 1.0\nfile {video}\n".encode()), "a playlist"),
+        "playlist with a mark": (put("hls.mp4", b"\xef\xbb\xbf#EXTM3U\n#EXTINF:8,\nx.mp4\n"), "Invalid"),
+        "unknown codec": (put("codec.mp4", data.replace(b"avc1", b"xyz1")), "codec.*ffmpeg -i .*codec.mp4"),
         "lfs pointer": (put("lfs.mp4", b"version https://git-lfs.github.com/spec/v1\noid sha256:0"), "git lfs pull"),
         "sound only": (sound, "no video track"),
         "folder": (folder, "not a regular file"),
@@ -168,7 +171,7 @@ def test_a_hanging_decoder_is_stopped_and_replaced(video):
 
 def test_a_stopped_decoder_times_out(video):
     decoder = DecodeProcess()
-    assert decoder.probe(video, 60).frames == 40
+    assert len(decoder.probe(video, 60).times) == 40
     os.kill(decoder.pid, signal.SIGSTOP)
     with pytest.raises(VideoError, match="longer than"):
         probe(video, timeout=0.3, decoder=decoder)
