@@ -132,4 +132,4 @@ def first_reasons(rejected: Sequence[Rejection], count: int = REASONS_SHOWN) -> 
 def nothing_in(source: str | Path, passed_over: Mapping[str, int]) -> str:
     """What to say of a source without clips."""
     besides = f"; {passed_over_line(passed_over)}" if passed_over else ""
-    return f"{source}: no .mp4 files in this folder or below it; expected videos/NAME.mp4{besides}"
+    return f"{source}: no videos in this folder or below it; expected videos/NAME.mp4{besides}"

@@ -14,7 +14,7 @@ import posixpath
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +24,21 @@ from typing import Any
 from sgm.errors import SgmError
 from sgm.files import refuse_lfs_pointer
 
-VIDEO_SUFFIXES = (".mp4",)
-MANIFEST_VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
+VIDEO_SUFFIXES = (
+    ".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".flv", ".wmv", ".ogv",
+    ".3gp", ".mxf",
+)  # fmt: skip
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-MANIFEST_SUFFIXES = (".csv", ".jsonl")
+MANIFEST_SUFFIXES = (".csv", ".jsonl", ".json")
 ARCHIVE_SUFFIX = ".tar"
-PATH_COLUMNS = ("path", "video", "file", "file_name", "image")
+PATH_COLUMNS = (
+    "path", "video", "video_path", "video_file", "file", "file_path", "file_name", "image", "image_path",
+)  # fmt: skip
 TEXT_COLUMNS = ("caption", "text", "prompt")
+# What other trainers call the lists in a data folder; finetrainers' two have a line a clip.
+MANIFESTS = ("metadata.csv", "metadata.jsonl", "metadata.json")
+LINES_OF_PATHS = ("videos.txt", "video.txt", "images.txt", "image.txt")
+LINES_OF_TEXT = ("prompts.txt", "prompt.txt", "captions.txt", "caption.txt")
 FILE_ORDERS = ("sorted", "walk")
 _INSIDE = re.compile(r"(?P<archive>.+?\.tar)!(?P<begin>\d+)\+(?P<size>\d+)!(?P<name>.+)", re.DOTALL)
 
@@ -100,8 +108,9 @@ def list_clips(source: str | Path, order: str = "sorted", images: bool = False, 
     """All clips of a source.
 
     Args:
-        source: a folder (videos below it; and the clips of `.tar` shards in it, if it holds no videos), a `.csv` or
-            `.jsonl` manifest, or a `.tar` shard.
+        source: a `.csv`, `.jsonl` or `.json` manifest, a `.tar` shard, or a folder. A folder without `labels` is taken
+            by its metadata.csv, .jsonl or .json, or its prompts.txt and videos.txt, if it has them; else, as one with
+            `labels`, by the videos below it, or if there are none by the `.tar` shards.
         order: of a folder's files: "sorted", or "walk" as the file system lists them.
         images: take a folder's pictures as well, as clips of one frame. Manifests and shards give theirs anyway.
         txt_key: extension of a shard's captions.
@@ -114,8 +123,10 @@ def list_clips(source: str | Path, order: str = "sorted", images: bool = False, 
         return Listing(read_manifest(source))
     if source.suffix.lower() == ARCHIVE_SUFFIX and source.is_file():
         return read_shard(source, txt_key)
+    if not (source / "labels").is_dir() and (listed := _listed_in(source)) is not None:
+        return Listing(listed)
     suffixes = VIDEO_SUFFIXES + (IMAGE_SUFFIXES if images else ())
-    files, passed_over = _walk(source, suffixes, order, (*MANIFEST_VIDEO_SUFFIXES, *IMAGE_SUFFIXES))
+    files, passed_over = _walk(source, suffixes, order, IMAGE_SUFFIXES)
     if files:
         return Listing((ListedClip(str(path)) for path in files), passed_over)
     shards = [read_shard(shard, txt_key) for shard in list_files(source, (ARCHIVE_SUFFIX,), order)]
@@ -123,16 +134,45 @@ def list_clips(source: str | Path, order: str = "sorted", images: bool = False, 
     return Listing((clip for shard in shards for clip in shard), passed_over)
 
 
+def _listed_in(folder: Path) -> list[ListedClip] | None:
+    """The clips that a folder's own lists name; None where it has none."""
+    for name in MANIFESTS:
+        if (folder / name).is_file():
+            return read_manifest(folder / name)
+    paths, texts = (
+        next((folder / name for name in names if (folder / name).is_file()), None)
+        for names in (LINES_OF_PATHS, LINES_OF_TEXT)
+    )
+    if paths is None or texts is None:
+        return None
+    named, captions = _lines(paths), _lines(texts)
+    if len(named) != len(captions):
+        raise SourceError(
+            f"{paths} has {len(named)} lines and {texts.name} {len(captions)}; give each clip one of both"
+        )
+    return [ListedClip(_located(folder, name), text) for name, text in zip(named, captions, strict=True)]
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{path} is not UTF-8 (byte {error.start})") from error
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _located(folder: Path, name: str) -> str:
+    return os.path.join(folder.absolute(), os.path.expanduser(name.strip()))
+
+
 def passed_over_line(counts: Mapping[str, int]) -> str:
     """`Listing.passed_over` for people, with what would take these files; "" where there are none."""
     if not counts:
         return ""
     pictures = any(ending in IMAGE_SUFFIXES for ending in counts)
-    videos = any(ending in MANIFEST_VIDEO_SUFFIXES for ending in counts)
-    ways = ["pictures: data.params.images=true"] if pictures else []
-    ways += ["other videos: name them in a LIST.csv"] if videos else []
     named = ", ".join(f"{count} {ending}" for ending, count in sorted(counts.items()))
-    return f"passed over: {named}" + (f" ({'; '.join(ways)})" if ways else "")
+    return f"passed over: {named}" + (" (pictures: data.params.images=true)" if pictures else "")
 
 
 def list_files(folder: str | Path, suffixes: tuple[str, ...], order: str = "sorted") -> list[Path]:
@@ -174,16 +214,16 @@ def base_of(source: str | Path) -> Path:
 
 
 def read_manifest(path: str | Path) -> list[ListedClip]:
-    """Clips named in a CSV file with a header, or in JSON Lines, in the file's order.
+    """Clips named in a CSV file with a header, in JSON Lines, or in a JSON array, in the file's order.
 
-    The path stands under `path`, `video`, `file`, `file_name` or `image`, relative to the manifest; the caption under
-    `caption`, `text` or `prompt`. A row without a caption has it in a `.txt` file as in a folder.
+    The path stands under one of `PATH_COLUMNS`, relative to the manifest; the caption under one of `TEXT_COLUMNS`. A
+    row without a caption has it in a `.txt` file as in a folder.
 
     Raises:
         SourceError: not UTF-8, a row that is none, or one without a path; names the line.
     """
     path = Path(path)
-    rows = _csv_rows(path) if path.suffix.lower() == ".csv" else _json_rows(path)
+    rows = {".csv": _csv_rows, ".jsonl": _json_rows, ".json": _array_rows}[path.suffix.lower()](path)
     try:
         refuse_lfs_pointer(path, SourceError)
         return [_listed(path, number, row) for number, row in rows]
@@ -212,20 +252,31 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 row = json.loads(line)
             except ValueError as error:
                 raise SourceError(f"{path}, line {number}: no JSON ({error})") from error
-            if not isinstance(row, dict):
-                raise SourceError(f"{path}, line {number}: expected an object with a path and a caption")
             yield number, row
 
 
-def _listed(manifest: Path, number: int, row: dict[str, Any]) -> ListedClip:
+def _array_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError:
+        raise
+    except ValueError as error:
+        raise SourceError(f"{path}: no JSON ({error})") from error
+    if not isinstance(rows, list):
+        raise SourceError(f"{path}: expected an array of objects, each with a path and a caption")
+    yield from enumerate(rows, 1)
+
+
+def _listed(manifest: Path, number: int, row: Any) -> ListedClip:
+    where = f"{manifest}, {'entry' if manifest.suffix.lower() == '.json' else 'line'} {number}"
+    if not isinstance(row, dict):
+        raise SourceError(f"{where}: expected an object with a path and a caption")
     name = next((row[column] for column in PATH_COLUMNS if row.get(column)), None)
     if not isinstance(name, str):
         columns = ", ".join(str(column) for column in row if column is not None) or "none"
-        raise SourceError(
-            f"{manifest}, line {number}: no path; name the column {', '.join(PATH_COLUMNS)} (found: {columns})"
-        )
+        raise SourceError(f"{where}: no path; name the column {', '.join(PATH_COLUMNS)} (found: {columns})")
     text = next((row[column] for column in TEXT_COLUMNS if isinstance(row.get(column), str)), None)
-    return ListedClip(os.path.join(manifest.parent.absolute(), os.path.expanduser(name)), text)
+    return ListedClip(_located(manifest.parent, name), text)
 
 
 # --- shards -------------------------------------------------------------------------------------------------------
@@ -258,7 +309,7 @@ def read_shard(path: str | Path, txt_key: str = "txt") -> Listing:
                     continue
                 if unfit := _unfit(member, name):
                     passed_over[unfit] += 1
-                elif f".{kind.lower()}" in (*MANIFEST_VIDEO_SUFFIXES, *IMAGE_SUFFIXES):
+                elif f".{kind.lower()}" in (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES):
                     media[key] = f"{archive_name}!{member.offset_data}+{member.size}!{name}"
                 elif kind == txt_key:
                     texts[key] = _text_of(archive, member)
@@ -291,9 +342,3 @@ def _json_text(archive: tarfile.TarFile, member: tarfile.TarInfo, txt_key: str) 
         return ""
     text = content.get(txt_key) if isinstance(content, dict) else None
     return text if isinstance(text, str) else ""
-
-
-def first_line(text: str) -> str:
-    """What of a caption is used: its first line, as in a caption file."""
-    lines: Sequence[str] = text.splitlines()
-    return lines[0] if lines else ""

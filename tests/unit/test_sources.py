@@ -108,6 +108,41 @@ def test_wrong_manifests_say_where(tmp_path, name, text, word):
         read_manifest(path)
 
 
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"prompts.txt": "a wide one\na tall one\n", "videos.txt": "videos/wide.mp4\nvideos/tall.mp4\n"},
+        {"caption.txt": "a wide one\r\na tall one", "video.txt": "videos/wide.mp4\r\nvideos/tall.mp4"},
+        {"metadata.csv": "video_path,prompt,fps\nvideos/wide.mp4,a wide one,8\nvideos/tall.mp4,a tall one,8\n"},
+        {"metadata.jsonl": '{"file_name": "videos/wide.mp4", "text": "a wide one"}\n'
+                           '{"file_name": "videos/tall.mp4", "text": "a tall one"}\n'},
+        {"metadata.json": '[{"file_path": "videos/wide.mp4", "text": "a wide one", "type": "video"},'
+                          ' {"file_path": "videos/tall.mp4", "text": "a tall one"}]'},
+    ],
+    ids=lambda files: next(iter(files)),
+)  # fmt: skip
+def test_folders_of_other_trainers_are_taken_as_they_are(media, tmp_path, files):
+    (tmp_path / "videos").mkdir()
+    for name in ("wide.mp4", "tall.mp4", "short.mp4"):
+        (tmp_path / "videos" / name).write_bytes((media / name).read_bytes())
+    for name, text in files.items():
+        (tmp_path / name).write_bytes(text.encode())
+    dataset = SFTDataset(tmp_path, **SMALL)
+    assert [(Path(item["path"]).name, item["txt"]) for item in map(dataset.__getitem__, range(len(dataset)))] == [
+        ("wide.mp4", "a wide one"), ("tall.mp4", "a tall one"),
+    ]  # fmt: skip
+    (tmp_path / "labels").mkdir()  # then it is one of this project's
+    (tmp_path / "labels" / "short.txt").write_text("a short one")
+    assert [Path(clip.path).name for clip in list_clips(tmp_path)] == ["short.mp4", "tall.mp4", "wide.mp4"]
+
+
+def test_lists_of_unequal_length_are_refused(tmp_path):
+    (tmp_path / "prompts.txt").write_text("one\ntwo\nthree\n")
+    (tmp_path / "videos.txt").write_text("a.mp4\nb.mp4\n")
+    with pytest.raises(SourceError, match=r"videos.txt has 2 lines and prompts.txt 3"):
+        list_clips(tmp_path)
+
+
 def test_a_source_that_is_none(tmp_path):
     with pytest.raises(DatasetError, match="no such folder, manifest"):
         SFTDataset(tmp_path / "none.csv", **SMALL)
