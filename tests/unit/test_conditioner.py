@@ -581,6 +581,13 @@ def test_truncation_is_told(embedder):
     assert tokens.ids[1, -1] == 1 and tokens.ids[2].tolist() == [1] + [0] * 11
 
 
+def test_a_script_that_the_vocabulary_lacks_is_warned_of(embedder, caplog):
+    for text in ("一只猫在雨中奔跑", "a cat in the rain", "一只猫在雨中奔跑"):
+        embedder.tokenize(text)
+    [warning] = [record.getMessage() for record in caplog.records]
+    assert "50% of the tokens of '一只猫在雨中奔跑' are unknown to the text encoder" in warning
+
+
 def test_exact_fit_is_not_truncated(embedder):
     text = "a a a a"
     count = len(embedder.tokenizer.encode(text))

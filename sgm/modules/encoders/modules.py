@@ -5,6 +5,7 @@ Shape letters: b batch, l tokens, d width of the encoder (4096 for XXL).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,13 +19,16 @@ from sgm.modules.conditioner import AbstractEmbModel, GeneralConditioner
 from sgm.modules.encoders import t5_files
 from sgm.modules.encoders.t5 import DECODER, SHARED, TIED, T5Encoder
 from sgm.modules.encoders.t5_config import read_config
-from sgm.modules.encoders.tokenizer import T5Tokenizer
+from sgm.modules.encoders.tokenizer import UNKNOWN_SHARE, T5Tokenizer
 from sgm.typed import PathText, Range
 from sgm.util import get_obj_from_str
 from sgm.weights import assign_state
 
 __all__ = ["FrozenT5Embedder", "GeneralConditioner", "NonFiniteEmbeddingError", "TokenizedPrompts", "text_is_local"]
 
+logger = logging.getLogger(__name__)
+
+UNKNOWN_TOLD = 10  # texts that are named
 T5_XXL = "google/t5-v1_1-xxl"
 Tokens = Annotated[int, Range(1, 65536)]
 
@@ -81,6 +85,7 @@ class FrozenT5Embedder(AbstractEmbModel):
         self.max_length = max_length
         self.files = t5_files.resolve(str(model_dir), cache_dir)
         self.tokenizer = T5Tokenizer(self.files.vocabulary)
+        self._unknown: set[str] = set()  # texts that were warned of
         with torch.device("meta"):
             self.transformer = T5Encoder(read_config(self.files.config))
         self.frozen = freeze
@@ -138,7 +143,8 @@ class FrozenT5Embedder(AbstractEmbModel):
         texts = [texts] if isinstance(texts, str) else list(texts)
         ids = torch.full((len(texts), self.max_length), self.tokenizer.pad_token_id, dtype=torch.long, device="cpu")
         truncated = []
-        for row, tokens in zip(ids, map(self.tokenizer.encode, texts)):
+        for row, text, tokens in zip(ids, texts, map(self.tokenizer.encode, texts)):
+            self._warn_of_unknown(text, self.tokenizer.unknown_share(tokens))
             cut: list[int] = []
             if len(tokens) > self.max_length:
                 *kept, end = tokens
@@ -146,6 +152,16 @@ class FrozenT5Embedder(AbstractEmbModel):
             row[: len(tokens)] = torch.tensor(tokens, device="cpu")
             truncated.append(self.tokenizer.decode(cut) if cut else "")
         return TokenizedPrompts(ids, truncated)
+
+    def _warn_of_unknown(self, text: str, share: float) -> None:
+        if share < UNKNOWN_SHARE or text in self._unknown or len(self._unknown) >= UNKNOWN_TOLD:
+            return
+        self._unknown.add(text)
+        logger.warning(
+            "%.0f%% of the tokens of %r are unknown to the text encoder, which reads them all alike; write it in a "
+            "language that it knows%s", 100 * share, text[:60],
+            " (further texts of this kind are not named)" if len(self._unknown) == UNKNOWN_TOLD else "",
+        )  # fmt: skip
 
     def encode(self, texts: str | Sequence[str]) -> Tensor:
         """Embeddings (b, l, d) of b texts, in the weights' type and on their device.

@@ -16,6 +16,7 @@ from sgm.weights.checksums import AGAIN, read_bytes, read_json
 
 FIRST = ("<pad>", "</s>", "<unk>")  # ids 0, 1, 2: padding, end of sequence, unknown
 EXTRA_IDS = 100  # sentinels <extra_id_N> of T5's pre-training, after the model's pieces, the last one first
+UNKNOWN_SHARE = 0.1  # of a text's tokens, from which on it is warned of; a script without pieces gives half and more
 _SPACE = "▁"
 
 
@@ -51,6 +52,10 @@ class T5Tokenizer:
             if type(error).__name__ != "PanicException":  # Rust's, which has no other name in Python
                 raise
             raise WeightsError(f"{self.vocabulary} has a damaged map of characters ({error}); {AGAIN}.") from error
+
+    def unknown_share(self, ids: Sequence[int]) -> float:
+        """How many of a text's tokens, the end of sequence aside, stand for what the vocabulary has no piece for."""
+        return list(ids).count(FIRST.index("<unk>")) / max(1, len(ids) - 1)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, without special tokens."""
