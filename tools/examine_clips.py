@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,14 @@ from sgm.data.decoder import DecodeProcess
 from sgm.data.report import DatasetError
 from sgm.data.scan import per_thread, reason_of
 from sgm.data.sources import ListedClip, Listing, is_image, passed_over_line
-from sgm.data.video_io import probe
+from sgm.data.video_io import VideoInfo, probe
 from sgm.files import atomic_write
+from sgm.modules.encoders.tokenizer import UNKNOWN_SHARE
 
 THUMBNAIL = 160  # pixels, the longer side
 SHEET_FRAMES = 4  # of each clip
 SHEET_COLUMNS = 2
+UNEVEN = 1.0  # frames; times in whole milliseconds are off by less
 HEAD = ("", "frames", "fps", "size", "codec", "s", "tokens", "clip", "crop", "path")
 
 
@@ -31,9 +33,14 @@ class ClipFacts:
     """One clip. What could not be found out is None.
 
     Attributes:
-        frames, fps, height, width, codec, seconds: of the file.
+        frames, fps, height, width, codec, seconds, hidden, turned, pixel_aspect, interlaced, tracks: see `VideoInfo`.
+        uneven: how far its frames are from even spacing, in frames (variable frame rate).
         caption: its text. tokens: its length with the end-of-sequence token. cut: tokens beyond the encoder's length.
+        unknown: share of its tokens that the encoder does not know. dropped_lines: lines of the caption left out.
         clip: (frames, height, width) that training takes. cropped: share of the picture's area that is lost.
+        enlarged: the factor by which training scales the picture up, at least 1. repeats: frames of the clip that
+            are the same as the one before.
+        notes: what of this wants attention, and what is done about it, in words.
         reason: why it is not usable; "" if it is.
     """
 
@@ -51,6 +58,17 @@ class ClipFacts:
     cut: int | None = None
     clip: tuple[int, int, int] | None = None
     cropped: float | None = None
+    hidden: int = 0
+    turned: tuple[str, ...] = ()
+    pixel_aspect: float = 1.0
+    interlaced: bool = False
+    tracks: int = 1
+    uneven: float = 0.0
+    unknown: float = 0.0
+    dropped_lines: int = 0
+    enlarged: float = 1.0
+    repeats: int = 0
+    notes: list[str] = field(default_factory=list)
 
     @property
     def usable(self) -> bool:
@@ -76,8 +94,10 @@ class TokenCounter:
         self.max_length = max_length
         self._tokenizer = load_tokenizer(model_dir)
 
-    def __call__(self, text: str) -> int:
-        return len(self._tokenizer.encode(text))
+    def __call__(self, text: str) -> tuple[int, float]:
+        """(tokens with the end of sequence, share of the others that is unknown)."""
+        ids = self._tokenizer.encode(text)
+        return len(ids), self._tokenizer.unknown_share(ids)
 
 
 def examine(
@@ -99,32 +119,63 @@ def examine(
     facts = per_thread(clips, lambda clip, decoder: _facts_of(source, clip, settings, decoder), workers)
     for fact in facts:
         if fact.caption is not None and count_tokens is not None:
-            fact.tokens = count_tokens(fact.caption)
+            fact.tokens, fact.unknown = count_tokens(fact.caption)
             fact.cut = max(0, fact.tokens - count_tokens.max_length)
+        fact.notes = notes(fact, settings)
     return facts
 
 
 def _facts_of(source: Path, clip: ListedClip, settings: ClipSettings, decoder: DecodeProcess) -> ClipFacts:
     facts, reasons = ClipFacts(str(source), clip.path), []
     try:
-        facts.caption = caption_of(clip, settings.missing_caption)
+        caption = caption_of(clip, settings.missing_caption, settings.caption_lines)
+        facts.caption, facts.dropped_lines = caption.text, caption.dropped
     except CaptionError as fault:
         reasons.append(reason_of(fault))
     try:
         info = probe(clip.path, settings.decode_timeout, decoder)
-        facts.frames, facts.height, facts.width, facts.codec = info.frames, info.height, info.width, info.codec
-        if not is_image(clip.path):
-            facts.fps, facts.seconds = info.fps, info.seconds
+        _add_info(facts, info)
         plan = settings.plan(clip.path, info)
         facts.clip = (len(plan.indices), *plan.size)
         facts.cropped = 1 - kept_share(info.height, info.width, facts.clip)
+        facts.enlarged = max(1.0, plan.size[0] / info.height, plan.size[1] / info.width)
+        facts.repeats = len(plan.indices) - len(set(plan.indices))
     except CLIP_FAULTS as fault:
         reasons.append(reason_of(fault))
     facts.reason = "; ".join(reasons)
     return facts
 
 
+def _add_info(facts: ClipFacts, info: VideoInfo) -> None:
+    for known in fields(info):
+        if known.name in ClipFacts.__dataclass_fields__:
+            setattr(facts, known.name, getattr(info, known.name))
+    if is_image(facts.path):
+        facts.fps = facts.seconds = None
+    even = info.times[0] + np.arange(len(info.times)) / info.fps
+    facts.uneven = float(np.abs(info.times - even).max() * info.fps)
+
+
 # --- for people ---------------------------------------------------------------------------------------------------
+
+
+def notes(fact: ClipFacts, settings: ClipSettings) -> list[str]:
+    """What of a clip wants attention, and what is done about it."""
+    by_time = settings.sampling == "timestamps"
+    fields_ = {"deinterlace": "deinterlaced", "skip": "left out", "keep": "taken as they are"}[settings.interlaced]
+    found = {
+        f"{fact.hidden} hidden frames, left out": fact.hidden,
+        f"set upright ({', '.join(fact.turned)})": fact.turned,
+        f"pixels {fact.pixel_aspect:.4g} times as wide as high, made square": fact.pixel_aspect != 1,
+        f"interlaced, {fields_} (data.params.interlaced)": fact.interlaced,
+        f"{fact.tracks} video tracks, the one of {fact.width}x{fact.height} is taken": fact.tracks > 1,
+        f"variable frame rate{'' if by_time else ' (data.params.sampling: timestamps heeds it)'}": fact.uneven > UNEVEN,
+        f"smaller than the training size, enlarged {fact.enlarged:.2f} times": fact.enlarged > 1,
+        f"{fact.repeats} frames of the clip repeat the one before": fact.repeats,
+        f"{fact.dropped_lines} caption lines left out (data.params.caption_lines: all joins them)": fact.dropped_lines,
+        f"{fact.unknown:.0%} of the caption's tokens unknown to the text encoder": fact.unknown >= UNKNOWN_SHARE,
+    }
+    return [note for note, holds in found.items() if holds]
 
 
 def table(facts: Sequence[ClipFacts], rows: int = 0) -> list[str]:
@@ -144,7 +195,7 @@ def _row(fact: ClipFacts) -> tuple[str, ...]:
     clip = "x".join(map(str, fact.clip)) if fact.clip else "-"
     crop = f"{fact.cropped:.0%}" if fact.cropped is not None else "-"
     numbers = (_number(fact.frames), _number(fact.fps), size, fact.codec or "-", _number(fact.seconds))
-    where = fact.path if fact.usable else f"{fact.path}: {fact.reason}"
+    where = "; ".join(filter(None, [fact.path if fact.usable else f"{fact.path}: {fact.reason}", *fact.notes]))
     return ("ok" if fact.usable else "NO", *numbers, tokens, clip, crop, where)
 
 
@@ -165,8 +216,23 @@ def summary(facts: Sequence[ClipFacts], counted: bool) -> list[str]:
         lines.append(f"  longest caption {longest} tokens; {cut} captions are cut at the encoder's length")
     else:
         lines.append("  captions not counted in tokens: no text encoder here (give --tokenizer DIR)")
-    same = len(usable) - len({fact.caption for fact in usable})
-    return [*lines, f"  {same} captions occur more than once"] if same else lines
+    for what, count in _counts(usable).items():
+        lines += [f"  {count} {what}"] if count else []
+    return lines
+
+
+def _counts(usable: Sequence[ClipFacts]) -> dict[str, int]:
+    """How many clips show what is worth knowing of a data set as a whole."""
+    return {
+        "captions occur more than once": len(usable) - len({fact.caption for fact in usable}),
+        "captions have lines that are left out": sum(bool(fact.dropped_lines) for fact in usable),
+        "captions are partly unknown to the text encoder": sum(fact.unknown >= UNKNOWN_SHARE for fact in usable),
+        "clips are smaller than the training size and get enlarged": sum(fact.enlarged > 1 for fact in usable),
+        "clips repeat frames": sum(bool(fact.repeats) for fact in usable),
+        "clips have hidden frames": sum(bool(fact.hidden) for fact in usable),
+        "clips have a variable frame rate": sum(fact.uneven > UNEVEN for fact in usable),
+        "clips are interlaced": sum(fact.interlaced for fact in usable),
+    }
 
 
 def as_json(facts: Sequence[ClipFacts], settings: ClipSettings) -> dict[str, Any]:

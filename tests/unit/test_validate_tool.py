@@ -64,7 +64,8 @@ def test_table_json_and_sheet(config, data, tmp_path, capsys):
         "usable": True, "source": str(data), "path": "", "reason": "", "frames": 6, "fps": 8.0, "height": 16,
         "width": 32, "codec": "h264", "seconds": 0.75, "caption": "clip number 0 of a moving gradient",
         "tokens": facts["0.mp4"]["tokens"], "cut": max(0, facts["0.mp4"]["tokens"] - 12), "clip": [5, 16, 32],
-        "cropped": 0.0,
+        "cropped": 0.0, "hidden": 0, "turned": [], "pixel_aspect": 1.0, "interlaced": False, "tracks": 1,
+        "uneven": 0.0, "unknown": facts["0.mp4"]["unknown"], "dropped_lines": 0, "enlarged": 1.0, "repeats": 0, "notes": [],
     }  # fmt: skip
     assert facts["3.mp4"]["tokens"] >= 40 and facts["3.mp4"]["cut"] == facts["3.mp4"]["tokens"] - 12
     assert "no such caption file" in facts["uncaptioned.mp4"]["reason"] and facts["uncaptioned.mp4"]["frames"] == 6
@@ -98,23 +99,21 @@ def test_the_project_s_text_encoder_is_found_from_any_folder(data, tmp_path, mon
 def test_files_of_other_kinds_are_counted(config, data, tmp_path, capsys):
     folder = tmp_path / "data"
     shutil.copytree(data, folder)
-    (folder / "videos" / "a.MOV").write_bytes(b"")
     (folder / "notes.md").write_text("no clip")
     (folder / "images").mkdir()
     shutil.move(folder / "videos" / "square.png", folder / "images" / "square.png")
-    code = TOOL.main([str(config), "--data", str(folder), "--json", str(tmp_path / "f.json")])
+    assert TOOL.main([str(config), "--data", str(folder)]) == 0
     said = capsys.readouterr().out
-    assert code == 0 and "4 of 7 clips usable" in said  # pictures are on
-    assert "passed over: 1 .mov (other videos: name them in a LIST.csv)" in said
-    assert json.loads((tmp_path / "f.json").read_text())["passed_over"] == {".mov": 1}
-    assert TOOL.main([str(config), "--data", str(folder), "--set", "data.params.images=false"]) == 0
+    assert "4 of 7 clips usable" in said and "passed over" not in said  # pictures are on
+    options = ["--set", "data.params.images=false", "--json", str(tmp_path / "f.json")]
+    assert TOOL.main([str(config), "--data", str(folder), *options]) == 0
     said = capsys.readouterr().out
-    hints = "pictures: data.params.images=true; other videos: name them in a LIST.csv"
-    assert "4 of 6 clips usable" in said and f"passed over: 1 .mov, 1 .png ({hints})" in said
-    (tmp_path / "movs").mkdir()
-    (tmp_path / "movs" / "a.mov").write_bytes(b"")
-    assert TOOL.main([str(config), "--data", str(tmp_path / "movs")]) == 2
-    assert "passed over: 1 .mov (other videos: name them in a LIST.csv)" in capsys.readouterr().err
+    assert "4 of 6 clips usable" in said and "passed over: 1 .png (pictures: data.params.images=true)" in said
+    assert json.loads((tmp_path / "f.json").read_text())["passed_over"] == {".png": 1}
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").write_bytes(b"")
+    assert TOOL.main([str(config), "--data", str(tmp_path / "pictures"), *options[:2]]) == 2
+    assert "passed over: 1 .png (pictures: data.params.images=true)" in capsys.readouterr().err
 
 
 def test_nothing_is_said_where_nothing_is_passed_over(config, capsys):
