@@ -177,10 +177,10 @@ def test_what_the_cache_does_not_hold_is_told_apart(filled, tmp_path):
     with pytest.raises(DatasetError, match="captions are missing"):
         scan_cached(data, ClipSource(ClipSettings((64, 64), missing_caption="error"), list_source), store)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DatasetError, match="no .mp4 files"):
+    with pytest.raises(DatasetError, match="no videos"):
         scan_cached(tmp_path / "empty", SOURCE, store)
-    (tmp_path / "empty" / "a.mov").write_bytes(b"")
-    with pytest.raises(DatasetError, match="no .mp4 files.*1 .mov .*LIST.csv"):
+    (tmp_path / "empty" / "a.png").write_bytes(b"")
+    with pytest.raises(DatasetError, match="no videos.*1 .png .*images=true"):
         scan_cached(tmp_path / "empty", SOURCE, store)
 
 

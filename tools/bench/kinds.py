@@ -8,6 +8,7 @@ nearest that there is. Exit status 1: something differs.
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
 import sys
@@ -252,8 +253,11 @@ def make(folder: Path, names: list[str]) -> list[Path]:
 
 
 def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, help="where the videos are made, or lie since an earlier run")
+    options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="kinds-") as scratch:
-        folder = Path(arguments[0] if arguments else scratch)
+        folder = options.folder or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
         print("| video | FFmpeg shows | found | used | largest difference | mean | off its instant, s | nearest, s |")
         print("|---|---|---|---|---|---|---|---|")
