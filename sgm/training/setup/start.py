@@ -32,6 +32,7 @@ def start_engine(
     """
     prepare_deepspeed(device_type)
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed demands it of a single process too
+    _keep_compiler_out()
     own = plan.optimizer.build(groups) if plan.optimizer.target is not None else None
     split = model_parallel_world_size() > 1
     with quiet_libraries():
@@ -74,6 +75,14 @@ def rehearse_start(plan: DeepSpeedPlan, device: torch.device) -> None:
     """
     model = nn.Linear(8, 8, device=device, dtype=DTYPES[plan.dtype])
     start_engine(model, [{"params": list(model.parameters())}], plan, device.type)
+
+
+def _keep_compiler_out() -> None:
+    """PyTorch's optimizers import its compiler (2 s) to have themselves left out of it; nothing here compiles them."""
+    for method in vars(torch.optim.Optimizer).values():
+        plain = getattr(method, "__wrapped__", None)
+        if plain is not None:
+            plain.__dynamo_disable = plain
 
 
 def _look_for_bad_gradients_once(wrapper: Zero12) -> None:
