@@ -107,10 +107,12 @@ class Video:
             raise fault or ValueError("not one frame of it can be decoded")
         self.pts = self._shown_at(listed)
         self.keys.sort()
+        turns = upright(display_matrix(self.first))
         self.facts = {
             "codec": self.codec_name, "fps": self._rate(), "hidden": hidden + len(listed) - len(self.pts),
             "tracks": self.tracks, "interlaced": bool(self.first.interlaced_frame or self.codec.field_order > 1),
-            "pixel_aspect": float(self.stream.sample_aspect_ratio or 1), "turned": upright(display_matrix(self.first)),
+            "pixel_aspect": float(self.stream.sample_aspect_ratio or 1),
+            "turned": [argument or name for name, argument in turns],
         }  # fmt: skip
 
     def _shown_at(self, listed: list[int | None]) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO
 
 from sgm.data.sources import Place
 from sgm.errors import SgmError
@@ -35,13 +35,6 @@ class ContainerError(SgmError):
     """The file cannot be a complete video; the message is the reason alone."""
 
 
-class Box(NamedTuple):
-    """One ISO base media box: its type, and where it ends (bytes from the file's start)."""
-
-    kind: str
-    end: int
-
-
 def inspect(path: Path) -> None:
     """Whether the file can be a video at all; a few small reads, no decoding.
 
@@ -69,28 +62,23 @@ def inspect(path: Path) -> None:
 
 def _inspect_mp4(file: IO[bytes], size: int) -> None:
     """FFmpeg decodes what is left of a file that is cut short; a recording in fragments is whole up to there."""
-    boxes = list(_boxes(file, size))
-    kinds = {box.kind for box in boxes}
-    for box in boxes:
-        if box.kind in ("moov", "mdat") and box.end > size and "moof" not in kinds:
-            raise ContainerError(f"cut short: its {box.kind!r} box ends at byte {box.end}, the file at {size}")
-    if "moov" not in kinds:
+    ends = dict(_boxes(file, size))
+    for kind in ("moov", "mdat"):
+        if ends.get(kind, 0) > size and "moof" not in ends:
+            raise ContainerError(f"cut short: its {kind!r} box ends at byte {ends[kind]}, the file at {size}")
+    if "moov" not in ends:
         raise ContainerError("no index ('moov' box): cut short, or never finished by its writer")
 
 
-def _boxes(file: IO[bytes], end: int) -> Iterator[Box]:
+def _boxes(file: IO[bytes], end: int) -> Iterator[tuple[str, int]]:
+    """Type and end (bytes from the file's start) of each box at the top."""
     start = 0
     while start + 8 <= end:
         file.seek(start)
-        head = file.read(16)
-        if len(head) < 8:
-            return
-        length, kind = struct.unpack(">I4s", head[:8])
-        if length == 1 and len(head) == 16:
-            length = struct.unpack(">Q", head[8:])[0]
-        elif length == 0:  # the last box: up to the end
-            length = end - start
+        length, kind, long = struct.unpack(">I4sQ", file.read(16).ljust(16, b"\0"))
+        # 1 says that the length follows in 64 bits, 0 that the box goes up to the end.
+        length = {0: end - start, 1: long}.get(length, length)
         if length < 8 or not kind.isascii() or not kind.strip(b"\0"):
             return  # padding or rubbish after the last box
         start += length
-        yield Box(kind.decode("ascii"), start)
+        yield kind.decode("ascii"), start

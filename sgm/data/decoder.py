@@ -45,21 +45,6 @@ class DecoderLostError(DecodeError):
     """It crashed or hung, which need not be the video's fault: memory ran out, a network drive stood still."""
 
 
-class Probed(NamedTuple):
-    """What a video says of itself: see `sgm.data.video_io.VideoInfo`. `turned`: the filters that set it upright."""
-
-    times: np.ndarray
-    fps: float
-    height: int
-    width: int
-    codec: str
-    hidden: int
-    tracks: int
-    interlaced: bool
-    pixel_aspect: float
-    turned: list[tuple[str, str | None]]
-
-
 class _Child(NamedTuple):
     """A process that runs, and its unbuffered pipes."""
 
@@ -89,10 +74,10 @@ class DecodeProcess:
         """Process id of the running decoder, None when none is."""
         return self._child.process.pid if self._child else None
 
-    def probe(self, path: Path, timeout: float) -> Probed:
-        """What a video says of itself. Raises DecodeError."""
-        [(facts, times)] = self._ask({"op": "probe", **_where(path)}, timeout, 1)
-        return Probed(times, **facts)
+    def probe(self, path: Path, timeout: float) -> tuple[dict[str, Any], np.ndarray]:
+        """What a video shows: fields of `sgm.data.video_io.VideoInfo`, and its times. Raises DecodeError."""
+        [answer] = self._ask({"op": "probe", **_where(path)}, timeout, 1)
+        return answer
 
     def read(self, path: Path, indices: Sequence[int], timeout: float, deinterlace: bool) -> Generator[np.ndarray]:
         """Frames as uint8 (h, w, 3), one after the other as they are decoded.

@@ -258,9 +258,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def _array_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError:
-        raise
-    except ValueError as error:
+    except json.JSONDecodeError as error:
         raise SourceError(f"{path}: no JSON ({error})") from error
     if not isinstance(rows, list):
         raise SourceError(f"{path}: expected an array of objects, each with a path and a caption")

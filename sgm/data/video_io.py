@@ -67,7 +67,7 @@ class VideoInfo:
     seconds: float
     times: np.ndarray = field(default_factory=lambda: np.zeros(1), compare=False, repr=False)
     hidden: int = 0
-    turned: tuple[str, ...] = ()
+    turned: Sequence[str] = ()
     pixel_aspect: float = 1.0
     interlaced: bool = False
     tracks: int = 1
@@ -89,12 +89,8 @@ def probe(path: str | Path, timeout: float = DECODE_TIMEOUT, decoder: DecodeProc
         return VideoInfo(1, 1.0, height, width, path.suffix[1:].lower(), 0.0)
     with _video_errors(path):
         inspect(path)
-        found = (decoder or thread_decoder()).probe(path, timeout)
-    frames, turned = len(found.times), tuple(argument or name for name, argument in found.turned)
-    return VideoInfo(
-        frames, found.fps, found.height, found.width, found.codec, frames / found.fps, found.times, found.hidden,
-        turned, found.pixel_aspect, found.interlaced, found.tracks,
-    )  # fmt: skip
+        facts, times = (decoder or thread_decoder()).probe(path, timeout)
+    return VideoInfo(len(times), seconds=len(times) / facts["fps"], times=times, **facts)
 
 
 def read_frames(
@@ -152,15 +148,12 @@ def _video_errors(path: Path) -> Iterator[None]:
     """Faults of a file as VideoErrors; those of its codec with the command that makes it readable."""
     try:
         yield
-    except DecoderLostError as error:
-        raise VideoError(path, str(error), passing=True) from error
-    except DecodeError as error:
-        remedy = f"ffmpeg -i {shlex.quote(str(Place.of(path).file))} -c:v libx264 -crf 12 -pix_fmt yuv420p NEW.mp4"
-        raise VideoError(path, f"{error} (codec {error.codec}; what FFmpeg can read of it: `{remedy}`)") from error
-    except ContainerError as error:
-        raise VideoError(path, str(error)) from error
-    except OSError as error:
-        raise VideoError(path, str(error), passing=True) from error
+    except (ContainerError, DecodeError, OSError) as error:
+        reason = str(error)
+        if type(error) is DecodeError:
+            remedy = f"ffmpeg -i {shlex.quote(str(Place.of(path).file))} -c:v libx264 -crf 12 -pix_fmt yuv420p NEW.mp4"
+            reason += f" (codec {error.codec}; what FFmpeg can read of it: `{remedy}`)"
+        raise VideoError(path, reason, isinstance(error, (DecoderLostError, OSError))) from error
 
 
 def read_image(path: str | Path) -> Tensor:

@@ -413,7 +413,7 @@ def test_many_clips_are_looked_at_at_a_time_in_their_order(template, threads):
     clips, decoders = list_clips(template), {}
 
     def look(clip, decoder):
-        frames = len(decoder.probe(Path(clip.path), 60).times)
+        frames = len(decoder.probe(Path(clip.path), 60)[1])
         decoders.setdefault(decoder.pid, decoder)
         return clip.path, frames
 

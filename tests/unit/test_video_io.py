@@ -171,7 +171,7 @@ def test_a_hanging_decoder_is_stopped_and_replaced(video):
 
 def test_a_stopped_decoder_times_out(video):
     decoder = DecodeProcess()
-    assert len(decoder.probe(video, 60).times) == 40
+    assert len(decoder.probe(video, 60)[1]) == 40
     os.kill(decoder.pid, signal.SIGSTOP)
     with pytest.raises(VideoError, match="longer than"):
         probe(video, timeout=0.3, decoder=decoder)

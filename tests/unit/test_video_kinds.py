@@ -45,7 +45,7 @@ def test_any_frame_can_be_jumped_to(videos, name):
 def test_what_a_player_heeds_is_said(videos):
     info = {name: probe(path) for name, path in videos.items()}
     assert info["cut-both.mp4"].hidden > 20 and info["h264.avi"].hidden == 0
-    assert info["mirrored-h.mp4"].turned == ("hflip",) and info["turned-90-mirrored-v.mov"].turned[0].startswith("c")
+    assert info["mirrored-h.mp4"].turned == ["hflip"] and info["turned-90-mirrored-v.mov"].turned[0].startswith("c")
     turned = info["turned-wide-pixels.mp4"]
     assert turned.pixel_aspect == pytest.approx(4 / 3, abs=1e-3) and (turned.height, turned.width) == (128, 72)
     assert [name for name, found in info.items() if found.interlaced] == ["interlaced.mp4"]
