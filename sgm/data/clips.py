@@ -204,15 +204,23 @@ def read_caption(video: str | Path, missing: str = "skip") -> str:
     return caption_of(ListedClip(str(video)), missing).text
 
 
-def check_clip(clip: ListedClip, settings: ClipSettings, decoder: DecodeProcess | None = None) -> ClipShape:
-    """(frames, height, width) of the captioned clip that a video gives. Decodes one frame.
+class CheckedClip(NamedTuple):
+    """What a video shows, and the clip that it gives: (frames, height, width)."""
+
+    info: VideoInfo
+    shape: ClipShape
+
+
+def check_clip(clip: ListedClip, settings: ClipSettings, decoder: DecodeProcess | None = None) -> CheckedClip:
+    """Whether a captioned clip can be taken from a video. Decodes one frame.
 
     Raises:
         VideoError, ClipError, CaptionError: it gives none; the message says why.
     """
     caption_of(clip, settings.missing_caption, settings.caption_lines)
-    plan = settings.plan(clip.path, probe(clip.path, settings.decode_timeout, decoder))
-    return len(plan.indices), *plan.size
+    info = probe(clip.path, settings.decode_timeout, decoder)
+    plan = settings.plan(clip.path, info)
+    return CheckedClip(info, (len(plan.indices), *plan.size))
 
 
 def load_clip(clip: ListedClip, settings: ClipSettings) -> tuple[Tensor, str]:

@@ -66,7 +66,7 @@ def _shape_or_fault(
     """What `check_clip` says, or what is wrong with the clip; without a decoder only its caption is read: None."""
     try:
         if decoder is not None:
-            return check_clip(clip, settings, decoder)
+            return check_clip(clip, settings, decoder).shape
         caption_of(clip, settings.missing_caption, settings.caption_lines)
     except CLIP_FAULTS as fault:
         return fault
