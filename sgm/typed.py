@@ -296,7 +296,8 @@ def shown(value: Any) -> str:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """What to say behind an unknown name: the known one that it is a slip of the pen for, if there is such a one."""
-    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.7)
+    cutoff = 0.7 if len(str(name)) > 4 else 0.6  # two letters that changed places are a third of a short name
+    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=cutoff)
     return f"; did you mean `{close[0]}`?" if close else ""
 
 

@@ -251,7 +251,7 @@ def test_full_memory_names_the_switches_that_help(parts, tmp_path, monkeypatch):
 
     monkeypatch.setattr(trainer_module, "training_step", full)
     path = write_yaml(tmp_path / "config.yaml", configuration(parts[0], parts[1], None))
-    with pytest.raises(TrainingStopped, match=r"ran out of memory(.|\n)*offload_optimizer.device=cpu: saves about"):
+    with pytest.raises(TrainingStopped, match=r"ran out of memory(.|\n)*optimizer.type=AdamW8bit: saves about"):
         train(load_run_config([path], TrainArgs))
 
 
