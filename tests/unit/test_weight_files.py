@@ -9,6 +9,7 @@ import pickle
 import random
 import shutil
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -179,6 +180,7 @@ def test_a_run_that_saves_and_deletes_all_the_time_is_read_and_described(tmp_pat
         while not over.is_set():
             number += 1
             write_iteration(tmp_path, number)
+            time.sleep(0.01)  # it is to delete while files are read, not to keep them from being read at all
 
     with ThreadPoolExecutor(1) as pool:
         training = pool.submit(train)

@@ -19,7 +19,7 @@ from sgm.modules.autoencoding.causal_conv import WHOLE_CLIP, CausalConv3d, ClipP
 from sgm.modules.autoencoding.strides import STRIDES, Strides
 from sgm.modules.children import ModuleList
 from sgm.modules.ops.vae import Activation
-from sgm.typed import Layers, Range, Share, Size
+from sgm.typed import Range, Share, Size
 
 Channels = Annotated[int, Range(1, 65536)]
 Multipliers = Sequence[Annotated[int, Range(1, 1024)]]
@@ -49,7 +49,7 @@ class ContextParallelEncoder3D(nn.Module):
         ch: Channels,
         out_ch: Channels,
         ch_mult: Multipliers = (1, 2, 4, 8),
-        num_res_blocks: Layers,
+        num_res_blocks: Annotated[int, Range(0, 1024)],
         attn_resolutions: Sequence[int] = (),
         dropout: Share = 0.0,
         in_channels: Channels,
@@ -101,7 +101,7 @@ class ContextParallelDecoder3D(nn.Module):
         ch: Channels,
         out_ch: Channels,
         ch_mult: Multipliers = (1, 2, 4, 8),
-        num_res_blocks: Layers,
+        num_res_blocks: Annotated[int, Range(0, 1024)],
         attn_resolutions: Sequence[int] = (),
         dropout: Share = 0.0,
         in_channels: Channels,
