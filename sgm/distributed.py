@@ -82,13 +82,12 @@ def init_distributed(device_type: str | None = None) -> DistInfo:
     return DistInfo(rank, world_size, local_rank, device)
 
 
-def prepare_deepspeed(device_type: str | None = None) -> None:
+def prepare_deepspeed(device_type: str) -> None:
     """Keep DeepSpeed from compiling its shared-memory collectives, which on a CPU needs a C++ compiler.
 
     Call it before anything of DeepSpeed is initialised; on CUDA it does nothing.
     """
-    kind = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
-    if kind == "cpu":
+    if device_type == "cpu":
         with quiet_libraries():
             import deepspeed.ops
 

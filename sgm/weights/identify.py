@@ -21,7 +21,6 @@ class TransformerShape:
     num_layers: int
     in_values: int  # values of one patch (linear embedding) or latent channels (convolution)
     linear_patches: bool
-    text_width: int
 
     @property
     def family(self) -> str:
@@ -47,7 +46,7 @@ def transformer_shape(state: Mapping[str, Tensor]) -> TransformerShape | None:
     layers = {int(m.group(1)) for name in state if (m := _LAYER.search(name))}
     if patch is None or text is None or not layers:
         return None
-    return TransformerShape(patch.shape[0], max(layers) + 1, patch.shape[1], patch.ndim == 2, text.shape[1])
+    return TransformerShape(patch.shape[0], max(layers) + 1, patch.shape[1], patch.ndim == 2)
 
 
 def what_is(state: Mapping[str, Tensor]) -> str:
@@ -73,11 +72,8 @@ def fitting_configs(state: Mapping[str, Tensor], folder: Path) -> list[str]:
     shape = transformer_shape(state)
     if shape is None:
         return []
-    return [str(path) for path in sorted(folder.glob("*.yaml")) if _network_sizes(path) == _sizes(shape)]
-
-
-def _sizes(shape: TransformerShape) -> tuple[int, int, bool]:
-    return shape.hidden_size, shape.num_layers, shape.linear_patches
+    sizes = (shape.hidden_size, shape.num_layers, shape.linear_patches)
+    return [str(path) for path in sorted(folder.glob("*.yaml")) if _network_sizes(path) == sizes]
 
 
 def _network_sizes(path: Path) -> tuple[int, int, bool] | None:
