@@ -110,7 +110,9 @@ def _text_problems(engine: SATVideoDiffusionEngine) -> list[str]:
     length, width = mixins.pos_embed.text_length, mixins.patch_embed.text_hidden_size
     problems = []
     if encoder.input_keys != ("txt",):
-        problems.append(f"the text encoder's input_key is {', '.join(encoder.input_keys)}; prompts are given as txt")
+        problems.append(
+            f"the text encoder's input_key is {', '.join(map(str, encoder.input_keys))}; prompts are given as txt"
+        )
     if encoder.max_length != length:
         problems.append(f"the text encoder's max_length is {encoder.max_length}, the network's text_length {length}")
     if encoder.transformer.config.d_model != width:
