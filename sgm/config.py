@@ -232,14 +232,14 @@ def _merge(files: Sequence[str | Path], overrides: Sequence[str]) -> tuple[dict[
 
     OmegaConf.register_resolver("oc.env", environment_value, replace=True)
     place = ", ".join(map(str, files))
-    merged = _told(place, lambda: OmegaConf.merge({}, *(_read_yaml(Path(file)) for file in files)))
+    merged = _as_config_error(place, lambda: OmegaConf.merge({}, *(_read_yaml(Path(file)) for file in files)))
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
             raise ConfigError(f"--set {text!r}: expected KEY=VALUE, for example --set args.seed=7")
-        _told(f"--set {text!r}", partial(_override, merged, key.strip(), value.strip()))
+        _as_config_error(f"--set {text!r}", partial(_override, merged, key.strip(), value.strip()))
     raw = OmegaConf.to_container(merged)
-    plain = _told(place, partial(OmegaConf.to_container, merged, resolve=True, throw_on_missing=True))
+    plain = _as_config_error(place, partial(OmegaConf.to_container, merged, resolve=True, throw_on_missing=True))
     names = [(*at, key) for at, node in _nodes(plain) if isinstance(node, dict) for key in node]
     odd = [f"{'.'.join(map(str, name))} is no text, and so no name" for name in names if not isinstance(name[-1], str)]
     if odd:
@@ -259,7 +259,7 @@ def _override(merged: Any, key: str, value: str) -> None:
 _TEXT_ERRORS = (ValueError, OSError, TypeError, AttributeError, LookupError, RecursionError)
 
 
-def _told(place: str, read: Callable[[], Any]) -> Any:
+def _as_config_error(place: str, read: Callable[[], Any]) -> Any:
     """What `read` gives. Raises ConfigError: one line that says what is wrong at `place`."""
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
@@ -304,7 +304,7 @@ def _read_yaml(path: Path) -> Any:
         why = ", which is a folder" * path.is_dir()
         raise ConfigError(f"no configuration file at {path}{why}{_nearby_configs(path)}")
     refuse_lfs_pointer(path, ConfigError)
-    content = _told(f"{path} is not valid YAML", partial(OmegaConf.load, path))
+    content = _as_config_error(f"{path} is not valid YAML", partial(OmegaConf.load, path))
     if not isinstance(content, DictConfig):
         raise ConfigError(f"{path} must hold a mapping with the sections {', '.join(SECTIONS)}")
     return content

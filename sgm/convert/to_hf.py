@@ -80,8 +80,8 @@ def convert(request: ToHf) -> list[str]:
         ConvertError, WeightsError, SaveError, ...: what is wrong; nothing is left in `output` then.
     """
     weights = None if request.transformer is None else open_sat(request.transformer, allow_drift=request.allow_drift)
-    told = _told(request, weights)
-    parts, sizes, notes = _components(request, weights, told)
+    described = _description(request, weights)
+    parts, sizes, notes = _components(request, weights, described)
     missing = [name for name in ("transformer", "vae", "text_encoder") if name not in {p.name for p in parts}]
     if missing and not request.partial:
         options = {"transformer": "--transformer_ckpt_path", "vae": "--vae_ckpt_path",
@@ -92,7 +92,7 @@ def convert(request: ToHf) -> list[str]:
         )
     if not parts:
         raise ConvertError("nothing to convert: give --transformer_ckpt_path, --vae_ckpt_path or --text_encoder_path.")
-    shift_scale = 0.0 if missing or sizes is None else _scale("shift_scale", told, sizes)
+    shift_scale = 0.0 if missing or sizes is None else _scale("shift_scale", described, sizes)
     needed = sum(summed_bytes(part.plan) for part in parts)
     with whole_folder(request.output, overwrite=request.overwrite, inputs=request.inputs(), needed=needed) as folder:
         for part in parts:
@@ -127,7 +127,7 @@ def export_lora(request: ToHf, fold_scale: bool = False) -> list[str]:
 # --- components ------------------------------------------------------------------------------------------------------
 
 
-def _told(request: ToHf, weights: SatWeights | None) -> Described | None:
+def _description(request: ToHf, weights: SatWeights | None) -> Described | None:
     """What a YAML file says of the model: the one that is named, or one beside the weights."""
     if request.config is not None:
         return Described.read(request.config)
@@ -137,14 +137,14 @@ def _told(request: ToHf, weights: SatWeights | None) -> Described | None:
 
 
 def _components(
-    request: ToHf, weights: SatWeights | None, told: Described | None
+    request: ToHf, weights: SatWeights | None, described: Described | None
 ) -> tuple[list[Component], Sizes | None, list[str]]:
     """(what can be written, sizes of the transformer, what is left out and why)."""
-    transformer, sizes = (None, None) if weights is None else _transformer(request, weights, told)
+    transformer, sizes = (None, None) if weights is None else _transformer(request, weights, described)
     dtype = request.dtype or _usual_dtype(weights)
     vae, notes = None, []
     try:
-        vae = _vae(request, weights, sizes, told)
+        vae = _vae(request, weights, sizes, described)
     except vae_sizes.UnequalWidthsError as error:
         if not request.partial:
             raise vae_sizes.UnequalWidthsError(
@@ -167,13 +167,13 @@ def _usual_dtype(weights: SatWeights | None) -> torch.dtype:
     return torch.bfloat16 if torch.bfloat16 in kinds else torch.float16
 
 
-def _transformer(request: ToHf, weights: SatWeights, told: Described | None) -> tuple[Component, Sizes]:
+def _transformer(request: ToHf, weights: SatWeights, described: Described | None) -> tuple[Component, Sizes]:
     if not weights.network:
         raise ConvertError(
             f"{weights.source} holds a LoRA adapter without base weights. Give the base as --transformer_ckpt_path and "
             "this file as --lora, or export the adapter alone with --lora_only."
         )
-    sizes = _sizes(weights, told)
+    sizes = _sizes(weights, described)
     sizes.check(weights.network, weights.source)
     if sizes.assumed and not sizes.is_published:
         raise ConvertError(
@@ -181,7 +181,7 @@ def _transformer(request: ToHf, weights: SatWeights, told: Described | None) -> 
             "YAML file beside it does: name its configuration with --config."
         )
     lines = [f"{sizes.name} from {weights.source}, {len(weights.network)} tensors"]
-    lines += [f"sizes from {told.path}"] if told else [f"assumed: {sizes.assumed}"] if sizes.assumed else []
+    lines += [f"sizes from {described.path}"] if described else [f"assumed: {sizes.assumed}"] if sizes.assumed else []
     left_out = [n for n in (*NOT_IN_HF, POSITIONS[0]) if n in weights.network]
     left_out = [n for n in left_out if n != POSITIONS[0] or not sizes.learned_positions]
     lines += [f"left out, computed or never read by diffusers: {', '.join(left_out)}"] if left_out else []
@@ -197,19 +197,19 @@ def _transformer(request: ToHf, weights: SatWeights, told: Described | None) -> 
     return Component("transformer", plan, config, lines), sizes
 
 
-def _sizes(weights: SatWeights, told: Described | None) -> Sizes:
-    if told is None:
+def _sizes(weights: SatWeights, described: Described | None) -> Sizes:
+    if described is None:
         return sizes_of_sat(weights.network)
     table = weights.network.get(POSITIONS[0])
-    if table is not None and not told.sizes.learned_positions:
+    if table is not None and not described.sizes.learned_positions:
         read_sine_table(table.make()[0])  # diffusers computes it: it must be the computed one
-    return told.sizes
+    return described.sizes
 
 
-def _scale(name: str, told: Described | None, sizes: Sizes | None) -> float:
+def _scale(name: str, described: Described | None, sizes: Sizes | None) -> float:
     """`scale_factor` of latents or `shift_scale` of the noise schedule: the YAML's, or that of the published models."""
-    value = getattr(told, name, None)
-    kind = told.sizes if told else sizes if sizes and sizes.is_published else None
+    value = getattr(described, name, None)
+    kind = described.sizes if described else sizes if sizes and sizes.is_published else None
     if value is None and kind:
         value = getattr(kind, name)
     if value is None:
@@ -220,7 +220,9 @@ def _scale(name: str, told: Described | None, sizes: Sizes | None) -> float:
     return float(value)
 
 
-def _vae(request: ToHf, weights: SatWeights | None, sizes: Sizes | None, told: Described | None) -> Component | None:
+def _vae(
+    request: ToHf, weights: SatWeights | None, sizes: Sizes | None, described: Described | None
+) -> Component | None:
     if request.vae is not None:
         state, left_out = open_vae(request.vae)
         source = str(request.vae)
@@ -231,11 +233,13 @@ def _vae(request: ToHf, weights: SatWeights | None, sizes: Sizes | None, told: D
         return None
     params = vae_sizes.params_of(state, source)
     vae_sizes.check(state, params, source)
-    factor = _scale("scale_factor", told, sizes)
+    factor = _scale("scale_factor", described, sizes)
     config = vae_keys.hf_config(params, factor)
     if sizes is not None and sizes.patch[0] > 1:
         config["invert_scale_latents"] = True
-    said = told.path if told and told.scale_factor is not None else "assumed, that of the published models"
+    said = (
+        described.path if described and described.scale_factor is not None else "assumed, that of the published models"
+    )
     lines = [f"from {source}, scaling factor {factor:g} ({said})"]
     lines += [f"left out: {left_out} entries of the training loss"] if left_out else []
     lines += _unused(weights.first_stage if weights is not None and request.vae is not None else {})

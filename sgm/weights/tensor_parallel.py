@@ -55,10 +55,10 @@ def partition_state(state: Mapping[str, Tensor], rank: int, world: int) -> dict[
     """
     if not 0 <= rank < world:
         raise PartitionError(f"rank {rank} is outside 0..{world - 1}.")
-    return {name: _part(name, tensor, rank, world) for name, tensor in state.items()}
+    return {name: _slice_of_rank(name, tensor, rank, world) for name, tensor in state.items()}
 
 
-def _part(name: str, tensor: Tensor, rank: int, world: int) -> Tensor:
+def _slice_of_rank(name: str, tensor: Tensor, rank: int, world: int) -> Tensor:
     cut = cut_of(name)
     if cut is None or world == 1:
         return tensor

@@ -101,7 +101,7 @@ def plan_deepspeed(
         problems.append(f"deepspeed.gradient_clipping must be a number >= 0, got {clipping!r}")
     _autocast(config, problems)
     _quiet_defaults(config)
-    config = _heed_verdict(config, problems, notes)
+    config = _apply_verdict(config, problems, notes)
     if problems or optimizer is None:
         raise ConfigError(listing(problems, "the deepspeed section"))
     if dtype == "fp32" and not zero["stage"]:
@@ -157,7 +157,7 @@ def _without_absent(config: dict[str, Any], problems: list[str], notes: list[str
     return config
 
 
-def _heed_verdict(config: dict[str, Any], problems: list[str], notes: list[str]) -> dict[str, Any]:
+def _apply_verdict(config: dict[str, Any], problems: list[str], notes: list[str]) -> dict[str, Any]:
     """The section without what is switched off; adds what DeepSpeed refuses of it."""
     refused, idle = deepspeed_verdict(config)
     for place, reason in refused.items():
