@@ -9,6 +9,7 @@ from typing import IO
 
 from sgm.data.sources import Place
 from sgm.errors import SgmError
+from sgm.files import LFS_MAGIC, LFS_POINTER
 
 # First bytes of files that are often found under a video's name. FFmpeg would decode the pictures as one-frame videos.
 NOT_VIDEO: tuple[tuple[bytes, str], ...] = (
@@ -16,7 +17,7 @@ NOT_VIDEO: tuple[tuple[bytes, str], ...] = (
     (b"\xff\xd8\xff", "a JPEG picture"),
     (b"GIF8", "a GIF picture"),
     (b"BM", "a BMP picture"),
-    (b"version https://git-lfs", "a Git LFS pointer, not the video itself (fetch it with `git lfs pull`)"),
+    (LFS_MAGIC.encode(), LFS_POINTER),
     (b"<!DOCTYPE", "an HTML page (a failed download?)"),
     (b"<html", "an HTML page (a failed download?)"),
     (b"<?xml", "an XML document (a failed download?)"),

@@ -154,8 +154,16 @@ def _listed_in(folder: Path) -> list[ListedClip] | None:
 
 
 def _lines(path: Path) -> list[str]:
-    try:
+    with _reading(path):
         return path.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Raises SourceError in place of the block's errors: a Git LFS pointer, not UTF-8, unreadable."""
+    refuse_lfs_pointer(path, SourceError)
+    try:
+        yield
     except UnicodeDecodeError as error:
         raise SourceError(f"{path} is not UTF-8 (byte {error.start})") from error
     except OSError as error:
@@ -224,13 +232,8 @@ def read_manifest(path: str | Path) -> list[ListedClip]:
     """
     path = Path(path)
     rows = {".csv": _csv_rows, ".jsonl": _json_rows, ".json": _array_rows}[path.suffix.lower()](path)
-    try:
-        refuse_lfs_pointer(path, SourceError)
+    with _reading(path):
         return [_listed(path, number, row) for number, row in rows]
-    except UnicodeDecodeError as error:
-        raise SourceError(f"{path} is not UTF-8 (byte {error.start})") from error
-    except OSError as error:
-        raise SourceError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
