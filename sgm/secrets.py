@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from typing import Any, TextIO, cast
 
 SHORTEST = 4  # characters of a value that is looked for in any text; shorter ones stand in quotes
@@ -37,9 +38,9 @@ def holds_secret(value: Any) -> bool:
     return any(secret in str(value) for secret in _written)
 
 
-def hidden_in(content: dict[str, Any]) -> dict[str, Any]:
-    """A record without such values."""
-    return cast("dict[str, Any]", json.loads(hidden(json.dumps(content, ensure_ascii=False)))) if _written else content
+def hidden_in(content: dict[str, Any], default: Callable[[Any], str] | None = None) -> dict[str, Any]:
+    """A record without such values, as JSON gives it back; `default` makes texts of what JSON does not have."""
+    return cast("dict[str, Any]", json.loads(hidden(json.dumps(content, ensure_ascii=False, default=default))))
 
 
 class _Guarded:

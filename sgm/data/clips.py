@@ -17,7 +17,7 @@ from torch import Tensor
 from sgm.data.buckets import Bucket, choose_bucket
 from sgm.data.decoder import DecodeProcess
 from sgm.data.frames import ClipError, ClipShape, check_settings, frame_indices
-from sgm.data.sources import VIDEO_SUFFIXES, ListedClip, is_image, list_files
+from sgm.data.sources import ListedClip, is_image
 from sgm.data.video_io import DECODE_TIMEOUT, VideoError, VideoInfo, probe, read_frames
 from sgm.errors import SgmError
 from sgm.files import LFS_MAGIC, LFS_POINTER
@@ -131,11 +131,6 @@ def picture_size(given: Sequence[int]) -> tuple[int, int]:
     return given[0], given[1]
 
 
-def list_videos(data_dir: str | Path, order: str = "sorted") -> list[Path]:
-    """All videos under a folder, in sorted order, or ("walk", as the original) as the file system lists them."""
-    return list_files(data_dir, VIDEO_SUFFIXES, order)
-
-
 def caption_path(video: str | Path) -> Path:
     """The caption file of a video or picture: `.txt`, and the last folder named `videos` or `images` becomes `labels`.
 
@@ -197,11 +192,6 @@ def _text_of(path: Path, missing: str) -> str:
             return ""
         reason = "there is no such caption file" if absent else f"the caption cannot be read: {error.strerror}"
         raise CaptionError(path, reason) from error
-
-
-def read_caption(video: str | Path, missing: str = "skip") -> str:
-    """First line of the caption file of a video; see `caption_of`."""
-    return caption_of(ListedClip(str(video)), missing).text
 
 
 class CheckedClip(NamedTuple):

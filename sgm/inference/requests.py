@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from collections.abc import Mapping
@@ -65,7 +64,7 @@ class Request:
 
     def differences(self, record: Mapping[str, Any]) -> list[str]:
         """In what the request that a sample's JSON holds differs from this one; what that lacks does not count."""
-        wanted = hidden_in(json.loads(json.dumps(asdict(self))))  # as it comes back from the file
+        wanted = hidden_in(asdict(self))  # as it comes back from the file
         pairs = {name: (record[name], value) for name, value in wanted.items() if record.get(name, value) != value}
         texts = {name: [shorten(str(value), 60, placeholder=" ...") for value in pair] for name, pair in pairs.items()}
         return [f"{n} {old}, now {new}" if old != new else f"another {n}" for n, (old, new) in texts.items()]

@@ -14,14 +14,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from sgm.data.clips import CaptionError, caption_path, list_videos, read_caption
+from sgm.data.clips import CaptionError, caption_of, caption_path
 from sgm.data.collate import CollateError, collate
 from sgm.data.dataset import SFTDataset
 from sgm.data.loader import create_loader
 from sgm.data.packed import PackedStrings
 from sgm.data.report import DatasetError, Report, append_broken
 from sgm.data.scan import per_thread
-from sgm.data.sources import list_clips
+from sgm.data.sources import VIDEO_SUFFIXES, ListedClip, list_clips, list_files
 
 SMALL = {"video_size": [16, 32], "max_num_frames": 9, "skip_frms_num": 0}
 
@@ -119,11 +119,11 @@ def test_nested_folders_are_found_in_sorted_order(tmp_path):
     for name in ("videos/b/2.mp4", "videos/a/1.MP4", "videos/0.mp4", "videos/b/skip.txt", "part/videos/9.mp4"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    found = [str(path.relative_to(tmp_path)) for path in list_videos(tmp_path)]
+    found = [str(path.relative_to(tmp_path)) for path in list_files(tmp_path, VIDEO_SUFFIXES)]
     assert found == ["part/videos/9.mp4", "videos/0.mp4", "videos/a/1.MP4", "videos/b/2.mp4"]
-    assert sorted(list_videos(tmp_path, "walk")) == sorted(list_videos(tmp_path))
+    assert sorted(list_files(tmp_path, VIDEO_SUFFIXES, "walk")) == sorted(list_files(tmp_path, VIDEO_SUFFIXES))
     with pytest.raises(ValueError, match="sorted, walk"):
-        list_videos(tmp_path, "random")
+        list_files(tmp_path, VIDEO_SUFFIXES, "random")
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,8 @@ def test_nested_folders_are_found_in_sorted_order(tmp_path):
 )
 def test_captions(tmp_path, data, text):
     write_caption(tmp_path / "a.mp4", data)
-    assert read_caption(tmp_path / "a.mp4") == text
+    a = ListedClip(str(tmp_path / "a.mp4"))
+    assert caption_of(a).text == text
 
 
 @pytest.mark.parametrize(
@@ -153,13 +154,14 @@ def test_captions(tmp_path, data, text):
 def test_bad_captions_are_never_silently_empty(tmp_path, data, text, may_be_empty):
     if data is not None:
         write_caption(tmp_path / "a.mp4", data)
+    a = ListedClip(str(tmp_path / "a.mp4"))
     with pytest.raises(CaptionError, match=text):
-        read_caption(tmp_path / "a.mp4")
+        caption_of(a)
     if may_be_empty:
-        assert read_caption(tmp_path / "a.mp4", missing="empty") == ""
+        assert caption_of(a, missing="empty").text == ""
     else:
         with pytest.raises(CaptionError, match=text):
-            read_caption(tmp_path / "a.mp4", missing="empty")
+            caption_of(a, missing="empty")
 
 
 def test_all_lines_of_a_caption_on_request(folder):
@@ -285,7 +287,7 @@ def test_clips_that_break_later_are_replaced_and_counted(folder, tmp_path, worke
 
 def test_when_all_clips_break_the_run_ends(folder):
     dataset = SFTDataset(folder, **SMALL)
-    for path in list_videos(folder):
+    for path in list_files(folder, VIDEO_SUFFIXES):
         path.write_bytes(b"")
     with pytest.raises(DatasetError, match="none of the 6 clips can be read any more"):
         dataset[0]

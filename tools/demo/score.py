@@ -30,7 +30,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from sgm.data.clips import CaptionError, list_videos, read_caption
+from sgm.data.clips import CaptionError, caption_of
+from sgm.data.sources import VIDEO_SUFFIXES, ListedClip, list_files
 from sgm.data.video_io import VideoError, probe, read_frames
 from tools.demo.attributes import COLOURS, MOTIONS, PATTERNS, SHAPES, SIZES
 from tools.demo.captions import Said, parse
@@ -128,10 +129,13 @@ def score_pair(pair: Pair) -> Result:
 def find_pairs(folder: Path) -> list[Pair]:
     """Clips of a folder with their captions: from the JSON beside a clip if there is one, else from `labels`."""
     pairs = []
-    for video in list_videos(folder):
+    for video in list_files(folder, VIDEO_SUFFIXES):
         record = video.with_suffix(".json")
         try:
-            text = json.loads(record.read_text())["prompt"] if record.is_file() else read_caption(video)
+            if record.is_file():
+                text = json.loads(record.read_text())["prompt"]
+            else:
+                text = caption_of(ListedClip(str(video))).text
         except (CaptionError, KeyError, json.JSONDecodeError) as error:
             raise ScoreError(f"{video}: no caption ({error})") from error
         pairs.append(Pair(str(video), text))

@@ -31,11 +31,11 @@ class Earlier(NamedTuple):
     changes: Sequence[Change]
 
     @classmethod
-    def read(cls, folder: Path, config: RunConfig[Any]) -> Earlier:
-        """Raises CheckpointError."""
+    def read(cls, folder: Path, config: RunConfig[Any], now: Mapping[str, Any]) -> Earlier:
+        """`now`: `identity(config)`, which looks at every path. Raises CheckpointError."""
         record = RunRecord.read(folder)
         then = record.identity or identity_of_run(folder.parent, config)
-        return cls(folder, record, then, changes(then, identity(config), config))
+        return cls(folder, record, then, changes(then, now, config))
 
     @property
     def refused(self) -> list[Change]:
@@ -108,10 +108,10 @@ def _iterations(run: Path) -> list[Path]:
 
 def _complete(folders: Sequence[Path], config: RunConfig[Any]) -> tuple[list[Earlier], list[str]]:
     """(the complete ones, what the others lack)"""
-    complete, reasons = [], []
+    complete, reasons, now = [], [], identity(config)
     for folder in folders:
         try:
-            complete.append(Earlier.read(folder, config))
+            complete.append(Earlier.read(folder, config, now))
         except CheckpointError as error:
             logger.warning("passed over: %s", error)
             reasons.append(str(error))

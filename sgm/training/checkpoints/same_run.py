@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from sgm.config import ConfigError, RunConfig, load_run_config
 from sgm.places import real_path
-from sgm.secrets import hidden
+from sgm.secrets import hidden_in
 from sgm.training.checkpoints.state import CheckpointError
 from sgm.training.options import RESUME_MAY_CHANGE
 from sgm.training.setup.places import with_found_places
@@ -60,7 +60,7 @@ def _moved(old: list[Path], new: list[Path]) -> bool:
 def identity(config: RunConfig[Any]) -> dict[str, Any]:
     """Each key with its value; paths as they really lie on the disk, however they were spelled."""
     found = with_found_places(config, real_path).as_dict()
-    content = json.loads(hidden(json.dumps(found, ensure_ascii=False, default=str)))
+    content = hidden_in(found, default=str)
     return dict(pair for section in SECTIONS for pair in _flat(section, content.get(section) or {}))
 
 

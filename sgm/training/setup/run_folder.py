@@ -15,6 +15,7 @@ from sgm.files import SaveError, require_writable
 from sgm.lock import try_lock
 from sgm.training.checkpoints.folder import LOCK, new_run
 from sgm.training.checkpoints.load import Earlier, find_resume
+from sgm.training.checkpoints.same_run import identity
 from sgm.training.checkpoints.state import CheckpointError
 from sgm.training.options import TrainArgs
 from sgm.training.setup.deepspeed import DeepSpeedPlan
@@ -38,7 +39,7 @@ def find_checkpoint(config: RunConfig[TrainArgs], say: Callable[[str], None]) ->
         runs = Path(place or "").expanduser().absolute() / f"{args.experiment_name}-*"
         say(f"no run {runs} has a checkpoint: starting a new one")
         return None
-    earlier = Earlier.read(found, config)
+    earlier = Earlier.read(found, config, identity(config))
     if args.epochs is None:
         require_longer(earlier, args.train_iters)
     return earlier
