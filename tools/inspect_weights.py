@@ -24,8 +24,8 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
 
     from sgm.cli import BAD_INPUT, report
-    from sgm.convert.inspect import inspect
     from sgm.errors import SgmError
+    from tools.describe_weights import inspect
 
     status = 0
     for path in options.paths:

@@ -80,7 +80,7 @@ def link(folder: Path, before: Path | None, ranks: int, stage: int, precision: s
         load_optimizer_state(engine, next(stored()).optimizer | optimizer)
         load_ema_state(engine, ema)
         found |= {
-            "differ": differing(torch.load(before / "seen.pt"), seen_through_model(engine)),
+            "differ": differing(torch.load(before / "seen.pt", weights_only=True), seen_through_model(engine)),
             "read": len(read) - 1,
         }
         schedule.steps = int(engine.global_steps)

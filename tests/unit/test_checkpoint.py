@@ -53,7 +53,7 @@ def test_layout_is_sats_and_files_hold_plain_values_only(tmp_path, run):
         "model_class": "ToyEngine",
         "model_parallel_size": 1,
     }
-    content = torch.load(tmp_path / "3" / "mp_rank_00_model_states.pt")  # torch's own, safe default
+    content = torch.load(tmp_path / "3" / "mp_rank_00_model_states.pt", weights_only=True)
     assert content["iteration"] == 3 and content["global_samples"] == 12
     assert locate(tmp_path) == ([tmp_path / "3" / "mp_rank_00_model_states.pt"], 3)
 

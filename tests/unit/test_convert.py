@@ -20,7 +20,6 @@ from torch import Tensor
 from sgm.config import merge_yaml
 from sgm.convert import vae_sizes
 from sgm.convert.dit_sizes import hf_config, sizes_of_hf, sizes_of_params, sizes_of_sat
-from sgm.convert.inspect import inspect
 from sgm.convert.lazy import ConvertError, all_deferred
 from sgm.convert.output import parse_size, write_shards
 from sgm.convert.to_hf import ToHf, convert, export_lora
@@ -34,6 +33,7 @@ from sgm.weights.save import save_pt, save_safetensors
 from sgm.weights.tensor_parallel import partition_state
 from tests.convert_tiny import VAE_PARAMS, adapter_matrices, make_release, model_section, rewrite
 from tests.dit_tiny import merged_state, tiny_config, tiny_network
+from tools.describe_weights import inspect
 
 REPO = Path(__file__).resolve().parents[2]
 VARIANTS: dict[str, dict[str, Any]] = {

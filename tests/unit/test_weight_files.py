@@ -19,11 +19,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from sgm.convert.inspect import inspect
 from sgm.weights import WeightsError, WeightsNotFoundError, assign_state, read_checkpoint, weights_fingerprint
 from sgm.weights.files import tensors_of
 from sgm.weights.identify import fitting_configs, transformer_shape, what_is
 from sgm.weights.release import locate, read_transformer
+from tools.describe_weights import inspect
 
 REPO = Path(__file__).resolve().parents[2]
 PART = "mp_rank_00_model_states.pt"
