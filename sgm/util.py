@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sgm.errors import SgmError
+from sgm.errors import SgmError, first_line
 from sgm.typed import Misfit, arguments, coerce, nearest, shown
 
 _PREFIXES = ("sgm.", "sat.", "torch.nn.", "torch.optim.", "deepspeed.ops.")
@@ -191,8 +191,7 @@ def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:
             error.add_note(f"at {place}")
         raise
     except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise TargetError(f"{place or target}: {reason}") from error
+        raise TargetError(f"{place or target}: {first_line(error)}") from error
 
 
 def split_config(config: Mapping[str, Any], beside: Collection[str] = ()) -> tuple[str, dict[str, Any]]:

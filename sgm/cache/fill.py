@@ -19,6 +19,7 @@ from sgm.cache.shard_writer import ShardWriter
 from sgm.cache.shards import CacheError
 from sgm.cache.store import CacheStore, FileStamp, Seen, text_key, video_key
 from sgm.data.clips import CLIP_FAULTS, ClipSettings, load_frames, to_unit_range
+from sgm.data.scan import reason_of
 from sgm.data.workers import leave_signals_to_parent
 from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
 from sgm.modules.encoders.modules import FrozenT5Embedder
@@ -26,6 +27,7 @@ from sgm.modules.ops.choice import Kernels
 from sgm.progress import Tally
 from sgm.util import instantiate_from_config
 from sgm.weights import DTYPES
+from sgm.weights.finite import is_finite
 from sgm.weights.staging import Download
 
 T = TypeVar("T")
@@ -197,7 +199,7 @@ class Encoder:
             return
         (names, coming), self._pending = self._pending, None
         for (key, path), moments in zip(names, coming.read(), strict=True):
-            if not bool(torch.isfinite(moments).all()):
+            if not is_finite(moments):
                 raise CacheError(
                     f"{path}: the VAE gave inf or nan in {self._dtype}; encode in "
                     "another type (tools/precompute_cache.py --dtype bf16 or fp32)"
@@ -255,8 +257,7 @@ class _Videos(Dataset[Examined]):
             key = video_key(path)
             clip = None if key in self.known else DecodedClip(key, path, load_frames(path, self.settings))
         except CLIP_FAULTS as fault:
-            reason = getattr(fault, "reason", str(fault))
-            return Examined(stamp, Seen(None, reason, getattr(fault, "passing", False)))
+            return Examined(stamp, Seen(None, reason_of(fault), getattr(fault, "passing", False)))
         except OSError as error:
             return Examined(stamp, Seen(None, f"it cannot be read: {error.strerror}", passing=True))
         return Examined(stamp, Seen(key), clip)

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sgm.cache.shards import CacheError, Entry, read_index
@@ -27,6 +26,7 @@ from sgm.data.sources import Place
 from sgm.files import SaveError, refuse_lfs_pointer, write_failed, write_json
 from sgm.weights import DTYPES
 from sgm.weights.checksums import read_json
+from sgm.weights.finite import is_finite
 from sgm.weights.save import save_safetensors
 
 FORMAT = 1
@@ -138,7 +138,7 @@ class CacheStore:
         # with the same layout, so that whoever has read its head goes on reading the right places.
         stored = {name: tensors[name].to(dtype) for name in sorted(tensors)}
         for name, tensor in stored.items():
-            if not bool(torch.isfinite(tensor).all()):
+            if not is_finite(tensor):
                 raise CacheError(
                     f"{name} has values outside {self.storage}; make a new cache in bf16 or fp32 "
                     "(args.cache_dtype; tools/precompute_cache.py --storage)"

@@ -9,11 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from sgm.convert.lazy import ConvertError, Deferred, deferred
-from sgm.modules.encoders.t5_files import VOCABULARIES
+from sgm.modules.encoders.t5_files import TOKENIZER_EXTRAS, VOCABULARIES
 from sgm.weights.files import WeightsError, WeightsNotFoundError, read_checkpoint, shards_of, tensors_of
 
 DIFFUSION_STEM, ENCODER_STEM = "diffusion_pytorch_model", "model"
-TOKENIZER_FILES = (*VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+TOKENIZER_FILES = (*VOCABULARIES, *TOKENIZER_EXTRAS)
 _VERSION = "0.30.3"  # first stable form of these classes' configurations
 SCHEDULERS = {"dpm": "CogVideoXDPMScheduler", "ddim": "CogVideoXDDIMScheduler"}
 

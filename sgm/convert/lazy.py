@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sgm.errors import SgmError
 from sgm.weights.assign import compare_keys
+from sgm.weights.finite import is_finite
 from sgm.weights.save import Deferred, deferred
 
 
@@ -69,7 +70,7 @@ def cast(name: str, source: Deferred, dtype: torch.dtype | None) -> Deferred:
     def make() -> Tensor:
         value = source.make()
         result = value.to(dtype)
-        if narrower and not bool(torch.isfinite(result).all()):
+        if narrower and not is_finite(result):
             raise ConvertError(_overflow(name, value, dtype))
         return result
 
@@ -77,7 +78,7 @@ def cast(name: str, source: Deferred, dtype: torch.dtype | None) -> Deferred:
 
 
 def _overflow(name: str, value: Tensor, dtype: torch.dtype) -> str:
-    if not bool(torch.isfinite(value).all()):
+    if not is_finite(value):
         return f"{name} holds inf or nan in the input file already; the file is damaged or its training diverged."
     largest = value.abs().max().item()
     return (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sgm.convert.lazy import ConvertError
+from sgm.errors import first_line
 
 
 def push_to_hub(folder: Path) -> str:
@@ -21,9 +22,8 @@ def push_to_hub(folder: Path) -> str:
         repository = api.create_repo(name, exist_ok=True).repo_id
         api.upload_folder(folder_path=str(folder), repo_id=repository)
     except Exception as error:  # the hub's HTTP library, which its versions choose, has errors of its own
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConvertError(
-            f"{folder} is complete, but the upload to the hub failed: {reason}. Log in (hf auth login) and upload it "
-            f"with: hf upload {name} {folder}"
+            f"{folder} is complete, but the upload to the hub failed: {first_line(error)}. Log in (hf auth login) "
+            f"and upload it with: hf upload {name} {folder}"
         ) from error
     return f"uploaded: {repository}"

@@ -32,6 +32,7 @@ from sgm.modules.ops.choice import choose_kernels
 from sgm.modules.ops.fp8 import check_fp8
 from sgm.modules.transformer.quantize import quantize_network
 from sgm.util import instantiate_from_config
+from sgm.weights.finite import is_finite
 
 Part = Literal["conditioner", "network", "first_stage"]
 
@@ -298,7 +299,7 @@ def _on_cpu(cond: Cond) -> Cond:
 
 
 def _check_finite(x: Tensor, what: str, dtype: str) -> None:
-    if not bool(torch.isfinite(x).all()):
+    if not is_finite(x):
         advice = {
             "fp16": "float16 overflowed; use bfloat16 (--set args.fp16=false --set args.bf16=true) or float32",
             "bf16": "use float32 (--set args.bf16=false) to see whether the weights are at fault",

@@ -25,7 +25,7 @@ try:  # the same numbers, several times as fast
 except ImportError:
     from zlib import crc32
 
-from sgm.errors import SgmError
+from sgm.errors import SgmError, first_line
 from sgm.files import refuse_lfs_pointer
 
 SUMS = "SHA256SUMS"
@@ -54,7 +54,7 @@ class DamagedError(WeightsError):
     """Bytes that are not those that were written. `reason`: what tells so."""
 
     def __init__(self, path: Path, why: object):
-        self.reason = (str(why).splitlines() or [type(why).__name__])[0]
+        self.reason = first_line(why)
         remedy = f"It is damaged, cut short or no weight file; {AGAIN}."
         super().__init__(f"{path} cannot be read as weights: {self.reason}. {remedy}")
 

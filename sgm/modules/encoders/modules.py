@@ -23,6 +23,7 @@ from sgm.modules.encoders.tokenizer import UNKNOWN_SHARE, T5Tokenizer
 from sgm.typed import PathText, Range
 from sgm.util import get_obj_from_str
 from sgm.weights import assign_state
+from sgm.weights.finite import is_finite
 
 __all__ = ["FrozenT5Embedder", "GeneralConditioner", "NonFiniteEmbeddingError", "TokenizedPrompts", "text_is_local"]
 
@@ -176,7 +177,7 @@ class FrozenT5Embedder(AbstractEmbModel):
         no_grad = torch.no_grad() if self.frozen else nullcontext()
         with no_grad, torch.autocast(self.device.type, enabled=False):
             embedding = self.transformer(ids)
-        if not bool(torch.isfinite(embedding).all()):
+        if not is_finite(embedding):
             raise NonFiniteEmbeddingError(
                 f"the text encoder gave inf or nan in {embedding.dtype}. T5 can leave the range of float16: run in "
                 "bfloat16 (sampling: --set args.fp16=false --set args.bf16=true; training: --set "

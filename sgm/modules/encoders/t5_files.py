@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from sgm.errors import first_line
 from sgm.files import refuse_lfs_pointer
 from sgm.weights import WeightsNotFoundError, read_checkpoint
 from sgm.weights.files import shards_of
@@ -151,10 +152,9 @@ def _from_hub(repo: str, cache_dir: str | None) -> Path:
         names = wanted_files([file.rfilename for file in listing])
         return Path(snapshot_download(repo, cache_dir=cache_dir, allow_patterns=names))
     except Exception as error:  # the hub's HTTP library, which its versions choose, has errors of its own
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise EncoderFilesError(
             f"the text encoder {repo!r} is neither an existing folder nor in the Hugging Face cache, and the hub did "
-            f"not give it ({reason}). {HOW_TO_GET}"
+            f"not give it ({first_line(error)}). {HOW_TO_GET}"
         ) from error
 
 
