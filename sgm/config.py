@@ -59,8 +59,8 @@ UPSTREAM_FILES = (
     )
 )
 
-# Keys of the original's image-to-video models.
-IMAGE_KEYS = frozenset(f"noised_image_{name}" for name in ("input", "all_concat", "dropout"))
+# Keys of `model:` that the original's later files have, and that have no effect.
+IDLE_MODEL_KEYS = ("augmentation_dropout", "lora_train", "use_pd", "lr_scale", "en_and_decode_n_samples_a_time")
 
 EXACT = ("kernels", "attention", "cpu_bf16")  # switches of `accelerate:` with the same result within rounding
 
@@ -206,6 +206,7 @@ def load_run_config(
     accelerate = build_args(AccelerateArgs, sections["accelerate"] or {}, problems, notes, "accelerate")
     model = sections["model"] or {}
     _mend_log_keys(model, notes)
+    notes += [f"{place} has no effect (nor in the original)" for place in _idle_places(model)]
     if not model:
         problems.append("the configuration has no `model:` section")
     if problems or args is None or accelerate is None:
@@ -336,31 +337,60 @@ def _mend_log_keys(model: dict[str, Any], notes: list[str]) -> None:
         model["log_keys"] = mended
 
 
+def _idle_places(model: Mapping[str, Any]) -> list[str]:
+    """Places of a model section whose values nothing reads."""
+    found = [f"model.{name}" for name in IDLE_MODEL_KEYS if model.get(name)]
+    match model:
+        case {
+            "network_config": {
+                "params": {"modules": {"pos_embed_config": {"target": str(kind), "params": dict(given)}}}
+            }
+        }:
+            place = "model.network_config.params.modules.pos_embed_config.params"
+            if kind.endswith("Rotary3DPositionEmbeddingMixin"):
+                found += [f"{place}.{name}" for name in given if name.endswith("_interpolation")]
+    return found
+
+
 def check_model_section(model: Mapping[str, Any], engine: type) -> dict[str, Any]:
     """The `model:` section with each value of its type, every key and `target:` checked; builds nothing.
 
     Raises:
         ConfigError: listing every problem.
     """
-    problems = [
-        f"model.{n} is of image-to-video models, which are not run here; take a text-to-video one"
-        for n in model
-        if n in IMAGE_KEYS
-    ]
+    problems: list[str] = []
     found: dict[str, Any] = {}
     try:
-        found = arguments(engine, {n: v for n, v in model.items() if n not in IMAGE_KEYS}, "model", ())
+        found = arguments(engine, model, "model", ())
     except Misfit as error:
         problems += error.problems
-    match model:
-        case {"network_config": {"params": {"in_channels": int(taken), "out_channels": int(given)}}} if taken > given:
-            problems.append(
-                f"model.network_config.params: in_channels {taken} and out_channels {given} are of image-to-video "
-                "models, which are not run here; take a text-to-video one"
-            )
+    problems += _image_problems(model)
     if problems:
         raise ConfigError(listing(problems, "the model section"))
     return typing.cast("dict[str, Any]", _plain(found))
+
+
+def _image_problems(model: Mapping[str, Any]) -> list[str]:
+    """Whether the keys of image-to-video models fit each other and the network's channels."""
+    reads = model.get("noised_image_input")
+    problems = []
+    match model:
+        case {"network_config": {"params": {"in_channels": int(taken), "out_channels": int(given)}}}:
+            if taken not in (given, 2 * given):
+                problems.append(
+                    f"model.network_config.params: in_channels is {taken}; with out_channels {given} a text-to-video "
+                    f"network takes {given} and an image-to-video one {2 * given}"
+                )
+            elif reads is not None and bool(reads) != (taken > given):
+                problems.append(
+                    f"model.noised_image_input is {str(reads).lower()}, but in_channels {taken} with out_channels "
+                    f"{given} is of {'image' if taken > given else 'text'}-to-video networks"
+                )
+    if reads and model.get("latent_input"):
+        problems.append(
+            "model.latent_input: with noised_image_input the first frame's pixels are needed; set latent_input to false"
+        )
+    return problems
 
 
 def _plain(value: Any) -> Any:

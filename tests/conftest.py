@@ -27,10 +27,21 @@ def golden() -> Path:
     return REPO / "tests" / "golden"
 
 
+GOLDEN_SET = Path(os.environ.get("COGVIDEOX_GOLDEN", REPO.parent / "shared" / "golden"))
+
+
 @pytest.fixture(scope="session")
 def shared_golden() -> Path:
     """The full set of reference tensors; tests that need it are skipped where it is absent."""
-    folder = Path(os.environ.get("COGVIDEOX_GOLDEN", REPO.parent / "shared" / "golden"))
-    if not (folder / "dit_io.safetensors").is_file():
-        pytest.skip(f"the full reference set is not at {folder} (COGVIDEOX_GOLDEN)")
+    if not (GOLDEN_SET / "dit_io.safetensors").is_file():
+        pytest.skip(f"the full reference set is not at {GOLDEN_SET} (COGVIDEOX_GOLDEN)")
+    return GOLDEN_SET
+
+
+@pytest.fixture(scope="session")
+def family_golden() -> Path:
+    """Reference tensors of 5B, 5B-I2V, 1.5 and 1.5-I2V, in a folder beside the full set; skipped where absent."""
+    folder = GOLDEN_SET.parent / "golden_family"
+    if not (folder / "t2v_5b.safetensors").is_file():
+        pytest.skip(f"the family's reference set is not at {folder} (beside COGVIDEOX_GOLDEN)")
     return folder

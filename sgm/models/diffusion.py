@@ -19,6 +19,7 @@ from sgm.modules.autoencoding.first_stage import FirstStage
 from sgm.modules.autoencoding.strides import STRIDES, Strides
 from sgm.modules.conditioner import GeneralConditioner
 from sgm.modules.diffusionmodules.denoiser import Denoiser, Network
+from sgm.modules.diffusionmodules.image_condition import drop_first, image_latents, scales_image_latents
 from sgm.modules.diffusionmodules.loss import Loss, VideoDiffusionLoss
 from sgm.modules.diffusionmodules.sampling import DenoiserFn, VideoDDIMSampler
 from sgm.modules.diffusionmodules.shortcuts import ShortcutRun
@@ -26,7 +27,7 @@ from sgm.modules.diffusionmodules.wrappers import NetworkWrapper, OpenAIWrapper
 from sgm.modules.encoders.modules import FrozenT5Embedder
 from sgm.modules.ops.choice import Kernels
 from sgm.modules.ops.graphs import NetworkGraphs
-from sgm.typed import Positive
+from sgm.typed import NotNegative, Positive, Share
 from sgm.util import Config, Role, check_params, get_obj_from_str, instantiate_from_config
 from sgm.weights import DTYPES
 
@@ -45,7 +46,7 @@ class AbsentPartError(SgmError):
 
 
 class SATVideoDiffusionEngine(nn.Module):
-    """Text-to-video latent diffusion: `conditioner`, `first_stage_model` and `model.diffusion_model` under one roof.
+    """Latent video diffusion: `conditioner`, `first_stage_model` and `model.diffusion_model` under one roof.
 
     The constructor's arguments are the keys of a YAML file's `model:` section. Parts whose config is None are left
     out (training from cached latents and embeddings needs neither VAE nor text encoder). Built under
@@ -56,11 +57,20 @@ class SATVideoDiffusionEngine(nn.Module):
         scale_factor: latents handed to the network are `scale_factor` times the first stage's.
         input_key: entry of a training batch with the clip, (b, f, 3, h, w) in [-1, 1].
         latent_input: the batch holds first-stage samples (b, c, t, h, w), unscaled, in place of pixels.
+        noised_image_input: the network reads an image's latents behind the noise, `in_channels` = 2 `out_channels`, and
+            is trained with the first frame's; None: so it is where the channels are so.
+        noised_image_all_concat: those latents stand beside every frame, not beside the first alone.
+        noised_image_dropout: share of training batches whose image latents are zero.
+        scale_image_latents: they are multiplied by `scale_factor`; None: as the published models were trained, see
+            `image_condition.scales_image_latents`.
+        augmentation_dropout, lora_train, use_pd, lr_scale, en_and_decode_n_samples_a_time: names that the original's
+            later files know; without effect.
         not_trainable_prefixes: parameter-name prefixes that stay frozen; ["all"] trains LoRA matrices only.
         log_keys: without effect; validation logs captions.
 
     Attributes:
         model: wrapper around the network, as denoiser and loss call it.
+        image_scale: image latents handed to the network are this times the first stage's.
         conditioner, first_stage_model, loss_fn: None where their config is; who cannot do without takes
             `text_conditioner`, `first_stage`, `loss`, `sampler` instead, which are never None.
     """
@@ -82,10 +92,19 @@ class SATVideoDiffusionEngine(nn.Module):
         network_wrapper: Annotated[str, Role(NetworkWrapper)] | None = None,
         scale_factor: Positive = 1.0,
         latent_input: bool = False,
+        noised_image_input: bool | None = None,
+        noised_image_all_concat: bool = False,
+        noised_image_dropout: Share = 0.0,
+        scale_image_latents: bool | None = None,
         input_key: str = "mp4",
         log_keys: Sequence[str] = (),
         not_trainable_prefixes: Sequence[str] = FROZEN_PARTS,
         disable_first_stage_autocast: bool = True,
+        augmentation_dropout: Share = 0.0,
+        lora_train: bool = False,
+        use_pd: bool = False,
+        lr_scale: NotNegative | None = None,
+        en_and_decode_n_samples_a_time: int | None = None,
         dtype: str = "fp32",
     ):
         super().__init__()
@@ -110,6 +129,12 @@ class SATVideoDiffusionEngine(nn.Module):
         wrapper = get_obj_from_str(network_wrapper) if network_wrapper else OpenAIWrapper
         network = instantiate_from_config(nodes["network_config"], dtype=dtype)
         self.model = wrapper(network, dtype=self.dtype)
+        reads_image = network.in_channels > network.out_channels
+        self.noised_image_input = reads_image if noised_image_input is None else noised_image_input
+        self.noised_image_all_concat = noised_image_all_concat
+        self.noised_image_dropout = float(noised_image_dropout)
+        scaled = scales_image_latents(network.patch.t) if scale_image_latents is None else scale_image_latents
+        self.image_scale = self.scale_factor if scaled else 1.0
         self.conditioner = _build_frozen(nodes["conditioner_config"], self.dtype)
         self.first_stage_model = _build_frozen(nodes["first_stage_config"], self.dtype)
         self.denoiser = instantiate_from_config(nodes["denoiser_config"])
@@ -205,6 +230,21 @@ class SATVideoDiffusionEngine(nn.Module):
         return z * self.scale_factor
 
     @torch.no_grad()
+    def encode_image(self, x: Tensor, frames: int, noise: Tensor | None = None) -> Tensor:
+        """What the network reads of images (b, 3, 1, h, w) in [-1, 1]: latents (b, t, c, h/8, w/8), `frames` of them.
+
+        A draw from the posterior, with `noise` (b, c, 1, h/8, w/8) where it is given, times `image_scale`.
+        """
+        with self._first_stage_precision(x.device):
+            x = x.to(self.dtype)
+            z = self.first_stage.encode(x) if noise is None else self.autoencoder.encode(x, noise=noise)
+        return image_latents(z.transpose(1, 2) * self.image_scale, frames, self.noised_image_all_concat)
+
+    def drop_first(self, z: Tensor) -> Tensor:
+        """Of sampled latents (b, t, c, h, w) those that are decoded: all but the first where patches need t even."""
+        return drop_first(z, self.network.patch.t)
+
+    @torch.no_grad()
     def decode_first_stage(self, z: Tensor) -> Tensor:
         """Scaled latents (b, c, t, h, w), t odd, to pixels (b, 3, 4t-3, 8h, 8w) in about [-1, 1] (not clamped).
 
@@ -284,6 +324,7 @@ class SATVideoDiffusionEngine(nn.Module):
         num_steps: int | None = None,
         scale: float | None = None,
         prefix: Tensor | None = None,
+        image: Tensor | None = None,
         noise_sampler: Callable[[Tensor], Tensor] | None = None,
         callback: Callable[..., None] | None = None,
         shortcuts: ShortcutRun | None = None,
@@ -295,6 +336,7 @@ class SATVideoDiffusionEngine(nn.Module):
             shape: (t, c, h, w) of one sample; the start is then `torch.randn` on the CPU, as in the original.
             noise: the start (b, t, c, h, w) itself, in place of `batch_size` and `shape`.
             prefix: clean latents (b, k, c, h, w) that are kept as the first k frames (the samplers' `fixed_frames`).
+            image: what `encode_image` gives, (b, t, c, h, w), for both branches of guidance.
             noise_sampler: replaces `torch.randn_like` inside stochastic samplers.
             callback: called by the sampler after each step.
             shortcuts: leaves out network calls (approximate); counts those that remain.
@@ -308,6 +350,9 @@ class SATVideoDiffusionEngine(nn.Module):
         if prefix is not None:
             x = torch.cat([prefix.to(x), x[:, prefix.shape[1] :]], dim=1)
         x = broadcast_in_model_parallel(x)
+        if image is not None:
+            concat = {"concat": broadcast_in_model_parallel(image.to(device))}
+            cond, uc = cond | concat, None if uc is None else uc | concat
 
         def denoise(x: Tensor, sigma: Tensor, c: Cond, **kw: Any) -> Tensor:
             return self.denoiser(self.model, x, sigma, c, **kw, **network_inputs)

@@ -22,6 +22,7 @@ from sgm.distributed import (
     quiet_libraries,
 )
 from sgm.models.network_args import NetworkConfigError, TransformerArgs, check_sizes
+from sgm.modules.diffusionmodules.image_condition import OFS
 from sgm.modules.diffusionmodules.util import timestep_embedding
 from sgm.modules.ops.block_ops import BlockOps
 from sgm.modules.ops.step_cache import LayerRunner
@@ -239,7 +240,7 @@ class DiffusionTransformer(BaseModel):
             context: text embeddings (b, text_length, width).
             concat_images: latents (b or b/2, t, c', h, w) appended to the channels; a batch of half the size is
                 repeated, for guidance.
-            ofs: (b,) or (1,), only for models with `ofs_embed_dim`.
+            ofs: (b,) or (1,), only for models with `ofs_embed_dim`; None: the published model's 2.
             layer_runner: runs the layers in place of a plain loop, see `sgm.modules.ops.step_cache`.
         Raises:
             ValueError: shapes that do not fit the model.
@@ -262,12 +263,11 @@ class DiffusionTransformer(BaseModel):
     def _embed_time(self, timesteps: Tensor, ofs: Tensor | None) -> Tensor:
         """(b, e): embedding of the timestep, plus that of ofs where the model has one."""
         embedded = self.time_embed(timestep_embedding(timesteps, self.hidden_size, dtype=self.dtype))
-        if (ofs is None) != (self.ofs_embed_dim is None):
-            raise ValueError(
-                "this model needs `ofs` (2.0 for the published one)." if ofs is None else "this model takes no `ofs`."
-            )
-        if ofs is None or self.ofs_embed_dim is None:
+        if self.ofs_embed_dim is None:
+            if ofs is not None:
+                raise ValueError("this model takes no `ofs`.")
             return embedded
+        ofs = timesteps.new_full((1,), OFS, dtype=torch.float32) if ofs is None else ofs
         return embedded + self.ofs_embed(timestep_embedding(ofs, self.ofs_embed_dim, dtype=self.dtype))
 
     def _check_inputs(self, x: Tensor, timesteps: Tensor, context: Tensor) -> None:

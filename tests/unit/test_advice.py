@@ -28,11 +28,9 @@ from sgm.config import (
     UPSTREAM_FILES,
     AccelerateArgs,
     ConfigError,
-    check_model_section,
     load_run_config,
 )
 from sgm.inference.options import SampleArgs
-from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.training.options import TrainArgs
 from sgm.training.setup.deepspeed import plan_deepspeed
 from sgm.typed import nearest
@@ -316,12 +314,6 @@ def test_a_slip_of_the_pen_is_seen_and_nothing_else():
     engine = ["latent_input", "input_key", "scale_factor", "log_keys"]
     for foreign in ("noised_image_input", "noised_image_dropout", "lora_train", "use_pd"):
         assert nearest(foreign, engine) == ""
-
-
-@pytest.mark.parametrize("key", ["noised_image_input", "noised_image_all_concat", "noised_image_dropout"])
-def test_a_key_of_image_models_is_named_as_such(key):
-    with pytest.raises(ConfigError, match=rf"model\.{key} is of image-to-video models, which are not run here"):
-        check_model_section({key: True, "network_config": {}, "denoiser_config": {}}, SATVideoDiffusionEngine)
 
 
 def test_the_original_s_files_have_their_counterparts_named():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 import re
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
@@ -43,9 +44,38 @@ def test_images_are_not_asked_for_in_vain(tmp_path, record):
     assert "args.image2video has no effect here" in load_run_config([file], record).notes
     with pytest.raises(ConfigError, match="args.image2video: videos are made from text alone here"):
         load_run_config([file], record, overrides=["args.image2video=True"])
-    network = {"params": {"in_channels": 32, "out_channels": 16}}
-    with pytest.raises(ConfigError, match="in_channels 32 and out_channels 16 are of image-to-video models"):
-        check_model_section({"network_config": network, "denoiser_config": {}}, SATVideoDiffusionEngine)
+
+
+@pytest.mark.parametrize(
+    ("reads", "taken", "words"),
+    [
+        (True, 16, "noised_image_input is true, but in_channels 16 with out_channels 16 is of text-to-video networks"),
+        (
+            False,
+            32,
+            "noised_image_input is false, but in_channels 32 with out_channels 16 is of image-to-video networks",
+        ),
+        (None, 20, "in_channels is 20; with out_channels 16 a text-to-video network takes 16 and .* 32"),
+    ],
+)
+def test_image_keys_and_channels_fit_each_other(reads, taken, words):
+    network = {"params": {"in_channels": taken, "out_channels": 16}}
+    model = {"network_config": network, "denoiser_config": {}} | (
+        {} if reads is None else {"noised_image_input": reads}
+    )
+    with pytest.raises(ConfigError, match=words):
+        check_model_section(model, SATVideoDiffusionEngine)
+
+
+def test_later_keys_without_effect_are_named_once(tmp_path):
+    keys = "augmentation_dropout: 0.15, lora_train: false, lr_scale: 2, use_pd: true"
+    file = write(tmp_path, "a.yaml", f"args: {{}}\nmodel: {{{keys}}}")
+    rotary = {"target": "dit_video_concat.Rotary3DPositionEmbeddingMixin", "params": {"height_interpolation": 1.875}}
+    place = "model.network_config.params.modules.pos_embed_config"
+    notes = load_run_config([file], SampleArgs, overrides=[f"{place}={json.dumps(rotary)}"]).notes
+    named = [note.split()[0] for note in notes]
+    assert named[:3] == ["model.augmentation_dropout", "model.use_pd", "model.lr_scale"]
+    assert named[3:] == [f"{place}.params.height_interpolation"]
 
 
 def test_precedence(tmp_path):

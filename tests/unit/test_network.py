@@ -334,6 +334,17 @@ def test_inputs_that_do_not_fit(change: dict[str, Tensor], message: str) -> None
         tiny_network()(**random_inputs() | change)
 
 
+def test_ofs_is_the_published_model_s_unless_given() -> None:
+    network = tiny_network(patch_size=[2, 2, 2], rotary=True, in_channels=32, ofs_embed_dim=24)
+    inputs = random_inputs(frames=4, channels=32)
+    with torch.no_grad():
+        torch.nn.init.normal_(network.mixins.final_layer.linear.weight)
+        torch.nn.init.normal_(network.mixins.final_layer.adaLN_modulation[1].weight)
+        out = network(**inputs)
+        assert torch.equal(out, network(**inputs, ofs=torch.tensor([2.0])))
+        assert not torch.equal(out, network(**inputs, ofs=torch.tensor([0.0])))
+
+
 def test_learned_positions_fix_the_resolution() -> None:
     with pytest.raises(ValueError, match="2 x 5.*learned position table of 3 x 5"):
         tiny_network(rotary=True, learned=True)(**random_inputs(height=4))

@@ -232,7 +232,7 @@ class Rotary3DPositionEmbeddingMixin(PositionMixin):
         learnable_pos_embed: add a trainable table (5B image-to-video), which fixes height and width.
         persistent: keep the tables in the state dict as `freqs_sin` and `freqs_cos`, in the model's type (the form of
             the first release); otherwise they are computed in float32 for each grid.
-        height_interpolation, width_interpolation, time_interpolation: divisors of the positions.
+        height_interpolation, width_interpolation, time_interpolation: without effect, as in the original.
         other_sizes: see `PositionMixin`.
     """
 
@@ -264,7 +264,6 @@ class Rotary3DPositionEmbeddingMixin(PositionMixin):
             raise ValueError("rot_v: true is not supported; no published model rotates v. Leave it out.")
         self.hidden_size_head = hidden_size_head
         self.theta = theta
-        self.divisors = (time_interpolation, height_interpolation, width_interpolation)
         self.persistent = persistent
         self.is_learned = learnable_pos_embed
         rows = text_length + self.grid.tokens

@@ -47,6 +47,9 @@ def check_clips(config: RunConfig[TrainArgs], dtype: str) -> None:
 def _wrong_inputs(model: dict[str, Any]) -> list[str]:
     """What parts of the engine ask of a batch, and our data sets do not give."""
     problems = []
+    network = (model.get("network_config") or {}).get("params") or {}
+    if network.get("in_channels") != network.get("out_channels"):
+        problems.append("model.network_config: image-to-video models are not trained here; take a text-to-video one")
     if model.get("latent_input"):
         problems.append("model.latent_input: the data set gives pixels; leave it out (args.cache_dir keeps latents)")
     if model.get("input_key", "mp4") != "mp4":
