@@ -197,11 +197,6 @@ def load_run_config(
     given = dict(sections["args"] or {})
     given.update({k: v for k, v in (flags or {}).items() if v is not None})
     flagged = {("args", k) for k, v in (flags or {}).items() if v is not None}
-    if given.get("image2video"):
-        problems.append(
-            "args.image2video: videos are made from text alone here, not from images; set it to false, and remove the "
-            "@@ and the image from the prompts"
-        )
     args = build_args(args_type, given, problems, notes, idle=UPSTREAM_ARGS)
     accelerate = build_args(AccelerateArgs, sections["accelerate"] or {}, problems, notes, "accelerate")
     model = sections["model"] or {}

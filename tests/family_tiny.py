@@ -1,7 +1,8 @@
-"""The four tiny models of the family's reference set: their engines, with the original's weights, and their cases."""
+"""Tiny models of the family: those of the reference set with the original's weights, and random ones of all kinds."""
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.weights import assign_state
 from sgm.weights.release import NETWORK_PREFIX
+from tests import training_tiny
 
 # Of each case its configuration, and its network in the set.
 KINDS = {"t2v_5b": ("5b", "5b"), "i2v_5b": ("5b_i2v", "5b_i2v"), "t2v_15": ("15", "15"), "i2v_15": ("15_i2v", "15_i2v")}
@@ -63,3 +65,42 @@ def text(cases: dict[str, Tensor], name: str) -> tuple[dict[str, Tensor], dict[s
     """Conditions of a run and the zeros that it is steered away from."""
     crossattn = cases[f"{name}.crossattn"]
     return {"crossattn": crossattn}, {"crossattn": torch.zeros_like(crossattn)}
+
+
+# --- random ones, with files ------------------------------------------------------------------------------------------
+
+# Of each kind what differs from the tiny 2B model of the training tests: parameters of the network, keys of the engine.
+_ROTARY = {"target": "dit_video_concat.Rotary3DPositionEmbeddingMixin",
+           "params": {"hidden_size_head": 32, "text_length": 12}}  # fmt: skip
+_IMAGE = {"noised_image_input": True, "noised_image_dropout": 0.05}
+_LONG = {"patch_size": [2, 2, 2], "latent_height": 6, "latent_width": 8}
+FAMILY: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
+    "2b": ({}, {}, False),
+    "5b": ({}, {}, False),
+    "5b_i2v": ({"in_channels": 32}, _IMAGE, True),
+    "1.5_5b": (_LONG, {}, False),
+    "1.5_5b_i2v": (_LONG | {"in_channels": 32, "ofs_embed_dim": 32}, _IMAGE, False),
+}
+
+
+def kind_section(release: Path, kind: str) -> dict[str, Any]:
+    """The `model:` section of a tiny model of a kind, for weights in `release`."""
+    model = copy.deepcopy(training_tiny.model_section(release))
+    network, engine, learned = FAMILY[kind]
+    params = model["network_config"]["params"]
+    params |= network
+    if kind != "2b":
+        params["modules"]["pos_embed_config"] = copy.deepcopy(_ROTARY)
+        params["modules"]["pos_embed_config"]["params"] |= {"learnable_pos_embed": True} if learned else {}
+        model["scale_factor"] = 0.7
+        sampling = model["loss_fn_config"]["params"]["sigma_sampler_config"]
+        for node in (model["denoiser_config"], sampling, model["sampler_config"]):
+            node["params"]["discretization_config"] = {"target": training_tiny.DISCRETIZATION["target"]}
+    return model | engine
+
+
+def write_kind(release: Path, kind: str) -> dict[str, Any]:
+    """Its weights in the release's layout; gives its `model:` section."""
+    model = kind_section(release, kind)
+    training_tiny.write_release(release, model["network_config"])
+    return model

@@ -138,13 +138,14 @@ def configuration(
     }  # fmt: skip
 
 
-def write_release(folder: Path) -> Path:
+def write_release(folder: Path, network_config: dict[str, Any] | None = None) -> Path:
     """Random weights for `model_section` in the release's layout (the transformer alone, as published)."""
     from sgm.util import instantiate_from_config
 
     torch.manual_seed(0)
-    network = instantiate_from_config(network_section(), dtype="fp32")
-    state = {f"model.diffusion_model.{k}": v for k, v in network.state_dict().items() if "pos_embedding" not in k}
+    network = instantiate_from_config(network_config or network_section(), dtype="fp32")
+    computed = network.computed_state()
+    state = {f"model.diffusion_model.{k}": v for k, v in network.state_dict().items() if k not in computed}
     for name, value in state.items():  # zero-initialised layers would hide errors
         if value.ndim > 1 and not value.any():
             state[name] = torch.randn_like(value) * 0.02

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from sgm.data.container import ContainerError, inspect
 from sgm.data.decoder import DecodeError, DecodeProcess, DecoderLostError, thread_decoder
+from sgm.data.pictures import PictureError, open_picture
 from sgm.data.sources import Place, is_image
 from sgm.errors import SgmError
 from sgm.files import LFS_MAGIC, LFS_POINTER
@@ -165,12 +165,11 @@ def read_image(path: str | Path) -> Tensor:
     try:
         with Place.of(path).open() as file:
             if file.peek(len(LFS_MAGIC)).startswith(LFS_MAGIC.encode()):
-                raise ValueError(LFS_POINTER)
-            with Image.open(file) as image:
-                pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        of_the_drive = getattr(error, "errno", None) is not None  # Pillow's own OSErrors have no number
-        raise VideoError(path, f"no readable picture ({error})", of_the_drive) from error
+                raise PictureError(f"no readable picture ({LFS_POINTER})")
+            pixels = np.asarray(open_picture(file))
+    except (PictureError, OSError) as error:
+        reason = str(error) if isinstance(error, PictureError) else f"no readable picture ({error})"
+        raise VideoError(path, reason, isinstance(error, OSError)) from error
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].contiguous()
 
 

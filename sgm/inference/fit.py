@@ -7,12 +7,16 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from sgm.errors import SgmError
+from sgm.inference.images import Picture
 from sgm.inference.options import SampleArgs
 from sgm.models.diffusion import SATVideoDiffusionEngine
+from sgm.modules.diffusionmodules.image_condition import clip_frames
 
 # Of a side, in relation to training's: a smaller picture is given a part of the trained positions, a larger one some
 # that training never had. A third more or less still leaves more than half of the trained picture.
 LARGEST_FACTOR = 4 / 3
+# (height, width) that CogVideoX 1.5 was trained at. Its table of positions is larger.
+TRAINED_15 = (768, 1360)
 
 
 class SamplingError(SgmError):
@@ -34,6 +38,7 @@ def check_fit(engine: SATVideoDiffusionEngine, args: SampleArgs, size: tuple[int
     """
     problems = [
         *_channel_problems(engine, args.latent_channels),
+        *_picture_problems(engine, args),
         *_grid_problems(engine, args.sampling_num_frames, size),
         *_text_problems(engine),
         *_sampler_problems(engine, args),
@@ -46,24 +51,20 @@ def check_latents(engine: SATVideoDiffusionEngine, latents: Tensor, source: str 
     """Check saved latents (t, c, h, w) before they are decoded.
 
     Raises:
-        SamplingError: not four axes, other channels than the first stage's, or an even t.
+        SamplingError: not four axes, other channels than the first stage's, or a t that no clip has.
     """
-    channels = engine.autoencoder.decoder.z_channels
+    channels, patch = engine.autoencoder.decoder.z_channels, engine.network.patch.t
     shape = tuple(latents.shape)
-    if len(shape) != 4 or shape[1] != channels or shape[0] % 2 == 0 or 0 in shape:
-        raise SamplingError(f"{source} have shape {shape}; this VAE decodes (t, {channels}, h, w) with an odd t.")
+    if len(shape) != 4 or shape[1] != channels or 0 in shape or clip_frames(shape[0], patch) % 2 == 0:
+        parity = "odd t" if patch == 1 else "even t, of which the first is dropped, or an odd one"
+        raise SamplingError(f"{source} have shape {shape}; this model decodes (t, {channels}, h, w) with an {parity}.")
 
 
 def _channel_problems(engine: SATVideoDiffusionEngine, stated: int | None) -> list[str]:
     network = engine.network
     problems = []
-    if stated not in (None, network.in_channels):
-        problems.append(f"args.latent_channels is {stated}, the network takes {network.in_channels}")
-    if network.in_channels != network.out_channels:
-        problems.append(
-            f"the network takes {network.in_channels} channels and gives {network.out_channels}: it is an "
-            "image-to-video model, which this command does not run"
-        )
+    if stated not in (None, network.out_channels):
+        problems.append(f"args.latent_channels is {stated}, the network's latents have {network.out_channels}")
     if engine.first_stage_model is not None:
         decoded = engine.autoencoder.decoder.z_channels
         if decoded != network.out_channels:
@@ -71,11 +72,60 @@ def _channel_problems(engine: SATVideoDiffusionEngine, stated: int | None) -> li
     return problems
 
 
+def other_kind(engine: SATVideoDiffusionEngine) -> str:
+    """The shipped configuration that makes videos from text where this model does from pictures, or the reverse."""
+    name = "cogvideox1.5_5b" if engine.network.patch.t > 1 else "cogvideox_5b"
+    return f"configs/{name}{'' if engine.noised_image_input else '_i2v'}_infer.yaml"
+
+
+def _picture_problems(engine: SATVideoDiffusionEngine, args: SampleArgs) -> list[str]:
+    other = other_kind(engine)
+    if engine.noised_image_input and args.image2video is False:
+        return [f"args.image2video is false, and this model makes videos from pictures; from text alone: {other}"]
+    asked = {"args.image2video": args.image2video, "args.image": args.image}
+    named = " and ".join(name for name, value in asked.items() if value)
+    if named and not engine.noised_image_input:
+        return [f"{named}: this model makes videos from text alone; from a picture: {other}"]
+    return []
+
+
+def follows_picture(engine: SATVideoDiffusionEngine) -> bool:
+    """Whether videos have the ratio of their picture (CogVideoX 1.5), or the picture is cut to theirs."""
+    return engine.network.patch.t > 1
+
+
+def fits_picture(engine: SATVideoDiffusionEngine, picture: Picture | None, size: tuple[int, int]) -> None:
+    """Whether the model has positions for the (height, width) that a picture asks for.
+
+    Raises:
+        SamplingError: names the picture.
+    """
+    network = engine.network
+    most = engine.strides.pixel_size(network.latent_height, network.latent_width)
+    if picture is not None and (size[0] > most[0] or size[1] > most[1]):
+        raise SamplingError(
+            f"{picture.path} ({picture.width}x{picture.height} pixels) asks for a video of {size[1]}x{size[0]}, more "
+            f"than the {most[1]}x{most[0]} that this model has positions for; cut it to a shape nearer to a square, or "
+            "give a smaller --image-size, of which the shorter side counts."
+        )
+
+
+def trained_size(engine: SATVideoDiffusionEngine) -> tuple[int, int]:
+    """(height, width) in pixels that a model was trained at, which is what it samples unless told otherwise."""
+    network = engine.network
+    own = engine.strides.pixel_size(network.latent_height, network.latent_width)
+    larger = network.patch.t > 1 and all(have >= side for have, side in zip(own, TRAINED_15))
+    return TRAINED_15 if larger else own
+
+
 def unusual_size(engine: SATVideoDiffusionEngine, size: tuple[int, int]) -> str | None:
     """What to say of a `size` (height, width) that is far from what the network was trained at; None if it is not."""
-    network = engine.network
-    trained = engine.strides.pixel_size(network.latent_height, network.latent_width)
-    if all(own / LARGEST_FACTOR <= side <= own * LARGEST_FACTOR for side, own in zip(size, trained, strict=True)):
+    trained = trained_size(engine)
+    usual = all(own / LARGEST_FACTOR <= side <= own * LARGEST_FACTOR for side, own in zip(size, trained, strict=True))
+    if engine.noised_image_input and follows_picture(engine):  # upright too, and at all ratios down to a square
+        short, long = min(trained), max(trained)
+        usual = short / LARGEST_FACTOR <= min(size) <= short * LARGEST_FACTOR and max(size) <= long * LARGEST_FACTOR
+    if usual:
         return None
     return (
         f"this model was trained at {trained[0]}x{trained[1]} (height x width); at {size[0]}x{size[1]} expect parts of "
@@ -83,21 +133,24 @@ def unusual_size(engine: SATVideoDiffusionEngine, size: tuple[int, int]) -> str 
     )
 
 
+def unusual_type(engine: SATVideoDiffusionEngine, args: SampleArgs) -> str | None:
+    """What to say of float16 with the models that do not bear it: all of 5B and 1.5; None where there is nothing."""
+    if not (args.fp16 and engine.network.positions.rotates):
+        return None
+    return "the 5B models give black frames or NaN in float16; take bfloat16: args.fp16=false, args.bf16=true"
+
+
 def _grid_problems(engine: SATVideoDiffusionEngine, frames: int, size: tuple[int, int]) -> list[str]:
-    if engine.network.patch.t > 1:
-        return [
-            f"the network takes {engine.network.patch.t} frames in a patch, as CogVideoX 1.5; such are not run here"
-        ]
-    if frames % 2 == 0:
-        return [
-            (
-                f"args.sampling_num_frames is {frames} latent frames; the number must be odd (t latent frames decode "
-                f"to 4t-3 frames): choose {frames - 1} or {frames + 1}"
-            )
-        ]
+    patch = engine.network.patch
+    if frames % patch.t or clip_frames(frames, patch.t) % 2 == 0:
+        rule = "odd (t latent frames decode to 4t-3 frames)"
+        if patch.t > 1:
+            rule = "even (the first latent frame is dropped, t of them decode to 4t-7 frames)"
+        near = " or ".join(map(str, sorted({max(frames - 1, patch.t), frames + 1})))
+        return [f"args.sampling_num_frames is {frames} latent frames; the number must be {rule}: choose {near}"]
     try:
-        grid = engine.network.patch.grid(frames, *engine.strides.latent_size(*size))
-        engine.network.mixins.pos_embed.check_grid(grid)
+        grid = patch.grid(frames, *engine.strides.latent_size(*size))
+        engine.network.positions.check_grid(grid)
     except ValueError as error:
         return [f"{frames} latent frames of {size[1]}x{size[0]} pixels: {error}"]
     return []

@@ -32,6 +32,10 @@ class SampleArgs:
     prompts: list[str] = option(
         [], "what the video shows; given so, prompts replace input_type and input_file", metavar="TEXT"
     )
+    image: PathText | None = option(
+        None, "the picture that videos begin with, where the prompt names none as TEXT@@FILE", metavar="FILE"
+    )
+    image2video: bool | None = option(None, "videos begin with a picture; default: where the model is made for it")
     negative_prompt: str = option(
         "", "what to steer away from; empty means zeros in place of an embedding", metavar="TEXT"
     )
@@ -42,10 +46,16 @@ class SampleArgs:
         4, "samples of a prompt that run together; halved when memory runs out", at_least=1, metavar="N"
     )
     sampling_num_frames: int = option(
-        13, "latent frames, odd; 13 give 49 pixel frames, 1 gives an image", at_least=1, metavar="T"
+        13,
+        "latent frames: odd, 13 give 49 pixel frames, 1 gives an image; CogVideoX 1.5 takes even numbers, 22 give 81",
+        at_least=1,
+        metavar="T",
     )
     sampling_image_size: list[int] | None = option(
-        None, "height and width in pixels; default: the network's own size", metavar=("H", "W")
+        None,
+        "height and width in pixels; default: what the model was trained at. From a picture CogVideoX 1.5 takes its "
+        "ratio, and the shorter of the two for its shorter side",
+        metavar=("H", "W"),
     )
     sampling_fps: int = option(8, "frames per second of the written video", at_least=1)
     num_steps: int | None = option(None, "sampling steps; default: the sampler's setting", at_least=2, metavar="N")
@@ -67,7 +77,7 @@ class SampleArgs:
     )
     merge_lora: bool = option(False, "fold adapters into the weights before sampling")
     force_inference: bool = option(False, "accept a transformer file without the computed position table")
-    latent_channels: int | None = option(None, "checked against the network's input channels if given")
+    latent_channels: int | None = option(None, "checked against the first stage's if given")
 
     def __post_init__(self) -> None:
         problems = []

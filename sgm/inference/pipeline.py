@@ -1,4 +1,4 @@
-"""Text to video with an engine whose parts are loaded when they are first needed and placed as the run asks.
+"""Text, or a picture and text, to video. The engine's parts are loaded when first needed and placed as the run asks.
 
 `TextToVideo` knows tensors, not files of results; `sgm.inference.runner` goes through prompts and writes.
 """
@@ -18,15 +18,28 @@ from torch import Tensor
 from sgm.config import RunConfig
 from sgm.data.video_out import to_uint8
 from sgm.inference.fast import check_shortcuts, shortcuts_of
-from sgm.inference.fit import SamplingError, Scaled, check_fit, check_latents
+from sgm.inference.fit import (
+    SamplingError,
+    Scaled,
+    check_fit,
+    check_latents,
+    fits_picture,
+    follows_picture,
+    other_kind,
+    trained_size,
+    unusual_size,
+    unusual_type,
+)
+from sgm.inference.images import Picture, cropped, resized, size_of_short_side
 from sgm.inference.noise import SampleId, StackedNoise
 from sgm.inference.options import SampleArgs
 from sgm.inference.placement import Placement
-from sgm.inference.prompts import Prompt, refuse_images
+from sgm.inference.prompts import Pictures, Prompt, refuse_images
 from sgm.inference.rehearsal import compile_ahead, run_block, run_decoder
 from sgm.models.autoencoder import VideoAutoencoder
 from sgm.models.diffusion import Cond, SATVideoDiffusionEngine
 from sgm.models.loading import Adapter, LoadedNetwork, load_first_stage, load_network, load_text_encoder
+from sgm.modules.diffusionmodules.image_condition import clip_frames
 from sgm.modules.diffusionmodules.shortcuts import CallCount, ShortcutRun
 from sgm.modules.ops.choice import choose_kernels
 from sgm.modules.ops.fp8 import check_fp8
@@ -41,12 +54,14 @@ Part = Literal["conditioner", "network", "first_stage"]
 class EncodedPrompt:
     """Conditioning of one prompt and of its negative (CPU, (1, l, d) each), and the end of the prompt that was cut.
 
-    Prompts that were encoded together share their negative's.
+    Prompts that were encoded together share their negative's. `image` is what `encode_picture` gave of the picture that
+    the video begins with.
     """
 
     cond: Cond
     uncond: Cond
     cut: str
+    image: Tensor | None = None
 
 
 @dataclass
@@ -87,7 +102,8 @@ class TextToVideo:
         self._first_stage: dict[str, Any] = model.get("first_stage_config") or {}
         self._decoder_compiles = False
         self._loaded: set[Part] = set()
-        check_fit(self.engine, self.args, self.image_size)
+        check_fit(self.engine, self.args, self.size())
+        self.pictures = Pictures(self.engine.noised_image_input, self.args.image, other_kind(self.engine))
         check_shortcuts(self.shortcuts, self.engine.sampler, self.num_steps)
         self.engine.sampler.verbose = False  # the caller shows progress
         guider = self.engine.sampler.guider
@@ -97,19 +113,37 @@ class TextToVideo:
 
     # --- sizes ----------------------------------------------------------------------------------------------------
 
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """(height, width) in pixels."""
+    def size(self, picture: Picture | None = None) -> tuple[int, int]:
+        """(height, width) in pixels of a video, or of one that begins with a picture."""
         given = self.args.sampling_image_size
-        network = self.engine.network
-        own = self.engine.strides.pixel_size(network.latent_height, network.latent_width)
-        return (given[0], given[1]) if given else own
+        size = (given[0], given[1]) if given else trained_size(self.engine)
+        if picture is None or not follows_picture(self.engine):
+            return size
+        return size_of_short_side(picture.height, picture.width, min(size), self.engine.strides.size_step)
+
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
+        """(t, c, h, w) of one sample."""
+        latent_size = self.engine.strides.latent_size(*size)
+        return self.args.sampling_num_frames, self.engine.network.out_channels, *latent_size
 
     @property
-    def latent_shape(self) -> tuple[int, int, int, int]:
-        """(t, c, h, w) of one sample."""
-        size = self.engine.strides.latent_size(*self.image_size)
-        return self.args.sampling_num_frames, self.engine.network.out_channels, *size
+    def clip_frames(self) -> int:
+        """Latent frames that are decoded."""
+        return clip_frames(self.args.sampling_num_frames, self.engine.network.patch.t)
+
+    def remarks(self, prompts: Sequence[Prompt]) -> list[str]:
+        """What is unusual: a type that the model does not bear, sizes that it was not trained at.
+
+        Raises:
+            SamplingError: a picture asks for a size that the model has no positions for.
+        """
+        for prompt in prompts:
+            fits_picture(self.engine, prompt.picture, self.size(prompt.picture))
+        sizes = (
+            dict.fromkeys(self.size(prompt.picture) for prompt in prompts) if self.pictures.wanted else [self.size()]
+        )
+        found = [unusual_type(self.engine, self.args), *(unusual_size(self.engine, size) for size in sizes)]
+        return [text for text in found if text]
 
     @cached_property
     def num_steps(self) -> int:
@@ -137,7 +171,7 @@ class TextToVideo:
             self._arrange_first_stage()
         else:
             if self._fuses_on_gpu:
-                compile_ahead(partial(run_block, self.engine, self.latent_shape))
+                compile_ahead(partial(run_block, self.engine, self.latent_shape(self.size())))
             self.facts.network = self._load_network(device, dtype)
             self.facts.notes += self.facts.network.notes
         self._loaded.add(part)
@@ -154,7 +188,8 @@ class TextToVideo:
         with torch.device("meta"):
             stage: VideoAutoencoder = instantiate_from_config(self._first_stage)
         stage.to(self.engine.dtype).eval().use_ops(self.engine.kernels.vae)
-        compile_ahead(partial(run_decoder, stage, self.latent_shape, self.engine.dtype))
+        shape = (self.clip_frames, *self.latent_shape(self.size())[1:])
+        compile_ahead(partial(run_decoder, stage, shape, self.engine.dtype))
 
     def _compiling_meanwhile(self, callback: Callable[..., None]) -> Callable[..., None]:
         """`callback` of a sampling step that begins to compile the decoder once the GPU has a step to work at."""
@@ -207,10 +242,11 @@ class TextToVideo:
         """Conditioning of each prompt, on the CPU. Each is encoded alone, so that its company changes no bit of it.
 
         Raises:
-            PromptError: a prompt has an image.
+            PromptError: a prompt names a picture, and the model makes videos from text alone.
             SamplingError: the text encoder gives NaN or infinity.
         """
-        refuse_images([Prompt(k, text) for k, text in enumerate(prompts)])
+        if not self.pictures.wanted:
+            refuse_images([Prompt(k, text) for k, text in enumerate(prompts)], other=self.pictures.other)
         self.load("conditioner")
         encoder = self.engine.text_encoder
         cut = encoder.tokenize(list(prompts)).truncated
@@ -226,6 +262,31 @@ class TextToVideo:
         """The end of a prompt that the text encoder does not read."""
         return self.engine.text_encoder.tokenize([prompt]).truncated[0]
 
+    def encode_picture(self, picture: Picture) -> Tensor:
+        """Moments of the posterior of a picture at the video's size, (1, 2c, 1, h, w) on the CPU.
+
+        Raises:
+            ImageError: its file cannot be read any more, or has changed.
+            SamplingError: they are not finite.
+        """
+        self.load("first_stage")
+        fit = resized if follows_picture(self.engine) else cropped
+        pixels = fit(picture.image(), self.size(picture))[None, :, None]
+        stage = self.engine.autoencoder
+        with torch.no_grad(), self.placement.use(stage.encoder):
+            moments = stage.moments(pixels.to(self.device, self.engine.dtype)).cpu()
+        _check_finite(moments, "latents of the picture", self.args.dtype)
+        return moments
+
+    def _image_latents(self, moments: Tensor | None, noise: StackedNoise | None, count: int) -> Tensor | None:
+        """What the network reads of a picture, (count, t, c, h, w): a draw for each sample, its first numbers."""
+        if moments is None:
+            return None
+        draw = noise.like if noise else torch.randn_like
+        expanded = moments.to(self.device).expand(count, -1, -1, -1, -1).contiguous()
+        z = self.engine.first_stage.regularization.latents(expanded, draw)
+        return self.engine.image_latents(z, self.args.sampling_num_frames)
+
     def sample(
         self,
         prompt: EncodedPrompt,
@@ -238,10 +299,19 @@ class TextToVideo:
         random stream is used, as the original does.
 
         Raises:
-            SamplingError: the latents are not finite.
+            SamplingError: the latents are not finite, or the prompt has no image, or one that the model has no use for.
         """
+        image = prompt.image
+        if (image is None) == self.pictures.wanted:
+            raise SamplingError(
+                f"this model {'needs' if image is None else 'takes no'} image; see {self.pictures.other}"
+            )
         self.load("network")
         noise = None if self.args.seed_mode == "upstream" else StackedNoise(samples)
+        latents_of_image = self._image_latents(image, noise, len(samples))
+        shape = self.latent_shape(self.size())
+        if image is not None:
+            shape = (*shape[:2], *image.shape[-2:])
         cond = {k: v.expand(len(samples), *v.shape[1:]).to(self.device) for k, v in prompt.cond.items()}
         uncond = {k: v.expand(len(samples), *v.shape[1:]).to(self.device) for k, v in prompt.uncond.items()}
         network = self.engine.network
@@ -254,8 +324,9 @@ class TextToVideo:
                 cond,
                 uncond,
                 batch_size=len(samples),
-                shape=self.latent_shape,
-                noise=noise.start(self.latent_shape) if noise else None,
+                shape=shape,
+                noise=noise.start(shape) if noise else None,
+                image=latents_of_image,
                 noise_sampler=noise.like if noise else None,
                 num_steps=self.args.num_steps,
                 callback=self._compiling_meanwhile(callback),
@@ -275,7 +346,8 @@ class TextToVideo:
         self._compile_decoder()
         self.load("first_stage")
         stage = self.engine.autoencoder
-        z = latents.to(self.device, torch.float32)[None].transpose(1, 2) / self.engine.scale_factor
+        latents = self.engine.drop_first(latents[None])
+        z = latents.to(self.device, torch.float32).transpose(1, 2) / self.engine.scale_factor
         frames: list[np.ndarray] = []
         with torch.no_grad(), self.placement.use(stage.decoder):
             for pixels in stage.decode_chunks(z.to(self.engine.dtype)):

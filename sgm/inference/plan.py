@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from sgm.config import RunConfig
+from sgm.inference.fit import follows_picture
 from sgm.inference.options import SampleArgs
 from sgm.inference.pipeline import TextToVideo
 from sgm.inference.prompts import Prompt
@@ -34,22 +35,36 @@ def weight_lines(model: Mapping[str, Any], load: str | None) -> list[str]:
 def describe(pipeline: TextToVideo, prompts: Sequence[Prompt]) -> list[str]:
     """Sizes, steps, device, prompts, and how much memory the weights of each placement take on it."""
     args = pipeline.args
-    height, width = pipeline.image_size
-    t = args.sampling_num_frames
-    frames = pipeline.engine.strides.pixel_frames(t)
-    listed = [f"prompt {p.index}: {p.text if len(p.text) <= 100 else p.text[:100] + '...'}" for p in prompts]
-    more = len(listed) - _SHOWN_PROMPTS
+    frames = pipeline.engine.strides.pixel_frames(pipeline.clip_frames)
+    listed = [line for prompt in prompts[:_SHOWN_PROMPTS] for line in _prompt_lines(pipeline, prompt)]
+    more = len(prompts) - _SHOWN_PROMPTS
     products = ", products in bf16" if pipeline.engine.kernels.cpu_bf16 else ""
     return [
         f"device {pipeline.device}, {args.dtype}{products}, placement {args.placement}",
         (
-            f"{frames} frames of {width}x{height} ({t} latent frames), {pipeline.num_steps} steps, "
-            f"{args.batch_size} sample(s) a prompt"
+            f"{frames} frames of {_sizes(pipeline, prompts)} ({args.sampling_num_frames} latent frames), "
+            f"{pipeline.num_steps} steps, {args.batch_size} sample(s) a prompt"
         ),
         *memory_lines(pipeline),
-        *listed[:_SHOWN_PROMPTS],
+        *listed,
         *([f"... and {more} more prompts"] if more > 0 else []),
     ]
+
+
+def _sizes(pipeline: TextToVideo, prompts: Sequence[Prompt]) -> str:
+    """Width and height of the videos; each prompt's picture may have its own."""
+    sizes = dict.fromkeys(pipeline.size(prompt.picture) for prompt in prompts) or [pipeline.size()]
+    return " and ".join(f"{width}x{height}" for height, width in list(sizes)[:3]) + " ..." * (len(sizes) > 3)
+
+
+def _prompt_lines(pipeline: TextToVideo, prompt: Prompt) -> list[str]:
+    text = prompt.text if len(prompt.text) <= 100 else prompt.text[:100] + "..."
+    lines, picture = [f"prompt {prompt.index}: {text}"], prompt.picture
+    if picture is not None:
+        height, width = pipeline.size(picture)
+        way = "scaled" if follows_picture(pipeline.engine) else "scaled and cropped"
+        lines.append(f"  begins with {picture.path}, {picture.width}x{picture.height}, {way} to {width}x{height}")
+    return lines
 
 
 def memory_lines(pipeline: TextToVideo) -> list[str]:

@@ -1,15 +1,20 @@
-"""Where prompts come from, and their names on disk."""
+"""Where prompts and their pictures come from, and their names on disk."""
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sgm.errors import SgmError
 from sgm.files import refuse_lfs_pointer
+from sgm.inference.images import ImageError, Picture
+from sgm.typed import listing
+
+MARK = "@@"  # between a prompt and its picture, as in the original
 
 _NAME_CHARACTERS = 120  # of the prompt, as the original
 _NAME_BYTES = 200  # file systems allow 255 bytes a name; emoji and CJK text take up to 4 a character
@@ -25,12 +30,14 @@ class PromptError(SgmError):
 class Prompt:
     """A prompt and its index: the line number (from 0) in its file, which names its folder and seeds its noise.
 
-    `refined` is a language model's caption of it, "" without; the folder keeps the prompt's own name.
+    `refined` is a language model's caption of it, "" without; the folder keeps the prompt's own name. `picture` is what
+    the video begins with, None where that is left to the model.
     """
 
     index: int
     text: str
     refined: str = ""
+    picture: Picture | None = None
 
     @property
     def wording(self) -> str:
@@ -53,20 +60,81 @@ def safe_name(text: str) -> str:
     return name if name.strip(".") else "prompt"
 
 
-def refuse_images(prompts: Sequence[Prompt], file: Path | None = None) -> None:
-    """Refuse the original's `TEXT@@IMAGE`, in lines of `file`, say. An @@ without a picture's name is part of the text.
+@dataclass(frozen=True)
+class Pictures:
+    """Whether a run's videos begin with pictures, and with which.
+
+    Attributes:
+        wanted: each does. given: the file for prompts that name none.
+        other: a configuration of the other kind, for advice.
+    """
+
+    wanted: bool
+    given: str | None = None
+    other: str = ""
+
+    def attach(self, prompts: Sequence[Prompt], file: Path | None = None) -> list[Prompt]:
+        """Prompts (lines of `file`, say) that still hold `TEXT@@IMAGE`, with their pictures, which are read once.
+
+        A picture is looked for from the current folder, then beside the file.
+
+        Raises:
+            PromptError: naming every prompt whose picture is missing, not wanted or cannot be read.
+        """
+        if not self.wanted:
+            refuse_images(prompts, file, self.other)
+            return list(prompts)
+        known: dict[Path, Picture] = {}
+        found, problems = [], []
+        for prompt in prompts:
+            try:
+                found.append(self._attached(prompt, file, known))
+            except (PromptError, ImageError) as error:
+                problems.append(f"{_place(prompt, file)}: {error}")
+        if problems:
+            raise PromptError(problems[0] if len(problems) == 1 else listing(problems, "the prompts"))
+        return found
+
+    def _attached(self, prompt: Prompt, file: Path | None, known: dict[Path, Picture]) -> Prompt:
+        text, *names = (part.strip() for part in prompt.text.split(MARK))
+        if len(names) > 1:
+            raise PromptError(f"{MARK} stands {len(names)} times; write TEXT{MARK}IMAGE, with one.")
+        name = names[0].strip("\"'") if names else self.given
+        if not name:
+            raise PromptError(
+                f"no picture is named, and this model makes videos from one: write TEXT{MARK}IMAGE, or give --image "
+                f"FILE. From text alone: {self.other}."
+            )
+        path = _first_there(os.path.expanduser(name), [Path(), *([file.parent] if file else [])])
+        if path not in known:
+            known[path] = Picture.of(path)
+        return replace(prompt, text=text, picture=known[path])
+
+
+FROM_TEXT = Pictures(wanted=False)
+
+
+def _first_there(name: str, folders: Sequence[Path]) -> Path:
+    return next((folder / name for folder in folders if (folder / name).exists()), Path(name))
+
+
+def _place(prompt: Prompt, file: Path | None) -> str:
+    return f"{file}, line {prompt.index + 1}" if file else f"prompt {prompt.index}"
+
+
+def refuse_images(prompts: Sequence[Prompt], file: Path | None = None, other: str = "") -> None:
+    """Refuse `TEXT@@IMAGE` for a model that has no use for it. An @@ without a picture's name is part of the text.
 
     Raises:
-        PromptError: naming the first of them.
+        PromptError: naming the first of them, and `other`, a configuration that takes pictures.
     """
     asking = [(prompt, found["path"]) for prompt in prompts if (found := _IMAGE.search(prompt.text))]
     if asking:
         first, image = asking[0]
-        place = f"{file}, line {first.index + 1}" if file else f"prompt {first.index}"
         raise PromptError(
-            f"{place}{f' (and {len(asking) - 1} more)' if asking[1:] else ''} asks for a video that begins with the "
-            f"image {image!r}. Videos are made from text alone here: remove the @@ and what is behind it, and describe "
-            "in words what the image shows."
+            f"{_place(first, file)}{f' (and {len(asking) - 1} more)' if asking[1:] else ''} asks for a video that "
+            f"begins with the image {image!r}, and this model makes videos from text alone: remove the {MARK} and what "
+            f"is behind it{f', or take {other}' if other else ''}."
         )
 
 
@@ -74,7 +142,7 @@ def read_prompt_file(path: Path) -> tuple[list[Prompt], int]:
     """(prompts, number of blank lines left out) of a UTF-8 text file with one prompt a line.
 
     Raises:
-        PromptError: not UTF-8 (names line and byte), no prompt in it, or one with an image.
+        PromptError: not UTF-8 (names line and byte), or no prompt in it.
     """
     refuse_lfs_pointer(path, PromptError)
     prompts: list[Prompt] = []
@@ -93,7 +161,6 @@ def read_prompt_file(path: Path) -> tuple[list[Prompt], int]:
             blank += 1
     if not prompts:
         raise PromptError(f"{path} holds no prompt ({blank} blank lines). Write one prompt a line.")
-    refuse_images(prompts, path)
     return prompts, blank
 
 
@@ -112,24 +179,31 @@ def find_prompt_file(name: str, config_files: Sequence[Path]) -> Path:
 
 
 def gather(
-    given: Sequence[str], input_file: str | None, config_files: Sequence[Path]
+    given: Sequence[str],
+    input_file: str | None,
+    config_files: Sequence[Path],
+    pictures: Pictures = FROM_TEXT,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> tuple[list[Prompt], str | None]:
     """(prompts, a line that says where they are from) of a run: `given` ones, or else those of `input_file`.
 
+    Of several processes each has its own prompts, with their pictures.
+
     Raises:
-        PromptError: none given and no file named, the file is missing, unreadable or empty, or a prompt has an image.
+        PromptError: none given and no file named, the file is missing, unreadable or empty, or pictures are amiss.
     """
     if given:
         prompts = [Prompt(k, text.strip()) for k, text in enumerate(given) if text.strip()]
         if not prompts:
             raise PromptError("the prompts given are blank; write some text behind --prompt.")
-        refuse_images(prompts)
-        return prompts, None
+        return pictures.attach(share(prompts, rank, world_size)), None
     if not input_file:
         raise PromptError("args.input_file is not set: name a file with one prompt a line, or give --prompt.")
     path = find_prompt_file(input_file, config_files)
     prompts, blank = read_prompt_file(path)
-    return prompts, f"{len(prompts)} prompts from {path}" + (f", {blank} blank lines left out" if blank else "")
+    note = f"{len(prompts)} prompts from {path}" + (f", {blank} blank lines left out" if blank else "")
+    return pictures.attach(share(prompts, rank, world_size), path), note
 
 
 def share(prompts: Sequence[Prompt], rank: int, world_size: int) -> list[Prompt]:

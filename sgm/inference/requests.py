@@ -43,7 +43,7 @@ class Request:
     """What a user asks of a sample; two samples of one request are the same but for their number.
 
     The fields are the first entries of the sample's JSON. `size` is (height, width) in pixels, `approximate` the
-    switches of `accelerate:` that change results.
+    switches of `accelerate:` that change results, `image_sha256` that of the picture's file.
     """
 
     prompt: str
@@ -61,6 +61,7 @@ class Request:
     approximate: dict[str, Any]
     load: str | None
     lora: list[str]
+    image_sha256: str | None
 
     def differences(self, record: Mapping[str, Any]) -> list[str]:
         """In what the request that a sample's JSON holds differs from this one; what that lacks does not count."""
@@ -88,6 +89,7 @@ class Result:
     """
 
     refined_prompt: str | None
+    image: str | None
     prompt_index: int
     sample_index: int
     products: str
@@ -148,7 +150,10 @@ class Requests:
 
     def of(self, prompt: Prompt) -> Request:
         """What is asked of each sample of a prompt."""
-        return replace(self._of_every_prompt, prompt=prompt.text)
+        picture, request = prompt.picture, replace(self._of_every_prompt, prompt=prompt.text)
+        if picture is None:
+            return request
+        return replace(request, size=self.pipeline.size(picture), image_sha256=picture.sha256)
 
     @cached_property
     def _of_every_prompt(self) -> Request:
@@ -164,12 +169,13 @@ class Requests:
             num_steps=self.pipeline.num_steps,
             guidance=Guidance(type(guider).__name__, guider.scale if isinstance(guider, Scaled) else None),
             latent_frames=args.sampling_num_frames,
-            size=self.pipeline.image_size,
+            size=self.pipeline.size(),
             fps=args.sampling_fps,
             dtype=args.dtype,
             approximate=self.config.accelerate.approximate(),
             load=_absolute(args.load) if args.load else args.load,
             lora=[_absolute(text) for text in args.lora],
+            image_sha256=None,
         )
 
     def record(self, prompt: Prompt, sample: int, latents: Tensor) -> dict[str, Any]:
@@ -178,6 +184,7 @@ class Requests:
         network = facts.network
         result = Result(
             refined_prompt=prompt.refined or None,
+            image=_absolute(str(prompt.picture.path)) if prompt.picture else None,
             prompt_index=prompt.index,
             sample_index=sample,
             products="bf16" if self.pipeline.engine.kernels.cpu_bf16 else self.args.dtype,

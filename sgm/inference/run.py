@@ -11,7 +11,7 @@ import torch
 
 from sgm.config import ConfigError, RunConfig, check_model_section
 from sgm.distributed import DistInfo, init_distributed, shutdown
-from sgm.inference.fit import SamplingError, unusual_size
+from sgm.inference.fit import SamplingError
 from sgm.inference.options import SampleArgs
 from sgm.inference.pipeline import TextToVideo
 from sgm.inference.plan import report
@@ -44,7 +44,6 @@ def sample(config: RunConfig[SampleArgs], check: Callable[[], None], *, dry_run:
             _print_plan(config, progress, info.rank)
             return 0
         pipeline = TextToVideo(config, device, with_text_encoder=config.args.decode_latents is None)
-        _warn_of_size(pipeline, progress)
         _run(Runner(config, pipeline, progress, info.rank, info.world_size))  # ranks do not wait for one another
     finally:
         shutdown()
@@ -73,18 +72,14 @@ def _run(runner: Runner) -> None:
         raise SamplingError(out_of_memory_advice(runner.args)) from error
 
 
-def _warn_of_size(pipeline: TextToVideo, progress: Progress) -> None:
-    if not pipeline.args.decode_latents and (unusual := unusual_size(pipeline.engine, pipeline.image_size)):
-        progress.line(f"warning: {unusual}")
-
-
 def _print_plan(config: RunConfig[SampleArgs], progress: Progress, rank: int) -> None:
     args = config.args
-    asks = args.decode_latents or (args.input_type == "cli" and not args.prompts)
-    prompts = [] if asks else gather(args.prompts, args.input_file, config.files)[0]
     # On all ranks: it makes process groups.
     pipeline = TextToVideo(config, progress.device, with_text_encoder=text_is_local(config.model))
-    _warn_of_size(pipeline, progress)
+    asks = args.decode_latents or (args.input_type == "cli" and not args.prompts)
+    prompts = [] if asks else gather(args.prompts, args.input_file, config.files, pipeline.pictures)[0]
+    for line in [] if args.decode_latents else pipeline.remarks(prompts):
+        progress.line(f"warning: {line}")
     if rank == 0:
         print(report(config, pipeline, prompts), flush=True)
 

@@ -22,7 +22,7 @@ from sgm.inference.noise import SampleId
 from sgm.inference.options import SampleArgs
 from sgm.inference.pipeline import EncodedPrompt, Part, TextToVideo
 from sgm.inference.progress import Bar, Progress, StageTimes
-from sgm.inference.prompts import Prompt, ask, gather, refuse_images, share
+from sgm.inference.prompts import Prompt, ask, gather
 from sgm.inference.refine import Endpoint, refine_prompt
 from sgm.inference.requests import Measurements, Requests, Wanted
 from sgm.inference.writer import SampleFiles, find_latents, read_latents, write_latents
@@ -62,10 +62,17 @@ class Runner:
         elif self.args.input_type == "cli" and not self.args.prompts:
             self._converse()
         else:
-            prompts, note = gather(self.args.prompts, self.args.input_file, self.config.files)
+            sources = (self.args.prompts, self.args.input_file, self.config.files)
+            prompts, note = gather(*sources, self.pipeline.pictures, self.rank, self.world_size)
             if note:
                 self.progress.line(note)
-            self._run_list(share(prompts, self.rank, self.world_size))
+            self._run_list(self._fitting(prompts))
+
+    def _fitting(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
+        """The prompts, whose pictures fit the model; sizes that it was not trained at are warned of."""
+        for line in self.pipeline.remarks(prompts):
+            self.progress.line(f"warning: {line}")
+        return prompts
 
     # --- prompts --------------------------------------------------------------------------------------------------
 
@@ -76,8 +83,8 @@ class Runner:
         self._load_what_samples_need()
         for prompt in ask():
             try:
-                refuse_images([prompt])
-                wanted = self._refined([self.requests.wanted(prompt)])[0]
+                asked = self._fitting(self.pipeline.pictures.attach([prompt]))[0]
+                wanted = self._refined([self.requests.wanted(asked)])[0]
                 self._run_prompt(wanted, self._encode([wanted.prompt])[0])
             except torch.OutOfMemoryError:
                 print(f"error: {out_of_memory_advice(self.args)}", file=sys.stderr)
@@ -153,6 +160,7 @@ class Runner:
         """Make what is missing, in the batches that the whole prompt has: alone a sample has other last bits."""
         samples = list(range(self.args.batch_size))
         size = self.pipeline.max_batch
+        conditioning = replace(conditioning, image=self._encode_picture(wanted.prompt))
         while samples:
             batch, times = samples[:size], StageTimes()
             missing = [k for k in batch if k in wanted.missing]
@@ -165,6 +173,14 @@ class Runner:
                 for sample in missing:
                     self._finish(wanted.prompt, sample, latents[batch.index(sample)], times)
             samples = samples[len(batch) :]
+
+    def _encode_picture(self, prompt: Prompt) -> Tensor | None:
+        """Moments of the prompt's picture, if it has one."""
+        if prompt.picture is None:
+            return None
+        self._load("first_stage")
+        with self.progress.stage("encode image", self.load_times, prompt.picture.path.name):
+            return self.pipeline.encode_picture(prompt.picture)
 
     def _sample_if_it_fits(
         self, prompt: Prompt, conditioning: EncodedPrompt, batch: Sequence[int], times: StageTimes
@@ -231,7 +247,7 @@ class Runner:
 
     def _load_what_samples_need(self) -> None:
         self._load("network")
-        if not self.args.only_save_latents:
+        if not self.args.only_save_latents or self.pipeline.pictures.wanted:
             self._load("first_stage")
         if self.args.negative_prompt:
             self._warn_of_cut("the negative prompt", self.pipeline.cut_off(self.args.negative_prompt))

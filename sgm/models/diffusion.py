@@ -231,13 +231,17 @@ class SATVideoDiffusionEngine(nn.Module):
 
     @torch.no_grad()
     def encode_image(self, x: Tensor, frames: int, noise: Tensor | None = None) -> Tensor:
-        """What the network reads of images (b, 3, 1, h, w) in [-1, 1]: latents (b, t, c, h/8, w/8), `frames` of them.
+        """What the network reads of images (b, 3, 1, h, w) in [-1, 1], see `image_latents`.
 
-        A draw from the posterior, with `noise` (b, c, 1, h/8, w/8) where it is given, times `image_scale`.
+        A draw from the posterior, with `noise` (b, c, 1, h/8, w/8) where it is given.
         """
         with self._first_stage_precision(x.device):
             x = x.to(self.dtype)
             z = self.first_stage.encode(x) if noise is None else self.autoencoder.encode(x, noise=noise)
+        return self.image_latents(z, frames)
+
+    def image_latents(self, z: Tensor, frames: int) -> Tensor:
+        """First-stage latents (b, c, 1, h, w) of images as the network reads them: (b, `frames`, c, h, w)."""
         return image_latents(z.transpose(1, 2) * self.image_scale, frames, self.noised_image_all_concat)
 
     def drop_first(self, z: Tensor) -> Tensor:

@@ -104,11 +104,13 @@ def test_line_k_belongs_to_rank_k_modulo_world_size():
 @pytest.mark.parametrize("mark", ["@@cat.png", "@@ ./Cat.JPEG ", " @@ 'https://x.org/a b.webp'", "@@x@@y.gif"])
 def test_prompts_with_images_are_refused(tmp_path, mark):
     text = "a cat" + mark
-    with pytest.raises(PromptError, match=r"prompt 1 \(and 1 more\) asks for a video .* image .*made from text alone"):
+    with pytest.raises(
+        PromptError, match=r"prompt 1 \(and 1 more\) asks for a video .* image .*videos from text alone"
+    ):
         gather(["a dog", text, text], None, [])
     (tmp_path / "p.txt").write_text(f"a dog\n\n{text}\n", encoding="utf-8")
     with pytest.raises(PromptError, match=r"p\.txt, line 3 asks .* remove the @@"):
-        read_prompt_file(tmp_path / "p.txt")
+        gather([], str(tmp_path / "p.txt"), [])
 
 
 @pytest.mark.parametrize("text", ["@@ -1,3 +1,4 @@ a diff", "me@@home", "an @@", "cat.png on a wall", "a@@b.png too"])
@@ -199,6 +201,7 @@ def test_latents_keep_values_and_facts(tmp_path):
 @pytest.mark.parametrize("shape", [(2, 16, 4, 4), (3, 8, 4, 4), (16, 4, 4), (3, 16, 0, 4), (0, 16, 4, 4)])
 def test_latents_of_another_shape_are_not_decoded(shape):
     engine = SimpleNamespace(autoencoder=SimpleNamespace(decoder=SimpleNamespace(z_channels=16)))
+    engine.network = SimpleNamespace(patch=SimpleNamespace(t=1))
     check_latents(engine, torch.zeros(3, 16, 4, 4))
     with pytest.raises(SamplingError, match=r"decodes \(t, 16, h, w\) with an odd t"):
         check_latents(engine, torch.zeros(shape))
@@ -220,6 +223,7 @@ REQUEST = Request(
     {},
     "/w",
     ["/l:1"],
+    None,
 )
 
 
@@ -241,7 +245,7 @@ def test_a_request_names_weights_by_whole_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = SampleArgs(load="w", lora=["a.pt:0.5", "/b.pt"])
     engine = SimpleNamespace(sampler=SimpleNamespace(guider=VanillaCFG(6.0)))
-    pipeline = SimpleNamespace(engine=engine, num_steps=50, image_size=(480, 720))
+    pipeline = SimpleNamespace(engine=engine, num_steps=50, size=lambda: (480, 720))
     requests = Requests(SimpleNamespace(args=args, accelerate=AccelerateArgs()), pipeline)
     request = requests.of(Prompt(0, "x"))
     assert (request.load, request.lora) == (f"{tmp_path}/w", [f"{tmp_path}/a.pt:0.5", "/b.pt"])

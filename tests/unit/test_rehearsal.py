@@ -58,8 +58,9 @@ def test_a_rehearsal_brings_neither_compiler_nor_sympy():
         launched = []
         for module in (triton_block, triton_vae):
             module.launch = lambda kernel, *_, **__: launched.append(kernel)
-        run_block(pipeline.engine, pipeline.latent_shape)
-        run_decoder(pipeline.engine.autoencoder, pipeline.latent_shape, pipeline.engine.dtype)
+        shape = pipeline.latent_shape(pipeline.size())
+        run_block(pipeline.engine, shape)
+        run_decoder(pipeline.engine.autoencoder, shape, pipeline.engine.dtype)
         print(len(set(map(id, launched))), {"sympy", "torch._dynamo"} & set(sys.modules))
     """
     line = [sys.executable, "-c", "\n".join(part[8:] for part in script.splitlines())]

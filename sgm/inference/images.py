@@ -1,0 +1,104 @@
+"""The picture that a video begins with: found, read, and brought to the size that the model takes.
+
+Both ways of the original are here to the number. Models of one frame a patch (1.0) have one size: the picture is scaled
+to cover it (bicubic, antialiased, on real numbers) and cut at the centre. Models with patches of several frames (1.5)
+take the picture's own ratio: its shorter side is brought to a fixed length (Lanczos, on bytes), the longer one to the
+nearest multiple of 16 pixels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from sgm.data.pictures import PictureError, open_picture
+from sgm.data.video_io import resized_size
+from sgm.errors import SgmError
+from sgm.files import refuse_lfs_pointer
+
+
+class ImageError(SgmError):
+    """A picture cannot be read or is not as it was; the message names it."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture's file, checked: its size upright in pixels, and the SHA-256 of its bytes."""
+
+    path: Path
+    height: int
+    width: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> Picture:
+        """Read all of `path` once.
+
+        Raises:
+            ImageError: absent, or no picture; names the file.
+        """
+        image, sha256 = _read(path)
+        return cls(path, image.height, image.width, sha256)
+
+    def image(self) -> Image.Image:
+        """Its pixels, RGB with 8 bits.
+
+        Raises:
+            ImageError: it cannot be read any more, or is another one than was checked.
+        """
+        image, sha256 = _read(self.path)
+        if sha256 != self.sha256:
+            raise ImageError(f"{self.path} has changed since this run began; start it again.")
+        return image
+
+
+def _read(path: Path) -> tuple[Image.Image, str]:
+    if not path.is_file():
+        raise ImageError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}.")
+    refuse_lfs_pointer(path, ImageError)
+    try:
+        content = path.read_bytes()
+        return open_picture(io.BytesIO(content)), hashlib.sha256(content).hexdigest()
+    except (PictureError, OSError) as error:
+        raise ImageError(f"{path}: {error}.") from error
+
+
+def size_of_short_side(height: int, width: int, short: int, step: int) -> tuple[int, int]:
+    """(height, width) of a picture whose shorter side becomes `short`, the longer one the nearest multiple of `step`.
+
+    Halves go up. The ratio changes by that little; nothing is cut off.
+    """
+    longer = (2 * short * max(height, width) + step * min(height, width)) // (2 * step * min(height, width)) * step
+    return (short, longer) if height < width else (longer, short)
+
+
+def resized(image: Image.Image, size: tuple[int, int]) -> Tensor:
+    """The whole picture at `size` (height, width) by Lanczos, (3, height, width) in [-1, 1]."""
+    pixels = np.asarray(image.resize((size[1], size[0]), Image.Resampling.LANCZOS))
+    return _channels_first(pixels) * 2 - 1
+
+
+def cropped(image: Image.Image, size: tuple[int, int]) -> Tensor:
+    """The picture scaled to cover `size` (height, width) and cut at the centre, (3, height, width) in about [-1, 1].
+
+    Bicubic overshoots are kept, as in the original: values may leave [-1, 1] a little.
+    """
+    pixels = _channels_first(np.asarray(image))
+    covering = resized_size(image.height, image.width, *size)
+    if covering != (image.height, image.width):
+        pixels = F.interpolate(pixels[None], covering, mode="bicubic", align_corners=False, antialias=True)[0]
+    top, left = ((whole - part) // 2 for whole, part in zip(covering, size))
+    return pixels[:, top : top + size[0], left : left + size[1]] * 2 - 1
+
+
+def _channels_first(pixels: np.ndarray) -> Tensor:
+    """uint8 (h, w, 3) as float32 (3, h, w) in [0, 1]."""
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255

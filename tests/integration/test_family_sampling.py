@@ -1,0 +1,162 @@
+"""The five kinds of models through sample_video.py: lengths, sizes, pictures, what does not fit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from tests.family_tiny import FAMILY, write_kind
+from tests.sampling_tiny import main
+
+FRAMES = {"2b": 1, "5b": 1, "5b_i2v": 1, "1.5_5b": 2, "1.5_5b_i2v": 4}
+
+
+@pytest.fixture(scope="module")
+def sections(tmp_path_factory) -> dict[str, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("family")
+    return {kind: write_kind(folder / kind, kind) for kind in FAMILY}
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("pictures") / "a fox.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.fixture
+def config(sections, tmp_path):
+    """Writes a sampling configuration of two steps for a kind; `args` go into its `args:` section."""
+
+    def write(kind: str, **args: Any) -> Path:
+        model = sections[kind]
+        release = Path(model["first_stage_config"]["params"]["ckpt_path"]).parents[1]
+        given = {
+            "load": str(release / "transformer"), "force_inference": True, "device": "cpu", "num_steps": 2,
+            "sampling_num_frames": FRAMES[kind], "output_dir": str(tmp_path / "out"), **args,
+        }  # fmt: skip
+        (tmp_path / "c.yaml").write_text(yaml.safe_dump({"args": given, "model": model}))
+        return tmp_path / "c.yaml"
+
+    return write
+
+
+def records(folder: Path) -> dict[str, dict[str, Any]]:
+    return {file.parent.parent.name: json.loads(file.read_text()) for file in sorted(folder.rglob("*.json"))}
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+def test_every_kind_samples(config, picture, tmp_path, kind):
+    prompt = f"a fox@@{picture}" if kind.endswith("i2v") else "a fox"
+    assert main(config(kind), "--prompt", prompt) == 0
+    (record,) = records(tmp_path / "out").values()
+    frames = iio.imread(tmp_path / "out" / "0_a_fox" / "0" / "000000.mp4")
+    size = {"1.5_5b": (48, 64), "1.5_5b_i2v": (48, 64)}.get(kind, (16, 32))
+    assert frames.shape[:3] == ({"1.5_5b_i2v": 9}.get(kind, 1), *size) and record["size"] == list(size)
+    assert record["latent_frames"] == FRAMES[kind] and record["prompt"] == "a fox"
+    if kind.endswith("i2v"):
+        assert record["image"] == str(picture) and len(record["image_sha256"]) == 64
+
+
+def test_a_picture_s_ratio_and_the_guidance_both_count(config, tmp_path, monkeypatch):
+    """1.5: an upright picture gives an upright video; the conditions of both branches hold it, in frame 0 alone."""
+    from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
+
+    Image.new("RGB", (30, 40), "red").save(tmp_path / "red.png")
+    seen = []
+    forward = OpenAIWrapper.forward
+    monkeypatch.setattr(
+        OpenAIWrapper, "forward", lambda self, x, t, c, **kw: seen.append(c) or forward(self, x, t, c, **kw)
+    )
+    file = config("1.5_5b_i2v", sampling_image_size=[32, 48], only_save_latents=True, batch_size=2, max_batch=2)
+    assert main(file, "--prompt", "x", "--image", tmp_path / "red.png") == 0
+    (record, _) = records_of_samples(tmp_path / "out")
+    assert record["size"] == [48, 32] and all(c["concat"].shape == (4, 4, 16, 6, 4) for c in seen) and len(seen) == 2
+    concat = seen[0]["concat"]
+    assert concat[:, 0].any() and not concat[:, 1:].any() and concat[:2].equal(concat[2:])
+    assert seen[0]["crossattn"][:2].any() == 0  # zeros for the text in the unconditional branch
+    # the saved latents hold the first frame that decoding drops
+    assert main(file, "--decode-latents", tmp_path / "out") == 0
+    video = next((tmp_path / "out").rglob("*.mp4"))
+    assert iio.imread(video).shape[:3] == (9, 48, 32)
+
+
+def records_of_samples(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(file.read_text()) for file in sorted(folder.rglob("*.json"))]
+
+
+def test_samples_of_another_picture_are_made_anew(config, picture, tmp_path, capsys):
+    file = config("5b_i2v", only_save_latents=True, seed_mode="upstream", skip_done=True)
+    copy = tmp_path / "copy.png"
+    copy.write_bytes(picture.read_bytes())
+    for image, said in ((picture, ""), (copy, "1 of 1 prompts are done already"), (None, "image_sha256")):
+        if image is None:
+            Image.new("RGB", (40, 30), "blue").save(copy)
+        assert main(file, "--prompt", f"x@@{image or copy}") == 0
+        assert said in capsys.readouterr().err
+    (record,) = records_of_samples(tmp_path / "out")
+    assert record["image"] == str(copy)
+
+
+def test_the_plan_names_pictures_and_sizes(config, picture, capsys):
+    assert main(config("1.5_5b_i2v"), "--prompt", f"x@@{picture}", "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert f"begins with {picture}, 40x30, scaled to 64x48" in out and "9 frames of 64x48 (4 latent frames)" in out
+    assert main(config("5b_i2v"), "--prompt", "x", "--image", picture, "--dry-run") == 0
+    assert "40x30, scaled and cropped to 32x16" in capsys.readouterr().out
+
+
+def test_pictures_are_asked_for_too(config, picture, tmp_path, monkeypatch, capsys):
+    import io
+    import sys
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"first\nsecond@@{picture}\n"))
+    assert main(config("5b_i2v", only_save_latents=True, input_type="cli")) == 0
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["1_second"]
+    assert "error: prompt 0: no picture is named" in capsys.readouterr().err
+
+
+FAULTS = {
+    "text model, picture": ("5b", ["--prompt", "x@@{picture}"], ["text alone", "configs/cogvideox_5b_i2v_infer.yaml"]),
+    "text model, --image": ("1.5_5b", ["--image", "{picture}"], ["args.image", "configs/cogvideox1.5_5b_i2v_infer.yaml"]),
+    "text model, image2video": ("2b", ["--set", "args.image2video=true"], ["configs/cogvideox_5b_i2v_infer.yaml"]),
+    "no picture": ("1.5_5b_i2v", ["--prompt", "x"], ["prompt 0", "configs/cogvideox1.5_5b_infer.yaml"]),
+    "image2video off": ("5b_i2v", ["--set", "args.image2video=false"], ["args.image2video is false", "_5b_infer.yaml"]),
+    "odd for 1.5": ("1.5_5b", ["--num-frames", "5"], ["must be even", "4t-7", "choose 4 or 6"]),
+    "one for 1.5": ("1.5_5b", ["--num-frames", "1"], ["choose 2\n"]),
+    "even for 1.0": ("5b", ["--num-frames", "4"], ["must be odd", "choose 3 or 5"]),
+    "long for 1.5": ("1.5_5b", ["--num-frames", "6"], ["6 latent frames", "more than the 2"]),
+    "size of a learned table": ("5b_i2v", ["--image-size", "32", "32", "--image", "{picture}"], ["learned position table"]),
+    "a strip": ("1.5_5b_i2v", ["--prompt", "x@@{strip}"], ["strip.png (200x10 pixels)", "--image-size"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_does_not_fit_is_one_error(config, picture, tmp_path, capsys, fault):
+    kind, arguments, words = FAULTS[fault]
+    Image.new("RGB", (200, 10)).save(tmp_path / "strip.png")
+    given = [text.format(picture=picture, strip=tmp_path / "strip.png") for text in arguments]
+    asked = [] if "--prompt" in given else ["--prompt", "x"]
+    assert main(config(kind), *asked, *given) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("error:") == 1 and all(word in error for word in words), error
+
+
+def test_float16_is_warned_of(config, capsys):
+    from sgm.config import load_run_config
+    from sgm.inference.options import SampleArgs
+    from sgm.inference.pipeline import TextToVideo
+
+    for kind, warned in (("5b", True), ("2b", False)):
+        run = load_run_config([config(kind)], SampleArgs, overrides=["args.fp16=true"])
+        remarks = TextToVideo(run, torch.device("cpu"), with_text_encoder=False).remarks([])
+        assert any("float16" in text for text in remarks) == warned
