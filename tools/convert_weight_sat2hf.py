@@ -59,9 +59,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> None:
-    from sgm.convert.output import parse_size
+    from sgm.convert.output import parse_size, push_to_hub
     from sgm.convert.to_hf import ToHf, convert, export_lora
-    from sgm.convert.upload import push_to_hub
     from sgm.weights import DTYPES
     from sgm.weights.release import Adapter
 

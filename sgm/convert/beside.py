@@ -36,10 +36,9 @@ class Described:
             sizes = sizes_of_params(model["network_config"]["params"])
         except (KeyError, TypeError, AttributeError) as error:
             raise ConvertError(f"{path} has no model.network_config.params that describe a network.") from error
-        node = model
-        for name in ("sampler_config", "params", "discretization_config", "params"):
-            node = node.get(name) or {}
-        return cls(path, sizes, model.get("scale_factor"), node.get("shift_scale"))
+        schedule = ((model.get("sampler_config") or {}).get("params") or {}).get("discretization_config")
+        shift = (schedule.get("params") or {}).get("shift_scale", 1.0) if schedule else None  # SAT's default is 1
+        return cls(path, sizes, model.get("scale_factor"), shift)
 
 
 def described_beside(weights: Path, state: Mapping[str, Deferred]) -> Described | None:

@@ -18,14 +18,13 @@ from sgm.convert.lazy import ConvertError, Deferred, some_of
 from sgm.convert.sine_table import read_sine_table
 from sgm.modules.autoencoding.strides import STRIDES
 from sgm.weights.assign import compare_keys
+from sgm.weights.identify import LATENT_CHANNELS, PUBLISHED, Published, patch_layout
 
 _PATCH = "mixins.patch_embed.proj.weight"
 _LAYER = re.compile(r"^transformer\.layers\.(\d+)\.")
 _SAT_MODULE = "dit_video_concat"
 _5B_WIDTH = 3072
-PUBLISHED = {(1920, 30, False, 1): "CogVideoX-2B", (3072, 42, True, 1): "CogVideoX-5B",
-             (3072, 42, True, 2): "CogVideoX1.5-5B"}  # fmt: skip  # by width, layers, rotation, frames of a patch
-PUBLISHED_TEXT_WIDTH = 4096
+_T5_WIDTH = 4096  # of the published models' text encoder
 # Sizes -> their names in diffusers' config.json, and what an absent field means there.
 _HF_FIELDS: dict[str, tuple[str, Any]] = {
     "heads": ("num_attention_heads", 30),
@@ -43,6 +42,14 @@ _HF_FIELDS: dict[str, tuple[str, Any]] = {
     "spacing": ("spatial_interpolation_scale", 1.875),
     "time_spacing": ("temporal_interpolation_scale", 1.0),
 }
+_INTERPOLATIONS = ("time_interpolation", "height_interpolation", "width_interpolation")
+_HF_TEXT_LENGTH = _HF_FIELDS["text_length"][1]
+# Sizes -> their names in a YAML file's `network_config.params`.
+_SAT_FIELDS = {
+    "time_width": "time_embed_dim", "frames": "num_frames", "width_latent": "latent_width", "height": "latent_height",
+    "layers": "num_layers", "in_channels": "in_channels", "out_channels": "out_channels", "width": "hidden_size",
+    "heads": "num_attention_heads",
+}  # fmt: skip
 # Fields that have one value in SAT.
 _HF_FIXED = {
     "attention_bias": True, "norm_elementwise_affine": True, "flip_sin_to_cos": True, "freq_shift": 0,
@@ -93,31 +100,26 @@ class Sizes:
         return self.in_channels > self.out_channels
 
     @property
-    def is_published(self) -> bool:
-        """Whether a published model has this structure: what its tensors do not say is then known."""
-        return self._structure in PUBLISHED and self.text_width == PUBLISHED_TEXT_WIDTH
+    def _structure(self) -> tuple[int, bool, bool, int, int]:
+        return self.patch[0], self.rotary, self.takes_image, self.width, self.layers
 
     @property
-    def _structure(self) -> tuple[int, int, bool, int]:
-        return self.width, self.layers, self.rotary, self.patch[0]
+    def nearest(self) -> Published:
+        """The published model that shares most of this structure."""
+        return max(PUBLISHED.values(), key=lambda m: [a == b for a, b in zip(m.structure, self._structure)])
+
+    @property
+    def is_published(self) -> bool:
+        """Whether a published model has this structure: what its tensors do not say is then known."""
+        return self.nearest.structure == self._structure and self.text_width == _T5_WIDTH
 
     @property
     def name(self) -> str:
         """The published model with this structure, or a description."""
-        found = PUBLISHED.get(self._structure)
-        kind = "rotary" if self.rotary else "sine positions"
-        found = found or f"CogVideoX transformer of width {self.width} with {self.layers} layers ({kind})"
-        return found + ("-I2V" if self.takes_image else "")
-
-    @property
-    def scale_factor(self) -> float:
-        """Factor on the first stage's latents that the published models were trained with."""
-        return 0.7 if self.rotary else 1.15258426
-
-    @property
-    def shift_scale(self) -> float:
-        """Shift of the noise schedule of the published models."""
-        return 1.0 if self.rotary else 3.0
+        if self.nearest.structure == self._structure:
+            return self.nearest.name
+        kind = ("rotary" if self.rotary else "sine positions") + (", from an image" if self.takes_image else "")
+        return f"CogVideoX transformer of width {self.width} with {self.layers} layers ({kind})"
 
     # --- configurations -------------------------------------------------------------------------------------------
 
@@ -127,32 +129,24 @@ class Sizes:
         config |= {"attention_head_dim": self.width // self.heads, "patch_size": self.patch[1]}
         config |= {"patch_size_t": None if self.patch[0] == 1 else self.patch[0], "dropout": 0.0, "norm_eps": 1e-5}
         config |= {"activation_fn": "gelu-approximate", "timestep_activation_fn": "silu"}
+        config |= {"patch_bias": False} if self.patch[0] > 1 else {}  # as published; the layer has one all the same
         return config if self.ofs_width is None else {**config, "ofs_embed_dim": self.ofs_width}
 
     def sat_params(self) -> dict[str, Any]:
         """`network_config.params` of a YAML file."""
         positions: dict[str, Any] = {"text_length": self.text_length}
         if self.rotary:
-            positions |= {"hidden_size_head": self.width // self.heads, "learnable_pos_embed": self.learned_positions}
-            positions |= {"hidden_size": self.width} if self.learned_positions else {}
+            positions["hidden_size_head"] = self.width // self.heads
+            positions |= {"learnable_pos_embed": True} if self.learned_positions else {}
         else:
             positions |= {"height_interpolation": self.spacing, "width_interpolation": self.spacing}
-        if self.time_spacing != 1.0:
-            positions["time_interpolation"] = self.time_spacing
+            positions |= {"time_interpolation": self.time_spacing} if self.time_spacing != 1.0 else {}
         kind = "Rotary3DPositionEmbeddingMixin" if self.rotary else "Basic3DPositionEmbeddingMixin"
         params: dict[str, Any] = {
-            "time_embed_dim": self.time_width,
+            **{name: getattr(self, size) for size, name in _SAT_FIELDS.items()},
             "elementwise_affine": True,
-            "num_frames": self.frames,
             "time_compressed_rate": STRIDES.time,
-            "latent_width": self.width_latent,
-            "latent_height": self.height,
-            "num_layers": self.layers,
             "patch_size": list(self.patch) if self.linear_patches else self.patch[1],
-            "in_channels": self.in_channels,
-            "out_channels": self.out_channels,
-            "hidden_size": self.width,
-            "num_attention_heads": self.heads,
             "transformer_args": {"vocab_size": 1, "max_sequence_length": 64, "layernorm_order": "pre",
                                  "skip_init": False, "model_parallel_size": 1, "is_decoder": False},
             "modules": {
@@ -217,14 +211,12 @@ class Sizes:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def sizes_of_sat(state: Mapping[str, Deferred], latent_channels: int = 16) -> Sizes:
+def sizes_of_sat(state: Mapping[str, Deferred]) -> Sizes:
     """Sizes of a SAT transformer (names without prefix, adapters apart) from its tensors alone.
 
     The clip size, the text length and the spacing of positions are read from a position table where there is one;
     otherwise those of the published model are taken and `assumed` says so.
 
-    Args:
-        latent_channels: channels of the first stage; tells patches of two frames from those of one.
     Raises:
         ConvertError: no such transformer, or a position table that its kind does not have.
     """
@@ -235,29 +227,20 @@ def sizes_of_sat(state: Mapping[str, Deferred], latent_channels: int = 16) -> Si
     if missing or not layers:
         raise ConvertError(f"not a whole CogVideoX transformer: {', '.join(missing) or 'its layers'} missing.")
     patch, text, time, final, head = (state[name].shape for name in needed)
-    in_channels, out_channels, size = _channels(patch, final[0], latent_channels)
-    sizes = Sizes(
-        width=patch[0], heads=patch[0] // head[0], layers=max(layers) + 1, time_width=time[0], text_width=text[1],
-        in_channels=in_channels, out_channels=out_channels, patch=size, linear_patches=len(patch) == 2,
-        rotary=True, learned_positions=False, ofs_width=state["ofs_embed.0.weight"].shape[1]
-        if "ofs_embed.0.weight" in state else None, frames=49, height=60, width_latent=90, text_length=226,
-        spacing=1.875,
-    )  # fmt: skip
-    return _with_positions(sizes, state)
-
-
-def _channels(patch: tuple[int, ...], out_values: int, latent: int) -> tuple[int, int, tuple[int, int, int]]:
-    """(in, out, patch) from the shapes of the patch embedding and of the last layer."""
-    if len(patch) == 4:
-        rows, columns = patch[2:]
-        return patch[1], out_values // (rows * columns), (1, rows, columns)
-    frames = out_values // (4 * latent)
-    if frames not in (1, 2) or out_values != 4 * latent * frames or patch[1] % (4 * frames):
+    layout = patch_layout(patch, final[0])
+    if layout is None:
         raise ConvertError(
-            f"patches of {patch[1]} values in and {out_values} out do not fit {latent} latent channels; "
+            f"patches of {patch[1]} values in and {final[0]} out do not fit {LATENT_CHANNELS} latent channels; "
             "give tools/convert_weight_sat2hf.py the network's YAML file (--config)."
         )
-    return patch[1] // (4 * frames), latent, (frames, 2, 2)
+    ofs = state["ofs_embed.0.weight"].shape[1] if "ofs_embed.0.weight" in state else None
+    sizes = Sizes(
+        width=patch[0], heads=patch[0] // head[0], layers=max(layers) + 1, time_width=time[0], text_width=text[1],
+        in_channels=layout.in_channels, out_channels=layout.out_channels, patch=layout.size,
+        linear_patches=len(patch) == 2, rotary=True, learned_positions=False, ofs_width=ofs, frames=0, height=0,
+        width_latent=0, text_length=0, spacing=1.875,
+    )  # fmt: skip
+    return _with_positions(sizes, state)
 
 
 def _with_positions(sizes: Sizes, state: Mapping[str, Deferred]) -> Sizes:
@@ -271,19 +254,21 @@ def _with_positions(sizes: Sizes, state: Mapping[str, Deferred]) -> Sizes:
             spacing=found.spacing, time_spacing=found.time_spacing,
         )  # fmt: skip
     marks = any(name in state for name in NOT_IN_HF) or sizes.linear_patches or sizes.takes_image
-    rotary = marks or sizes.width == _5B_WIDTH
-    if table is not None and not rotary:
+    sizes = replace(sizes, rotary=marks or sizes.width == _5B_WIDTH)
+    if table is not None and not sizes.rotary:
         raise ConvertError(
             f"{POSITIONS[0]} is not the sine table of a 2B model, and nothing says that this is a 5B model. Diffusers "
             "computes the table and cannot hold another one."
         )
-    if sizes.patch[0] > 1:
-        sizes = replace(sizes, height=300, width_latent=300, frames=81, text_length=224)
-    height, width = STRIDES.pixel_size(sizes.height, sizes.width_latent)
-    clip = f"{sizes.frames} frames of {height}x{width} (height x width)"
-    kind = "rotary positions" if rotary else "sine positions"
-    assumed = f"{kind}, {sizes.text_length} text tokens, {clip}, as the published model (not in the file)"
-    return replace(sizes, rotary=rotary, learned_positions=table is not None, assumed=assumed)
+    model = sizes.nearest
+    height, width = STRIDES.pixel_size(*model.grid)
+    clip = f"{model.frames} frames of {height}x{width} (height x width)"
+    kind = "rotary positions" if sizes.rotary else "sine positions"
+    return replace(
+        sizes, frames=model.frames, height=model.grid[0], width_latent=model.grid[1], text_length=model.text_length,
+        learned_positions=table is not None or (sizes.is_published and model.has_table),
+        assumed=f"{kind}, {model.text_length} text tokens, {clip}, as the published model (not in the file)",
+    )  # fmt: skip
 
 
 def sizes_of_hf(config: Mapping[str, Any]) -> Sizes:
@@ -296,19 +281,34 @@ def sizes_of_hf(config: Mapping[str, Any]) -> Sizes:
     values["out_channels"] = values["out_channels"] or values["in_channels"]
     values |= {name: float(values[name]) for name in ("spacing", "time_spacing")}
     head, patch = config.get("attention_head_dim", 64), config.get("patch_size", 2)
+    frames, ofs = config.get("patch_size_t"), config.get("ofs_embed_dim")
     counts = {name: values[size] for size, (name, default) in _HF_FIELDS.items() if type(default) is int}
     counts |= {"attention_head_dim": head, "patch_size": patch}
+    counts |= {name: v for name, v in (("patch_size_t", frames), ("ofs_embed_dim", ofs)) if v is not None}
     odd = [f"{name} {value!r}" for name, value in counts.items() if not _is_count(value)]
     if odd:
         raise ConvertError(f"the transformer's config.json is damaged: {', '.join(odd)}.")
     wrong = [f"{name} {config[name]!r}" for name, only in _HF_FIXED.items() if config.get(name, only) != only]
     if wrong:
         raise ConvertError(f"this diffusers transformer has no counterpart in SAT: {', '.join(wrong)}.")
-    frames = config.get("patch_size_t")
-    return Sizes(
+    sizes = Sizes(
         **values, width=values["heads"] * head, patch=(frames or 1, patch, patch), linear_patches=frames is not None,
-        ofs_width=config.get("ofs_embed_dim"),
+        ofs_width=ofs,
     )  # fmt: skip
+    return _as_released(sizes) if sizes.patch[0] > 1 else sizes
+
+
+def _as_released(sizes: Sizes) -> Sizes:
+    """1.5 as SAT has it: config.json may keep diffusers' text length, or give a clip's size for the tables'."""
+    model = sizes.nearest
+    height, width = model.grid if sizes.is_published else (sizes.height, sizes.width_latent)
+    text_length = model.text_length if sizes.text_length == _HF_TEXT_LENGTH else sizes.text_length
+    released = replace(sizes, text_length=text_length, height=height, width_latent=width)
+    pairs = {n: (getattr(released, n), getattr(sizes, n)) for n in ("text_length", "height", "width_latent")}
+    said = [
+        f"{_HF_FIELDS[n][0]} {value} (config.json: {given})" for n, (value, given) in pairs.items() if value != given
+    ]
+    return replace(released, assumed=f"{', '.join(said)}, as in SAT's release" if said else "")
 
 
 def _is_count(value: Any) -> bool:
@@ -324,20 +324,18 @@ def sizes_of_params(params: Mapping[str, Any]) -> Sizes:
     modules = {name: dict(node.get("params") or {}) for name, node in params["modules"].items()}
     positions = modules["pos_embed_config"]
     rotary = params["modules"]["pos_embed_config"]["target"].endswith("Rotary3DPositionEmbeddingMixin")
-    spacing = [positions.get(n, params.get(n, 1.0)) for n in ("height_interpolation", "width_interpolation")]
+    time, *spacing = (float(positions.get(n, params.get(n, 1.0))) for n in _INTERPOLATIONS)
     if not rotary and spacing[0] != spacing[1]:
         raise ConvertError(f"height_ and width_interpolation differ ({spacing}); diffusers has one value for both.")
     patch = params["patch_size"]
+    fields = {size: params[name] for size, name in _SAT_FIELDS.items() if name != "time_embed_dim"}
     return Sizes(
-        width=params["hidden_size"], heads=params["num_attention_heads"], layers=params["num_layers"],
-        time_width=params.get("time_embed_dim") or params["hidden_size"],
-        text_width=modules["patch_embed_config"]["text_hidden_size"], in_channels=params["in_channels"],
-        out_channels=params["out_channels"], patch=(1, patch, patch) if isinstance(patch, int) else tuple(patch),
-        linear_patches=not isinstance(patch, int), rotary=rotary,
-        learned_positions=bool(positions.get("learnable_pos_embed", False)), ofs_width=params.get("ofs_embed_dim"),
-        frames=params["num_frames"], height=params["latent_height"], width_latent=params["latent_width"],
-        text_length=positions["text_length"], spacing=1.875 if rotary else float(spacing[0]),
-        time_spacing=float(positions.get("time_interpolation", params.get("time_interpolation", 1.0))),
+        **fields, time_width=params.get("time_embed_dim") or params["hidden_size"],
+        text_width=modules["patch_embed_config"]["text_hidden_size"], ofs_width=params.get("ofs_embed_dim"),
+        patch=(1, patch, patch) if isinstance(patch, int) else tuple(patch), linear_patches=not isinstance(patch, int),
+        rotary=rotary, learned_positions=bool(positions.get("learnable_pos_embed", False)),
+        text_length=positions["text_length"], spacing=1.875 if rotary else spacing[0],
+        time_spacing=1.0 if rotary else time,
     )  # fmt: skip
 
 

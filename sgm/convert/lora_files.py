@@ -8,7 +8,7 @@ alpha = r, that is scaling 1.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -187,13 +187,22 @@ def sat_matrices(adapter: StoredAdapter, alpha: float | None = None) -> tuple[di
 # --- merging ---------------------------------------------------------------------------------------------------------
 
 
-def merged(plan: Mapping[str, Deferred], adapter: StoredAdapter, scale: float = 1.0) -> dict[str, Deferred]:
-    """SAT's weights W with W + scale * scaling * B A in place of each adapted one, in float32.
+def merged(
+    plan: Mapping[str, Deferred], adapters: Iterable[tuple[StoredAdapter, float]]
+) -> tuple[dict[str, Deferred], list[str]]:
+    """SAT's weights W with W + scale * scaling * B A in place of each adapted one, in float32; lines for the report.
 
     Raises:
         ConvertError: an adapted linear that `plan` lacks or that has another shape.
     """
-    result = dict(plan)
+    result, lines = dict(plan), []
+    for adapter, scale in adapters:
+        _add(result, adapter, scale)
+        lines.append(f"merged: {adapter.source}, {adapter}, factor {scale * adapter.scaling:g}")
+    return result, lines
+
+
+def _add(plan: dict[str, Deferred], adapter: StoredAdapter, scale: float) -> None:
     for linear, (a, b) in collect_pairs(adapter.matrices).items():
         weight, shape = plan.get(f"{linear}.weight"), (sum(up.shape[0] for up in b), a[0].shape[1])
         if weight is None:
@@ -203,5 +212,4 @@ def merged(plan: Mapping[str, Deferred], adapter: StoredAdapter, scale: float = 
                 f"{adapter.source} adapts {linear} as {list(shape)}, the base has {list(weight.shape)}; it belongs to "
                 "another model."
             )
-        result[f"{linear}.weight"] = added(weight, partial(lora_delta, a, b, scale * adapter.scaling))
-    return result
+        plan[f"{linear}.weight"] = added(weight, partial(lora_delta, a, b, scale * adapter.scaling))

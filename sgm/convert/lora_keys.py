@@ -58,8 +58,8 @@ def _share_out(rule: Rule, value: Tensor, kind: str, part: int, pairs: int) -> l
     return [(m, _stack([chunks[p] for p in parts])) for m, parts in zip(rule.hf, rule.takes, strict=True)]
 
 
-def lora_hf_to_sat(state: Mapping[str, Tensor], scaling: float = 1.0) -> dict[str, Tensor]:
-    """PEFT's names to SAT's (without `model.diffusion_model.`); B is divided by `scaling`, SAT's alpha / r.
+def lora_hf_to_sat(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """PEFT's names to SAT's (without `model.diffusion_model.`), matrices as they are.
 
     Raises:
         TransformerKeyError: names that are not LoRA of this network, or modulations of one layer with different A.
@@ -74,9 +74,7 @@ def lora_hf_to_sat(state: Mapping[str, Tensor], scaling: float = 1.0) -> dict[st
         rule, layer, groups = match
         sat = at_layer(rule.sat, layer)
         rule_of[sat] = rule
-        found[groups["kind"]][f"{sat} {rule.hf.index(groups['template'])}"] = (
-            value / scaling if groups["kind"] == "B" and scaling != 1.0 else value
-        )
+        found[groups["kind"]][f"{sat} {rule.hf.index(groups['template'])}"] = value
     refuse_unknown(unknown, len(state), "PEFT")
     out: dict[str, Tensor] = {}
     for sat, rule in rule_of.items():

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sgm.convert.lazy import ConvertError
+from sgm.modules.transformer.positions import sincos_axis
 
 _USUAL = (1.0, 1.875)  # of the published models; half precision blurs what the table says
 
@@ -56,9 +57,9 @@ def read_sine_table(table: Tensor) -> SineTable:
 def _check(grid: Tensor, found: SineTable) -> None:
     """Demand the values of the formula, frame by frame, up to the rounding of the table's type."""
     width = grid.shape[1]
-    column = _axis(found.columns, width // 8 * 3, found.spacing).expand(found.rows, -1, -1).flatten(0, 1)
-    row = _axis(found.rows, width // 8 * 3, found.spacing).repeat_interleave(found.columns, dim=0)
-    time = _axis(found.frames, width // 4, found.time_spacing)
+    column = sincos_axis(found.columns, width // 8 * 3, found.spacing).expand(found.rows, -1, -1).flatten(0, 1)
+    row = sincos_axis(found.rows, width // 8 * 3, found.spacing).repeat_interleave(found.columns, dim=0)
+    time = sincos_axis(found.frames, width // 4, found.time_spacing)
     allowed = 4 * torch.finfo(grid.dtype).eps + 1e-6
     for k, frame in enumerate(grid.split(found.rows * found.columns)):
         expected = torch.cat((time[k].expand(len(frame), -1), column, row), dim=1)
@@ -67,13 +68,6 @@ def _check(grid: Tensor, found: SineTable) -> None:
                 "the position table is not the sine table of its grid (it was trained or changed). Diffusers computes "
                 "the table and cannot hold another one."
             )
-
-
-def _axis(count: int, width: int, spacing: float) -> Tensor:
-    positions = torch.arange(count, dtype=torch.float32) / spacing
-    frequencies = 10000.0 ** (-torch.arange(width // 2, dtype=torch.float64) / (width / 2))
-    angles = positions.double()[:, None] * frequencies
-    return torch.cat((angles.sin(), angles.cos()), dim=1)
 
 
 def _period(part: Tensor) -> int:

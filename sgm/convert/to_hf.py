@@ -185,16 +185,14 @@ def _transformer(request: ToHf, weights: SatWeights, described: Described | None
     left_out = [n for n in (*NOT_IN_HF, POSITIONS[0]) if n in weights.network]
     left_out = [n for n in left_out if n != POSITIONS[0] or not sizes.learned_positions]
     lines += [f"left out, computed or never read by diffusers: {', '.join(left_out)}"] if left_out else []
-    own, network = adapter_in(weights, request.lora_alpha), weights.network
-    others = [(open_adapter(file.path), file.scale) for file in request.adapters]
-    for adapter, scale in [(own, 1.0), *others] if own else others:
-        network = merged(network, adapter, scale)
-        lines.append(f"merged: {adapter.source}, {adapter}, factor {scale * adapter.scaling:g}")
+    own = adapter_in(weights, request.lora_alpha)
+    adapters = [(own, 1.0)] if own else []
+    network, folded = merged(weights.network, adapters + [(open_adapter(a.path), a.scale) for a in request.adapters])
     plan = hf_plan(network, learned_positions=sizes.learned_positions)
     if sizes.linear_patches and sizes.patch[0] == 1:
         plan[_PATCH_HF] = reshaped(plan[_PATCH_HF], (sizes.width, sizes.in_channels, *sizes.patch[1:]))
     config = hf.with_class("CogVideoXTransformer3DModel", sizes.hf_config())
-    return Component("transformer", plan, config, lines), sizes
+    return Component("transformer", plan, config, [*lines, *folded]), sizes
 
 
 def _sizes(weights: SatWeights, described: Described | None) -> Sizes:
@@ -211,7 +209,7 @@ def _scale(name: str, described: Described | None, sizes: Sizes | None) -> float
     value = getattr(described, name, None)
     kind = described.sizes if described else sizes if sizes and sizes.is_published else None
     if value is None and kind:
-        value = getattr(kind, name)
+        value = getattr(kind.nearest, name)
     if value is None:
         raise ConvertError(
             f"no tensor says the model's {name} ({PUBLISHED_SCALES[name]}), and no YAML file beside "
@@ -235,7 +233,8 @@ def _vae(
     vae_sizes.check(state, params, source)
     factor = _scale("scale_factor", described, sizes)
     config = vae_keys.hf_config(params, factor)
-    if sizes is not None and sizes.patch[0] > 1:
+    kind = sizes or (described.sizes if described else None)
+    if kind is not None and kind.patch[0] > 1:  # as published: image latents are not scaled in SAT
         config["invert_scale_latents"] = True
     said = (
         described.path if described and described.scale_factor is not None else "assumed, that of the published models"

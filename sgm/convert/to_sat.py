@@ -150,18 +150,16 @@ def _transformer(request: ToSat, folder: Path) -> tuple[Component, Sizes]:
     sizes = sizes_of_hf(config)
     state = hf.read_component(folder, hf.DIFFUSION_STEM)
     lines = [f"{sizes.name} from {folder}, {len(state)} tensors"]
+    lines += [f"assumed: {sizes.assumed}"] if sizes.assumed else []
     plan = sat_plan(state)
     sizes.check(plan, str(folder))
     kinds = {name: value.dtype for name, value in plan.items()}
-    for file in request.adapters:
-        adapter = open_adapter(file.path)
-        plan = merged(plan, adapter, file.scale)
-        lines.append(f"merged: {adapter.source}, {adapter}, factor {file.scale * adapter.scaling:g}")
+    plan, folded = merged(plan, ((open_adapter(file.path), file.scale) for file in request.adapters))
     plan = {n: cast(n, t, request.dtype or kinds[n]) for n, t in plan.items()}  # sums come in float32
     if request.linear_patches and not sizes.linear_patches:
         sizes = replace(sizes, linear_patches=True)
         plan[_PATCH] = reshaped(plan[_PATCH], sizes.sat_shapes()[_PATCH])
-    return Component("transformer", plan, config, lines), sizes
+    return Component("transformer", plan, config, [*lines, *folded]), sizes
 
 
 def _vae(request: ToSat, folder: Path) -> tuple[Component, float]:
@@ -189,7 +187,7 @@ def _cast_all(plan: Mapping[str, Deferred], dtype: torch.dtype | None) -> dict[s
 
 def _shift_scale(source: Path, sizes: Sizes) -> float:
     file = source / _SCHEDULER
-    return float(read_json(file).get("snr_shift_scale", 3.0)) if file.is_file() else sizes.shift_scale
+    return float(read_json(file).get("snr_shift_scale", 3.0)) if file.is_file() else sizes.nearest.shift_scale
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

@@ -1,55 +1,124 @@
-"""What transformer is in a state dict? Read from names and shapes, for messages and tools."""
+"""What transformer is in a state dict? Read from names and shapes, for messages, tools and conversion."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import Tensor
-
+LATENT_CHANNELS = 16  # of every first stage of the family
 _LAYER = re.compile(r"(?:^|\.)transformer\.layers\.(\d+)\.")
+_ENDS = ("mixins.patch_embed.proj.weight", "mixins.final_layer.linear.weight", "mixins.patch_embed.text_proj.weight")
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published model: what its tensors show, and what none of them says.
+
+    Attributes:
+        width, layers: of the trunk.
+        patch_frames: latent frames of a token.
+        takes_image: image to video, with twice as many latent channels in as out.
+        rotary: q and k are rotated; otherwise a sine table is added.
+        text_length: text tokens.
+        frames: pixel frames that it was trained on.
+        grid: latent rows and columns that positions are made for.
+        scale_factor: on the first stage's latents.
+        shift_scale: of the noise schedule.
+    """
+
+    name: str
+    width: int
+    layers: int
+    patch_frames: int
+    takes_image: bool
+    rotary: bool
+    text_length: int
+    frames: int
+    grid: tuple[int, int]
+    scale_factor: float
+    shift_scale: float
+
+    @property
+    def structure(self) -> tuple[int, bool, bool, int, int]:
+        """What distinguishes it, the most telling first."""
+        return self.patch_frames, self.rotary, self.takes_image, self.width, self.layers
+
+    @property
+    def has_table(self) -> bool:
+        """Whether a trained position table is added beside the rotations."""
+        return self.takes_image and self.patch_frames == 1
+
+
+_2B = Published("CogVideoX-2B", 1920, 30, 1, False, False, 226, 49, (60, 90), 1.15258426, 3.0)
+_5B = Published("CogVideoX-5B", 3072, 42, 1, False, True, 226, 49, (60, 90), 0.7, 1.0)
+_1_5 = Published("CogVideoX1.5-5B", 3072, 42, 2, False, True, 224, 81, (300, 300), 0.7, 1.0)
+_FROM_IMAGE = (replace(model, name=f"{model.name}-I2V", takes_image=True) for model in (_5B, _1_5))
+PUBLISHED = {(m.width, m.layers, m.patch_frames, m.takes_image): m for m in (_2B, _5B, _1_5, *_FROM_IMAGE)}
+
+
+class PatchLayout(NamedTuple):
+    """Latent channels in and out, and (frames, rows, columns) of a token."""
+
+    in_channels: int
+    out_channels: int
+    size: tuple[int, int, int]
+
+
+def patch_layout(patch: Sequence[int], out_values: int | None) -> PatchLayout | None:
+    """Read from the shape of the patch embedding's weight and the rows of the final layer (None: not in the file).
+
+    A linear embedding of 128 values is 5B image-to-video's or 1.5's: the final layer tells how many frames a token has.
+    None where the two do not fit each other.
+    """
+    if len(patch) == 4:
+        rows, columns = patch[2:]
+        out = LATENT_CHANNELS if out_values is None else out_values // (rows * columns)
+        return PatchLayout(patch[1], out, (1, rows, columns))
+    frames = (out_values or 0) // (4 * LATENT_CHANNELS)
+    if frames not in (1, 2) or out_values != 4 * LATENT_CHANNELS * frames or patch[1] % (4 * frames):
+        return None
+    return PatchLayout(patch[1] // (4 * frames), LATENT_CHANNELS, (frames, 2, 2))
 
 
 @dataclass(frozen=True)
 class TransformerShape:
-    """Sizes of a CogVideoX transformer: width, layers, latent channels at the input, and which patch embedding."""
+    """Sizes of a CogVideoX transformer.
+
+    Attributes:
+        hidden_size, num_layers: width and depth.
+        patch: channels and size of its tokens; None where the file does not say.
+        linear_patches: they are embedded by a linear layer (the original's later code), not by a convolution.
+    """
 
     hidden_size: int
     num_layers: int
-    in_values: int  # values of one patch (linear embedding) or latent channels (convolution)
+    patch: PatchLayout | None
     linear_patches: bool
 
     @property
     def family(self) -> str:
         """Name of the published model with these sizes, or the sizes."""
-        kind = (self.hidden_size, self.num_layers, self.linear_patches, self.in_values)
-        return _FAMILIES.get(kind, f"a transformer of width {self.hidden_size} with {self.num_layers} layers")
+        found = None
+        if self.patch is not None:
+            takes_image = self.patch.in_channels > self.patch.out_channels
+            found = PUBLISHED.get((self.hidden_size, self.num_layers, self.patch.size[0], takes_image))
+        return found.name if found else f"a transformer of width {self.hidden_size} with {self.num_layers} layers"
 
 
-_FAMILIES = {
-    (1920, 30, False, 16): "CogVideoX-2B",
-    (3072, 42, False, 16): "CogVideoX-5B",
-    (3072, 42, True, 64): "CogVideoX-5B",
-    (3072, 42, False, 32): "CogVideoX-5B-I2V",
-    (3072, 42, True, 128): "CogVideoX1.5-5B",
-    (3072, 42, True, 256): "CogVideoX1.5-5B-I2V",
-}
-
-
-def transformer_shape(state: Mapping[str, Tensor]) -> TransformerShape | None:
+def transformer_shape(state: Mapping[str, Any]) -> TransformerShape | None:
     """Sizes read from a network state dict (keys without `model.diffusion_model.`); None if it is no such thing."""
-    patch = state.get("mixins.patch_embed.proj.weight")
-    text = state.get("mixins.patch_embed.text_proj.weight")
+    patch, final, text = (state[name].shape if name in state else None for name in _ENDS)
     layers = {int(m.group(1)) for name in state if (m := _LAYER.search(name))}
     if patch is None or text is None or not layers:
         return None
-    return TransformerShape(patch.shape[0], max(layers) + 1, patch.shape[1], patch.ndim == 2)
+    layout = patch_layout(patch, None if final is None else final[0])
+    return TransformerShape(patch[0], max(layers) + 1, layout, len(patch) == 2)
 
 
-def what_is(state: Mapping[str, Tensor]) -> str:
+def what_is(state: Mapping[str, Any]) -> str:
     """A few words on a state dict for error messages."""
     shape = transformer_shape(state)
     if shape is not None:
@@ -67,20 +136,30 @@ def what_is(state: Mapping[str, Tensor]) -> str:
     return f"unknown weights ({len(state)} tensors" + (f", first {next(iter(state))!r})" if state else ")")
 
 
-def fitting_configs(state: Mapping[str, Tensor], folder: Path) -> list[str]:
-    """YAML files in `folder` whose network has the width, depth and patch embedding of `state`."""
+def fitting_configs(state: Mapping[str, Any], folder: Path) -> list[str]:
+    """YAML files in `folder` for the network of `state`, with the option that one needs for the form of its patches."""
     shape = transformer_shape(state)
     if shape is None:
         return []
-    sizes = (shape.hidden_size, shape.num_layers, shape.linear_patches)
-    return [str(path) for path in sorted(folder.glob("*.yaml")) if _network_sizes(path) == sizes]
+    found = {str(path): network for path in sorted(folder.glob("*.yaml")) if (network := _network_shape(path))}
+    size = "[1,2,2]" if shape.linear_patches else "2"
+    return [path for path, network in found.items() if network == shape] or [
+        f"{path} --set model.network_config.params.patch_size={size}"
+        for path, network in found.items()
+        if shape.patch
+        and shape.patch.size == (1, 2, 2)
+        and network == replace(shape, linear_patches=network.linear_patches)
+    ]
 
 
-def _network_sizes(path: Path) -> tuple[int, int, bool] | None:
+def _network_shape(path: Path) -> TransformerShape | None:
     from sgm.config import ConfigError, merge_yaml
 
     try:
         network: dict[str, Any] = merge_yaml([path])["model"]["network_config"]["params"]
-        return network["hidden_size"], network["num_layers"], not isinstance(network["patch_size"], int)
-    except (ConfigError, KeyError, TypeError):  # not a model configuration: it cannot fit
+        patch = network["patch_size"]
+        size = (1, patch, patch) if isinstance(patch, int) else (patch[0], patch[1], patch[2])
+        layout = PatchLayout(network["in_channels"], network["out_channels"], size)
+        return TransformerShape(network["hidden_size"], network["num_layers"], layout, not isinstance(patch, int))
+    except (ConfigError, KeyError, TypeError, IndexError):  # not a model configuration: it cannot fit
         return None

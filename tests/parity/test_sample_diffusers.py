@@ -1,61 +1,83 @@
-"""A whole sample, latents and pixels, against diffusers' pipeline: its loop, transformer, schedulers and VAE, our weights.
+"""Pipelines of diffusers' own classes, of all kinds, through the converters: there and back, and a whole sample.
 
-Both start from the same noise and draw the same noise on the way; prompt embeddings and zero negatives are given. With
-our schedule in their scheduler both agree; with the stock schedulers they are as far apart as docs/figures.md says.
+Both sides start from the same noise and draw the same noise on the way; prompt embeddings and zero negatives are given.
+With our schedule in their scheduler both agree; with the stock schedulers they are as far apart as docs/figures.md says.
 """
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
-from sgm.convert import dit_keys, dit_sizes, vae_keys
+from sgm.config import merge_yaml
 from sgm.models.diffusion import SATVideoDiffusionEngine
-from tests.dit_tiny import TEXT_LENGTH, TEXT_WIDTH, tiny_config
-from tests.training_tiny import DISCRETIZATION, MODULES, model_section
+from sgm.models.loading import load_first_stage, load_network
+from tests.convert_tiny import KINDS, SCHEDULE, make_pipeline
+from tests.dit_tiny import TEXT_LENGTH, TEXT_WIDTH
+from tests.training_tiny import MODULES
+from tools import convert_weight_hf2sat, convert_weight_sat2hf
 
 diffusers = pytest.importorskip("diffusers")
 
-SCALE = 1.15258426
-SCHEDULE = dict(
-    beta_start=0.00085, beta_end=0.0120, beta_schedule="scaled_linear", clip_sample=False, snr_shift_scale=3.0,
-    prediction_type="v_prediction", timestep_spacing="trailing", rescale_betas_zero_snr=True, set_alpha_to_one=True,
-)  # fmt: skip
+
+@dataclass(frozen=True)
+class Converted:
+    """A pipeline, the folder that it came from, and the SAT release made of it."""
+
+    pipeline: Any
+    hf: Path
+    sat: Path
 
 
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory) -> SATVideoDiffusionEngine:
-    model = model_section(tmp_path_factory.mktemp("none"))
-    del model["conditioner_config"], model["loss_fn_config"], model["first_stage_config"]["params"]["ckpt_path"]
-    model["network_config"] = tiny_config()
-    engine = SATVideoDiffusionEngine(**model).eval()
-    draw = torch.Generator().manual_seed(5)
-    for name, parameter in engine.named_parameters():
-        if "pos_embedding" not in name:
-            spread = 0.08 if name.startswith("model.") else 0.3 * (parameter.ndim == 1)
-            with torch.no_grad():
-                centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-                if spread:
-                    parameter.copy_(centre + spread * torch.randn(parameter.shape, generator=draw))
-    return engine
+@pytest.fixture(scope="module", params=KINDS)
+def converted(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Converted:
+    folder = tmp_path_factory.mktemp(request.param)
+    pipeline = make_pipeline(folder / "hf", request.param)
+    pipeline.transformer.norm_out.norm.eps = 1e-6  # SAT's; diffusers' configuration has one eps for all
+    arguments = ["--input_path", str(folder / "hf"), "--output_path", str(folder / "sat")]
+    assert convert_weight_hf2sat.main(arguments) == 0
+    return Converted(pipeline, folder / "hf", folder / "sat")
 
 
-@pytest.fixture(scope="module")
-def theirs(engine) -> Any:
-    coder = model_section(Path("nowhere"))["first_stage_config"]["params"]["decoder_config"]["params"]
-    vae = diffusers.AutoencoderKLCogVideoX(**vae_keys.hf_config(coder, scale_factor=SCALE)).eval()
-    vae.load_state_dict(vae_keys.sat_to_hf(engine.first_stage_model.state_dict()), strict=True)
-    transformer = diffusers.CogVideoXTransformer3DModel(**dit_sizes.hf_config(tiny_config()["params"])).eval()
-    transformer.load_state_dict(dit_keys.sat_to_hf(engine.network.state_dict()), strict=True)
-    transformer.norm_out.norm.eps = 1e-6
-    pipeline = diffusers.CogVideoXPipeline(None, None, vae, transformer, diffusers.CogVideoXDPMScheduler(**SCHEDULE))
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+def engine_of(release: Path) -> SATVideoDiffusionEngine:
+    """What the YAML file of a converted release describes, with its weights, without its text encoder."""
+    content = merge_yaml([release / "infer.yaml"])
+    model = {
+        name: node for name, node in content["model"].items() if name not in ("conditioner_config", "loss_fn_config")
+    }
+    with torch.device("meta"):
+        engine = SATVideoDiffusionEngine(**model)
+    where = {"device": torch.device("cpu"), "dtype": torch.float32}
+    load_network(engine.network, content["args"]["load"], allow_absent=True, **where)
+    load_first_stage(engine.autoencoder, **where)
+    return engine.eval()
+
+
+# --- there and back --------------------------------------------------------------------------------------------------
+
+
+def test_there_and_back_to_the_bit(converted: Converted, tmp_path: Path) -> None:
+    sat = converted.sat
+    arguments = ["--transformer_ckpt_path", str(sat / "transformer"), "--vae_ckpt_path", str(sat / "vae" / "3d-vae.pt"),
+                 "--text_encoder_path", str(sat / "t5-v1_1-xxl"), "--fp32", "--output_path", str(tmp_path / "back")]  # fmt: skip
+    assert convert_weight_sat2hf.main(arguments) == 0
+    for part in ("transformer", "vae", "text_encoder"):
+        before, after = (load_file(next((f / part).glob("*.safetensors"))) for f in (converted.hf, tmp_path / "back"))
+        assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    back = type(converted.pipeline).from_pretrained(tmp_path / "back")
+    for part in ("transformer", "vae", "scheduler"):
+        ours, theirs = getattr(back, part), getattr(converted.pipeline, part)
+        assert type(ours) is type(theirs)
+        for name in theirs.config.keys() - {"_name_or_path", "_use_default_values", "_diffusers_version"}:
+            assert json.dumps(ours.config[name]) == json.dumps(theirs.config[name]), (part, name)
 
 
 def inject(scheduler: Any, engine: SATVideoDiffusionEngine, steps: int) -> Any:
@@ -80,54 +102,75 @@ def inject(scheduler: Any, engine: SATVideoDiffusionEngine, steps: int) -> Any:
     return scheduler
 
 
+def posterior_draw(engine: SATVideoDiffusionEngine, image: Tensor, draw: torch.Generator) -> Tensor:
+    """Unscaled latents (1, 1, 16, h, w) of pixels (1, 3, H, W) in [-1, 1], their noise from `draw`."""
+    mean, log_variance = engine.autoencoder.moments(image[:, :, None]).chunk(2, dim=1)
+    z = mean + (0.5 * log_variance).exp() * torch.randn(mean.shape, generator=draw)
+    return z.transpose(1, 2)
+
+
 @torch.no_grad()
-def sample_both(
-    engine: SATVideoDiffusionEngine, theirs: Any, sampler: str, steps: int, injected: bool
-) -> dict[str, Tensor]:
-    """Latents (1, 3, 16, 6, 10) and pixels in [0, 1], ours and theirs."""
+def sample_both(converted: Converted, sampler: str, steps: int, injected: bool) -> dict[str, Tensor]:
+    """Latents (1, t, 16, 4, 6) and pixels in [0, 1] of 9 frames, ours and theirs; the image, if any, is random."""
     from sgm.util import instantiate_from_config
 
+    engine, theirs = engine_of(converted.sat), converted.pipeline
+    shift = {"target": f"{MODULES}.discretizer.ZeroSNRDDPMDiscretization",
+             "params": {"shift_scale": theirs.scheduler.config.snr_shift_scale}}  # fmt: skip
     engine.sampler = instantiate_from_config({
         "target": f"{MODULES}.sampling.{sampler}",
-        "params": {"num_steps": steps, "discretization_config": DISCRETIZATION, "guider_config": {
+        "params": {"num_steps": steps, "discretization_config": shift, "guider_config": {
             "target": f"{MODULES}.guiders.DynamicCFG", "params": {"scale": 6, "exp": 5, "num_steps": steps}}},
     })  # fmt: skip
     kinds = {
         "VideoDDIMSampler": diffusers.CogVideoXDDIMScheduler,
         "VPSDEDPMPP2MSampler": diffusers.CogVideoXDPMScheduler,
     }
-    scheduler = kinds[sampler](**SCHEDULE)
+    scheduler = kinds[sampler](**SCHEDULE, snr_shift_scale=theirs.scheduler.config.snr_shift_scale)
     theirs.scheduler = inject(scheduler, engine, steps) if injected else scheduler
-    draw = torch.Generator().manual_seed(1)
-    noise = torch.randn(1, 3, 16, 6, 10, generator=draw)
+    config, draw = theirs.transformer.config, torch.Generator().manual_seed(1)
+    noise = torch.randn(1, 4 if config.patch_size_t else 3, 16, 4, 6, generator=draw)
     text = torch.randn(1, TEXT_LENGTH, TEXT_WIDTH, generator=draw)
+    image = torch.rand(1, 3, 32, 48, generator=draw)
     state = draw.get_state()
-    ours = engine.sample({"crossattn": text}, {"crossattn": torch.zeros_like(text)}, noise=noise,
-                         noise_sampler=lambda x: torch.randn(x.shape, generator=draw))  # fmt: skip
-    common = dict(height=48, width=80, num_frames=9, num_inference_steps=steps, guidance_scale=6.0,
+    cond, given, inputs = {"crossattn": text}, {}, {}
+    if config.in_channels > 16:
+        given = {"image": image}
+        latents = posterior_draw(engine, image * 2 - 1, draw) * (1.0 if config.ofs_embed_dim else 0.7)
+        cond["concat"] = torch.cat([latents, torch.zeros_like(noise[:, 1:])], dim=1)
+    if config.ofs_embed_dim:
+        inputs["ofs"] = torch.tensor([2.0])
+        theirs.vae_scaling_factor_image = 1.0  # they multiply by 1 / 0.7 where SAT does not
+    ours = engine.sample(cond, cond | {"crossattn": torch.zeros_like(text)}, noise=noise,
+                         noise_sampler=lambda x: torch.randn(x.shape, generator=draw), **inputs)  # fmt: skip
+    common = dict(height=32, width=48, num_frames=9, num_inference_steps=steps, guidance_scale=6.0,
                   use_dynamic_cfg=True, prompt_embeds=text, negative_prompt_embeds=torch.zeros_like(text),
                   return_dict=False, output_type="latent")  # fmt: skip
     draw.set_state(state)
-    other = theirs(latents=noise, generator=draw, **common)[0]
-    pixels = engine.decode_first_stage(ours.transpose(1, 2))
+    other = theirs(latents=noise, generator=draw, **common, **given)[0]
+    theirs.vae_scaling_factor_image = theirs.vae.config.scaling_factor
+    clip = slice(noise.shape[1] % 2 == 0, None)  # of an even number the first is for the patches alone
+    pixels = engine.decode_first_stage(ours[:, clip].transpose(1, 2))
     return {
         "latents": ours, "their latents": other,
         "pixels": ((pixels + 1) / 2).clamp(0, 1),
-        "their pixels": (theirs.decode_latents(other) / 2 + 0.5).clamp(0, 1),
+        "their pixels": (theirs.decode_latents(other[:, clip]) / 2 + 0.5).clamp(0, 1),
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("sampler", ["VideoDDIMSampler", "VPSDEDPMPP2MSampler"])
-def test_agrees_with_our_schedule(engine, theirs, sampler):
-    found = sample_both(engine, theirs, sampler, steps=20, injected=True)
-    assert found["latents"].std() > 0.3 and found["pixels"].std() > 0.05
-    torch.testing.assert_close(found["latents"], found["their latents"], rtol=0, atol=1e-4)
-    torch.testing.assert_close(found["pixels"], found["their pixels"], rtol=0, atol=1e-4)
+def test_agrees_with_our_schedule(converted: Converted) -> None:
+    is_2b = not converted.pipeline.transformer.config.use_rotary_positional_embeddings
+    for sampler in ["VPSDEDPMPP2MSampler", *(["VideoDDIMSampler"] if is_2b else [])]:
+        found = sample_both(converted, sampler, steps=20 if is_2b else 8, injected=True)
+        assert found["latents"].std() > 0.3 and found["pixels"].std() > 0.05
+        torch.testing.assert_close(found["latents"], found["their latents"], rtol=0, atol=1e-4)
+        torch.testing.assert_close(found["pixels"], found["their pixels"], rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("converted", ["2b"], indirect=True)
 @pytest.mark.parametrize("sampler", ["VideoDDIMSampler", "VPSDEDPMPP2MSampler"])
-def test_differs_from_the_stock_schedulers_as_documented(engine, theirs, sampler):
-    found = sample_both(engine, theirs, sampler, steps=50, injected=False)
+def test_differs_from_the_stock_schedulers_as_documented(converted: Converted, sampler: str) -> None:
+    found = sample_both(converted, sampler, steps=50, injected=False)
     rms = (found["latents"] - found["their latents"]).square().mean().sqrt() / found["latents"].square().mean().sqrt()
     print(f"{sampler}: {rms:.3%} rms of the latents")
     assert 1e-4 < rms < 0.05

@@ -9,6 +9,7 @@ import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,58 @@ def test_sizes_agree_in_all_their_forms(variant: str) -> None:
     named = {name: tuple(t.shape) for name, t in network.state_dict().items()}
     computed = {*network.dead_keys(), *network.computed_state()}
     assert sizes.sat_shapes() == {name: shape for name, shape in named.items() if name not in computed}
+
+
+PUBLISHED_HF: dict[str, dict[str, Any]] = {  # what the published config.json say beside diffusers' defaults
+    "CogVideoX-5B": {},
+    "CogVideoX-5B-I2V": {"in_channels": 32, "use_learned_positional_embeddings": True},
+    "CogVideoX1.5-5B": {"patch_size_t": 2, "patch_bias": False, "sample_frames": 81, "sample_height": 300,
+                        "sample_width": 300},
+    "CogVideoX1.5-5B-I2V": {"patch_size_t": 2, "patch_bias": False, "sample_frames": 81, "sample_height": 96,
+                            "sample_width": 170, "in_channels": 32, "ofs_embed_dim": 512},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED_HF)
+def test_published_configurations_become_those_of_the_original(name: str) -> None:
+    heads = {"num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": True}
+    sizes = sizes_of_hf(heads | PUBLISHED_HF[name])
+    later, image = "1.5" in name, "I2V" in name
+    assert sizes.name == name and sizes.is_published and bool(sizes.assumed) == later
+    params = sizes.sat_params()
+    expected = {"hidden_size": 3072, "num_frames": 81 if later else 49, "in_channels": 32 if image else 16,
+                "patch_size": [2, 2, 2] if later else 2, "latent_height": 300 if later else 60,
+                "latent_width": 300 if later else 90, "ofs_embed_dim": 512 if later and image else None}  # fmt: skip
+    assert {key: params.get(key) for key in expected} == expected
+    positions = params["modules"]["pos_embed_config"]["params"]
+    table = {"learnable_pos_embed": True} if image and not later else {}
+    assert positions == {"hidden_size_head": 64, "text_length": 224 if later else 226} | table
+    state = {n: torch.empty(shape, device="meta") for n, shape in sizes.sat_shapes().items()}
+    assert len(state) == {"CogVideoX-5B-I2V": 773, "CogVideoX1.5-5B-I2V": 776}.get(name, 772)  # + SAT's unused one
+    assert sum(t.numel() for t in state.values()) + 64 * 3072 == VALUES[name]
+    if table:  # which cannot be computed
+        state = {n: t for n, t in state.items() if "pos_embedding" not in n}
+        with pytest.raises(ConvertError, match="CogVideoX-5B-I2V: missing .1.: mixins.pos_embed.pos_embedding"):
+            sizes_of_sat(all_deferred(state)).check(state, "the file")
+    else:
+        assert replace(sizes_of_sat(all_deferred(state)), assumed="") == replace(sizes, assumed="")
+
+
+VALUES = {"CogVideoX-5B": 5_570_479_680, "CogVideoX-5B-I2V": 5_625_284_160, "CogVideoX1.5-5B": 5_570_872_960,
+          "CogVideoX1.5-5B-I2V": 5_571_791_488}  # fmt: skip  # of the original's networks
+
+
+@pytest.mark.parametrize("rank", [128, 256])
+def test_adapters_of_42_layers_there_and_back(rank: int, tmp_path: Path) -> None:
+    matrices = adapter_matrices(rank=rank, layers=42, width=64)
+    save_pt(tmp_path / "a.pt", {"module": matrices, "lora": {"rank": rank, "alpha": 1.0}})
+    assert len(matrices) == 336
+    export_lora(ToHf(tmp_path / "hf", tmp_path / "a.pt"))
+    assert len(load_file(tmp_path / "hf" / "pytorch_lora_weights.safetensors")) == 336
+    import_lora(ToSat(tmp_path / "hf", tmp_path / "back"))
+    back = read_transformer(tmp_path / "back")
+    same(back.network, {n.removeprefix(NETWORK_PREFIX): t for n, t in matrices.items()})
+    assert (back.lora["rank"], back.lora["alpha"]) == (rank, 1.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

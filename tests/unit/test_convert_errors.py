@@ -17,8 +17,7 @@ import pytest
 import torch
 
 from sgm.convert.lazy import ConvertError
-from sgm.convert.output import whole_folder
-from sgm.convert.upload import push_to_hub
+from sgm.convert.output import push_to_hub, whole_folder
 from sgm.files import SaveError
 from sgm.modules.encoders.modules import FrozenT5Embedder
 from sgm.modules.encoders.tokenizer import T5Tokenizer

@@ -272,23 +272,44 @@ def test_entries_of_other_parts_are_set_aside_and_foreign_ones_refused(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("width", "layers", "patch", "family"),
+    ("width", "layers", "patch", "rows", "family"),
     [
-        (1920, 30, (16, 2, 2), "CogVideoX-2B"),
-        (3072, 42, (16, 2, 2), "CogVideoX-5B"),
-        (3072, 42, (64,), "CogVideoX-5B"),
-        (3072, 42, (128,), "CogVideoX1.5-5B"),
-        (64, 3, (16, 2, 2), "width 64 with 3 layers"),
+        (1920, 30, (16, 2, 2), 64, "CogVideoX-2B"),
+        (3072, 42, (16, 2, 2), 64, "CogVideoX-5B"),
+        (3072, 42, (64,), 64, "CogVideoX-5B"),
+        (3072, 42, (32, 2, 2), 64, "CogVideoX-5B-I2V"),
+        (3072, 42, (128,), 64, "CogVideoX-5B-I2V"),  # the original's later form
+        (3072, 42, (128,), 128, "CogVideoX1.5-5B"),
+        (3072, 42, (256,), 128, "CogVideoX1.5-5B-I2V"),
+        (3072, 42, (128,), None, "a transformer of width 3072 with 42 layers"),
+        (64, 3, (16, 2, 2), 64, "width 64 with 3 layers"),
     ],
 )
-def test_published_models_are_recognised(width, layers, patch, family):
-    state = network_state(1, layers) | {
-        "mixins.patch_embed.proj.weight": torch.empty(width, *patch, device="meta"),
-        "mixins.patch_embed.text_proj.weight": torch.empty(width, 4096, device="meta"),
-    }
-    assert family in what_is(state) and transformer_shape(state).num_layers == layers
+def test_published_models_are_recognised(width, layers, patch, rows, family):
+    state = published_state(width, layers, patch, rows)
+    assert f"{family} (width" in what_is(state) and transformer_shape(state).num_layers == layers
     fits = [Path(p).name for p in fitting_configs(state, REPO / "configs")]
     assert ("cogvideox_2b_infer.yaml" in fits) == (family == "CogVideoX-2B")
+
+
+def published_state(width: int, layers: int, patch: tuple[int, ...], rows: int | None) -> dict[str, torch.Tensor]:
+    ends = {"patch_embed.proj": (width, *patch), "patch_embed.text_proj": (width, 4096)}
+    ends |= {"final_layer.linear": (rows, width)} if rows else {}
+    shapes = {f"mixins.{name}.weight": torch.empty(shape, device="meta") for name, shape in ends.items()}
+    return network_state(1, layers) | shapes
+
+
+def test_a_file_of_patches_in_the_other_form_gets_the_option_that_reads_it(tmp_path):
+    content = (REPO / "configs" / "cogvideox_2b_infer.yaml").read_text()
+    (tmp_path / "a.yaml").write_text(content)
+    (tmp_path / "other.yaml").write_text(content.replace("hidden_size: 1920", "hidden_size: 960"))
+    (fit,) = fitting_configs(published_state(1920, 30, (64,), 64), tmp_path)
+    assert fit == f"{tmp_path / 'a.yaml'} --set model.network_config.params.patch_size=[1,2,2]"
+    from sgm.config import merge_yaml
+
+    path, _, setting = fit.split(" ")
+    network = merge_yaml([path], [setting])["model"]["network_config"]["params"]
+    assert network["patch_size"] == [1, 2, 2]
 
 
 def test_what_holds_no_transformer_is_named():
