@@ -102,13 +102,6 @@ def inject(scheduler: Any, engine: SATVideoDiffusionEngine, steps: int) -> Any:
     return scheduler
 
 
-def posterior_draw(engine: SATVideoDiffusionEngine, image: Tensor, draw: torch.Generator) -> Tensor:
-    """Unscaled latents (1, 1, 16, h, w) of pixels (1, 3, H, W) in [-1, 1], their noise from `draw`."""
-    mean, log_variance = engine.autoencoder.moments(image[:, :, None]).chunk(2, dim=1)
-    z = mean + (0.5 * log_variance).exp() * torch.randn(mean.shape, generator=draw)
-    return z.transpose(1, 2)
-
-
 @torch.no_grad()
 def sample_both(converted: Converted, sampler: str, steps: int, injected: bool) -> dict[str, Tensor]:
     """Latents (1, t, 16, 4, 6) and pixels in [0, 1] of 9 frames, ours and theirs; the image, if any, is random."""
@@ -133,15 +126,14 @@ def sample_both(converted: Converted, sampler: str, steps: int, injected: bool) 
     text = torch.randn(1, TEXT_LENGTH, TEXT_WIDTH, generator=draw)
     image = torch.rand(1, 3, 32, 48, generator=draw)
     state = draw.get_state()
-    cond, given, inputs = {"crossattn": text}, {}, {}
+    given, inputs = {}, {}
     if config.in_channels > 16:
         given = {"image": image}
-        latents = posterior_draw(engine, image * 2 - 1, draw) * (1.0 if config.ofs_embed_dim else 0.7)
-        cond["concat"] = torch.cat([latents, torch.zeros_like(noise[:, 1:])], dim=1)
-    if config.ofs_embed_dim:
-        inputs["ofs"] = torch.tensor([2.0])
-        theirs.vae_scaling_factor_image = 1.0  # they multiply by 1 / 0.7 where SAT does not
-    ours = engine.sample(cond, cond | {"crossattn": torch.zeros_like(text)}, noise=noise,
+        posterior = torch.randn(1, 16, 1, 4, 6, generator=draw)
+        inputs = {"image": engine.encode_image((image * 2 - 1)[:, :, None], noise.shape[1], noise=posterior)}
+    if theirs.vae.config.invert_scale_latents:  # they multiply an image's latents by 1 / 0.7, SAT does not
+        theirs.vae_scaling_factor_image = 1.0
+    ours = engine.sample({"crossattn": text}, {"crossattn": torch.zeros_like(text)}, noise=noise,
                          noise_sampler=lambda x: torch.randn(x.shape, generator=draw), **inputs)  # fmt: skip
     common = dict(height=32, width=48, num_frames=9, num_inference_steps=steps, guidance_scale=6.0,
                   use_dynamic_cfg=True, prompt_embeds=text, negative_prompt_embeds=torch.zeros_like(text),
@@ -149,12 +141,11 @@ def sample_both(converted: Converted, sampler: str, steps: int, injected: bool) 
     draw.set_state(state)
     other = theirs(latents=noise, generator=draw, **common, **given)[0]
     theirs.vae_scaling_factor_image = theirs.vae.config.scaling_factor
-    clip = slice(noise.shape[1] % 2 == 0, None)  # of an even number the first is for the patches alone
-    pixels = engine.decode_first_stage(ours[:, clip].transpose(1, 2))
+    pixels = engine.decode_first_stage(engine.drop_first(ours).transpose(1, 2))
     return {
         "latents": ours, "their latents": other,
         "pixels": ((pixels + 1) / 2).clamp(0, 1),
-        "their pixels": (theirs.decode_latents(other[:, clip]) / 2 + 0.5).clamp(0, 1),
+        "their pixels": (theirs.decode_latents(engine.drop_first(other)) / 2 + 0.5).clamp(0, 1),
     }  # fmt: skip
 
 
