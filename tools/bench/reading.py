@@ -21,7 +21,8 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO))
 
-SIZES = {"480x720": (720, 480), "720x1280": (1280, 720), "1080x1920": (1920, 1080)}
+# Width, height, and a bit rate as videos on the web have it.
+SIZES = {"480x720": (720, 480, "2M"), "720x1280": (1280, 720, "5M"), "1080x1920": (1920, 1080, "8M")}
 # Runs in either checkout, with its interpreter: what it imports has been there since.
 READ = """
 import json, os, resource, sys, time
@@ -67,23 +68,26 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, nargs="+", default=[2, 8], metavar="N", help="numbers to try")
     parser.add_argument("--clips", type=int, default=24, help="clips to time in each round")
     parser.add_argument("--rounds", type=int, default=3, help="of both checkouts in turn; the median counts")
+    parser.add_argument("--videos", type=Path, metavar="FOLDER", help="where the videos lie, or are made and kept")
     return parser.parse_args(arguments)
 
 
-def make_videos(folder: Path, size: tuple[int, int], count: int = 4) -> None:
-    """Captioned videos of ten seconds; their bit rate is that of videos on the web."""
+def make_videos(folder: Path, size: tuple[int, int, str], count: int = 4) -> None:
+    """Captioned videos of ten seconds, unless they are there."""
     import imageio_ffmpeg
 
+    if folder.is_dir():
+        return
     (folder / "videos").mkdir(parents=True)
     (folder / "labels").mkdir()
-    width, height = size
+    width, height, rate = size
     for k in range(count):
         scene = (
             f"gradients=size={width}x{height}:rate=30:duration=10:speed=0.02:seed={k}:nb_colors=7,"
             f"noise=alls=12:allf=t,zoompan=z='1.2+0.1*sin(on/30)':d=1:fps=30:s={width}x{height}"
         )
         command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-f", "lavfi", "-i", scene, "-t", "10"]
-        command += ["-c:v", "libx264", "-crf", "26", "-pix_fmt", "yuv420p", str(folder / "videos" / f"{k}.mp4")]
+        command += ["-c:v", "libx264", "-b:v", rate, "-pix_fmt", "yuv420p", str(folder / "videos" / f"{k}.mp4")]
         subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
         (folder / "labels" / f"{k}.txt").write_text(f"moving colours, number {k}\n")
 
@@ -104,7 +108,7 @@ def main(arguments: list[str]) -> int:
         builds["other"] = (options.other, str(options.other / ".venv" / "bin" / "python"))
     with tempfile.TemporaryDirectory(prefix="bench-reading-") as scratch:
         for size in options.sizes:
-            folder = Path(scratch) / size
+            folder = (options.videos or Path(scratch)) / size
             make_videos(folder, SIZES[size])
             for workers in options.workers:
                 found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
