@@ -24,6 +24,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -59,10 +60,15 @@ class Checkout:
         marks: Figures = {}
         said = b""
         start = time.perf_counter()
-        with subprocess.Popen(
-            [self.python, *words], cwd=self.folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-        ) as process:
-            while chunk := os.read(process.stderr.fileno(), 1 << 16):  # type: ignore[union-attr]
+        ours, theirs = os.openpty()  # bars, which tell when the first step begins, are shown to terminals alone
+        with (
+            open(ours, "rb", buffering=0) as shown,
+            subprocess.Popen(
+                [self.python, *words], cwd=self.folder, env=environment, stdout=subprocess.DEVNULL, stderr=theirs
+            ) as process,
+        ):
+            os.close(theirs)
+            while chunk := _read(shown):
                 said += chunk
                 _mark(marks, said, time.perf_counter() - start)
             _, status, usage = os.wait4(process.pid, 0)
@@ -71,6 +77,14 @@ class Checkout:
         if process.returncode:
             raise SystemExit(f"{self.folder}: {' '.join(words)} failed\n{said.decode(errors='replace')[-2000:]}")
         return marks
+
+
+def _read(shown: BinaryIO) -> bytes:
+    """What a terminal shows next; nothing once all programs have left it, which Linux reports as an error."""
+    try:
+        return shown.read(1 << 16)
+    except OSError:
+        return b""
 
 
 def _mark(marks: Figures, said: bytes, now: float) -> None:
