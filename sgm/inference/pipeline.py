@@ -45,6 +45,7 @@ from sgm.modules.ops.choice import choose_kernels
 from sgm.modules.ops.fp8 import check_fp8
 from sgm.modules.transformer.quantize import quantize_network
 from sgm.util import instantiate_from_config
+from sgm.weights.checksums import Checks
 from sgm.weights.finite import is_finite
 
 Part = Literal["conditioner", "network", "first_stage"]
@@ -102,6 +103,7 @@ class TextToVideo:
         self._first_stage: dict[str, Any] = model.get("first_stage_config") or {}
         self._decoder_compiles = False
         self._loaded: set[Part] = set()
+        self._checks = Checks()  # of what was loaded; nothing that came of it leaves here before they are done
         check_fit(self.engine, self.args, self.size())
         self.pictures = Pictures(self.engine.noised_image_input, self.args.image, other_kind(self.engine))
         check_shortcuts(self.shortcuts, self.engine.sampler, self.num_steps)
@@ -160,9 +162,13 @@ class TextToVideo:
     # --- loading --------------------------------------------------------------------------------------------------
 
     def load(self, part: Part) -> None:
-        """Read a part's weights unless they are there."""
-        if part in self._loaded:
-            return
+        """Read a part's weights unless they are there. Whether a file is damaged is told when it is first used."""
+        if part not in self._loaded:
+            with self._checks.collecting():
+                self._load(part)
+            self._loaded.add(part)
+
+    def _load(self, part: Part) -> None:
         device, dtype = self.placement.load_device, self.engine.dtype
         if part == "conditioner":
             self.facts.text_encoder = load_text_encoder(self.engine.text_conditioner, device=device, dtype=dtype)
@@ -174,7 +180,6 @@ class TextToVideo:
                 compile_ahead(partial(run_block, self.engine, self.latent_shape(self.size())))
             self.facts.network = self._load_network(device, dtype)
             self.facts.notes += self.facts.network.notes
-        self._loaded.add(part)
 
     @property
     def _fuses_on_gpu(self) -> bool:
@@ -191,11 +196,13 @@ class TextToVideo:
         shape = (self.clip_frames, *self.latent_shape(self.size())[1:])
         compile_ahead(partial(run_decoder, stage, shape, self.engine.dtype))
 
-    def _compiling_meanwhile(self, callback: Callable[..., None]) -> Callable[..., None]:
-        """`callback` of a sampling step that begins to compile the decoder once the GPU has a step to work at."""
+    def _working_meanwhile(self, callback: Callable[..., None]) -> Callable[..., None]:
+        """`callback` of a sampling step that, once the GPU has a step to work at, sees whether weights are whole and
+        begins to compile the decoder."""
 
         def stepped(*args: Any, **kwargs: Any) -> None:
             callback(*args, **kwargs)
+            self._checks.wait()
             if not self.args.only_save_latents:
                 self._compile_decoder()
 
@@ -251,7 +258,8 @@ class TextToVideo:
         encoder = self.engine.text_encoder
         cut = encoder.tokenize(list(prompts)).truncated
         encoded: list[EncodedPrompt] = []
-        with self.placement.use(self.engine.text_conditioner, [[block] for block in encoder.blocks()]):
+        blocks = [[block] for block in encoder.blocks()]
+        with self._checks.first(), self.placement.use(self.engine.text_conditioner, blocks):
             for text, end in zip(prompts, cut):
                 cond, uncond = self.engine.condition([text], [] if encoded else [negative])
                 shared = encoded[0].uncond if encoded else _on_cpu(uncond)
@@ -273,9 +281,9 @@ class TextToVideo:
         fit = resized if follows_picture(self.engine) else cropped
         pixels = fit(picture.image(), self.size(picture))[None, :, None]
         stage = self.engine.autoencoder
-        with torch.no_grad(), self.placement.use(stage.encoder):
+        with self._checks.first(), torch.no_grad(), self.placement.use(stage.encoder):
             moments = stage.moments(pixels.to(self.device, self.engine.dtype)).cpu()
-        _check_finite(moments, "latents of the picture", self.args.dtype)
+            _check_finite(moments, "latents of the picture", self.args.dtype)
         return moments
 
     def _image_latents(self, moments: Tensor | None, noise: StackedNoise | None, count: int) -> Tensor | None:
@@ -317,6 +325,7 @@ class TextToVideo:
         network = self.engine.network
         run = ShortcutRun(self.shortcuts) if self.shortcuts else None
         with (
+            self._checks.first(),
             self.placement.use(self.engine.model, network.streamable_blocks(), pin=True),
             steps(self.num_steps) as callback,
         ):
@@ -329,11 +338,11 @@ class TextToVideo:
                 image=latents_of_image,
                 noise_sampler=noise.like if noise else None,
                 num_steps=self.args.num_steps,
-                callback=self._compiling_meanwhile(callback),
+                callback=self._working_meanwhile(callback),
                 shortcuts=run,
             ).cpu()
+            _check_finite(latents, "latents", self.args.dtype)
         self.calls = run.calls if run else None
-        _check_finite(latents, "latents", self.args.dtype)
         return latents
 
     def decode(self, latents: Tensor) -> np.ndarray:
@@ -349,10 +358,11 @@ class TextToVideo:
         latents = self.engine.drop_first(latents[None])
         z = latents.to(self.device, torch.float32).transpose(1, 2) / self.engine.scale_factor
         frames: list[np.ndarray] = []
-        with torch.no_grad(), self.placement.use(stage.decoder):
+        with self._checks.first(), torch.no_grad(), self.placement.use(stage.decoder):
             for pixels in stage.decode_chunks(z.to(self.engine.dtype)):
                 _check_finite(pixels, "pixels", self.args.dtype)
                 frames.append(to_uint8(pixels)[0].cpu().numpy())
+            self._checks.wait()
         return np.concatenate(frames)
 
 

@@ -146,6 +146,46 @@ def read_sums(sums: Path) -> dict[str, str]:
 # --- whether it is so -------------------------------------------------------------------------------------------------
 
 
+class Checks:
+    """Checks of files, on threads of their own, whose verdict is waited for when it is needed."""
+
+    def __init__(self) -> None:
+        self._pool: ThreadPoolExecutor | None = None
+        self._running: list[Future[None]] = []
+
+    def submit(self, *task: Any) -> None:
+        """Begin a check: a function and its arguments."""
+        self._pool = self._pool or ThreadPoolExecutor(THREADS, "checksums")
+        self._running.append(self._pool.submit(*task))
+
+    @contextmanager
+    def first(self) -> Iterator[None]:
+        """Where the block fails, a file's damage is said, and not what came of it."""
+        try:
+            yield
+        except Exception:
+            self.wait()
+            raise
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Files that are read within the block are checked by these, and the block is as in `first`."""
+        token = _submit.set(self.submit)
+        try:
+            with self.first():
+                yield
+        finally:
+            _submit.reset(token)
+
+    def wait(self) -> None:
+        """All files so far are whole. Raises WeightsError: one is damaged; so it will the next time."""
+        pool, self._pool = self._pool, None
+        with pool or nullcontext():
+            for task in self._running:
+                task.result()
+        self._running.clear()
+
+
 @contextmanager
 def verifying() -> Iterator[Submit]:
     """Files that are read within the block are checked meanwhile; at the outermost such block's end they are whole.
@@ -156,16 +196,10 @@ def verifying() -> Iterator[Submit]:
     if (outer := _submit.get()) is not None:
         yield outer
         return
-    running: list[Future[None]] = []
-    with ThreadPoolExecutor(THREADS, "checksums") as pool:
-        submit: Submit = lambda *task: running.append(pool.submit(*task))  # noqa: E731
-        token = _submit.set(submit)
-        try:
-            yield submit
-        finally:
-            _submit.reset(token)
-            for task in running:
-                task.result()
+    checks = Checks()
+    with checks.collecting():
+        yield checks.submit
+    checks.wait()
 
 
 class OpenFile:

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from sgm.data.video_io import probe
+from sgm.weights import checksums
 from tests.sampling_tiny import REPO, configuration, environment, main, start, write_release, write_yaml
 
 ROOM = ["--set", "model.network_config.params.num_frames=9"]  # positions for three latent frames
@@ -463,6 +464,26 @@ def test_nan_gives_an_error_and_no_video(config, release, tmp_path, capsys):
         err = capsys.readouterr().err
         assert "NaN" in err and "no video was written" in err and advice in err
     assert not [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae"])
+def test_damage_that_is_found_while_sampling_ends_it(config, release, tmp_path, capsys, monkeypatch, part):
+    """Large parts of files are compared meanwhile; nothing that came of them is kept."""
+    monkeypatch.setattr(checksums, "_AT_ONCE", 100)
+    shutil.copytree(release / part, tmp_path / part)
+    (file,) = (tmp_path / part).rglob("*.pt")
+    name, begin, size, _ = max(checksums.stretches_of(file), key=lambda stretch: stretch[2])
+    content = bytearray(file.read_bytes())
+    content[begin + size // 2 & ~3] ^= 1  # the least bit of a value
+    file.write_bytes(content)
+    key = VAE if part == "vae" else "args.load"
+    assert (
+        main(config, "--prompt", "x", "--prompt", "y", "--set", f"{key}={file if part == 'vae' else tmp_path / part}")
+        == 2
+    )
+    assert f"{file} cannot be read as weights: {name} has another checksum" in capsys.readouterr().err
+    assert {p.name for p in (tmp_path / "out").rglob("*") if p.is_file()} <= {"latents.safetensors"}
+    assert part == "vae" or not list((tmp_path / "out").rglob("*.safetensors"))
 
 
 def test_a_decoder_that_fails_loses_no_latents(config, release, tmp_path, capsys):

@@ -110,6 +110,12 @@ def test_large_parts_are_checked_while_they_are_used(tmp_path, monkeypatch):
         raise SgmError("it does not fit")
     with pytest.raises(WeightsError, match="a has another checksum"):
         read_checkpoint(path)
+    checks = checksums.Checks()
+    with checks.collecting():
+        assert read_checkpoint(path).keys() == STATE.keys()
+    for _ in range(2):  # nobody goes on with damaged weights
+        with pytest.raises(WeightsError, match="a has another checksum"):
+            checks.wait()
     with verifying():
         assert read_checkpoint(write("our.pt", tmp_path)).keys() == STATE.keys()
 
