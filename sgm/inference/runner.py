@@ -18,6 +18,7 @@ from sgm.config import ConfigError, RunConfig
 from sgm.data.video_out import write_contact_sheet, write_video
 from sgm.errors import SgmError
 from sgm.files import SaveError, advising, unfinished_names, write_json
+from sgm.inference.images import Picture
 from sgm.inference.noise import SampleId
 from sgm.inference.options import SampleArgs
 from sgm.inference.pipeline import EncodedPrompt, Part, TextToVideo
@@ -160,7 +161,8 @@ class Runner:
         """Make what is missing, in the batches that the whole prompt has: alone a sample has other last bits."""
         samples = list(range(self.args.batch_size))
         size = self.pipeline.max_batch
-        conditioning = replace(conditioning, image=self._encode_picture(wanted.prompt))
+        if wanted.prompt.picture is not None:
+            conditioning = replace(conditioning, image=self._encode_picture(wanted.prompt.picture))
         while samples:
             batch, times = samples[:size], StageTimes()
             missing = [k for k in batch if k in wanted.missing]
@@ -174,13 +176,11 @@ class Runner:
                     self._finish(wanted.prompt, sample, latents[batch.index(sample)], times)
             samples = samples[len(batch) :]
 
-    def _encode_picture(self, prompt: Prompt) -> Tensor | None:
-        """Moments of the prompt's picture, if it has one."""
-        if prompt.picture is None:
-            return None
+    def _encode_picture(self, picture: Picture) -> Tensor:
+        """Its moments."""
         self._load("first_stage")
-        with self.progress.stage("encode image", self.load_times, prompt.picture.path.name):
-            return self.pipeline.encode_picture(prompt.picture)
+        with self.progress.stage("encode image", self.load_times, picture.path.name):
+            return self.pipeline.encode_picture(picture)
 
     def _sample_if_it_fits(
         self, prompt: Prompt, conditioning: EncodedPrompt, batch: Sequence[int], times: StageTimes
