@@ -79,7 +79,8 @@ def _tell(ready) -> None:
             print(f"{scan.folder}: {passed_over_line(scan.passed_over)}")
     store = ready.store
     size = sum(path.stat().st_size for path in store.shards)
-    what = f"{len(store.names('video'))} videos and {len(store.names('text'))} captions"
+    pictures = f" with {len(store.names('frame'))} first frames" if store.first_frames else ""
+    what = f"{len(store.names('video'))} videos{pictures} and {len(store.names('text'))} captions"
     print(f"complete: {store.folder}, {what}, {size / 2**30:.2f} GiB in {len(store.shards)} files, {store.storage}; "
           f"train with --cache-dir {shlex.quote(str(store.folder))}", flush=True)  # fmt: skip
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset, default_collate
 
-from sgm.cache.dataset import EMBEDDING, MOMENTS, CachedClips
+from sgm.cache.dataset import MOMENTS, CachedClips
 from sgm.cache.shards import Entry
 from sgm.data.collate import require_one_shape
 from sgm.data.report import DatasetError
@@ -69,10 +69,11 @@ def read_batch(clips: Sequence[tuple[CachedClips, int]], pin: bool = False) -> d
         CacheError: a shard has gone.
     """
     facts = default_collate([dataset.facts(index) for dataset, index in clips])
-    moments, texts = zip(*(dataset.entries(index) for dataset, index in clips), strict=True)
-    require_one_shape([entry.shape for entry in moments], facts["path"], "encoded ")
+    entries = [dataset.entries(index) for dataset, index in clips]
+    require_one_shape([of_clip[MOMENTS].shape for of_clip in entries], facts["path"], "encoded ")
     datasets = [dataset for dataset, _ in clips]
-    return {MOMENTS: _read_all(datasets, moments, pin), EMBEDDING: _read_all(datasets, texts, pin), **facts}
+    tensors = {name: _read_all(datasets, [of_clip[name] for of_clip in entries], pin) for name in entries[0]}
+    return {**tensors, **facts}
 
 
 def _read_all(datasets: Sequence[CachedClips], entries: Sequence[Entry], pin: bool) -> Tensor:

@@ -14,21 +14,21 @@ from torch.utils.data import Dataset, Subset
 
 from sgm.cache.scan import CacheScan
 from sgm.cache.shards import Entry, ShardReader
-from sgm.cache.store import CacheStore, text_key
+from sgm.cache.store import CacheStore, frame_key, text_key
 from sgm.data.clips import ClipSettings
 from sgm.data.packed import Packed, PackedShapes, PackedStrings
 from sgm.data.report import Report, UsableClip
 from sgm.modules.autoencoding.strides import STRIDES
 
-MOMENTS, EMBEDDING = "moments", "txt_embedding"  # entries of a batch
+MOMENTS, EMBEDDING, FIRST_FRAME = "moments", "txt_embedding", "first_frame"  # entries of a batch
 
 
 class CachedClips(Dataset):
     """Encoded clips of a folder.
 
-    An item holds `moments` (t, 2c, h, w) and `txt_embedding` (l, d) in the cache's type, `txt`, `num_frames` (pixel
-    frames), `fps`, `path`, `index`, and `prior`: this object's attribute, whether the clips are to keep what the model
-    knows.
+    An item holds `moments` (t, 2c, h, w) and `txt_embedding` (l, d) in the cache's type, where the store holds them
+    `first_frame`, uint8 (3, 8h, 8w), and `txt`, `num_frames` (pixel frames), `fps`, `path`, `index`, and `prior`: this
+    object's attribute, whether the clips are to keep what the model knows.
 
     Args:
         report: file of `sgm.data.report` that says what is usable and what is not.
@@ -57,9 +57,16 @@ class CachedClips(Dataset):
         self.report.usable = []
         self._paths = PackedStrings([clip.path for clip in scan.usable])
         self._captions = PackedStrings([clip.caption for clip in scan.usable])
-        self._moments: Sequence[Entry] = PackedEntries([store.entry(clip.key) for clip in scan.usable])
-        self._texts = PackedEntries([store.entry(text_key(clip.caption)) for clip in scan.usable])
-        self.shapes = PackedShapes([self._moments[k].shape for k in range(len(scan.usable))])
+        names = {
+            MOMENTS: [clip.key for clip in scan.usable],
+            EMBEDDING: [text_key(clip.caption) for clip in scan.usable],
+        }
+        if store.first_frames:
+            names[FIRST_FRAME] = [frame_key(clip.key) for clip in scan.usable]
+        self._stored: dict[str, Sequence[Entry]] = {
+            part: PackedEntries([store.entry(name) for name in of_clips]) for part, of_clips in names.items()
+        }
+        self.shapes = PackedShapes([entry.shape for entry in self._stored[MOMENTS]])
         self.reader = ShardReader(store.shards)
         self.prior = False
 
@@ -71,7 +78,7 @@ class CachedClips(Dataset):
         """
         latents = STRIDES.latent_frames(frames)
         short = copy.copy(self)
-        short._moments = FirstFrames(self._moments, latents)
+        short._stored = {**self._stored, MOMENTS: FirstFrames(self._stored[MOMENTS], latents)}
         short.shapes = PackedShapes([(min(latents, t), *rest) for t, *rest in self.shapes])
         held = [k for k, shape in enumerate(self.shapes) if shape[0] >= latents]
         return short if len(held) == len(self) else Subset(short, held)
@@ -83,19 +90,19 @@ class CachedClips(Dataset):
         """Raises IndexError, or CacheError where a shard has gone."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"clip {index} of {len(self)}")
-        entry, text = self.entries(index)
-        return {MOMENTS: self.reader.read(entry), EMBEDDING: self.reader.read(text), **self.facts(index)}
+        tensors = {part: self.reader.read(entry) for part, entry in self.entries(index).items()}
+        return {**tensors, **self.facts(index)}
 
-    def entries(self, index: int) -> tuple[Entry, Entry]:
-        """Where a clip's moments and embedding lie, for `reader`."""
-        return self._moments[index], self._texts[index]
+    def entries(self, index: int) -> dict[str, Entry]:
+        """Where a clip's tensors lie, for `reader`, by their names in an item."""
+        return {part: of_clips[index] for part, of_clips in self._stored.items()}
 
     def facts(self, index: int) -> dict[str, Any]:
-        """What an item holds beside these two."""
+        """What an item holds beside these."""
         index %= len(self)
         return {
             "txt": self._captions[index],
-            "num_frames": STRIDES.pixel_frames(self._moments[index].shape[0]),
+            "num_frames": STRIDES.pixel_frames(self._stored[MOMENTS][index].shape[0]),
             "fps": self.settings.fps,
             "path": self._paths[index],
             "index": index,

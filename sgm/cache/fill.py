@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from sgm.cache.scan import MissingClip
 from sgm.cache.shard_writer import ShardWriter
 from sgm.cache.shards import CacheError
-from sgm.cache.store import CacheStore, FileStamp, Seen, text_key, video_key
+from sgm.cache.store import CacheStore, FileStamp, Seen, frame_key, text_key, video_key
 from sgm.data.clips import CLIP_FAULTS, ClipSettings, load_frames, to_unit_range
 from sgm.data.scan import reason_of
 from sgm.data.workers import leave_signals_to_parent
@@ -146,9 +146,10 @@ def _fill_videos(
         return
     encode = Encoder(model, store.encoded_as, how)
     progress = Tally("cache", "videos", len(clips), say)
-    known = set(store.names("video"))
+    encoded = set(store.names("video"))
+    known = {key for key in encoded if store.holds_clip(key)}
     waiting: defaultdict[tuple[int, ...], list[DecodedClip]] = defaultdict(list)
-    with ShardWriter(store, "video") as writer:
+    with ShardWriter(store, "video") as writer, ShardWriter(store, "frame") as pictures:
         for found in _examined(clips, settings, frozenset(known), how.workers):
             progress.update(1)
             writer.note(how.rank, found.stamp, found.seen)
@@ -156,6 +157,10 @@ def _fill_videos(
             if clip is None or clip.key in known:
                 continue
             known.add(clip.key)
+            if store.first_frames:
+                pictures.put(frame_key(clip.key), clip.frames[0].clone())  # a view would keep the clip
+            if clip.key in encoded:
+                continue
             same = waiting[tuple(clip.frames.shape)]
             same.append(clip)
             if len(same) == how.batch_of(clip.frames):

@@ -46,6 +46,13 @@ def cache_identity(model: Mapping[str, Any], settings: ClipSettings) -> dict[str
     return identity
 
 
+def starts_from_picture(model: Mapping[str, Any]) -> bool:
+    """Whether a `model:` section is of an image-to-video model, see `SATVideoDiffusionEngine`."""
+    reads = model.get("noised_image_input")
+    network = (model.get("network_config") or {}).get("params") or {}
+    return bool(network.get("in_channels", 0) > network.get("out_channels", 0) if reads is None else reads)
+
+
 def cached_source(data: Mapping[str, Any] | None) -> ClipSource:
     """How clips are taken and listed by a `data:` section.
 

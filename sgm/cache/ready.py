@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from sgm.cache.dataset import CachedClips
 from sgm.cache.fill import FillSettings, fill
-from sgm.cache.identity import cache_identity, cached_source
+from sgm.cache.identity import cache_identity, cached_source, starts_from_picture
 from sgm.cache.scan import CacheScan, scan_cached
 from sgm.cache.shards import CacheError
 from sgm.cache.store import CacheStore
@@ -107,7 +107,8 @@ def _open(request: CacheRequest, settings: ClipSettings, rank: int) -> CacheStor
 
     def opened() -> CacheStore:
         identity = cache_identity(request.model, settings)
-        return CacheStore(request.folder, identity, request.storage, request.dtype)
+        pictures = starts_from_picture(request.model)
+        return CacheStore(request.folder, identity, request.storage, request.dtype, first_frames=pictures)
 
     store = opened() if rank == 0 else None
     wait_for_all()

@@ -22,7 +22,7 @@ class CachedClip:
 
 @dataclass(frozen=True)
 class MissingClip:
-    """A video with its caption, of which at least one has to be encoded. `key`: of the content, if that is encoded."""
+    """A video with its caption, of which at least one has to be encoded. `key`: of the content, if that is held."""
 
     path: str
     caption: str
@@ -90,7 +90,7 @@ def _classify(scan: CacheScan, path: str, caption: str, store: CacheStore) -> No
     if seen is not None and seen.rejected is not None:
         scan.rejected.append(Rejection(path, seen.rejected))
         return
-    key = seen.key if seen is not None and seen.key in store else None
+    key = seen.key if seen is not None and store.holds_clip(seen.key) else None
     if key is not None and text_key(caption) in store:
         scan.usable.append(CachedClip(path, caption, key))
         return

@@ -17,7 +17,7 @@ from sgm.weights.checksums import OpenFile, WeightsError, crc32, read_header
 
 OPEN_FILES = 64  # shards a process keeps open
 _AGAIN = "delete it and fill the cache again"
-_TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+_TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "U8": torch.uint8}
 
 
 class CacheError(SgmError):

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from sgm.cache.dataset import EMBEDDING, MOMENTS
-from sgm.cache.identity import TEXT_KEY, encoder_params
+from sgm.cache.identity import TEXT_KEY, encoder_params, starts_from_picture
 from sgm.errors import SgmError
+from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
 from sgm.modules.autoencoding.first_stage import FirstStage
 from sgm.modules.autoencoding.regularizers import DiagonalGaussianRegularizer
 from sgm.modules.conditioner import AbstractEmbModel
@@ -27,11 +28,11 @@ def cached_model_section(model: Mapping[str, Any]) -> dict[str, Any]:
     """
     encoder_params(model)
     section = copy.deepcopy(dict(model))
-    regularizer = section["first_stage_config"]["params"].get("regularizer_config")
-    section["first_stage_config"] = {
-        "target": f"{__name__}.{CachedFirstStage.__name__}",
-        "params": {"regularizer_config": regularizer},
-    }
+    stage = section["first_stage_config"]
+    params = {"regularizer_config": stage["params"].get("regularizer_config")}
+    if starts_from_picture(model):
+        params["image_config"] = stage
+    section["first_stage_config"] = {"target": f"{__name__}.{CachedFirstStage.__name__}", "params": params}
     embedder = section["conditioner_config"]["params"]["emb_models"][0]
     embedder.pop("input_key", None)
     embedder |= {
@@ -52,19 +53,37 @@ class CachedFirstStage(FirstStage):
 
     Args:
         regularizer_config: that of the autoencoder: from moments to latents.
+        image_config: the autoencoder, of which the encoder stays, for pictures: they are noised before it, anew each
+            time, so no encoding of them can be kept. None where no model starts from a picture.
     """
 
-    def __init__(self, regularizer_config: Annotated[Config, Role(DiagonalGaussianRegularizer)] | None = None) -> None:
+    image_stage: VideoAutoencoderInferenceWrapper | None
+
+    def __init__(
+        self,
+        regularizer_config: Annotated[Config, Role(DiagonalGaussianRegularizer)] | None = None,
+        image_config: Annotated[Config, Role(VideoAutoencoderInferenceWrapper)] | None = None,
+    ) -> None:
         super().__init__()
         given = regularizer_config
         self.regularization = instantiate_from_config(given) if given else DiagonalGaussianRegularizer()
+        self.image_stage = instantiate_from_config(image_config) if image_config else None
+        if self.image_stage is not None:
+            self.image_stage.drop_decoder()
 
     def encode(self, x: Tensor) -> Tensor:
         """Moments x (b, 2c, t, h, w) to latents (b, c, t, h, w), a draw from the posterior."""
         return self.regularization.latents(x.contiguous())
 
+    def encode_image(self, x: Tensor) -> Tensor:
+        """See `FirstStage`. Raises NotCachedError: there is no `image_config`."""
+        if self.image_stage is None:
+            raise NotCachedError("pictures cannot be encoded: this run on cached clips is of a text-to-video model")
+        return self.image_stage.encode(x)
+
     def use_ops(self, ops: VaeOps) -> None:
-        """Nothing here has a choice of implementations."""
+        if self.image_stage is not None:
+            self.image_stage.use_ops(ops)
 
     def decode(self, z: Tensor) -> Tensor:
         """Raises NotCachedError: there is no decoder."""

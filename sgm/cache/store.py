@@ -3,6 +3,7 @@
     cache.json               what determines the values (`identity`), their type, and the type they were computed in
     video-*.safetensors      moments (t, 2c, h, w) of many clips, named by the SHA-256 of the video file
     text-*.safetensors       embeddings (l, d) of many captions, named by the SHA-256 of the text
+    frame-*.safetensors      first frames of many clips as they are, uint8 (3, h, w), for models that start from one
     files-*.jsonl            which file had which content: size, time of change and SHA-256, or why it gives no clip
 
 Shards are written whole or not at all, so an interrupted filling loses the shard in hand and nothing else; the index is
@@ -30,7 +31,7 @@ from sgm.weights.finite import is_finite
 from sgm.weights.save import save_safetensors
 
 FORMAT = 1
-KINDS = ("video", "text")
+KINDS = ("video", "text", "frame")
 KEY_DIGITS = 32
 
 
@@ -73,6 +74,7 @@ class CacheStore:
             at hand) are not compared.
         storage: "fp16", "bf16" or "fp32", for a new cache; an old one keeps its own.
         encoded_as: type of the encoders' arithmetic, for a new cache; an old one keeps its own.
+        first_frames: a clip counts as held only where its first frame is, too.
 
     Attributes:
         uncompared: names of `identity` whose values are None.
@@ -83,9 +85,14 @@ class CacheStore:
     """
 
     def __init__(
-        self, folder: str | Path, identity: Mapping[str, Any], storage: str = "fp16", encoded_as: str = "fp32"
+        self,
+        folder: str | Path,
+        identity: Mapping[str, Any],
+        storage: str = "fp16",
+        encoded_as: str = "fp32",
+        first_frames: bool = False,
     ):
-        self.folder = Path(folder).expanduser()
+        self.folder, self.first_frames = Path(folder).expanduser(), first_frames
         self.storage, self.encoded_as = storage, encoded_as
         self.uncompared = [name for name, value in identity.items() if value is None]
         self.identity = json.loads(json.dumps(dict(identity)))  # as it comes back from the file
@@ -100,8 +107,12 @@ class CacheStore:
     def __contains__(self, name: str | None) -> bool:
         return name in self._entries
 
+    def holds_clip(self, key: str | None) -> bool:
+        """Whether all is there that is wanted of a video's content."""
+        return key in self and (not self.first_frames or frame_key(str(key)) in self)
+
     def entry(self, name: str) -> Entry:
-        """Where `video_key(...)` or `text_key(...)` is stored. Raises KeyError."""
+        """Where `video_key(...)`, `text_key(...)` or `frame_key(...)` is stored. Raises KeyError."""
         return self._entries[name]
 
     def seen(self, stamp: FileStamp) -> Seen | None:
@@ -113,7 +124,7 @@ class CacheStore:
         return os.path.abspath(path) in self._paths
 
     def names(self, kind: str) -> frozenset[str]:
-        """All stored names of "video" or "text"."""
+        """All stored names of a kind, one of `KINDS`."""
         return frozenset(name for name in self._entries if name.startswith(f"{kind}:"))
 
     def refresh(self) -> None:
@@ -127,7 +138,7 @@ class CacheStore:
             self._read_files(path)
 
     def add(self, kind: str, tensors: Mapping[str, Tensor]) -> None:
-        """Write one shard, converted to the storage type.
+        """Write one shard; what is not in whole numbers is converted to the storage type.
 
         Raises:
             CacheError: a value leaves the storage type's range.
@@ -136,7 +147,8 @@ class CacheStore:
         dtype = DTYPES[self.storage]
         # In an order that the file's name tells: another process that encodes the same clips replaces this file by one
         # with the same layout, so that whoever has read its head goes on reading the right places.
-        stored = {name: tensors[name].to(dtype) for name in sorted(tensors)}
+        ordered = {name: tensors[name] for name in sorted(tensors)}
+        stored = {name: t.to(dtype) if t.is_floating_point() else t for name, t in ordered.items()}
         for name, tensor in stored.items():
             if not is_finite(tensor):
                 raise CacheError(
@@ -251,3 +263,8 @@ def video_key(path: str | Path) -> str:
     """Name under which a video's moments are stored. Reads the whole file; raises OSError."""
     with Place.of(path).open() as file:
         return "video:" + hashlib.file_digest(file, "sha256").hexdigest()[:KEY_DIGITS]
+
+
+def frame_key(video: str) -> str:
+    """Name under which the first frame is stored of the clip that is `video` (see `video_key`)."""
+    return "frame:" + video.removeprefix("video:")

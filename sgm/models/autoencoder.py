@@ -372,6 +372,11 @@ class VideoAutoencoderInferenceWrapper(VideoAutoencoder):
             raise ValueError("the autoencoder has no weight file: set first_stage_config.params.ckpt_path in the YAML.")
         self.load_file(self.ckpt_path, ignore_keys=self.ignore_keys, device=device, dtype=dtype)
 
+    def drop_decoder(self) -> None:
+        """Keep the encoder alone, also when weights are loaded from now on."""
+        del self.decoder
+        self.ignore_keys = (*self.ignore_keys, "decoder.")
+
     def train(self, mode: bool = True) -> VideoAutoencoderInferenceWrapper:
         """Stay in eval mode, whatever the model around it does."""
         return super().train(False)

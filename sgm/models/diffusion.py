@@ -237,7 +237,7 @@ class SATVideoDiffusionEngine(nn.Module):
         """
         with self._first_stage_precision(x.device):
             x = x.to(self.dtype)
-            z = self.first_stage.encode(x) if noise is None else self.autoencoder.encode(x, noise=noise)
+            z = self.first_stage.encode_image(x) if noise is None else self.autoencoder.encode(x, noise=noise)
         return self.image_latents(z, frames)
 
     def image_latents(self, z: Tensor, frames: int) -> Tensor:

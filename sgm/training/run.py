@@ -74,9 +74,9 @@ def train(config: RunConfig[TrainArgs], *, dry_run: bool = False) -> int:
     check_places(config, dry_run)
     distributed.ensure_groups(args.model_parallel_size)
     plan = plan_deepspeed(config.deepspeed, device_type=kind, data_parallel_size=distributed.data_parallel_world_size())
-    check_clips(config, plan.dtype)
+    advice = check_clips(config, plan.dtype)
     say = rank_zero_printer(info.rank)
-    advice = training_advice(args, config.model, plan.optimizer.lr)
+    advice += training_advice(args, config.model, plan.optimizer.lr)
     for note in (*config.notes, *plan.notes, *_activation_note(config), *advice):
         say(note if note.startswith("warning") else f"note: {note}")
     if dry_run:
@@ -169,7 +169,7 @@ def _start(
 
     ranks = distributed.data_parallel_world_size()
     ds_engine = start_engine(engine, parts.groups, plan, info.device.type)
-    arrange_first_stage(engine, config, plan)
+    arrange_first_stage(engine, plan)
     schedule = LearningRate(args.schedule(plan.optimizer.lr), ds_engine.basic_optimizer.param_groups)
     out = sys.stdout if info.rank == 0 else None
     log = stack.enter_context(RunLog(folder, args.train_iters, out, show_phases=plan.time_phases))

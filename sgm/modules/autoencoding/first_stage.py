@@ -26,6 +26,10 @@ class FirstStage(nn.Module, ABC):
     def encode(self, x: Tensor) -> Tensor:
         """Latents (b, c, t, h/8, w/8), not scaled, of pixels (b, 3, f, h, w) in [-1, 1]: a draw from the posterior."""
 
+    def encode_image(self, x: Tensor) -> Tensor:
+        """`encode` for pictures: latents (b, c, 1, h/8, w/8) of pixels (b, 3, 1, h, w)."""
+        return self.encode(x)
+
     @abstractmethod
     def decode(self, z: Tensor) -> Tensor:
         """Pixels (b, 3, f, h, w), near [-1, 1], of latents (b, c, t, h/8, w/8), t odd."""

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from sgm.cache.stand_ins import cached_model_section
+from sgm.cache.stand_ins import CachedFirstStage, cached_model_section
 from sgm.config import AccelerateArgs, ConfigError, RunConfig
+from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.models.loading import LoadedNetwork, load_first_stage, load_network, load_text_encoder
 from sgm.modules.diffusionmodules.loss import Loss, VideoDiffusionLoss
@@ -141,9 +142,10 @@ def load_engine(
     model = training_model_section(config.model, args)
     engine = checked_engine(model, args, plan)
     loaded = _load_or_start_network(engine, args, model["network_config"], plan.dtype, device)
-    if engine.first_stage_model is not None and not args.cache_dir:
-        load_first_stage(engine.autoencoder, device=device, dtype=engine.dtype)
-        engine.autoencoder.set_low_memory(args.vae_low_memory)
+    autoencoder = loaded_autoencoder(engine)
+    if autoencoder is not None:
+        load_first_stage(autoencoder, device=device, dtype=engine.dtype)
+        autoencoder.set_low_memory(args.vae_low_memory)
     if engine.conditioner is not None and not args.cache_dir:
         load_text_encoder(engine.conditioner, device=device, dtype=engine.dtype)
     engine.use_kernels(kernels)
@@ -176,11 +178,18 @@ def _load_or_start_network(
     return loaded
 
 
-def arrange_first_stage(engine: SATVideoDiffusionEngine, config: RunConfig[TrainArgs], plan: DeepSpeedPlan) -> None:
+def loaded_autoencoder(engine: SATVideoDiffusionEngine) -> VideoAutoencoderInferenceWrapper | None:
+    """The autoencoder that a run has: whole, or of a run on cached clips that start from a picture its encoder."""
+    stage = engine.first_stage_model
+    if isinstance(stage, CachedFirstStage):
+        return stage.image_stage
+    return None if stage is None else engine.autoencoder
+
+
+def arrange_first_stage(engine: SATVideoDiffusionEngine, plan: DeepSpeedPlan) -> None:
     """Lay the first stage's weights out as fused kernels read them: after DeepSpeed, which cannot hand such tensors to
     other ranks, has started. ZeRO 3 keeps its own layout.
     """
-    if engine.first_stage_model is None or config.args.cache_dir or plan.stage == 3:
-        return
-    if engine.kernels.fused:
-        engine.autoencoder.set_channels_last()
+    autoencoder = loaded_autoencoder(engine)
+    if autoencoder is not None and engine.kernels.fused and plan.stage != 3:
+        autoencoder.set_channels_last()

@@ -12,7 +12,7 @@ from torch import nn
 
 from sgm.config import ConfigError
 from sgm.distributed import model_parallel_world_size, prepare_deepspeed, quiet_libraries
-from sgm.models.autoencoder import VideoAutoencoder
+from sgm.modules.autoencoding.coders import ContextParallelDecoder3D, ContextParallelEncoder3D
 from sgm.training.optimizers.flat_gradients import FlatGradients, fits_one_buffer
 from sgm.training.setup.deepspeed import DeepSpeedPlan
 from sgm.training.setup.engine import StopsAtLowestScale, TrainingEngine, Zero12
@@ -102,9 +102,10 @@ def _gather_first_stage_whole(model: nn.Module) -> None:
     """ZeRO 3 gathers a module's weights when it is called; the first stage's convolutions read each other's."""
     from deepspeed.utils import set_z3_leaf_modules
 
-    stage = getattr(model, "first_stage_model", None)
-    if isinstance(stage, VideoAutoencoder):  # with a cache something else stands there
-        set_z3_leaf_modules(model, list({type(stage.encoder), type(stage.decoder)}))
+    kinds = (ContextParallelEncoder3D, ContextParallelDecoder3D)
+    coders = {type(part) for part in model.modules() if isinstance(part, kinds)}
+    if coders:  # with a cache something else stands there
+        set_z3_leaf_modules(model, list(coders))
 
 
 def _sat_groups() -> ModuleType:
