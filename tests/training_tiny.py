@@ -163,8 +163,8 @@ def write_release(folder: Path, network_config: dict[str, Any] | None = None) ->
     return folder
 
 
-def write_clips(folder: Path, count: int = 4) -> Path:
-    """Short moving gradients, each with a caption of its own."""
+def write_clips(folder: Path, count: int = 4, length: int = FRAMES) -> Path:
+    """Moving gradients of `length` frames and one more, each with a caption of its own."""
     import imageio.v2 as imageio
 
     (folder / "videos").mkdir(parents=True)
@@ -172,7 +172,7 @@ def write_clips(folder: Path, count: int = 4) -> Path:
     y, x = np.mgrid[0:HEIGHT, 0:WIDTH]
     for k in range(count):
         frames = [np.stack([(x * 4 + 20 * t + 40 * k) % 256, (y * 8 + 9 * t) % 256, (x + y + 30 * k) % 256], -1)
-                  for t in range(FRAMES + 1)]  # fmt: skip
+                  for t in range(length + 1)]  # fmt: skip
         with imageio.get_writer(folder / "videos" / f"{k}.mp4", fps=8, codec="libx264", macro_block_size=2) as writer:
             for frame in frames:
                 writer.append_data(frame.astype(np.uint8))

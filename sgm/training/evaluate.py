@@ -24,8 +24,10 @@ from sgm.distributed import data_parallel_rank, data_parallel_world_size, model_
 from sgm.files import atomic_write, write_text
 from sgm.models.autoencoder import VideoAutoencoder
 from sgm.models.diffusion import SATVideoDiffusionEngine
+from sgm.modules.diffusionmodules.image_condition import repeat_first
+from sgm.training.first_frame import first_frame
 from sgm.training.setup.engine import TrainingEngine
-from sgm.training.step import batch_latents
+from sgm.training.step import batch_latents, engine_inputs
 from sgm.training.watch.bins import BINS, bin_means, bin_sums
 from sgm.training.watch.run_log import RunLog
 
@@ -68,7 +70,7 @@ class Evaluation:
             with torch.no_grad(), preserve_rng():
                 for k, batch in enumerate(self._clips()):
                     torch.manual_seed(self.seed + _SEED_STRIDE * self._number(k))
-                    loss, logs = ds_engine(batch_latents(engine, batch, ds_engine.device), batch)
+                    loss, logs = ds_engine(*engine_inputs(engine, batch, ds_engine.device))
                     total[0] += loss.double()
                     total[1:] += bin_sums(logs, total.device).flatten()
                     if k == 0 and self.folder is not None:
@@ -104,6 +106,8 @@ class Evaluation:
     def _log(self, engine: SATVideoDiffusionEngine, batch: dict[str, Any], device: torch.device, files: _Files) -> None:
         """Captions; input, reconstruction and sample of the first clip; a sample for each of `prompts`.
 
+        Models that start from a picture get the clip's first frame, without the noise that it has in training.
+
         All ranks sample; the first one writes, and what cannot be written ends no training.
         """
         first = {name: values[:1] for name, values in batch.items()}
@@ -111,17 +115,19 @@ class Evaluation:
         if not self.log_video:
             return
         latents = batch_latents(engine, first, device)
+        shape = repeat_first(latents, engine.network.patch.t).shape[1:]
+        image = engine.encode_image(first_frame(engine, first, device), shape[0]) if engine.noised_image_input else None
         if not self.latents_only:
             files.clip("inputs", 0, first[engine.input_key])
             files.clip("reconstructions", 0, decode(engine, latents))
         for k in range(1 + len(self.prompts)):
             cond, uncond = engine.condition_batch(first) if k == 0 else engine.condition([self.prompts[k - 1]])
             torch.manual_seed(self.seed + k)
-            samples = engine.sample(cond, uncond, batch_size=1, shape=latents.shape[1:])
+            samples = engine.sample(cond, uncond, batch_size=1, shape=shape, image=image)
             if self.latents_only:
                 files.latents(k, samples)
             else:
-                files.clip("samples", k, decode(engine, samples))
+                files.clip("samples", k, decode(engine, engine.drop_first(samples)))
 
 
 def decode(engine: SATVideoDiffusionEngine, z: Tensor) -> Tensor:

@@ -31,7 +31,8 @@ class MemoryNeeds:
 
     Attributes:
         trained, frozen: values of the network that learn, and all others of the three parts.
-        encoder_values: of `frozen`, those of VAE and text encoder, which a run from a cache does not load.
+        encoder_values: of `frozen`, those of VAE and text encoder, which a run from a cache does not load, but for the
+            `picture_encoder` of a model that starts from a picture, which has `picture_values` in its widest map.
         tokens: sequence length of one clip, text included.
         width, layers: of the transformer.
         vae_values: values of the widest feature map while one clip is encoded; 0 where no VAE runs.
@@ -60,6 +61,8 @@ class MemoryNeeds:
     checkpointing: bool | str
     vae_low_memory: bool = False
     encoder_values: int = 0
+    picture_encoder: int = 0
+    picture_values: int = 0
     bucket: int = 0
 
     # --- what stays ---------------------------------------------------------------------------------------------------
@@ -134,7 +137,10 @@ class MemoryNeeds:
 
     def cached(self) -> MemoryNeeds:
         """The same run on cached latents and embeddings."""
-        return replace(self, vae_values=0, frozen=self.frozen - self.encoder_values, encoder_values=0)
+        spared = self.encoder_values - self.picture_encoder
+        return replace(
+            self, vae_values=self.picture_values, frozen=self.frozen - spared, encoder_values=self.picture_encoder
+        )
 
     def variants(self) -> dict[str, MemoryNeeds]:
         """The same run with one thing changed, by how to change it."""
@@ -160,7 +166,7 @@ class MemoryNeeds:
                 self, trained=self.trained // 25, frozen=self.frozen + self.trained
             ),
             "half the frames (data.params.max_num_frames)": replace(
-                self, tokens=self.tokens * 25 // 49, vae_values=self.vae_values * 25 // 49
+                self, tokens=self.tokens * 25 // 49, vae_values=max(self.vae_values * 25 // 49, self.picture_values)
             ),
         }
         if self.trains_adapter:

@@ -18,8 +18,10 @@ from torch import Tensor
 
 from sgm.distributed import model_parallel_rank, model_parallel_world_size
 from sgm.models.diffusion import SATVideoDiffusionEngine
+from sgm.modules.diffusionmodules.image_condition import image_latents, repeat_first
 from sgm.training.checkpoints.partitions import load_scaler_state, scaler_state
 from sgm.training.faults import OVERFLOW
+from sgm.training.first_frame import OWN_DRAWS, ImageDraws, noised_first_latent, shared_images
 from sgm.training.setup.engine import TrainingEngine
 from sgm.training.watch.bins import BINS, bin_sums
 from sgm.training.watch.timing import PhaseClock
@@ -60,12 +62,29 @@ def batch_latents(engine: SATVideoDiffusionEngine, batch: Mapping[str, Any], dev
     return rearrange(engine.encode_first_stage(x), "b c t h w -> b t c h w").contiguous()
 
 
+def engine_inputs(
+    engine: SATVideoDiffusionEngine, batch: Mapping[str, Any], device: torch.device, draws: ImageDraws = OWN_DRAWS
+) -> tuple[Tensor, Mapping[str, Any]]:
+    """What the engine takes of a batch: latents in a number that its patches divide, and the batch, for models that
+    start from a picture with `concat_images` (b, t, c, h, w).
+
+    Random draws, in the original's order: the picture's noise level (CPU) and noise, its posterior, the clip's
+    posterior, and whether the batch goes without pictures (CPU).
+    """
+    first = noised_first_latent(engine, batch, device, draws) if engine.noised_image_input else None
+    z = repeat_first(batch_latents(engine, batch, device), engine.network.patch.t)
+    if first is None:
+        return z, batch
+    first = shared_images(first, engine.noised_image_dropout, draws)
+    return z, {**batch, "concat_images": image_latents(first, z.shape[1], engine.noised_image_all_concat)}
+
+
 def batch_loss(
     ds_engine: TrainingEngine, batch: Mapping[str, Any], clock: PhaseClock
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss of a batch, scalar, and what the engine logs. DeepSpeed's own forward prepares the backward pass."""
     with clock.phase("vae"):
-        z = batch_latents(ds_engine.module, batch, ds_engine.device)
+        z, batch = engine_inputs(ds_engine.module, batch, ds_engine.device)
     with clock.phase("forward"):
         return ds_engine(z, batch)
 

@@ -55,7 +55,7 @@ def ranks(monkeypatch) -> SimpleNamespace:
     monkeypatch.setattr(evaluate, "data_parallel_world_size", lambda: place.size)
     monkeypatch.setattr(evaluate.dist, "all_reduce", lambda total: None)
     monkeypatch.setattr(evaluate.dist, "get_world_size", lambda: 1)
-    monkeypatch.setattr(evaluate, "batch_latents", lambda engine, batch, device: None)
+    monkeypatch.setattr(evaluate, "engine_inputs", lambda engine, batch, device: (None, batch))
     return place
 
 

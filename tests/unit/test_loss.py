@@ -132,7 +132,7 @@ def test_batch_entries_for_the_network():
         lambda x, t, c, **kw: seen.append(kw) or x,
         batch=batch,
     )
-    assert seen == [{"concat_images": 1, "ofs": 2}]
+    assert seen == [{"ofs": 2}]
 
 
 @pytest.mark.parametrize(

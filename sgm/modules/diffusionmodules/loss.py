@@ -88,7 +88,8 @@ class VideoDiffusionLoss(Loss):
         block_scale, block_size, fixed_frames: known to the original, which makes nothing of them; only their defaults
             are accepted.
         min_snr_value: upper bound of the weight; None for no bound.
-        batch2model_keys: entries of the batch that are handed to the network, beside `concat_images`.
+        batch2model_keys: entries of the batch that are handed to the network. (Its `concat_images` become the condition
+            `concat`, whatever stands here.)
     Raises:
         ValueError: unknown type, or a value for a parameter that has no effect.
     """
@@ -118,7 +119,7 @@ class VideoDiffusionLoss(Loss):
         self.offset_noise_level = offset_noise_level
         self.min_snr_value = min_snr_value
         keys = [batch2model_keys] if isinstance(batch2model_keys, str) else list(batch2model_keys or ())
-        self.batch2model_keys = frozenset(keys) | {"concat_images"}
+        self.batch2model_keys = frozenset(keys) - {"concat_images"}
 
     def __call__(
         self,
@@ -150,6 +151,8 @@ class VideoDiffusionLoss(Loss):
         `base_weight` times the weight.
         """
         cond = conditioner(batch)
+        if "concat_images" in batch:
+            cond = cond | {"concat": batch["concat_images"]}
         extras = {key: batch[key] for key in self.batch2model_keys if key in batch}
         signal, idx, noise = self._draw(z, idx, noise)
         noised = add_noise(z, noise, signal)

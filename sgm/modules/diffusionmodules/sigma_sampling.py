@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -11,6 +12,8 @@ from torch import Tensor
 from sgm.modules.diffusionmodules.discretizer import Discretization, Timesteps
 from sgm.typed import Count, Positive
 from sgm.util import Config, Role, instantiate_from_config
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,8 @@ class DiscreteSampling:
         flip: order the table least noisy first, so that its index is the timestep.
         uniform_sampling: every data-parallel rank draws from its own interval of timesteps (see `rank_range`), which
             evens out the levels of a large batch. With one rank it is the full range.
-        group_num: number of those intervals; 0 takes as many as possible.
+        group_num: number of those intervals; 0 takes as many as possible, and so does, with a word, a number that does
+            not divide the ranks (the original's files for 1.5 say 40).
     """
 
     def __init__(
@@ -90,6 +94,14 @@ class DiscreteSampling:
             from sgm import distributed
 
             rank, world_size = distributed.data_parallel_rank(), distributed.data_parallel_world_size()
+        if self.group_num and (world_size % self.group_num or self.num_idx % self.group_num):
+            possible = uniform_groups(world_size, self.num_idx)
+            if rank == 0:
+                logger.warning(
+                    "sigma_sampler_config: group_num %d does not divide %d ranks and %d timesteps; %d is taken",
+                    self.group_num, world_size, self.num_idx, possible,
+                )  # fmt: skip
+            self.group_num = 0
         return rank_range(rank, world_size, self.num_idx, self.group_num)
 
     def __call__(

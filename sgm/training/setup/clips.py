@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from sgm.config import ConfigError, RunConfig
 from sgm.data.buckets import Bucket
 from sgm.data.section import DataSection
 from sgm.modules.autoencoding.strides import STRIDES
+from sgm.modules.diffusionmodules.image_condition import sampled_frames
 from sgm.modules.transformer.positions import LARGEST_STRETCH
 from sgm.training.options import TrainArgs
 from sgm.training.setup.model import meta_engine, training_model_section
@@ -17,8 +19,11 @@ if TYPE_CHECKING:
     from sgm.models.network import DiffusionTransformer  # brings SAT, and with it seconds
 
 
-def check_clips(config: RunConfig[TrainArgs], dtype: str) -> None:
+def check_clips(config: RunConfig[TrainArgs], dtype: str) -> list[str]:
     """Whether the `data:` section's clips are possible and the network has positions for them; loads nothing.
+
+    Returns:
+        Warnings of what the published models of this kind were not made for.
 
     Raises:
         ConfigError: wrong settings, too many frames, a side that the network cannot cut into patches, or one of more
@@ -29,7 +34,7 @@ def check_clips(config: RunConfig[TrainArgs], dtype: str) -> None:
     section = DataSection.parse(config.data)
     settings = section.settings()
     if settings is None:
-        return
+        return []
     wrong = _wrong_inputs(config.model)
     if wrong:
         raise ConfigError(listing(wrong, "what the network is to learn from"))
@@ -42,16 +47,33 @@ def check_clips(config: RunConfig[TrainArgs], dtype: str) -> None:
         sizes = " and ".join(section.names_of("max_num_frames", "video_size"))
         keys = "data.params.buckets does" if settings.buckets else f"data.params.{sizes} do"
         raise ConfigError(f"{keys} not suit this network: {'; '.join(problems)}")
+    return _warnings(clips, network, dtype)
+
+
+def _warnings(clips: Sequence[Bucket], network: DiffusionTransformer, dtype: str) -> list[str]:
+    found = []
+    if dtype == "fp16" and network.positions.rotates:
+        found.append(
+            "warning: models of the 5B family are published in bf16, and give NaN or black frames in fp16; "
+            "--set deepspeed.fp16.enabled=false deepspeed.bf16.enabled=true"
+        )
+    pairs = [f"{clip}" for clip in clips if network.patch.t == 2 and STRIDES.latent_frames(clip.frames) % 2 == 0]
+    if pairs:
+        found.append(
+            f"warning: clips of {' and '.join(pairs)} have an even number of latents, which are taken as they are; the "
+            "1.5 models know clips of 8k + 1 frames, whose first latent they see twice"
+        )
+    return found
 
 
 def _wrong_inputs(model: dict[str, Any]) -> list[str]:
     """What parts of the engine ask of a batch, and our data sets do not give."""
     problems = []
-    network = (model.get("network_config") or {}).get("params") or {}
-    if network.get("in_channels") != network.get("out_channels"):
-        problems.append("model.network_config: image-to-video models are not trained here; take a text-to-video one")
     if model.get("latent_input"):
-        problems.append("model.latent_input: the data set gives pixels; leave it out (args.cache_dir keeps latents)")
+        problems.append(
+            "model.latent_input: the data set gives pixels, no latents; --set model.latent_input=false (args.cache_dir "
+            "keeps latents)"
+        )
     if model.get("input_key", "mp4") != "mp4":
         problems.append(f"model.input_key is {model['input_key']!r}; the data set gives clips as mp4")
     embedders = ((model.get("conditioner_config") or {}).get("params") or {}).get("emb_models") or []
@@ -67,7 +89,8 @@ def _unsuitable(clip: Bucket, network: DiffusionTransformer) -> str | None:
     if clip.height % STRIDES.size_step or clip.width % STRIDES.size_step:
         return f"height and width must be multiples of {STRIDES.size_step}"
     try:
-        grid = network.patch.grid(STRIDES.latent_frames(clip.frames), *STRIDES.latent_size(clip.height, clip.width))
+        frames = sampled_frames(STRIDES.latent_frames(clip.frames), network.patch.t)
+        grid = network.patch.grid(frames, *STRIDES.latent_size(clip.height, clip.width))
         network.mixins.pos_embed.check_grid(grid)
     except ValueError as error:
         return str(error)

@@ -14,12 +14,13 @@ from sgm.config import RunConfig
 from sgm.data.section import SETTING_OF
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.modules.autoencoding.strides import STRIDES
+from sgm.modules.diffusionmodules.image_condition import sampled_frames
 from sgm.modules.encoders.modules import text_is_local
 from sgm.training.memory import MemoryNeeds
 from sgm.training.options import TrainArgs
 from sgm.training.prior import needs_copy
 from sgm.training.setup.deepspeed import DeepSpeedPlan
-from sgm.training.setup.model import checked_engine, freeze_untrained, training_model_section
+from sgm.training.setup.model import checked_engine, freeze_untrained, loaded_autoencoder, training_model_section
 
 T5_XXL_VALUES = 4_762_310_656
 
@@ -33,15 +34,18 @@ def memory_needs(
     if config.args.prior_data and needs_copy(engine.model):
         values += sum(p.numel() for p in engine.model.parameters())
     frames, height, width = _clip_size(config)
-    network = engine.network
-    grid = network.patch.grid(engine.strides.latent_frames(frames), *engine.strides.latent_size(height, width))
+    network, autoencoder = engine.network, loaded_autoencoder(engine)
+    latents = sampled_frames(engine.strides.latent_frames(frames), network.patch.t)
+    grid = network.patch.grid(latents, *engine.strides.latent_size(height, width))
+    picture = _widest_map(engine, config.model, 1, height, width) if engine.noised_image_input else 0
     return MemoryNeeds(
         trained=trained,
         frozen=values - trained,
         tokens=network.mixins.pos_embed.text_length + grid.tokens,
         width=network.hidden_size,
         layers=network.num_layers,
-        vae_values=_widest_map(engine, config.model, frames, height, width),
+        vae_values=picture if config.args.cache_dir else _widest_map(engine, config.model, frames, height, width),
+        picture_values=picture,
         vae_low_memory=config.args.vae_low_memory,
         micro_batch=plan.micro_batch,
         dtype=plan.dtype,
@@ -51,6 +55,7 @@ def memory_needs(
         moment_bytes=plan.optimizer.moment_bytes,
         ema=plan.optimizer.keeps_ema,
         encoder_values=_values(engine.first_stage_model) + _values(engine.conditioner),
+        picture_encoder=_values(autoencoder.encoder) if (autoencoder and engine.noised_image_input) else 0,
         bucket=_bucket_values(plan, trained),
         checkpointing=network.transformer.checkpoint_activations,
     )
@@ -84,7 +89,7 @@ def _clip_size(config: RunConfig[TrainArgs]) -> tuple[int, int, int]:
 
 def _widest_map(engine: SATVideoDiffusionEngine, model: Mapping[str, Any], frames: int, height: int, width: int) -> int:
     """Values of the first stage's largest feature map: its first level at full resolution."""
-    if not hasattr(engine.first_stage_model, "encoder") or model.get("latent_input"):
+    if loaded_autoencoder(engine) is None or model.get("latent_input"):
         return 0
     channels = model["first_stage_config"]["params"]["encoder_config"]["params"]["ch"]
     return int(channels) * frames * height * width
