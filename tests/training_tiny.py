@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch
 import yaml
 
 REPO = Path(__file__).resolve().parents[1]
+TRAIN = REPO / "train_video.py"
 T5 = REPO / "tests" / "golden" / "t5_tiny"
 HEIGHT, WIDTH, FRAMES = 16, 32, 5
 DISCRETIZATION = {
@@ -185,17 +188,48 @@ def write_yaml(path: Path, content: dict[str, Any]) -> Path:
     return path
 
 
-def command(*arguments: Any, ranks: int = 1, nodes: int = 1, node: int = 0, port: int = 29510) -> list[str]:
-    """How finetune.sh starts `train_video.py`."""
-    script = [str(REPO / "train_video.py"), *map(str, arguments)]
+def command(
+    *arguments: Any, ranks: int = 1, nodes: int = 1, node: int = 0, port: int = 29510, script: Path = TRAIN
+) -> list[str]:
+    """How finetune.sh starts `train_video.py`, or another `script`."""
+    words = [str(script), *map(str, arguments)]
     if ranks * nodes == 1:
-        return [sys.executable, *script]
+        return [sys.executable, *words]
     launch = [sys.executable, str(REPO / "sgm" / "launch.py"), f"--nproc_per_node={ranks}", f"--nnodes={nodes}"]
-    return [*launch, f"--node_rank={node}", "--master_addr=127.0.0.1", f"--master_port={port}", *script]
+    return [*launch, f"--node_rank={node}", "--master_addr=127.0.0.1", f"--master_port={port}", *words]
 
 
 def environment(**changes: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "COGVIDEOX_THREADS": "1", "PYTHONWARNINGS": "ignore", **changes}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run_ranks(worker: Path, *arguments: Any, ranks: int, groups: int = 1) -> list[Any]:
+    """Run `worker` RANK PORTS ARGUMENTS... in processes without a launcher; what each prints as JSON behind RESULT.
+
+    PORTS: one for each of the process groups that they make, one after the other.
+    """
+    ports = ",".join(str(free_port()) for _ in range(groups))
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(worker), str(rank), ports, *map(str, arguments)],
+            env=environment(MASTER_ADDR="127.0.0.1"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(ranks)
+    ]  # fmt: skip
+    try:
+        outputs = [process.communicate(timeout=240) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    lines = [[line for line in out.splitlines() if line.startswith("RESULT ")] for out, _ in outputs]
+    assert all(lines), "\n".join(err[-3000:] for _, err in outputs)
+    return [json.loads(line[0].removeprefix("RESULT ")) for line in lines]
 
 
 def train(*arguments: Any, timeout: float = 240, env: dict[str, str] | None = None, **launch: Any):

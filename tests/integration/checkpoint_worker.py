@@ -1,4 +1,5 @@
-"""Run by test_checkpoint_ranks.py on two ranks (`zero`, `parts`) or one (`sat`), with a folder; prints JSON.
+"""Run by test_checkpoint_ranks.py, once a process: RANK PORTS FOLDER. On two ranks `zero` and `parts`, on the first one
+alone `sat`; each prints what it found as JSON.
 
 A real tiny network, with LoRA or without, is trained by DeepSpeed, saved, and continued in a second engine.
 """
@@ -319,14 +320,20 @@ def sat(folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    mode, folder = sys.argv[1], Path(sys.argv[2])
-    info = distributed.init_distributed("cpu")
-    found = {"zero": zero, "parts": parts, "sat": sat}[mode](folder)
-    gathered: list[Any] = [None] * info.world_size
-    torch.distributed.all_gather_object(gathered, found)
-    if info.rank == 0:
-        print("RESULT " + json.dumps(gathered), flush=True)
-    distributed.shutdown()
+    rank, ports, folder = sys.argv[1], sys.argv[2].split(","), Path(sys.argv[3])
+    results = {}
+    for work, port in zip((zero, parts), ports, strict=True):
+        os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_PORT": port}
+        distributed.init_distributed("cpu")
+        results[work.__name__] = work(folder)
+        torch.distributed.barrier()
+        distributed.shutdown()
+    if rank == "0":
+        os.environ["WORLD_SIZE"] = "1"
+        distributed.init_distributed("cpu")
+        results["sat"] = sat(folder)
+        distributed.shutdown()
+    print("RESULT " + json.dumps(results), flush=True)
 
 
 if __name__ == "__main__":

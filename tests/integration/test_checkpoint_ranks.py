@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-WORKER = Path(__file__).with_name("checkpoint_worker.py")
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(WORKER)]
+from sgm.util import instantiate_from_config
+from tests.training_tiny import network_section, run_ranks
+
 CASES = ["0 full", "2 lora", "3 full", "3 lora"]
 
 
-def results_of(mode: str, folder: Path) -> list[dict]:
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> list[dict]:
     """What each rank found."""
-    from tests.training_tiny import environment
-
-    start = [sys.executable, str(WORKER)] if mode == "sat" else LAUNCH
-    done = subprocess.run([*start, mode, str(folder)], env=environment(), capture_output=True, text=True, timeout=240)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    assert done.returncode == 0 and lines, done.stderr[-4000:]
-    return json.loads(lines[0].removeprefix("RESULT "))
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.manual_seed(3)
+    whole = instantiate_from_config(network_section(4), dtype="fp32").state_dict()
+    for name, value in whole.items():
+        if "matrix_B" in name:
+            whole[name] = torch.randn_like(value)
+    torch.save(whole, folder / "whole.pt")
+    return run_ranks(Path(__file__).with_name("checkpoint_worker.py"), folder, ranks=2, groups=2)
 
 
 @pytest.fixture(scope="module")
-def zero(tmp_path_factory):
-    return results_of("zero", tmp_path_factory.mktemp("zero"))
+def zero(found):
+    return [rank["zero"] for rank in found]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -67,29 +68,17 @@ def test_rank_0_decides_what_is_resumed_for_all(zero):
         assert "args.seed: 1 -> 2" in rank["searching"]["refused"]
 
 
-def test_tensor_parallel_parts_are_saved_each_and_come_together_again(tmp_path):
-    import torch
-
-    from sgm.util import instantiate_from_config
-    from tests.training_tiny import network_section
-
-    torch.manual_seed(3)
-    whole = instantiate_from_config(network_section(4), dtype="fp32").state_dict()
-    for name, value in whole.items():
-        if "matrix_B" in name:
-            whole[name] = torch.randn_like(value)
-    torch.save(whole, tmp_path / "whole.pt")
-    for found in results_of("parts", tmp_path):
+def test_tensor_parallel_parts_are_saved_each_and_come_together_again(found):
+    for rank in found:
         weights = ["mp_rank_00_model_states.pt", "mp_rank_01_model_states.pt"]
-        assert found["files"] == ["lora.safetensors", *weights, "resume", "run.json"]
-        assert found["own part"] and found["whole again"]
-        assert found["adapter"] and found["adapter parts"] and found["merged"]
-        assert found["model_config"] == 2 and found["loads"]
+        assert rank["parts"]["files"] == ["lora.safetensors", *weights, "resume", "run.json"]
+        assert rank["parts"]["own part"] and rank["parts"]["whole again"]
+        assert rank["parts"]["adapter"] and rank["parts"]["adapter parts"] and rank["parts"]["merged"]
+        assert rank["parts"]["model_config"] == 2 and rank["parts"]["loads"]
 
 
-def test_sats_own_loader_reads_every_kind_of_checkpoint(tmp_path):
-    [found] = results_of("sat", tmp_path)
-    assert found == {
+def test_sats_own_loader_reads_every_kind_of_checkpoint(found):
+    assert found[0]["sat"] == {
         "inference": [7, True],
         "finetune": [0, True],
         "pretrain": [7, True],

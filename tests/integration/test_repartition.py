@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.integration.test_training_launch import free_port
-from tests.training_tiny import environment
+from tests.training_tiny import run_ranks
 
 # "TYPE [OPTIONS] RANKSxSTAGE ...": each number of ranks goes on with what the one before has saved
 CHAINS = [
@@ -23,24 +19,8 @@ CHAINS += ["fp32 offload 2x2 1x2 3x2", "fp32 robin 2x2 1x2 3x2"]
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> list[dict]:
-    folder = tmp_path_factory.mktemp("repartition")
     worker = Path(__file__).with_name("repartition_worker.py")
-    ports = ",".join(str(free_port()) for _ in range(3))
-    started = [
-        subprocess.Popen(
-            [sys.executable, str(worker), str(rank), ports, str(folder), *CHAINS],
-            env=environment(MASTER_ADDR="127.0.0.1"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(3)
-    ]  # fmt: skip
-    try:
-        outputs = [process.communicate(timeout=240) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    lines = [[line for line in out.splitlines() if line.startswith("RESULT ")] for out, _ in outputs]
-    assert all(lines), outputs[0][1][-3000:] + outputs[2][1][-3000:]
-    return [json.loads(line[0].removeprefix("RESULT ")) for line in lines]
+    return run_ranks(worker, tmp_path_factory.mktemp("repartition"), *CHAINS, ranks=3, groups=3)
 
 
 @pytest.mark.parametrize("chain", CHAINS)

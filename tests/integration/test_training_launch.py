@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from tests.training_tiny import (
     command,
     configuration,
     environment,
+    free_port,
     train,
     write_clips,
     write_release,
@@ -54,10 +54,16 @@ def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in lines if line["kind"] == "train"]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+# Both runs on the same processes, which are slow to start.
+ON_AND_BACK = """
+import sys
+
+sys.path.insert(0, {repo!r})
+import train_video
+
+for words in {runs!r}:
+    assert train_video.main(words) == 0
+"""
 
 
 def test_two_ranks_resume_exactly_and_other_numbers_go_on(config, tmp_path, capsys):
@@ -66,24 +72,27 @@ def test_two_ranks_resume_exactly_and_other_numbers_go_on(config, tmp_path, caps
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("iteration 4/4") == 1  # one rank speaks
     (folder,) = (tmp_path / "save").iterdir()
-    assert len(list((folder / "tensorboard").iterdir())) == 1 and len(losses(tmp_path / "save")) == 4  # and writes
-    done = train(path, "--resume", folder / "2", ranks=2, port=free_port())
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "at iteration 2" in done.stdout
-    first, again = losses(tmp_path / "save")[:4], losses(tmp_path / "save")[4:]
-    assert again == first[2:]
+    first = losses(tmp_path / "save")
+    assert len(list((folder / "tensorboard").iterdir())) == 1 and len(first) == 4  # and writes
     # on one process: as many clips a step, by accumulation
     code = train_video.main([str(path), "--resume", str(folder / "2"), "--set", "args.train_iters=6"])
     shown = capsys.readouterr().out
     assert code == 0 and "2 processes, ZeRO 2, 2 clips a step -> 1 processes, ZeRO 2, 2 clips a step" in shown
     assert "(1 x 2 accumulation x 1 ranks)" in shown
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [row["samples"] for row in rows if row["kind"] == "train"][6:] == [6, 8, 10, 12]
-    done = train(path, "--resume", "--set", "args.train_iters=7", ranks=2, port=free_port())
+    assert [row["samples"] for row in rows if row["kind"] == "train"][4:] == [6, 8, 10, 12]
+    # on two again: from there, and from where these two were
+    runs = [[str(path), "--resume", "--set", "args.train_iters=7"], [str(path), "--resume", str(folder / "2")]]
+    (tmp_path / "runs.py").write_text(ON_AND_BACK.format(repo=str(REPO), runs=runs))
+    done = train(ranks=2, port=free_port(), script=tmp_path / "runs.py")
     assert done.returncode == 0 and "(1 x 1 accumulation x 2 ranks)" in done.stdout, done.stderr[-3000:]
-    done = train(path, "--resume", ranks=3, port=free_port())
-    assert done.returncode == 2 and "took 2 clips a step, now it would be 3" in done.stderr
-    assert "--set deepspeed.train_batch_size=3" in done.stderr
+    assert "at iteration 6 of 7" in done.stdout and "at iteration 2 of 4" in done.stdout
+    found = losses(tmp_path / "save")
+    assert len(found) == 11 and found[-2:] == first[2:]
+    # clips a step that no accumulation gives
+    assert train_video.main([str(path), "--resume", "--set", "deepspeed.train_micro_batch_size_per_gpu=3"]) == 2
+    said = capsys.readouterr().err
+    assert "took 2 clips a step, now it would be 3" in said and "--set deepspeed.train_batch_size=3" in said
 
 
 def test_a_run_that_learnt_next_to_nothing_says_so_in_its_exit_code(config, tmp_path):
@@ -207,7 +216,7 @@ def test_sigterm_to_the_launcher_of_two_ranks_saves(config, tmp_path):
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(config, tmp_path):
-    path = config(lora=4, train_iters=40, save_interval=2, keep_last=2)
+    path = config(lora=4, train_iters=20, save_interval=2, keep_last=2)
     log = tmp_path / "log.txt"
     with log.open("w") as out:
         job = subprocess.Popen(command(path), env=environment(), stdout=out, stderr=out, cwd=REPO)
@@ -218,12 +227,12 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(config, tmp_path):
         job.wait(timeout=60)
     (folder,) = (tmp_path / "save").iterdir()
     reached = int((folder / "latest").read_text())
-    assert 4 <= reached < 40
+    assert 4 <= reached < 20
     assert train_video.main([str(path), "--resume"]) == 0
     assert train_video.main([str(path), "--set", f"args.save={tmp_path}/whole"]) == 0
     resumed, whole = losses(tmp_path / "save"), losses(tmp_path / "whole")
-    assert len(whole) == 40 and resumed[reached - 40 :] == whole[reached:]
-    saved = [found / "40" / "mp_rank_00_model_states.pt" for found in (folder, *(tmp_path / "whole").iterdir())]
+    assert len(whole) == 20 and resumed[reached - 20 :] == whole[reached:]
+    saved = [found / "20" / "mp_rank_00_model_states.pt" for found in (folder, *(tmp_path / "whole").iterdir())]
     first, second = (read_checkpoint(file)["module"] for file in saved)
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.training_tiny import environment
+from tests.training_tiny import run_ranks
 
 CASES = [f"{stage} {precision}" for stage in range(4) for precision in ("fp32", "bf16")]
 CASES += ["2 fp32 offload", "3 fp32 offload"]
@@ -21,11 +18,8 @@ CASES += [f"{stage} fp32 autocast" for stage in range(4)]
 @pytest.fixture(scope="module")
 def results():
     worker = Path(__file__).with_name("zero_worker.py")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(worker), *CASES]
-    done = subprocess.run(launch, env=environment(), capture_output=True, text=True, timeout=240)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    assert done.returncode == 0 and lines, done.stderr[-4000:]
-    return json.loads(lines[0].removeprefix("RESULT "))
+    ranks = run_ranks(worker, *CASES, ranks=2)
+    return {case: [rank[case] for rank in ranks] for case in CASES}
 
 
 @pytest.mark.parametrize("case", CASES)
