@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -13,43 +14,58 @@ from sgm.data.video_io import probe
 from tests.conftest import REPO
 
 # An entry of None in sys.modules is a package that is not there.
-HIDDEN = "import sys; sys.modules['triton'] = None; import {entry}; sys.exit({entry}.main(sys.argv[1:]))"
+HIDDEN = """
+import contextlib, io, json, sys
+
+sys.modules["triton"] = None
+import sample_video, train_video
+
+found = []
+for entry, words in json.loads(sys.argv[1]):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = {"sample": sample_video, "train": train_video}[entry].main(words)
+    found.append([code, out.getvalue(), err.getvalue()])
+print("FOUND", json.dumps(found))
+"""
 
 
-def run(entry: str, *words: str) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-c", HIDDEN.format(entry=entry), *words]
-    return subprocess.run(line, cwd=REPO, capture_output=True, text=True, timeout=300)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("videos")
 
 
-@pytest.fixture
-def short(tmp_path: Path) -> tuple[str, ...]:
-    return (
-        "--prompt",
-        "a small red star moves to the left",
-        "--num-frames",
-        "1",
-        "--steps",
-        "2",
-        "--output-dir",
-        str(tmp_path),
-    )
-
-
-def test_sampling(short, tmp_path):
-    done = run("sample_video", "configs/demo_infer.yaml", *short)
+@pytest.fixture(scope="module")
+def ends(folder: Path) -> list[list]:
+    """Exit code, output and errors of three commands, all in one process: it is slow to start."""
+    short = ["configs/demo_infer.yaml", "--prompt", "a small red star moves to the left", "--num-frames", "1"]
+    short += ["--steps", "2", "--output-dir", str(folder)]
+    commands = [
+        ("sample", [*short, "--set", "accelerate.kernels=triton"]),
+        ("sample", short),
+        ("train", ["configs/demo_lora.yaml", "--dry-run"]),
+    ]
+    line = [sys.executable, "-c", HIDDEN, json.dumps(commands)]
+    done = subprocess.run(line, cwd=REPO, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    (video,) = tmp_path.rglob("*.mp4")
+    return json.loads(done.stdout.rpartition("FOUND ")[2])
+
+
+def test_fused_kernels_are_refused_by_name(ends):
+    code, _, said = ends[0]
+    assert code == 2 and "Traceback" not in said and "triton" in said.lower()
+
+
+def test_sampling(ends, folder):
+    code, _, said = ends[1]
+    assert code == 0, said
+    (video,) = folder.rglob("*.mp4")
     assert probe(video).frames == 1
 
 
-def test_fused_kernels_are_refused_by_name(short):
-    done = run("sample_video", "configs/demo_infer.yaml", *short, "--set", "accelerate.kernels=triton")
-    assert done.returncode == 2 and "Traceback" not in done.stderr and "triton" in done.stderr.lower()
-
-
-def test_training_is_planned():
-    done = run("train_video", "configs/demo_lora.yaml", "--dry-run")
-    assert done.returncode == 0 and "1300 iterations" in done.stdout, done.stderr
+def test_training_is_planned(ends):
+    code, shown, said = ends[2]
+    assert code == 0 and "1300 iterations" in shown, said
 
 
 def test_deepspeed_leaves_a_mac_s_gpu_alone():
