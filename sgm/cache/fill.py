@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from sgm.cache.scan import MissingClip
+from sgm.cache.scan import ScannedClip
 from sgm.cache.shard_writer import ShardWriter
 from sgm.cache.shards import CacheError
 from sgm.cache.store import CacheStore, FileStamp, Seen, frame_key, text_key, video_key
@@ -86,7 +86,7 @@ class Examined:
 def fill(
     store: CacheStore,
     model: Mapping[str, Any],
-    clips: Sequence[MissingClip],
+    clips: Sequence[ScannedClip],
     clip_settings: ClipSettings,
     how: FillSettings,
     say: Callable[[str], None],
@@ -98,7 +98,7 @@ def fill(
     """
     captions = sorted({clip.caption for clip in clips if text_key(clip.caption) not in store})
     _fill_texts(store, model, captions[how.rank :: how.ranks], how, say)
-    videos = [clip for clip in clips if clip.key is None]
+    videos = [clip for clip in clips if not clip.key]
     _fill_videos(store, model, videos[how.rank :: how.ranks], clip_settings, how, say)
 
 
@@ -137,7 +137,7 @@ def _load_text_encoder(model: Mapping[str, Any], dtype: str, device: torch.devic
 def _fill_videos(
     store: CacheStore,
     model: Mapping[str, Any],
-    clips: Sequence[MissingClip],
+    clips: Sequence[ScannedClip],
     settings: ClipSettings,
     how: FillSettings,
     say: Callable[[str], None],
@@ -226,7 +226,7 @@ class Encoder:
 
 
 def _examined(
-    clips: Sequence[MissingClip], settings: ClipSettings, known: frozenset[str], workers: int
+    clips: Sequence[ScannedClip], settings: ClipSettings, known: frozenset[str], workers: int
 ) -> Iterator[Examined]:
     """Videos as workers finish them, one after the other."""
     videos = _Videos([clip.path for clip in clips], settings, known)

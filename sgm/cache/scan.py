@@ -12,21 +12,12 @@ from sgm.data.section import ClipSource
 
 
 @dataclass(frozen=True)
-class CachedClip:
-    """A video with its caption, both encoded. `key`: that of the video's content."""
+class ScannedClip:
+    """A video with its caption. `key`: of the video's content, "" unless that is encoded."""
 
     path: str
     caption: str
     key: str
-
-
-@dataclass(frozen=True)
-class MissingClip:
-    """A video with its caption, of which at least one has to be encoded. `key`: of the content, if that is held."""
-
-    path: str
-    caption: str
-    key: str | None
 
 
 @dataclass
@@ -40,8 +31,8 @@ class CacheScan:
     """
 
     folder: str
-    usable: list[CachedClip] = field(default_factory=list)
-    missing: list[MissingClip] = field(default_factory=list)
+    usable: list[ScannedClip] = field(default_factory=list)
+    missing: list[ScannedClip] = field(default_factory=list)
     rejected: list[Rejection] = field(default_factory=list)
     changed: int = 0
     passed_over: dict[str, int] = field(default_factory=dict)
@@ -90,9 +81,9 @@ def _classify(scan: CacheScan, path: str, caption: str, store: CacheStore) -> No
     if seen is not None and seen.rejected is not None:
         scan.rejected.append(Rejection(path, seen.rejected))
         return
-    key = seen.key if seen is not None and store.holds_clip(seen.key) else None
-    if key is not None and text_key(caption) in store:
-        scan.usable.append(CachedClip(path, caption, key))
+    clip = ScannedClip(path, caption, seen.key if seen and seen.key and store.holds_clip(seen.key) else "")
+    if clip.key and text_key(caption) in store:
+        scan.usable.append(clip)
         return
     scan.changed += seen is None and store.was_seen_before(path)
-    scan.missing.append(MissingClip(path, caption, key))
+    scan.missing.append(clip)
