@@ -191,6 +191,20 @@ def from_first(make: Callable[[], T]) -> T:
     return held[0]  # type: ignore[return-value]
 
 
+def own_rank() -> tuple[int, int]:
+    """(rank, number of processes); (0, 1) where nothing is initialised."""
+    ready = torch.distributed.is_initialized()
+    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if ready else (0, 1)
+
+
+def gather(value: T) -> list[T]:
+    """`value` of every rank, in order, on every rank."""
+    held = [value] * own_rank()[1]
+    if torch.distributed.is_initialized():
+        torch.distributed.all_gather_object(held, value)
+    return held
+
+
 def broadcast_in_model_parallel(tensor: Tensor) -> Tensor:
     """Overwrite `tensor` by that of the first process of the model-parallel group, and return it.
 

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 from sgm import distributed
 from sgm.config import RunConfig
 from sgm.training.checkpoints.folder import RECORD, RunRecord, iterations, restore_unless_live, state_file
-from sgm.training.checkpoints.ranks import own_rank
 from sgm.training.checkpoints.same_run import BATCH_KEYS, Change, changes, identity, identity_of_run
 from sgm.training.checkpoints.state import CheckpointError, TrainState
 from sgm.training.setup.deepspeed import batch_sizes
@@ -141,7 +140,7 @@ def load_state(path: Path, rank: int | None = None) -> TrainState:
         CheckpointError: incomplete, damaged or unsafe.
     """
     record = RunRecord.read(path)
-    file = state_file(path, own_rank()[0] if rank is None else rank)
+    file = state_file(path, distributed.own_rank()[0] if rank is None else rank)
     try:
         content: Mapping[str, Any] = read_checkpoint(file)
     except WeightsError as error:

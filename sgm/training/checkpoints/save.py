@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from sgm import distributed
 from sgm.config import RunConfig
+from sgm.distributed import gather, own_rank
 from sgm.files import SaveError, advising, remove, require_space, write_failed, write_text
 from sgm.training.checkpoints.folder import (
     MERGED,
@@ -35,7 +36,6 @@ from sgm.training.checkpoints.folder import (
     state_file,
 )
 from sgm.training.checkpoints.partitions import ema_weights
-from sgm.training.checkpoints.ranks import gather, own_rank
 from sgm.training.checkpoints.same_run import CONFIG_FILE, SECTIONS, identity
 from sgm.training.checkpoints.state import CheckpointError, TrainState
 from sgm.training.checkpoints.weights import (

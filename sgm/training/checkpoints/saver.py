@@ -10,7 +10,7 @@ import torch
 
 from sgm.config import RunConfig
 from sgm.data.loader import ClipLoader
-from sgm.distributed import model_parallel_rank
+from sgm.distributed import model_parallel_rank, own_rank
 from sgm.training.checkpoints.folder import RunRecord, state_file
 from sgm.training.checkpoints.load import load_state
 from sgm.training.checkpoints.partitions import (
@@ -22,7 +22,6 @@ from sgm.training.checkpoints.partitions import (
     optimizer_state,
     scaler_state,
 )
-from sgm.training.checkpoints.ranks import own_rank
 from sgm.training.checkpoints.repartition import repartitioned
 from sgm.training.checkpoints.save import save_checkpoint
 from sgm.training.checkpoints.state import TrainState, capture_rng, restore_rng, seed_all

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, cast
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sgm.modules.transformer.lora import AdaptedLinear, lora_layers, weight_of
 from sgm.modules.transformer.lora_state import MATRIX, lora_delta
 from sgm.training.checkpoints.state import CheckpointError
 from sgm.weights import WeightsError, weights_fingerprint
@@ -56,7 +57,7 @@ def merged_tensors(module: nn.Module) -> Tensors:
     Raises:
         CheckpointError: the network has no adapter.
     """
-    wrappers = {name: cast("AdaptedLinear", m) for name, m in module.named_modules() if hasattr(m, "matrix_A")}
+    wrappers = lora_layers(module)
     if not wrappers:
         raise CheckpointError("a merged checkpoint was asked for, but this network has no LoRA adapter to merge.")
     merged: Tensors = OrderedDict()
@@ -69,15 +70,6 @@ def merged_tensors(module: nn.Module) -> Tensors:
     return merged
 
 
-class AdaptedLinear(Protocol):
-    """SAT's linear with an adapter, or ours."""
-
-    original: nn.Linear
-    matrix_A: Sequence[Tensor]
-    matrix_B: Sequence[Tensor]
-    scaling: float
-
-
 def _whole(tensor: Tensor) -> Deferred:
     if not hasattr(tensor, "ds_shape"):
         return Deferred.of(tensor)
@@ -86,7 +78,7 @@ def _whole(tensor: Tensor) -> Deferred:
 
 def _merged(wrapper: AdaptedLinear) -> Deferred:
     """W + scaling * concat_i(B_i A_i) of one adapted linear (this process's part of it), in W's type."""
-    weight, a, b = wrapper.original.weight, list(wrapper.matrix_A), list(wrapper.matrix_B)
+    weight, a, b = weight_of(wrapper.original), list(wrapper.matrix_A), list(wrapper.matrix_B)
 
     @torch.no_grad()
     def make() -> Tensor:
