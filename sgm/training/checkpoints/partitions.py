@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -17,13 +18,7 @@ from torch import Tensor
 
 from sgm.distributed import data_parallel_rank
 from sgm.errors import SgmError
-from sgm.training.setup.engine import (
-    HalfFlat,
-    HalfUnflat,
-    RefreshesWeights,
-    TrainingEngine,
-    Zero3,
-)
+from sgm.training.setup.engine import TrainingEngine, Zero3
 
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
@@ -43,10 +38,10 @@ def masters(ds_engine: TrainingEngine) -> list[Tensor]:
 @torch.no_grad()
 def refresh_weights(ds_engine: TrainingEngine) -> None:
     """Write the masters into the model's weights. Collective over data-parallel ranks."""
-    wrapper = ds_engine.optimizer
+    wrapper: Any = ds_engine.optimizer
     if wrapper is ds_engine.basic_optimizer:
         return
-    if isinstance(wrapper, RefreshesWeights):
+    if hasattr(wrapper, "update_lp_params"):  # ZeRO 1 and 2, and bfloat16 without ZeRO
         wrapper.update_lp_params()
     elif isinstance(wrapper, Zero3):
         wrapper._partition_all_parameters()
@@ -54,18 +49,17 @@ def refresh_weights(ds_engine: TrainingEngine) -> None:
             wrapper._reassign_or_swap_out_partitioned_parameters(i)
         if wrapper.persistent_parameters:
             wrapper.persistent_parameters[0].all_gather(wrapper.persistent_parameters)
-    elif isinstance(wrapper, HalfUnflat):
-        for originals, weights in zip(wrapper.fp32_groups, wrapper.fp16_groups):
-            _copy_each(originals, weights)
-    elif isinstance(wrapper, HalfFlat):
-        for flat, weights in zip(wrapper.fp32_groups_flat, wrapper.fp16_groups):
-            _copy_each(torch._utils._unflatten_dense_tensors(flat, weights), weights)
+    elif hasattr(wrapper, "fp32_groups"):  # stage 0 in 16 bits, with a copy of each tensor, or of each group
+        _copy_each(wrapper.fp32_groups, wrapper.fp16_groups)
+    elif hasattr(wrapper, "fp32_groups_flat"):
+        groups = zip(wrapper.fp32_groups_flat, wrapper.fp16_groups)
+        _copy_each([torch._utils._unflatten_dense_tensors(*group) for group in groups], wrapper.fp16_groups)
     else:
         raise TypeError(f"weights behind DeepSpeed's {type(wrapper).__name__} cannot be refreshed")
 
 
-def _copy_each(originals: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
-    for original, weight in zip(originals, weights):
+def _copy_each(originals: Sequence[Sequence[Tensor]], weights: Sequence[Sequence[Tensor]]) -> None:
+    for original, weight in zip(chain(*originals), chain(*weights), strict=True):
         weight.data.copy_(original.data)
 
 

@@ -48,13 +48,6 @@ class TrainingEngine(Protocol):
 
 
 @runtime_checkable
-class RefreshesWeights(Protocol):
-    """Wrapper of ZeRO 1 and 2, and of bfloat16 without ZeRO."""
-
-    def update_lp_params(self) -> None: ...
-
-
-@runtime_checkable
 class Zero12(Protocol):
     """Wrapper of ZeRO 1 and 2; one item a parameter group in each sequence."""
 
@@ -88,26 +81,3 @@ class Zero3(Protocol):
 
     def _partition_all_parameters(self) -> None: ...
     def _reassign_or_swap_out_partitioned_parameters(self, sub_group_id: int) -> None: ...
-
-
-@runtime_checkable
-class HalfUnflat(Protocol):
-    """Wrapper of stage 0 in 16 bits, with a float32 copy of each tensor."""
-
-    fp32_groups: Sequence[Sequence[Tensor]]
-    fp16_groups: Sequence[Sequence[nn.Parameter]]
-
-
-@runtime_checkable
-class HalfFlat(Protocol):
-    """Wrapper of stage 0 in 16 bits, with one float32 copy of each group."""
-
-    fp32_groups_flat: Sequence[Tensor]
-    fp16_groups: Sequence[Sequence[nn.Parameter]]
-
-
-@runtime_checkable
-class StopsAtLowestScale(Protocol):
-    """A loss scaler that ends the run when its scale can fall no further."""
-
-    raise_error_at_min_scale: bool
