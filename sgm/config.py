@@ -164,11 +164,9 @@ class RunConfig(Generic[Args]):
 
         return OmegaConf.to_yaml(OmegaConf.create(self.as_dict()))
 
-    def hash(self, sections: Iterable[str] = ("model",), ignore: Iterable[str] = ()) -> str:
-        """Identity of the named sections (12 hex digits); `ignore` lists `args` that do not count."""
+    def hash(self, sections: Iterable[str] = ("model",)) -> str:
+        """Identity of the named sections (12 hex digits)."""
         content = {name: value for name, value in self._content().items() if name in set(sections)}
-        if "args" in content:
-            content["args"] = {k: v for k, v in content["args"].items() if k not in set(ignore)}
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 

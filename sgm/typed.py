@@ -113,7 +113,6 @@ def option(
     *,
     choices: Sequence[Any] = (),
     at_least: float = -math.inf,
-    at_most: float = math.inf,
     metavar: str | tuple[str, ...] | None = None,
     bare: str | None = None,
 ) -> Any:
@@ -123,7 +122,7 @@ def option(
         metavar: what the flag's help calls its value, or its values one by one.
         bare: value of a flag that is given without one.
     """
-    rules = [Range(at_least, at_most), *([OneOf(tuple(choices))] if choices else ())]
+    rules = [Range(at_least), *([OneOf(tuple(choices))] if choices else ())]
     metadata = {"help": help, "choices": tuple(choices), "rules": rules, "metavar": metavar, "bare": bare}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol, Self
 
@@ -18,10 +18,7 @@ from sgm.data.workers import leave_signals_to_parent
 Batch = dict[str, Any]
 
 
-class Batches(Protocol):
-    """Endless batches; iterating starts anew at the sampler's position."""
-
-    def __iter__(self) -> Iterator[Batch]: ...
+Batches = Iterable[Batch]  # endless; iterating starts anew at the sampler's position
 
 
 class ReadBatches(Protocol):

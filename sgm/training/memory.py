@@ -206,8 +206,13 @@ def free_memory(device: torch.device) -> int | None:
     """Free bytes on a GPU, or those that Linux could give to processes; None where that cannot be told."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    return linux_memory("meminfo", "MemAvailable")
+
+
+def linux_memory(file: str, name: str) -> int | None:
+    """Bytes that a line of a file below /proc tells; None where there is no such line or file."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = Path("/proc", file).read_text().splitlines()
     except OSError:
         return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sgm.training.optimizers.averaging import EMA_LIMIT, ShadowSettings, pair
+from sgm.training.optimizers.averaging import EMA_LIMIT, ShadowSettings
 from sgm.training.optimizers.log_codes import BLOCK, MOST_BLOCKS, decode, empty_codes, encode
 
 # Values worked on at a time. On a GPU: bounds the float32 temporaries to about 200 MB. On a CPU: fits its caches, with
@@ -33,7 +33,7 @@ class AdamW8bit(torch.optim.Optimizer):
         self,
         params: Any,
         lr: float = 1e-3,
-        betas: Sequence[float] = (0.9, 0.999),
+        betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         ema: bool = False,
@@ -42,7 +42,7 @@ class AdamW8bit(torch.optim.Optimizer):
     ):
         if not all(0 <= beta < 1 for beta in betas) or eps <= 0:
             raise ValueError(f"betas {betas} must lie in [0, 1), and eps {eps} above 0")
-        super().__init__(params, {"lr": lr, "betas": pair(betas), "eps": eps, "weight_decay": weight_decay})
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.shadows = ShadowSettings(ema, ema_decay, use_num_upates)
 
     @torch.no_grad()

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 EMA_LIMIT = 0.9999
-
-
-def pair(betas: Sequence[float]) -> tuple[float, float]:
-    """Adam's two, from a configuration's list."""
-    first, second = betas
-    return first, second
 
 
 def ema_decay(updates: int, limit: float = EMA_LIMIT) -> float:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sgm.errors import SgmError
-from sgm.training.optimizers.averaging import EMA_LIMIT, ShadowSettings, pair
+from sgm.training.optimizers.averaging import EMA_LIMIT, ShadowSettings
 
 
 class OptimizerError(SgmError):
@@ -35,7 +35,7 @@ class FusedEmaAdam(torch.optim.AdamW):
         params: Any,
         lr: float = 1e-3,
         bias_correction: bool = True,
-        betas: Sequence[float] = (0.9, 0.999),
+        betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         adam_w_mode: bool = True,
         weight_decay: float = 0.0,
@@ -50,7 +50,7 @@ class FusedEmaAdam(torch.optim.AdamW):
                 "FusedEmaAdam is AdamW with bias correction; bias_correction: false, adam_w_mode: false and amsgrad: "
                 "true are not available. Use optimizer.type torch.optim.Adam for L2 decay or amsgrad (no EMA)."
             )
-        super().__init__(params, lr=lr, betas=pair(betas), eps=eps, weight_decay=weight_decay, fused=True)
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
         self.shadows = ShadowSettings(ema, ema_decay, use_num_upates)
 
     @torch.no_grad()

@@ -6,13 +6,13 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from sgm.models.diffusion import SATVideoDiffusionEngine
+from sgm.training.memory import linux_memory
 
 PHASES = ("data", "vae", "text", "forward", "backward", "optimizer")
 _MOST_SPANS = 512  # kept before the older half is added up; by then it has long run
@@ -123,16 +123,8 @@ def memory_facts(device: torch.device) -> dict[str, int]:
     if device.type == "cuda":
         facts["peak_bytes"] = torch.cuda.max_memory_allocated(device)
         facts["reserved_bytes"] = torch.cuda.memory_reserved(device)
-    resident = _resident_bytes()
+    resident = linux_memory("self/status", "VmRSS")
     return facts if resident is None else facts | {"rss_bytes": resident}
-
-
-def _resident_bytes() -> int | None:
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:")), None)
 
 
 def phases_of_step(clock: PhaseClock, engine: SATVideoDiffusionEngine) -> PhaseClock:
