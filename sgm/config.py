@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Generic
 
 from sgm.files import refuse_lfs_pointer
+from sgm.places import CONFIGS
 from sgm.secrets import environment_value, holds_secret
 from sgm.typed import Args, ConfigError, Misfit, arguments, build_args, listing, nearest, option
 
@@ -42,22 +43,14 @@ UPSTREAM_ARGS = frozenset(
 
 
 # Configurations that the original's commands and guides name, and what takes their place.
-UPSTREAM_FILES = (
-    {
-        "cogvideox_2b.yaml": "configs/cogvideox_2b_infer.yaml to sample, configs/cogvideox_2b_sft.yaml to train",
-        "cogvideox_2b_lora.yaml": "configs/cogvideox_2b_sft.yaml configs/lora.yaml",
-        "inference.yaml": "configs/cogvideox_2b_infer.yaml, which has the model's section, too",
-        "sft.yaml": "configs/cogvideox_2b_sft.yaml, which has the model's section, too",
-    }
-    | dict.fromkeys(
-        ("cogvideox_5b.yaml", "cogvideox_5b_lora.yaml"),
-        "the infer.yaml that tools/convert_weight_hf2sat.py writes beside a 5B release's weights",
-    )
-    | dict.fromkeys(
-        ("cogvideox_5b_i2v.yaml", "cogvideox_5b_i2v_lora.yaml", "cogvideox1.5_5b.yaml", "cogvideox1.5_5b_i2v.yaml"),
-        "none, since neither image-to-video nor 1.5 is run here",
-    )
-)
+_MODELS = ("cogvideox_2b", "cogvideox_5b", "cogvideox_5b_i2v", "cogvideox1.5_5b", "cogvideox1.5_5b_i2v")
+_OURS, _OURS_LORA = "configs/{0}_infer.yaml to sample, configs/{0}_sft.yaml to train", "configs/{0}_sft.yaml {1}"
+UPSTREAM_FILES = {
+    "inference.yaml": "configs/cogvideox_2b_infer.yaml, which has the model's section, too",
+    "sft.yaml": "configs/cogvideox_2b_sft.yaml, which has the model's section, too",
+    **{f"{name}.yaml": _OURS.format(name) for name in _MODELS},
+    **{f"{name}_lora.yaml": _OURS_LORA.format(name, "configs/lora.yaml") for name in _MODELS[:3]},
+}
 
 # Keys of `model:` that the original's later files have, and that have no effect.
 IDLE_MODEL_KEYS = ("augmentation_dropout", "lora_train", "use_pd", "lr_scale", "en_and_decode_n_samples_a_time")
@@ -291,7 +284,8 @@ def _as_written(value: Any, written: Mapping[Place, str], place: Place = ()) -> 
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
-def _read_yaml(path: Path) -> Any:
+def _read_yaml(path: Path, below: tuple[Path, ...] = ()) -> Any:
+    """A file laid over those that it extends; `below` are the files that extend it."""
     from omegaconf import DictConfig, OmegaConf
 
     if not path.is_file():
@@ -301,7 +295,23 @@ def _read_yaml(path: Path) -> Any:
     content = _as_config_error(f"{path} is not valid YAML", partial(OmegaConf.load, path))
     if not isinstance(content, DictConfig):
         raise ConfigError(f"{path} must hold a mapping with the sections {', '.join(SECTIONS)}")
-    return content
+    named = content.pop("extends", [])
+    bases = [_read_yaml(base, (*below, path)) for base in _bases(path, named, below)]
+    return OmegaConf.merge(*bases, content) if bases else content
+
+
+def _bases(path: Path, named: Any, below: tuple[Path, ...]) -> list[Path]:
+    """The files that `path` extends: beside it, or among the shipped ones."""
+    names = [named] if isinstance(named, str) else named
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{path}: extends must be a file, or a list of files, that this one is laid over")
+    found = []
+    for name in names:
+        places = [path.parent / name, CONFIGS / name]
+        found.append(next((place for place in places if place.is_file()), places[0]))
+        if any(found[-1].samefile(file) for file in (*below, path) if found[-1].exists()):
+            raise ConfigError(f"{path} extends {name}, which extends it in turn")
+    return found
 
 
 def _nearby_configs(path: Path) -> str:

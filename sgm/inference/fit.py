@@ -137,7 +137,9 @@ def unusual_type(engine: SATVideoDiffusionEngine, args: SampleArgs) -> str | Non
     """What to say of float16 with the models that do not bear it: all of 5B and 1.5; None where there is nothing."""
     if not (args.fp16 and engine.network.positions.rotates):
         return None
-    return "the 5B models give black frames or NaN in float16; take bfloat16: args.fp16=false, args.bf16=true"
+    return (
+        "the 5B models give black frames or NaN in float16; take bfloat16: --set args.fp16=false --set args.bf16=true"
+    )
 
 
 def _grid_problems(engine: SATVideoDiffusionEngine, frames: int, size: tuple[int, int]) -> list[str]:

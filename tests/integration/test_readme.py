@@ -166,8 +166,8 @@ def test_shipped_configuration_builds(file: Path):
 
 
 def _with_base(file: Path) -> list[Path]:
-    """A file that changes another names it in the command of its first lines."""
-    if "model:\n  scale_factor" in (text := file.read_text()):
+    """A file that changes another, and does not extend it, names it in the command of its first lines."""
+    if re.search("^extends:|^model:\n  scale_factor", text := file.read_text(), re.MULTILINE):
         return [file]
     (named,) = re.findall(rf"^#   bash \w+\.sh ((?:configs/\S+ )+configs/{re.escape(file.name)})$", text, re.MULTILINE)
     return [REPO / name for name in named.split()]

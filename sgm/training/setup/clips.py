@@ -55,7 +55,7 @@ def _warnings(clips: Sequence[Bucket], network: DiffusionTransformer, dtype: str
     if dtype == "fp16" and network.positions.rotates:
         found.append(
             "warning: models of the 5B family are published in bf16, and give NaN or black frames in fp16; "
-            "--set deepspeed.fp16.enabled=false deepspeed.bf16.enabled=true"
+            "--set deepspeed.fp16.enabled=false --set deepspeed.bf16.enabled=true"
         )
     pairs = [f"{clip}" for clip in clips if network.patch.t == 2 and STRIDES.latent_frames(clip.frames) % 2 == 0]
     if pairs:
