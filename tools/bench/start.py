@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,6 +62,7 @@ class Checkout:
         said = b""
         start = time.perf_counter()
         ours, theirs = os.openpty()  # bars, which tell when the first step begins, are shown to terminals alone
+        termios.tcsetwinsize(theirs, (25, 100))
         with (
             open(ours, "rb", buffering=0) as shown,
             subprocess.Popen(
