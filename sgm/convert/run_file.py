@@ -11,6 +11,7 @@ import torch
 from sgm.config import merge_yaml
 from sgm.convert.dit_sizes import Sizes
 from sgm.modules.autoencoding.strides import STRIDES
+from sgm.modules.diffusionmodules.image_condition import sampled_frames
 from sgm.places import CONFIGS
 
 SHIPPED = CONFIGS / "cogvideox_2b_infer.yaml"
@@ -35,7 +36,13 @@ def run_file(
     args, model = content["args"], content["model"]
     args |= {"load": str(release / "transformer"), "fp16": dtype == torch.float16, "bf16": dtype == torch.bfloat16}
     args["input_file"] = str(SHIPPED.parent / "test.txt")
-    args |= {"sampling_num_frames": STRIDES.latent_frames(sizes.frames), "latent_channels": sizes.out_channels}
+    frames = sampled_frames(STRIDES.latent_frames(sizes.frames), sizes.patch[0])
+    args |= {"sampling_num_frames": frames, "sampling_fps": sizes.nearest.fps, "latent_channels": sizes.out_channels}
+    if sizes.takes_image:
+        args["image2video"] = True
+        model |= {"noised_image_input": True, "noised_image_all_concat": False, "noised_image_dropout": 0.05}
+    elif sizes.is_published:
+        args["sampling_image_size"] = list(sizes.nearest.size)
     model["scale_factor"] = factor
     model["network_config"]["params"] = sizes.sat_params()
     stage = model["first_stage_config"]["params"]

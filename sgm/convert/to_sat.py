@@ -213,6 +213,5 @@ def _write_network(folder: Path, plan: Mapping[str, Deferred], more: Mapping[str
 
 
 def _how_to_run(output: Path, sizes: Sizes) -> str:
-    if sizes.takes_image or sizes.patch[0] > 1:
-        return f"{RUN_FILE} describes this model; sample_video.py makes text-to-video with 2B and 5B only"
-    return f"to sample: python sample_video.py {shlex.quote(str(output / RUN_FILE))}"
+    command = f"to sample: python sample_video.py {shlex.quote(str(output / RUN_FILE))}"
+    return f"{command} --prompt TEXT --image PICTURE" if sizes.takes_image else command

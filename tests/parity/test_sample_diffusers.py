@@ -12,14 +12,18 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+import imageio.v3 as iio
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sgm.config import merge_yaml
+import sample_video
+from sgm.config import load_run_config
+from sgm.inference.options import SampleArgs
+from sgm.inference.pipeline import TextToVideo
 from sgm.models.diffusion import SATVideoDiffusionEngine
-from sgm.models.loading import load_first_stage, load_network
 from tests.convert_tiny import KINDS, SCHEDULE, make_pipeline
 from tests.dit_tiny import TEXT_LENGTH, TEXT_WIDTH
 from tests.training_tiny import MODULES
@@ -48,17 +52,29 @@ def converted(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Convert
 
 
 def engine_of(release: Path) -> SATVideoDiffusionEngine:
-    """What the YAML file of a converted release describes, with its weights, without its text encoder."""
-    content = merge_yaml([release / "infer.yaml"])
-    model = {
-        name: node for name, node in content["model"].items() if name not in ("conditioner_config", "loss_fn_config")
-    }
-    with torch.device("meta"):
-        engine = SATVideoDiffusionEngine(**model)
-    where = {"device": torch.device("cpu"), "dtype": torch.float32}
-    load_network(engine.network, content["args"]["load"], allow_absent=True, **where)
-    load_first_stage(engine.autoencoder, **where)
-    return engine.eval()
+    """What the YAML file of a converted release describes, with its weights but for the text encoder's."""
+    config = load_run_config([release / "infer.yaml"], SampleArgs)
+    video = TextToVideo(config, torch.device("cpu"), with_text_encoder=False)
+    video.load("network")
+    video.load("first_stage")
+    return video.engine
+
+
+@pytest.mark.parametrize("converted", ["5b-i2v", "1.5", "1.5-i2v"], indirect=True)
+def test_the_written_configuration_samples(converted: Converted, tmp_path: Path) -> None:
+    """As the converter says at its end, all clips of the trained length, and of the picture's shape with 1.5."""
+    later = converted.pipeline.transformer.config.patch_size_t is not None
+    arguments = ["--prompt", "a ball", "--device", "cpu", "--steps", "2", "--output-dir", str(tmp_path / "out")]
+    size = (32, 48)
+    if converted.pipeline.transformer.config.in_channels > 16:
+        Image.new("RGB", (60, 60), (200, 30, 30)).save(tmp_path / "red.png")
+        arguments += ["--image", str(tmp_path / "red.png")]
+        size = (32, 32) if later else size
+    assert sample_video.main([str(converted.sat / "infer.yaml"), *arguments]) == 0
+    (clip,) = (tmp_path / "out").rglob("*.mp4")
+    assert iio.imread(clip).shape == (9, *size, 3)
+    (record,) = clip.parent.glob("*.json")
+    assert json.loads(record.read_text())["fps"] == (16 if later else 8)
 
 
 # --- there and back --------------------------------------------------------------------------------------------------
