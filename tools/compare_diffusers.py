@@ -19,6 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
+from sgm.convert.dit_sizes import Sizes, sizes_of_params
+from sgm.modules.autoencoding.strides import STRIDES
+from sgm.modules.diffusionmodules.image_condition import OFS, sampled_frames
+
 TRANSFORMER, VAE = 5e-6, 5e-5  # largest differences that are rounding, for values of standard deviation 1
 
 
@@ -31,7 +35,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--lora", help="SAT adapter to attach")
     add("--hf_lora", type=Path, help="the same adapter, exported")
     add("--device", default="cpu")
-    add("--frames", type=int, help="latent frames, odd (default: the network's)")
+    add("--frames", type=int, help="latent frames (default: the network's; 1.5 takes even numbers)")
     add("--tolerance", type=float, default=1.0, help="factor on the allowed differences (5e-6, VAE 5e-5)")
     add("--allow-target", action="append", default=[], metavar="PREFIX", help="see sample_video.py")
     options = parser.parse_args(arguments)
@@ -58,8 +62,8 @@ def transformer_outputs(options: argparse.Namespace, config: Mapping[str, Any]) 
     load_network(network, load, device=device, dtype=torch.float32, allow_absent=True, adapters=adapters)
     inputs = _inputs(node["params"], options.frames)
     placed = {name: value.to(device) for name, value in inputs.items()}
-    ofs = {"ofs": torch.tensor([2.0], device=device)} if network.ofs_embed_dim else {}
-    ours = network(**placed, **ofs).cpu()
+    ofs = {"ofs": torch.tensor([OFS], device=device)} if network.ofs_embed_dim else {}
+    ours = network(**placed).cpu()
     frames, height, width = (inputs["x"].shape[k] for k in (1, 3, 4))
     rotary = network.mixins.pos_embed.rotary(network.patch.grid(frames, height, width), placed["x"])
     del network
@@ -80,8 +84,9 @@ def _inputs(params: Mapping[str, Any], frames: int | None) -> dict[str, Tensor]:
     draw = torch.Generator().manual_seed(0)
     length = params["modules"]["pos_embed_config"]["params"]["text_length"]
     width = params["modules"]["patch_embed_config"]["params"]["text_hidden_size"]
-    frames = frames or (params["num_frames"] - 1) // params["time_compressed_rate"] + 1
-    size = (1, frames, params["in_channels"], params["latent_height"], params["latent_width"])
+    sizes = sizes_of_params(params)
+    frames = frames or sampled_frames(STRIDES.latent_frames(sizes.frames), sizes.patch[0])
+    size = (1, frames, sizes.in_channels, *_latent_size(sizes))
     return {
         "x": torch.randn(size, generator=draw),
         "timesteps": torch.tensor([499.0]),
@@ -89,17 +94,22 @@ def _inputs(params: Mapping[str, Any], frames: int | None) -> dict[str, Tensor]:
     }
 
 
+def _latent_size(sizes: Sizes) -> tuple[int, int]:
+    """Height and width of the latents that the model was trained at; the positions of 1.5 are made for larger ones."""
+    return STRIDES.latent_size(*sizes.nearest.size) if sizes.is_published else (sizes.height, sizes.width_latent)
+
+
 @torch.no_grad()
 def vae_outputs(options: argparse.Namespace, config: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
     """(ours, theirs) of a short clip's moments and of 3 decoded latent frames, an eighth of the picture's area."""
     from diffusers import AutoencoderKLCogVideoX
 
-    from sgm.modules.autoencoding.strides import STRIDES
     from sgm.places import found_path
     from sgm.util import instantiate_from_config
 
-    device, params = torch.device(options.device), config["model"]["network_config"]["params"]
-    height, width = (max(4, params[f"latent_{side}"] // 3) for side in ("height", "width"))
+    device = torch.device(options.device)
+    sizes = sizes_of_params(config["model"]["network_config"]["params"])
+    height, width = (max(4, side // 3) for side in _latent_size(sizes))
     draw = torch.Generator().manual_seed(1)
     z = torch.randn(1, 16, 3, height, width, generator=draw).to(device)
     x = torch.rand(1, 3, STRIDES.pixel_frames(3), *STRIDES.pixel_size(height, width), generator=draw).to(device) * 2 - 1

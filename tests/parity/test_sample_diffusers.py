@@ -7,6 +7,7 @@ With our schedule in their scheduler both agree; with the stock schedulers they 
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -26,8 +27,8 @@ from sgm.inference.pipeline import TextToVideo
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from tests.convert_tiny import KINDS, SCHEDULE, make_pipeline
 from tests.dit_tiny import TEXT_LENGTH, TEXT_WIDTH
-from tests.training_tiny import MODULES
-from tools import convert_weight_hf2sat, convert_weight_sat2hf
+from tests.training_tiny import MODULES, REPO
+from tools import compare_diffusers, convert_weight_hf2sat, convert_weight_sat2hf
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -75,6 +76,30 @@ def test_the_written_configuration_samples(converted: Converted, tmp_path: Path)
     assert iio.imread(clip).shape == (9, *size, 3)
     (record,) = clip.parent.glob("*.json")
     assert json.loads(record.read_text())["fps"] == (16 if later else 8)
+
+
+@pytest.mark.parametrize("converted", ["5b-i2v", "1.5-i2v"], indirect=True)
+def test_commands_of_the_page(converted: Converted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of docs/conversion.md for these models, in order, in a folder that holds what they name."""
+    name = "CogVideoX1.5-5B" if converted.pipeline.transformer.config.patch_size_t else "CogVideoX-5b"
+    release = tmp_path / f"{name}-SAT"  # as the published one of 1.5
+    release.mkdir()
+    for file in converted.sat.iterdir():
+        (release / file.name.replace("transformer", "transformer_i2v")).symlink_to(file)
+    (tmp_path / f"{name}-I2V").symlink_to(converted.hf)
+    monkeypatch.chdir(tmp_path)
+    tools = {f"tools/{tool.__name__.rpartition('.')[2]}.py": tool for tool in
+             (compare_diffusers, convert_weight_hf2sat, convert_weight_sat2hf)}  # fmt: skip
+    block = (REPO / "docs" / "conversion.md").read_text().split("```shell")[2].split("```")[0].replace("\\\n", " ")
+    commands = [shlex.split(line.replace("cuda", "cpu")) for line in block.splitlines() if line.startswith("python ")]
+    ours = [words for words in commands if any(f"{name}-{kind}" in " ".join(words) for kind in ("I2V", "SAT"))]
+    assert len(commands) == 8 and len(ours) == 3
+    for _, tool, *arguments in ours:
+        assert tools[tool].main(arguments) == 0, arguments
+    if Path("linear").is_dir():
+        assert engine_of(Path("linear")).network.patches.proj.weight.shape == (64, 32 * 4)
+    index = json.loads(next(tmp_path.glob("hf-*/model_index.json")).read_text())
+    assert index["_class_name"] == "CogVideoXImageToVideoPipeline"
 
 
 # --- there and back --------------------------------------------------------------------------------------------------

@@ -18,14 +18,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sgm.config import merge_yaml
+from sgm.config import check_model_section, load_run_config, merge_yaml
 from sgm.convert import vae_sizes
 from sgm.convert.dit_sizes import hf_config, sizes_of_hf, sizes_of_params, sizes_of_sat
 from sgm.convert.lazy import ConvertError, all_deferred
 from sgm.convert.output import parse_size, write_shards
+from sgm.convert.run_file import run_file
 from sgm.convert.to_hf import ToHf, convert, export_lora
 from sgm.convert.to_sat import ToSat, import_lora
 from sgm.convert.to_sat import convert as convert_back
+from sgm.inference.options import SampleArgs
+from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.models.loading import load_network
 from sgm.weights import read_checkpoint
 from sgm.weights.files import tensors_of
@@ -191,7 +194,7 @@ PUBLISHED_HF: dict[str, dict[str, Any]] = {  # what the published config.json sa
 
 
 @pytest.mark.parametrize("name", PUBLISHED_HF)
-def test_published_configurations_become_those_of_the_original(name: str) -> None:
+def test_published_configurations_become_those_of_the_original(name: str, tmp_path: Path) -> None:
     heads = {"num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": True}
     sizes = sizes_of_hf(heads | PUBLISHED_HF[name])
     later, image = "1.5" in name, "I2V" in name
@@ -207,6 +210,18 @@ def test_published_configurations_become_those_of_the_original(name: str) -> Non
     state = {n: torch.empty(shape, device="meta") for n, shape in sizes.sat_shapes().items()}
     assert len(state) == {"CogVideoX-5B-I2V": 773, "CogVideoX1.5-5B-I2V": 776}.get(name, 772)  # + SAT's unused one
     assert sum(t.numel() for t in state.values()) + 64 * 3072 == VALUES[name]
+    schedule = (VAE_PARAMS, sizes.nearest.scale_factor, sizes.nearest.shift_scale, torch.bfloat16)
+    (tmp_path / "run.yaml").write_text(run_file(tmp_path, sizes, *schedule))
+    run = load_run_config([tmp_path / "run.yaml"], SampleArgs)
+    check_model_section(run.model, SATVideoDiffusionEngine)
+    args, model = run.args, run.model
+    assert (args.dtype, args.sampling_fps, args.sampling_num_frames) == ("bf16", *((16, 22) if later else (8, 13)))
+    assert args.image2video == (True if image else None)
+    assert args.sampling_image_size == (None if image else [768, 1360] if later else [480, 720])
+    assert [model.get(f"noised_image_{key}") for key in ("input", "dropout")] == ([True, 0.05] if image else [None] * 2)
+    assert model["conditioner_config"]["params"]["emb_models"][0]["params"]["max_length"] == positions["text_length"]
+    shift = model["loss_fn_config"]["params"]["sigma_sampler_config"]["params"]["discretization_config"]["params"]
+    assert (model["scale_factor"], shift["shift_scale"]) == (0.7, 1.0)
     if table:  # which cannot be computed
         state = {n: t for n, t in state.items() if "pos_embedding" not in n}
         with pytest.raises(ConvertError, match="CogVideoX-5B-I2V: missing .1.: mixins.pos_embed.pos_embedding"):
