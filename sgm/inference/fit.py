@@ -6,8 +6,8 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from sgm.data.images import Picture
 from sgm.errors import SgmError
-from sgm.inference.images import Picture
 from sgm.inference.options import SampleArgs
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.modules.diffusionmodules.image_condition import clip_frames

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sgm.config import RunConfig
+from sgm.data.images import Picture, cropped, resized, size_of_short_side
 from sgm.data.video_out import to_uint8
 from sgm.inference.fast import check_shortcuts, shortcuts_of
 from sgm.inference.fit import (
@@ -30,7 +31,6 @@ from sgm.inference.fit import (
     unusual_size,
     unusual_type,
 )
-from sgm.inference.images import Picture, cropped, resized, size_of_short_side
 from sgm.inference.noise import SampleId, StackedNoise
 from sgm.inference.options import SampleArgs
 from sgm.inference.placement import Placement

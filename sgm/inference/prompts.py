@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from sgm.data.images import ImageError, Picture
 from sgm.errors import SgmError
 from sgm.files import refuse_lfs_pointer
-from sgm.inference.images import ImageError, Picture
 from sgm.typed import listing
 
 MARK = "@@"  # between a prompt and its picture, as in the original

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from sgm.config import ConfigError, RunConfig
+from sgm.data.images import Picture
 from sgm.data.video_out import write_contact_sheet, write_video
 from sgm.errors import SgmError
 from sgm.files import SaveError, advising, unfinished_names, write_json
-from sgm.inference.images import Picture
 from sgm.inference.noise import SampleId
 from sgm.inference.options import SampleArgs
 from sgm.inference.pipeline import EncodedPrompt, Part, TextToVideo

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,8 +23,9 @@ from sgm.data.video_out import to_uint8, write_video
 from sgm.distributed import data_parallel_rank, data_parallel_world_size, model_parallel_rank, preserve_rng
 from sgm.files import atomic_write, write_text
 from sgm.models.autoencoder import VideoAutoencoder
-from sgm.models.diffusion import SATVideoDiffusionEngine
+from sgm.models.diffusion import Cond, SATVideoDiffusionEngine
 from sgm.modules.diffusionmodules.image_condition import repeat_first
+from sgm.training.eval_prompts import EvalPrompt
 from sgm.training.first_frame import first_frame
 from sgm.training.setup.engine import TrainingEngine
 from sgm.training.step import batch_latents, engine_inputs
@@ -59,7 +60,7 @@ class Evaluation:
     latents_only: bool
     log_video: bool
     fps: int
-    prompts: Sequence[str] = ()
+    prompts: Sequence[EvalPrompt] = ()
 
     def run(self, ds_engine: TrainingEngine, iteration: int, log: RunLog) -> tuple[float, list[float | None]]:
         """Mean loss over all ranks, and by part of the timesteps (None: none fell there). Collective."""
@@ -115,19 +116,37 @@ class Evaluation:
         if not self.log_video:
             return
         latents = batch_latents(engine, first, device)
-        shape = repeat_first(latents, engine.network.patch.t).shape[1:]
-        image = engine.encode_image(first_frame(engine, first, device), shape[0]) if engine.noised_image_input else None
+        frames, channels, height, width = repeat_first(latents, engine.network.patch.t).shape[1:]
         if not self.latents_only:
             files.clip("inputs", 0, first[engine.input_key])
             files.clip("reconstructions", 0, decode(engine, latents))
-        for k in range(1 + len(self.prompts)):
-            cond, uncond = engine.condition_batch(first) if k == 0 else engine.condition([self.prompts[k - 1]])
+        for k, start in enumerate(self._starts(engine, first, device, engine.strides.pixel_size(height, width))):
             torch.manual_seed(self.seed + k)
-            samples = engine.sample(cond, uncond, batch_size=1, shape=shape, image=image)
+            image = None if start.picture is None else engine.encode_image(start.picture.to(device), frames)
+            shape = (frames, channels, *((height, width) if image is None else image.shape[-2:]))
+            samples = engine.sample(start.cond, start.uncond, batch_size=1, shape=shape, image=image)
             if self.latents_only:
                 files.latents(k, samples)
             else:
                 files.clip("samples", k, decode(engine, engine.drop_first(samples)))
+
+    def _starts(
+        self, engine: SATVideoDiffusionEngine, first: dict[str, Any], device: torch.device, size: tuple[int, int]
+    ) -> Iterator[_Start]:
+        """Of the first clip, then of each prompt."""
+        yield _Start(
+            *engine.condition_batch(first), first_frame(engine, first, device) if engine.noised_image_input else None
+        )
+        for prompt in self.prompts:
+            yield _Start(*engine.condition([prompt.text]), prompt.pixels(engine, size))
+
+
+class _Start(NamedTuple):
+    """What a sample is made from: conditions, those to steer away from, and a picture (1, 3, 1, h, w)."""
+
+    cond: Cond
+    uncond: Cond
+    picture: Tensor | None
 
 
 def decode(engine: SATVideoDiffusionEngine, z: Tensor) -> Tensor:

@@ -90,7 +90,9 @@ class TrainArgs:
     )  # fmt: skip
     only_log_video_latents: bool = option(False, "evaluation writes sampled latents, decodes no video")
     log_image: bool = option(True, "evaluation samples a video (or its latents), and writes it")
-    eval_prompts: list[str] = option([], "prompts that evaluation samples beside the first validation clip's caption")
+    eval_prompts: list[str] = option(
+        [], "prompts that evaluation samples beside the first validation clip's caption; image to video: TEXT@@FILE"
+    )
     tensorboard: bool = option(True, "write TensorBoard's files into the run folder")
     summary_dir: PathText | None = option(None, "another folder for TensorBoard's files")
     wandb: bool = option(False, "report to Weights & Biases as well (wandb login, or WANDB_MODE=offline)")

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.utils.data import Dataset
 
 from sgm import distributed
+from sgm.cache.identity import starts_from_picture
 from sgm.cache.ready import ReadyCache, ready_cache
 from sgm.cli import MOSTLY_SKIPPED, flush_output, print_line
 from sgm.config import ConfigError, RunConfig, check_model_section
@@ -28,6 +29,7 @@ from sgm.training.checkpoints.load import Earlier, load_state
 from sgm.training.checkpoints.same_run import CONFIG_FILE
 from sgm.training.checkpoints.saver import Saver, resume
 from sgm.training.checkpoints.state import seed_all
+from sgm.training.eval_prompts import eval_prompts
 from sgm.training.evaluate import Evaluation, evaluation_batches
 from sgm.training.faults import SkipGuard, TrainingStopped, out_of_memory_advice
 from sgm.training.memory import MemoryNeeds, free_memory
@@ -248,7 +250,7 @@ def _evaluation(
         latents_only=args.only_log_video_latents or bool(args.cache_dir),
         log_video=args.log_image and "sampler_config" in config.model,
         fps=round(((config.data or {}).get("params") or {}).get("fps", 8)),
-        prompts=tuple(args.eval_prompts),
+        prompts=eval_prompts(args.eval_prompts, starts_from_picture(config.model)),
     )
 
 

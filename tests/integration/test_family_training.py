@@ -9,10 +9,12 @@ from typing import Any
 import imageio.v3 as iio
 import pytest
 import torch
+from PIL import Image
 
-from sgm.config import load_run_config
+from sgm.config import ConfigError, load_run_config
 from sgm.training.options import TrainArgs
 from sgm.training.run import train
+from sgm.training.setup.clips import check_clips
 from sgm.weights.release import read_transformer
 from tests.family_tiny import kind_section
 from tests.training_tiny import configuration, write_clips, write_release, write_yaml
@@ -54,6 +56,7 @@ def content(sections, clips, tmp_path):
             model["network_config"]["params"]["modules"]["lora_config"] = {
                 "target": "sat.model.finetune.lora2.LoraMixin", "params": {"r": lora},
             }  # fmt: skip
+        model["sampler_config"]["params"]["num_steps"] = 2
         release = Path(model["first_stage_config"]["params"]["ckpt_path"]).parents[1]
         made = configuration(release, clips, tmp_path / folder, **args)
         made["data"]["params"]["max_num_frames"] = FRAMES
@@ -85,11 +88,17 @@ def test_every_kind_trains_and_shows_whole_clips(content, clips, tmp_path, kind)
     """Clips of three latents, of which patches of two frames see four; what is shown has the clip's length."""
     lora, stage, checkpointing = WAYS[kind]
     args = {"train_iters": 2, "eval_interval": 2, "eval_iters": 1, "valid_data": [str(clips)], "log_image": True}
-    made = content(kind, lora=lora, **args, checkpoint_activations=checkpointing)
+    picture = tmp_path / "square.png"
+    Image.new("RGB", (40, 40), "red").save(picture)
+    prompts = [f"a square@@{picture}"] if kind == "1.5_5b_i2v" else []
+    made = content(kind, lora=lora, **args, checkpoint_activations=checkpointing, eval_prompts=prompts)
     folder = run(made, tmp_path, f"deepspeed.zero_optimization.stage={stage}")
     assert len(losses(folder)) == 3
     for shown in ("inputs", "reconstructions", "samples"):
         assert len(iio.imread(folder / "video" / f"{shown}_gs-000002" / "000000.mp4")) == FRAMES
+    if prompts:  # 1.5 takes the picture's ratio
+        asked = iio.imread(folder / "video" / "samples_gs-000002" / "000001.mp4")
+        assert asked.shape[:3] == (FRAMES, 16, 16)
     before = read_transformer(made["args"]["load"]).network
     after = read_transformer(folder).network
     still = {name for name, value in after.items() if name in before and torch.equal(before[name], value)}
@@ -111,3 +120,35 @@ def test_a_cached_run_is_the_one_without_and_goes_on_bit_for_bit(content, clips,
     for part in ("4", "4-ema"):
         first, second = (read_transformer(run_folder / part).network for run_folder in (plain, folder))
         assert all(torch.equal(first[name], second[name]) for name in first), part
+
+
+def refused(content: dict[str, Any], folder: Path, *overrides: str) -> str:
+    path = write_yaml(folder / "config.yaml", content)
+    with pytest.raises(ConfigError) as error:
+        train(load_run_config([path], TrainArgs, overrides=overrides))
+    return str(error.value)
+
+
+def test_what_does_not_fit_is_said_before_anything_is_loaded(content, tmp_path):
+    (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    for kind, prompt, word in (
+        ("5b_i2v", "a fox", "names no picture"),
+        ("5b_i2v", "a fox@@a@@b.png", "names no picture"),
+        ("5b_i2v", f"a fox@@{tmp_path}/none.png", "none.png does not exist"),
+        ("5b_i2v", f"a fox@@{tmp_path}/cut.png", "no readable picture"),
+        ("5b", "a fox@@fox.png", "makes videos from text alone"),
+    ):
+        assert word in refused(content(kind, eval_prompts=[prompt]), tmp_path)
+    said = refused(content("1.5_5b"), tmp_path, "model.latent_input=true")
+    assert "gives pixels" in said and "--set model.latent_input=false" in said
+    assert "latent_input" in refused(content("5b_i2v"), tmp_path, "model.latent_input=true")
+
+
+def test_what_the_models_were_not_made_for_is_warned_of(content, tmp_path):
+    made = content("1.5_5b_i2v")
+    config = load_run_config([write_yaml(tmp_path / "config.yaml", made)], TrainArgs)
+    assert check_clips(config, "bf16") == []
+    made["data"]["params"]["max_num_frames"] = 5
+    config = load_run_config([write_yaml(tmp_path / "config.yaml", made)], TrainArgs)
+    (half, even) = check_clips(config, "fp16")
+    assert "published in bf16" in half and "5x16x32 have an even number of latents" in even

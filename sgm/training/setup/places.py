@@ -8,10 +8,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from sgm.cache.identity import starts_from_picture
 from sgm.config import ConfigError, RunConfig
 from sgm.data.sources import exists
 from sgm.placeholders import placeholders_in
 from sgm.places import INSTALLED, PROJECT, found_path, lies_in_demo, shown
+from sgm.training.eval_prompts import eval_prompts
 from sgm.training.options import TrainArgs
 from sgm.weights.preflight import check_paths, with_found_paths
 
@@ -31,7 +33,7 @@ def with_found_places(config: RunConfig[TrainArgs], find: Callable[[str], str] =
 
 
 def check_places(config: RunConfig[TrainArgs], dry_run: bool) -> None:
-    """Every path edited and there; a dry run has made nothing, so the demo's may be absent.
+    """Every path edited and there, pictures of prompts too; a dry run has made nothing, so the demo's may be absent.
 
     Raises:
         ConfigError: names each that is not.
@@ -49,6 +51,7 @@ def check_places(config: RunConfig[TrainArgs], dry_run: bool) -> None:
     ]
     if problems:
         raise ConfigError("\n".join([*problems, _how_to_get_data(args.data_folders)]))
+    eval_prompts(args.eval_prompts, starts_from_picture(config.model))
 
 
 def _how_to_get_data(folders: list[str]) -> str:
