@@ -17,8 +17,8 @@ DEMO = CONFIGS / "demo_infer.yaml"
 FLAGS = (  # options of `args:` that have one
     "prompts", "image", "negative_prompt", "refine", "refine_model", "input_file", "output_dir", "load", "lora",
     "merge_lora", "batch_size", "max_batch", "num_steps", "guidance_scale", "sampling_image_size",
-    "sampling_num_frames", "seed", "seed_mode", "placement", "device", "vae_tiling", "skip_done", "only_save_latents",
-    "decode_latents",
+    "sampling_num_frames", "seed", "seed_mode", "placement", "device", "decoder", "vae_tiling", "skip_done",
+    "only_save_latents", "decode_latents",
 )  # fmt: skip
 CALLED = {
     "prompts": "--prompt",

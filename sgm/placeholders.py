@@ -17,11 +17,12 @@ _PLACEHOLDER = re.compile(r"\{your_[^}]*\}|^your .* path$")
 
 
 def weight_paths(model: Mapping[str, Any], load: str | None) -> dict[str, str]:
-    """Place in the YAML -> value, for the three kinds of weights a configuration names."""
+    """Place in the YAML -> value, for the weights that a configuration names."""
     found = {"args.load": load} if load else {}
     stage = (model.get("first_stage_config") or {}).get("params") or {}
-    if stage.get("ckpt_path"):
-        found["model.first_stage_config.params.ckpt_path"] = str(stage["ckpt_path"])
+    for name in ("ckpt_path", "small_decoder"):
+        if stage.get(name):
+            found[f"model.first_stage_config.params.{name}"] = str(stage[name])
     conditioner = (model.get("conditioner_config") or {}).get("params") or {}
     for k, embedder in enumerate(conditioner.get("emb_models") or []):
         folder = ((embedder or {}).get("params") or {}).get("model_dir")

@@ -9,8 +9,10 @@ from torch import Tensor
 from sgm.data.images import Picture
 from sgm.errors import SgmError
 from sgm.inference.options import SampleArgs
+from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.modules.diffusionmodules.image_condition import clip_frames
+from sgm.weights.preflight import HOW_TO_GET_SMALL_DECODER
 
 # Of a side, in relation to training's: a smaller picture is given a part of the trained positions, a larger one some
 # that training never had. A third more or less still leaves more than half of the trained picture.
@@ -39,7 +41,8 @@ def check_fit(engine: SATVideoDiffusionEngine, args: SampleArgs, size: tuple[int
     problems = [
         *_channel_problems(engine, args.latent_channels),
         *_picture_problems(engine, args),
-        *_grid_problems(engine, args.sampling_num_frames, size),
+        *_grid_problems(engine, args, size),
+        *_decoder_problems(engine, args.decoder),
         *_text_problems(engine),
         *_sampler_problems(engine, args),
     ]
@@ -47,15 +50,20 @@ def check_fit(engine: SATVideoDiffusionEngine, args: SampleArgs, size: tuple[int
         raise SamplingError("\n  - ".join(["the options do not fit the model:", *problems]))
 
 
-def check_latents(engine: SATVideoDiffusionEngine, latents: Tensor, source: str = "the latents") -> None:
+def check_latents(
+    engine: SATVideoDiffusionEngine, latents: Tensor, source: str = "the latents", *, any_length: bool = False
+) -> None:
     """Check saved latents (t, c, h, w) before they are decoded.
 
+    Args:
+        any_length: the decoder also takes an even t.
     Raises:
         SamplingError: not four axes, other channels than the first stage's, or a t that no clip has.
     """
     channels, patch = engine.autoencoder.decoder.z_channels, engine.network.patch.t
     shape = tuple(latents.shape)
-    if len(shape) != 4 or shape[1] != channels or 0 in shape or clip_frames(shape[0], patch) % 2 == 0:
+    whole = clip_frames(shape[0], patch) % 2 == 1 or any_length if len(shape) == 4 else False
+    if not whole or shape[1] != channels or 0 in shape:
         parity = "odd t" if patch == 1 else "even t, of which the first is dropped, or an odd one"
         raise SamplingError(f"{source} have shape {shape}; this model decodes (t, {channels}, h, w) with an {parity}.")
 
@@ -142,9 +150,21 @@ def unusual_type(engine: SATVideoDiffusionEngine, args: SampleArgs) -> str | Non
     )
 
 
-def _grid_problems(engine: SATVideoDiffusionEngine, frames: int, size: tuple[int, int]) -> list[str]:
-    patch = engine.network.patch
-    if frames % patch.t or clip_frames(frames, patch.t) % 2 == 0:
+def _decoder_problems(engine: SATVideoDiffusionEngine, decoder: str) -> list[str]:
+    stage = engine.first_stage_model
+    if decoder == "full" or (isinstance(stage, VideoAutoencoderInferenceWrapper) and stage.small_decoder):
+        return []
+    return [
+        (
+            f"args.decoder is {decoder}, but model.first_stage_config.params names no small_decoder: "
+            f"{HOW_TO_GET_SMALL_DECODER}"
+        )
+    ]
+
+
+def _grid_problems(engine: SATVideoDiffusionEngine, args: SampleArgs, size: tuple[int, int]) -> list[str]:
+    patch, frames = engine.network.patch, args.sampling_num_frames
+    if frames % patch.t or (args.decoder == "full" and clip_frames(frames, patch.t) % 2 == 0):
         rule = "odd (t latent frames decode to 4t-3 frames)"
         if patch.t > 1:
             rule = "even (the first latent frame is dropped, t of them decode to 4t-7 frames)"

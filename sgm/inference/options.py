@@ -71,6 +71,11 @@ class SampleArgs:
         "all: every part stays on the device; stages: one at a time; lean: parts are streamed through layer by layer",
         choices=("all", "stages", "lean"),
     )
+    decoder: str = option(
+        "full",
+        "full: the VAE's own; small: the one that first_stage_config.params.small_decoder names, many times as fast",
+        choices=("full", "small"),
+    )
     vae_tiling: bool = option(False, "decode in overlapping tiles: approximate, for GPUs too small otherwise")
     lora: list[PathText] = option(
         [], "an adapter checkpoint, with the scale of what it adds (1)", metavar="PATH[:SCALE]"
@@ -83,6 +88,10 @@ class SampleArgs:
         problems = []
         if self.fp16 and self.bf16:
             problems.append("args.fp16 and args.bf16 are both true; choose one")
+        if self.vae_tiling and self.decoder == "small":
+            problems.append(
+                "args.vae_tiling is of the full decoder, the small one needs no tiles; leave one of them out"
+            )
         size = self.sampling_image_size
         if size is not None and (len(size) != 2 or any(s <= 0 or s % STRIDES.size_step for s in size)):
             problems.append(

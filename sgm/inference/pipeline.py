@@ -39,12 +39,15 @@ from sgm.inference.rehearsal import compile_ahead, run_block, run_decoder
 from sgm.models.autoencoder import VideoAutoencoder
 from sgm.models.diffusion import Cond, SATVideoDiffusionEngine
 from sgm.models.loading import Adapter, LoadedNetwork, load_first_stage, load_network, load_text_encoder
+from sgm.models.small_decoder import load_small_decoder
+from sgm.modules.autoencoding.small_decoder import SmallDecoder
 from sgm.modules.diffusionmodules.image_condition import clip_frames
 from sgm.modules.diffusionmodules.shortcuts import CallCount, ShortcutRun
 from sgm.modules.ops.choice import choose_kernels
 from sgm.modules.ops.fp8 import check_fp8
 from sgm.modules.transformer.quantize import quantize_network
 from sgm.util import instantiate_from_config
+from sgm.weights import weights_fingerprint
 from sgm.weights.checksums import Checks
 from sgm.weights.finite import is_finite
 
@@ -71,6 +74,7 @@ class WeightFacts:
 
     network: LoadedNetwork | None = None
     first_stage: str | None = None
+    small_decoder: str | None = None
     text_encoder: str | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -102,6 +106,7 @@ class TextToVideo:
         self.facts = WeightFacts()
         self._first_stage: dict[str, Any] = model.get("first_stage_config") or {}
         self._decoder_compiles = False
+        self._small_decoder: SmallDecoder | None = None
         self._loaded: set[Part] = set()
         self._checks = Checks()  # of what was loaded; nothing that came of it leaves here before they are done
         check_fit(self.engine, self.args, self.size())
@@ -173,8 +178,7 @@ class TextToVideo:
         if part == "conditioner":
             self.facts.text_encoder = load_text_encoder(self.engine.text_conditioner, device=device, dtype=dtype)
         elif part == "first_stage":
-            self.facts.first_stage = load_first_stage(self.engine.autoencoder, device=device, dtype=dtype)
-            self._arrange_first_stage()
+            self._load_decoder(device, dtype)
         else:
             if self._fuses_on_gpu:
                 compile_ahead(partial(run_block, self.engine, self.latent_shape(self.size())))
@@ -187,7 +191,7 @@ class TextToVideo:
 
     def _compile_decoder(self) -> None:
         """Begin to, once, by means of a second one without values."""
-        if not self._fuses_on_gpu or self._decoder_compiles or not self._first_stage:
+        if not self._fuses_on_gpu or self._decoder_compiles or not self._first_stage or self.args.decoder == "small":
             return
         self._decoder_compiles = True
         with torch.device("meta"):
@@ -207,6 +211,22 @@ class TextToVideo:
                 self._compile_decoder()
 
         return stepped
+
+    def _load_decoder(self, device: torch.device, dtype: torch.dtype) -> None:
+        """The VAE; or the small decoder, and the VAE only where pictures are encoded."""
+        stage, small = self.engine.autoencoder, self.args.decoder == "small"
+        if not small or self.pictures.wanted:
+            self.facts.first_stage = load_first_stage(stage, device=device, dtype=dtype)
+            self._arrange_first_stage()
+        if not small:
+            return
+        if not (stage.small_decoder and stage.ckpt_path):
+            raise SamplingError("--decoder small needs ckpt_path and small_decoder in first_stage_config.params.")
+        # on a CPU its activations have the type of its products: conversions would take longer than these
+        dtype = torch.bfloat16 if self.engine.kernels.cpu_bf16 else dtype
+        self._small_decoder = load_small_decoder(stage.small_decoder, stage.ckpt_path, device=device, dtype=dtype)
+        self.facts.first_stage = weights_fingerprint(stage.ckpt_path)
+        self.facts.small_decoder = weights_fingerprint(stage.small_decoder)
 
     def _arrange_first_stage(self) -> None:
         stage, lean = self.engine.autoencoder, self.placement.kind == "lean"
@@ -351,15 +371,15 @@ class TextToVideo:
         Raises:
             SamplingError: latents of another model, or the decoded pixels are not finite.
         """
-        check_latents(self.engine, latents)
+        check_latents(self.engine, latents, any_length=self.args.decoder == "small")
         self._compile_decoder()
         self.load("first_stage")
-        stage = self.engine.autoencoder
+        stage, small = self.engine.autoencoder, self._small_decoder
         latents = self.engine.drop_first(latents[None])
         z = latents.to(self.device, torch.float32).transpose(1, 2) / self.engine.scale_factor
         frames: list[np.ndarray] = []
-        with self._checks.first(), torch.no_grad(), self.placement.use(stage.decoder):
-            for pixels in stage.decode_chunks(z.to(self.engine.dtype)):
+        with self._checks.first(), torch.no_grad(), self.placement.use(small or stage.decoder):
+            for pixels in (small or stage).decode_chunks(z.to(small.dtype if small else self.engine.dtype)):
                 _check_finite(pixels, "pixels", self.args.dtype)
                 frames.append(to_uint8(pixels)[0].cpu().numpy())
             self._checks.wait()

@@ -71,6 +71,9 @@ def memory_lines(pipeline: TextToVideo) -> list[str]:
     """Bytes of each part's weights, and how many of them a placement holds on the device at a time."""
     children = dict(pipeline.engine.named_children())
     sizes = {title: _bytes_of(children[name]) for name, title in _PARTS.items() if name in children}
+    if pipeline.args.decoder == "small":
+        del sizes["VAE"]
+        sizes["small decoder"] = _size_of_file(pipeline.engine.autoencoder.small_decoder)
     lines = [f"weights of the {title}: {_size(size)}" for title, size in sizes.items()]
     if "text encoder" not in sizes:
         lines.append("weights of the text encoder: unknown until its folder is there")
@@ -82,6 +85,10 @@ def memory_lines(pipeline: TextToVideo) -> list[str]:
 
 def _size(size: int) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.1f} MiB"
+
+
+def _size_of_file(path: str | None) -> int:
+    return Path(path).expanduser().stat().st_size if path and Path(path).expanduser().exists() else 0
 
 
 def _bytes_of(module: torch.nn.Module) -> int:

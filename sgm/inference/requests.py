@@ -59,6 +59,7 @@ class Request:
     fps: int
     dtype: str
     approximate: dict[str, Any]
+    decoder: str
     load: str | None
     lora: list[str]
     image_sha256: str | None
@@ -105,6 +106,7 @@ class Measurements:
     """What decoding and measuring add: the last part of the sample's JSON."""
 
     first_stage_weights: str | None
+    small_decoder_weights: str | None
     seconds: dict[str, float]
     peak_memory_bytes: dict[str, int]
     device: str
@@ -117,6 +119,7 @@ class Measurements:
         device = pipeline.device
         return cls(
             first_stage_weights=pipeline.facts.first_stage,
+            small_decoder_weights=pipeline.facts.small_decoder,
             seconds={name: round(value, 3) for times in stages for name, value in times.seconds.items()},
             peak_memory_bytes={name: value for times in stages for name, value in times.peak_bytes.items()},
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
@@ -173,6 +176,7 @@ class Requests:
             fps=args.sampling_fps,
             dtype=args.dtype,
             approximate=self.config.accelerate.approximate(),
+            decoder=args.decoder,
             load=_absolute(args.load) if args.load else args.load,
             lora=[_absolute(text) for text in args.lora],
             image_sha256=None,

@@ -32,7 +32,7 @@ def sample(config: RunConfig[SampleArgs], check: Callable[[], None], *, dry_run:
 
     config = with_found_paths(replace(config, model=check_model_section(config.model, SATVideoDiffusionEngine)))
     if not dry_run:
-        check_paths(*_paths_to_check(config))
+        check_paths(*_paths_to_check(config), small_decoder=config.args.decoder == "small")
     info = init_distributed(_device_type(config.args.device, several=int(os.environ.get("WORLD_SIZE", "1")) > 1))
     try:
         device = _rank_device(config.args.device, info)

@@ -237,10 +237,11 @@ class Runner:
         for file in saved:
             latents, facts = read_latents(file)
             times, files = StageTimes(), SampleFiles(file.parent)
-            source = {"decoded_from": file.name, "file_bytes": {file.name: file.stat().st_size}}
+            source = {"decoder": self.args.decoder, "decoded_from": file.name}
+            facts |= {**source, "file_bytes": {file.name: file.stat().st_size}}
             with files.replaced_together(self.unfinished) as new:
                 self._write_frames(new, latents, times)
-                self._write_record(new, facts | source, times)
+                self._write_record(new, facts, times)
             self.progress.line(f"  {files.video}")
 
     # --- loading and measuring ------------------------------------------------------------------------------------
@@ -265,7 +266,8 @@ def out_of_memory_advice(args: SampleArgs) -> str:
     smaller = {"all": "--placement stages (one part on the GPU at a time) or lean", "stages": "--placement lean"}
     advice = [smaller[args.placement]] if args.placement in smaller else []
     advice += ["--max-batch 1"] if min(args.batch_size, args.max_batch) > 1 else []
-    advice += ["--vae-tiling, if decoding failed (approximate)"] if not args.vae_tiling else []
+    tiles = not args.vae_tiling and args.decoder == "full"
+    advice += ["--vae-tiling, if decoding failed (approximate)"] if tiles else []
     fewer = max(1, args.sampling_num_frames - 4)
     advice += [f"fewer latent frames (--num-frames {fewer})"] if args.sampling_num_frames > 1 else []
     advice += ["a smaller --image-size"]

@@ -338,6 +338,8 @@ class VideoAutoencoderInferenceWrapper(VideoAutoencoder):
 
     Args:
         ckpt_path: weight file, see `load_file`.
+        small_decoder: file of a small decoder that may stand in for this one's (`sgm.models.small_decoder`); a run
+            that wants it (`args.decoder`) loads it.
         ignore_keys: prefixes of names in it to leave out.
         cp_size: GPUs of a context-parallel group; 0 and 1 both mean one GPU.
     Raises:
@@ -356,11 +358,12 @@ class VideoAutoencoderInferenceWrapper(VideoAutoencoder):
         ckpt_path: PathText | None = None,
         ignore_keys: Sequence[str] = (),
         cp_size: int = 0,
+        small_decoder: PathText | None = None,
     ) -> None:
         super().__init__(encoder_config, decoder_config, loss_config, regularizer_config)
         if cp_size not in (0, 1):
             raise ValueError(f"cp_size is {cp_size}: the autoencoder runs on one GPU. Set it to 0 or 1.")
-        self.ckpt_path, self.ignore_keys = ckpt_path, tuple(ignore_keys)
+        self.ckpt_path, self.ignore_keys, self.small_decoder = ckpt_path, tuple(ignore_keys), small_decoder
         self.requires_grad_(False)
         self.eval()
         if ckpt_path is not None and not next(self.parameters()).is_meta:

@@ -28,6 +28,12 @@ HOW_TO_GET_ADAPTER = (
     "steps."
 )
 
+HOW_TO_GET_SMALL_DECODER = (
+    "`python tools/train_decoder.py CONFIG.yaml OUT --latents FOLDER` learns a small decoder from the VAE "
+    "(docs/speed.md, 'Small decoder'); --decoder full does without."
+)
+SMALL_DECODER = "model.first_stage_config.params.small_decoder"
+
 
 class PathError(ConfigError):
     """A path in the configuration is unedited or wrong; the message names each and says how to get the weights."""
@@ -57,13 +63,17 @@ def with_paths(model: Mapping[str, Any], change: Callable[[str], str]) -> dict[s
     return changed
 
 
-def check_paths(model: Mapping[str, Any], load: str | None, lora: Sequence[str] = ()) -> None:
-    """Demand that every weight path is edited and exists.
+def check_paths(
+    model: Mapping[str, Any], load: str | None, lora: Sequence[str] = (), *, small_decoder: bool = False
+) -> None:
+    """Demand that every weight path is edited and exists; a small decoder's only where it is used.
 
     Raises:
         PathError: naming every offending place, and how to get what is missing.
     """
     paths = weight_paths(model, load)
+    if not small_decoder:
+        paths.pop(SMALL_DECODER, None)
     left = unedited(paths)
     problems = {place: f"{place} is still the placeholder {paths[place]!r}" for place in left}
     problems |= {
@@ -91,6 +101,7 @@ def _remedies(places: Iterable[str]) -> list[str]:
     archives = {"args.load": "transformer.zip", "model.first_stage_config.params.ckpt_path": "vae.zip"}
     wanted = [archive for place, archive in archives.items() if place in lacking]
     lines = [how_to_get(*wanted)] if wanted else []
+    lines += [HOW_TO_GET_SMALL_DECODER] if SMALL_DECODER in lacking else []
     lines += [HOW_TO_GET_T5] if any(place.endswith("model_dir") for place in lacking) else []
     return lines + ([HOW_TO_GET_ADAPTER] if any(place.startswith("args.lora") for place in lacking) else [])
 

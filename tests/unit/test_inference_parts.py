@@ -205,6 +205,7 @@ def test_latents_of_another_shape_are_not_decoded(shape):
     check_latents(engine, torch.zeros(3, 16, 4, 4))
     with pytest.raises(SamplingError, match=r"decodes \(t, 16, h, w\) with an odd t"):
         check_latents(engine, torch.zeros(shape))
+    check_latents(engine, torch.zeros(2, 16, 4, 4), any_length=True)  # the small decoder's
 
 
 REQUEST = Request(
@@ -221,6 +222,7 @@ REQUEST = Request(
     8,
     "fp16",
     {},
+    "full",
     "/w",
     ["/l:1"],
     None,

@@ -24,6 +24,7 @@ _MAY_CHANGE = (
     *(f"args.{name}" for name in RESUME_MAY_CHANGE),
     *(f"deepspeed.{name}" for name in (*BATCH_KEYS, "zero_optimization", "wall_clock_breakdown", "steps_per_print")),
     "model.sampler_config",
+    "model.first_stage_config.params.small_decoder",
     "model.network_config.params.transformer_args.checkpoint_activations",
 )
 _BY_EPOCHS = ("args.train_iters", "args.eval_interval", "args.save_interval")  # follow from `epochs` and the data
