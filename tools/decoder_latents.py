@@ -1,0 +1,76 @@
+"""Latents that a small decoder is trained on: saved samples, encoded clips of a cache, or the demo's drawn clips.
+
+Axes: c channels, t latent frames, h w latent height and width. All latents are the VAE's own, not scaled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sgm.cache.shards import ShardReader, read_index
+from sgm.config import ConfigError
+from sgm.inference.writer import find_latents, read_latents
+from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
+from sgm.modules.autoencoding.regularizers import DiagonalGaussian
+from sgm.weights import weights_fingerprint
+from sgm.weights.checksums import read_json
+
+
+def read_all(path: Path, scale: float, vae: Path, seed: int) -> list[Tensor]:
+    """Latents (c, t, h, w), t odd, float16: of a cache's folder, of a saved sample or a folder of such.
+
+    Args:
+        scale: the engine's factor on latents, which saved samples have.
+        vae: the VAE's file, from which a cache must come.
+        seed: of the draw from a cached clip's posterior.
+    Raises:
+        ConfigError: a cache of another VAE, or nothing in it.
+        OutputError, WeightsError: neither, or damaged.
+    """
+    is_cache = (path / "cache.json").is_file()
+    found = list(_cached(path, vae, seed) if is_cache else _sampled(path, scale))
+    if not found:
+        raise ConfigError(f"{path} holds no clips")
+    return [_odd(z).to(torch.float16) for z in found]
+
+
+def _sampled(path: Path, scale: float) -> Iterator[Tensor]:
+    for file in find_latents(path):
+        latents, _ = read_latents(file)
+        yield latents.float().transpose(0, 1) / scale
+
+
+def _cached(folder: Path, vae: Path, seed: int) -> Iterator[Tensor]:
+    made_with = (read_json(folder / "cache.json").get("identity") or {}).get("vae weights")
+    if made_with != weights_fingerprint(vae):
+        raise ConfigError(f"{folder} is a cache of another VAE than {vae}: fill one with tools/precompute_cache.py")
+    shards = sorted(folder.glob("video-*.safetensors"))
+    reader, generator = ShardReader(shards), torch.Generator().manual_seed(seed)
+    for k, shard in enumerate(shards):
+        for entry in read_index(shard, k)[0].values():
+            posterior = DiagonalGaussian.from_moments(reader.read(entry).float().transpose(0, 1)[None])
+            yield posterior.sample(torch.randn(posterior.mean.shape, generator=generator))[0]
+
+
+def drawn(count: int, vae: VideoAutoencoderInferenceWrapper, device: torch.device, seed: int) -> list[Tensor]:
+    """Latents of `count` clips of moving shapes that the demo draws (tools/demo), without its withheld ones."""
+    from tools.demo.attributes import read_withheld
+    from tools.demo.clip_feed import CLIP, BatchShape, make_batch
+    from tools.demo.eval_vae import WITHHELD
+    from tools.demo.vae_training import to_pixels
+
+    withheld, shape, found = read_withheld(WITHHELD), BatchShape(1, *CLIP), []
+    for k in range(count):
+        pixels = to_pixels(torch.from_numpy(make_batch(k, shape, seed, withheld)).to(device))
+        with torch.no_grad():
+            found.append(vae.encode(pixels.to(vae.dtype))[0].to("cpu", torch.float16))
+    return found
+
+
+def _odd(z: Tensor) -> Tensor:
+    """As many frames as the full decoder takes."""
+    return z[:, : z.shape[1] - (z.shape[1] + 1) % 2]
