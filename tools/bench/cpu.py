@@ -2,15 +2,16 @@
 
 Sizes are those of a configuration (default: the demo's), weights random, float32. First a whole run by its
 stages (imports beyond PyTorch's, building, loading, text encoder, sampling, decoding) and its peak of resident memory;
-after it the transformer's forward on a guidance pair and the VAE's decode and encode: ours, ours with products in
-bfloat16 (`accelerate.cpu_bf16`), and diffusers' with the same weights (where it is installed). Each names its limit:
-its arithmetic at the rate of a large matrix product in float32, measured in the same run. On a machine that does other
-work meanwhile, only ratios mean anything.
+after it the transformer's forward on a guidance pair, the VAE's decode, the small decoder's, the VAE's encode: ours,
+ours with products in bfloat16 (`accelerate.cpu_bf16`), and diffusers' with the same weights (where it is
+installed). Each names its limit: its arithmetic at the rate of a large matrix product in float32, measured in the same
+run. On a machine that does other work meanwhile, only ratios mean anything.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 import tempfile
 import time
@@ -38,7 +39,7 @@ from tools.bench.measure import Ceilings, emit, measure_ceilings, relative_error
 from tools.random_release import write_random_release
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "demo_infer.yaml"
-PARTS = ("run", "dit", "vae_decode", "vae_encode")
+PARTS = ("run", "dit", "vae_decode", "vae_decode_small", "vae_encode")
 CPU = torch.device("cpu")
 MATRIX = 1024
 PROMPT = "A paper boat drifts down a stream between mossy stones, turning slowly in the current."
@@ -153,6 +154,17 @@ def bench_decode(bench: Bench) -> None:
     )
 
 
+@torch.no_grad()
+def bench_decode_small(bench: Bench) -> None:
+    """By a small decoder of the sizes of the one that the configuration names."""
+    z = torch.randn(1, 16, bench.frames, *models.latent_size(bench.config))
+    decoder = models.small_decoder(bench.config, "fp32", CPU)
+    flops = conv_flops(decoder, lambda: decoder.decode(z))
+    expected = bench.report("vae_decode_small", "ours", lambda: decoder.decode(z), flops)
+    half = copy.deepcopy(decoder).to(torch.bfloat16)
+    bench.report("vae_decode_small", "ours, bf16", lambda: half.decode(z.to(half.dtype)), flops, expected)
+
+
 def bench_encode(bench: Bench) -> None:
     """Pixels to moments; diffusers encodes 8 frames at a time, so longer clips have other norms there."""
     height, width = models.latent_size(bench.config)
@@ -200,7 +212,7 @@ def main(arguments: list[str]) -> int:
     ceilings = measure_ceilings(CPU, torch.float32, MATRIX)
     emit(torch=torch.__version__, threads=torch.get_num_threads(), matmul_gflops=ceilings.flops / 1e9)
     bench = Bench(options.config, options.frames, options.seconds, ceilings)
-    work = dict(zip(PARTS, (bench_run, bench_dit, bench_decode, bench_encode), strict=True))
+    work = dict(zip(PARTS, (bench_run, bench_dit, bench_decode, bench_decode_small, bench_encode), strict=True))
     for part in options.only.split(","):
         work[part](bench)
     return 0

@@ -161,6 +161,16 @@ def bench_decode_lean(bench: Bench) -> None:
         bench.report("vae_decode_lean", variant, lambda: stage.decode(z), flops, expected)
 
 
+def bench_decode_small(bench: Bench) -> None:
+    """Latents to pixels by a small decoder, latent frame by latent frame."""
+    z = torch.randn(1, 16, bench.frames, 60, 90, device=bench.device, dtype=models.TYPES[bench.dtype])
+    decoder = models.small_decoder(bench.config, bench.dtype, bench.device)
+    flops = conv_flops(decoder, lambda: decoder.decode(z))
+    truth = copy.deepcopy(decoder).float().decode(z.float())
+    release()
+    bench.report("vae_decode_small", "plain", lambda: decoder.decode(z), flops, truth=truth)
+
+
 def bench_text_lean(bench: Bench) -> None:
     """A prompt through T5 XXL as placement `lean` does it: layer by layer, from memory that is not pinned."""
     encoder = models.text_encoder(bench.dtype)
@@ -237,6 +247,7 @@ PARTS = {
     "block": bench_block,
     "vae_decode": bench_decode,
     "vae_decode_lean": bench_decode_lean,
+    "vae_decode_small": bench_decode_small,
     "text_lean": bench_text_lean,
     "vae_encode": bench_encode,
     "train_full": partial(bench_train, rank=0),

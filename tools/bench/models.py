@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,8 +11,11 @@ from torch import Tensor, nn
 
 from sgm.config import merge_yaml
 from sgm.convert import dit_keys, dit_sizes, vae_keys
+from sgm.models.small_decoder import facts_of
+from sgm.modules.autoencoding.small_decoder import SmallDecoder, SmallDecoderSizes
 from sgm.modules.encoders.t5 import T5Encoder
 from sgm.modules.encoders.t5_config import T5Config
+from sgm.places import found_path
 from sgm.util import instantiate_from_config
 
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -60,6 +64,16 @@ def our_first_stage(config: str, dtype: str, device: torch.device) -> nn.Module:
         stage = instantiate_from_config(node)
     fill_randomly(stage.to(TYPES[dtype]).to_empty(device=device))
     return stage
+
+
+def small_decoder(config: str, dtype: str, device: torch.device) -> SmallDecoder:
+    """A small decoder of the sizes of the one that a YAML file names, or else of the default ones."""
+    named = merge_yaml([config])["model"]["first_stage_config"]["params"].get("small_decoder")
+    sizes = facts_of(Path(found_path(named))).sizes if named else SmallDecoderSizes()
+    torch.manual_seed(0)
+    with device:
+        decoder = SmallDecoder(sizes)
+    return decoder.to(TYPES[dtype]).eval().requires_grad_(False)
 
 
 def fill_randomly(module: nn.Module, seed: int = 0) -> None:
