@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from sgm.models.small_decoder import decoder_fingerprint, save_small_decoder, vae_tensors
+from sgm.modules.autoencoding.small_decoder import SmallDecoder, SmallDecoderSizes
 from sgm.weights import read_checkpoint
 from sgm.weights.release import read_transformer
 from tests.training_tiny import T5, write_release
@@ -66,3 +68,15 @@ def test_values_beyond_half_precision_are_refused(release, tmp_path, capsys):
 def test_a_text_folder_without_tokenizer_is_refused(release, tmp_path, capsys):
     assert bundle(release, tmp_path / "demo", "--text", str(tmp_path)) == 2
     assert "spiece.model" in capsys.readouterr().err
+
+
+def test_a_small_decoder_is_added_to_its_vae_and_to_no_other(release, tmp_path, capsys):
+    out, file = tmp_path / "demo", tmp_path / "small.safetensors"
+    assert bundle(release, out) == 0
+    vae = decoder_fingerprint(vae_tensors(out / "vae" / "3d-vae.pt"))
+    for origin, code in ((vae, 0), ("another", 2)):
+        save_small_decoder(file, SmallDecoder(SmallDecoderSizes((4, 4, 4), (0, 0, 1))), origin, torch.float16)
+        assert main(["--small-decoder", str(file), "--out", str(out)]) == code
+    assert "was learned from another VAE" in capsys.readouterr().err
+    assert "vae/small_decoder.safetensors" in (out / "SHA256SUMS").read_text()
+    assert bundle(release, out) == 0 and not (out / "vae" / "small_decoder.safetensors").exists()  # of the old VAE

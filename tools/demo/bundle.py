@@ -2,8 +2,11 @@
 
     python tools/demo/bundle.py --transformer RUN/4000-ema --vae WORK/vae/3d-vae.pt --text WORK/t5 --out demo
 
+    python tools/demo/bundle.py --small-decoder WORK/small/small_decoder.safetensors --out demo
+
 writes OUT/transformer/latest, OUT/transformer/ITERATION/mp_rank_00_model_states.pt (without the computed position
-table, as the published file), OUT/vae/3d-vae.pt, OUT/t5 and OUT/SHA256SUMS. What OUT held of these is replaced.
+table, as the published file), OUT/vae/3d-vae.pt, OUT/t5 and OUT/SHA256SUMS; the second command adds
+OUT/vae/small_decoder.safetensors. What OUT held of these is replaced.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from sgm.files import SaveError, write_text
+from sgm.models.small_decoder import load_small_decoder
 from sgm.weights import WeightsError, read_checkpoint
 from sgm.weights.files import tensors_of
 from sgm.weights.release import NETWORK_PREFIX, read_transformer
@@ -29,7 +33,8 @@ from sgm.weights.save import save_pt
 COMPUTED = ("mixins.pos_embed.pos_embedding",)  # follows from the configuration
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 HASHES = "SHA256SUMS"
-LIMIT = 20 * 2**20  # bytes of the whole bundle
+SMALL_DECODER = "small_decoder.safetensors"
+LIMIT = 24 * 2**20  # bytes of the whole bundle
 
 
 def bundle_transformer(source: Path, out: Path, dtype: torch.dtype) -> int:
@@ -60,6 +65,12 @@ def bundle_vae(source: Path, out: Path, dtype: torch.dtype) -> None:
     save_pt(out / "3d-vae.pt", {"state_dict": narrowed(tensors_of(content["state_dict"]), dtype, source)})
 
 
+def bundle_small_decoder(source: Path, out: Path) -> None:
+    """Copy a small decoder beside its VAE. Raises WeightsError where it is none, or of another VAE."""
+    load_small_decoder(source, out / "3d-vae.pt", device="cpu", dtype=torch.float32)
+    shutil.copyfile(source, out / SMALL_DECODER)
+
+
 def narrowed(state: Mapping[str, Tensor], dtype: torch.dtype, source: Path) -> dict[str, Tensor]:
     """The tensors in half precision. Raises WeightsError where a value would become infinite or is not finite."""
     result = {name: t.to(dtype) for name, t in state.items()}
@@ -77,27 +88,39 @@ def write_hashes(out: Path) -> int:
     return sum(p.stat().st_size for p in files)
 
 
+def _bundle_parts(args: argparse.Namespace) -> str:
+    if not (args.text / "spiece.model").is_file():
+        raise WeightsError(f"{args.text} is no text encoder's folder: it has no spiece.model.")
+    for part in ("transformer", "t5"):
+        shutil.rmtree(args.out / part, ignore_errors=True)
+    iteration = bundle_transformer(args.transformer, args.out / "transformer", DTYPES[args.dtype])
+    bundle_vae(args.vae, args.out / "vae", DTYPES[args.dtype])
+    (args.out / "vae" / SMALL_DECODER).unlink(missing_ok=True)  # of another VAE
+    shutil.copytree(args.text, args.out / "t5")
+    return f"iteration {iteration} in {args.dtype}"
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--transformer", type=Path, required=True, help="checkpoint folder; the -ema one is best")
-    parser.add_argument("--vae", type=Path, required=True, help="3d-vae.pt")
-    parser.add_argument("--text", type=Path, required=True, help="folder of the text encoder")
+    parser.add_argument("--transformer", type=Path, help="checkpoint folder; the -ema one is best")
+    parser.add_argument("--vae", type=Path, help="3d-vae.pt")
+    parser.add_argument("--text", type=Path, help="folder of the text encoder")
+    parser.add_argument("--small-decoder", type=Path, help="file of tools/train_decoder.py, to be added")
     parser.add_argument("--out", type=Path, default=Path("demo"))
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp16")
     args = parser.parse_args(arguments)
+    given = [part is not None for part in (args.transformer, args.vae, args.text)]
+    if any(given) != all(given) or not (any(given) or args.small_decoder):
+        parser.error("give --transformer, --vae and --text, or --small-decoder alone, or all of them")
     try:
-        if not (args.text / "spiece.model").is_file():
-            raise WeightsError(f"{args.text} is no text encoder's folder: it has no spiece.model.")
-        for part in ("transformer", "t5"):
-            shutil.rmtree(args.out / part, ignore_errors=True)
-        iteration = bundle_transformer(args.transformer, args.out / "transformer", DTYPES[args.dtype])
-        bundle_vae(args.vae, args.out / "vae", DTYPES[args.dtype])
-        shutil.copytree(args.text, args.out / "t5")
+        what = _bundle_parts(args) if all(given) else "one more part"
+        if args.small_decoder:
+            bundle_small_decoder(args.small_decoder, args.out / "vae")
         size = write_hashes(args.out)
     except (WeightsError, SaveError, OSError) as error:
         print(f"bundle.py: {error}", file=sys.stderr)
         return 2
-    print(f"{args.out}: iteration {iteration}, {size / 2**20:.2f} MiB in {args.dtype}")
+    print(f"{args.out}: {what}, {size / 2**20:.2f} MiB")
     if size > LIMIT:
         print(f"bundle.py: that is more than {LIMIT / 2**20:.0f} MiB", file=sys.stderr)
         return 2

@@ -4,9 +4,9 @@
 # WORK gets data, cache, runs, samples and scores (about 21 GB); WORK/demo is what the repository bundles as demo/.
 # Every stage is skipped when its result is there, so the same command goes on after an interruption.
 # Sizes may be set: CLIPS=30000 SPINS=8000 VAE_SECONDS=450 TEST_CLIPS=48 TEXT_SECONDS=190 SHORT=10000 ITERATIONS=21000
-# SPIN_STEPS=14000 BATCH=96 WORKERS=14 PROMPTS=64 SEEDS=4 DEVICE=cuda. SHORT are steps on images and 17 frames, ITERATIONS
-# on whole clips in batches of BATCH a GPU; in SPIN_STEPS more half of the clips show shapes that turn, the one motion that
-# needs many more samples.
+# SPIN_STEPS=14000 BATCH=96 SMALL_SECONDS=100 WORKERS=14 PROMPTS=64 SEEDS=4 DEVICE=cuda. SHORT are steps on images and
+# 17 frames, ITERATIONS on whole clips in batches of BATCH a GPU; in SPIN_STEPS more half of the clips show shapes that
+# turn, the one motion that needs many more samples.
 set -euo pipefail
 repo="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 work="${1:?usage: bash tools/demo/reproduce.sh WORK}"
@@ -19,7 +19,7 @@ source tools/setup_env.sh
 clips="${CLIPS:-30000}" spins="${SPINS:-8000}" text_seconds="${TEXT_SECONDS:-190}"
 vae_seconds="${VAE_SECONDS:-450}" test_clips="${TEST_CLIPS:-48}"
 short="${SHORT:-10000}" iterations="${ITERATIONS:-21000}" spin_steps="${SPIN_STEPS:-14000}" batch="${BATCH:-96}"
-workers="${WORKERS:-14}" prompts="${PROMPTS:-64}" seeds="${SEEDS:-4}" device="${DEVICE:-cuda}"
+small_seconds="${SMALL_SECONDS:-100}" workers="${WORKERS:-14}" prompts="${PROMPTS:-64}" seeds="${SEEDS:-4}" device="${DEVICE:-cuda}"
 weights=(
     --set "model.first_stage_config.params.ckpt_path=$work/vae/3d-vae.pt"
     --set "model.conditioner_config.params.emb_models.0.params.model_dir=$work/t5"
@@ -81,13 +81,29 @@ if [[ ! -e "$work/demo/SHA256SUMS" ]]; then
         --text "$work/t5" --out "$work/demo"
 fi
 
+sample() { # FOLDER, PROMPTS, then the rest of the command: by the bundled weights
+    "$PYTHON" sample_video.py configs/demo_infer.yaml --output-dir "$1" --input-file "$2" --device "$device" --skip-done \
+        --load "$work/demo/transformer" --set "model.first_stage_config.params.ckpt_path=$work/demo/vae/3d-vae.pt" \
+        --set "model.first_stage_config.params.small_decoder=$work/demo/vae/small_decoder.safetensors" \
+        --set "model.conditioner_config.params.emb_models.0.params.model_dir=$work/demo/t5" "${@:3}"
+}
+if [[ ! -e "$work/demo/vae/small_decoder.safetensors" ]]; then
+    stage "small decoder"
+    cat "$work"/clips/labels/000*.txt > "$work/small_prompts.txt"
+    sample "$work/small_latents" "$work/small_prompts.txt" --only-save-latents
+    "$PYTHON" tools/train_decoder.py configs/demo_infer.yaml "$work/small" --vae "$work/demo/vae/3d-vae.pt" \
+        --latents "$work/small_latents" --seconds "$small_seconds" --widths 96,64,64,24 --blocks 1,1,2,1 --batch 6 \
+        --rate 0.0015 --memory 8 --device "$device"
+    "$PYTHON" tools/demo/bundle.py --small-decoder "$work/small/small_decoder.safetensors" --out "$work/demo"
+fi
+
 stage "score"
 "$PYTHON" tools/demo/make_dataset.py "$work/unseen" --count "$prompts" --seed 9 --two 0 --withheld tools/demo/withheld.json \
     --only-withheld --workers "$workers"
 cat "$work"/unseen/labels/*.txt > "$work/prompts.txt"
-"$PYTHON" sample_video.py configs/demo_infer.yaml --input-file "$work/prompts.txt" --output-dir "$work/samples" \
-    --load "$work/demo/transformer" --batch-size "$seeds" --device "$device" --skip-done \
-    --set "model.first_stage_config.params.ckpt_path=$work/demo/vae/3d-vae.pt" \
-    --set "model.conditioner_config.params.emb_models.0.params.model_dir=$work/demo/t5"
-"$PYTHON" tools/demo/score.py "$work/samples" --json "$work/score.json" --workers "$workers"
+sample "$work/samples" "$work/prompts.txt" --batch-size "$seeds"
+sample "$work/samples_small" "$work/prompts.txt" --batch-size "$seeds" --decoder small
+for made in samples samples_small; do
+    "$PYTHON" tools/demo/score.py "$work/$made" --json "$work/$made.json" --workers "$workers"
+done
 "$PYTHON" tools/demo/strips.py "$work/samples" --out "$work/strips.jpg"
