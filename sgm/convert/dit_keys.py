@@ -8,9 +8,9 @@ diffusers module takes some of them, in the order given. LoRA matrices follow th
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -107,20 +107,15 @@ def hf_plan(state: Mapping[str, Deferred], learned_positions: bool | None = None
     state = network_entries(state)
     if any(".matrix_" in name for name in state):
         raise TransformerKeyError("the state holds LoRA matrices; merge them first (merge_lora), or export them alone.")
+    kept = {name: source for name, source in state.items() if name not in (POSITIONS[0], *NOT_IN_HF)}
     plan: dict[str, Deferred] = {}
-    unknown = []
-    for name, source in state.items():
-        match = match_rule(name, _LEAF, [rule.sat for rule in RULES])
-        if match is not None:
-            rule, layer, groups = match
-            for module, parts in zip(rule.hf, rule.takes, strict=True):
-                plan[f"{at_layer(module, layer)}.{groups['leaf']}"] = row_parts(source, rule.parts, parts)
-        elif name == POSITIONS[0]:
-            if learned_positions if learned_positions is not None else not is_sine_table(source.make()):
-                plan[POSITIONS[1]] = source
-        elif name not in NOT_IN_HF:
-            unknown.append(name)
-    refuse_unknown(unknown, len(state), "SAT")
+    for match, source in matched(kept, _LEAF, SAT_MODULES, "SAT"):
+        rule = match.rule
+        for module, parts in zip(rule.hf, rule.takes, strict=True):
+            plan[f"{match.at(module)}.{match.end['leaf']}"] = row_parts(source, rule.parts, parts)
+    table = state.get(POSITIONS[0])
+    if table is not None and (not is_sine_table(table.make()) if learned_positions is None else learned_positions):
+        plan[POSITIONS[1]] = table
     return plan
 
 
@@ -134,21 +129,13 @@ def sat_plan(state: Mapping[str, Deferred]) -> dict[str, Deferred]:
     """
     pieces: dict[str, dict[int, Deferred]] = {}
     rule_of: dict[str, Rule] = {}
-    plan, unknown = {}, []
-    for name, source in state.items():
-        match = match_rule(name, _LEAF, [module for rule in RULES for module in rule.hf])
-        if match is not None:
-            rule, layer, groups = match
-            takes = rule.takes[rule.hf.index(groups["template"])]
-            sat = f"{at_layer(rule.sat, layer)}.{groups['leaf']}"
-            rule_of[sat] = rule
-            blocks = [row_parts(source, len(takes), (k,)) for k in range(len(takes))]
-            pieces.setdefault(sat, {}).update(zip(takes, blocks, strict=True))
-        elif name == POSITIONS[1]:
-            plan[POSITIONS[0]] = source
-        else:
-            unknown.append(name)
-    refuse_unknown(unknown, len(state), "diffusers")
+    for match, source in matched({n: t for n, t in state.items() if n != POSITIONS[1]}, _LEAF, HF_MODULES, "diffusers"):
+        takes = match.rule.takes[match.place]
+        sat = f"{match.at(match.rule.sat)}.{match.end['leaf']}"
+        rule_of[sat] = match.rule
+        blocks = [row_parts(source, len(takes), (k,)) for k in range(len(takes))]
+        pieces.setdefault(sat, {}).update(zip(takes, blocks, strict=True))
+    plan = {POSITIONS[0]: state[POSITIONS[1]]} if POSITIONS[1] in state else {}
     for sat, parts in pieces.items():
         missing = [p for p in range(rule_of[sat].parts) if p not in parts]
         if missing:
@@ -182,8 +169,37 @@ def network_entries(state: Mapping[str, Value]) -> dict[str, Value]:
     return dict(state)
 
 
-def match_rule(name: str, ending: str, templates: Iterable[str]) -> tuple[Rule, str, dict[str, str]] | None:
-    """(rule, layer number, named groups of `ending` and the template) for the module that `name` belongs to."""
+class Match(NamedTuple):
+    """What a tensor's name is made of: its rule, its module's place among `rule.hf`, its layer, and the end."""
+
+    rule: Rule
+    place: int
+    layer: str
+    end: re.Match[str]
+
+    def at(self, template: str) -> str:
+        """The module's name in this layer."""
+        return template.replace("{i}", self.layer)
+
+
+SAT_MODULES = {rule.sat: (rule, 0) for rule in RULES}
+HF_MODULES = {module: (rule, place) for rule in RULES for place, module in enumerate(rule.hf)}
+
+
+def matched(
+    state: Mapping[str, Value], ending: str, modules: Mapping[str, tuple[Rule, int]], layout: str
+) -> list[tuple[Match, Value]]:
+    """Every entry with what its name is made of: one of `modules`, and an end that the pattern `ending` describes.
+
+    Raises:
+        TransformerKeyError: names that are not so; lists them.
+    """
+    found = {name: _match(name, ending, modules) for name in state}
+    refuse_unknown([name for name, match in found.items() if match is None], len(state), layout)
+    return [(match, state[name]) for name, match in found.items() if match is not None]
+
+
+def _match(name: str, ending: str, modules: Mapping[str, tuple[Rule, int]]) -> Match | None:
     end = re.search(ending, name)
     if end is None:
         return None
@@ -191,17 +207,9 @@ def match_rule(name: str, ending: str, templates: Iterable[str]) -> tuple[Rule, 
     layer = re.search(r"(?<=\.)\d+(?=\.|$)", module)
     for number in [layer[0], ""] if layer else [""]:
         template = re.sub(rf"(?<=\.){number}(?=\.|$)", "{i}", module, count=1) if number else module
-        if template in templates and template in _RULE_OF:
-            return _RULE_OF[template], number, {**end.groupdict(), "template": template}
+        if template in modules:
+            return Match(*modules[template], number, end)
     return None
-
-
-_RULE_OF = {module: rule for rule in RULES for module in (rule.sat, *rule.hf)}
-
-
-def at_layer(template: str, layer: str) -> str:
-    """The template's name in one layer."""
-    return template.replace("{i}", layer)
 
 
 def refuse_unknown(names: Sequence[str], total: int, layout: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sgm.convert.dit_keys import NOT_IN_HF, POSITIONS, RULES, at_layer, is_sine_table
+from sgm.convert.dit_keys import NOT_IN_HF, POSITIONS, RULES, is_sine_table
 from sgm.convert.lazy import ConvertError, Deferred, some_of
 from sgm.convert.sine_table import read_sine_table
 from sgm.modules.autoencoding.strides import STRIDES
@@ -168,7 +168,7 @@ class Sizes:
             if rule.sat.startswith("ofs_embed") and self.ofs_width is None:
                 continue
             for layer in range(self.layers) if "{i}" in rule.sat else [0]:
-                name, weight = at_layer(rule.sat, str(layer)), self._weight(rule.sat)
+                name, weight = rule.sat.replace("{i}", str(layer)), self._weight(rule.sat)
                 shapes |= {f"{name}.weight": weight, f"{name}.bias": weight[:1]}
         if self.learned_positions:
             tokens = STRIDES.latent_frames(self.frames)

@@ -117,12 +117,23 @@ def _open_sat_adapter(path: Path, alpha: float | None) -> StoredAdapter:
 
 
 def adapter_in(weights: SatWeights, alpha: float | None = None) -> StoredAdapter | None:
-    """The adapter that a SAT checkpoint holds, if any; `alpha` overrides what the file says."""
-    spec = weights.spec(alpha)
+    """The adapter that a SAT checkpoint holds, if any; `alpha` overrides the file's, which overrides SAT's 1.
+
+    Raises:
+        ConvertError: the file states another rank than its matrices have, or no numbers.
+        LoraError: incomplete pairs or several ranks.
+    """
+    facts = dict(weights.facts) | ({} if alpha is None else {"alpha": alpha})
+    odd = {name: facts[name] for name in ("rank", "alpha") if not isinstance(facts.get(name, 1), int | float)}
+    if odd:
+        raise ConvertError(f"{weights.source} states LoRA settings that are no numbers: {odd}.")
+    spec = lora_spec_of(weights.lora, facts)
     if spec is None:
         return None
-    stated = alpha is not None or "alpha" in weights.facts
-    return StoredAdapter(weights.lora, spec.rank, spec.alpha, spec.rank_stabilised, weights.source, stated)
+    stated = facts.get("rank")
+    if stated is not None and int(stated) != spec.rank:
+        raise ConvertError(f"{weights.source} states LoRA rank {stated}, but its matrices have rank {spec.rank}.")
+    return StoredAdapter(weights.lora, spec.rank, spec.alpha, spec.rank_stabilised, weights.source, "alpha" in facts)
 
 
 def _open_peft(file: Path, alpha: float | None) -> StoredAdapter:

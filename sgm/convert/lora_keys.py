@@ -7,12 +7,13 @@ a pair for each; where SAT has one pair for all parts (modulations), PEFT's shar
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from sgm.convert.dit_keys import RULES, Rule, TransformerKeyError, at_layer, match_rule, network_entries, refuse_unknown
+from sgm.convert.dit_keys import HF_MODULES, SAT_MODULES, Rule, TransformerKeyError, matched, network_entries
 
 _SAT_LORA = r"\.matrix_(?P<kind>[AB])\.(?P<part>\d+)$"
 _PEFT_PREFIX = r"^(?:base_model\.model\.)?(?:transformer\.)?"
@@ -32,19 +33,14 @@ def lora_sat_to_hf(
     Raises:
         TransformerKeyError: matrices on modules that diffusers does not have.
     """
-    out, unknown = {}, []
+    out: dict[str, Tensor] = {}
     matrices = {n: t for n, t in network_entries(state).items() if re.search(_SAT_LORA, n)}
-    for name, value in matrices.items():
-        match = match_rule(name, _SAT_LORA, [rule.sat for rule in RULES])
-        if match is None:
-            unknown.append(name)
-            continue
-        rule, layer, groups = match
-        pairs = sum(n.startswith(name.rpartition(".")[0] + ".") for n in matrices)
-        value = value * scaling if groups["kind"] == "B" and scaling != 1.0 else value
-        for module, piece in _share_out(rule, value, groups["kind"], int(groups["part"]), pairs):
-            out[f"{prefix}{at_layer(module, layer)}.lora_{groups['kind']}.weight"] = piece
-    refuse_unknown(unknown, len(matrices), "SAT")
+    pairs = Counter(name.rpartition(".")[0] for name in matrices)
+    for match, value in matched(matrices, _SAT_LORA, SAT_MODULES, "SAT"):
+        kind, linear = match.end["kind"], match.at(match.rule.sat)
+        value = value * scaling if kind == "B" and scaling != 1.0 else value
+        pieces = _share_out(match.rule, value, kind, int(match.end["part"]), pairs[f"{linear}.matrix_{kind}"])
+        out |= {f"{prefix}{match.at(module)}.lora_{kind}.weight": piece for module, piece in pieces}
     return out
 
 
@@ -65,17 +61,12 @@ def lora_hf_to_sat(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         TransformerKeyError: names that are not LoRA of this network, or modulations of one layer with different A.
     """
     found: dict[str, dict[str, Tensor]] = {"A": {}, "B": {}}
-    unknown, rule_of = [], {}
-    for name, value in state.items():
-        match = match_rule(re.sub(_PEFT_PREFIX, "", name), _HF_LORA, [module for rule in RULES for module in rule.hf])
-        if match is None:
-            unknown.append(name)
-            continue
-        rule, layer, groups = match
-        sat = at_layer(rule.sat, layer)
-        rule_of[sat] = rule
-        found[groups["kind"]][f"{sat} {rule.hf.index(groups['template'])}"] = value
-    refuse_unknown(unknown, len(state), "PEFT")
+    rule_of = {}
+    named = {re.sub(_PEFT_PREFIX, "", name): value for name, value in state.items()}
+    for match, value in matched(named, _HF_LORA, HF_MODULES, "PEFT"):
+        sat = match.at(match.rule.sat)
+        rule_of[sat] = match.rule
+        found[match.end["kind"]][f"{sat} {match.place}"] = value
     out: dict[str, Tensor] = {}
     for sat, rule in rule_of.items():
         places = [f"{sat} {k}" for k in range(len(rule.hf))]

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from sgm.convert.lazy import ConvertError, Deferred, deferred
-from sgm.modules.transformer.lora_state import LoraSpec, lora_spec_of, split_lora
+from sgm.modules.transformer.lora_state import split_lora
 from sgm.weights.files import read_checkpoint, tensors_of
 from sgm.weights.release import read_parts, weights_entry
 from sgm.weights.tensor_parallel import join_partitions
@@ -39,23 +39,6 @@ class SatWeights:
     facts: Mapping[str, Any]
     text_encoder: dict[str, Deferred]
     first_stage: dict[str, Deferred]
-
-    def spec(self, alpha: float | None = None) -> LoraSpec | None:
-        """Rank, alpha and targets of the adapter; `alpha` overrides the file's, which overrides SAT's 1.
-
-        Raises:
-            ConvertError: the file states another rank than its matrices have, or no numbers.
-            LoraError: incomplete pairs or several ranks.
-        """
-        facts = dict(self.facts) | ({} if alpha is None else {"alpha": alpha})
-        odd = {name: facts[name] for name in ("rank", "alpha") if not isinstance(facts.get(name, 1), int | float)}
-        if odd:
-            raise ConvertError(f"{self.source} states LoRA settings that are no numbers: {odd}.")
-        spec = lora_spec_of(self.lora, facts)
-        stated = self.facts.get("rank")
-        if spec is not None and stated is not None and int(stated) != spec.rank:
-            raise ConvertError(f"{self.source} states LoRA rank {stated}, but its matrices have rank {spec.rank}.")
-        return spec
 
 
 def open_sat(path: str | Path, *, allow_drift: bool = False) -> SatWeights:

@@ -52,9 +52,9 @@ def converted(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Convert
     return Converted(pipeline, folder / "hf", folder / "sat")
 
 
-def engine_of(release: Path) -> SATVideoDiffusionEngine:
+def engine_of(release: Path, *changes: str) -> SATVideoDiffusionEngine:
     """What the YAML file of a converted release describes, with its weights but for the text encoder's."""
-    config = load_run_config([release / "infer.yaml"], SampleArgs)
+    config = load_run_config([release / "infer.yaml"], SampleArgs, overrides=changes)
     video = TextToVideo(config, torch.device("cpu"), with_text_encoder=False)
     video.load("network")
     video.load("first_stage")
@@ -206,3 +206,57 @@ def test_differs_from_the_stock_schedulers_as_documented(converted: Converted, s
     rms = (found["latents"] - found["their latents"]).square().mean().sqrt() / found["latents"].square().mean().sqrt()
     print(f"{sampler}: {rms:.3%} rms of the latents")
     assert 1e-4 < rms < 0.05
+
+
+# --- adapters --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("converted", ["5b-i2v", "1.5", "1.5-i2v"], indirect=True)
+def test_an_adapter_of_peft_acts_alike_and_comes_back_to_the_bit(converted: Converted, tmp_path: Path) -> None:
+    """Made as diffusers' trainers make it, of the rank that the original gives 5B image-to-video."""
+    peft = pytest.importorskip("peft")
+    pipeline = converted.pipeline
+    settings = peft.LoraConfig(r=256, lora_alpha=64, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
+    inputs = network_inputs(pipeline)
+    base = their_output(pipeline, inputs)
+    pipeline.transformer.add_adapter(settings)
+    try:
+        draw = torch.Generator().manual_seed(2)
+        for name, matrix in pipeline.transformer.named_parameters():
+            if ".lora_B." in name:
+                matrix.data.copy_(0.2 * torch.randn(matrix.shape, generator=draw))
+        layers = peft.get_peft_model_state_dict(pipeline.transformer)
+        described = {"transformer_lora_adapter_metadata": settings.to_dict()}
+        pipeline.save_lora_weights(tmp_path / "peft", transformer_lora_layers=layers, **described)
+        expected = their_output(pipeline, inputs)
+    finally:
+        pipeline.transformer.delete_adapters("default")
+    assert (expected - base).abs().max() > 0.05
+    arguments = ["--lora_only", "--input_path", str(tmp_path / "peft"), "--output_path", str(tmp_path / "sat")]
+    assert convert_weight_hf2sat.main(arguments) == 0
+    network = engine_of(converted.sat, f"args.lora=[{tmp_path / 'sat'}]").network
+    with torch.no_grad():
+        torch.testing.assert_close(network(*inputs), expected, rtol=0, atol=5e-6)
+    arguments = ["--lora_only", "--transformer_ckpt_path", str(tmp_path / "sat"), "--output_path", str(tmp_path / "b")]
+    assert convert_weight_sat2hf.main(arguments) == 0
+    before, after = (load_file(tmp_path / f / "pytorch_lora_weights.safetensors") for f in ("peft", "b"))
+    assert len(before) == 16 and before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    pipeline.load_lora_weights(tmp_path / "b")
+    torch.testing.assert_close(their_output(pipeline, inputs), expected, rtol=0, atol=5e-6)
+    pipeline.unload_lora_weights()
+
+
+def network_inputs(pipeline: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents, timestep and text embeddings."""
+    config, draw = pipeline.transformer.config, torch.Generator().manual_seed(3)
+    x = torch.randn(1, 4 if config.patch_size_t else 3, config.in_channels, 4, 6, generator=draw)
+    return x, torch.tensor([499.0]), torch.randn(1, TEXT_LENGTH, TEXT_WIDTH, generator=draw)
+
+
+@torch.no_grad()
+def their_output(pipeline: Any, inputs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    x, timesteps, text = inputs
+    ofs = {"ofs": torch.tensor([2.0])} if pipeline.transformer.config.ofs_embed_dim else {}
+    rotary = pipeline._prepare_rotary_positional_embeddings(32, 48, x.shape[1], x.device)
+    return pipeline.transformer(x, text, timesteps, image_rotary_emb=rotary, return_dict=False, **ofs)[0]
