@@ -17,8 +17,6 @@ from sgm.weights.preflight import HOW_TO_GET_SMALL_DECODER
 # Of a side, in relation to training's: a smaller picture is given a part of the trained positions, a larger one some
 # that training never had. A third more or less still leaves more than half of the trained picture.
 LARGEST_FACTOR = 4 / 3
-# (height, width) that CogVideoX 1.5 was trained at. Its table of positions is larger.
-TRAINED_15 = (768, 1360)
 
 
 class SamplingError(SgmError):
@@ -120,10 +118,7 @@ def fits_picture(engine: SATVideoDiffusionEngine, picture: Picture | None, size:
 
 def trained_size(engine: SATVideoDiffusionEngine) -> tuple[int, int]:
     """(height, width) in pixels that a model was trained at, which is what it samples unless told otherwise."""
-    network = engine.network
-    own = engine.strides.pixel_size(network.latent_height, network.latent_width)
-    larger = network.patch.t > 1 and all(have >= side for have, side in zip(own, TRAINED_15))
-    return TRAINED_15 if larger else own
+    return engine.strides.pixel_size(*engine.network.trained_size)
 
 
 def unusual_size(engine: SATVideoDiffusionEngine, size: tuple[int, int]) -> str | None:

@@ -45,6 +45,8 @@ HOOKS = {"word_embedding_forward", "position_embedding_forward", "layer_forward"
 
 
 Side = Annotated[int, Range(1, 4096)]  # in latent pixels
+# Latent rows and columns that CogVideoX 1.5 was trained at; its table of positions is larger.
+TRAINED_15 = (96, 170)
 Channels = Annotated[int, Range(1, 65536)]
 
 
@@ -207,6 +209,12 @@ class DiffusionTransformer(BaseModel):
     def patches(self) -> ImagePatchEmbeddingMixin:
         """From latents and text to tokens."""
         return self.mixins.patch_embed
+
+    @property
+    def trained_size(self) -> tuple[int, int]:
+        """Latent rows and columns that the model was trained at: those that it has positions for, and of 1.5 fewer."""
+        own = (self.latent_height, self.latent_width)
+        return TRAINED_15 if self.patch.t > 1 and own[0] >= TRAINED_15[0] and own[1] >= TRAINED_15[1] else own
 
     @property
     def modulation(self) -> AdaLNMixin:

@@ -23,6 +23,7 @@ from sgm.modules.ops.choice import KernelError, choose_kernels
 from sgm.modules.ops.modulation import split_modulation
 from sgm.util import instantiate_from_config
 from tests.dit_tiny import TEXT_LENGTH, TEXT_WIDTH, tiny_config
+from tests.family_tiny import kind_section
 from tools.bench import cpu, models, training
 from tools.bench.flops import conv_flops
 from tools.bench.measure import Ceilings
@@ -227,6 +228,26 @@ def test_cpu_benchmark_prints_json_lines(capsys, monkeypatch, tmp_path):
         assert "skipped" in theirs or theirs["error_to_ours"] < 1e-4
 
 
+@pytest.mark.parametrize("kind", ["5b", "1.5_5b_i2v"])
+def test_benchmarks_take_rotary_models_at_the_size_they_were_trained_at(kind, tmp_path, capsys):
+    """Beside diffusers' of the same weights: positions, patches of two frames, ofs."""
+    pytest.importorskip("diffusers")
+    config = tmp_path / "tiny.yaml"
+    config.write_text(yaml.safe_dump({"model": kind_section(tmp_path, kind)}))
+    network, clip = models.our_network(str(config), "fp32", CPU), models.Clip.of(str(config))
+    assert clip == {"5b": (2, 2, 4), "1.5_5b_i2v": (2, 6, 8)}[kind]
+    inputs = models.network_inputs(network, clip, CPU)
+    theirs = models.diffusers_network_like(network, str(config))
+    got = theirs(**models.diffusers_inputs(network, clip, inputs))[0]
+    torch.testing.assert_close(got, network(*inputs), rtol=1e-4, atol=1e-4)
+    trained = models.diffusers_trained_network(str(config), "fp32", CPU, 0)
+    bench = training.TrainingBench("train", 0, str(config), "fp32", CPU, clip, 0.0, 1.0, 1.0)
+    training.bench_theirs(bench, trained, models.diffusers_inputs(network, clip, tuple(part[:1] for part in inputs)))
+    assert json.loads(capsys.readouterr().out)["finite"]
+    shipped = str(REPO / "configs" / "cogvideox1.5_5b_infer.yaml")
+    assert models.Clip.of(shipped) == (22, 96, 170) and models.Clip.of(shipped, 42, (480, 720)) == (42, 60, 90)
+
+
 @pytest.mark.parametrize("rank", [0, 4])
 def test_training_benchmark(rank, tmp_path, capsys):
     """Each way of checkpointing, with gradients that agree; weights stay as they are, and only what learns has a say."""
@@ -234,10 +255,12 @@ def test_training_benchmark(rank, tmp_path, capsys):
     config.write_text(yaml.safe_dump({"model": {"network_config": tiny_config(num_layers=2)}}))
     network = models.our_trained_network(str(config), "fp32", CPU, rank)
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    tokens = models.token_count(network, 1)
+    tokens = models.token_count(network, models.Clip(1, 6, 10))
     flops = training.training_flops(network.hidden_size, tokens, network.num_layers, rank)
     limit = training.training_limit(network, tokens, rank, "cudnn", Ceilings(1e9, 1e9))
-    bench = training.TrainingBench("train", rank, str(config), "fp32", CPU, 1, 0.0, sum(flops), limit)
+    bench = training.TrainingBench(
+        "train", rank, str(config), "fp32", CPU, models.Clip(1, 6, 10), 0.0, sum(flops), limit
+    )
     kernels = {"plain": choose_kernels("plain", "default", CPU), "fused": choose_kernels("auto", "cudnn", CPU)}
     training.bench_ours(bench, network, kernels)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

@@ -13,18 +13,18 @@ from sgm.modules.ops.block_ops import BlockOps
 from sgm.modules.ops.choice import ATTENTIONS, attention_by
 from sgm.modules.ops.modulation import split_modulation
 from tools.bench.measure import Ceilings, emit, relative_error, time_runs
-from tools.bench.models import token_count
+from tools.bench.models import Clip, token_count
 
 SECONDS = 0.1  # for each operation
 Runs = dict[str, tuple[Callable[[BlockOps], Any], float, float]]
 
 
 def bench_parts(
-    network: nn.Module, frames: int, device: torch.device, ceilings: Ceilings, ops: tuple[BlockOps, BlockOps]
+    network: nn.Module, clip: Clip, device: torch.device, ceilings: Ceilings, ops: tuple[BlockOps, BlockOps]
 ) -> None:
     """A line for each operation of layer 0 with its plain and its fused time, error and limit."""
     plain, fused = ops
-    for name, (run, flops, moved) in _element_wise(network, frames, device).items():
+    for name, (run, flops, moved) in _element_wise(network, clip, device).items():
         with torch.no_grad():
             expected = run(plain)  # first: the fused form may overwrite its input
             error = _error(run(fused), expected)
@@ -37,13 +37,13 @@ def bench_parts(
             limit_ms=ceilings.limit_ms(flops, moved),
             error_to_plain=error,
         )
-    _bench_attention(network, frames, device, ceilings)
+    _bench_attention(network, clip, device, ceilings)
 
 
-def _element_wise(network: nn.Module, frames: int, device: torch.device) -> Runs:
+def _element_wise(network: nn.Module, clip: Clip, device: torch.device) -> Runs:
     """Name -> (run, FLOPs, bytes that have to move) of everything but attention."""
     layer, adaln = network.transformer.layers[0], network.mixins.adaln_layer
-    d, length, n = network.hidden_size, network.mixins.pos_embed.text_length, token_count(network, frames)
+    d, length, n = network.hidden_size, network.mixins.pos_embed.text_length, token_count(network, clip)
     width = layer.attention.hidden_size_per_attention_head
     hidden, update = (torch.randn(2, n, d, device=device, dtype=network.dtype) for _ in range(2))
     qkv = torch.randn(2, n, 3 * d, device=device, dtype=network.dtype)
@@ -67,10 +67,10 @@ def _element_wise(network: nn.Module, frames: int, device: torch.device) -> Runs
     }
 
 
-def _bench_attention(network: nn.Module, frames: int, device: torch.device, ceilings: Ceilings) -> None:
+def _bench_attention(network: nn.Module, clip: Clip, device: torch.device, ceilings: Ceilings) -> None:
     """Each implementation of attention on views of one qkv buffer, as the block hands them over."""
     width = network.transformer.layers[0].attention.hidden_size_per_attention_head
-    n = token_count(network, frames)
+    n = token_count(network, clip)
     qkv = torch.randn(2, n, 3 * network.hidden_size, device=device, dtype=network.dtype)
     heads = [part.transpose(1, 2) for part in qkv.unflatten(-1, (3, -1, width)).unbind(2)]
     flops = 4.0 * 2 * n * n * network.hidden_size

@@ -50,7 +50,7 @@ class Bench:
     """What every part needs."""
 
     config: str
-    frames: int
+    clip: models.Clip
     seconds: float
     ceilings: Ceilings
 
@@ -100,7 +100,7 @@ def bench_run(bench: Bench) -> None:
         for module in ("sgm.models.network", "sgm.inference.pipeline"):
             _stage(f"import {module}", lambda module=module: import_module(module))
         imported = time.perf_counter() - start
-        config = _with_random_weights(bench.config, bench.frames, Path(folder))
+        config = _with_random_weights(bench.config, bench.clip.frames, Path(folder))
         start = time.perf_counter() - imported  # what writes the weights is no part of a run
         pipeline = _stage("build", lambda: import_module("sgm.inference.pipeline").TextToVideo(config, CPU))
         for part in ("conditioner", "network", "first_stage"):
@@ -137,8 +137,8 @@ def _with_random_weights(path: str, frames: int, folder: Path) -> RunConfig[Samp
 @torch.no_grad()
 def bench_dit(bench: Bench) -> None:
     network = models.our_network(bench.config, "fp32", CPU)
-    x, steps, text = models.network_inputs(network, bench.frames, CPU)
-    flops = network_flops(network, models.token_count(network, bench.frames))
+    x, steps, text = models.network_inputs(network, bench.clip, CPU)
+    flops = network_flops(network, models.token_count(network, bench.clip))
 
     def build() -> Callable[[], Tensor]:
         other = models.diffusers_network_like(network, bench.config)
@@ -148,7 +148,7 @@ def bench_dit(bench: Bench) -> None:
 
 
 def bench_decode(bench: Bench) -> None:
-    z = torch.randn(1, 16, bench.frames, *models.latent_size(bench.config))
+    z = torch.randn(1, 16, *bench.clip)
     _bench_first_stage(
         bench, "decoder", lambda stage: stage.decode(z), lambda other: other.decode(z, return_dict=False)[0]
     )
@@ -157,7 +157,7 @@ def bench_decode(bench: Bench) -> None:
 @torch.no_grad()
 def bench_decode_small(bench: Bench) -> None:
     """By a small decoder of the sizes of the one that the configuration names."""
-    z = torch.randn(1, 16, bench.frames, *models.latent_size(bench.config))
+    z = torch.randn(1, 16, *bench.clip)
     decoder = models.small_decoder(bench.config, "fp32", CPU)
     flops = conv_flops(decoder, lambda: decoder.decode(z))
     expected = bench.report("vae_decode_small", "ours", lambda: decoder.decode(z), flops)
@@ -167,8 +167,8 @@ def bench_decode_small(bench: Bench) -> None:
 
 def bench_encode(bench: Bench) -> None:
     """Pixels to moments; diffusers encodes 8 frames at a time, so longer clips have other norms there."""
-    height, width = models.latent_size(bench.config)
-    x = torch.rand(1, 3, STRIDES.pixel_frames(bench.frames), *STRIDES.pixel_size(height, width)) * 2 - 1
+    frames, *size = bench.clip
+    x = torch.rand(1, 3, STRIDES.pixel_frames(frames), *STRIDES.pixel_size(*size)) * 2 - 1
     _bench_first_stage(
         bench,
         "encoder",
@@ -196,7 +196,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--only", default=",".join(PARTS), help=f"parts, out of {','.join(PARTS)}")
     parser.add_argument("--seconds", type=float, default=2.0, help="time for the runs of each variant, one at least")
     parser.add_argument("--config", default=str(CONFIG), help="YAML with the model section")
-    parser.add_argument("--frames", type=int, default=13, help="latent frames, odd")
+    parser.add_argument("--frames", type=int, help="latent frames, odd; default: as the model was trained")
     parser.add_argument("--threads", type=int, help="default: what PyTorch chooses")
     options = parser.parse_args(arguments)
     unknown = [part for part in options.only.split(",") if part not in PARTS]
@@ -211,7 +211,7 @@ def main(arguments: list[str]) -> int:
         torch.set_num_threads(options.threads)
     ceilings = measure_ceilings(CPU, torch.float32, MATRIX)
     emit(torch=torch.__version__, threads=torch.get_num_threads(), matmul_gflops=ceilings.flops / 1e9)
-    bench = Bench(options.config, options.frames, options.seconds, ceilings)
+    bench = Bench(options.config, models.Clip.of(options.config, options.frames), options.seconds, ceilings)
     work = dict(zip(PARTS, (bench_run, bench_dit, bench_decode, bench_decode_small, bench_encode), strict=True))
     for part in options.only.split(","):
         work[part](bench)

@@ -46,12 +46,17 @@ class Bench:
     device: torch.device
     ceilings: Ceilings
     seconds: float
-    frames: int
+    clip: models.Clip
     attention: str
     diffusers: bool
     profile: bool
     plain: Kernels
     fused: Kernels
+
+    @property
+    def decoded(self) -> models.Clip:
+        """Of an even number of latent frames the first is dropped before the others are decoded (1.5)."""
+        return self.clip._replace(frames=self.clip.frames - (self.clip.frames + 1) % 2)
 
     def report(
         self,
@@ -91,8 +96,8 @@ class Bench:
 def bench_dit(bench: Bench) -> None:
     """The transformer's forward on a guidance pair."""
     network = models.our_network(bench.config, bench.dtype, bench.device)
-    inputs = models.network_inputs(network, bench.frames, bench.device)
-    flops = network_flops(network, models.token_count(network, bench.frames))
+    inputs = models.network_inputs(network, bench.clip, bench.device)
+    flops = network_flops(network, models.token_count(network, bench.clip))
     truth = _dit_in_float32(network, inputs)
     _their_dit(bench, network, inputs, flops, truth)
     release()
@@ -103,10 +108,10 @@ def _their_dit(bench: Bench, network: nn.Module, inputs: tuple[Tensor, ...], flo
     """diffusers' transformer with the same weights."""
     with reference(bench, "dit", lambda: models.diffusers_network_like(network, bench.config)) as theirs:
         if theirs is not None:
-            x, steps, text = inputs
+            given = models.diffusers_inputs(network, bench.clip, inputs)
 
             def run() -> Tensor:
-                return theirs(hidden_states=x, encoder_hidden_states=text, timestep=steps, return_dict=False)[0]
+                return theirs(**given)[0]
 
             bench.report("dit", "diffusers", run, flops, truth=truth)
 
@@ -131,12 +136,16 @@ def _our_dit(bench: Bench, network: nn.Module, inputs: tuple[Tensor, ...], flops
 def bench_block(bench: Bench) -> None:
     """The operations of one transformer block, one by one."""
     network = models.our_network(bench.config, bench.dtype, bench.device)
-    blocks.bench_parts(network, bench.frames, bench.device, bench.ceilings, (bench.plain.block, bench.fused.block))
+    blocks.bench_parts(network, bench.clip, bench.device, bench.ceilings, (bench.plain.block, bench.fused.block))
+
+
+def _latents(bench: Bench) -> Tensor:
+    return torch.randn(1, 16, *bench.decoded, device=bench.device, dtype=models.TYPES[bench.dtype])
 
 
 def bench_decode(bench: Bench) -> None:
     """Latents to pixels, in the chunks that sampling uses."""
-    z = torch.randn(1, 16, bench.frames, 60, 90, device=bench.device, dtype=models.TYPES[bench.dtype])
+    z = _latents(bench)
     _bench_first_stage(
         bench, "vae_decode", z, lambda stage, z: stage.decode(z), lambda theirs: theirs.decode(z, return_dict=False)[0]
     )
@@ -144,7 +153,7 @@ def bench_decode(bench: Bench) -> None:
 
 def bench_decode_lean(bench: Bench) -> None:
     """Latents to pixels as placement `lean` does it: in runs of frames, the causal cache in pinned host memory."""
-    z = torch.randn(1, 16, bench.frames, 60, 90, device=bench.device, dtype=models.TYPES[bench.dtype])
+    z = _latents(bench)
     stage = models.our_first_stage(bench.config, bench.dtype, bench.device)
     stage.encoder.to("meta")  # only the decoder is on the device then
     flops = conv_flops(stage, lambda: stage.decode(z))
@@ -189,7 +198,8 @@ def bench_text_lean(bench: Bench) -> None:
 
 def bench_encode(bench: Bench) -> None:
     """Pixels to the posterior's moments."""
-    size = (1, 3, STRIDES.pixel_frames(bench.frames), 480, 720)
+    frames, *latent_size = bench.decoded
+    size = (1, 3, STRIDES.pixel_frames(frames), *STRIDES.pixel_size(*latent_size))
     x = torch.rand(size, device=bench.device, dtype=models.TYPES[bench.dtype]) * 2 - 1
     _bench_first_stage(
         bench, "vae_encode", x, lambda stage, x: stage.moments(x),
@@ -229,17 +239,20 @@ def bench_train(bench: Bench, rank: int) -> None:
     """A training step of the transformer: all weights, or an adapter of `rank`."""
     part = "train_lora" if rank else "train_full"
     network = models.our_trained_network(bench.config, bench.dtype, bench.device, rank)
-    tokens = models.token_count(network, bench.frames)
+    tokens = models.token_count(network, bench.clip)
     flops = sum(training.training_flops(network.hidden_size, tokens, network.num_layers, rank))
     limit = training.training_limit(network, tokens, rank, bench.attention, bench.ceilings)
     size = (bench.config, bench.dtype, bench.device, bench.frames, bench.seconds)
     about = training.TrainingBench(part, rank, *size, flops, limit)
     training.bench_ours(about, network, {"plain": bench.plain, "fused": bench.fused})
+    inputs = models.network_inputs(network, bench.clip, bench.device)
+    given = models.diffusers_inputs(network, bench.clip, tuple(part[:1] for part in inputs))
     del network
 
-    with reference(bench, part, lambda: models.diffusers_trained_network(bench.dtype, bench.device, rank)) as theirs:
+    build = partial(models.diffusers_trained_network, bench.config, bench.dtype, bench.device, rank)
+    with reference(bench, part, build) as theirs:
         if theirs is not None:
-            training.bench_theirs(about, theirs)
+            training.bench_theirs(about, theirs, given)
 
 
 PARTS = {
@@ -297,7 +310,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=1.5, help="time for the runs of each variant of a part")
     parser.add_argument("--dtype", default="bf16", choices=("bf16", "fp16"))
     parser.add_argument("--config", default=str(CONFIG), help="YAML with the model section")
-    parser.add_argument("--frames", type=int, default=13, help="latent frames, odd")
+    parser.add_argument("--frames", type=int, help="latent frames, of 1.5 even; default: as the model was trained")
+    parser.add_argument(
+        "--size", type=int, nargs=2, metavar=("H", "W"), help="pixels; default: as the model was trained"
+    )
     parser.add_argument("--attention", default="cudnn", help="accelerate.attention of the fused path")
     parser.add_argument("--no-diffusers", action="store_true", help="leave the comparison out")
     parser.add_argument("--cudnn-benchmark", action="store_true", help="let cuDNN try its convolutions (slow start)")
@@ -322,7 +338,7 @@ def main(arguments: list[str]) -> int:
         device=device,
         ceilings=ceilings,
         seconds=options.seconds,
-        frames=options.frames,
+        clip=models.Clip.of(options.config, options.frames, options.size),
         attention=options.attention,
         diffusers=not options.no_diffusers,
         profile=options.profile,

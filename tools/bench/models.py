@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +14,30 @@ from sgm.config import merge_yaml
 from sgm.convert import dit_keys, dit_sizes, vae_keys
 from sgm.models.small_decoder import facts_of
 from sgm.modules.autoencoding.small_decoder import SmallDecoder, SmallDecoderSizes
+from sgm.modules.autoencoding.strides import STRIDES
+from sgm.modules.diffusionmodules.image_condition import OFS, sampled_frames
 from sgm.modules.encoders.t5 import T5Encoder
 from sgm.modules.encoders.t5_config import T5Config
 from sgm.places import found_path
 from sgm.util import instantiate_from_config
+
+
+class Clip(NamedTuple):
+    """Latent frames, rows and columns of a clip, as the network handles them."""
+
+    frames: int
+    height: int
+    width: int
+
+    @classmethod
+    def of(cls, config: str, frames: int | None = None, size: Sequence[int] | None = None) -> Clip:
+        """Of `frames` latent frames and (height, width) pixels; by default as the YAML file's model was trained."""
+        with torch.device("meta"):
+            network = instantiate_from_config(merge_yaml([config])["model"]["network_config"])
+        rows, columns = STRIDES.latent_size(*size) if size else network.trained_size
+        trained = sampled_frames(network.positions.grid.t, network.patch.t)
+        return cls(frames or trained, rows, columns)
+
 
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -32,7 +53,7 @@ def our_network(config: str, dtype: str, device: torch.device, lora_rank: int = 
     fill_randomly(network.to_empty(device=device))
     with torch.no_grad():
         for name, value in network.computed_state().items():
-            network.get_parameter(name).copy_(value)
+            network.state_dict()[name].copy_(value)  # a parameter or a buffer
     return network.eval().requires_grad_(False)
 
 
@@ -90,31 +111,17 @@ def fill_randomly(module: nn.Module, seed: int = 0) -> None:
                 weight.normal_(1.0 if name.endswith("conv_y.conv.bias") else 0.0, 0.1, generator=generator)
 
 
-def latent_size(config: str) -> tuple[int, int]:
-    """Configured height and width of the latents."""
-    params = merge_yaml([config])["model"]["network_config"]["params"]
-    return params["latent_height"], params["latent_width"]
+def token_count(network: nn.Module, clip: Clip) -> int:
+    """Text and video tokens of a clip."""
+    return network.mixins.pos_embed.text_length + network.patch.grid(*clip).tokens
 
 
-def token_count(network: nn.Module, frames: int) -> int:
-    """Text and video tokens of a clip of `frames` latent frames at the configured size."""
-    grid = network.patch.grid(frames, network.latent_height, network.latent_width)
-    return network.mixins.pos_embed.text_length + grid.tokens
-
-
-def network_inputs(network: nn.Module, frames: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def network_inputs(network: nn.Module, clip: Clip, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Random latents (2, t, c, h, w), timesteps (2,) and text embeddings (2, l, width): a guidance pair."""
-    size = (2, frames, network.in_channels, network.latent_height, network.latent_width)
+    size = (2, clip.frames, network.in_channels, clip.height, clip.width)
     text = (2, network.mixins.pos_embed.text_length, network.mixins.patch_embed.text_hidden_size)
     x = torch.randn(size, device=device, dtype=network.dtype)
     return x, torch.tensor([500, 500], device=device), torch.randn(text, device=device, dtype=network.dtype)
-
-
-def diffusers_network(dtype: str, device: torch.device) -> nn.Module:
-    """The 2B transformer of diffusers. ImportError where diffusers is not installed."""
-    from diffusers import CogVideoXTransformer3DModel
-
-    return _build_in(dtype, device, CogVideoXTransformer3DModel)
 
 
 def diffusers_network_like(network: nn.Module, config: str) -> nn.Module:
@@ -126,6 +133,15 @@ def diffusers_network_like(network: nn.Module, config: str) -> nn.Module:
     model.load_state_dict(dit_keys.sat_to_hf(network.state_dict()))
     model.norm_out.norm.eps = 1e-6  # as in SAT
     return model.eval().requires_grad_(False)
+
+
+def diffusers_inputs(network: nn.Module, clip: Clip, inputs: tuple[Tensor, ...]) -> dict[str, Any]:
+    """`network_inputs` as diffusers' transformer of this kind takes them, with rotations and ofs where it has them."""
+    x, steps, text = inputs
+    given = {"hidden_states": x, "encoder_hidden_states": text, "timestep": steps, "return_dict": False}
+    table = network.positions.rotary(network.patch.grid(*clip), x)
+    given |= {} if table is None else {"image_rotary_emb": (table.cos, table.sin)}
+    return given if network.ofs_embed_dim is None else given | {"ofs": torch.full((1,), OFS).to(x)}
 
 
 def diffusers_coder_like(stage: nn.Module, config: str, coder: str) -> nn.Module:
@@ -144,19 +160,19 @@ def diffusers_coder_like(stage: nn.Module, config: str, coder: str) -> nn.Module
     return model.eval().requires_grad_(False)
 
 
-def diffusers_trained_network(dtype: str, device: torch.device, rank: int) -> nn.Module:
-    """`diffusers_network` in training mode with gradient checkpointing; an adapter through peft where rank > 0."""
-    model = diffusers_network(dtype, device).train()
+def diffusers_trained_network(config: str, dtype: str, device: torch.device, rank: int) -> nn.Module:
+    """diffusers' transformer of a YAML file's sizes, in training mode with gradient checkpointing; an adapter through
+    peft where rank > 0. ImportError without diffusers."""
+    from diffusers import CogVideoXTransformer3DModel
+
+    params = merge_yaml([config])["model"]["network_config"]["params"]
+    with device:
+        model = CogVideoXTransformer3DModel(**dit_sizes.hf_config(params))
+    model = model.to(TYPES[dtype]).requires_grad_(not rank).train()
     model.enable_gradient_checkpointing()
     if not rank:
-        return model.requires_grad_(True)
+        return model
     from peft import LoraConfig
 
     model.add_adapter(LoraConfig(r=rank, lora_alpha=1, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
     return model.to(device, TYPES[dtype])
-
-
-def _build_in(dtype: str, device: torch.device, build: Any) -> nn.Module:
-    with torch.device(device):
-        model = build()
-    return model.to(TYPES[dtype]).eval().requires_grad_(False)

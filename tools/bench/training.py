@@ -32,10 +32,11 @@ class TrainingBench:
     config: str
     dtype: str
     device: torch.device
-    frames: int
+    clip: models.Clip
     seconds: float
     flops: float
     limit_ms: float
+    latent_channels: int = 16
 
     def report(self, variant: str, step: Callable[[], Tensor], **facts: Any) -> None:
         """Time one variant and print its line; one that does not fit in memory says so."""
@@ -89,32 +90,26 @@ def training_limit(network: nn.Module, tokens: int, rank: int, attention: str, c
 
 def bench_ours(bench: TrainingBench, network: nn.Module, kernels: dict[str, Kernels]) -> None:
     """A line for each set of kernels (the first is the measure of the others' gradients) and way of checkpointing."""
-    inputs = tuple(part[:1] for part in models.network_inputs(network, bench.frames, bench.device))
+    inputs = tuple(part[:1] for part in models.network_inputs(network, bench.clip, bench.device))
+    like = inputs[0][:, :, : bench.latent_channels]
     expected = None
     for name, choice in kernels.items():
         network.use_ops(choice.block)
         network.transformer.checkpoint_activations = True
-        grads = _gradients(network, lambda: network(*inputs), inputs[0])
+        grads = _gradients(network, lambda: network(*inputs), like)
         error = None if expected is None else largest_error(grads, expected)
         expected = expected or grads
         for mode in CHECKPOINTING:
             network.transformer.checkpoint_activations = mode
-            step = training_step(network, lambda: network(*inputs), inputs[0])
+            step = training_step(network, lambda: network(*inputs), like)
             bench.report(name, step, checkpointing=str(mode).lower(), gradient_error_to_plain=error)
             _free(network)
 
 
-def bench_theirs(bench: TrainingBench, model: nn.Module) -> None:
+def bench_theirs(bench: TrainingBench, model: nn.Module, given: dict[str, Any]) -> None:
     """diffusers' transformer, prepared for training."""
-    height, width = models.latent_size(bench.config)
-    x = torch.randn(1, bench.frames, 16, height, width, device=bench.device, dtype=models.TYPES[bench.dtype])
-    text = torch.randn(1, 226, 4096, device=bench.device, dtype=x.dtype)
-    steps = torch.tensor([500], device=bench.device)
-
-    def forward() -> Tensor:
-        return model(hidden_states=x, encoder_hidden_states=text, timestep=steps, return_dict=False)[0]
-
-    bench.report("diffusers", training_step(model, forward, x), checkpointing="true")
+    like = given["hidden_states"][:, :, : bench.latent_channels]
+    bench.report("diffusers", training_step(model, lambda: model(**given)[0], like), checkpointing="true")
 
 
 def training_step(network: nn.Module, forward: Callable[[], Tensor], like: Tensor) -> Callable[[], Tensor]:
