@@ -93,6 +93,7 @@ def _assign_base(
     allow_absent: bool,
     loaded: LoadedNetwork,
 ) -> None:
+    base = network.in_own_form(base)
     computed = network.computed_state()
     absent = sorted(name for name in computed if name not in base)
     if absent and not allow_absent:

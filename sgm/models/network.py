@@ -337,6 +337,20 @@ class DiffusionTransformer(BaseModel):
         """Entries of the state dict that nothing reads; files may lack them."""
         return [name for name in self.state_dict() if name.startswith("transformer.position_embeddings.")]
 
+    def in_own_form(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A file's entries as this network has them, whichever version of the original it comes from.
+
+        Patches of one frame are embedded by a convolution or by a linear layer, with the same numbers; the tables of
+        rotations are kept in files or not.
+        """
+        patches, own = "mixins.patch_embed.proj.weight", self.patches.proj.weight
+        tables = () if self.positions.computed_state() else ("mixins.pos_embed.freqs_sin", "mixins.pos_embed.freqs_cos")
+        found = {name: value for name, value in state.items() if name not in tables}
+        given = found.get(patches)
+        if given is not None and len(given) == len(own) and given.numel() == own.numel():
+            found[patches] = given.reshape(own.shape)
+        return found
+
     def use_ops(self, ops: BlockOps) -> None:
         """Run the blocks with this implementation of their operations."""
         self.modulation.ops = ops

@@ -13,6 +13,8 @@ import torch
 import yaml
 from PIL import Image
 
+from sgm.inference.writer import read_latents
+from sgm.util import instantiate_from_config
 from tests.family_tiny import FAMILY, write_kind
 from tests.sampling_tiny import main
 
@@ -160,3 +162,36 @@ def test_float16_is_warned_of(config, capsys):
         run = load_run_config([config(kind)], SampleArgs, overrides=["args.fp16=true"])
         remarks = TextToVideo(run, torch.device("cpu"), with_text_encoder=False).remarks([])
         assert any("float16" in text for text in remarks) == warned
+
+
+def test_files_of_both_versions_of_the_original(sections, config, tmp_path):
+    """Convolution or linear patches, with tables of rotations or without: the same latents."""
+    release = Path(sections["5b"]["first_stage_config"]["params"]["ckpt_path"]).parents[1]
+    state = torch.load(release / "transformer" / "1000" / "mp_rank_00_model_states.pt", weights_only=True)["module"]
+    prefix = "model.diffusion_model."
+    patches = f"{prefix}mixins.patch_embed.proj.weight"
+    network = instantiate_from_config(sections["5b"]["network_config"])
+    tables = {f"{prefix}{name}": value for name, value in network.computed_state().items()}
+    latents = {}
+    for form, module in {"first": state | tables, "last": state | {patches: state[patches].flatten(1)}}.items():
+        torch.save({"module": module}, tmp_path / f"{form}.pt")
+        for patch in ("2", "[1,2,2]"):
+            where = tmp_path / form / patch
+            file = config("5b", load=str(tmp_path / f"{form}.pt"), only_save_latents=True, output_dir=str(where))
+            assert main(file, "--prompt", "x", "--set", f"model.network_config.params.patch_size={patch}") == 0
+            latents[form, patch] = read_latents(next(where.rglob("latents.safetensors")))[0]
+    first = latents["first", "2"]
+    assert all((other - first).abs().max() < 1e-5 for other in latents.values()) and first.any()
+
+
+@pytest.mark.parametrize(
+    ("kind", "other", "words"),
+    [("5b", "5b_i2v", ["32", "16"]), ("5b_i2v", "5b", ["pos_embedding"]), ("1.5_5b", "5b_i2v", ["final_layer.linear"])],
+)
+def test_weights_of_another_kind_are_one_error(sections, config, capsys, picture, kind, other, words):
+    """Before anything is sampled; what the file holds is said."""
+    release = Path(sections[other]["first_stage_config"]["params"]["ckpt_path"]).parents[1]
+    image = ["--image", picture] if kind.endswith("i2v") else []
+    assert main(config(kind, load=str(release / "transformer")), "--prompt", "x", *image) == 2
+    error = capsys.readouterr().err
+    assert error.count("error:") == 1 and "The file holds" in error and all(word in error for word in words), error
