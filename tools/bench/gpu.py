@@ -172,7 +172,7 @@ def bench_decode_lean(bench: Bench) -> None:
 
 def bench_decode_small(bench: Bench) -> None:
     """Latents to pixels by a small decoder, latent frame by latent frame."""
-    z = torch.randn(1, 16, bench.frames, 60, 90, device=bench.device, dtype=models.TYPES[bench.dtype])
+    z = _latents(bench)
     decoder = models.small_decoder(bench.config, bench.dtype, bench.device)
     flops = conv_flops(decoder, lambda: decoder.decode(z))
     truth = copy.deepcopy(decoder).float().decode(z.float())
@@ -242,7 +242,7 @@ def bench_train(bench: Bench, rank: int) -> None:
     tokens = models.token_count(network, bench.clip)
     flops = sum(training.training_flops(network.hidden_size, tokens, network.num_layers, rank))
     limit = training.training_limit(network, tokens, rank, bench.attention, bench.ceilings)
-    size = (bench.config, bench.dtype, bench.device, bench.frames, bench.seconds)
+    size = (bench.config, bench.dtype, bench.device, bench.clip, bench.seconds)
     about = training.TrainingBench(part, rank, *size, flops, limit)
     training.bench_ours(about, network, {"plain": bench.plain, "fused": bench.fused})
     inputs = models.network_inputs(network, bench.clip, bench.device)
