@@ -43,7 +43,7 @@ def table(configs: list[Path], overrides: list[str], gpus: int, device: str) -> 
     rows = [(needs, how) for how, needs in base.variants().items() if needs.total != base.total]
     least = needs_of([*configs, LOW_MEMORY], overrides, gpus, device)
     rows.append((least, f"with {LOW_MEMORY.name}"))
-    if base.encoder_values:
+    if base.encoder_values > base.picture_encoder:
         rows.append((least.cached(), f"with {LOW_MEMORY.name} and args.cache_dir"))
     rows = [(base, "as configured"), *sorted(rows, key=lambda row: row[0].total, reverse=True)]
     return [

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from sgm.cache import fill as filling
+from sgm.cache.batches import CachedBatches
 from sgm.cache.dataset import CachedClips
 from sgm.cache.fill import FillSettings, fill
 from sgm.cache.identity import cache_identity, cached_source
@@ -22,7 +23,9 @@ from sgm.cache.shards import CacheError
 from sgm.cache.stand_ins import CachedFirstStage
 from sgm.cache.store import CacheStore
 from sgm.config import load_run_config
+from sgm.data.clips import load_frames
 from sgm.data.decoder import thread_decoder
+from sgm.data.sampler import ClipSampler
 from sgm.models import loading
 from sgm.models.autoencoder import VideoAutoencoder
 from sgm.modules.encoders.modules import FrozenT5Embedder
@@ -216,6 +219,32 @@ def test_changed_and_new_clips_are_refused_or_encoded(cache, release, clips, tmp
     assert "4 clips, 1 rejected" in said and "2 captions in" in said
     run(made, tmp_path, "args.train_iters=1", "args.cache_fill=false")
     assert "encoding" not in capsys.readouterr().out
+
+
+def test_first_frames_join_a_cache_without_encoding(cache, release, clips, tmp_path, capsys, monkeypatch):
+    """A cache for text to video becomes one for image to video, and serves both; lost frames come again."""
+    folder = shutil.copytree(cache, tmp_path / "cache")
+    head = (folder / "cache.json").read_bytes()
+    path = write_yaml(tmp_path / "config.yaml", content(release, clips, tmp_path, cache_dir=str(folder)))
+    config = load_run_config([path], TrainArgs)
+    with monkeypatch.context() as patch:
+        patch.setattr(VideoAutoencoder, "__init__", refuse)
+        patch.setattr(FrozenT5Embedder, "__init__", refuse)
+        for _ in range(2):
+            assert precompute(path, folder, "--set", "model.noised_image_input=true") == 0
+            assert "4 of the clips" in (said := capsys.readouterr().out) and "4 videos with 4 first frames" in said
+            (frames,) = folder.glob("frame-*.safetensors")
+            frames.unlink()
+        assert precompute(path, folder, "--set", "model.noised_image_input=true") == 0
+    settings = cached_source(config.data).settings
+    store = CacheStore(folder, cache_identity(config.model, settings), first_frames=True)
+    found = CachedClips(scan(config, store, clips), store, settings)
+    for k in range(4):
+        assert torch.equal(found[k]["first_frame"], load_frames(found[k]["path"], settings)[0])
+    batch = next(iter(CachedBatches(found, ClipSampler([4]), 4, 0, 1, False)))
+    assert batch["first_frame"].shape == (4, 3, 16, 32) and batch["first_frame"].dtype == torch.uint8
+    assert set(cached_items(config, str(clips))[0]) == set(found[0]) - {"first_frame"}
+    assert (folder / "cache.json").read_bytes() == head
 
 
 def test_an_interrupted_filling_goes_on(release, clips, tmp_path, capsys, monkeypatch):

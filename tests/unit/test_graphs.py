@@ -86,6 +86,26 @@ def test_the_wrapper_hands_over_to_graphs_in_training_only(network):
     assert recorder.recordings == 2
 
 
+def test_pictures_beside_the_noise_and_pairs_of_frames_go_through_graphs():
+    """The 1.5 image-to-video model: 32 channels, patches of two frames, `ofs`."""
+    torch.manual_seed(0)
+    changes = {"in_channels": 32, "ofs_embed_dim": 24, "num_frames": 13}
+    network = tiny_network(rotary=True, patch_size=[2, 2, 2], **changes)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    wrapper, found = OpenAIWrapper(network.train()), []
+    inputs = random_inputs(frames=4)
+    condition = {"crossattn": inputs["context"], "concat": random_inputs(frames=4, seed=5)["x"]}
+    for graphs in (None, NetworkGraphs(network, Again())):
+        wrapper.graphs = graphs
+        found.append(gradients(lambda **given: wrapper(given["x"], given["timesteps"], condition), network, [inputs]))
+    plain, replayed = found
+    assert plain["ofs_embed.0.weight"].any() and plain["mixins.patch_embed.proj.weight"].any()
+    for name, grad in plain.items():
+        if grad is not None:
+            torch.testing.assert_close(replayed[name], grad, msg=name)
+
+
 def test_what_runs_code_between_kernels_is_refused():
     section = {
         "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True}, "zero_optimization": {"stage": 3},

@@ -188,6 +188,16 @@ def test_all_ranks_together_cover_all_timesteps_evenly(world):
     assert world % uniform_groups(world, 1000) == 0
 
 
+def test_group_num_that_does_not_fit_is_left_aside_with_a_word(caplog):
+    """The original's files for 1.5 say 40, whatever the number of processes."""
+    sampler = build().sigma_sampler
+    sampler.uniform_sampling, sampler.group_num = True, 40
+    assert [sampler.index_range(rank, 8).low for rank in (0, 7)] == [0, 875]
+    assert caplog.text.count("group_num 40 does not divide 8 ranks") == 1
+    sampler.group_num = 40
+    assert sampler.index_range(79, 80).low == 975 and caplog.text.count("group_num") == 1
+
+
 def test_group_num_is_checked():
     assert rank_range(7, 8, 1000, group_num=2).low == 500
     with pytest.raises(ValueError, match="group_num=3 must divide the 8"):

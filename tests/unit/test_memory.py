@@ -136,6 +136,25 @@ def test_shipped_settings_reach_the_goals_with_a_cache(configs, most):
         assert replace(found.cached(), checkpointing="selective").total < (most - 0.5) * GIB
 
 
+@pytest.mark.parametrize(
+    ("name", "values", "tokens"),
+    [
+        ("cogvideox_5b_i2v", 5_625_284_160, 17_550 + 226),
+        ("cogvideox1.5_5b", 5_570_872_960, 44_880 + 224),  # 21 latents, the first of them twice, in pairs
+        ("cogvideox1.5_5b_i2v", 5_571_791_488, 44_880 + 224),
+    ],
+)
+def test_the_family_s_clips_and_what_its_runs_on_cached_clips_keep(name, values, tokens):
+    """The encoder, and the memory of one frame through it, where pictures are encoded in each step."""
+    config = [REPO / "configs" / f"{name}_sft.yaml"]
+    found = [estimate_memory.needs_of(config, given, 1, "cuda") for given in ([], ["args.cache_dir=cache"])]
+    for needs in (found[0].cached(), found[1]):
+        encoder, frame = (92_215_456, 128 * 480 * 720) if "i2v" in name else (0, 0)
+        frame = frame * 768 * 1360 // (480 * 720) if "1.5" in name else frame
+        assert (needs.trained, needs.frozen, needs.tokens) == (values, encoder, tokens)
+        assert needs.vae_values == frame and (needs.encoding > 0) == ("i2v" in name)
+
+
 def test_tool_prints_a_row_for_each_switch(capsys):
     assert estimate_memory.main([str(SFT), "--set", "deepspeed.zero_optimization.stage=1", "--gpus", "4"]) == 0
     shown = capsys.readouterr().out

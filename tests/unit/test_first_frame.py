@@ -1,0 +1,78 @@
+"""Pictures of image-to-video training: their noise, when a batch goes without, what is equal over processes."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sgm.cache.dataset import FIRST_FRAME
+from sgm.modules.diffusionmodules.loss import VideoDiffusionLoss
+from sgm.training import first_frame
+from sgm.training.first_frame import OWN_DRAWS, ImageDraws, draw_log_sigma, shared_images
+from tests.training_tiny import model_section
+
+CPU = torch.device("cpu")
+
+
+def test_the_noise_is_as_strong_as_the_original_s():
+    torch.manual_seed(0)
+    drawn = draw_log_sigma(20000)
+    assert drawn.mean() == pytest.approx(-3, abs=0.02) and drawn.std() == pytest.approx(0.5, abs=0.02)
+    noise = OWN_DRAWS.noised(torch.zeros(400, 3, 1, 8, 8))
+    spreads = noise.flatten(1).std(1)
+    assert 0.04 < spreads.median() < 0.06 and spreads.max() > 3 * spreads.min()  # one level a picture
+
+
+def test_a_batch_keeps_its_pictures_or_goes_without_as_a_whole():
+    torch.manual_seed(0)
+    images = torch.full((3, 1, 2, 2, 2), torch.inf)
+    kept = [float(OWN_DRAWS.kept(images, 0.25).isinf().float().mean()) for _ in range(400)]
+    assert set(kept) == {0.0, 1.0} and 0.68 < sum(kept) / 400 < 0.82
+    assert OWN_DRAWS.kept(images, 0.0).isinf().all() and not OWN_DRAWS.kept(images, 1.0).any()
+
+
+def test_all_draws_come_with_the_random_state_that_checkpoints_keep():
+    image, state = torch.zeros(2, 3, 1, 4, 4), torch.get_rng_state()
+    first = OWN_DRAWS.noised(image), draw_log_sigma(2), OWN_DRAWS.share()
+    torch.set_rng_state(state)
+    again = OWN_DRAWS.noised(image), draw_log_sigma(2), OWN_DRAWS.share()
+    assert all(map(torch.equal, first, again))
+
+
+def test_a_model_parallel_group_shares_pictures_and_dropout(monkeypatch):
+    sent = []
+
+    def broadcast(tensor: torch.Tensor) -> torch.Tensor:
+        sent.append(tensor.clone())
+        return tensor.copy_(sent[0])
+
+    monkeypatch.setattr(first_frame, "broadcast_in_model_parallel", broadcast)
+    ranks = [ImageDraws(share=lambda share=share: torch.tensor(share)) for share in (0.01, 0.9)]
+    got = [shared_images(torch.full((2, 1, 1, 1, 1), float(k + 1)), 0.05, draws) for k, draws in enumerate(ranks)]
+    assert torch.equal(got[0], got[1]) and not got[0].any() and sent[1].any()
+
+
+def test_frames_of_clips_and_of_cached_clips_are_the_same():
+    frames = torch.randint(0, 256, (2, 5, 3, 4, 6), dtype=torch.uint8)
+    engine = SimpleNamespace(input_key="mp4", dtype=torch.bfloat16)
+    clips = first_frame.first_frame(engine, {"mp4": (frames.float() - 127.5) / 127.5}, CPU)
+    cached = first_frame.first_frame(engine, {FIRST_FRAME: frames[:, 0]}, CPU)
+    assert clips.shape == (2, 3, 1, 4, 6) and clips.dtype == torch.bfloat16 and torch.equal(clips, cached)
+
+
+def test_known_clips_get_their_own_pictures(tmp_path):
+    """The base network of `prior_data` sees the rows of the clips that are there to keep what it knows."""
+    sampling = model_section(tmp_path)["loss_fn_config"]["params"]["sigma_sampler_config"]
+    seen = []
+
+    def denoiser(network, x, sigma, cond, idx=None, **extras):
+        seen.append((network, cond["concat"].flatten().tolist(), extras))
+        return x
+
+    batch = {"concat_images": torch.tensor([1.0, 2.0]).view(2, 1, 1, 1, 1), "prior": torch.tensor([False, True])}
+    loss = VideoDiffusionLoss(sampling)
+    z = torch.randn(2, 1, 1, 2, 2)
+    loss.detailed("new", denoiser, lambda batch: {"crossattn": torch.zeros(2, 1, 1)}, z, batch, base="base")
+    assert seen == [("new", [1.0, 2.0], {}), ("base", [2.0], {})]
