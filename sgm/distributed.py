@@ -63,8 +63,7 @@ def init_distributed(device_type: str | None = None) -> DistInfo:
         raise DistributedError(f"device_type {kind!r} is not supported; choose 'cuda' or 'cpu'.")
     rank, world_size, local_rank = _launch_environment()
     if torch.distributed.is_initialized():
-        rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        return DistInfo(rank, world_size, local_rank, _own_device(kind, local_rank))
+        return DistInfo(*own_rank(), local_rank, _own_device(kind, local_rank))
     device = _own_device(kind, local_rank)
     backend = "nccl" if kind == "cuda" else "gloo"
     if world_size == 1:
@@ -139,17 +138,13 @@ def shutdown() -> None:
 def data_parallel_rank() -> int:
     """Rank among the processes that hold different data; 0 where nothing is initialised."""
     groups = _sat_groups()
-    if groups is not None:
-        return groups.get_data_parallel_rank()
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    return groups.get_data_parallel_rank() if groups is not None else own_rank()[0]
 
 
 def data_parallel_world_size() -> int:
     """Number of processes that hold different data; 1 where nothing is initialised."""
     groups = _sat_groups()
-    if groups is not None:
-        return groups.get_data_parallel_world_size()
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    return groups.get_data_parallel_world_size() if groups is not None else own_rank()[1]
 
 
 def model_parallel_rank() -> int:
@@ -170,11 +165,12 @@ def wait_for_all() -> None:
     Not a barrier: that has a limit, within which a rank that looks through all clips or fills the last share of a cache
     need not arrive, and it would not hear a signal. A rank that dies is noticed by the launcher.
     """
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+    _, ranks = own_rank()
+    if ranks == 1:
         return
     store = torch.distributed.distributed_c10d._get_default_store()
     key = f"sgm/meeting/{next(_meetings)}"
-    if store.add(key, 1) == torch.distributed.get_world_size():
+    if store.add(key, 1) == ranks:
         store.set(f"{key}/all", "here")
     while not store.check([f"{key}/all"]):
         time.sleep(0.05)

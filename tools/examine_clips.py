@@ -89,10 +89,11 @@ class TokenCounter:
     """
 
     def __init__(self, model_dir: str, max_length: int):
-        from sgm.modules.encoders.modules import load_tokenizer
+        from sgm.modules.encoders import t5_files
+        from sgm.modules.encoders.tokenizer import T5Tokenizer
 
         self.max_length = max_length
-        self._tokenizer = load_tokenizer(model_dir)
+        self._tokenizer = T5Tokenizer(t5_files.resolve(model_dir).vocabulary)
 
     def __call__(self, text: str) -> tuple[int, float]:
         """(tokens with the end of sequence, share of the others that is unknown)."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,8 +29,6 @@ from sgm.util import instantiate_from_config
 from sgm.weights import DTYPES
 from sgm.weights.finite import is_finite
 from sgm.weights.staging import Download
-
-T = TypeVar("T")
 
 BATCH_PIXELS = 49 * 480 * 720  # one clip at full size
 TEXTS_AT_ONCE = 64
@@ -234,16 +232,11 @@ def _examined(
         videos,
         batch_size=None,
         num_workers=workers,
-        collate_fn=_unchanged,
         worker_init_fn=leave_signals_to_parent,
         prefetch_factor=4 if workers else None,
         in_order=not workers,
     )
     return iter(loader)
-
-
-def _unchanged(item: T) -> T:
-    return item
 
 
 class _Videos(Dataset[Examined]):

@@ -197,8 +197,3 @@ def text_is_local(model: Mapping[str, Any]) -> bool:
     texts = [e for e in embedders if issubclass(get_obj_from_str(e["target"]), FrozenT5Embedder)]
     params = [{"model_dir": T5_XXL, **(e.get("params") or {})} for e in texts]
     return all(t5_files.is_local(str(p["model_dir"]), p.get("cache_dir")) for p in params)
-
-
-def load_tokenizer(model_dir: str, cache_dir: str | None = None) -> T5Tokenizer:
-    """The tokenizer of a text encoder's folder or hub id. Raises EncoderFilesError, WeightsError."""
-    return T5Tokenizer(t5_files.resolve(model_dir, cache_dir).vocabulary)

@@ -7,7 +7,7 @@ each is through with its activations before the next begins.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +16,6 @@ from torch.func import functional_call
 
 Replay = Callable[[], None]
 WARM_UP = 3  # runs before the recording: kernels compile, libraries take their workspaces
-
-
-class Recorder(Protocol):
-    """Records work and runs it again."""
-
-    def warm_up(self, work: Callable[[], Any]) -> None:
-        """Run `work` a few times."""
-
-    def record(self, work: Callable[[], None]) -> Replay:
-        """Record `work`, which leaves what it makes where it can be found again; calling the result does it anew."""
 
 
 class CudaRecorder:
@@ -64,7 +54,7 @@ class TrainingGraph:
 
     _output: Tensor
 
-    def __init__(self, network: nn.Module, inputs: list[Tensor], recorder: Recorder):
+    def __init__(self, network: nn.Module, inputs: list[Tensor], recorder: CudaRecorder):
         self._network, self._inputs = network, [tensor.detach().clone() for tensor in inputs]
         # Other leaves on the same memory: what autograd holds of the parameters themselves belongs to other streams.
         self._leaves = {name: p.detach().requires_grad_() for name, p in network.named_parameters() if p.requires_grad}
@@ -119,7 +109,7 @@ class NetworkGraphs:
             not from now on, stay where they are.
     """
 
-    def __init__(self, network: nn.Module, recorder: Recorder | None = None):
+    def __init__(self, network: nn.Module, recorder: CudaRecorder | None = None):
         self._network, self._recorder = network, recorder
         self._parameters = [p for p in network.parameters() if p.requires_grad]
         self._graphs: dict[tuple[Any, ...], TrainingGraph] = {}
