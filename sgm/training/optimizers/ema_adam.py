@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,9 @@ from torch import Tensor
 
 from sgm.errors import SgmError
 from sgm.training.optimizers.averaging import EMA_LIMIT, ShadowSettings
+
+# Without its wrapper, which imports PyTorch's compiler (2 s) to be left out of it, and takes care of gradients as here.
+_ADAMW_STEP = inspect.unwrap(torch.optim.AdamW.step)
 
 
 class OptimizerError(SgmError):
@@ -61,7 +65,7 @@ class FusedEmaAdam(torch.optim.AdamW):
         first: dict[Tensor, dict[str, Any]] = {p: {} for p in updated if "shadow" not in self.state.get(p, ())}
         for p, state in first.items():
             self.shadows.begin(p, state)
-        result = super().step(closure)
+        result = _ADAMW_STEP(self, closure)
         for p in updated:
             self.state[p].update(first.get(p, ()))
             self.shadows.follow(p, self.state[p])
