@@ -165,14 +165,16 @@ def test_an_interrupted_start_is_repaired(project):
     assert (project / ".venv" / "mine").exists()
 
 
-def test_a_second_command_waits_for_the_first(project):
-    with (project / ".venv.lock").open("w") as lock:
+def test_a_second_command_waits_for_the_first(made):
+    complete = made / ".venv" / ".complete"
+    complete.unlink()
+    with (made / ".venv.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the first
-        command = source(project)
+        command = source(made)
         assert "waiting for it" in command.stderr.readline()
-        assert not (project / ".venv").exists()
+        assert not complete.exists()
     out, err = command.communicate(timeout=120)
-    assert command.returncode == 0 and str(project / ".venv") in out, err
+    assert command.returncode == 0 and str(made / ".venv") in out and complete.exists(), err
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ CLIPPING = 0.1
 class Toy(nn.Module):
     """Something with the engine's interface towards the training step; `z` is (b, t, c, h, w)."""
 
-    input_key, latent_input = "mp4", True
+    input_key, latent_input, noised_image_input = "mp4", True, False
 
     def __init__(self, dtype: torch.dtype):
         super().__init__()
