@@ -61,6 +61,21 @@ def refuse_lfs_pointer(path: Path, kind: type[SgmError]) -> None:
         raise kind(f"{path} is {LFS_POINTER}.")
 
 
+def read_lines(path: Path, kind: type[SgmError]) -> list[str]:
+    """The lines of a UTF-8 text file, without the blanks around them. Raises `kind`: naming line and byte."""
+    refuse_lfs_pointer(path, kind)
+    lines: list[str] = []
+    for number, raw in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            lines.append(raw.decode("utf-8-sig").strip())
+        except UnicodeDecodeError as error:
+            raise kind(
+                f"{path}, line {number}: byte {error.start + 1} (0x{raw[error.start]:02x}) is not UTF-8. "
+                "Save the file as UTF-8."
+            ) from error
+    return lines
+
+
 @contextmanager
 def saving(path: Path) -> Iterator[None]:
     """Let errors of the system within the block be those of a failed write of `path`. Raises SaveError."""

@@ -204,6 +204,8 @@ def coerce(value: Any, kind: Any, place: str = "") -> Any:
         return _coerce_mapping(value, kind, place)
     if kind in _SCALARS:
         return _SCALARS[kind](value, place)
+    if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
+        return _coerce_record(value, kind, place)
     if inspect.isclass(kind) and kind is not Any and not getattr(kind, "_is_protocol", False):
         return value if isinstance(value, kind) else _refuse(f"a {kind.__name__}", value, place)
     return value
@@ -240,6 +242,15 @@ def _coerce_list(value: Any, origin: Any, kinds: tuple[Any, ...], place: str) ->
     if origin is tuple and kinds[-1] is not Ellipsis and len(found) != len(kinds):
         _refuse(f"{len(kinds)} values", value, place)
     return tuple(found) if origin is tuple else found
+
+
+def _coerce_record(value: Mapping[str, Any], kind: Any, place: str) -> Any:
+    """A record of `option` fields inside another one."""
+    problems: list[str] = []
+    record = build_args(kind, value, problems, [], place)
+    if problems:
+        raise Misfit(*problems)
+    return record
 
 
 def _coerce_mapping(value: Any, kind: Any, place: str) -> dict[str, Any]:

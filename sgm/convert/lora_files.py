@@ -41,6 +41,7 @@ class StoredAdapter:
     rank_stabilised: bool
     source: str
     stated: bool = True  # whether alpha was
+    few_steps: str = ""  # of a student: how it is sampled, as JSON
 
     def __str__(self) -> str:
         return f"rank {self.rank}, alpha {self.alpha:g}" + ("" if self.stated else " (assumed, the file does not say)")
@@ -74,6 +75,7 @@ def write_peft(folder: Path, adapter: StoredAdapter, dtype: torch.dtype | None, 
         "rank": str(adapter.rank),
         "alpha": str(alpha),
         "rank_stabilised": str(stabilised),
+        **({"few_steps": adapter.few_steps} if adapter.few_steps else {}),
         _METADATA: json.dumps({f"transformer.{name}": value for name, value in config.items()}),
     }
     return save_safetensors(folder / FILE, {n: cast(n, deferred(t), dtype) for n, t in named.items()}, metadata)
@@ -133,7 +135,11 @@ def adapter_in(weights: SatWeights, alpha: float | None = None) -> StoredAdapter
     stated = facts.get("rank")
     if stated is not None and int(stated) != spec.rank:
         raise ConvertError(f"{weights.source} states LoRA rank {stated}, but its matrices have rank {spec.rank}.")
-    return StoredAdapter(weights.lora, spec.rank, spec.alpha, spec.rank_stabilised, weights.source, "alpha" in facts)
+    few_steps = facts.get("few_steps", "")
+    return StoredAdapter(
+        weights.lora, spec.rank, spec.alpha, spec.rank_stabilised, weights.source, "alpha" in facts,
+        few_steps if isinstance(few_steps, str) else json.dumps(few_steps),
+    )  # fmt: skip
 
 
 def _open_peft(file: Path, alpha: float | None) -> StoredAdapter:
@@ -151,7 +157,8 @@ def _open_peft(file: Path, alpha: float | None) -> StoredAdapter:
     if not isinstance(given, int | float):
         raise ConvertError(f"{file} states lora_alpha {given!r}, which is no number.")
     stabilised, is_stated = bool(stated.get("use_rslora")), alpha is not None or "lora_alpha" in stated
-    return StoredAdapter(sat, rank, float(given), stabilised, str(file), is_stated)
+    few_steps = read_header(file).metadata.get("few_steps", "") if file.suffix == ".safetensors" else ""
+    return StoredAdapter(sat, rank, float(given), stabilised, str(file), is_stated, few_steps)
 
 
 def _rank(name: str, a: Sequence[Tensor], b: Sequence[Tensor]) -> int:
@@ -192,6 +199,8 @@ def sat_matrices(adapter: StoredAdapter, alpha: float | None = None) -> tuple[di
     spec = lora_spec_of(matrices)
     facts = {"rank": adapter.rank, "alpha": target, "rank_stabilised": stabilised,
              "targets": list(spec.targets) if spec else [], "base_path": "", "base_hash": ""}  # fmt: skip
+    if adapter.few_steps:
+        facts["few_steps"] = adapter.few_steps
     return matrices, facts
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sgm.data.images import ImageError, Picture
 from sgm.errors import SgmError
-from sgm.files import refuse_lfs_pointer
+from sgm.files import read_lines
 from sgm.typed import listing
 
 MARK = "@@"  # between a prompt and its picture, as in the original
@@ -144,21 +144,9 @@ def read_prompt_file(path: Path) -> tuple[list[Prompt], int]:
     Raises:
         PromptError: not UTF-8 (names line and byte), or no prompt in it.
     """
-    refuse_lfs_pointer(path, PromptError)
-    prompts: list[Prompt] = []
-    blank = 0
-    for number, raw in enumerate(path.read_bytes().splitlines()):
-        try:
-            text = raw.decode("utf-8-sig").strip()
-        except UnicodeDecodeError as error:
-            raise PromptError(
-                f"{path}, line {number + 1}: byte {error.start + 1} (0x{raw[error.start]:02x}) is not UTF-8. "
-                "Save the file as UTF-8."
-            ) from error
-        if text:
-            prompts.append(Prompt(number, text))
-        else:
-            blank += 1
+    lines = read_lines(path, PromptError)
+    prompts = [Prompt(number, text) for number, text in enumerate(lines) if text]
+    blank = len(lines) - len(prompts)
     if not prompts:
         raise PromptError(f"{path} holds no prompt ({blank} blank lines). Write one prompt a line.")
     return prompts, blank

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -44,6 +44,7 @@ def sample(config: RunConfig[SampleArgs], check: Callable[[], None], *, dry_run:
             _print_plan(config, progress, info.rank)
             return 0
         pipeline = TextToVideo(config, device, with_text_encoder=config.args.decode_latents is None)
+        _say_all(pipeline.notes, progress)
         _run(Runner(config, pipeline, progress, info.rank, info.world_size))  # ranks do not wait for one another
     finally:
         shutdown()
@@ -72,14 +73,19 @@ def _run(runner: Runner) -> None:
         raise SamplingError(out_of_memory_advice(runner.args)) from error
 
 
+def _say_all(lines: Iterable[str], progress: Progress) -> None:
+    for line in lines:
+        progress.line(line)
+
+
 def _print_plan(config: RunConfig[SampleArgs], progress: Progress, rank: int) -> None:
     args = config.args
     # On all ranks: it makes process groups.
     pipeline = TextToVideo(config, progress.device, with_text_encoder=text_is_local(config.model))
     asks = args.decode_latents or (args.input_type == "cli" and not args.prompts)
     prompts = [] if asks else gather(args.prompts, args.input_file, config.files, pipeline.pictures)[0]
-    for line in [] if args.decode_latents else pipeline.remarks(prompts):
-        progress.line(f"warning: {line}")
+    remarks = [] if args.decode_latents else pipeline.remarks(prompts)
+    _say_all([*pipeline.notes, *(f"warning: {line}" for line in remarks)], progress)
     if rank == 0:
         print(report(config, pipeline, prompts), flush=True)
 

@@ -19,6 +19,7 @@ from sgm.modules.autoencoding.first_stage import FirstStage
 from sgm.modules.autoencoding.strides import STRIDES, Strides
 from sgm.modules.conditioner import GeneralConditioner
 from sgm.modules.diffusionmodules.denoiser import Denoiser, Network
+from sgm.modules.diffusionmodules.few_steps import FewSteps
 from sgm.modules.diffusionmodules.image_condition import drop_first, image_latents, scales_image_latents
 from sgm.modules.diffusionmodules.loss import Loss, VideoDiffusionLoss
 from sgm.modules.diffusionmodules.sampling import DenoiserFn, VideoDDIMSampler
@@ -115,6 +116,7 @@ class SATVideoDiffusionEngine(nn.Module):
         self.not_trainable_prefixes = tuple(not_trainable_prefixes)
         self.first_stage_autocast = not disable_first_stage_autocast
         self.kernels = Kernels()
+        self.few_steps: FewSteps | None = None  # how it is sampled, if it is a student
         self.base: Network | None = None  # what the network was, for samples of a batch that are to keep it
         self.base_weight = 1.0  # of their loss
 

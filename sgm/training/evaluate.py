@@ -75,7 +75,7 @@ class Evaluation:
                     total[0] += loss.double()
                     total[1:] += bin_sums(logs, total.device).flatten()
                     if k == 0 and self.folder is not None:
-                        files = _Files(self.folder, iteration, self.fps, log)
+                        files = Files(self.folder, iteration, self.fps, log)
                         self._log(engine, batch, ds_engine.device, files)
         finally:
             ds_engine.train()
@@ -104,7 +104,7 @@ class Evaluation:
 
     # --- what people look at --------------------------------------------------------------------------------------
 
-    def _log(self, engine: SATVideoDiffusionEngine, batch: dict[str, Any], device: torch.device, files: _Files) -> None:
+    def _log(self, engine: SATVideoDiffusionEngine, batch: dict[str, Any], device: torch.device, files: Files) -> None:
         """Captions; input, reconstruction and sample of the first clip; a sample for each of `prompts`.
 
         Models that start from a picture get the clip's first frame, without the noise that it has in training.
@@ -176,7 +176,7 @@ def low_memory(stage: object) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class _Files:
+class Files:
     """What one evaluation leaves in the run's folder, in the original's layout; other ranks' calls do nothing."""
 
     folder: Path

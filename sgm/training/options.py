@@ -9,6 +9,7 @@ from typing import Any
 
 from sgm.modules.autoencoding.strides import STRIDES
 from sgm.modules.ops.recompute_modes import MODES
+from sgm.training.distill.options import DistillArgs
 from sgm.training.optimizers.schedule import STYLES, ScheduleError, ScheduleSettings
 from sgm.typed import ConfigError, PathText, option
 
@@ -65,6 +66,9 @@ class TrainArgs:
         "model as it was loaded, so that it does not forget them; full fine-tuning keeps a copy of the network for it"
     )  # fmt: skip
     prior_weight: float = option(1.0, "weight of the loss of prior_data's clips", at_least=0)
+    distill: DistillArgs | None = option(
+        None, "learn a student that needs a few steps and no guidance, from prompts alone (docs/distillation.md)"
+    )
     train_data_weights: list[float] | None = option(
         None, "share of each folder of train_data and prior_data; default: its size"
     )
@@ -126,8 +130,10 @@ class TrainArgs:
 
     def __post_init__(self) -> None:
         problems = []
-        if not self.train_data:
-            problems.append("args.train_data is empty: name at least one folder with videos/ and labels/")
+        if not self.train_data and not (self.distill and self.distill.prompts):
+            instead = " (or prompts in args.distill.prompts)" if self.distill else ""
+            problems.append(f"args.train_data is empty: name at least one folder with videos/ and labels/{instead}")
+        problems += self._distill_problems()
         weights = self.train_data_weights
         folders = self.training_folders
         if weights is not None and (len(weights) != len(folders) or not all(0 < w < math.inf for w in weights)):
@@ -159,6 +165,26 @@ class TrainArgs:
             problems.append(f"args: {error}")
         if problems:
             raise ConfigError("; ".join(problems))
+
+    def _distill_problems(self) -> list[str]:
+        """What a distillation has no use for."""
+        if self.distill is None:
+            return []
+        given = {
+            "cache_dir": self.cache_dir, "prior_data": self.prior_data, "valid_data": self.valid_data,
+            "train_data_weights": self.train_data_weights, "save_frozen": self.save_frozen,
+        }  # fmt: skip
+        problems = [
+            f"args.{name}: a distillation learns from prompts alone (args.distill.prompts, or captions of "
+            f"args.train_data); leave it out, or --set args.{name}=null"
+            for name, value in given.items()
+            if value
+        ]
+        if self.model_parallel_size > 1:
+            problems.append("args.distill does not go with args.model_parallel_size above 1; leave one of them out")
+        if not self.load:
+            problems.append("args.distill needs a teacher: set args.load to its transformer weights")
+        return problems
 
     @property
     def training_folders(self) -> list[str]:

@@ -22,13 +22,18 @@ from sgm.cache.identity import starts_from_picture
 from sgm.cache.ready import ReadyCache, ready_cache
 from sgm.cli import MOSTLY_SKIPPED, flush_output, print_line
 from sgm.config import ConfigError, RunConfig, check_model_section
+from sgm.data.loader import clip_count
 from sgm.distributed import DistInfo, from_first
 from sgm.files import SaveError, write_text
 from sgm.models.diffusion import SATVideoDiffusionEngine
+from sgm.modules.diffusionmodules.few_steps import FewSteps
 from sgm.training.checkpoints.load import Earlier, load_state
 from sgm.training.checkpoints.same_run import CONFIG_FILE
 from sgm.training.checkpoints.saver import Saver, resume
 from sgm.training.checkpoints.state import seed_all
+from sgm.training.distill.engine import DistillationEngine
+from sgm.training.distill.evaluation import PromptEvaluation
+from sgm.training.distill.run import check_size, prompt_sets
 from sgm.training.eval_prompts import eval_prompts
 from sgm.training.evaluate import Evaluation, evaluation_batches
 from sgm.training.faults import SkipGuard, TrainingStopped, out_of_memory_advice
@@ -76,7 +81,7 @@ def train(config: RunConfig[TrainArgs], *, dry_run: bool = False) -> int:
     check_places(config, dry_run)
     distributed.ensure_groups(args.model_parallel_size)
     plan = plan_deepspeed(config.deepspeed, device_type=kind, data_parallel_size=distributed.data_parallel_world_size())
-    advice = check_clips(config, plan.dtype)
+    advice = (check_size if args.distill else check_clips)(config, plan.dtype)
     say = rank_zero_printer(info.rank)
     advice += training_advice(args, config.model, plan.optimizer.lr)
     for note in (*config.notes, *plan.notes, *_activation_note(config), *advice):
@@ -95,13 +100,15 @@ def train(config: RunConfig[TrainArgs], *, dry_run: bool = False) -> int:
         except torch.OutOfMemoryError as error:
             raise TrainingStopped(out_of_memory_advice(parts.needs)) from error
         if code == 0 and parts.folder and info.rank == 0:
-            _say_how_to_sample(parts.folder, config, plan.dtype, say)
+            _say_how_to_sample(parts.folder, config, plan.dtype, parts.engine.few_steps, say)
         return code
 
 
-def _say_how_to_sample(folder: Path, config: RunConfig[TrainArgs], dtype: str, say: Say) -> None:
+def _say_how_to_sample(
+    folder: Path, config: RunConfig[TrainArgs], dtype: str, few_steps: FewSteps | None, say: Say
+) -> None:
     try:
-        command = write_sampling_file(folder, config, dtype)
+        command = write_sampling_file(folder, config, dtype, few_steps)
     except SaveError as error:  # all that is needed is saved already
         command = None
         say(f"warning: {error}")
@@ -160,7 +167,11 @@ def _start(
     """Everything else up to the first iteration."""
     folder, engine = parts.folder, parts.engine
     reports = folder or Path(from_first(lambda: stack.enter_context(TemporaryDirectory(prefix="cogvideox-train-"))))
-    clips = clip_sets(config, reports, parts.cache)
+    if isinstance(engine, DistillationEngine):
+        clips = prompt_sets(config.args, engine)
+        say(f"{sum(map(clip_count, clips.train))} prompts")
+    else:
+        clips = clip_sets(config, reports, parts.cache)
     for line in left_out([*clips.train, *clips.valid]):
         say(line)
     loader = stack.enter_context(training_loader(config.args, plan.micro_batch, clips.train))
@@ -241,7 +252,7 @@ def _evaluation(
     if not datasets or not args.eval_interval:
         return None
     size = args.eval_batch_size or plan.micro_batch
-    return Evaluation(
+    return (PromptEvaluation if args.distill else Evaluation)(
         datasets,
         batch_size=size,
         batches=evaluation_batches(datasets, size, args.eval_iters, args.strict_eval),

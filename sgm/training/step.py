@@ -20,6 +20,7 @@ from sgm.distributed import model_parallel_rank, model_parallel_world_size
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.modules.diffusionmodules.image_condition import image_latents, repeat_first
 from sgm.training.checkpoints.partitions import load_scaler_state, scaler_state
+from sgm.training.distill.engine import DistillationEngine
 from sgm.training.faults import OVERFLOW
 from sgm.training.first_frame import OWN_DRAWS, ImageDraws, noised_first_latent, shared_images
 from sgm.training.setup.engine import TrainingEngine
@@ -66,11 +67,13 @@ def engine_inputs(
     engine: SATVideoDiffusionEngine, batch: Mapping[str, Any], device: torch.device, draws: ImageDraws = OWN_DRAWS
 ) -> tuple[Tensor, Mapping[str, Any]]:
     """What the engine takes of a batch: latents in a number that its patches divide, and the batch, for models that
-    start from a picture with `concat_images` (b, t, c, h, w).
+    start from a picture with `concat_images` (b, t, c, h, w). A distillation has no clips, but noise.
 
     Random draws, in the original's order: the picture's noise level (CPU) and noise, its posterior, the clip's
     posterior, and whether the batch goes without pictures (CPU).
     """
+    if isinstance(engine, DistillationEngine):
+        return engine.start_noise(batch, device), batch
     first = noised_first_latent(engine, batch, device, draws) if engine.noised_image_input else None
     z = repeat_first(batch_latents(engine, batch, device), engine.network.patch.t)
     if first is None:

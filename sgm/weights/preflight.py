@@ -48,7 +48,8 @@ def with_found_paths(config: RunConfig[Any], find: Callable[[str], str] = found_
     load = config.args.load and find(config.args.load)
     if load and not Path(load).expanduser().exists():
         load = str(newest_run(Path(load).expanduser()) or load)
-    return replace(config, model=model, args=replace(config.args, load=load))
+    found = {"load": load} | ({"lora": [*map(find, config.args.lora)]} if hasattr(config.args, "lora") else {})
+    return replace(config, model=model, args=replace(config.args, **found))
 
 
 def with_paths(model: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:

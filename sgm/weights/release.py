@@ -21,6 +21,7 @@ from sgm.weights.files import WeightsError, WeightsNotFoundError, read_checkpoin
 
 NETWORK_PREFIX = "model.diffusion_model."
 FROZEN_PREFIXES = ("conditioner.", "first_stage_model.")
+ADAPTER_FILE = "lora.safetensors"
 _PART = re.compile(r"mp_rank_(\d+)_model_states\.(?:pt|safetensors)$")
 _DATE = re.compile(r"(-\d\d){4}(-\d+)?$")
 _NETWORK_ROOTS = ("mixins.", "transformer.", "time_embed.", "ofs_embed.")
@@ -95,7 +96,8 @@ class Adapter:
 def locate(path: str | Path) -> tuple[list[Path], int | None]:
     """The file or files of a checkpoint given as file, iteration folder or release folder; and its iteration.
 
-    A training run's folder may be given without its date, see `newest_run`.
+    A folder may also hold an adapter's `lora.safetensors` alone. A training run's folder may be given without its date,
+    see `newest_run`.
 
     Raises:
         WeightsNotFoundError: nothing there, or `latest` names a folder that is not there.
@@ -113,6 +115,8 @@ def locate(path: str | Path) -> tuple[list[Path], int | None]:
     parts = _parts_in(path)
     if parts:
         return parts, _iteration_of(path.name)
+    if (path / ADAPTER_FILE).is_file():
+        return [path / ADAPTER_FILE], None
     raise WeightsError(f"{path} is not a SAT checkpoint folder: {_what_lies_in(path)}")
 
 

@@ -81,11 +81,16 @@ def narrowed(state: Mapping[str, Tensor], dtype: torch.dtype, source: Path) -> d
 
 
 def write_hashes(out: Path) -> int:
-    """Write SHA256SUMS over the three parts (as `sha256sum -c` reads it); returns their bytes."""
-    files = sorted(p for part in ("t5", "transformer", "vae") for p in (out / part).rglob("*") if p.is_file())
+    """Write SHA256SUMS over the parts (as `sha256sum -c` reads it), but for pages and pictures; returns their bytes."""
+    parts = [out / name for name in ("student", "t5", "transformer", "vae")]
+    files = sorted(path for part in parts for path in part.rglob("*") if _is_hashed(path))
     lines = [f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.relative_to(out).as_posix()}" for p in files]
     write_text(out / HASHES, "\n".join(lines) + "\n")
     return sum(p.stat().st_size for p in files)
+
+
+def _is_hashed(path: Path) -> bool:
+    return path.is_file() and path.suffix not in (".md", ".png", ".jpg")
 
 
 def _bundle_parts(args: argparse.Namespace) -> str:

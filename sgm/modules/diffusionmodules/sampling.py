@@ -317,3 +317,16 @@ class VPODEDPMPP2MSampler(VideoDDIMSampler):
             return denoised
         estimate = extrapolate_2m(denoised, previous, step.a_prev, step.a, step.a_next)
         return dpmpp_ode_step(x, estimate, step.a, step.a_next)
+
+
+class RenoisingSampler(VideoDDIMSampler):
+    """Multistep consistency sampling (Song et al. 2023, arXiv 2303.01469, Algorithm 1): x' = a' D + sigma' eps.
+
+    For students that estimate the clean latent well from any level. Random draws: one a step, none on the last, which
+    returns the estimate itself.
+    """
+
+    def update(self, x: Tensor, denoised: Tensor, previous: Tensor | None, step: Step, draw: NoiseSampler) -> Tensor:
+        if step.is_last:
+            return denoised
+        return step.a_next * denoised + math.sqrt(1 - step.a_next**2) * draw(x)

@@ -36,6 +36,7 @@ class Change(NamedTuple):
     key: str
     old: Any
     new: Any
+    distills: bool = False  # the sampler is the teacher's then
 
     def __str__(self) -> str:
         return f"{self.key}: {json.dumps(self.old)} -> {json.dumps(self.new)}"
@@ -48,6 +49,8 @@ class Change(NamedTuple):
     @property
     def allowed(self) -> bool:
         """Whether it may come between a run and its continuation: what is learnt stays the same."""
+        if self.distills and self.key.startswith("model.sampler_config"):
+            return False
         own = any(self.key == name or self.key.startswith(f"{name}.") for name in _MAY_CHANGE)
         return own or _moved(*([*map(Path, map(str, v if isinstance(v, list) else [v]))] for v in (self.old, self.new)))
 
@@ -84,7 +87,8 @@ def changes(then: Mapping[str, Any], now: Mapping[str, Any], config: RunConfig[A
     options = dataclasses.fields(config.args)
     fresh = {f"args.{f.name}": f.default_factory() if callable(f.default_factory) else f.default for f in options}
     idle = {"args.resume", "args.save", *(_BY_EPOCHS if config.args.epochs else ())}
-    found = [Change(key, then.get(key, fresh.get(key)), now.get(key)) for key in {*then, *now} - idle]
+    distills = bool(config.args.distill)
+    found = [Change(key, then.get(key, fresh.get(key)), now.get(key), distills) for key in {*then, *now} - idle]
     return sorted(change for change in found if change.old != change.new)
 
 

@@ -7,6 +7,7 @@ process ever holds more than one whole parameter besides its own share.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -139,7 +140,8 @@ def write_together(tensors: Tensors, write: Callable[[Tensors], Any] | None, *, 
 
 
 def lora_facts(module: nn.Module, load: str | None) -> dict[str, Any] | None:
-    """Facts that the matrices do not say: rank, alpha, targets, kind of scaling, and the base they belong to.
+    """Facts that the matrices do not say: rank, alpha, targets, kind of scaling, the base they belong to, and how a
+    few-step student is sampled.
 
     `base_hash` is `weights_fingerprint` of the file at `load`. None where there is no adapter.
     """
@@ -155,6 +157,7 @@ def lora_facts(module: nn.Module, load: str | None) -> dict[str, Any] | None:
         "rank_stabilised": bool(mixin.rank_stabilised),
         "base_path": path,
         "base_hash": fingerprint,
+        **({"few_steps": few_steps.as_dict()} if (few_steps := getattr(module, "few_steps", None)) else {}),
     }
 
 
@@ -170,5 +173,6 @@ def _base(load: str | None) -> tuple[str, str]:
 
 
 def as_metadata(facts: Mapping[str, Any]) -> dict[str, str]:
-    """`lora_facts` as the texts that a safetensors header holds."""
-    return {name: ",".join(v) if isinstance(v, list) else str(v) for name, v in facts.items()}
+    """`lora_facts` as the texts that a safetensors header holds: lists with commas, mappings as JSON."""
+    forms: dict[type, Callable[[Any], str]] = {list: ",".join, dict: json.dumps}
+    return {name: forms.get(type(value), str)(value) for name, value in facts.items()}

@@ -20,6 +20,7 @@ from sgm.data.loader import ClipLoader, clip_count, create_loader
 from sgm.data.report import first_reasons
 from sgm.data.section import DataSection
 from sgm.distributed import data_parallel_rank, data_parallel_world_size, wait_for_all
+from sgm.training.distill.prompts import PromptBatches
 from sgm.training.options import TrainArgs, split_shares
 
 
@@ -153,5 +154,5 @@ def training_loader(args: TrainArgs, micro_batch: int, datasets: Sequence[Datase
         order=args.data_order,
         weights=args.train_data_weights,
         prefetch=args.prefetch_factor,
-        read=CachedBatches if args.cache_dir else None,
+        read=PromptBatches if args.distill else CachedBatches if args.cache_dir else None,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -11,16 +10,20 @@ import torch
 from torch import nn
 
 from sgm.config import RunConfig
-from sgm.data.section import SETTING_OF
 from sgm.models.diffusion import SATVideoDiffusionEngine
-from sgm.modules.autoencoding.strides import STRIDES
 from sgm.modules.diffusionmodules.image_condition import sampled_frames
 from sgm.modules.encoders.modules import text_is_local
 from sgm.training.memory import MemoryNeeds
 from sgm.training.options import TrainArgs
 from sgm.training.prior import needs_copy
 from sgm.training.setup.deepspeed import DeepSpeedPlan
-from sgm.training.setup.model import checked_engine, freeze_untrained, loaded_autoencoder, training_model_section
+from sgm.training.setup.model import (
+    checked_engine,
+    clip_size,
+    freeze_untrained,
+    loaded_autoencoder,
+    training_model_section,
+)
 
 T5_XXL_VALUES = 4_762_310_656
 
@@ -33,7 +36,7 @@ def memory_needs(
     values = sum(p.numel() for p in engine.parameters())
     if config.args.prior_data and needs_copy(engine.model):
         values += sum(p.numel() for p in engine.model.parameters())
-    frames, height, width = _clip_size(config)
+    frames, height, width = clip_size(config)
     network, autoencoder = engine.network, loaded_autoencoder(engine)
     latents = sampled_frames(engine.strides.latent_frames(frames), network.patch.t)
     grid = network.patch.grid(latents, *engine.strides.latent_size(height, width))
@@ -74,17 +77,6 @@ def planned_needs(config: RunConfig[TrainArgs], plan: DeepSpeedPlan, data_parall
     freeze_untrained(engine)
     needs = memory_needs(engine, config, plan, data_parallel_size)
     return replace(needs, frozen=needs.frozen + absent, encoder_values=needs.encoder_values + absent)
-
-
-def _clip_size(config: RunConfig[TrainArgs]) -> tuple[int, int, int]:
-    """(frames, height, width) in pixels of the longest clip."""
-    given = (config.data or {}).get("params") or {}
-    params = {SETTING_OF.get(name, name): value for name, value in given.items()}
-    network = config.model["network_config"]["params"]
-    if params.get("buckets"):
-        return max(((int(f), int(h), int(w)) for f, h, w in params["buckets"]), key=math.prod)
-    height, width = params.get("video_size") or STRIDES.pixel_size(network["latent_height"], network["latent_width"])
-    return int(params.get("max_num_frames") or network["num_frames"]), int(height), int(width)
 
 
 def _widest_map(engine: SATVideoDiffusionEngine, model: Mapping[str, Any], frames: int, height: int, width: int) -> int:

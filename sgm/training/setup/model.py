@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,12 +11,17 @@ import torch
 
 from sgm.cache.stand_ins import CachedFirstStage, cached_model_section
 from sgm.config import AccelerateArgs, ConfigError, RunConfig
+from sgm.data.section import SETTING_OF
 from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.models.loading import LoadedNetwork, load_first_stage, load_network, load_text_encoder
+from sgm.modules.autoencoding.strides import STRIDES
+from sgm.modules.diffusionmodules.image_condition import sampled_frames
 from sgm.modules.diffusionmodules.loss import Loss, VideoDiffusionLoss
 from sgm.modules.ops.choice import Kernels, choose_kernels
 from sgm.modules.ops.recompute import MODES, stronger_mode
+from sgm.training.distill.checks import check_distill
+from sgm.training.distill.engine import DistillationEngine
 from sgm.training.options import TrainArgs
 from sgm.training.prior import BaseNetwork
 from sgm.training.setup.deepspeed import DeepSpeedPlan
@@ -25,12 +31,19 @@ from sgm.util import instantiate_from_config
 def training_model_section(model: Mapping[str, Any], args: TrainArgs) -> dict[str, Any]:
     """The `model:` section as training builds it: switches of `args` carried into the network, LoRA put off."""
     section = cached_model_section(model) if args.cache_dir else copy.deepcopy(dict(model))
+    if args.distill and not _decodes(args):
+        section["first_stage_config"] = None
     params = section["network_config"].setdefault("params", {})
     params["defer_lora"] = True
     switches = params.setdefault("transformer_args", {})
     switches["checkpoint_activations"] = checkpointing_mode(model, args)
     switches["model_parallel_size"] = args.model_parallel_size
     return section
+
+
+def _decodes(args: TrainArgs) -> bool:
+    """Whether evaluation writes videos."""
+    return bool(args.eval_interval or args.epochs) and args.log_image and not args.only_log_video_latents
 
 
 def checkpointing_mode(model: Mapping[str, Any], args: TrainArgs) -> bool | str:
@@ -91,10 +104,12 @@ def _refuse_with(switch: str, obstacles: Mapping[str, Any]) -> None:
         raise ConfigError(f"{switch} does not go with {' and '.join(found)}; leave one of them out")
 
 
-def meta_engine(model: Mapping[str, Any], dtype: str) -> SATVideoDiffusionEngine:
+def meta_engine(
+    model: Mapping[str, Any], dtype: str, kind: type[SATVideoDiffusionEngine] = SATVideoDiffusionEngine
+) -> SATVideoDiffusionEngine:
     """The engine without weights or memory, for estimates and for loading."""
     with torch.device("meta"):
-        return SATVideoDiffusionEngine(**model, dtype=dtype)
+        return kind(**model, dtype=dtype)
 
 
 def checked_engine(model: dict[str, Any], args: TrainArgs, plan: DeepSpeedPlan) -> SATVideoDiffusionEngine:
@@ -103,13 +118,25 @@ def checked_engine(model: dict[str, Any], args: TrainArgs, plan: DeepSpeedPlan) 
     Raises:
         ConfigError: they do not.
     """
-    engine = meta_engine(model, plan.dtype)
+    engine = meta_engine(model, plan.dtype, DistillationEngine if args.distill else SATVideoDiffusionEngine)
+    check_distill(args, plan.stage, engine)
     check_graphs(args, plan, engine.network.transformer.checkpoint_activations)
     check_prior(args, plan, engine.loss_fn)
     for part, there in {"conditioner": engine.conditioner, "loss_fn": engine.loss_fn}.items():
-        if there is None and f"{part}_config" not in model:
+        if there is None and f"{part}_config" not in model and not (args.distill and part == "loss_fn"):
             raise ConfigError(f"model.{part}_config is missing, which training needs")
     return engine
+
+
+def clip_size(config: RunConfig[TrainArgs]) -> tuple[int, int, int]:
+    """(frames, height, width) in pixels of the longest clip."""
+    given = (config.data or {}).get("params") or {}
+    params = {SETTING_OF.get(name, name): value for name, value in given.items()}
+    network = config.model["network_config"]["params"]
+    if params.get("buckets"):
+        return max(((int(f), int(h), int(w)) for f, h, w in params["buckets"]), key=math.prod)
+    height, width = params.get("video_size") or STRIDES.pixel_size(network["latent_height"], network["latent_width"])
+    return int(params.get("max_num_frames") or network["num_frames"]), int(height), int(width)
 
 
 def training_kernels(fast: AccelerateArgs, device: torch.device) -> Kernels:
@@ -153,6 +180,12 @@ def load_engine(
     engine.to(device)
     if args.prior_data:
         engine.base, engine.base_weight = BaseNetwork(engine.model), args.prior_weight
+    if isinstance(engine, DistillationEngine) and args.distill:
+        frames, height, width = clip_size(config)
+        size = engine.strides.latent_size(height, width)
+        latents = sampled_frames(engine.strides.latent_frames(frames), engine.network.patch.t)
+        shape = (latents, engine.network.out_channels, *size)
+        engine.begin(args.distill, shape, config.model["sampler_config"])
     if args.cuda_graphs and device.type == "cuda":
         engine.use_graphs()
     return engine, loaded

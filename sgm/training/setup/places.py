@@ -22,8 +22,10 @@ def with_found_places(config: RunConfig[TrainArgs], find: Callable[[str], str] =
     """Every path as `find` gives it: by default the project's where only these are."""
     args = config.args
     valid = args.valid_data and [find(folder) for folder in args.valid_data]
+    distill = args.distill and dataclasses.replace(args.distill, prompts=[*map(find, args.distill.prompts)])
     args = dataclasses.replace(
         args,
+        distill=distill,
         train_data=[find(folder) for folder in args.train_data],
         prior_data=[find(folder) for folder in args.prior_data],
         valid_data=valid,
@@ -41,7 +43,8 @@ def check_places(config: RunConfig[TrainArgs], dry_run: bool) -> None:
     # With a cache only what is missing from it needs the encoders, whose absence is noticed then.
     check_paths({} if config.args.cache_dir else config.model, config.args.load)
     args = config.args
-    folders = {"train_data": args.train_data, "prior_data": args.prior_data, "valid_data": args.valid_data or []}
+    read = [] if args.distill and args.distill.prompts else args.train_data
+    folders = {"train_data": read, "prior_data": args.prior_data, "valid_data": args.valid_data or []}
     problems = [f"args.{place} is still the placeholder {text!r}" for place, text in placeholders_in(folders)]
     problems += [
         f"args.{name}: no folder {path}, nor a manifest or shard"
@@ -49,6 +52,8 @@ def check_places(config: RunConfig[TrainArgs], dry_run: bool) -> None:
         for path in paths
         if not problems and not exists(Path(path).expanduser()) and not (dry_run and lies_in_demo(path))
     ]
+    if args.distill and (absent := [path for path in args.distill.prompts if not Path(path).expanduser().is_file()]):
+        raise ConfigError(f"args.distill.prompts: no file {absent[0]}; name text files with a prompt a line")
     if problems:
         raise ConfigError("\n".join([*problems, _how_to_get_data(args.data_folders)]))
     eval_prompts(args.eval_prompts, starts_from_picture(config.model))

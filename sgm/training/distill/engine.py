@@ -1,0 +1,149 @@
+"""The engine of a distillation: teacher, student and critic on one base.
+
+Axes: b batch, t latent frames, c channels, h w.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from sgm.models.diffusion import Cond, SATVideoDiffusionEngine
+from sgm.modules.diffusionmodules.denoiser import DiscreteDenoiser, Network
+from sgm.modules.diffusionmodules.few_steps import FewSteps
+from sgm.modules.diffusionmodules.guiders import guide, join_conditions
+from sgm.modules.diffusionmodules.loss import add_noise, snr_weight, weighted_error
+from sgm.modules.diffusionmodules.wrappers import NetworkWrapper, OpenAIWrapper
+from sgm.modules.ops.graphs import NetworkGraphs
+from sgm.training.distill.objective import compared_timesteps, guidance_tables, matching_loss
+from sgm.training.distill.options import DistillArgs
+from sgm.training.prior import BaseNetwork
+from sgm.util import instantiate_from_config
+
+if TYPE_CHECKING:
+    from sgm.models.network import DiffusionTransformer  # brings SAT, and with it seconds
+
+Wrapped = TypeVar("Wrapped", bound=nn.Module)
+COND = "cond"  # entry of a batch: conditions of its prompts
+
+
+class DistillationEngine(SATVideoDiffusionEngine):
+    """`model` is the student. The teacher is the network as it was loaded, the critic a second one that learns.
+
+    Where adapters learn, the three share the base's weights; else each has its own.
+
+    Attributes:
+        critic: called as `model`.
+        teacher: the same, without gradients.
+        few_steps: how the student is sampled.
+        unconditional: conditions (1, ...) that the teacher's guidance steers away from.
+    """
+
+    critic: NetworkWrapper[DiffusionTransformer]
+    teacher: Network
+    unconditional: Cond
+
+    def begin(self, settings: DistillArgs, shape: tuple[int, int, int, int], sampler_config: Mapping[str, Any]) -> None:
+        """To be called when the weights lie where they stay, and what learns requires gradients.
+
+        From here on `sampler` is the student's.
+
+        Args:
+            shape: (t, c, h, w) of a sample.
+            sampler_config: of the model section, the teacher's.
+        """
+        self.shape = shape
+        self.teacher = BaseNetwork(self.model)
+        self.critic = _second(self.model, settings.critic_rate)
+        self._table = _denoiser(self).sigmas
+        self._guidance = guidance_tables(self.sampler, len(self._table), settings)
+        schedule = self.sampler.schedule(settings.steps)
+        self.few_steps = FewSteps(settings.steps, schedule.timesteps, settings.sampler)
+        self.sampler = instantiate_from_config(self.few_steps.sampler_config(sampler_config))
+        self._steps = list(schedule.steps())
+        self._compared = compared_timesteps(schedule, settings.levels)
+
+    def use_graphs(self) -> None:
+        super().use_graphs()
+        if isinstance(self.critic, OpenAIWrapper):  # as `model`, or the line above had refused it
+            self.critic.graphs = NetworkGraphs(self.critic.diffusion_model)
+
+    def start_noise(self, batch: Mapping[str, Any], device: torch.device) -> Tensor:
+        """The noise (b, t, c, h, w) that the student begins with for a batch of prompts."""
+        return torch.randn(len(batch["txt"]), *self.shape, device=device)
+
+    def forward(self, z: Tensor, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of student and critic together, at one step of the student's way from the noise z (b, t, c, h, w).
+
+        The gradient of neither reaches the other. Logged: the critic's loss by timestep, and the student's, which has
+        no minimum to go to: it says how far critic and teacher are apart.
+        """
+        cond = {name: value.to(z.device, self.dtype, non_blocking=True) for name, value in batch[COND].items()}
+        number = int(torch.randint(len(self._steps), (), device="cpu"))
+        step = self._steps[number]
+        x = self._way_to(number, z, cond)
+        estimate = self._estimate(self.model, x, step.a, step.timestep, cond)
+
+        span = self._compared[number]
+        idx = torch.randint(span.start, span.stop, (len(z),), device="cpu")
+        signal = self._table[idx].to(z.device, non_blocking=True)
+        noised = add_noise(estimate.detach(), torch.randn_like(estimate), signal)
+        seen = self.denoiser(self.critic, noised, signal, cond, idx=idx.to(z.device, non_blocking=True)).float()
+        wanted = self._guided_teacher(noised, signal, idx, self._guidance[number][idx], cond)
+
+        critic_loss = weighted_error(seen, estimate.detach(), snr_weight(signal), "l2")
+        student_loss = matching_loss(estimate, seen.detach(), wanted)
+        logs = {"sample_loss": critic_loss.detach(), "timestep_share": idx.to(z.device) / len(self._table)}
+        loss = student_loss.mean() + critic_loss.mean()
+        return loss, {"loss": loss.detach()} | logs
+
+    # --- student ------------------------------------------------------------------------------------------------------
+
+    def _estimate(self, network: Network, x: Tensor, a: float, timestep: int, cond: Cond) -> Tensor:
+        """The clean estimate of one step, unguided, as the sampler asks for it."""
+        idx = x.new_full((len(x),), timestep)
+        return self.denoiser(network, x, x.new_full((len(x),), a), cond, idx=idx).float()
+
+    @torch.no_grad()
+    def _way_to(self, number: int, x: Tensor, cond: Cond) -> Tensor:
+        """x at the student's step `number`, from where it begins."""
+        previous: Tensor | None = None
+        for step in self._steps[:number]:
+            estimate = self._estimate(self.model, x, step.a, step.timestep, cond)
+            x = self.sampler.update(x, estimate, previous, step, torch.randn_like)
+            previous = estimate
+        return x
+
+    # --- teacher ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _guided_teacher(self, x: Tensor, signal: Tensor, idx: Tensor, scale: Tensor, cond: Cond) -> Tensor:
+        """The teacher's clean estimate at timesteps idx (b,), guided by scale (b,), both on the CPU."""
+        uncond = {name: value.to(x.device).expand_as(cond[name]) for name, value in self.unconditional.items()}
+        both = join_conditions(cond, uncond)
+        double = torch.cat([idx] * 2).to(x.device, non_blocking=True)
+        answers = self.denoiser(self.teacher, torch.cat([x] * 2), torch.cat([signal] * 2), both, idx=double)
+        return guide(answers.float(), scale.to(x.device, non_blocking=True).view(-1, *[1] * (x.ndim - 1)))
+
+
+def _second(model: Wrapped, rate: float) -> Wrapped:
+    """A network of the same values, which shares the frozen ones and learns the others at `rate` times the pace.
+
+    A second network, not a second adapter that is switched to: what is computed again in a backward pass, or recorded
+    in a graph, finds its own.
+    """
+    second = copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})
+    for parameter in second.parameters():
+        if parameter.requires_grad:
+            vars(parameter)["lr_scale"] = rate  # for `parameter_groups`
+    return second
+
+
+def _denoiser(engine: SATVideoDiffusionEngine) -> DiscreteDenoiser:
+    if not isinstance(engine.denoiser, DiscreteDenoiser):
+        raise TypeError(f"{type(engine.denoiser).__name__} has no table of timesteps")  # refused before
+    return engine.denoiser

@@ -1,0 +1,39 @@
+"""Evaluation of a distillation: its loss on fixed prompts and noise, and clips that the student makes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sgm.models.diffusion import SATVideoDiffusionEngine
+from sgm.training.distill.engine import DistillationEngine
+from sgm.training.distill.prompts import COND, TEXT, together
+from sgm.training.evaluate import Evaluation, Files, decode
+
+
+@dataclass
+class PromptEvaluation(Evaluation):
+    """`datasets`: prompts; of the first batch each is sampled, as many as `samples`."""
+
+    samples: int = 2
+
+    def _clips(self) -> Iterator[dict[str, Any]]:
+        for k in range(self.batches):
+            first = self._number(k) * self.batch_size
+            yield together([self._clip(first + i) for i in range(self.batch_size)])
+
+    def _log(self, engine: SATVideoDiffusionEngine, batch: dict[str, Any], device: torch.device, files: Files) -> None:
+        files.text(batch[TEXT])
+        if not self.log_video or not isinstance(engine, DistillationEngine):
+            return
+        for k in range(min(self.samples, len(batch[TEXT]))):
+            torch.manual_seed(self.seed + k)
+            cond = {name: value[k : k + 1].to(device) for name, value in batch[COND].items()}
+            sample = engine.sample(cond, shape=engine.shape)
+            if self.latents_only:
+                files.latents(k, sample)
+            else:
+                files.clip("samples", k, decode(engine, engine.drop_first(sample)))
