@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
+
+import pytest
 
 from sgm.data.video_io import probe, read_frames
 from tests.sampling_tiny import REPO, main
@@ -19,16 +22,21 @@ PROMPT = "A large pink triangle moves to the right over a plain dark blue backgr
 def test_files_are_those_of_the_hashes():
     lines = (DEMO / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
     named = dict(reversed(line.split("  ")) for line in lines)
-    kept = {p.relative_to(DEMO).as_posix() for part in ("t5", "transformer", "vae") for p in (DEMO / part).rglob("*.*")}
+    parts = [DEMO / name for name in ("student", "t5", "transformer", "vae")]
+    files = [path for part in parts for path in part.rglob("*.*") if path.suffix not in (".md", ".png", ".jpg")]
+    kept = {path.relative_to(DEMO).as_posix() for path in files}
     assert kept | {"transformer/latest"} == named.keys()
     for name, digest in named.items():
         assert hashlib.sha256((DEMO / name).read_bytes()).hexdigest() == digest, name
 
 
-def test_a_clip_by_either_decoder_has_what_its_prompt_says(tmp_path):
+@pytest.mark.parametrize("how", [("--steps", 12), ("--lora", DEMO / "student")], ids=["model", "student"])
+def test_a_clip_by_either_decoder_has_what_its_prompt_says(tmp_path, how):
     run = [REPO / "configs" / "demo_infer.yaml", "--device", "cpu"]
-    sampled = [*run, "--prompt", PROMPT, "--num-frames", 5, "--steps", 12, "--seed", 1]
+    sampled = [*run, "--prompt", PROMPT, "--num-frames", 5, "--seed", 1, *how]
     assert main(*sampled, "--output-dir", tmp_path, "--only-save-latents") == 0
+    facts = json.loads(next(Path(tmp_path).rglob("*.json")).read_text())
+    assert (facts["num_steps"], facts["guidance"]["guider"]) in ((12, "DynamicCFG"), (4, "IdentityGuider"))
     clips = []
     (said,), (pattern, background, _) = parse(PROMPT)
     assert (said.shape, said.colour, said.motion) in read_withheld(REPO / "tools" / "demo" / "withheld.json")

@@ -20,12 +20,19 @@ import torch
 
 from sgm.config import AccelerateArgs, ConfigError, check_model_section, load_run_config, merge_yaml
 from sgm.inference.options import SampleArgs
+from sgm.training.distill.options import DistillArgs
 from sgm.training.options import TrainArgs
 from sgm.util import get_obj_from_str
 from tests.sampling_tiny import REPO, main
 
 README = REPO / "README.md"
-PAGES = [README, REPO / "CONTRIBUTING.md", REPO / "demo" / "README.md", *sorted((REPO / "docs").glob("*.md"))]
+PAGES = [
+    README,
+    REPO / "CONTRIBUTING.md",
+    REPO / "demo" / "README.md",
+    REPO / "demo" / "student" / "README.md",
+    *sorted((REPO / "docs").glob("*.md")),
+]
 TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 GENERAL = {"mkdir", "unzip", "git", "mv", "cd", "source"}  # tools that a README may name without explanation
 
@@ -285,6 +292,8 @@ def _is_key(section: str, name: str, value: str | None) -> bool:
         return name.removeprefix("params.") in {"target", *inspect.signature(dataset).parameters}
     if value is None:
         records = {"args": (TrainArgs, SampleArgs), "accelerate": (AccelerateArgs,)}.get(section, ())
+        if name.startswith("distill."):
+            name, records = name.removeprefix("distill."), (DistillArgs,)
         return any(name in record.__dataclass_fields__ for record in records)
     return _takes(f"{section}.{name}={value}")
 

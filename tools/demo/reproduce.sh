@@ -4,9 +4,10 @@
 # WORK gets data, cache, runs, samples and scores (about 21 GB); WORK/demo is what the repository bundles as demo/.
 # Every stage is skipped when its result is there, so the same command goes on after an interruption.
 # Sizes may be set: CLIPS=30000 SPINS=8000 VAE_SECONDS=450 TEST_CLIPS=48 TEXT_SECONDS=190 SHORT=10000 ITERATIONS=21000
-# SPIN_STEPS=14000 BATCH=96 SMALL_SECONDS=100 WORKERS=14 PROMPTS=64 SEEDS=4 DEVICE=cuda. SHORT are steps on images and
-# 17 frames, ITERATIONS on whole clips in batches of BATCH a GPU; in SPIN_STEPS more half of the clips show shapes that
-# turn, the one motion that needs many more samples.
+# SPIN_STEPS=14000 BATCH=96 SMALL_SECONDS=100 STUDENT_PROMPTS=12000 STUDENT_STEPS=2600 WORKERS=14 PROMPTS=64 SEEDS=4
+# DEVICE=cuda. SHORT are steps on images and 17 frames, ITERATIONS on whole clips in batches of BATCH a GPU; in SPIN_STEPS
+# more half of the clips show shapes that turn, the one motion that needs many more samples; STUDENT_STEPS are those of the
+# distillation.
 set -euo pipefail
 repo="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 work="${1:?usage: bash tools/demo/reproduce.sh WORK}"
@@ -20,6 +21,7 @@ clips="${CLIPS:-30000}" spins="${SPINS:-8000}" text_seconds="${TEXT_SECONDS:-190
 vae_seconds="${VAE_SECONDS:-450}" test_clips="${TEST_CLIPS:-48}"
 short="${SHORT:-10000}" iterations="${ITERATIONS:-21000}" spin_steps="${SPIN_STEPS:-14000}" batch="${BATCH:-96}"
 small_seconds="${SMALL_SECONDS:-100}" workers="${WORKERS:-14}" prompts="${PROMPTS:-64}" seeds="${SEEDS:-4}" device="${DEVICE:-cuda}"
+student_prompts="${STUDENT_PROMPTS:-12000}" student_steps="${STUDENT_STEPS:-2600}"
 weights=(
     --set "model.first_stage_config.params.ckpt_path=$work/vae/3d-vae.pt"
     --set "model.conditioner_config.params.emb_models.0.params.model_dir=$work/t5"
@@ -96,6 +98,16 @@ if [[ ! -e "$work/demo/vae/small_decoder.safetensors" ]]; then
         --rate 0.0015 --memory 8 --device "$device"
     "$PYTHON" tools/demo/bundle.py --small-decoder "$work/small/small_decoder.safetensors" --out "$work/demo"
 fi
+if [[ ! -e "$work/demo/student/lora.safetensors" ]]; then
+    stage "student of four passes"
+    "$PYTHON" tools/demo/make_prompts.py "$work/student.txt" --count "$student_prompts" --seed 21 \
+        --withheld tools/demo/withheld.json
+    "$PYTHON" train_video.py configs/demo_infer.yaml configs/distill.yaml tools/demo/distill.yaml --device "$device" \
+        --resume --set "args.load=$work/demo/transformer" --set "args.distill.prompts=$work/student.txt" \
+        --set "args.train_iters=$student_steps" --set "args.save=$work/runs" "${weights[@]}"
+    run="$(ls -td "$work/runs/demo-student"-*/ | head -1)"
+    "$PYTHON" tools/demo/bundle_student.py "$run$student_steps-ema" --out "$work/demo"
+fi
 
 stage "score"
 "$PYTHON" tools/demo/make_dataset.py "$work/unseen" --count "$prompts" --seed 9 --two 0 --withheld tools/demo/withheld.json \
@@ -107,3 +119,10 @@ for made in samples samples_small; do
     "$PYTHON" tools/demo/score.py "$work/$made" --json "$work/$made.json" --workers "$workers"
 done
 "$PYTHON" tools/demo/strips.py "$work/samples" --out "$work/strips.jpg"
+
+stage "score of the student"
+"$PYTHON" tools/demo/make_prompts.py "$work/unseen.txt" --count "$prompts" --seed 9 --two 0 --other-words 1 \
+    --rotating 0 --withheld tools/demo/withheld.json --only-withheld --meant "$work/unseen.jsonl"
+sample "$work/samples_student" "$work/unseen.txt" --lora "$work/demo/student"
+"$PYTHON" tools/demo/score.py "$work/samples_student" --meant "$work/unseen.jsonl" --json "$work/student.json" \
+    --workers "$workers"
