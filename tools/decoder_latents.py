@@ -5,8 +5,10 @@ Axes: c channels, t latent frames, h w latent height and width. All latents are 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,15 +18,34 @@ from sgm.config import ConfigError
 from sgm.inference.writer import find_latents, read_latents
 from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
 from sgm.modules.autoencoding.regularizers import DiagonalGaussian
+from sgm.modules.diffusionmodules.image_condition import drop_first
 from sgm.weights import weights_fingerprint
 from sgm.weights.checksums import read_json
 
 
-def read_all(path: Path, scale: float, vae: Path, seed: int) -> list[Tensor]:
+@dataclass(frozen=True)
+class Origin:
+    """What of a model decides how its latents are read.
+
+    Attributes:
+        scale: the engine's factor on latents, which saved samples have.
+        patch_frames: latent frames in a patch; where there are several, saved samples begin with one that is dropped.
+    """
+
+    scale: float
+    patch_frames: int
+
+    @classmethod
+    def of(cls, model: Mapping[str, Any]) -> Origin:
+        """Of a configuration's model section."""
+        patch = ((model.get("network_config") or {}).get("params") or {}).get("patch_size", 1)
+        return cls(float(model.get("scale_factor", 1.0)), patch[0] if isinstance(patch, list) else 1)
+
+
+def read_all(path: Path, origin: Origin, vae: Path, seed: int) -> list[Tensor]:
     """Latents (c, t, h, w), t odd, float16: of a cache's folder, of a saved sample or a folder of such.
 
     Args:
-        scale: the engine's factor on latents, which saved samples have.
         vae: the VAE's file, from which a cache must come.
         seed: of the draw from a cached clip's posterior.
     Raises:
@@ -32,16 +53,16 @@ def read_all(path: Path, scale: float, vae: Path, seed: int) -> list[Tensor]:
         OutputError, WeightsError: neither, or damaged.
     """
     is_cache = (path / "cache.json").is_file()
-    found = list(_cached(path, vae, seed) if is_cache else _sampled(path, scale))
+    found = list(_cached(path, vae, seed) if is_cache else _sampled(path, origin))
     if not found:
         raise ConfigError(f"{path} holds no clips")
     return [_odd(z).to(torch.float16) for z in found]
 
 
-def _sampled(path: Path, scale: float) -> Iterator[Tensor]:
+def _sampled(path: Path, origin: Origin) -> Iterator[Tensor]:
     for file in find_latents(path):
-        latents, _ = read_latents(file)
-        yield latents.float().transpose(0, 1) / scale
+        latents = drop_first(read_latents(file)[0][None], origin.patch_frames)[0]
+        yield latents.float().transpose(0, 1) / origin.scale
 
 
 def _cached(folder: Path, vae: Path, seed: int) -> Iterator[Tensor]:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
     from sgm.modules.autoencoding.small_decoder import SmallDecoder
+    from tools.decoder_latents import Origin
     from tools.decoder_training import Clock, Learner, Pairs
 
 LOG_SECONDS, SAVE_SECONDS, PREVIEWED = 5.0, 60.0, 2
@@ -94,17 +95,20 @@ def main(arguments: list[str]) -> int:
 def run(args: argparse.Namespace) -> int:
     import torch
 
+    from sgm.config import merge_yaml
     from sgm.models.small_decoder import decoder_fingerprint, load_small_decoder, save_small_decoder, vae_tensors
     from sgm.weights import DTYPES
+    from tools.decoder_latents import Origin
     from tools.decoder_training import Learner, Pairs, Teacher, compared, preview, psnr
 
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch.backends.cudnn.benchmark = True  # one shape of batch, as a rule
-    vae, scale = _vae(args, device)
+    model = merge_yaml([args.config]).get("model") or {}
+    vae = _vae(args, model, device)
     origin = decoder_fingerprint(vae_tensors(vae.ckpt_path))
     decoder = _new_decoder(args, vae)
     count = sum(p.numel() for p in decoder.parameters())
-    train, test = _latents(args, vae, scale, device)
+    train, test = _latents(args, vae, Origin.of(model), device)
     print(f"{count:,} parameters, {len(train)} clips to learn from, {len(test)} to measure on, {device}", flush=True)
     learner, teacher = Learner(decoder, args.rate, device), Teacher(vae, device)
     facts = {"vae": origin, "sizes": json.dumps(asdict(decoder.sizes))}
@@ -127,18 +131,16 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _vae(args: argparse.Namespace, device: torch.device) -> tuple[VideoAutoencoderInferenceWrapper, float]:
-    """The frozen VAE with its fastest arithmetic, and the engine's factor on latents."""
+def _vae(args: argparse.Namespace, model: dict[str, Any], device: torch.device) -> VideoAutoencoderInferenceWrapper:
+    """The frozen VAE, with its fastest arithmetic."""
     import torch
 
-    from sgm.config import merge_yaml
     from sgm.models.loading import load_first_stage
     from sgm.modules.ops.choice import choose_kernels
     from sgm.places import found_path
     from sgm.util import instantiate_from_config
     from sgm.weights.preflight import check_paths, with_paths
 
-    model = merge_yaml([args.config]).get("model") or {}
     stage_config = dict(model.get("first_stage_config") or {})
     stage_config["params"] = dict(stage_config.get("params") or {})
     if args.vae:
@@ -152,7 +154,7 @@ def _vae(args: argparse.Namespace, device: torch.device) -> tuple[VideoAutoencod
     vae.use_ops(kernels.vae)
     if kernels.fused:
         vae.set_channels_last()
-    return vae, float(model.get("scale_factor", 1.0))
+    return vae
 
 
 def _new_decoder(args: argparse.Namespace, vae: VideoAutoencoderInferenceWrapper) -> SmallDecoder:
@@ -171,16 +173,16 @@ def _new_decoder(args: argparse.Namespace, vae: VideoAutoencoderInferenceWrapper
 
 
 def _latents(
-    args: argparse.Namespace, vae: VideoAutoencoderInferenceWrapper, scale: float, device: torch.device
+    args: argparse.Namespace, vae: VideoAutoencoderInferenceWrapper, origin: Origin, device: torch.device
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Those to learn from, and those to measure on."""
     from sgm.config import ConfigError
     from tools.decoder_latents import drawn, read_all
 
     file = Path(str(vae.ckpt_path))
-    train = [z for path in args.latents for z in read_all(path, scale, file, args.seed)]
+    train = [z for path in args.latents for z in read_all(path, origin, file, args.seed)]
     train += drawn(args.drawn, vae, device, args.seed)
-    test = [z for path in args.test for z in read_all(path, scale, file, args.seed)]
+    test = [z for path in args.test for z in read_all(path, origin, file, args.seed)]
     if not test:
         step = max(8, len(train) // 16)
         train, test = [z for k, z in enumerate(train) if k % step != step - 1], train[step - 1 :: step]

@@ -115,16 +115,29 @@ def test_refusals_of_training(config, latents, trained, release, tmp_path, capsy
 def test_latents_of_a_cache(release, tmp_path):
     from sgm.weights import weights_fingerprint
     from sgm.weights.save import save_safetensors
-    from tools.decoder_latents import read_all
+    from tools.decoder_latents import Origin, read_all
 
     vae, folder = release / "vae" / "3d-vae.pt", tmp_path / "cache"
     folder.mkdir()
     (folder / "cache.json").write_text(json.dumps({"identity": {"vae weights": weights_fingerprint(vae)}}))
     moments = torch.cat([torch.randn(2, 3, 16, 2, 4), torch.full((2, 3, 16, 2, 4), -30.0)], 2)
     save_safetensors(folder / "video-0.safetensors", {"video:a": moments[0], "video:b": moments[1]}, {"identity": "x"})
-    found = read_all(folder, 2.0, vae, 0)
+    found = read_all(folder, Origin(2.0, 1), vae, 0)
     for z, expected in zip(found, moments, strict=True):
         torch.testing.assert_close(z.float(), expected[:, :16].transpose(0, 1), atol=1e-2, rtol=1e-2)
+
+
+def test_the_frame_that_is_dropped_in_decoding_is_not_learned_from(tmp_path):
+    """CogVideoX 1.5 samples an even number; of others the last is left out, since the full decoder takes none."""
+    from tools.decoder_latents import Origin, read_all
+
+    z = torch.randn(4, 16, 2, 4)
+    write_latents(tmp_path / "latents.safetensors", z, {})
+    for patch, kept in ((2, z[1:]), (1, z[:-1])):
+        (found,) = read_all(tmp_path, Origin(2.0, patch), tmp_path, 0)
+        torch.testing.assert_close(found.float(), kept.transpose(0, 1) / 2, atol=1e-2, rtol=1e-2)
+    model = {"scale_factor": 0.7, "network_config": {"params": {"patch_size": [2, 2, 2]}}}
+    assert Origin.of(model) == Origin(0.7, 2) and Origin.of({}) == Origin(1.0, 1)
 
 
 # --- sampling ----------------------------------------------------------------------------------------------------
