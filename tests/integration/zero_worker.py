@@ -10,6 +10,7 @@ import math
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -39,6 +40,7 @@ class Toy(nn.Module):
     """Something with the engine's interface towards the training step; `z` is (b, t, c, h, w)."""
 
     input_key, latent_input, noised_image_input = "mp4", True, False
+    network = SimpleNamespace(patch=SimpleNamespace(t=1))  # latent frames of a token
 
     def __init__(self, dtype: torch.dtype):
         super().__init__()
