@@ -60,7 +60,7 @@ EXACT = ("kernels", "attention", "cpu_bf16")  # switches of `accelerate:` with t
 
 @dataclass(frozen=True)
 class AccelerateArgs:
-    """The `accelerate:` section: faster ways to the same result, and from `step_cache` on, to nearly the same."""
+    """The `accelerate:` section: faster ways to the same result, and from `reuse_error` on, to nearly the same."""
 
     kernels: str = option(
         "plain",
@@ -81,19 +81,29 @@ class AccelerateArgs:
         "slow; no effect on a GPU",
         choices=(False, True, "auto"),
     )
+    reuse_error: float = option(
+        0.0,
+        "fast mode by measured errors: an earlier answer of the network stands in for its next ones while the errors "
+        "expected of it, added up, stay below this (root mean square in the latents, which have about 0.8); 0: never",
+        at_least=0,
+    )
+    reuse_keep_first: int = option(3, "so many first steps always ask the network", at_least=3)
+    reuse_keep_last: int = option(1, "so many last steps always ask the network", at_least=0)
     step_cache: bool = option(
-        False, "sampling steps that run the first layer alone; what the others add is predicted from earlier steps"
+        False, "fast mode in a pattern: sampling steps that repeat the last clean estimate, without the network"
     )
     step_cache_max_skips: int = option(1, "most such steps in a row", at_least=1)
     step_cache_threshold: float | None = option(
         None,
-        "a step is only skipped where the first layer's result has changed by less than this part; 0 skips none, none "
-        "is a fixed pattern: as many skips in a row as step_cache_max_skips says",
+        "a step is only skipped where the estimate is expected to have changed by less than this part; 0 skips none, "
+        "none is a fixed pattern: as many skips in a row as step_cache_max_skips says",
         at_least=0,
     )
     step_cache_keep_first: int = option(4, "so many first steps are never skipped", at_least=1)
     step_cache_keep_last: int = option(4, "so many last steps are never skipped", at_least=0)
-    step_cache_order: int = option(1, "0 repeats what was added last, 1 extrapolates from the last two", choices=(0, 1))
+    step_cache_order: int = option(
+        0, "without effect: steps repeat, which errs less than extrapolation", choices=(0, 1)
+    )
     guidance_interval: list[float] = option(
         [0.0, 1.0], "part of the run, from 0 (noise) to 1, that is guided; outside it one call a step does"
     )
@@ -114,6 +124,11 @@ class AccelerateArgs:
             raise ConfigError(
                 f"accelerate.guidance_interval is {interval}; it must be [start, end] with 0 <= start < end <= 1"
             )
+        if self.reuse_error and (self.step_cache or self.reuses_guidance):
+            raise ConfigError(
+                "accelerate.reuse_error decides by itself which steps ask the network: leave out step_cache, "
+                "guidance_every and guidance_least, or set accelerate.reuse_error=0"
+            )
 
     @property
     def reuses_guidance(self) -> bool:
@@ -123,11 +138,13 @@ class AccelerateArgs:
     def approximate(self) -> dict[str, Any]:
         """The switches that change results, where they are on; an option of another switch with that one only."""
         defaults = dataclasses.asdict(AccelerateArgs())
-        values = {name: v for name, v in dataclasses.asdict(self).items() if name not in EXACT}
+        values = {name: v for name, v in dataclasses.asdict(self).items() if name not in (*EXACT, "step_cache_order")}
         if not self.reuses_guidance:
             del values["guidance_keep_first"]
-        cache = {name: v for name, v in values.items() if name.startswith("step_cache") and self.step_cache}
-        return cache | {n: v for n, v in values.items() if not n.startswith("step_cache") and v != defaults[n]}
+        whole = tuple(kind for kind, on in (("reuse", self.reuse_error), ("step_cache", self.step_cache)) if on)
+        named = {name: v for name, v in values.items() if name.startswith(whole)}
+        other = {n: v for n, v in values.items() if not n.startswith(("reuse", "step_cache")) and v != defaults[n]}
+        return named | other
 
 
 @dataclass(frozen=True)

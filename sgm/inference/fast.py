@@ -8,8 +8,7 @@ from sgm.config import AccelerateArgs
 from sgm.inference.fit import SamplingError
 from sgm.modules.diffusionmodules.guiders import IdentityGuider
 from sgm.modules.diffusionmodules.sampling import VideoDDIMSampler
-from sgm.modules.diffusionmodules.shortcuts import GuidanceRule, Shortcuts
-from sgm.modules.ops.step_cache import SkipRule
+from sgm.modules.diffusionmodules.shortcuts import GuidanceRule, ReuseRule, Shortcuts, SkipRule
 
 
 def shortcuts_of(accelerate: AccelerateArgs) -> Shortcuts | None:
@@ -18,7 +17,13 @@ def shortcuts_of(accelerate: AccelerateArgs) -> Shortcuts | None:
     kept = accelerate.guidance_keep_first if accelerate.reuses_guidance else 0
     guidance = GuidanceRule(start, end, accelerate.guidance_every, accelerate.guidance_least, kept)
     skip = _skip_rule(accelerate) if accelerate.step_cache else None
-    return None if skip is None and guidance == GuidanceRule() else Shortcuts(skip, guidance)
+    reuse = _reuse_rule(accelerate) if accelerate.reuse_error else None
+    shortcuts = Shortcuts(skip, guidance, reuse)
+    return None if shortcuts == Shortcuts() else shortcuts
+
+
+def _reuse_rule(accelerate: AccelerateArgs) -> ReuseRule:
+    return ReuseRule(accelerate.reuse_error, accelerate.reuse_keep_first, accelerate.reuse_keep_last)
 
 
 def _skip_rule(accelerate: AccelerateArgs) -> SkipRule:
@@ -28,7 +33,6 @@ def _skip_rule(accelerate: AccelerateArgs) -> SkipRule:
         accelerate.step_cache_keep_first,
         accelerate.step_cache_keep_last,
         accelerate.step_cache_max_skips,
-        accelerate.step_cache_order,
     )
 
 
@@ -41,12 +45,16 @@ def check_shortcuts(shortcuts: Shortcuts | None, sampler: VideoDDIMSampler, step
     if shortcuts is None:
         return
     problems = []
-    kept = shortcuts.skip.keep_first + shortcuts.skip.keep_last if shortcuts.skip else 0
-    if shortcuts.skip and kept >= steps:
-        problems.append(
-            f"step_cache never skips one of step_cache_keep_first + step_cache_keep_last = {kept} steps, and the run "
-            f"has {steps}: lower these or set accelerate.step_cache=false"
-        )
+    for name, rule, off in (
+        ("step_cache", shortcuts.skip, "step_cache=false"),
+        ("reuse", shortcuts.reuse, "reuse_error=0"),
+    ):
+        kept = rule.keep_first + rule.keep_last if rule else 0
+        if kept >= steps:
+            problems.append(
+                f"{off.split('=')[0]} never skips one of {name}_keep_first + {name}_keep_last = {kept} steps, and the "
+                f"run has {steps}: lower these or set accelerate.{off}"
+            )
     if shortcuts.guidance.keep_first >= steps:
         problems.append(
             f"accelerate.guidance_keep_first={shortcuts.guidance.keep_first} keeps every step's guidance, and the run "

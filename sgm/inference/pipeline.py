@@ -161,9 +161,9 @@ class TextToVideo:
 
     @property
     def max_batch(self) -> int:
-        """Samples that run together. Under a step cache each decides for itself, so that its company changes nothing;
-        with the single random stream they follow each other as in the original."""
-        alone = self.args.seed_mode == "upstream" or (self.shortcuts is not None and self.shortcuts.skip is not None)
+        """Samples that run together. Where errors are measured each decides for itself, so that its company changes
+        nothing; with the single random stream they follow each other as in the original."""
+        alone = self.args.seed_mode == "upstream" or (self.shortcuts is not None and self.shortcuts.measures)
         return 1 if alone else self.args.max_batch
 
     # --- loading --------------------------------------------------------------------------------------------------

@@ -365,7 +365,8 @@ class SATVideoDiffusionEngine(nn.Module):
 
         denoiser: DenoiserFn = denoise
         if shortcuts is not None:
-            denoiser = shortcuts.around(denoiser, len(x), self.sampler.guidance_scales(num_steps, scale))
+            scales, arithmetic = self.sampler.guidance_scales(num_steps, scale), self.sampler.linear_steps(num_steps)
+            denoiser = shortcuts.around(denoiser, len(x), scales, arithmetic)
         samples = self.sampler(
             denoiser,
             x,

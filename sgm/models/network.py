@@ -25,7 +25,6 @@ from sgm.models.network_args import NetworkConfigError, TransformerArgs, check_s
 from sgm.modules.diffusionmodules.image_condition import OFS
 from sgm.modules.diffusionmodules.util import timestep_embedding
 from sgm.modules.ops.block_ops import BlockOps
-from sgm.modules.ops.step_cache import LayerRunner
 from sgm.modules.transformer.adaln import AdaLNMixin
 from sgm.modules.transformer.block import DiTTransformer, NetworkInputs
 from sgm.modules.transformer.final_layer import FinalLayerMixin
@@ -237,7 +236,6 @@ class DiffusionTransformer(BaseModel):
         y: None = None,
         concat_images: Tensor | None = None,
         ofs: Tensor | None = None,
-        layer_runner: LayerRunner | None = None,
     ) -> Tensor:
         """Prediction (b, t, out_channels, h, w) in the model's type.
 
@@ -249,7 +247,6 @@ class DiffusionTransformer(BaseModel):
             concat_images: latents (b or b/2, t, c', h, w) appended to the channels; a batch of half the size is
                 repeated, for guidance.
             ofs: (b,) or (1,), only for models with `ofs_embed_dim`; None: the published model's 2.
-            layer_runner: runs the layers in place of a plain loop, see `sgm.modules.ops.step_cache`.
         Raises:
             ValueError: shapes that do not fit the model.
         """
@@ -266,7 +263,7 @@ class DiffusionTransformer(BaseModel):
             grid=grid,
             rotary=self.positions.rotary(grid, x),
         )
-        return super().forward(None, None, None, inputs=inputs, layer_runner=layer_runner)[0]
+        return super().forward(None, None, None, inputs=inputs)[0]
 
     def _embed_time(self, timesteps: Tensor, ofs: Tensor | None) -> Tensor:
         """(b, e): embedding of the timestep, plus that of ofs where the model has one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,6 @@ import torch
 
 from sgm.config import ConfigError, load_run_config
 from sgm.inference.options import SampleArgs
-from sgm.inference.placement import BlockStreamer
 from sgm.training.setup.model import refuse_approximations
 from tests.sampling_tiny import REPO, configuration, main, write_release, write_yaml
 from tools.bench import quality
@@ -19,7 +19,7 @@ from tools.demo.captions import caption
 from tools.demo.shapes import render_clip, sample_spec
 
 FAST = REPO / "configs" / "fast.yaml"
-KEEP = tuple(f"accelerate.{k}" for k in ("step_cache_keep_first=2", "step_cache_keep_last=1", "guidance_keep_first=2"))
+REUSE = "accelerate.reuse_error=3"  # on the random network of these tests, whose answers change much
 
 
 @pytest.fixture(scope="module")
@@ -46,16 +46,16 @@ def test_record_names_the_switches_and_counts_the_passes(config, tmp_path):
     assert main(config, *common, "--output-dir", tmp_path / "exact") == 0
     exact = record(tmp_path / "exact")
     assert exact["approximate"] == {} and exact["network_passes"] is None
-    assert main(config, FAST, *common, *sets(*KEEP, "accelerate.fp8=true"), "--output-dir", tmp_path / "fast") == 0
+    assert main(config, FAST, *common, *sets(REUSE, "accelerate.fp8=true"), "--output-dir", tmp_path / "fast") == 0
     fast = record(tmp_path / "fast")
-    assert fast["approximate"]["step_cache"] is True and fast["approximate"]["fp8"] is True
+    assert fast["approximate"]["reuse_error"] == 3 and fast["approximate"]["fp8"] is True
     passes = fast["network_passes"]
-    assert 8 <= passes["whole"] + passes["first_layer"] < passes["usual"] == 16 and passes["first_layer"] == 4
+    assert 4 <= passes["whole"] < passes["usual"] == 16
     assert fast["latents_sha256"] != exact["latents_sha256"]
 
 
 def test_samples_do_not_depend_on_their_company(config, tmp_path):
-    common = [config, FAST, *sets(*KEEP), "--prompt", "x", "--only-save-latents"]
+    common = [config, FAST, *sets(REUSE), "--prompt", "x", "--only-save-latents"]
     assert main(*common, "--batch-size", 2, "--output-dir", tmp_path / "two") == 0
     assert main(*common, "--batch-size", 1, "--output-dir", tmp_path / "one") == 0
     digests = [json.loads(p.read_text())["latents_sha256"] for p in sorted(tmp_path.rglob("000000.json"))]
@@ -64,61 +64,62 @@ def test_samples_do_not_depend_on_their_company(config, tmp_path):
 
 def test_refusals(config, tmp_path, capsys):
     assert main(config, FAST, "--steps", 4, "--prompt", "x") == 2
-    assert "step_cache never skips" in capsys.readouterr().err
+    assert "reuse_error never skips" in capsys.readouterr().err
     assert main(config, "--set", "accelerate.guidance_interval=[0.9,0.1]", "--prompt", "x") == 2
     assert "0 <= start < end <= 1" in capsys.readouterr().err
     assert main(config, "--set", "accelerate.step_cach=true", "--prompt", "x") == 2
     assert "did you mean `step_cache`" in capsys.readouterr().err
     fast = load_run_config([config, FAST], SampleArgs).accelerate
-    with pytest.raises(ConfigError, match="step_cache.*for sampling"):
+    with pytest.raises(ConfigError, match="reuse_error.*for sampling"):
         refuse_approximations(fast)
 
 
-def test_streamed_blocks_give_the_same_under_a_step_cache():
-    """The streamer brings block after block; a skipped step asks for the first one only, again and again."""
-    from sgm.modules.ops.step_cache import FirstBlockCache, SkipRule
-    from tests.dit_tiny import random_inputs, tiny_network
-
-    network = tiny_network(num_layers=3)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
-
-    def run() -> list[torch.Tensor]:
-        cache, outputs = FirstBlockCache(SkipRule(float("inf"), 1, 0, max_skips=2), 6, 1), []
-        for step in range(6):
-            cache.step = step
-            with torch.no_grad():
-                outputs.append(network(**random_inputs(batch=1, seed=step), layer_runner=cache))
-        return outputs
-
-    expected = run()
-    streamer = BlockStreamer(network, network.streamable_blocks(), torch.device("cpu"), pin=False)
-    streamer.enter()
-    got = run()
-    streamer.leave()
-    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
-
-
-def test_the_bench_prints_each_switch_and_all_together(config, tmp_path, capsys):
-    prompts = tmp_path / "p.txt"
-    prompts.write_text("one\n")
-    arguments = [str(config), "--fast", str(FAST), "--input-file", str(prompts), *sets("args.num_steps=14")]
-    assert quality.main([*arguments, "--variant", "guidance_every=2;fp8=true"]) == 0
+def quality_totals(capsys, *arguments: object) -> dict[str, dict]:
+    assert quality.main([str(argument) for argument in arguments]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    totals = {line["variant"]: line for line in lines if "psnr_mean" in line}
+    return {line["variant"]: line for line in lines if "psnr_mean" in line}
+
+
+@pytest.fixture
+def prompts(tmp_path) -> list[object]:
+    (tmp_path / "p.txt").write_text("one\n")
+    return ["--input-file", tmp_path / "p.txt"]
+
+
+def test_the_bench_prints_each_switch_and_all_together(config, prompts, tmp_path, capsys):
+    fast = tmp_path / "fast.yaml"
+    fast.write_text("accelerate: {step_cache: true, guidance_every: 2}\n")
+    totals = quality_totals(capsys, config, "--fast", fast, *prompts, *sets("args.num_steps=14"),
+                            "--variant", "guidance_every=2;fp8=true")  # fmt: skip
     assert list(totals) == ["exact", "step_cache", "guidance", "fast", "guidance_every=2;fp8=true"]
-    assert totals["exact"]["psnr_mean"] == 99 and totals["exact"]["passes"] is None
-    assert totals["fast"]["passes"]["usual"] == 28 and totals["fast"]["passes"]["first_layer"] > 0
+    assert totals["exact"]["psnr_mean"] == 99 and totals["exact"]["blocks"] == 1
+    assert totals["step_cache"]["blocks"] == pytest.approx((14 - 3) / 14, abs=1e-4)
+    assert totals["fast"]["blocks"] < totals["step_cache"]["blocks"]
     assert all(0 < line["psnr_mean"] <= 99 and line["prompt_score"] is None for line in totals.values())
+
+
+def test_the_bench_takes_fast_mode_as_one(config, prompts, capsys):
+    totals = quality_totals(capsys, config, "--fast", FAST, *prompts, *sets("accelerate.reuse_keep_last=2"))
+    assert list(totals) == ["exact", "fast"] and 0 < totals["fast"]["blocks"] <= 1
+
+
+def test_the_bench_beside_cache_dit(config, prompts, capsys):
+    """The library is not among the tests' requirements: without it, one line says how to get it."""
+    arguments = [config, "--only-variants", *prompts, "--cache-dit", "warmup=2,skips=2"]
+    if find_spec("cache_dit") is None:
+        assert quality.main([str(argument) for argument in arguments]) == 2
+        assert "pip install --no-deps cache-dit" in capsys.readouterr().err
+        return
+    blocks = quality_totals(capsys, *arguments)["cache-dit warmup=2,skips=2"]["blocks"]
+    layers, whole = 2, (0, 1, 4, 7)  # of 8 steps; the others run the first layer
+    assert blocks == pytest.approx((len(whole) * layers + 8 - len(whole)) / (8 * layers), abs=1e-4)
 
 
 def test_the_bench_scores_clips_by_their_captions():
     rng = np.random.default_rng(3)
     specs = [sample_spec(rng, 17, two=0.0) for _ in range(2)]
     texts = [caption(spec, rng) for spec in specs]
-    clips = [quality.Clip(torch.zeros(1), render_clip(spec), 0.0, None) for spec in specs]
+    clips = [quality.Clip(torch.zeros(1), render_clip(spec), 0.0, 1) for spec in specs]
     right, wrong = quality.prompt_score(texts, clips), quality.prompt_score(texts[::-1], clips)
     assert right > 0.9 > wrong
     assert quality.prompt_score(["no such grammar", texts[0]], clips) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -13,9 +14,8 @@ from sgm.inference.fast import check_shortcuts, shortcuts_of
 from sgm.inference.fit import SamplingError
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.modules.diffusionmodules.guiders import IdentityGuider, VanillaCFG
-from sgm.modules.diffusionmodules.sampling import VPSDEDPMPP2MSampler, dpmpp_sde_step, extrapolate_2m
-from sgm.modules.diffusionmodules.shortcuts import ShortcutRun
-from sgm.modules.ops.step_cache import FirstBlockCache, History, SkipRule, run_layers
+from sgm.modules.diffusionmodules.sampling import LinearStep, VPSDEDPMPP2MSampler, dpmpp_sde_step, extrapolate_2m
+from sgm.modules.diffusionmodules.shortcuts import KeptAnswer, ShortcutRun, backlog, error_weight
 from tests.sampling_tiny import model_section
 
 STEPS = 8
@@ -75,7 +75,10 @@ def network_batches(engine: SATVideoDiffusionEngine, run: Any) -> list[int]:
 
 def test_nothing_is_asked_for_by_default():
     assert shortcuts_of(AccelerateArgs()) is None and AccelerateArgs().approximate() == {}
-    assert AccelerateArgs(step_cache_order=0).approximate() == {}  # of a cache that is off
+    assert AccelerateArgs(reuse_keep_last=2, step_cache_max_skips=2).approximate() == {}  # of switches that are off
+    assert AccelerateArgs(reuse_error=0.2).approximate() == {
+        "reuse_error": 0.2, "reuse_keep_first": 3, "reuse_keep_last": 1
+    }  # fmt: skip
     assert AccelerateArgs(guidance_every=2, fp8=True).approximate() == {"guidance_every": 2, "fp8": True}
     assert AccelerateArgs(step_cache=True).approximate()["step_cache_max_skips"] == 1
 
@@ -84,7 +87,7 @@ def test_threshold_zero_makes_every_call_and_the_same_bits(engine):
     exact, _ = sample(engine)
     got, run = sample(engine, step_cache=True, step_cache_threshold=0, step_cache_keep_first=1)
     assert torch.equal(got, exact)
-    assert (run.calls.whole, run.calls.first_layer, run.calls.usual) == (2 * STEPS, 0, 2 * STEPS)
+    assert (run.calls.whole, run.calls.usual) == (2 * STEPS, 2 * STEPS)
 
 
 # --- the step cache --------------------------------------------------------------------------------------------------
@@ -96,10 +99,11 @@ def test_fixed_pattern(engine, skips, computed):
     exact, _ = sample(engine)
     got, run = sample(engine, step_cache=True, **switches)
     assert run.calls.whole == 2 * len(computed) and run.calls.usual == 2 * STEPS
-    assert run.calls.first_layer == STEPS - len(computed)
     assert bool(got.isfinite().all()) and not torch.equal(got, exact)
     batches = network_batches(engine, lambda: sample(engine, step_cache=True, **switches))
-    assert batches == [2 if step in computed else 1 for step in range(STEPS)]
+    assert batches == [2] * len(computed)
+    old, _ = sample(engine, step_cache=True, step_cache_order=1, **switches)  # a key of earlier versions
+    assert torch.equal(old, got)
 
 
 def test_thresholds_lie_between_none_and_all(engine):
@@ -110,16 +114,6 @@ def test_thresholds_lie_between_none_and_all(engine):
         made.append(run.calls.whole)
     # the first step, pure noise, leaves no difference of the branches, so the second one is asked whole as well
     assert made == sorted(made, reverse=True) and made[0] == 2 * STEPS and made[-1] == 6
-
-
-def test_a_step_that_changes_too_much_is_asked_whole_branch_by_branch(engine):
-    """A threshold that nothing meets: every call is made, though not in pairs; the result differs by rounding."""
-    exact, _ = sample(engine)
-    switches = {"step_cache": True, "step_cache_threshold": 1e-9, "step_cache_keep_first": 3, "step_cache_keep_last": 1}
-    got, run = sample(engine, **switches)
-    assert (run.calls.whole, run.calls.first_layer) == (2 * STEPS, 0)
-    torch.testing.assert_close(got, exact, rtol=1e-4, atol=1e-5)
-    assert network_batches(engine, lambda: sample(engine, **switches)) == [2, 2, 2] + [1] * 8 + [2]
 
 
 def advanced(x: Tensor, denoised: Tensor, previous: Tensor | None, step: Any, noise: Noise) -> Tensor:
@@ -133,37 +127,6 @@ def advanced(x: Tensor, denoised: Tensor, previous: Tensor | None, step: Any, no
     return dpmpp_sde_step(x, estimate, drawn, step.a, step.a_next)
 
 
-@pytest.mark.parametrize("order", [0, 1])
-def test_first_block_cache_adds_what_the_other_layers_added(order):
-    """Layers that add a known number, which changes from pass to pass."""
-    called = []
-
-    def layer(number: int, amount: float):
-        return lambda hidden: called.append(number) or hidden + amount
-
-    cache = FirstBlockCache(SkipRule(0.5, keep_first=1, keep_last=0, max_skips=2, order=order), steps=7, samples=1)
-    amounts = [(1.0, 10.0), (1.8, 12.0), (1.9, 99.0), (2.0, 99.0), (2.1, 20.0), (9.0, 30.0)]
-    out = []
-    for step, (first, rest) in enumerate(amounts):
-        cache.step = step
-        out.append(float(cache([layer(0, first), layer(1, rest)], torch.zeros(1, 1, 1))))
-    # 0 begins; 1 changes by 0.8, too much; 2 and 3 are skipped; 4 comes after two skips; 5 changes too much
-    predicted = [12.0, 12.0] if order == 0 else [14.0, 16.0]
-    assert out == pytest.approx([11.0, 13.8, 1.9 + predicted[0], 2.0 + predicted[1], 22.1, 39.0])
-    assert called == [0, 1, 0, 1, 0, 0, 0, 1, 0, 1]
-    cache.step = 6
-    pair = cache([layer(0, 9.0), layer(1, 7.0)], torch.zeros(2, 1, 1))  # both branches: never skipped
-    assert pair.flatten().tolist() == [16.0, 16.0] and cache.skipped == 0
-
-
-def test_history_extrapolates_along_the_axis():
-    history = History()
-    for place, value in ((1, 5.0), (2, 8.0), (4, 10.0)):
-        history.add(torch.tensor(value), place)
-    assert history.predict(7, order=0) == 10 and history.predict(7, order=1) == 13
-    assert float(run_layers([lambda x: x + 1, lambda x: x * 2], torch.tensor(3.0))) == 8
-
-
 def test_one_run_leaves_nothing_to_the_next(engine):
     shortcuts = shortcuts_of(AccelerateArgs(step_cache=True, step_cache_keep_last=1, guidance_every=2))
     run = ShortcutRun(shortcuts)
@@ -171,6 +134,122 @@ def test_one_run_leaves_nothing_to_the_next(engine):
     sample_with(engine, run, seed=6)
     again = sample_with(engine, run, seed=5)
     assert torch.equal(first, again) and run.calls.usual == 2 * STEPS
+
+
+# --- reuse by measured errors ----------------------------------------------------------------------------------------
+
+
+def test_an_error_that_nothing_meets_makes_every_call_that_counts(engine):
+    exact, _ = sample(engine)
+    got, run = sample(engine, reuse_error=1e-12)
+    idle = sum(
+        abs(scale - 1) < 1e-9 for scale in engine.sampler.guidance_scales()
+    )  # steps whose guidance multiplies by 0
+    assert (run.calls.whole, run.calls.usual) == (2 * STEPS - idle, 2 * STEPS)
+    torch.testing.assert_close(got, exact, rtol=1e-4, atol=1e-5)
+
+
+def test_the_larger_the_error_the_fewer_the_calls(engine):
+    made, apart = [], []
+    exact, _ = sample(engine)
+    for error in (1e-12, 2.0, 8.0, 1e9):
+        got, run = sample(engine, reuse_error=error)
+        made.append(run.calls.whole)
+        apart.append(float((got - exact).square().mean()))
+    assert made == sorted(made, reverse=True) and made[0] > made[1] > made[2] > made[-1]
+    assert apart == sorted(apart) and apart[0] < 1e-8 < apart[1]
+    # the first three steps and the last one, both branches where guidance acts there
+    guided = [abs(scale - 1) > 0.1 for scale in engine.sampler.guidance_scales()]
+    assert made[-1] == sum(1 + (guided[k] or k == 1) for k in (0, 1, 2, STEPS - 1))
+
+
+def test_each_sample_decides_for_itself(engine):
+    """A run of a sample whose answers change more asks more; what was asked of another run plays no part."""
+    asked = {}
+    run = ShortcutRun(shortcuts_of(AccelerateArgs(reuse_error=3.0)))
+    for seed in (2, 5, 8, 2):
+        first = sample_with(engine, run, seed=seed)
+        counted = asked.setdefault(seed, (run.calls.whole, first))
+        assert counted[0] == run.calls.whole and torch.equal(counted[1], first)
+
+
+def linear_case(steps: int = 12) -> tuple[VPSDEDPMPP2MSampler, Any]:
+    """A sampler with a scale that changes, and a denoiser whose answers are straight lines over the steps."""
+    sampler = VPSDEDPMPP2MSampler(
+        {"target": "sgm.modules.diffusionmodules.discretizer.ZeroSNRDDPMDiscretization"},
+        num_steps=steps,
+        guider_config={
+            "target": "sgm.modules.diffusionmodules.guiders.DynamicCFG",
+            "params": {"scale": 6, "exp": 5, "num_steps": steps},
+        },
+    )
+    signal = sampler.schedule().signal
+
+    def denoise(x: Tensor, a: Tensor, cond: Any, idx: Tensor) -> Tensor:
+        step = min(range(steps), key=lambda k: abs(signal[k] - float(a[0])))
+        noise = math.sqrt(1 - signal[step] ** 2) / max(signal[step], 1e-9) if step else 0.0
+        branch = cond["crossattn"].view(-1, 1, 1, 1, 1)  # 1 is the conditional one
+        return (1 + 0.1 * step - (1 - branch) * (0.3 + 0.05 * step) * noise).expand_as(x)
+
+    return sampler, denoise
+
+
+@pytest.mark.parametrize("switches", [{"step_cache": True, "step_cache_max_skips": 2, "step_cache_keep_last": 1},
+                                      {"reuse_error": 0.5}])  # fmt: skip
+def test_what_was_missing_is_made_good_at_the_next_answer(switches):
+    sampler, denoise = linear_case()
+    cond, uncond = {"crossattn": torch.ones(1, 1)}, {"crossattn": torch.zeros(1, 1)}
+    x = torch.randn(1, 1, 2, 2, 2, generator=torch.Generator().manual_seed(0))
+    asked: list[int] = []
+
+    def counted(x: Tensor, *arguments: Any, **extras: Any) -> Tensor:
+        asked.append(x.shape[0])
+        return denoise(x, *arguments, **extras)
+
+    def path(denoiser: Any) -> tuple[list[Tensor], list[int]]:
+        samples, whole = [], []
+        sampler(denoiser, x, cond, uncond, noise_sampler=Noise(), callback=lambda k, n, after, _: (
+            samples.append(after.clone()), whole.append(sum(asked)), asked.clear()))  # fmt: skip
+        return samples, whole
+
+    expected, _ = path(denoise)
+    run = ShortcutRun(shortcuts_of(AccelerateArgs(**switches)))
+    got, whole = path(run.around(counted, 1, sampler.guidance_scales(), sampler.linear_steps()))
+    assert sum(whole) == run.calls.whole < run.calls.usual
+    apart = [float((a - b).abs().max()) for a, b in zip(got, expected, strict=True)]
+    after_pairs = [error for error, calls in zip(apart, whole, strict=True) if calls == 2]
+    assert max(after_pairs) < 1e-4 and max(apart) > 1e-2
+
+
+def test_linear_steps_are_the_samplers_updates():
+    sampler, _ = linear_case()
+    draw = torch.Generator().manual_seed(1)
+    for step, factors in zip(sampler.schedule().steps(), sampler.linear_steps(), strict=True):
+        x, denoised, previous = (torch.randn(3, generator=draw, dtype=torch.float64) for _ in range(3))
+        after = sampler.update(x, denoised, previous if step.index else None, step, torch.zeros_like)
+        expected = factors.x * x + factors.estimate * denoised + factors.previous * previous * bool(step.index)
+        torch.testing.assert_close(after, expected)
+        assert factors.signal == step.a
+
+
+def test_a_kept_answer_errs_with_the_root_of_the_steps():
+    kept = KeptAnswer()
+    assert kept.expected_error(3) == math.inf and kept.renew(torch.zeros(4), 2) is None
+    assert kept.renew(torch.full((4,), 3.0), 6).tolist() == [3.0] * 4  # a mean square of 9 in 4 steps
+    assert kept.expected_error(7) == pytest.approx(1.5) and kept.expected_error(10) == pytest.approx(3.0)
+
+
+def test_backlog_of_a_sum():
+    """With x' = x + D, one skipped step of two lacks half of the change."""
+    steps = [LinearStep(0.5, 1.0, 1.0, 0.0)] * 5
+    assert backlog(steps, 1, 2, [1.0] * 5) == (0.0, 0.0)
+    assert backlog(steps, 1, 3, [1.0] * 5) == (0.5, 0.5)
+    assert backlog(steps, 0, 3, [0.0, 1.0, 4.0, 0.0, 0.0]) == pytest.approx((1 / 3 + 8 / 3, 8 / 3))
+
+
+def test_errors_weigh_more_at_both_ends():
+    weights = [error_weight(signal, left) for signal, left in ((0.0, 50), (0.06, 42), (0.2, 31), (0.5, 17), (0.95, 2))]
+    assert weights[0] > weights[1] > weights[2] == weights[3] == 1.0 < weights[4] < error_weight(0.97, 1)
 
 
 # --- guidance --------------------------------------------------------------------------------------------------------
@@ -240,7 +319,8 @@ def test_reused_difference_under_constant_guidance():
     x = torch.randn(2, 1, 2, 2, 2, generator=torch.Generator().manual_seed(0))
     run = ShortcutRun(shortcuts_of(AccelerateArgs(guidance_every=6)))
     exact = sampler(denoise, x, cond, uncond, noise_sampler=Noise())
-    fast = sampler(run.around(denoise, 2, sampler.guidance_scales()), x, cond, uncond, noise_sampler=Noise())
+    around = run.around(denoise, 2, sampler.guidance_scales(), sampler.linear_steps())
+    fast = sampler(around, x, cond, uncond, noise_sampler=Noise())
     torch.testing.assert_close(fast, exact, rtol=1e-4, atol=1e-4)
     # at the first step, pure noise, there is no such difference yet
     assert (run.calls.whole, run.calls.usual) == (8, 12)
@@ -250,9 +330,9 @@ def test_reused_difference_under_constant_guidance():
 def test_all_switches_together_and_a_run_without_guidance(engine):
     switches = {"step_cache": True, "step_cache_keep_first": 2, "step_cache_keep_last": 1, "guidance_every": 2}
     got, run = sample(engine, guidance_interval=[0.3, 0.9], **switches)
-    # whole: 0 1 (alone), 2 (guided for the first time, so in a pair and never skipped), 4 (alone), 6 (with the other
+    # asked: 0 1 (alone), 2 (guided for the first time, so in a pair and never skipped), 4 (alone), 6 (with the other
     # branch), 7 (alone); skipped: 3 5
-    assert bool(got.isfinite().all()) and (run.calls.whole, run.calls.first_layer) == (8, 2)
+    assert bool(got.isfinite().all()) and run.calls.whole == 8
     text = torch.randn(1, 12, 32, generator=torch.Generator().manual_seed(1))
     plain = {"noise": torch.randn(SHAPE, generator=torch.Generator().manual_seed(1)), "scale": 1.0}
     exact = engine.sample({"crossattn": text}, noise_sampler=Noise(), **plain)
@@ -270,7 +350,17 @@ def test_intervals_that_cannot_be(interval):
         AccelerateArgs(guidance_interval=interval)
 
 
+@pytest.mark.parametrize("other", [{"step_cache": True}, {"guidance_every": 2}, {"guidance_least": 0.3}])
+def test_measured_errors_and_patterns_exclude_each_other(other):
+    with pytest.raises(ConfigError, match="reuse_error decides by itself"):
+        AccelerateArgs(reuse_error=0.2, **other)
+
+
 def test_shortcuts_that_could_never_be_taken(engine):
+    reuse = shortcuts_of(AccelerateArgs(reuse_error=0.2))
+    check_shortcuts(reuse, engine.sampler, 5)
+    with pytest.raises(SamplingError, match=r"reuse_keep_last = 4 steps, and the run has 4"):
+        check_shortcuts(reuse, engine.sampler, 4)
     shortcuts = shortcuts_of(AccelerateArgs(step_cache=True))
     check_shortcuts(shortcuts, engine.sampler, 9)
     with pytest.raises(SamplingError, match=r"keep_last = 8 steps, and the run has 8"):

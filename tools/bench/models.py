@@ -126,9 +126,13 @@ def network_inputs(network: nn.Module, clip: Clip, device: torch.device) -> tupl
 
 def diffusers_network_like(network: nn.Module, config: str) -> nn.Module:
     """diffusers' transformer of the sizes of a YAML file, with our network's weights. ImportError without diffusers."""
+    return diffusers_network_of(network, merge_yaml([config])["model"]["network_config"]["params"])
+
+
+def diffusers_network_of(network: nn.Module, params: dict[str, Any]) -> nn.Module:
+    """diffusers' transformer with our network's weights, in float32; `params` are of its `network_config`."""
     from diffusers import CogVideoXTransformer3DModel
 
-    params = merge_yaml([config])["model"]["network_config"]["params"]
     model = CogVideoXTransformer3DModel(**dit_sizes.hf_config(params))
     model.load_state_dict(dit_keys.sat_to_hf(network.state_dict()))
     model.norm_out.norm.eps = 1e-6  # as in SAT

@@ -119,6 +119,17 @@ class SamplingSchedule:
             yield Step(i, n, timestep, a_prev, self.signal[i], self.signal[i + 1])
 
 
+@dataclass(frozen=True)
+class LinearStep:
+    """The arithmetic of one step: x' = x X + estimate D + previous D_prev + noise, with X the sample before it, D the
+    estimate and D_prev that of the step before. `signal` is the signal rate a of X."""
+
+    signal: float
+    x: float
+    estimate: float
+    previous: float
+
+
 # --- samplers ---------------------------------------------------------------------------------------------------------
 
 
@@ -201,6 +212,17 @@ class VideoDDIMSampler:
         """The guider's factor on (conditional - unconditional) at each step of a run, 1 where nothing is guided."""
         steps = tuple(self.schedule(num_steps).steps())
         return tuple(self.guider.scale_at(self._guidance_position(step), scale) for step in steps)
+
+    def linear_steps(self, num_steps: int | None = None) -> tuple[LinearStep, ...]:
+        """The factors that `update` puts on its arguments at each step of a run, found by asking it."""
+        return tuple(
+            LinearStep(step.a, *(self._factor(step, which) for which in range(3)))
+            for step in self.schedule(num_steps).steps()
+        )
+
+    def _factor(self, step: Step, which: int) -> float:
+        x, denoised, previous = (torch.tensor(float(k == which), dtype=torch.float64) for k in range(3))
+        return float(self.update(x, denoised, previous if step.index else None, step, torch.zeros_like))
 
     def _guidance_position(self, step: Step) -> int:
         """The configured number of steps minus the timestep: see DynamicCFG, which is the one to read it."""

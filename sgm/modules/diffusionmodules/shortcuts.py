@@ -4,34 +4,72 @@ A sampler asks its denoiser for the clean estimates of the unconditional and the
 `ShortcutRun` stands between the two and answers some of these questions from earlier answers. Neither sampler nor
 guider knows of it. Its state belongs to one run (one video): make a new one for each.
 
+Two answers are kept: the conditional estimate, and the difference of the branches as one of predicted noise, where it
+changes least. The last one stands in for those that are not asked for. The estimate is the posterior's mean of the
+clean latent, a martingale along the reverse process: what a step changes comes of its own fresh noise, so the last
+value is the best forecast (first-order extrapolation errs by a half more, on measurement), and its error grows with the
+root of the steps since. When the next answer comes, the steps between are taken to have gone straight from the last one
+to it, and what the sample lacks for that is made good at once (`backlog`).
+
 b samples; a guided call has a batch of 2b, unconditional half first.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sgm.modules.diffusionmodules.denoiser import append_dims
 from sgm.modules.diffusionmodules.guiders import BATCHED_CONDITIONS
-from sgm.modules.ops.step_cache import FirstBlockCache, SkipRule
+from sgm.modules.diffusionmodules.sampling import LinearStep
 
 DenoiserFn = Callable[..., Tensor]
+
+# Weights of errors, as measured on the demo model: 1 in the middle of a run; before that they decide what is where,
+# and the more so the less of it is seen; after it, few steps are left to correct them.
+DECIDED = 0.02  # signal-to-noise ratio a^2 / sigma^2 from which on the layout stands
+LATE, LATE_POWER = 8.0, 1.2  # (8 / steps left)^1.2
+ACTS = 0.1  # |scale - 1| from which on guidance counts at the steps that are always asked
+
+
+# --- rules ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SkipRule:
+    """Which steps of a run are skipped in a pattern.
+
+    Attributes:
+        threshold: a step is skipped where the estimate is expected to have changed by less than this part since the
+            last whole step. 0 skips none; infinity leaves all to `max_skips`.
+        keep_first, keep_last: so many steps at either end are never skipped.
+        max_skips: most skipped steps in a row.
+    """
+
+    threshold: float
+    keep_first: int = 4
+    keep_last: int = 4
+    max_skips: int = 1
+
+    def allows(self, step: int, steps: int, skipped: int) -> bool:
+        """Whether step `step` of `steps` may be skipped after `skipped` skips in a row."""
+        return self.keep_first <= step < steps - self.keep_last and skipped < self.max_skips and self.threshold > 0
 
 
 @dataclass(frozen=True)
 class GuidanceRule:
-    """When the unconditional branch is asked.
+    """When the unconditional branch is asked, in a pattern.
 
     Attributes:
         start, end: part of the run, from 0 (noise) to 1, that is guided at all (Kynkaanniemi et al. 2024,
             arXiv:2404.07724); outside it the conditional answer stands alone.
-        every: inside that part the branch is asked at every k-th whole conditional call; in between the last
-            difference of the two answers is used again, in terms of the predicted noise, where it changes least.
+        every: inside that part the branch is asked at every k-th conditional call; in between the last difference of
+            the two answers is used again.
         least: the difference is also used again where the guider multiplies it by less than this (|scale - 1|).
         keep_first: at so many first steps of the run, which decide what is where, the branch is asked all the same.
     """
@@ -48,19 +86,86 @@ class GuidanceRule:
 
 
 @dataclass(frozen=True)
+class ReuseRule:
+    """What is asked by the error that it would otherwise make: each sample's own, from how its answers have changed.
+
+    An answer is asked for when the errors of the steps since the last one, weighted and added up, would exceed `error`.
+
+    Attributes:
+        error: root mean square in units of the latents (the estimate itself has about 0.8).
+        keep_first, keep_last: so many steps at either end are always asked; three are needed to measure a change.
+    """
+
+    error: float
+    keep_first: int = 3
+    keep_last: int = 1
+
+    def keeps(self, step: int, steps: int) -> bool:
+        return step < self.keep_first or step >= steps - self.keep_last
+
+
+@dataclass(frozen=True)
 class Shortcuts:
-    """The approximations of a run; `skip` is the step cache's rule, None for no step cache."""
+    """The approximations of a run: `skip` and `guidance` in patterns, or `reuse` by measured errors."""
 
     skip: SkipRule | None = None
     guidance: GuidanceRule = GuidanceRule()
+    reuse: ReuseRule | None = None
+
+    @property
+    def measures(self) -> bool:
+        """Whether what is asked depends on the samples."""
+        return self.reuse is not None or (self.skip is not None and self.skip.threshold != math.inf)
+
+
+def error_weight(signal: float, steps_left: int) -> float:
+    """How much more an error of the estimate at signal rate a counts than one in the middle of the run."""
+    ratio = signal**2 / (1 - signal**2)
+    early = DECIDED / max(ratio, 1e-6)
+    return max(1.0, early) * max(1.0, LATE / steps_left**LATE_POWER)
+
+
+# --- what is kept -----------------------------------------------------------------------------------------------------
+
+
+class KeptAnswer:
+    """The last answer of a kind, and how such answers change."""
+
+    def __init__(self) -> None:
+        self.value: Tensor | None = None
+        self.step = -1
+        self.variance = math.inf  # mean square change from step to step, inf before it was measured
+        self.spent = 0.0  # weighted errors, added up, of the steps since
+
+    def expected_error(self, step: int) -> float:
+        """Root mean square error of the value in the place of that of `step`."""
+        return math.sqrt(self.variance * (step - self.step))
+
+    def renew(self, value: Tensor, step: int) -> Tensor | None:
+        """Keep the answer of `step`; returns its change, None for the first one."""
+        change = None if self.value is None else value - self.value
+        if change is not None:
+            self.variance = float(change.square().mean()) / (step - self.step)
+        self.value, self.step, self.spent = value, step, 0.0
+        return change
+
+
+def backlog(steps: Sequence[LinearStep], last: int, now: int, weights: Sequence[float]) -> tuple[float, float]:
+    """What a run lacks at step `now` if an answer went straight from its value at `last` to that at `now`, but the
+    steps between were given the one of `last`: parts of the answer's change that are missing in the sample x and in
+    the estimate of the step before. `weights`: each step's factor from the answer to the guided estimate."""
+    x = previous = 0.0
+    for j in range(last + 1, now):
+        share = (j - last) / (now - last) * weights[j]
+        x, previous = steps[j].x * x + steps[j].estimate * share + steps[j].previous * previous, share
+    return x, previous
 
 
 @dataclass
 class CallCount:
-    """Passes of each sample through the network: whole ones, ones of the first layer alone, and what is usual."""
+    """Passes of each sample through the network: those made, and those that are usual."""
 
     whole: int = 0
-    first_layer: int = 0
     usual: int = 0
 
 
@@ -80,107 +185,180 @@ class DenoiserCall:
         return DenoiserCall(self.x[which], self.signal[which], conditions, extras)
 
 
+class Ask(Enum):
+    """What of a step is asked of the network."""
+
+    NOTHING = 0
+    CONDITIONAL = 1
+    BOTH = 2
+
+
+# --- a run ------------------------------------------------------------------------------------------------------------
+
+
 class ShortcutRun:
     """One sampling run under `shortcuts`. `around` starts it and forgets all that a run before has left."""
 
     def __init__(self, shortcuts: Shortcuts):
         self.shortcuts = shortcuts
-        self._start(0, ())
+        self._start(0, (), ())
 
-    def _start(self, samples: int, scales: Sequence[float]) -> None:
+    def _start(self, samples: int, scales: Sequence[float], steps: Sequence[LinearStep]) -> None:
+        guides = self.shortcuts.guidance.guides
         self.samples = samples
-        self.scales = tuple(scales)
+        self.steps = tuple(steps)
         self.calls = CallCount()
-        skip = self.shortcuts.skip
-        self._cache = FirstBlockCache(skip, len(self.scales), samples) if skip else None
+        # what the guider multiplies the difference of the branches with, beyond the conditional answer
+        self.excess = tuple(s - 1 if guides(k, len(scales)) else 0.0 for k, s in enumerate(scales))
         self._step = 0
-        self._since_pair = 0  # whole conditional calls since both branches were asked
-        self._difference: Tensor | None = None  # see `_keep_difference`
+        self._skipped = 0  # steps in a row
+        self._since_pair = 0  # conditional calls since both branches were asked
+        self._estimate = KeptAnswer()
+        self._difference = KeptAnswer()
+        self._owed_x: Tensor | None = None  # what x lacks, and the estimate that the sampler had at the step before
+        self._owed_previous: Tensor | None = None
 
-    def around(self, denoiser: DenoiserFn, samples: int, scales: Sequence[float]) -> DenoiserFn:
+    def around(
+        self, denoiser: DenoiserFn, samples: int, scales: Sequence[float], steps: Sequence[LinearStep]
+    ) -> DenoiserFn:
         """`denoiser` with the shortcuts before it; to be called once a step, in order.
 
         Args:
-            samples: b.
+            samples: b. Measured errors are those of all together: give one, so that its company changes nothing.
             scales: the guider's factor on (conditional - unconditional) at each step of the run, see
                 `VideoDDIMSampler.guidance_scales`.
+            steps: the sampler's own arithmetic, see `VideoDDIMSampler.linear_steps`.
         """
-        self._start(samples, scales)
+        self._start(samples, scales, steps)
 
         def denoise(x: Tensor, signal: Tensor, conditions: Mapping[str, Any], **extras: Any) -> Tensor:
             call = DenoiserCall(x, signal, conditions, extras)
             guided = x.shape[0] == 2 * samples
             self.calls.usual += 2 if guided else 1
-            out = self._call_guided(denoiser, call) if guided else self._call_conditional(denoiser, call)
+            out = self._answer(denoiser, call, guided)
             self._step += 1
             return out
 
         return denoise
 
-    def _call_guided(self, denoiser: DenoiserFn, call: DenoiserCall) -> Tensor:
-        """A guider's pair (2b, ...)."""
-        both = self._needs_both()
-        if both and (self._difference is None or not self._may_skip()):
-            return self._call_both(denoiser, call)
-        cond = self._call_conditional(denoiser, call.half(slice(self.samples, None))).float()
-        if not self.shortcuts.guidance.guides(self._step, len(self.scales)):
-            return torch.cat([cond, cond])
-        if self._difference is None or (both and not self._cache_skipped()):
-            uncond = self._call(denoiser, call.half(slice(self.samples))).float()
-            self._keep_difference(uncond, cond, call.signal)
-            return torch.cat([uncond, cond])
-        return torch.cat([cond - self._difference * self._noise_over_signal(call.signal, cond.ndim), cond])
-
-    def _call_both(self, denoiser: DenoiserFn, call: DenoiserCall) -> Tensor:
-        """One call for both branches, as without shortcuts."""
-        out = self._call_conditional(denoiser, call)
-        uncond, cond = out.float().chunk(2)
-        self._keep_difference(uncond, cond, call.signal)
-        return out
-
-    def _keep_difference(self, uncond: Tensor, cond: Tensor, signal: Tensor) -> None:
-        """Keep the difference of the branches as one of predicted noise (but for its sign): with
-        eps = (x - a D) / sigma that is D's times a / sigma. At a = 0 there is none."""
-        self._since_pair = 0
-        if float(signal[0]) > 0:
-            self._difference = (cond - uncond) / self._noise_over_signal(signal, cond.ndim)
-
-    def _noise_over_signal(self, signal: Tensor, ndim: int) -> Tensor:
-        """sigma / a for b samples, to broadcast against `ndim` axes."""
-        signal = signal[: self.samples]
-        return append_dims((1 - signal**2).sqrt() / signal, ndim)
-
-    def _needs_both(self) -> bool:
-        rule = self.shortcuts.guidance
-        if not rule.guides(self._step, len(self.scales)):
-            return False
-        due = self._since_pair + 1 >= rule.every and abs(self.scales[self._step] - 1) >= rule.least
-        return due or self._step < rule.keep_first or self._difference is None
-
-    def _may_skip(self) -> bool:
-        if self._cache is None:
-            return False
-        self._cache.step = self._step
-        return self._cache.may_skip()
-
-    def _cache_skipped(self) -> bool:
-        return self._cache is not None and self._cache.skipped > 0
-
-    def _call_conditional(self, denoiser: DenoiserFn, call: DenoiserCall) -> Tensor:
-        """An answer that the step cache, if there is one, sees and may shorten."""
-        if self._cache is None:
+    def _answer(self, denoiser: DenoiserFn, call: DenoiserCall, guided: bool) -> Tensor:
+        """The estimates of both branches (2b, ...), or of the conditional one (b, ...)."""
+        ask = self._ask_by_error(guided) if self.shortcuts.reuse else self._ask_by_pattern(guided)
+        self._skipped = self._skipped + 1 if ask is Ask.NOTHING else 0
+        if ask is Ask.BOTH:
+            uncond, cond = self._call(denoiser, call).float().chunk(2)
+            self._keep_estimate(cond)
+            self._keep_difference(uncond, cond)
+            return self._settle(torch.cat([uncond, cond]))
+        if ask is Ask.CONDITIONAL:
+            asked = call.half(slice(self.samples, None)) if guided else call
+            cond = self._call(denoiser, asked).float()
             self._since_pair += 1
-            return self._call(denoiser, call)
-        self._cache.step = self._step
-        out = denoiser(call.x, call.signal, call.conditions, layer_runner=self._cache, **call.extras)
-        if self._cache_skipped():
-            self.calls.first_layer += 1
+            self._keep_estimate(cond)
         else:
-            self._since_pair += 1
-            self.calls.whole += call.x.shape[0] // self.samples
-        return out
+            assert self._estimate.value is not None  # the rules skip no step before one was asked
+            cond = self._estimate.value
+        return self._settle(torch.cat([self._unconditional(cond), cond]) if guided else cond)
+
+    def _unconditional(self, cond: Tensor) -> Tensor:
+        """The other branch's estimate by the kept difference; the same as the conditional one where none is guided."""
+        if self._difference.value is None or not self.excess[self._step]:
+            return cond
+        return cond - self._difference.value * self._noise_over_signal(self._step)
 
     def _call(self, denoiser: DenoiserFn, call: DenoiserCall) -> Tensor:
         """The denoiser's own answer."""
         self.calls.whole += call.x.shape[0] // self.samples
         return denoiser(call.x, call.signal, call.conditions, **call.extras)
+
+    # --- which questions are asked ------------------------------------------------------------------------------------
+
+    def _ask_by_pattern(self, guided: bool) -> Ask:
+        both = guided and self._pattern_asks_both()
+        if self._pattern_skips() and not (both and self._difference.value is None):
+            return Ask.NOTHING
+        return Ask.BOTH if both else Ask.CONDITIONAL
+
+    def _pattern_asks_both(self) -> bool:
+        rule = self.shortcuts.guidance
+        if not rule.guides(self._step, len(self.steps)):
+            return False
+        due = self._since_pair + 1 >= rule.every and abs(self.excess[self._step]) >= rule.least
+        return due or self._step < rule.keep_first or self._difference.value is None
+
+    def _pattern_skips(self) -> bool:
+        rule, kept = self.shortcuts.skip, self._estimate
+        if rule is None or kept.value is None or not rule.allows(self._step, len(self.steps), self._skipped):
+            return False
+        size = float(kept.value.square().mean()) ** 0.5
+        return rule.threshold == math.inf or kept.expected_error(self._step) < rule.threshold * size
+
+    def _ask_by_error(self, guided: bool) -> Ask:
+        rule = self.shortcuts.reuse
+        assert rule is not None
+        excess = abs(self.excess[self._step]) if guided else 0.0
+        both = self._exceeds(self._difference, rule.error, excess * (self._noise_over_signal(self._step) or 1.0))
+        if rule.keeps(self._step, len(self.steps)):
+            return Ask.BOTH if both or excess > ACTS else Ask.CONDITIONAL
+        if both:
+            return Ask.BOTH
+        return Ask.CONDITIONAL if self._exceeds(self._estimate, rule.error, 1.0) else Ask.NOTHING
+
+    def _exceeds(self, kept: KeptAnswer, most: float, factor: float) -> bool:
+        """Whether the kept answer would err too much by now; else this step's error is added to what it has spent."""
+        if not factor:
+            return False
+        weight = factor * error_weight(self.steps[self._step].signal, len(self.steps) - self._step)
+        spent = kept.spent + weight * kept.expected_error(self._step)
+        if spent <= most:
+            kept.spent = spent
+        return spent > most
+
+    # --- what is kept, and what is made good --------------------------------------------------------------------------
+
+    def _keep_estimate(self, cond: Tensor) -> None:
+        self._renew(self._estimate, cond, [1.0] * len(self.steps))
+
+    def _keep_difference(self, uncond: Tensor, cond: Tensor) -> None:
+        """Keep the difference of the branches as one of predicted noise (but for its sign): with
+        eps = (x - a D) / sigma that is D's times a / sigma. At a = 0 there is none."""
+        self._since_pair = 0
+        if self.steps[self._step].signal > 0:
+            weights = [e * self._noise_over_signal(k) for k, e in enumerate(self.excess)]
+            self._renew(self._difference, (cond - uncond) / self._noise_over_signal(self._step), weights)
+
+    def _renew(self, kept: KeptAnswer, value: Tensor, weights: Sequence[float]) -> None:
+        last = kept.step
+        change = kept.renew(value, self._step)
+        if change is None or last + 1 == self._step:
+            return
+        x, previous = backlog(self.steps, last, self._step, weights)
+        self._owed_x = _sum(self._owed_x, x * change)
+        self._owed_previous = _sum(self._owed_previous, previous * change)
+
+    def _settle(self, estimates: Tensor) -> Tensor:
+        """The estimates (b or 2b, ...), changed so that the sampler's next x is what it would be without the backlog.
+
+        Then the sampler has a wrong estimate of this step, which the next one makes good in turn.
+        """
+        step = self.steps[self._step]
+        due = _sum(_times(self._owed_x, step.x), _times(self._owed_previous, step.previous))
+        self._owed_x = self._owed_previous = None
+        if due is None:
+            return estimates
+        due = due / step.estimate
+        self._owed_previous = -due
+        return estimates + torch.cat([due] * (estimates.shape[0] // self.samples))
+
+    def _noise_over_signal(self, step: int) -> float:
+        """sigma / a; 0 at pure noise, where the branches' difference is not used."""
+        a = self.steps[step].signal
+        return math.sqrt(1 - a**2) / a if a else 0.0
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
+
+
+def _times(a: Tensor | None, factor: float) -> Tensor | None:
+    return None if a is None or not factor else a * factor

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from sgm.modules.ops.block_ops import PLAIN, BlockOps
 from sgm.modules.ops.modulation import BlockModulation, RotaryTable
 from sgm.modules.ops.recompute import run_layer
-from sgm.modules.ops.step_cache import LayerRunner, run_layers
 from sgm.modules.transformer.sat_base import (
     BaseTransformer,
     BaseTransformerLayer,
@@ -192,26 +191,17 @@ class DiTTransformer(BaseTransformer):
         attention_mask: Tensor | None,
         *,
         output_hidden_states: bool = False,
-        layer_runner: LayerRunner | None = None,
         **kwargs: Any,
     ) -> list[Any]:
-        """[result of `final_forward`, then one dict a layer (`hidden_states` in it if asked for)], as in SAT.
-
-        `layer_runner` takes the layers and the tokens, and may leave layers out.
-        """
+        """[result of `final_forward`, then one dict a layer (`hidden_states` in it if asked for)], as in SAT."""
         hidden = self.hooks["word_embedding_forward"](input_ids, output_cross_layer={}, **kwargs)
         positions = self.hooks["position_embedding_forward"](position_ids, output_cross_layer={}, **kwargs)
         if positions is not None:
             hidden = hidden + positions
-        per_layer: list[dict[str, Tensor]] = [{} for _ in self.layers]
-
-        def run(layer: DiTLayer, hidden: Tensor) -> Tensor:
+        per_layer: list[dict[str, Tensor]] = []
+        for layer in self.layers:
             hidden = self._run_layer(layer, hidden, attention_mask, kwargs)
-            if output_hidden_states:
-                per_layer[layer.layer_id]["hidden_states"] = hidden
-            return hidden
-
-        hidden = (layer_runner or run_layers)([partial(run, layer) for layer in self.layers], hidden)
+            per_layer.append({"hidden_states": hidden} if output_hidden_states else {})
         features = self.final_layernorm(hidden)
         return [self.hooks["final_forward"](features, parallel_output=self.parallel_output, **kwargs), *per_layer]
 
