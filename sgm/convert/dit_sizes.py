@@ -133,7 +133,7 @@ class Sizes:
         return config if self.ofs_width is None else {**config, "ofs_embed_dim": self.ofs_width}
 
     def sat_params(self) -> dict[str, Any]:
-        """`network_config.params` of a YAML file."""
+        """What of `network_config.params` in a YAML file depends on the sizes."""
         positions: dict[str, Any] = {"text_length": self.text_length}
         if self.rotary:
             positions["hidden_size_head"] = self.width // self.heads
@@ -142,21 +142,15 @@ class Sizes:
             positions |= {"height_interpolation": self.spacing, "width_interpolation": self.spacing}
             positions |= {"time_interpolation": self.time_spacing} if self.time_spacing != 1.0 else {}
         kind = "Rotary3DPositionEmbeddingMixin" if self.rotary else "Basic3DPositionEmbeddingMixin"
+        text = {"text_hidden_size": self.text_width}
         params: dict[str, Any] = {
             **{name: getattr(self, size) for size, name in _SAT_FIELDS.items()},
-            "elementwise_affine": True,
-            "time_compressed_rate": STRIDES.time,
             "patch_size": list(self.patch) if self.linear_patches else self.patch[1],
-            "transformer_args": {"vocab_size": 1, "max_sequence_length": 64, "layernorm_order": "pre",
-                                 "skip_init": False, "model_parallel_size": 1, "is_decoder": False},
             "modules": {
                 "pos_embed_config": {"target": f"{_SAT_MODULE}.{kind}", "params": positions},
-                "patch_embed_config": {"target": f"{_SAT_MODULE}.ImagePatchEmbeddingMixin",
-                                       "params": {"text_hidden_size": self.text_width}},
-                "adaln_layer_config": {"target": f"{_SAT_MODULE}.AdaLNMixin", "params": {"qk_ln": True}},
-                "final_layer_config": {"target": f"{_SAT_MODULE}.FinalLayerMixin"},
+                "patch_embed_config": {"target": f"{_SAT_MODULE}.ImagePatchEmbeddingMixin", "params": text},
             },
-        }  # fmt: skip
+        }
         return params if self.ofs_width is None else {**params, "ofs_embed_dim": self.ofs_width}
 
     # --- tensors --------------------------------------------------------------------------------------------------

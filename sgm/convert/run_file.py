@@ -1,4 +1,4 @@
-"""The YAML file that runs a converted release: the shipped one with this model's network, schedule and paths."""
+"""The YAML file that runs a converted release: the shipped one of its kind with this network, schedule and paths."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from sgm.convert.dit_sizes import Sizes
 from sgm.modules.autoencoding.strides import STRIDES
 from sgm.modules.diffusionmodules.image_condition import sampled_frames
 from sgm.places import CONFIGS
-
-SHIPPED = CONFIGS / "cogvideox_2b_infer.yaml"
 
 
 def run_file(
@@ -32,19 +30,19 @@ def run_file(
     from omegaconf import OmegaConf
 
     release = release.expanduser().absolute()
-    content = merge_yaml([SHIPPED])
+    content = merge_yaml([CONFIGS / f"{sizes.nearest.config}_infer.yaml"])
     args, model = content["args"], content["model"]
     args |= {"load": str(release / "transformer"), "fp16": dtype == torch.float16, "bf16": dtype == torch.bfloat16}
-    args["input_file"] = str(SHIPPED.parent / "test.txt")
     frames = sampled_frames(STRIDES.latent_frames(sizes.frames), sizes.patch[0])
-    args |= {"sampling_num_frames": frames, "sampling_fps": sizes.nearest.fps, "latent_channels": sizes.out_channels}
-    if sizes.takes_image:
-        args["image2video"] = True
-        model |= {"noised_image_input": True, "noised_image_all_concat": False, "noised_image_dropout": 0.05}
-    elif sizes.is_published:
-        args["sampling_image_size"] = list(sizes.nearest.size)
+    args |= {"sampling_num_frames": frames, "latent_channels": sizes.out_channels}
+    args["input_file"] = str(CONFIGS / "test.txt")
+    args |= {"image2video": True} if sizes.takes_image else {}
+    if not sizes.is_published:
+        args.pop("sampling_image_size", None)
     model["scale_factor"] = factor
-    model["network_config"]["params"] = sizes.sat_params()
+    network, given = model["network_config"]["params"], sizes.sat_params()
+    given["modules"] = network["modules"] | given["modules"]
+    model["network_config"]["params"] = {n: v for n, v in network.items() if n != "ofs_embed_dim"} | given
     stage = model["first_stage_config"]["params"]
     stage["ckpt_path"] = str(release / "vae" / "3d-vae.pt")
     for part in ("encoder_config", "decoder_config"):
@@ -60,7 +58,7 @@ def _set_shift(node: Any, shift_scale: float) -> None:
     if isinstance(node, dict):
         for name, inner in node.items():
             if name == "discretization_config":
-                inner["params"]["shift_scale"] = shift_scale
+                inner["params"] = {"shift_scale": shift_scale}
             _set_shift(inner, shift_scale)
     elif isinstance(node, list):
         for inner in node:

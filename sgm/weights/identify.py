@@ -23,7 +23,7 @@ class Published:
         takes_image: image to video, with twice as many latent channels in as out.
         rotary: q and k are rotated; otherwise a sine table is added.
         text_length: text tokens.
-        frames, fps, size: pixel frames, their rate, and (height, width) that it was trained on.
+        frames, size: pixel frames and (height, width) that it was trained on.
         grid: latent rows and columns that positions are made for.
         scale_factor: on the first stage's latents.
         shift_scale: of the noise schedule.
@@ -37,7 +37,6 @@ class Published:
     rotary: bool
     text_length: int
     frames: int
-    fps: int
     size: tuple[int, int]
     grid: tuple[int, int]
     scale_factor: float
@@ -49,14 +48,19 @@ class Published:
         return self.patch_frames, self.rotary, self.takes_image, self.width, self.layers
 
     @property
+    def config(self) -> str:
+        """What its shipped configurations are called, before `_infer.yaml` and `_sft.yaml`."""
+        return self.name.lower().replace("-", "_")
+
+    @property
     def has_table(self) -> bool:
         """Whether a trained position table is added beside the rotations."""
         return self.takes_image and self.patch_frames == 1
 
 
-_2B = Published("CogVideoX-2B", 1920, 30, 1, False, False, 226, 49, 8, (480, 720), (60, 90), 1.15258426, 3.0)
-_5B = Published("CogVideoX-5B", 3072, 42, 1, False, True, 226, 49, 8, (480, 720), (60, 90), 0.7, 1.0)
-_1_5 = Published("CogVideoX1.5-5B", 3072, 42, 2, False, True, 224, 81, 16, (768, 1360), (300, 300), 0.7, 1.0)
+_2B = Published("CogVideoX-2B", 1920, 30, 1, False, False, 226, 49, (480, 720), (60, 90), 1.15258426, 3.0)
+_5B = Published("CogVideoX-5B", 3072, 42, 1, False, True, 226, 49, (480, 720), (60, 90), 0.7, 1.0)
+_1_5 = Published("CogVideoX1.5-5B", 3072, 42, 2, False, True, 224, 81, (768, 1360), (300, 300), 0.7, 1.0)
 _FROM_IMAGE = (replace(model, name=f"{model.name}-I2V", takes_image=True) for model in (_5B, _1_5))
 PUBLISHED = {(m.width, m.layers, m.patch_frames, m.takes_image): m for m in (_2B, _5B, _1_5, *_FROM_IMAGE)}
 

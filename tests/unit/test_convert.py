@@ -217,7 +217,7 @@ def test_published_configurations_become_those_of_the_original(name: str, tmp_pa
     args, model = run.args, run.model
     assert (args.dtype, args.sampling_fps, args.sampling_num_frames) == ("bf16", *((16, 22) if later else (8, 13)))
     assert args.image2video == (True if image else None)
-    assert args.sampling_image_size == (None if image else [768, 1360] if later else [480, 720])
+    assert args.sampling_image_size == ([768, 1360] if later and not image else None)
     assert [model.get(f"noised_image_{key}") for key in ("input", "dropout")] == ([True, 0.05] if image else [None] * 2)
     assert model["conditioner_config"]["params"]["emb_models"][0]["params"]["max_length"] == positions["text_length"]
     shift = model["loss_fn_config"]["params"]["sigma_sampler_config"]["params"]["discretization_config"]["params"]

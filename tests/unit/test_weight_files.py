@@ -7,6 +7,7 @@ import math
 import os
 import pickle
 import random
+import re
 import shutil
 import threading
 import time
@@ -272,24 +273,26 @@ def test_entries_of_other_parts_are_set_aside_and_foreign_ones_refused(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("width", "layers", "patch", "rows", "family"),
+    ("width", "layers", "patch", "rows", "family", "config"),
     [
-        (1920, 30, (16, 2, 2), 64, "CogVideoX-2B"),
-        (3072, 42, (16, 2, 2), 64, "CogVideoX-5B"),
-        (3072, 42, (64,), 64, "CogVideoX-5B"),
-        (3072, 42, (32, 2, 2), 64, "CogVideoX-5B-I2V"),
-        (3072, 42, (128,), 64, "CogVideoX-5B-I2V"),  # the original's later form
-        (3072, 42, (128,), 128, "CogVideoX1.5-5B"),
-        (3072, 42, (256,), 128, "CogVideoX1.5-5B-I2V"),
-        (3072, 42, (128,), None, "a transformer of width 3072 with 42 layers"),
-        (64, 3, (16, 2, 2), 64, "width 64 with 3 layers"),
+        (1920, 30, (16, 2, 2), 64, "CogVideoX-2B", "cogvideox_2b"),
+        (3072, 42, (16, 2, 2), 64, "CogVideoX-5B", "cogvideox_5b"),
+        (3072, 42, (64,), 64, "CogVideoX-5B", "cogvideox_5b"),
+        (3072, 42, (32, 2, 2), 64, "CogVideoX-5B-I2V", "cogvideox_5b_i2v"),
+        (3072, 42, (128,), 64, "CogVideoX-5B-I2V", "cogvideox_5b_i2v"),  # the original's later form
+        (3072, 42, (128,), 128, "CogVideoX1.5-5B", "cogvideox1.5_5b"),
+        (3072, 42, (256,), 128, "CogVideoX1.5-5B-I2V", "cogvideox1.5_5b_i2v"),
+        (3072, 42, (128,), None, "a transformer of width 3072 with 42 layers", ""),
+        (64, 3, (16, 2, 2), 64, "width 64 with 3 layers", ""),
     ],
 )
-def test_published_models_are_recognised(width, layers, patch, rows, family):
+def test_published_models_are_recognised(width, layers, patch, rows, family, config):
     state = published_state(width, layers, patch, rows)
     assert f"{family} (width" in what_is(state) and transformer_shape(state).num_layers == layers
     fits = [Path(p).name for p in fitting_configs(state, REPO / "configs")]
-    assert ("cogvideox_2b_infer.yaml" in fits) == (family == "CogVideoX-2B")
+    assert [re.sub(r"_(infer|sft)\.yaml.*", "", name) for name in fits] == ([config] * 2 if config else [])
+    other_form = config.startswith("cogvideox_5b") and len(patch) == 1
+    assert all(name.endswith("patch_size=[1,2,2]") == other_form for name in fits)
 
 
 def published_state(width: int, layers: int, patch: tuple[int, ...], rows: int | None) -> dict[str, torch.Tensor]:
