@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sgm.places import shown
+
 LATENT_CHANNELS = 16  # of every first stage of the family
 _LAYER = re.compile(r"(?:^|\.)transformer\.layers\.(\d+)\.")
 _ENDS = ("mixins.patch_embed.proj.weight", "mixins.final_layer.linear.weight", "mixins.patch_embed.text_proj.weight")
@@ -147,7 +149,7 @@ def fitting_configs(state: Mapping[str, Any], folder: Path) -> list[str]:
     shape = transformer_shape(state)
     if shape is None:
         return []
-    found = {str(path): network for path in sorted(folder.glob("*.yaml")) if (network := _network_shape(path))}
+    found = {shown(path): network for path in sorted(folder.glob("*.yaml")) if (network := _network_shape(path))}
     size = "[1,2,2]" if shape.linear_patches else "2"
     return [path for path, network in found.items() if network == shape] or [
         f"{path} --set model.network_config.params.patch_size={size}"

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import gc
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from sgm.config import merge_yaml
+from sgm.convert.dit_sizes import sizes_of_params
 from sgm.models.loading import Adapter, load_network
+from sgm.places import CONFIGS, shown
 from sgm.util import instantiate_from_config
 from sgm.weights import WeightsError
 from tests.dit_tiny import tiny_config, tiny_network
@@ -88,6 +92,33 @@ def test_another_model_is_named_with_the_configuration_that_fits(tmp_path):
     torch.save(state, tmp_path / "w.pt")
     with pytest.raises(WeightsError, match=rf"(?s)wrong shape.*width {width}.*configuration fits: .*demo_infer\.yaml"):
         load(empty(), tmp_path / "w.pt", force=True)
+
+
+@pytest.mark.parametrize(
+    ("held", "taken", "says"),
+    [
+        ("cogvideox_5b", "cogvideox_5b_i2v", "holds CogVideoX-5B (width 3072, 42 layers). This configuration fits: {}"),
+        ("cogvideox_5b_i2v", "cogvideox_5b", "holds CogVideoX-5B-I2V (width 3072"),
+        ("cogvideox1.5_5b", "cogvideox1.5_5b_i2v", "holds CogVideoX1.5-5B (width 3072"),
+        ("cogvideox_5b_i2v [1,2,2]", "cogvideox_5b_i2v", "{} --set model.network_config.params.patch_size=[1,2,2]"),
+    ],
+)
+def test_a_published_model_under_anothers_configuration_is_named(held, taken, says, tmp_path):
+    """Of the full size: a file of tensors that repeat one number is small."""
+    held, _, linear = held.partition(" ")
+    sizes = sizes_of_params(merge_yaml([CONFIGS / f"{held}_infer.yaml"])["model"]["network_config"]["params"])
+    shapes = replace(sizes, linear_patches=bool(linear) or sizes.linear_patches).sat_shapes()
+    (tmp_path / "1").mkdir()  # as some releases have it
+    (tmp_path / "latest").write_text("1")
+    state = {f"model.diffusion_model.{name}": torch.zeros(1).expand(shape) for name, shape in shapes.items()}
+    torch.save({"module": state}, tmp_path / "1" / "mp_rank_00_model_states.pt")
+    node = merge_yaml([CONFIGS / f"{taken}_infer.yaml"])["model"]["network_config"]
+    with torch.device("meta"):
+        network = instantiate_from_config(node, dtype="bf16", defer_lora=True)
+    with pytest.raises(WeightsError) as error:
+        load_network(network, tmp_path, device=torch.device("cpu"), dtype=torch.bfloat16, allow_absent=True)
+    assert says.format(shown(CONFIGS / f"{held}_infer.yaml")) in str(error.value)
+    assert f"{held}_sft.yaml" in str(error.value)
 
 
 def test_weights_that_fit_are_the_files_own_pages(tmp_path):
