@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sgm.config import merge_yaml
@@ -60,11 +60,12 @@ def _fitting(weights: Path, state: Mapping[str, Deferred]) -> Iterator[Described
     for path in _candidates(weights):
         try:
             described = Described.read(path)
+            sizes = described.sizes.in_form_of(state)
             if state:
-                described.sizes.check(state, str(weights))
+                sizes.check(state, str(weights))
         except SgmError:  # not a model's, or another model's
             continue
-        yield described
+        yield replace(described, sizes=sizes)
 
 
 def _candidates(weights: Path) -> Iterator[Path]:

@@ -186,6 +186,10 @@ class Sizes:
         }  # fmt: skip
         return next((shape for end, shape in ends.items() if module.endswith(end)), (d,))
 
+    def in_form_of(self, state: Mapping[str, Tensor | Deferred]) -> Sizes:
+        """The same network, its patches embedded as in `state`: of 1.0 there are files of either form."""
+        return replace(self, linear_patches=len(state[_PATCH].shape) == 2) if _PATCH in state else self
+
     def check(self, state: Mapping[str, Tensor | Deferred], source: str) -> None:
         """Demand that `state` (SAT's names) has every tensor in its shape.
 

@@ -201,7 +201,7 @@ def _sizes(weights: SatWeights, described: Described | None) -> Sizes:
     table = weights.network.get(POSITIONS[0])
     if table is not None and not described.sizes.learned_positions:
         read_sine_table(table.make()[0])  # diffusers computes it: it must be the computed one
-    return described.sizes
+    return described.sizes.in_form_of(weights.network)
 
 
 def _scale(name: str, described: Described | None, sizes: Sizes | None) -> float:

@@ -98,13 +98,11 @@ class TransformerShape:
     Attributes:
         hidden_size, num_layers: width and depth.
         patch: channels and size of its tokens; None where the file does not say.
-        linear_patches: they are embedded by a linear layer (the original's later code), not by a convolution.
     """
 
     hidden_size: int
     num_layers: int
     patch: PatchLayout | None
-    linear_patches: bool
 
     @property
     def family(self) -> str:
@@ -123,7 +121,7 @@ def transformer_shape(state: Mapping[str, Any]) -> TransformerShape | None:
     if patch is None or text is None or not layers:
         return None
     layout = patch_layout(patch, None if final is None else final[0])
-    return TransformerShape(patch[0], max(layers) + 1, layout, len(patch) == 2)
+    return TransformerShape(patch[0], max(layers) + 1, layout)
 
 
 def what_is(state: Mapping[str, Any]) -> str:
@@ -145,19 +143,9 @@ def what_is(state: Mapping[str, Any]) -> str:
 
 
 def fitting_configs(state: Mapping[str, Any], folder: Path) -> list[str]:
-    """YAML files in `folder` for the network of `state`, with the option that one needs for the form of its patches."""
+    """YAML files in `folder` whose network is that of `state`; in which form it embeds patches does not count."""
     shape = transformer_shape(state)
-    if shape is None:
-        return []
-    found = {shown(path): network for path in sorted(folder.glob("*.yaml")) if (network := _network_shape(path))}
-    size = "[1,2,2]" if shape.linear_patches else "2"
-    return [path for path, network in found.items() if network == shape] or [
-        f"{path} --set model.network_config.params.patch_size={size}"
-        for path, network in found.items()
-        if shape.patch
-        and shape.patch.size == (1, 2, 2)
-        and network == replace(shape, linear_patches=network.linear_patches)
-    ]
+    return [shown(path) for path in sorted(folder.glob("*.yaml")) if shape and _network_shape(path) == shape]
 
 
 def _network_shape(path: Path) -> TransformerShape | None:
@@ -168,6 +156,6 @@ def _network_shape(path: Path) -> TransformerShape | None:
         patch = network["patch_size"]
         size = (1, patch, patch) if isinstance(patch, int) else (patch[0], patch[1], patch[2])
         layout = PatchLayout(network["in_channels"], network["out_channels"], size)
-        return TransformerShape(network["hidden_size"], network["num_layers"], layout, not isinstance(patch, int))
+        return TransformerShape(network["hidden_size"], network["num_layers"], layout)
     except (ConfigError, KeyError, TypeError, IndexError):  # not a model configuration: it cannot fit
         return None

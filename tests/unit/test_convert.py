@@ -69,6 +69,7 @@ def hf(release: Path, yaml: Path) -> Path:
 def yaml_of(file: Path, model: dict[str, Any]) -> Path:
     from omegaconf import OmegaConf
 
+    file.parent.mkdir(exist_ok=True)
     OmegaConf.save(OmegaConf.create({"model": model}), file)
     return file
 
@@ -157,6 +158,10 @@ def test_variants_are_read_from_the_tensors(variant: str, tmp_path: Path) -> Non
             convert(request)
         yaml_of(tmp_path / "c.yaml", {"network_config": tiny_config(**options)})
     convert(request)
+    if variant == "5b-head":  # the YAML file may have the form of the original's other version
+        other = yaml_of(tmp_path / "other" / "c.yaml", {"network_config": tiny_config(rotary=True)})
+        convert(replace(request, output=tmp_path / "hf2", config=other))
+        same(component(tmp_path / "hf2" / "transformer"), component(tmp_path / "hf" / "transformer"))
     written = json.loads((tmp_path / "hf" / "transformer" / "config.json").read_text())
     expected = hf_config(tiny_config(**options)["params"])
     assert {name: written[name] for name in expected} == expected

@@ -100,7 +100,11 @@ def test_another_model_is_named_with_the_configuration_that_fits(tmp_path):
         ("cogvideox_5b", "cogvideox_5b_i2v", "holds CogVideoX-5B (width 3072, 42 layers). This configuration fits: {}"),
         ("cogvideox_5b_i2v", "cogvideox_5b", "holds CogVideoX-5B-I2V (width 3072"),
         ("cogvideox1.5_5b", "cogvideox1.5_5b_i2v", "holds CogVideoX1.5-5B (width 3072"),
-        ("cogvideox_5b_i2v [1,2,2]", "cogvideox_5b_i2v", "{} --set model.network_config.params.patch_size=[1,2,2]"),
+        (
+            "cogvideox_5b_i2v linear",
+            "cogvideox1.5_5b",
+            "holds CogVideoX-5B-I2V (width 3072",
+        ),  # 128 values a patch in both
     ],
 )
 def test_a_published_model_under_anothers_configuration_is_named(held, taken, says, tmp_path):
