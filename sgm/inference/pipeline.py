@@ -113,7 +113,10 @@ class TextToVideo:
         self._checks = Checks()  # of what was loaded; nothing that came of it leaves here before they are done
         check_fit(self.engine, self.args, self.size())
         self.pictures = Pictures(self.engine.noised_image_input, self.args.image, other_kind(self.engine))
-        check_shortcuts(self.shortcuts, self.engine.sampler, self.num_steps)
+        try:
+            check_shortcuts(self.shortcuts, self.engine.sampler, self.num_steps)
+        except SamplingError as error:  # an adapter's few steps may be why
+            raise SamplingError("\n".join([str(error), *self.notes])) from error
         self.engine.sampler.verbose = False  # the caller shows progress
         guider = self.engine.sampler.guider
         if self.args.guidance_scale is not None and isinstance(guider, Scaled):  # else it did not fit

@@ -120,6 +120,9 @@ def test_what_fights_a_student_is_said(parts, student, tmp_path, capsys):
     assert "at timesteps [999, 499]; this configuration's discretization_config gives [899, 449]" in "".join(
         capsys.readouterr()
     )
+    assert main(config, *options, "--set", "accelerate.step_cache=true") == 2
+    refused = capsys.readouterr().err
+    assert "step_cache never skips" in refused and f"{student} was distilled for 2 steps" in refused
     other = tmp_path / "other.pt"
     content = read_checkpoint(student / "4" / "mp_rank_00_model_states.pt")
     content = {
