@@ -138,8 +138,10 @@ def test_a_whole_network_learns_as_well(parts, tmp_path):
     """Its file has no header for it: the run's `infer.yaml` says how it is sampled."""
     content = content_of(parts, tmp_path / "save", lora=None, prompts=[])
     clips = write_clips(tmp_path / "clips", 2)
-    content["args"] |= {"train_data": [str(clips)], "train_iters": 2}
+    evaluation = {"eval_interval": 2, "eval_iters": 1, "log_image": True}
+    content["args"] |= {"train_data": [str(clips)], "train_iters": 2, **evaluation}
     folder = run(content, tmp_path)
+    assert len(list((folder / "video" / "samples_gs-000002").glob("*.mp4"))) == 2
     before, after = (read_transformer(path).network for path in (parts.release / "transformer", folder))
     assert any(not torch.equal(after[name], value) for name, value in before.items())
     assert not any(name.startswith("critic") for name in after)
