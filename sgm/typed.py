@@ -98,6 +98,21 @@ class Record:
         return value
 
 
+@dataclass(frozen=True)
+class Slots:
+    """A mapping with the keys of a TypedDict, and others that end in `ending`, whose values are of the type `other`."""
+
+    known: type
+    ending: str
+    other: Any
+
+    def fit(self, value: Any, place: str) -> Any:
+        """The mapping. Raises Misfit."""
+        kinds = typing.get_type_hints(self.known, include_extras=True)
+        others = [name for name in value if str(name).endswith(self.ending) and name not in kinds]
+        return fitted(value, kinds | dict.fromkeys(others, self.other), place, _required(self.known))
+
+
 Size = Annotated[int, Range(1, 1 << 20)]  # of a tensor's axis
 Count = Annotated[int, Range(0, 1 << 20)]
 Layers = Annotated[int, Range(1, 1024)]
@@ -257,8 +272,12 @@ def _coerce_mapping(value: Any, kind: Any, place: str) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         _refuse("a mapping", value, place)
     if typing.is_typeddict(kind):
-        return fitted(value, typing.get_type_hints(kind, include_extras=True), place, sorted(kind.__required_keys__))
+        return fitted(value, typing.get_type_hints(kind, include_extras=True), place, _required(kind))
     return fitted(value, dict.fromkeys(value, typing.get_args(kind)[1]), place)
+
+
+def _required(kind: Any) -> list[str]:
+    return sorted(kind.__required_keys__)
 
 
 def _truth(value: Any, place: str) -> bool:

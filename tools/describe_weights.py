@@ -22,7 +22,7 @@ from sgm.convert.lora_files import stated_settings
 from sgm.convert.sat_source import FIRST_STAGE, TEXT_ENCODER
 from sgm.files import readable
 from sgm.modules.encoders.t5 import DECODER, SHARED, TIED
-from sgm.modules.transformer.lora_state import lora_spec_of, split_lora
+from sgm.modules.transformer.lora_state import lora_spec_of, split_further, split_lora
 from sgm.weights.assign import compare_keys
 from sgm.weights.checksums import WeightsError, WeightsNotFoundError, read_header
 from sgm.weights.files import read_checkpoint, shards_of, tensors_of, while_files_change
@@ -192,7 +192,8 @@ def _bare(state: dict[str, Deferred], facts: Mapping[str, Any], alone: bool) -> 
 
 
 def _network(state: Mapping[str, Deferred], facts: Mapping[str, Any]) -> list[Found]:
-    base, lora = split_lora(state)
+    release, mixins = split_further(state)
+    base, lora = split_lora(release)
     found = []
     if base:
         part = _found("transformer in SAT's layout", base)
@@ -200,6 +201,7 @@ def _network(state: Mapping[str, Deferred], facts: Mapping[str, Any]) -> list[Fo
         found.append(part)
     if lora:
         found.append(_found("LoRA adapter in SAT's layout", lora, facts=_lora_facts(lora, facts)))
+    found += [_found(f"mixin {name!r} of a run of this framework", entries) for name, entries in mixins.items()]
     return found
 
 

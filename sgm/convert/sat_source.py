@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from sgm.convert.lazy import ConvertError, Deferred, deferred
-from sgm.modules.transformer.lora_state import split_lora
+from sgm.modules.transformer.lora_state import split_further, split_lora
 from sgm.weights.files import read_checkpoint, tensors_of
 from sgm.weights.release import read_parts, weights_entry
 from sgm.weights.tensor_parallel import join_partitions
@@ -50,10 +50,17 @@ def open_sat(path: str | Path, *, allow_drift: bool = False) -> SatWeights:
     Raises:
         WeightsError: unreadable, or not a SAT transformer checkpoint.
         PartitionError: parts that do not belong together.
+        ConvertError: there are mixins beyond a release's own.
     """
     parts = read_parts(path)
     state = join_partitions([part.network for part in parts], strict=not allow_drift)
-    base, lora = split_lora(state)
+    release, mixins = split_further(state)
+    if mixins:
+        raise ConvertError(
+            f"{parts[0].files[0]} holds mixins ({', '.join(mixins)}) that other layouts have no place for; convert the "
+            "base that they were trained on, and sample with them here."
+        )
+    base, lora = split_lora(release)
     others = parts[0].others
     return SatWeights(
         file=parts[0].files[0],

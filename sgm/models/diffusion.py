@@ -28,6 +28,7 @@ from sgm.modules.diffusionmodules.wrappers import NetworkWrapper, OpenAIWrapper
 from sgm.modules.encoders.modules import FrozenT5Embedder
 from sgm.modules.ops.choice import Kernels
 from sgm.modules.ops.graphs import NetworkGraphs
+from sgm.modules.transformer.lora_state import further_mixin
 from sgm.typed import NotNegative, Positive, Share
 from sgm.util import Config, Role, check_params, get_obj_from_str, instantiate_from_config
 from sgm.weights import DTYPES
@@ -66,7 +67,8 @@ class SATVideoDiffusionEngine(nn.Module):
             `image_condition.scales_image_latents`.
         augmentation_dropout, lora_train, use_pd, lr_scale, en_and_decode_n_samples_a_time: names that the original's
             later files know; without effect.
-        not_trainable_prefixes: parameter-name prefixes that stay frozen; ["all"] trains LoRA matrices only.
+        not_trainable_prefixes: parameter-name prefixes that stay frozen; "all" leaves LoRA matrices and the mixins that
+            `modules` has beyond a release's own.
         log_keys: without effect; validation logs captions.
 
     Attributes:
@@ -304,14 +306,14 @@ class SATVideoDiffusionEngine(nn.Module):
     def freeze_untrained(self) -> list[str]:
         """Set requires_grad by `not_trainable_prefixes`; returns the trainable names.
 
-        ["all"] leaves LoRA's matrices trainable and nothing else. Tensors that the network itself holds frozen (the
-        sin-cos position table) stay so.
+        "all" leaves LoRA's matrices and further mixins' parameters trainable and nothing else. Tensors that the network
+        itself holds frozen (the sin-cos position table) stay so.
         """
-        lora_only = "all" in self.not_trainable_prefixes
+        adapters_only = "all" in self.not_trainable_prefixes
         for name, parameter in self.named_parameters():
             frozen = name.startswith(tuple(p for p in self.not_trainable_prefixes if p != "all") or ("\0",))
             frozen |= name.startswith(FROZEN_PARTS)
-            frozen |= lora_only and not any(mark in name for mark in LORA_MARKS)
+            frozen |= adapters_only and not (any(mark in name for mark in LORA_MARKS) or further_mixin(name))
             if frozen:
                 parameter.requires_grad_(False)
         return [name for name, parameter in self.named_parameters() if parameter.requires_grad]

@@ -18,7 +18,7 @@ from sgm.distributed import model_parallel_rank, model_parallel_world_size
 from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
 from sgm.modules.conditioner import GeneralConditioner
 from sgm.modules.encoders.modules import FrozenT5Embedder
-from sgm.modules.transformer.lora_state import split_lora
+from sgm.modules.transformer.lora_state import split_further, split_lora
 from sgm.places import CONFIGS
 from sgm.weights import WeightsError, assign_state, weights_fingerprint
 from sgm.weights.checksums import verifying
@@ -53,32 +53,37 @@ def load_network(
     allow_absent: bool,
     adapters: Sequence[Adapter] = (),
     merge: bool = False,
+    trains: bool = False,
 ) -> LoadedNetwork:
     """Fill a `DiffusionTransformer` built on meta with `defer_lora=True`, then attach or merge adapters.
 
     LoRA matrices in the checkpoint itself count as an adapter of scale 1. One adapter is attached beside the weights
-    unless `merge`; several are always merged.
+    unless `merge`; several are always merged. Further mixins that are configured are attached, too, with what the
+    checkpoint or one of the adapters holds of them.
 
+    Args:
+        trains: further mixins that no file has anything of are to be trained from their initial values.
     Raises:
         WeightsError: unreadable file, wrong model, missing, unexpected or misshapen entries (all listed).
     """
     checkpoint, fingerprint = while_files_change(lambda: (c := read_transformer(path), weights_fingerprint(c.files[0])))
-    base, own_lora = split_lora(checkpoint.network)
-    if own_lora and not base:
+    own = _Parts.of(Adapter(str(path)), checkpoint)
+    if (own.lora or own.mixins) and not own.base:
         raise WeightsError(
-            f"{checkpoint.source} holds a LoRA adapter without base weights. Set args.load to the base model; when "
+            f"{checkpoint.source} holds {own.kind} without base weights. Set args.load to the base model; when "
             f"sampling, name the adapter in args.lora ({path})."
         )
     loaded = LoadedNetwork(checkpoint.source, checkpoint.iteration, fingerprint)
-    _assign_base(network, base, checkpoint, device, dtype, allow_absent, loaded)
-    found = [(Adapter(str(path)), own_lora, checkpoint)] if own_lora else []
-    for adapter in adapters:
-        source = read_transformer(adapter.path)
-        found.append((adapter, _adapter_state(source), source))
-    for adapter, lora, source in found:
-        require_finite(lora, source.source)
-        _apply_adapter(network, adapter, lora, source, merge or len(found) > 1)
-        loaded.adapters.append(f"{source.source} x {adapter.scale:g}")
+    _assign_base(network, own.base, checkpoint, device, dtype, allow_absent, loaded)
+    added = [_adapter_parts(adapter) for adapter in adapters]
+    _attach_further(network, [own, *added], device, trains, loaded)
+    found = [parts for parts in (own, *added) if parts.lora]
+    for parts in found:
+        require_finite(parts.lora, parts.file.source)
+        _apply_adapter(network, parts.adapter, parts.lora, parts.file, merge or len(found) > 1)
+    loaded.adapters += [
+        f"{parts.file.source} x {parts.adapter.scale:g}" for parts in (own, *added) if parts.lora or parts is not own
+    ]
     if not found and network.has_lora_config:
         loaded.notes.append(f"lora_config is set, but {checkpoint.source} holds no LoRA: running the base model")
     return loaded
@@ -117,13 +122,68 @@ def _hint(base: Mapping[str, Tensor]) -> str:
     return found + (f" This configuration fits: {', '.join(fits)}." if fits else " No shipped configuration fits it.")
 
 
-def _adapter_state(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    _, lora = split_lora(checkpoint.network)
-    if not lora:
+@dataclass(frozen=True)
+class _Parts:
+    """What a file holds: the base's entries, LoRA's, and those of each further mixin under its own names."""
+
+    adapter: Adapter
+    file: Checkpoint
+    base: dict[str, Tensor]
+    lora: dict[str, Tensor]
+    mixins: dict[str, dict[str, Tensor]]
+
+    @classmethod
+    def of(cls, adapter: Adapter, file: Checkpoint) -> _Parts:
+        release, mixins = split_further(file.network)
+        return cls(adapter, file, *split_lora(release), mixins)
+
+    @property
+    def kind(self) -> str:
+        """What it is where there is no base."""
+        return "a LoRA adapter" if self.lora else f"what a run has trained of the mixin {' and '.join(self.mixins)}"
+
+
+def _adapter_parts(adapter: Adapter) -> _Parts:
+    parts = _Parts.of(adapter, read_transformer(adapter.path))
+    if not parts.lora and not parts.mixins:
         raise WeightsError(
-            f"{checkpoint.source} holds no LoRA matrices (matrix_A, matrix_B) but {what_is(checkpoint.network)}."
+            f"{parts.file.source} holds no LoRA matrices (matrix_A, matrix_B) but {what_is(parts.file.network)}."
         )
-    return lora
+    if parts.mixins and adapter.scale != 1:
+        raise WeightsError(
+            f"{parts.file.source} x {adapter.scale:g}: mixins ({', '.join(parts.mixins)}) have no scale; leave it out."
+        )
+    return parts
+
+
+def _attach_further(
+    network: DiffusionTransformer, sources: Sequence[_Parts], device: torch.device, trains: bool, loaded: LoadedNetwork
+) -> None:
+    """The configured mixins beyond a release's own, with their stored values."""
+    network.attach_further()
+    for name in network.further_configs:
+        mixin = network.mixins[name].to(device)
+        stored = [parts for parts in sources if name in parts.mixins]
+        if len(stored) > 1:
+            files = " and ".join(parts.file.source for parts in stored)
+            raise WeightsError(f"the mixin {name!r} is in {files}; only one of them can be used.")
+        if stored:
+            assign_state(mixin, stored[0].mixins[name], source=f"mixin {name!r} of {stored[0].file.source}")
+        elif mixin.state_dict() and not trains:
+            raise WeightsError(
+                f"modules.{name}_config is set, but {sources[0].file.source} holds nothing of that mixin: name the run "
+                "that has trained it (args.lora), or leave the mixin out."
+            )
+        elif mixin.state_dict():
+            loaded.notes.append(f"mixin {name!r} starts from its initial values")
+    for parts in sources:
+        lacking = [name for name in parts.mixins if name not in network.further_configs]
+        if lacking:
+            raise WeightsError(
+                f"{parts.file.source} holds the mixin {' and '.join(lacking)}, which the configuration lacks: give "
+                f"modules {' and '.join(f'{name}_config' for name in lacking)}, as the training_config.yaml and the "
+                "infer.yaml of the run that made it have it."
+            )
 
 
 def _apply_adapter(

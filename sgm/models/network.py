@@ -8,7 +8,8 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, TypedDict
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypedDict, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from sgm.distributed import (
     preserve_rng,
     quiet_libraries,
 )
+from sgm.errors import SgmError
 from sgm.models.network_args import NetworkConfigError, TransformerArgs, check_sizes
 from sgm.modules.diffusionmodules.image_condition import OFS
 from sgm.modules.diffusionmodules.util import timestep_embedding
@@ -28,20 +30,24 @@ from sgm.modules.ops.block_ops import BlockOps
 from sgm.modules.transformer.adaln import AdaLNMixin
 from sgm.modules.transformer.block import DiTTransformer, NetworkInputs
 from sgm.modules.transformer.final_layer import FinalLayerMixin
+from sgm.modules.transformer.hooks import collect_hooks, require_called
 from sgm.modules.transformer.lora import LoraMixin, SatLoraMixin
+from sgm.modules.transformer.lora_state import OWN_MIXINS
 from sgm.modules.transformer.patch_embed import ImagePatchEmbeddingMixin, Patch, PatchSize
 from sgm.modules.transformer.positions import Divisor, PositionMixin
-from sgm.modules.transformer.sat_base import BaseModel
-from sgm.typed import Layers, Range, Record, Size
-from sgm.util import Config, Role, get_obj_from_str, instantiate_from_config, split_config
+from sgm.modules.transformer.sat_base import BaseMixin, BaseModel
+from sgm.typed import Layers, Range, Record, Size, Slots
+from sgm.util import Config, Role, TargetError, get_obj_from_str, instantiate_from_config, split_config
 from sgm.weights import DTYPES
 from sgm.weights.meta import without_values
 
 logger = logging.getLogger(__name__)
 MIXINS = ("pos_embed", "patch_embed", "adaln_layer", "final_layer")
-# Hooks of SAT that reach this network; the others belong to parts of SAT's layer that are not used here.
-HOOKS = {"word_embedding_forward", "position_embedding_forward", "layer_forward", "attention_fn", "final_forward"}
-
+# What a further mixin's constructor is given where it takes it and YAML lacks it.
+OFFERED = (
+    "hidden_size", "num_layers", "layer_num", "num_attention_heads", "hidden_size_head",
+    "hidden_size_per_attention_head", "time_embed_dim",
+)  # fmt: skip
 
 Side = Annotated[int, Range(1, 4096)]  # in latent pixels
 # Latent rows and columns that CogVideoX 1.5 was trained at; its table of positions is larger.
@@ -64,6 +70,24 @@ class Mixins(Adapter):
     final_layer_config: Annotated[Config, Role(FinalLayerMixin, given=None)]
 
 
+@dataclass(frozen=True)
+class FurtherMixin(Role):
+    """The slot of a mixin beyond a release's own: SAT's or the user's, of none of the other slots."""
+
+    def find(self, name: str) -> Any:
+        """The class of that name. Raises TargetError: there is none, or it is no such mixin."""
+        if not self._takes(name):
+            raise TargetError(f"{name!r} is no mixin: it must be derived from sat.model.base_model.BaseMixin")
+        own = {slot: kind.__metadata__[0].base for slot, kind in get_type_hints(Mixins, include_extras=True).items()}
+        for slot, base in own.items():
+            if issubclass(get_obj_from_str(name), base):
+                raise TargetError(f"{name!r} belongs under {slot}")
+        return get_obj_from_str(name)
+
+
+FURTHER = Annotated[Config, FurtherMixin(BaseMixin, ("sgm.", "sat."), given=None)]
+
+
 class DiffusionTransformer(BaseModel):
     """Predicts the diffusion target of video latents from noisy latents, timestep and text (CogVideoX).
 
@@ -80,12 +104,13 @@ class DiffusionTransformer(BaseModel):
         elementwise_affine: norms have weights (all published models).
         time_embed_dim: width e of the time embedding; None means `hidden_size`.
         modules: configs of the mixins `pos_embed_config`, `patch_embed_config`, `adaln_layer_config`,
-            `final_layer_config`, and optionally `lora_config`.
+            `final_layer_config`, and optionally `lora_config` and further ones, each as NAME_config: they answer hooks,
+            see `sgm.modules.transformer.hooks`.
         dtype: "fp32", "fp16" or "bf16": type of all weights and of the computation.
         ofs_embed_dim: width of the embedding of `ofs` (1.5 image-to-video); must equal `time_embed_dim`.
         height_interpolation, width_interpolation, time_interpolation: divisors of the positions, where the
             position mixin's own params do not give them.
-        defer_lora: build without `lora_config`; `attach_lora` adds it once the base weights are in place.
+        defer_lora: build without LoRA and further mixins; `attach_mixins` adds them once the base weights are in place.
         parallel_output: handed to SAT; this network's output is always whole.
         adm_in_channels: accepted and without effect, as in the original (there is no class conditioning).
         num_classes, use_RMSNorm, use_SwiGLU, zero_init_y_embed, input_time: names the original also knows; only the
@@ -109,7 +134,7 @@ class DiffusionTransformer(BaseModel):
         hidden_size: Size,
         num_layers: Layers,
         num_attention_heads: Size,
-        modules: Mixins,
+        modules: Annotated[dict[str, Any], Slots(Mixins, "_config", FURTHER)],
         elementwise_affine: bool = True,
         time_embed_dim: Size | None = None,
         dtype: str = "fp32",
@@ -139,7 +164,10 @@ class DiffusionTransformer(BaseModel):
             latent_width=latent_width,
             hidden_size=hidden_size,
             hidden_size_head=hidden_size // num_attention_heads,
+            hidden_size_per_attention_head=hidden_size // num_attention_heads,
+            num_attention_heads=num_attention_heads,
             num_layers=num_layers,
+            layer_num=num_layers,
             patch_size=patch_size,
             in_channels=in_channels,
             out_channels=out_channels,
@@ -160,12 +188,18 @@ class DiffusionTransformer(BaseModel):
             self._build(modules, offers, ofs_embed_dim)
             self.to(DTYPES[dtype])
             self._share_whole_parameters(args.model_parallel_size)
-            if self.has_lora_config and not defer_lora:
-                self.attach_lora()
+            if not defer_lora:
+                self.attach_mixins()
 
     def _build(self, modules: Mapping[str, Any], offers: dict[str, Any], ofs_dim: int | None) -> None:
         """Mixins in the original's order, then the embeddings of time and ofs."""
         self._lora_config, self.ofs_embed_dim = modules.get("lora_config"), ofs_dim
+        self._offers = offers
+        self.further_configs: dict[str, Config] = {
+            slot.removesuffix("_config"): config
+            for slot, config in modules.items()
+            if slot.removesuffix("_config") not in OWN_MIXINS
+        }
         for name in MIXINS:
             self.add_mixin(name, _build_mixin(modules[f"{name}_config"], offers), reinit=True)
         if not self.positions.rotates:
@@ -187,15 +221,9 @@ class DiffusionTransformer(BaseModel):
                 broadcast_in_model_parallel(parameter.data)
 
     def collect_hooks_(self) -> dict[str, Any]:
-        """SAT: gather the mixins' hooks. Refuses those that this network would never call."""
-        hooks = super().collect_hooks_()
-        for name in hooks:
-            if name not in HOOKS:
-                raise NetworkConfigError(
-                    f"mixin {self.hook_origins[name]!r} defines the hook {name!r}, which this network does not call; "
-                    f"it calls {', '.join(sorted(HOOKS))}."
-                )
-        return hooks
+        """SAT: gather the mixins' hooks. Raises HookError: one would not be called."""
+        self.hooks, self.hook_origins, self._watched = collect_hooks(self, self.mixins)
+        return self.hooks
 
     # --- parts: mixins by the names that files have for them ----------------------------------------------------------
 
@@ -256,14 +284,13 @@ class DiffusionTransformer(BaseModel):
         context = context.to(self.dtype)
         self._check_inputs(x, timesteps, context)
         grid = self.patch.grid(x.shape[1], *x.shape[3:])
-        inputs = NetworkInputs(
-            video=x,
-            context=context,
-            condition=F.silu(self._embed_time(timesteps, ofs)),
-            grid=grid,
-            rotary=self.positions.rotary(grid, x),
-        )
-        return super().forward(None, None, None, inputs=inputs)[0]
+        embedded = self._embed_time(timesteps, ofs)
+        inputs = NetworkInputs(x, context, embedded, F.silu(embedded), grid, self.positions.rotary(grid, x))
+        names = inputs.by_original_names() if self._watched else {}
+        ones = x.new_ones(1, 1)  # SAT's mark for no ids and no mask
+        result = super().forward(ones, ones, ones, inputs=inputs, **names)[0]
+        require_called(self._watched)
+        return result
 
     def _embed_time(self, timesteps: Tensor, ofs: Tensor | None) -> Tensor:
         """(b, e): embedding of the timestep, plus that of ofs where the model has one."""
@@ -292,6 +319,34 @@ class DiffusionTransformer(BaseModel):
             raise ValueError(f"x has {x.shape[2]} channels (with concat_images), the network takes {channels}.")
 
     # --- for loading, adapters and memory management ----------------------------------------------------------------
+
+    def attach_mixins(self) -> None:
+        """Add the configured mixins that are not there yet: `attach_further`, then `attach_lora`."""
+        self.attach_further()
+        if self.has_lora_config and "lora" not in self.mixins:
+            self.attach_lora()
+
+    def attach_further(self) -> None:
+        """Add the mixins beyond a release's own that are not there yet, with their initial values.
+
+        Raises:
+            NetworkConfigError: one cannot be built.
+            HookError: one would have no effect.
+        """
+        for name, config in self.further_configs.items():
+            if name not in self.mixins:
+                with preserve_rng(), quiet_libraries():
+                    mixin = self._build_further(name, config).to(self.dtype)
+                    self.add_mixin(name, mixin.train(self.training), reinit=True)
+
+    def _build_further(self, name: str, config: Config) -> nn.Module:
+        try:
+            return _build_mixin(config, {offered: self._offers[offered] for offered in OFFERED})
+        except Exception as error:
+            if isinstance(error, SgmError) or not str(config["target"]).startswith("sat."):
+                raise
+            fault = f"modules.{name}_config: {config['target']} cannot be built: {type(error).__name__}: {error}"
+            raise NetworkConfigError(fault) from error
 
     def attach_lora(self, config: Mapping[str, Any] | None = None) -> None:
         """Add the LoRA mixin: `config` or the `lora_config` that the network was built with.

@@ -56,7 +56,7 @@ class TrainArgs:
     save: PathText | None = option(None, "folder for runs; nothing is saved without it")
     save_interval: int | None = option(None, "iterations between checkpoints; the last one is always saved", at_least=1)
     keep_last: int | None = option(None, "how many checkpoints to keep; default: all", at_least=1)
-    lora_only: bool = option(False, "LoRA: save the adapter alone (a small file) instead of a whole network")
+    lora_only: bool = option(False, "save the adapter alone (LoRA, mixins; a small file) instead of a whole network")
     save_merged: bool = option(False, "LoRA: also save the network with the adapter folded in, under merged/")
     save_frozen: bool = option(False, "save text encoder and VAE as well, as the original does (10 GB more at 2B)")
     log_interval: int = option(50, "iterations between progress lines", at_least=1)
@@ -225,9 +225,19 @@ def split_shares(text: str) -> tuple[float, float, float]:
     return values[0] / sum(values), values[1] / sum(values), values[2] / sum(values)
 
 
-def trains_lora(model: Mapping[str, Any]) -> bool:
-    """Does the `model:` section train adapter matrices only?"""
+def trains_adapter(model: Mapping[str, Any]) -> bool:
+    """Does the `model:` section train adapters only: LoRA's matrices, mixins beyond a release's own?"""
     return "all" in (model.get("not_trainable_prefixes") or ())
+
+
+def trains_lora(model: Mapping[str, Any]) -> bool:
+    """Is one of these a LoRA?"""
+    return trains_adapter(model) and _modules(model).get("lora_config") is not None
+
+
+def _modules(model: Mapping[str, Any]) -> Mapping[str, Any]:
+    network = (model.get("network_config") or {}).get("params") or {}
+    return network.get("modules") or {}
 
 
 def sensible_rates(model: Mapping[str, Any]) -> tuple[float, float, float]:
@@ -244,7 +254,7 @@ def sensible_rates(model: Mapping[str, Any]) -> tuple[float, float, float]:
     rates = FULL_RATES
     factor = PUBLISHED_WIDTH / (network.get("hidden_size") or PUBLISHED_WIDTH)  # how much narrower
     if trains_lora(model):
-        lora = ((network.get("modules") or {}).get("lora_config") or {}).get("params") or {}
+        lora = _modules(model)["lora_config"].get("params") or {}
         root = math.sqrt(lora.get("r") or 1) if lora.get("rank_stabilised") else 1.0
         rates, factor = LORA_RATES, math.sqrt(factor) / (root * (lora.get("lora_alpha") or 1.0))
     low, good, high = (float(f"{rate * factor:.1g}") for rate in rates)
@@ -254,12 +264,13 @@ def sensible_rates(model: Mapping[str, Any]) -> tuple[float, float, float]:
 def training_advice(args: TrainArgs, model: Mapping[str, Any], lr: float) -> list[str]:
     """What is allowed, but probably not meant."""
     advice = []
-    kind = "lora" if trains_lora(model) else "full"
+    adapter, lora = trains_adapter(model), trains_lora(model)
     low, good, high = sensible_rates(model)
-    if lr and args.mode == "finetune" and not low <= lr <= high:
+    known = lora or not adapter  # nobody knows the rate of another's mixin
+    if known and lr and args.mode == "finetune" and not low <= lr <= high:
         advice.append(
             f"warning: learning rate {lr:g} is far outside {low:g} to {high:g}, the range for "
-            f"{'LoRA' if kind == 'lora' else 'full fine-tuning'} of this model; try --set "
+            f"{'LoRA' if lora else 'full fine-tuning'} of this model; try --set "
             f"deepspeed.optimizer.params.lr={good:g}"
         )
     schedule = args.schedule(lr)
@@ -269,9 +280,10 @@ def training_advice(args: TrainArgs, model: Mapping[str, Any], lr: float) -> lis
             f"{schedule.hold_rate:.0%} of the learning rate as in the original; for a short run --set "
             "args.auto_warmup_steps=0"
         )
-    idle = [name for name in ("lora_only", "save_merged") if getattr(args, name) and kind == "full"]
+    idle = [name for name, used in (("lora_only", adapter), ("save_merged", lora)) if getattr(args, name) and not used]
     if idle:
-        advice.append(f"warning: {' and '.join(idle)} (args) without effect: this run trains the network, no adapter")
+        what = "a mixin, no LoRA" if adapter else "the network, no adapter"
+        advice.append(f"warning: {' and '.join(idle)} (args) without effect: this run trains {what}")
     if not args.save:
         advice.append("warning: args.save is not set: this run keeps nothing")
     return advice

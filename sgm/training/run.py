@@ -40,7 +40,7 @@ from sgm.training.faults import SkipGuard, TrainingStopped, out_of_memory_advice
 from sgm.training.memory import MemoryNeeds, free_memory
 from sgm.training.optimizers.groups import count, parameter_groups
 from sgm.training.optimizers.schedule import LearningRate
-from sgm.training.options import TrainArgs, training_advice, trains_lora
+from sgm.training.options import TrainArgs, training_advice
 from sgm.training.sampling_file import write_sampling_file
 from sgm.training.setup.clips import check_clips
 from sgm.training.setup.data import cache_request, clip_sets, left_out, training_loader
@@ -193,7 +193,7 @@ def _start(
         args,
         log,
         SkipGuard(args.max_skipped_steps),
-        saver=Saver(folder, config, trains_lora(config.model), plan.clips_per_step(ranks)) if folder else None,
+        saver=Saver(folder, config, plan.clips_per_step(ranks)) if folder else None,
         evaluation=_evaluation(config, plan, clips.valid, folder),
         dtype=plan.dtype,
         clipping=plan.clipping,

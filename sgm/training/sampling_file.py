@@ -14,7 +14,7 @@ from sgm.modules.diffusionmodules.few_steps import FewSteps
 from sgm.modules.diffusionmodules.image_condition import sampled_frames
 from sgm.modules.transformer.patch_embed import PatchSize
 from sgm.places import CONFIGS, INSTALLED, PROJECT, shown
-from sgm.training.options import TrainArgs, trains_lora
+from sgm.training.options import TrainArgs, trains_adapter
 from sgm.weights.preflight import with_paths
 
 FILE = "infer.yaml"
@@ -33,7 +33,7 @@ def write_sampling_file(
     from omegaconf import OmegaConf
 
     args, data = config.args, (config.data or {}).get("params") or {}
-    adapter_alone = args.lora_only and trains_lora(config.model)
+    adapter_alone = args.lora_only and trains_adapter(config.model)
     if "sampler_config" not in config.model or (adapter_alone and not args.load):
         return None
     run = str(folder.absolute())

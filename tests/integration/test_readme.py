@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sgm import util
 from sgm.config import AccelerateArgs, ConfigError, check_model_section, load_run_config, merge_yaml
 from sgm.inference.options import SampleArgs
 from sgm.training.distill.options import DistillArgs
@@ -52,8 +53,22 @@ def test_there_are_commands_and_snippets():
     assert len(commands()) > 8 and len(blocks("yaml")) >= 2
 
 
+@pytest.fixture
+def packages(tmp_path, monkeypatch) -> Path:
+    """A folder with the package of docs/extending.md, from which it can be imported."""
+    package = tmp_path / "my_mixins"
+    package.mkdir()
+    source = next(text for text in blocks("python") if "BaseMixin" in text)
+    (package / "__init__.py").write_text(source)
+    (package / "scaled.yaml").write_text(next(text for text in blocks("yaml") if "my_mixins" in text))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(util, "ALLOWED_PREFIXES", [*util.ALLOWED_PREFIXES, "my_mixins."])
+    return tmp_path
+
+
 @pytest.mark.parametrize("words", commands(), ids=lambda words: " ".join(words)[:70])
-def test_command(words):
+def test_command(words, packages):
+    words = [str(packages / word) if word.startswith("my_mixins/") else word for word in words]
     while re.fullmatch(r"[A-Z_]+=\S+", words[0]):
         words = words[1:]
     program, *rest = words
@@ -134,7 +149,7 @@ def _tool(script: str, arguments: list[str]) -> None:
 
 
 @pytest.mark.parametrize("text", blocks("yaml"), ids=lambda text: text.split("\n")[1].strip()[:40])
-def test_snippet_is_part_of_a_configuration(text, tmp_path):
+def test_snippet_is_part_of_a_configuration(text, tmp_path, packages):
     """Laid over the shipped file of its kind it is still valid: every key exists, every target resolves."""
     (tmp_path / "snippet.yaml").write_text(text)
     content = merge_yaml([tmp_path / "snippet.yaml"])

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sgm.models.network import DiffusionTransformer
-from sgm.models.network_args import NetworkConfigError
 from sgm.util import TargetError, instantiate_from_config
 from tests.dit_tiny import TEXT_LENGTH, load_tiny, random_inputs, tiny_config, tiny_network
 
@@ -281,29 +280,6 @@ def test_reinit_of_the_positions_restores_the_table() -> None:
     network.reinit(["pos_embed"])
     (expected,) = network.computed_state().values()
     assert torch.equal(network.mixins.pos_embed.pos_embedding, expected)
-
-
-def test_a_further_mixin_may_replace_the_attention_product() -> None:
-    from sat.model.base_model import BaseMixin, non_conflict
-
-    class Doubled(BaseMixin):
-        @non_conflict
-        def attention_fn(self, q, k, v, mask, dropout, old_impl=None, **kwargs):
-            return 2 * old_impl(q, k, v, mask, dropout, **kwargs)
-
-    class Silent(BaseMixin):
-        def mlp_forward(self, hidden, **kwargs):
-            return hidden
-
-    network, inputs = load_tiny(tiny_network()), random_inputs()
-    by_weights = copy.deepcopy(network)
-    network.add_mixin("doubled", Doubled())
-    with torch.no_grad():
-        for layer in by_weights.transformer.layers:
-            layer.attention.dense.weight *= 2
-        torch.testing.assert_close(network(**inputs), by_weights(**inputs), rtol=0, atol=1e-5)
-    with pytest.raises(NetworkConfigError, match="mlp_forward.*does not call"):
-        network.add_mixin("silent", Silent())
 
 
 def test_images_beside_the_latents() -> None:

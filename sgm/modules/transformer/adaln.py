@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sgm.distributed import model_parallel_world_size
 from sgm.modules.children import ModuleList
 from sgm.modules.ops.block_ops import PLAIN, BlockOps
-from sgm.modules.ops.modulation import split_modulation
-from sgm.modules.transformer.block import Attend, NetworkInputs, dit_block
-from sgm.modules.transformer.sat_base import HOOKS_DEFAULT, BaseMixin, copy_to_model_parallel_region
+from sgm.modules.ops.modulation import head_norm_rotate, split_modulation
+from sgm.modules.transformer.block import NetworkInputs, dit_block, feed_forward, joint_attention
+from sgm.modules.transformer.hooks import HookError
+from sgm.modules.transformer.sat_base import (
+    HOOKS_DEFAULT,
+    BaseMixin,
+    copy_to_model_parallel_region,
+    non_conflict,
+    replacable,
+)
 from sgm.typed import Layers, Size
 
 HEAD_NORM_EPS = 1e-6
@@ -74,22 +83,76 @@ class AdaLNMixin(BaseMixin):
                 nn.init.zeros_(parameter)
 
     def layer_forward(
-        self, hidden_states: Tensor, mask: Tensor | None, *, layer_id: int, inputs: NetworkInputs, **_: Any
+        self, hidden_states: Tensor, mask: Tensor | None, *, layer_id: int, inputs: NetworkInputs, **kwargs: Any
     ) -> Tensor:
         """SAT hook: one block, (b, n, d) -> (b, n, d)."""
+        hooks = self.transformer.hooks
+        is_own = hooks["attention_fn"] == self.attention_fn and hooks["attention_forward"] == self.attention_forward
+        handed = {"layer_id": layer_id, "inputs": inputs, **kwargs}
         # The SiLU in front is the same for all layers and was applied once, in `inputs.condition`.
         modulation = split_modulation(self.adaLN_modulations[layer_id][-1](inputs.condition))
         return dit_block(
             hidden_states,
             self.transformer.layers[layer_id],
-            self.query_layernorm_list[layer_id] if self.qk_ln else None,
-            self.key_layernorm_list[layer_id] if self.qk_ln else None,
+            *self._head_norms(layer_id),
             modulation,
             inputs.rotary,
             inputs.text_length,
-            self._attention_hook(hidden_states, layer_id, inputs),
             self.ops,
+            attention=None if is_own else lambda x: hooks["attention_forward"](x, mask, **handed),
+            mlp=None if hooks["mlp_forward"] == self.mlp_forward else lambda x: hooks["mlp_forward"](x, **handed),
         )
+
+    @replacable
+    def attention_forward(
+        self, hidden_states: Tensor, mask: Tensor | None, *, layer_id: int, inputs: NetworkInputs, **kwargs: Any
+    ) -> Tensor:
+        """SAT hook: attention of a block, (b, n, d) -> (b, n, d), by way of `attention_fn` where a mixin has one."""
+        module, hook = self.transformer.layers[layer_id].attention, self.transformer.hooks["attention_fn"]
+        if hook == self.attention_fn:
+            norms = self._head_norms(layer_id)
+            return joint_attention(hidden_states, module, *norms, inputs.rotary, inputs.text_length, self.ops)
+        dropout = module.attention_dropout if module.training else None
+
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return hook(query, key, value, mask, dropout, layer_id=layer_id, inputs=inputs, **kwargs)
+
+        ops = self.ops._replace(attention=attend)
+        return joint_attention(hidden_states, module, None, None, None, inputs.text_length, ops)
+
+    @non_conflict
+    def attention_fn(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor,
+        dropout: nn.Module | None = None,
+        *,
+        layer_id: int | None = None,
+        inputs: NetworkInputs | None = None,
+        old_impl: Callable[..., Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """SAT hook: q/k norm, rotation and attention; (b, h, n, hd) as they come from the linear, result likewise.
+
+        Keys may be more than the sequence's tokens: those behind them have no position and are not rotated.
+        `old_impl` takes the place of the attention product.
+        """
+        if layer_id is None or inputs is None:
+            raise HookError("attention_fn was called without layer_id: a mixin's attention_forward must hand it on.")
+        query_norm, key_norm = self._head_norms(layer_id)
+        query, key = _norm_rotate(query, query_norm, inputs), _norm_rotate(key, key_norm, inputs)
+        if old_impl is not None:
+            return old_impl(query, key, value, mask, dropout, layer_id=layer_id, inputs=inputs, **kwargs)
+        if mask.numel() == 1 and "scaling_attention_score" not in kwargs:  # SAT's mark for all tokens
+            return self.ops.attention(query, key, value)
+        return HOOKS_DEFAULT["attention_fn"](query, key, value, mask, dropout, **kwargs)
+
+    @replacable
+    def mlp_forward(self, hidden_states: Tensor, *, layer_id: int, **_: Any) -> Tensor:
+        """SAT hook: the MLP of a block, (b, n, d) -> (b, n, d)."""
+        return feed_forward(hidden_states, self.transformer.layers[layer_id].mlp, self.ops)
 
     def layer_parts(self, layer_id: int) -> list[nn.Module]:
         """The modules of this mixin that layer `layer_id` alone uses."""
@@ -98,10 +161,18 @@ class AdaLNMixin(BaseMixin):
             parts += [self.query_layernorm_list[layer_id], self.key_layernorm_list[layer_id]]
         return parts
 
-    def _attention_hook(self, hidden: Tensor, layer_id: int, inputs: NetworkInputs) -> Attend | None:
-        """What a further mixin puts around attention or in its place (SAT's `attention_fn`), else None."""
-        hook = self.transformer.hooks.get("attention_fn")
-        if hook is None or hook is HOOKS_DEFAULT["attention_fn"]:
-            return None
-        full = hidden.new_ones(1, 1)  # SAT's mark for attention without a mask
-        return lambda query, key, value: hook(query, key, value, full, None, layer_id=layer_id, inputs=inputs)
+    def _head_norms(self, layer_id: int) -> tuple[nn.Module | None, nn.Module | None]:
+        """Of queries and of keys."""
+        if not self.qk_ln:
+            return None, None
+        return self.query_layernorm_list[layer_id], self.key_layernorm_list[layer_id]
+
+
+def _norm_rotate(x: Tensor, norm: nn.Module | None, inputs: NetworkInputs) -> Tensor:
+    """`head_norm_rotate` of (b, h, n, hd), whose tokens behind the sequence's are not rotated."""
+    x = x.transpose(1, 2)
+    own = inputs.text_length + inputs.grid.tokens
+    parts = [head_norm_rotate(x[:, :own], norm, inputs.rotary, inputs.text_length)]
+    if x.shape[1] > own:
+        parts.append(head_norm_rotate(x[:, own:], norm, None, 0))
+    return torch.cat(parts, dim=1).transpose(1, 2)

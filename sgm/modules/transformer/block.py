@@ -17,6 +17,7 @@ from sgm.modules.ops.block_ops import PLAIN, BlockOps
 from sgm.modules.ops.modulation import BlockModulation, RotaryTable
 from sgm.modules.ops.recompute import run_layer
 from sgm.modules.transformer.sat_base import (
+    MLP,
     BaseTransformer,
     BaseTransformerLayer,
     SelfAttention,
@@ -24,7 +25,7 @@ from sgm.modules.transformer.sat_base import (
     unscaled_init_method,
 )
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+Sublayer = Callable[[Tensor], Tensor]  # normalised tokens (b, n, d) -> (b, n, d)
 INIT_STD = 0.02
 BLOCK_NORM_EPS = 1e-5  # the original configures 1e-6, but SAT hands its own default to every norm of the trunk
 
@@ -45,12 +46,14 @@ class TokenGrid(NamedTuple):
 class NetworkInputs:
     """What every mixin may need of one forward.
 
-    `video` (b, t, c, H, W) latents; `context` (b, l, text width); `condition` (b, e): SiLU of the time embedding,
-    which is the form all modulation layers take; `rotary`: the table for this grid, where the model rotates.
+    `video` (b, t, c, H, W) latents; `context` (b, l, text width); `embedded` (b, e): the time embedding; `condition`
+    (b, e): its SiLU, which is the form all modulation layers take; `rotary`: the table for this grid, where the model
+    rotates.
     """
 
     video: Tensor
     context: Tensor
+    embedded: Tensor
     condition: Tensor
     grid: TokenGrid
     rotary: RotaryTable | None = None
@@ -58,6 +61,14 @@ class NetworkInputs:
     @property
     def text_length(self) -> int:
         return self.context.shape[1]
+
+    def by_original_names(self) -> dict[str, Any]:
+        """What mixins that were written for the original find among their keyword arguments."""
+        return {
+            "images": self.video, "emb": self.embedded, "encoder_outputs": self.context,
+            "text_length": self.text_length, "seq_length": self.grid.tokens,
+            "rope_T": self.grid.t, "rope_H": self.grid.h, "rope_W": self.grid.w,
+        }  # fmt: skip
 
 
 def dit_block(
@@ -68,23 +79,27 @@ def dit_block(
     modulation: BlockModulation,
     rotary: RotaryTable | None,
     text_length: int,
-    attend: Attend | None = None,
     ops: BlockOps = PLAIN,
+    attention: Sublayer | None = None,
+    mlp: Sublayer | None = None,
 ) -> Tensor:
     """One block on the joint sequence: modulated attention, then modulated MLP, each behind a gate; (b, n, d).
 
     (Peebles and Xie 2023, arXiv:2212.09748, adaLN-Zero block, with separate modulations for text and video.)
-    `attend` takes query, key, value (b, h, n, hd) and replaces `ops.attention`. `layer` supplies norms and linears;
-    what stands in a linear's place (an adapter, a quantised linear, sharded weights) is called as a module.
+    `layer` supplies norms and linears; what stands in a linear's place (an adapter, a quantised linear, sharded
+    weights) is called as a module. `attention` and `mlp` take the places of `joint_attention` and `feed_forward`.
     """
     text, video = modulation.text_attention, modulation.video_attention
     x = ops.norm_modulate(hidden, layer.input_layernorm, text, video, text_length)
-    x = joint_attention(x, layer.attention, query_norm, key_norm, rotary, text_length, attend, ops)
+    if attention is None:
+        x = joint_attention(x, layer.attention, query_norm, key_norm, rotary, text_length, ops)
+    else:
+        x = attention(x)
     gates, norm = (text.gate, video.gate), layer.post_attention_layernorm
 
     text, video = modulation.text_mlp, modulation.video_mlp
     hidden, x = ops.residual_norm(hidden, x, *gates, norm, text, video, text_length)
-    x = ops.linear(layer.mlp.dense_4h_to_h, ops.linear_gelu(layer.mlp.dense_h_to_4h, x))
+    x = feed_forward(x, layer.mlp, ops) if mlp is None else mlp(x)
     return ops.gated_residual(hidden, x, text.gate, video.gate, text_length)
 
 
@@ -95,7 +110,6 @@ def joint_attention(
     key_norm: nn.Module | None,
     rotary: RotaryTable | None,
     text_length: int,
-    attend: Attend | None = None,
     ops: BlockOps = PLAIN,
 ) -> Tensor:
     """Self-attention of text and video together, (b, n, d) -> (b, n, d), with SAT's `query_key_value` and `dense`.
@@ -105,8 +119,13 @@ def joint_attention(
     head_width = module.hidden_size_per_attention_head
     qkv = ops.linear(module.query_key_value, x)
     heads = ops.split_heads(qkv, head_width, query_norm, key_norm, rotary, text_length)
-    mixed = (attend or ops.attention)(*(part.transpose(1, 2) for part in heads))  # (b, h, n, hd)
+    mixed = ops.attention(*(part.transpose(1, 2) for part in heads))  # (b, h, n, hd)
     return ops.linear(module.dense, mixed.transpose(1, 2).flatten(2))
+
+
+def feed_forward(x: Tensor, module: MLP, ops: BlockOps = PLAIN) -> Tensor:
+    """Linear, GELU, linear on every token, (b, n, d) -> (b, n, d)."""
+    return ops.linear(module.dense_4h_to_h, ops.linear_gelu(module.dense_h_to_4h, x))
 
 
 class DiTLayer(BaseTransformerLayer):
@@ -193,15 +212,23 @@ class DiTTransformer(BaseTransformer):
         output_hidden_states: bool = False,
         **kwargs: Any,
     ) -> list[Any]:
-        """[result of `final_forward`, then one dict a layer (`hidden_states` in it if asked for)], as in SAT."""
-        hidden = self.hooks["word_embedding_forward"](input_ids, output_cross_layer={}, **kwargs)
-        positions = self.hooks["position_embedding_forward"](position_ids, output_cross_layer={}, **kwargs)
+        """[result of `final_forward`, then one dict a layer (`hidden_states` in it if asked for)], as in SAT.
+
+        Hooks get `kwargs`, and layers' also `output_this_layer`, that dict, and `output_cross_layer`, whose entries are
+        keyword arguments of the next layer.
+        """
+        carried: dict[str, Any] = {}  # what a hook hands on to the next layer's
+        hidden = self.hooks["word_embedding_forward"](input_ids, output_cross_layer=carried, **kwargs)
+        positions = self.hooks["position_embedding_forward"](position_ids, output_cross_layer=carried, **kwargs)
         if positions is not None:
             hidden = hidden + positions
-        per_layer: list[dict[str, Tensor]] = []
+        per_layer: list[dict[str, Any]] = []
         for layer in self.layers:
-            hidden = self._run_layer(layer, hidden, attention_mask, kwargs)
-            per_layer.append({"hidden_states": hidden} if output_hidden_states else {})
+            outputs: dict[str, Any] = {"output_this_layer": {}, "output_cross_layer": {}}
+            handed = {**kwargs, "position_ids": position_ids, **carried, **outputs}
+            hidden = self._run_layer(layer, hidden, attention_mask, handed)
+            carried = outputs["output_cross_layer"]
+            per_layer.append(outputs["output_this_layer"] | ({"hidden_states": hidden} if output_hidden_states else {}))
         features = self.final_layernorm(hidden)
         return [self.hooks["final_forward"](features, parallel_output=self.parallel_output, **kwargs), *per_layer]
 

@@ -32,6 +32,8 @@ TARGETS: dict[str, tuple[tuple[str, int], ...]] = {
 }
 MATRIX = re.compile(r"^(?P<linear>.+)\.matrix_(?P<kind>[AB])\.(?P<part>\d+)$")
 _ORIGINAL = ".original."
+OWN_MIXINS = ("pos_embed", "patch_embed", "adaln_layer", "final_layer", "lora")  # what a release's network has
+_MIXIN = re.compile(r"(?:^|\.)mixins\.(?P<name>[^.]+)\.")
 
 
 class LoraError(SgmError):
@@ -76,6 +78,24 @@ def split_lora(state: Mapping[str, Value]) -> tuple[dict[str, Value], dict[str, 
     lora = {name: value for name, value in state.items() if MATRIX.match(name)}
     base = {name.replace(_ORIGINAL, "."): value for name, value in state.items() if name not in lora}
     return base, lora
+
+
+def further_mixin(name: str) -> str | None:
+    """The mixin beyond a release's own that an entry (with or without a prefix) belongs to; None: it is no such one."""
+    match = _MIXIN.search(name)
+    return match["name"] if match and match["name"] not in OWN_MIXINS else None
+
+
+def split_further(state: Mapping[str, Value]) -> tuple[dict[str, Value], dict[str, dict[str, Value]]]:
+    """(entries of a release's own parts, those of each further mixin under its own names), of a network's state."""
+    own, further = dict[str, Value](), dict[str, dict[str, Value]]()
+    for name, value in state.items():
+        mixin = further_mixin(name)
+        if mixin is None:
+            own[name] = value
+        else:
+            further.setdefault(mixin, {})[name.split(f"mixins.{mixin}.", 1)[1]] = value
+    return own, further
 
 
 def lora_spec_of(state: Mapping[str, Tensor], facts: Mapping[str, Any] | None = None) -> LoraSpec | None:

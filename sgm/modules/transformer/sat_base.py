@@ -7,8 +7,8 @@ from __future__ import annotations
 from sgm.distributed import quiet_libraries
 
 with quiet_libraries():
-    from sat.model.base_model import BaseMixin, BaseModel
-    from sat.model.transformer import BaseTransformer, BaseTransformerLayer, SelfAttention
+    from sat.model.base_model import BaseMixin, BaseModel, non_conflict, replacable
+    from sat.model.transformer import MLP, BaseTransformer, BaseTransformerLayer, SelfAttention
     from sat.mpu import (
         ColumnParallelLinear,
         RowParallelLinear,

@@ -27,7 +27,7 @@ from sgm.training.checkpoints.save import save_checkpoint
 from sgm.training.checkpoints.state import TrainState, capture_rng, restore_rng, seed_all
 from sgm.training.faults import SkipGuard
 from sgm.training.optimizers.schedule import LearningRate
-from sgm.training.options import TrainArgs
+from sgm.training.options import TrainArgs, trains_adapter, trains_lora
 from sgm.training.setup.engine import TrainingEngine
 from sgm.weights.finite import require_finite
 
@@ -48,13 +48,11 @@ class Saver:
 
     Attributes:
         folder: run folder, the same on every rank.
-        lora: the run trains an adapter, which can be saved alone or folded in.
         clips_per_step: of all processes and micro-batches.
     """
 
     folder: Path
     config: RunConfig[TrainArgs]
-    lora: bool
     clips_per_step: int
 
     def save(self, run: Resumable) -> Path:
@@ -71,10 +69,10 @@ class Saver:
             run.ds_engine,
             snapshot(run),
             config=self.config,
-            lora_only=self.lora and args.lora_only,
+            lora_only=trains_adapter(self.config.model) and args.lora_only,
             keep_last=None if run.guard.in_a_row else args.keep_last,
             clips_per_step=self.clips_per_step,
-            full_merged=self.lora and args.save_merged,
+            full_merged=trains_lora(self.config.model) and args.save_merged,
             save_frozen=args.save_frozen,
         )
 

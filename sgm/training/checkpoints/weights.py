@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sgm.modules.transformer.lora import AdaptedLinear, lora_layers, weight_of
-from sgm.modules.transformer.lora_state import MATRIX, lora_delta
+from sgm.modules.transformer.lora_state import MATRIX, further_mixin, lora_delta
 from sgm.training.checkpoints.state import CheckpointError
 from sgm.weights import WeightsError, weights_fingerprint
 from sgm.weights.finite import require_finite
@@ -35,18 +35,19 @@ def checkpoint_tensors(module: nn.Module, *, lora_only: bool, save_frozen: bool)
     """The entries of an engine's state dict that a checkpoint holds, under the engine's names.
 
     Args:
-        lora_only: only the adapter's matrices.
+        lora_only: only adapters: LoRA's matrices, mixins beyond a release's own.
         save_frozen: text encoder and VAE, too.
     Raises:
         CheckpointError: `lora_only` for a network without adapter, or nothing to save.
     """
     state = module.state_dict(keep_vars=True)
     if lora_only:
-        chosen = [name for name in state if name.startswith(NETWORK_PREFIX) and MATRIX.match(name)]
+        own = (name for name in state if name.startswith(NETWORK_PREFIX))
+        chosen = [name for name in own if MATRIX.match(name) or further_mixin(name)]
     else:
         chosen = [name for name in state if save_frozen or name.startswith(NETWORK_PREFIX)]
     if not chosen:
-        what = "LoRA matrices" if lora_only else f"entries {NETWORK_PREFIX}*"
+        what = "LoRA matrices and no further mixins" if lora_only else f"entries {NETWORK_PREFIX}*"
         raise CheckpointError(f"there is nothing to save: this {type(module).__name__} has no {what}.")
     whole: dict[int, Deferred] = {}  # a tied tensor is written once
     return OrderedDict((name, whole.setdefault(id(state[name]), _whole(state[name]))) for name in chosen)

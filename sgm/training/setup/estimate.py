@@ -71,9 +71,8 @@ def planned_needs(config: RunConfig[TrainArgs], plan: DeepSpeedPlan, data_parall
     if absent:
         model["conditioner_config"] = None
     engine = checked_engine(model, config.args, plan)
-    if engine.network.has_lora_config:
-        with torch.device("meta"):
-            engine.network.attach_lora()
+    with torch.device("meta"):
+        engine.network.attach_mixins()
     freeze_untrained(engine)
     needs = memory_needs(engine, config, plan, data_parallel_size)
     return replace(needs, frozen=needs.frozen + absent, encoder_values=needs.encoder_values + absent)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from sgm.util import instantiate_from_config
 
 
 def training_model_section(model: Mapping[str, Any], args: TrainArgs) -> dict[str, Any]:
-    """The `model:` section as training builds it: switches of `args` carried into the network, LoRA put off."""
+    """The `model:` section as training builds it: switches of `args` carried into the network, adapters put off."""
     section = cached_model_section(model) if args.cache_dir else copy.deepcopy(dict(model))
     if args.distill and not _decodes(args):
         section["first_stage_config"] = None
@@ -83,6 +83,21 @@ def check_graphs(args: TrainArgs, plan: DeepSpeedPlan, checkpointing: bool | str
         _refuse_with("args.cuda_graphs", obstacles)
 
 
+def check_mixins(args: TrainArgs, plan: DeepSpeedPlan, names: Sequence[str]) -> None:
+    """Whether the mixins that `modules` has beyond a release's own go with the rest of a configuration.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    obstacles = {
+        "args.cuda_graphs": args.cuda_graphs,
+        "deepspeed.zero_optimization.stage: 3": plan.stage == 3,
+        "args.model_parallel_size above 1": args.model_parallel_size > 1,
+    }
+    if names:
+        _refuse_with(f"modules.{names[0]}_config", obstacles)
+
+
 def check_prior(args: TrainArgs, plan: DeepSpeedPlan, loss_fn: Loss | None) -> None:
     """Whether `args.prior_data` goes with the rest of a configuration.
 
@@ -121,6 +136,7 @@ def checked_engine(model: dict[str, Any], args: TrainArgs, plan: DeepSpeedPlan) 
     engine = meta_engine(model, plan.dtype, DistillationEngine if args.distill else SATVideoDiffusionEngine)
     check_distill(args, plan.stage, engine)
     check_graphs(args, plan, engine.network.transformer.checkpoint_activations)
+    check_mixins(args, plan, list(engine.network.further_configs))
     check_prior(args, plan, engine.loss_fn)
     for part, there in {"conditioner": engine.conditioner, "loss_fn": engine.loss_fn}.items():
         if there is None and f"{part}_config" not in model and not (args.distill and part == "loss_fn"):
@@ -150,7 +166,7 @@ def freeze_untrained(engine: SATVideoDiffusionEngine) -> None:
     if not engine.freeze_untrained():
         raise ConfigError(
             f"model.not_trainable_prefixes {list(engine.not_trainable_prefixes)} leaves nothing to train; "
-            "['all'] needs a lora_config beside it, as configs/lora.yaml has it"
+            "['all'] needs a lora_config beside it, as configs/lora.yaml has it, or a mixin of your own in modules"
         )
 
 
@@ -198,16 +214,14 @@ def _load_or_start_network(
     loaded = None
     if args.load:
         loaded = load_network(
-            engine.network, args.load, allow_absent=args.force_train, device=device, dtype=engine.dtype
+            engine.network, args.load, allow_absent=args.force_train, device=device, dtype=engine.dtype, trains=True
         )
         loaded.notes = [n for n in loaded.notes if not n.startswith("lora_config is set")]
     else:
         started = instantiate_from_config(section, dtype=dtype)
         engine.model.diffusion_model = started.to(device)
-    network = engine.network
-    if network.has_lora_config and "lora" not in network.mixins:
-        network.attach_lora()
-        network.to(device, engine.dtype)
+    engine.network.attach_mixins()
+    engine.network.to(device, engine.dtype)
     return loaded
 
 
