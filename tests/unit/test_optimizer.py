@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -11,6 +14,7 @@ from sgm.training.optimizers.ema_adam import FusedEmaAdam, OptimizerError
 from sgm.training.optimizers.groups import parameter_groups
 from sgm.training.optimizers.spec import OptimizerSpec
 from sgm.util import get_obj_from_str
+from tests.conftest import REPO
 
 SETTINGS = {"lr": 2e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 1e-4}
 
@@ -134,3 +138,19 @@ def test_optimizers_by_name(kind, params, expected):
 def test_wrong_sections_are_refused(section, message):
     with pytest.raises(OptimizerError, match=message):
         OptimizerSpec.parse(section)
+
+
+def test_a_step_does_without_pytorchs_compiler():
+    """Which takes seconds to import, and which nothing here needs."""
+    code = (
+        "import sys, torch\n"
+        "from sgm.training.optimizers.ema_adam import FusedEmaAdam\n"
+        "from sgm.training.setup.start import _keep_compiler_out\n"
+        "_keep_compiler_out()\n"
+        "p = torch.nn.Parameter(torch.ones(3))\n"
+        "p.grad = torch.ones(3)\n"
+        "FusedEmaAdam([p]).step()\n"
+        "assert p.max() < 1 and 'torch._dynamo' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
