@@ -33,6 +33,7 @@ from tests.unit.test_autoencoder import TINY, configs
 TYPES = [torch.float32, torch.bfloat16]
 # (b, l, n, heads, hd): programs that are partly filled; no text at all
 SEQUENCES = [(2, 5, 23, 3, 64), (1, 0, 9, 2, 16)]
+HEADS = [*SEQUENCES, (1, 2, 5, 3, 24)]  # of a width that is no power of two
 # (b, c, t, h, w), field's (t, h, w), groups
 CLIPS = [((2, 96, 2, 6, 20), (2, 3, 5), 32), ((1, 32, 5, 6, 40), (1, 1, 1), 8)]
 LAST = torch.channels_last_3d
@@ -77,8 +78,9 @@ def test_residual_and_norm(size, dtype):
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("size", SEQUENCES)
-def test_split_heads(size, dtype):
+@pytest.mark.parametrize("size", HEADS)
+def test_split_heads(size, dtype, monkeypatch):
+    monkeypatch.setattr(triton_block, "_HEAD_TILE", 256)  # a token's heads in two programs, or in one
     b, length, n, heads, width = size
     qkv = torch.randn(b, n, 3 * heads * width).to(dtype)
     norms = random_norm(width, 1e-6, dtype), random_norm(width, 1e-2, dtype)
@@ -294,10 +296,10 @@ def test_gradients_of_residual_and_norm(size, affine, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("size", SEQUENCES)
+@pytest.mark.parametrize("size", HEADS)
 def test_gradients_of_split_heads(size, dtype, monkeypatch):
     monkeypatch.setattr(triton_block_backward, "_PROGRAMS", 2)
-    monkeypatch.setattr(triton_block_backward, "_TILE", 16 * size[-1])
+    monkeypatch.setattr(triton_block_backward, "_HEAD_TILE", 128)
     b, length, n, heads, width = size
     qkv = torch.randn(b, n, 3 * heads * width).to(dtype)
     norms = random_norm(width, 1e-6, dtype), random_norm(width, 1e-2, dtype)

@@ -17,9 +17,11 @@ from sgm.modules.ops.modulation import RotaryTable
 from sgm.modules.ops.triton_support import launch
 
 # The fastest on an H200 at the model's shapes. Tokens that a program of `_residual_norm_kernel` takes, its warps with a
-# norm, and without (no sum to share then); values that a program of `_head_norm_rotate_kernel` holds, its warps.
+# norm, and without (no sum to share then).
 _ROWS, _NORM_WARPS, _GATE_WARPS = 4, 4, 8
-_HEAD_TILE, _HEAD_WARPS = 1024, 4
+# Values that a program of `_head_norm_rotate_kernel` holds, its warps: chosen by what they compile to. Hardly a lane is
+# idle at 2B's 60 and 5B's 96 heads, and a value takes 18 instructions, 25 with rotation.
+_HEAD_TILE, _HEAD_WARPS = 2048, 4
 
 NormValues = tuple[Tensor | None, Tensor | None, float]  # weight and bias (both or neither), eps
 Residual = tuple[Tensor, Tensor, Tensor]  # update (b, n, d), text gate, video gate (b, 1, d)
@@ -98,44 +100,48 @@ def _residual_norm_kernel(
 @triton.jit
 def _head_norm_rotate_kernel(
     qkv, out, query_weight, query_bias, key_weight, key_bias, cos, sin,
-    total, n, text_length, heads, query_eps, key_eps,
-    NORM: tl.constexpr, AFFINE: tl.constexpr, ROTATE: tl.constexpr,
-    IN_PLACE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, COLS: tl.constexpr,
+    tokens, n, text_length, heads, query_eps, key_eps,
+    NORM: tl.constexpr, AFFINE: tl.constexpr, ROTATE: tl.constexpr, IN_PLACE: tl.constexpr,
+    PARTS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """A program takes ROWS heads, queries and keys alike, out of (b, n, 3, heads, WIDTH), and overwrites them.
+    """A program takes ROWS of a token's heads, one of PARTS, out of (tokens, 3, heads, WIDTH), and overwrites them.
 
-    Otherwise it writes to `out`, (2, b, n, heads, WIDTH).
+    Queries and keys lie side by side and are one axis here. Otherwise it writes to `out`, (2, tokens, heads, WIDTH).
     """
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    token, head = row // (2 * heads), row % (2 * heads)
-    is_key = (head >= heads)[:, None]
+    token = tl.program_id(0) // PARTS
+    head = tl.program_id(0) % PARTS * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, COLS)
     col_inside = cols < WIDTH
-    inside = (row < total)[:, None] & col_inside[None, :]
-    at = (token * (3 * heads) + head)[:, None] * WIDTH + cols[None, :]
-    x = tl.load(qkv + at, mask=inside, other=0.0).to(tl.float32)
+    inside = (head < 2 * heads)[:, None] & col_inside[None, :]
+    is_key = (head >= heads)[:, None]
+    source = qkv + token.to(tl.int64) * (3 * heads * WIDTH)
+    at = head[:, None] * WIDTH + cols[None, :]
+    x = tl.load(source + at, mask=inside, other=0.0).to(tl.float32)
     if NORM:
-        centred = tl.where(inside, x - (tl.sum(x, axis=1) / WIDTH)[:, None], 0.0)
+        centred = x - (tl.sum(x, axis=1) / WIDTH)[:, None]
+        if COLS > WIDTH:
+            centred = tl.where(col_inside[None, :], centred, 0.0)
         eps = tl.where(is_key, key_eps, query_eps)
-        x = centred * (1.0 / tl.sqrt((tl.sum(centred * centred, axis=1) / WIDTH)[:, None] + eps))
+        x = centred * tl.rsqrt((tl.sum(centred * centred, axis=1) / WIDTH)[:, None] + eps)
         if AFFINE:
             query_w = tl.load(query_weight + cols, mask=col_inside, other=0.0).to(tl.float32)[None, :]
             key_w = tl.load(key_weight + cols, mask=col_inside, other=0.0).to(tl.float32)[None, :]
             query_b = tl.load(query_bias + cols, mask=col_inside, other=0.0).to(tl.float32)[None, :]
             key_b = tl.load(key_bias + cols, mask=col_inside, other=0.0).to(tl.float32)[None, :]
             x = x * tl.where(is_key, key_w, query_w) + tl.where(is_key, key_b, query_b)
-    if ROTATE:
+    if ROTATE:  # one row of the table for all heads of the token
         place = token % n - text_length
-        turns = (place >= 0)[:, None] & inside
-        angle = place[:, None] * WIDTH + cols[None, :]
-        c = tl.load(cos + angle, mask=turns, other=1.0).to(tl.float32)
-        s = tl.load(sin + angle, mask=turns, other=0.0).to(tl.float32)
+        turns = col_inside & (place >= 0)
+        c = tl.load(cos + place * WIDTH + cols, mask=turns, other=1.0).to(tl.float32)[None, :]
+        s = tl.load(sin + place * WIDTH + cols, mask=turns, other=0.0).to(tl.float32)[None, :]
         even, odd = tl.split(tl.reshape(x, (ROWS, COLS // 2, 2)))
         x = x * c + tl.reshape(tl.join(-odd, even), (ROWS, COLS)) * s
-    if not IN_PLACE:
-        half = total // (2 * heads)  # b * n
-        at = ((head // heads * half + token) * heads + head % heads)[:, None] * WIDTH + cols[None, :]
-    tl.store(out + at, x.to(out.dtype.element_ty), mask=inside)
+    if IN_PLACE:
+        tl.store(source + at, x.to(out.dtype.element_ty), mask=inside)
+    else:
+        half = tl.where(is_key, tokens, 0).to(tl.int64) + token
+        own = tl.where(is_key, head[:, None] - heads, head[:, None])
+        tl.store(out + (half * heads + own) * WIDTH + cols[None, :], x.to(out.dtype.element_ty), mask=inside)
 
 
 def launch_residual_norm(
@@ -180,17 +186,17 @@ def launch_head_norm_rotate(
     """
     b, n, width = qkv.shape
     heads = width // (3 * head_width)
-    total = b * n * 2 * heads
     cols = triton.next_power_of_2(head_width)
-    rows = max(1, _HEAD_TILE // cols)
+    rows = min(max(1, _HEAD_TILE // cols), triton.next_power_of_2(2 * heads))
+    parts = triton.cdiv(2 * heads, rows)
     (query_w, query_b, query_eps), (key_w, key_b, key_eps) = norms or ((None, None, 0.0), (None, None, 0.0))
     cos, sin = (qkv, qkv) if rotary is None else (rotary.cos.contiguous(), rotary.sin.contiguous())
     launch(
-        _head_norm_rotate_kernel, (triton.cdiv(total, rows),),
+        _head_norm_rotate_kernel, (b * n * parts,),
         qkv, or_else(out, qkv), *(or_else(part, qkv) for part in (query_w, query_b, key_w, key_b)), cos, sin,
-        total, n, text_length, heads, query_eps, key_eps,
+        b * n, n, text_length, heads, query_eps, key_eps,
         NORM=norms is not None, AFFINE=query_w is not None, ROTATE=rotary is not None,
-        IN_PLACE=out is None, ROWS=rows, WIDTH=head_width, COLS=cols, num_warps=_HEAD_WARPS,
+        IN_PLACE=out is None, PARTS=parts, ROWS=rows, WIDTH=head_width, COLS=cols, num_warps=_HEAD_WARPS,
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from sgm.modules.ops.modulation import RotaryTable
 from sgm.modules.ops.triton_block import Residual, aligned, load_vector, or_else
 from sgm.modules.ops.triton_support import launch
 
-_TILE = 4096  # values of a tensor that a program holds
+_TILE, _HEAD_TILE = 4096, 2048  # values of a tensor that a program holds: of the sequence, of heads
 _PROGRAMS = 512  # for each sample, or for the queries and for the keys
 
 
@@ -80,60 +80,65 @@ def _residual_norm_backward_kernel(
 @triton.jit
 def _head_norm_rotate_backward_kernel(
     qkv, grad_query, grad_key, query_weight, key_weight, cos, sin, to_qkv, sums,
-    total, n, text_length, heads, query_eps, key_eps,
+    tokens, n, text_length, heads, query_eps, key_eps,
     query_b, query_n, query_h, key_b, key_n, key_h,
     NORM: tl.constexpr, AFFINE: tl.constexpr, ROTATE: tl.constexpr,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """A program takes every so many runs of ROWS heads, of the queries or (second half of the grid) of the keys."""
+    """A program takes every so many tokens' queries or (second half of the grid) keys, ROWS of the heads at a time."""
     program, is_key = tl.program_id(0), tl.program_id(1)
     cols = tl.arange(0, COLS)
     col_inside = cols < WIDTH
     weight = tl.full((1, COLS), 1.0, tl.float32)
     if is_key == 0:
         eps = query_eps
+        grads = grad_query
         if AFFINE:
             weight = tl.load(query_weight + cols, mask=col_inside, other=0.0).to(tl.float32)[None, :]
     else:
         eps = key_eps
+        grads = grad_key
         if AFFINE:
             weight = tl.load(key_weight + cols, mask=col_inside, other=0.0).to(tl.float32)[None, :]
-    plain_sum = tl.zeros((COLS,), tl.float32)
-    normed_sum = tl.zeros((COLS,), tl.float32)
-    for block in range(program, tl.cdiv(total, ROWS), tl.num_programs(0)):
-        row = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS)
-        token, head = row // heads, row % heads
-        inside = (row < total)[:, None] & col_inside[None, :]
-        if is_key == 0:
-            grad_at = (token // n) * query_b + (token % n) * query_n + head * query_h
-            grad = tl.load(grad_query + grad_at[:, None] + cols[None, :], mask=inside, other=0.0).to(tl.float32)
-        else:
-            grad_at = (token // n) * key_b + (token % n) * key_n + head * key_h
-            grad = tl.load(grad_key + grad_at[:, None] + cols[None, :], mask=inside, other=0.0).to(tl.float32)
-        if ROTATE:
-            place = token % n - text_length
-            turns = (place >= 0)[:, None] & inside
-            angle = place[:, None] * WIDTH + cols[None, :]
-            c = tl.load(cos + angle, mask=turns, other=1.0).to(tl.float32)
-            s = tl.load(sin + angle, mask=turns, other=0.0).to(tl.float32)
-            even, odd = tl.split(tl.reshape(grad * s, (ROWS, COLS // 2, 2)))
-            grad = grad * c + tl.reshape(tl.join(odd, -even), (ROWS, COLS))
-        at = (token * (3 * heads) + is_key * heads + head)[:, None] * WIDTH + cols[None, :]
-        if NORM:
-            x = tl.load(qkv + at, mask=inside, other=0.0).to(tl.float32)
-            centred = tl.where(inside, x - (tl.sum(x, axis=1) / WIDTH)[:, None], 0.0)
-            inverse = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / WIDTH + eps)
-            y = centred * inverse[:, None]
-            plain_sum += tl.sum(grad, axis=0)
-            normed_sum += tl.sum(grad * y, axis=0)
-            grad = grad * weight
-            mean = (tl.sum(grad, axis=1) / WIDTH)[:, None]
-            along = (tl.sum(grad * y, axis=1) / WIDTH)[:, None]
-            grad = (grad - mean - y * along) * inverse[:, None]
-        tl.store(to_qkv + at, grad.to(to_qkv.dtype.element_ty), mask=inside)
+    grad_b, grad_n = tl.where(is_key == 0, query_b, key_b), tl.where(is_key == 0, query_n, key_n)
+    grad_h = tl.where(is_key == 0, query_h, key_h)
+    plain_sum = tl.zeros((ROWS, COLS), tl.float32)  # of the rows at the end, which takes all warps
+    normed_sum = tl.zeros((ROWS, COLS), tl.float32)
+    for token in range(program, tokens, tl.num_programs(0)):
+        place = token % n
+        own_grads = grads + tl.cast(token // n, tl.int64) * grad_b + tl.cast(place, tl.int64) * grad_n
+        start = tl.cast(token, tl.int64) * (3 * heads * WIDTH) + is_key * heads * WIDTH
+        if ROTATE:  # one row of the table for all heads of the token
+            turns = col_inside & (place >= text_length)
+            angle = (place - text_length) * WIDTH + cols
+            c = tl.load(cos + angle, mask=turns, other=1.0).to(tl.float32)[None, :]
+            s = tl.load(sin + angle, mask=turns, other=0.0).to(tl.float32)[None, :]
+        for first in range(0, heads, ROWS):
+            head = first + tl.arange(0, ROWS)
+            inside = (head < heads)[:, None] & col_inside[None, :]
+            grad_at = head[:, None].to(tl.int64) * grad_h + cols[None, :]
+            grad = tl.load(own_grads + grad_at, mask=inside, other=0.0).to(tl.float32)
+            if ROTATE:
+                even, odd = tl.split(tl.reshape(grad * s, (ROWS, COLS // 2, 2)))
+                grad = grad * c + tl.reshape(tl.join(odd, -even), (ROWS, COLS))
+            at = head[:, None] * WIDTH + cols[None, :]
+            if NORM:
+                x = tl.load(qkv + start + at, mask=inside, other=0.0).to(tl.float32)
+                centred = x - (tl.sum(x, axis=1) / WIDTH)[:, None]
+                if COLS > WIDTH:
+                    centred = tl.where(col_inside[None, :], centred, 0.0)
+                inverse = tl.rsqrt(tl.sum(centred * centred, axis=1) / WIDTH + eps)
+                y = centred * inverse[:, None]
+                plain_sum += grad
+                normed_sum += grad * y
+                grad = grad * weight
+                mean = (tl.sum(grad, axis=1) / WIDTH)[:, None]
+                along = (tl.sum(grad * y, axis=1) / WIDTH)[:, None]
+                grad = (grad - mean - y * along) * inverse[:, None]
+            tl.store(to_qkv + start + at, grad.to(to_qkv.dtype.element_ty), mask=inside)
     out = sums + (is_key * tl.num_programs(0) + program) * 2 * WIDTH + cols
-    tl.store(out, plain_sum, mask=col_inside)
-    tl.store(out + WIDTH, normed_sum, mask=col_inside)
+    tl.store(out, tl.sum(plain_sum, axis=0), mask=col_inside)
+    tl.store(out + WIDTH, tl.sum(normed_sum, axis=0), mask=col_inside)
 
 
 def launch_residual_norm_backward(
@@ -196,10 +201,9 @@ def launch_head_norm_rotate_backward(
     """
     query, key, value = grads
     b, n, heads, width = query.shape
-    total = b * n * heads
     cols = triton.next_power_of_2(width)
-    rows = max(1, _TILE // cols)
-    programs = min(_PROGRAMS, triton.cdiv(total, rows))
+    rows = min(max(1, _HEAD_TILE // cols), triton.next_power_of_2(heads))
+    programs = min(_PROGRAMS, b * n)
     (query_w, query_eps), (key_w, key_eps) = norms or ((None, 0.0), (None, 0.0))
     cos, sin = (qkv, qkv) if rotary is None else (rotary.cos.contiguous(), rotary.sin.contiguous())
     result = torch.empty_like(qkv)
@@ -208,7 +212,7 @@ def launch_head_norm_rotate_backward(
     launch(
         _head_norm_rotate_backward_kernel, (programs, 2),
         qkv, query, key, or_else(query_w, qkv), or_else(key_w, qkv), cos, sin, result, sums,
-        total, n, text_length, heads, query_eps, key_eps, *query.stride()[:3], *key.stride()[:3],
+        b * n, n, text_length, heads, query_eps, key_eps, *query.stride()[:3], *key.stride()[:3],
         NORM=norms is not None, AFFINE=query_w is not None, ROTATE=rotary is not None,
         ROWS=rows, WIDTH=width, COLS=cols, num_warps=4,
     )  # fmt: skip
