@@ -210,6 +210,7 @@ def load_run_config(
     model = sections["model"] or {}
     _mend_log_keys(model, notes)
     notes += [f"{place} has no effect (nor in the original)" for place in _idle_places(model)]
+    _take_clips_for_pixels(model, sections["data"] or {}, notes)
     if not model:
         problems.append("the configuration has no `model:` section")
     if problems or args is None or accelerate is None:
@@ -355,6 +356,13 @@ def _mend_log_keys(model: dict[str, Any], notes: list[str]) -> None:
     if mended != keys:
         notes.append(f"model.log_keys {keys} has a stray quote; read as {mended}")
         model["log_keys"] = mended
+
+
+def _take_clips_for_pixels(model: dict[str, Any], data: Mapping[str, Any], notes: list[str]) -> None:
+    """The original's file for 1.5 says `latent_input: true`, and its data sets give pixels (it cannot train so)."""
+    if model.get("latent_input") and str(data.get("target")).startswith(("data_video.", "sgm.data.")):
+        notes.append("model.latent_input is taken for false: the data set gives pixels (args.cache_dir keeps latents)")
+        model["latent_input"] = False
 
 
 def _idle_places(model: Mapping[str, Any]) -> list[str]:

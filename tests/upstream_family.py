@@ -94,3 +94,13 @@ def upstream_inference(version: str, **changes: Any) -> dict[str, Any]:
         "batch_size": 1, "input_type": "txt", "input_file": "configs/test.txt", "bf16": True,
         "output_dir": "outputs", "force_inference": True, **(last if version == "head" else first), **changes,
     }  # fmt: skip
+
+
+def upstream_sft() -> dict[str, Any]:
+    """The sections of the original's last sft.yaml."""
+    sft = merge_yaml([REPO / "configs" / "cogvideox_2b_sft.yaml"])
+    deepspeed = sft["deepspeed"]
+    deepspeed |= {name: deepspeed["fp16"][name] for name in deepspeed["fp16"] if name != "enabled"}
+    deepspeed |= {"fp16": {"enabled": False}, "bf16": {"enabled": True}, "train_micro_batch_size_per_gpu": 2}
+    args = sft["args"] | {"save": "ckpts_5b_lora", "save_interval": 500}
+    return {"args": args, "data": sft["data"], "deepspeed": deepspeed}

@@ -6,7 +6,7 @@ import warnings
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from sgm.errors import SgmError
 
@@ -32,6 +32,8 @@ def open_picture(file: BinaryIO) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(file) as image:
                 return _in_rgb(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError as error:  # whose own text shows no name, but an object in memory
+        raise PictureError("no readable picture (of no known format, as PNG, JPEG and WebP are)") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         if getattr(error, "errno", None) is not None:  # of the drive; Pillow's own OSErrors have no number
             raise

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, Literal
@@ -78,6 +78,11 @@ class WeightFacts:
     small_decoder: str | None = None
     text_encoder: str | None = None
     notes: list[str] = field(default_factory=list)
+
+
+def unobserved(total: int) -> AbstractContextManager[Callable[..., None]]:
+    """`total` steps that nobody watches."""
+    return nullcontext(lambda *_, **__: None)
 
 
 class TextToVideo:
@@ -324,12 +329,12 @@ class TextToVideo:
         self,
         prompt: EncodedPrompt,
         samples: Sequence[SampleId],
-        steps: Callable[[int], AbstractContextManager[Callable[..., None]]],
+        steps: Callable[[int], AbstractContextManager[Callable[..., None]]] = unobserved,
     ) -> Tensor:
         """Latents (b, t, c, h, w) on the CPU, one per entry of `samples`.
 
-        `steps(total)` gives a context with the sampler's callback. With seed_mode `upstream` the process's global
-        random stream is used, as the original does.
+        `steps(total)` gives a context with the sampler's callback, called after each step. With seed_mode `upstream`
+        the process's global random stream is used, as the original does.
 
         Raises:
             SamplingError: the latents are not finite, or the prompt has no image, or one that the model has no use for.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from PIL import Image
 from sgm.inference.writer import read_latents
 from sgm.util import instantiate_from_config
 from tests.family_tiny import FAMILY, write_kind
-from tests.sampling_tiny import main
+from tests.sampling_tiny import REPO, main
 
 FRAMES = {"2b": 1, "5b": 1, "5b_i2v": 1, "1.5_5b": 2, "1.5_5b_i2v": 4}
 
@@ -195,3 +196,22 @@ def test_weights_of_another_kind_are_one_error(sections, config, capsys, picture
     assert main(config(kind, load=str(release / "transformer")), "--prompt", "x", *image) == 2
     error = capsys.readouterr().err
     assert error.count("error:") == 1 and "The file holds" in error and all(word in error for word in words), error
+
+
+def test_the_python_of_the_docs_gives_what_the_command_gives(config, picture, tmp_path, monkeypatch):
+    text = (REPO / "docs" / "family.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    file = config("5b_i2v", sampling_fps=8, only_save_latents=True)
+    for shown, here in {
+        "configs/cogvideox_5b_i2v_infer.yaml": str(file),
+        "fox.png": str(picture),
+        "cuda": "cpu",
+    }.items():
+        assert code.count(shown) == 1
+        code = code.replace(shown, here)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert iio.imread(tmp_path / "fox.mp4").shape == (1, 16, 32, 3)
+    assert main(file, "--prompt", f"It turns its head@@{picture}") == 0
+    assert read_latents(next((tmp_path / "out").rglob("latents.safetensors")))[0].equal(names["latents"][0])

@@ -139,9 +139,6 @@ def test_what_does_not_fit_is_said_before_anything_is_loaded(content, tmp_path):
         ("5b", "a fox@@fox.png", "makes videos from text alone"),
     ):
         assert word in refused(content(kind, eval_prompts=[prompt]), tmp_path)
-    said = refused(content("1.5_5b"), tmp_path, "model.latent_input=true")
-    assert "gives pixels" in said and "--set model.latent_input=false" in said
-    assert "latent_input" in refused(content("5b_i2v"), tmp_path, "model.latent_input=true")
 
 
 def test_what_the_models_were_not_made_for_is_warned_of(content, tmp_path):

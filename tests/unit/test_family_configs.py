@@ -15,8 +15,10 @@ from sgm.inference.options import SampleArgs
 from sgm.inference.pipeline import TextToVideo
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.training.options import TrainArgs
+from sgm.training.setup.clips import check_clips
+from sgm.training.setup.deepspeed import plan_deepspeed
 from tests.training_tiny import REPO
-from tests.upstream_family import MODELS, upstream_inference, upstream_model
+from tests.upstream_family import MODELS, upstream_inference, upstream_model, upstream_sft
 
 CONFIGS = REPO / "configs"
 OURS = ("cogvideox_5b", "cogvideox_5b_i2v", "cogvideox1.5_5b", "cogvideox1.5_5b_i2v")
@@ -58,7 +60,7 @@ def test_ours_say_what_the_original_s_say(name, kind, record):
         assert config.deepspeed["bf16"]["enabled"] and not config.deepspeed["fp16"]["enabled"]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("cogvideox_5b", "cogvideox_5b_i2v")])
 def test_the_original_s_files_are_taken_unchanged(tmp_path, name):
     """With its last inference.yaml for 1.5, with the earlier one for the others; each key acts or is named."""
     (tmp_path / "model.yaml").write_text(json.dumps({"model": upstream_model(name)}))
@@ -118,3 +120,20 @@ def test_what_cannot_be_extended(tmp_path, text, words):
     write(tmp_path, top=text, back="extends: top.yaml")
     with pytest.raises(ConfigError, match=words):
         merge_yaml([tmp_path / "top.yaml"])
+
+
+@pytest.mark.parametrize("name", ["cogvideox_5b_i2v_lora", "cogvideox1.5_5b", "cogvideox1.5_5b_i2v"])
+def test_the_original_s_files_are_trained_with_unchanged(tmp_path, name):
+    """With its last sft.yaml, in which options of float16 have slipped out of their place."""
+    sft = upstream_sft()
+    if name.startswith("cogvideox1.5"):  # its file leaves these to the user
+        sft["data"]["params"] |= {"video_size": [768, 1360], "fps": 16, "max_num_frames": 81}
+    (tmp_path / "model.yaml").write_text(json.dumps({"model": upstream_model(name)}))
+    (tmp_path / "sft.yaml").write_text(json.dumps(sft))
+    config = load_run_config([tmp_path / "model.yaml", tmp_path / "sft.yaml"], TrainArgs)
+    words = {"cogvideox1.5_5b": ["latent_input is taken for false"], "cogvideox1.5_5b_i2v": ["augmentation_dropout"]}
+    for note, word in zip(config.notes, words.get(name, []), strict=True):
+        assert word in note
+    plan = plan_deepspeed(config.deepspeed, device_type="cuda", data_parallel_size=1)
+    moved = [note for note in plan.notes if "belongs under deepspeed.fp16" in note]
+    assert len(moved) == 4 and plan.dtype == "bf16" and check_clips(config, plan.dtype) == []

@@ -69,11 +69,6 @@ def _warnings(clips: Sequence[Bucket], network: DiffusionTransformer, dtype: str
 def _wrong_inputs(model: dict[str, Any]) -> list[str]:
     """What parts of the engine ask of a batch, and our data sets do not give."""
     problems = []
-    if model.get("latent_input"):
-        problems.append(
-            "model.latent_input: the data set gives pixels, no latents; --set model.latent_input=false (args.cache_dir "
-            "keeps latents)"
-        )
     if model.get("input_key", "mp4") != "mp4":
         problems.append(f"model.input_key is {model['input_key']!r}; the data set gives clips as mp4")
     embedders = ((model.get("conditioner_config") or {}).get("params") or {}).get("emb_models") or []
