@@ -47,6 +47,7 @@ class Runner:
         self.args = self.config.args
         self.requests = Requests(self.config, self.pipeline)
         self.load_times = StageTimes()
+        self.warned: set[str] = set()
 
     def run(self) -> None:
         """Do what the configuration asks."""
@@ -70,9 +71,11 @@ class Runner:
             self._run_list(self._fitting(prompts))
 
     def _fitting(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
-        """The prompts, whose pictures fit the model; sizes that it was not trained at are warned of."""
+        """The prompts, whose pictures fit the model; sizes that it was not trained at are warned of, each once."""
         for line in self.pipeline.remarks(prompts):
-            self.progress.line(f"warning: {line}")
+            if line not in self.warned:
+                self.progress.line(f"warning: {line}")
+            self.warned.add(line)
         return prompts
 
     # --- prompts --------------------------------------------------------------------------------------------------

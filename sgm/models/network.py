@@ -24,6 +24,7 @@ from sgm.distributed import (
 )
 from sgm.errors import SgmError
 from sgm.models.network_args import NetworkConfigError, TransformerArgs, check_sizes
+from sgm.modules.autoencoding.strides import STRIDES
 from sgm.modules.diffusionmodules.image_condition import OFS
 from sgm.modules.diffusionmodules.util import timestep_embedding
 from sgm.modules.ops.block_ops import BlockOps
@@ -39,6 +40,7 @@ from sgm.modules.transformer.sat_base import BaseMixin, BaseModel
 from sgm.typed import Layers, Range, Record, Size, Slots
 from sgm.util import Config, Role, TargetError, get_obj_from_str, instantiate_from_config, split_config
 from sgm.weights import DTYPES
+from sgm.weights.identify import PUBLISHED
 from sgm.weights.meta import without_values
 
 logger = logging.getLogger(__name__)
@@ -51,7 +53,7 @@ OFFERED = (
 
 Side = Annotated[int, Range(1, 4096)]  # in latent pixels
 # Latent rows and columns that CogVideoX 1.5 was trained at; its table of positions is larger.
-TRAINED_15 = (96, 170)
+TRAINED_15 = STRIDES.latent_size(*PUBLISHED[3072, 42, 2, False].size)
 Channels = Annotated[int, Range(1, 65536)]
 
 
