@@ -1,4 +1,4 @@
-"""Text or a picture to video with a CogVideoX model: `python sample_video.py [CONFIG.yaml ...] [--prompt "..."]`."""
+"""Text, picture or clip to video by a CogVideoX model: `python sample_video.py [CONFIG.yaml ...] [--prompt "..."]`."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ SHIPPED = CONFIGS / "cogvideox_2b_infer.yaml"
 DEMO = CONFIGS / "demo_infer.yaml"
 
 FLAGS = (  # options of `args:` that have one
-    "prompts", "image", "negative_prompt", "refine", "refine_model", "input_file", "output_dir", "load", "lora",
-    "merge_lora", "batch_size", "max_batch", "num_steps", "guidance_scale", "sampling_image_size",
+    "prompts", "image", "video", "strength", "negative_prompt", "refine", "refine_model", "input_file", "output_dir",
+    "load", "lora", "merge_lora", "batch_size", "max_batch", "num_steps", "guidance_scale", "sampling_image_size",
     "sampling_num_frames", "seed", "seed_mode", "placement", "device", "decoder", "vae_tiling", "skip_done",
     "only_save_latents", "decode_latents",
 )  # fmt: skip

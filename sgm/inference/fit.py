@@ -39,6 +39,7 @@ def check_fit(engine: SATVideoDiffusionEngine, args: SampleArgs, size: tuple[int
     problems = [
         *_channel_problems(engine, args.latent_channels),
         *_picture_problems(engine, args),
+        *_clip_problems(engine, args),
         *_grid_problems(engine, args, size),
         *_decoder_problems(engine, args.decoder),
         *_text_problems(engine),
@@ -92,6 +93,12 @@ def _picture_problems(engine: SATVideoDiffusionEngine, args: SampleArgs) -> list
     named = " and ".join(name for name, value in asked.items() if value)
     if named and not engine.noised_image_input:
         return [f"{named}: this model makes videos from text alone; from a picture: {other}"]
+    return []
+
+
+def _clip_problems(engine: SATVideoDiffusionEngine, args: SampleArgs) -> list[str]:
+    if args.video and engine.noised_image_input:
+        return [f"args.video: this model makes videos from pictures; from a clip: {other_kind(engine)}"]
     return []
 
 

@@ -36,6 +36,12 @@ class SampleArgs:
         None, "the picture that videos begin with, where the prompt names none as TEXT@@FILE", metavar="FILE"
     )
     image2video: bool | None = option(None, "videos begin with a picture; default: where the model is made for it")
+    video: PathText | None = option(
+        None, "the clip that text-to-video models make their videos from: its first frames, noised", metavar="FILE"
+    )
+    strength: float = option(
+        0.8, "share of the steps that are taken from there: near 0 the clip stays, 1 leaves nothing of it", metavar="S"
+    )
     negative_prompt: str = option(
         "", "what to steer away from; empty means zeros in place of an embedding", metavar="TEXT"
     )
@@ -92,6 +98,10 @@ class SampleArgs:
             problems.append(
                 "args.vae_tiling is of the full decoder, the small one needs no tiles; leave one of them out"
             )
+        if not 0 < self.strength <= 1:
+            problems.append(f"args.strength is {self.strength:g}; it must be above 0, and 1 at most")
+        if self.video and self.image:
+            problems.append("args.video and args.image are both given; a video is made from one of them")
         size = self.sampling_image_size
         if size is not None and (len(size) != 2 or any(s <= 0 or s % STRIDES.size_step for s in size)):
             problems.append(

@@ -1,14 +1,16 @@
-"""Text, or a picture and text, to video. The engine's parts are loaded when first needed and placed as the run asks.
+"""Text, picture or clip to video. The engine's parts are loaded when first needed and placed as the run asks.
 
 `TextToVideo` knows tensors, not files of results; `sgm.inference.runner` goes through prompts and writes.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -37,12 +39,14 @@ from sgm.inference.options import SampleArgs
 from sgm.inference.placement import Placement
 from sgm.inference.prompts import Pictures, Prompt, refuse_images
 from sgm.inference.rehearsal import compile_ahead, run_block, run_decoder
+from sgm.inference.source_clip import SourceClip
 from sgm.models.autoencoder import VideoAutoencoder
 from sgm.models.diffusion import Cond, SATVideoDiffusionEngine
 from sgm.models.loading import Adapter, LoadedNetwork, load_first_stage, load_network, load_text_encoder
 from sgm.models.small_decoder import load_small_decoder
 from sgm.modules.autoencoding.small_decoder import SmallDecoder
-from sgm.modules.diffusionmodules.image_condition import clip_frames
+from sgm.modules.diffusionmodules.guiders import DynamicCFG
+from sgm.modules.diffusionmodules.image_condition import clip_frames, repeat_first, sampled_frames
 from sgm.modules.diffusionmodules.shortcuts import CallCount, ShortcutRun
 from sgm.modules.ops.choice import choose_kernels
 from sgm.modules.ops.fp8 import check_fp8
@@ -116,7 +120,11 @@ class TextToVideo:
         self._small_decoder: SmallDecoder | None = None
         self._loaded: set[Part] = set()
         self._checks = Checks()  # of what was loaded; nothing that came of it leaves here before they are done
+        if self.args.video and self.engine.has_sampler:
+            self.engine.sampler.strength = self.args.strength
         check_fit(self.engine, self.args, self.size())
+        self.source = self._source(self.args.video) if self.args.video else None
+        self._source_moments: Tensor | None = None
         self.pictures = Pictures(self.engine.noised_image_input, self.args.image, other_kind(self.engine))
         try:
             check_shortcuts(self.shortcuts, self.engine.sampler, self.num_steps)
@@ -127,6 +135,8 @@ class TextToVideo:
         if self.args.guidance_scale is not None and isinstance(guider, Scaled):  # else it did not fit
             # Set on the guider: the release's one ignores a scale that is given to a call, as in the original.
             guider.scale = self.args.guidance_scale
+        if self.source is not None and isinstance(guider, DynamicCFG):
+            guider.num_steps = self.num_steps  # its curve is that of the steps taken, as in diffusers
 
     # --- sizes ----------------------------------------------------------------------------------------------------
 
@@ -142,6 +152,19 @@ class TextToVideo:
         """(t, c, h, w) of one sample."""
         latent_size = self.engine.strides.latent_size(*size)
         return self.args.sampling_num_frames, self.engine.network.out_channels, *latent_size
+
+    def _source(self, file: str) -> SourceClip:
+        """The clip to start from. Raises SourceError, SamplingError: no video, or one that is too short."""
+        source, strides = SourceClip.of(Path(os.path.expanduser(file))), self.engine.strides
+        needed = strides.pixel_frames(self.clip_frames)
+        if source.frames < needed:
+            most = strides.latent_frames(source.frames)
+            fitting = sampled_frames(most - (most + 1) % 2, self.engine.network.patch.t)
+            raise SamplingError(
+                f"{source.path} has {source.frames} frames, and videos of {needed} are asked for; --num-frames "
+                f"{fitting} makes {strides.pixel_frames(clip_frames(fitting, self.engine.network.patch.t))}."
+            )
+        return source
 
     @property
     def clip_frames(self) -> int:
@@ -159,8 +182,18 @@ class TextToVideo:
         sizes = (
             dict.fromkeys(self.size(prompt.picture) for prompt in prompts) if self.pictures.wanted else [self.size()]
         )
-        found = [unusual_type(self.engine, self.args), *(unusual_size(self.engine, size) for size in sizes)]
+        found = [
+            self._rest_of_source(),
+            unusual_type(self.engine, self.args),
+            *(unusual_size(self.engine, size) for size in sizes),
+        ]
         return [text for text in found if text]
+
+    def _rest_of_source(self) -> str | None:
+        needed = self.engine.strides.pixel_frames(self.clip_frames)
+        if self.source is None or self.source.frames == needed:
+            return None
+        return f"{self.source.path} has {self.source.frames} frames, of which the first {needed} are taken"
 
     @cached_property
     def num_steps(self) -> int:
@@ -223,9 +256,9 @@ class TextToVideo:
         return stepped
 
     def _load_decoder(self, device: torch.device, dtype: torch.dtype) -> None:
-        """The VAE; or the small decoder, and the VAE only where pictures are encoded."""
+        """The VAE; or the small decoder, and the VAE only where something is encoded."""
         stage, small = self.engine.autoencoder, self.args.decoder == "small"
-        if not small or self.pictures.wanted:
+        if not small or self.encodes:
             self.facts.first_stage = load_first_stage(stage, device=device, dtype=dtype)
             self._arrange_first_stage()
         if not small:
@@ -262,6 +295,11 @@ class TextToVideo:
         if self.fp8:
             quantize_network(self.engine.network)
         return loaded
+
+    @property
+    def encodes(self) -> bool:
+        """Whether the VAE's encoder is needed."""
+        return self.pictures.wanted or self.source is not None
 
     def is_loaded(self, part: Part) -> bool:
         return part in self._loaded
@@ -307,23 +345,48 @@ class TextToVideo:
             ImageError: its file cannot be read any more, or has changed.
             SamplingError: they are not finite.
         """
-        self.load("first_stage")
         fit = resized if follows_picture(self.engine) else cropped
-        pixels = fit(picture.image(), self.size(picture))[None, :, None]
+        return self._moments(fit(picture.image(), self.size(picture))[None, :, None], "picture")
+
+    def encode_source(self) -> None:
+        """Encode the clip to start from, once.
+
+        Raises:
+            SourceError: its file cannot be read any more.
+            SamplingError: its latents are not finite.
+        """
+        if self.source is not None and self._source_moments is None:
+            frames = self.engine.strides.pixel_frames(self.clip_frames)
+            self._source_moments = self._moments(self.source.pixels(frames, self.size()), "clip")
+
+    def _moments(self, pixels: Tensor, what: str) -> Tensor:
+        """Of the posterior of pixels (1, 3, f, h, w): (1, 2c, t, h/8, w/8) on the CPU."""
+        self.load("first_stage")
         stage = self.engine.autoencoder
         with self._checks.first(), torch.no_grad(), self.placement.use(stage.encoder):
             moments = stage.moments(pixels.to(self.device, self.engine.dtype)).cpu()
-            _check_finite(moments, "latents of the picture", self.args.dtype)
+            _check_finite(moments, f"latents of the {what}", self.args.dtype)
         return moments
 
-    def _image_latents(self, moments: Tensor | None, noise: StackedNoise | None, count: int) -> Tensor | None:
-        """What the network reads of a picture, (count, t, c, h, w): a draw for each sample, its first numbers."""
-        if moments is None:
-            return None
+    def _drawn(self, moments: Tensor, noise: StackedNoise | None, count: int) -> Tensor:
+        """Latents (count, c, t, h, w) of a picture or a clip: a draw for each sample, its first numbers."""
         draw = noise.like if noise else torch.randn_like
         expanded = moments.to(self.device).expand(count, -1, -1, -1, -1).contiguous()
-        z = self.engine.first_stage.regularization.latents(expanded, draw)
-        return self.engine.image_latents(z, self.args.sampling_num_frames)
+        return self.engine.first_stage.regularization.latents(expanded, draw)
+
+    def _image_latents(self, moments: Tensor | None, noise: StackedNoise | None, count: int) -> Tensor | None:
+        """What the network reads of a picture, (count, t, c, h, w)."""
+        if moments is None:
+            return None
+        return self.engine.image_latents(self._drawn(moments, noise, count), self.args.sampling_num_frames)
+
+    def _source_latents(self, noise: StackedNoise | None, count: int) -> Tensor | None:
+        """Those of the clip to start from, (count, t, c, h, w), scaled, in a number that patches divide."""
+        self.encode_source()
+        if self._source_moments is None:
+            return None
+        z = self._drawn(self._source_moments, noise, count).transpose(1, 2) * self.engine.scale_factor
+        return repeat_first(z, self.engine.network.patch.t)
 
     def sample(
         self,
@@ -344,9 +407,11 @@ class TextToVideo:
             raise SamplingError(
                 f"this model {'needs' if image is None else 'takes no'} image; see {self.pictures.other}"
             )
+        self.encode_source()
         self.load("network")
         noise = None if self.args.seed_mode == "upstream" else StackedNoise(samples)
         latents_of_image = self._image_latents(image, noise, len(samples))
+        source = self._source_latents(noise, len(samples))
         shape = self.latent_shape(self.size())
         if image is not None:
             shape = (*shape[:2], *image.shape[-2:])
@@ -366,6 +431,7 @@ class TextToVideo:
                 shape=shape,
                 noise=noise.start(shape) if noise else None,
                 image=latents_of_image,
+                clip=source,
                 noise_sampler=noise.like if noise else None,
                 num_steps=self.args.num_steps,
                 callback=self._working_meanwhile(callback),

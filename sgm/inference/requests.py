@@ -43,7 +43,8 @@ class Request:
     """What a user asks of a sample; two samples of one request are the same but for their number.
 
     The fields are the first entries of the sample's JSON. `size` is (height, width) in pixels, `approximate` the
-    switches of `accelerate:` that change results, `image_sha256` that of the picture's file.
+    switches of `accelerate:` that change results, `image_sha256` that of the picture's file, `video_sha256` that of the
+    clip's that was noised, of which `strength` of the steps were taken.
     """
 
     prompt: str
@@ -63,6 +64,8 @@ class Request:
     load: str | None
     lora: list[str]
     image_sha256: str | None
+    video_sha256: str | None
+    strength: float | None
 
     def differences(self, record: Mapping[str, Any]) -> list[str]:
         """In what the request that a sample's JSON holds differs from this one; what that lacks does not count."""
@@ -91,6 +94,7 @@ class Result:
 
     refined_prompt: str | None
     image: str | None
+    video: str | None
     prompt_index: int
     sample_index: int
     products: str
@@ -161,7 +165,7 @@ class Requests:
     @cached_property
     def _of_every_prompt(self) -> Request:
         args, sampler = self.args, self.pipeline.engine.sampler
-        guider = sampler.guider
+        guider, source = sampler.guider, self.pipeline.source
         return Request(
             prompt="",
             refine=args.refine,
@@ -180,6 +184,8 @@ class Requests:
             load=_absolute(args.load) if args.load else args.load,
             lora=[_absolute(text) for text in args.lora],
             image_sha256=None,
+            video_sha256=source.sha256 if source else None,
+            strength=args.strength if source else None,
         )
 
     def record(self, prompt: Prompt, sample: int, latents: Tensor) -> dict[str, Any]:
@@ -189,6 +195,7 @@ class Requests:
         result = Result(
             refined_prompt=prompt.refined or None,
             image=_absolute(str(prompt.picture.path)) if prompt.picture else None,
+            video=_absolute(str(self.pipeline.source.path)) if self.pipeline.source else None,
             prompt_index=prompt.index,
             sample_index=sample,
             products="bf16" if self.pipeline.engine.kernels.cpu_bf16 else self.args.dtype,

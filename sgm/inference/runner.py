@@ -251,8 +251,11 @@ class Runner:
 
     def _load_what_samples_need(self) -> None:
         self._load("network")
-        if not self.args.only_save_latents or self.pipeline.pictures.wanted:
+        if not self.args.only_save_latents or self.pipeline.encodes:
             self._load("first_stage")
+        if self.pipeline.source is not None:
+            with self.progress.stage("encode video", self.load_times, self.pipeline.source.path.name):
+                self.pipeline.encode_source()
         if self.args.negative_prompt:
             self._warn_of_cut("the negative prompt", self.pipeline.cut_off(self.args.negative_prompt))
 

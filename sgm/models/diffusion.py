@@ -18,10 +18,10 @@ from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
 from sgm.modules.autoencoding.first_stage import FirstStage
 from sgm.modules.autoencoding.strides import STRIDES, Strides
 from sgm.modules.conditioner import GeneralConditioner
-from sgm.modules.diffusionmodules.denoiser import Denoiser, Network
+from sgm.modules.diffusionmodules.denoiser import Denoiser, DiscreteDenoiser, Network
 from sgm.modules.diffusionmodules.few_steps import FewSteps
 from sgm.modules.diffusionmodules.image_condition import drop_first, image_latents, scales_image_latents
-from sgm.modules.diffusionmodules.loss import Loss, VideoDiffusionLoss
+from sgm.modules.diffusionmodules.loss import Loss, VideoDiffusionLoss, add_noise
 from sgm.modules.diffusionmodules.sampling import DenoiserFn, VideoDDIMSampler
 from sgm.modules.diffusionmodules.shortcuts import ShortcutRun
 from sgm.modules.diffusionmodules.wrappers import NetworkWrapper, OpenAIWrapper
@@ -333,6 +333,7 @@ class SATVideoDiffusionEngine(nn.Module):
         scale: float | None = None,
         prefix: Tensor | None = None,
         image: Tensor | None = None,
+        clip: Tensor | None = None,
         noise_sampler: Callable[[Tensor], Tensor] | None = None,
         callback: Callable[..., None] | None = None,
         shortcuts: ShortcutRun | None = None,
@@ -345,6 +346,8 @@ class SATVideoDiffusionEngine(nn.Module):
             noise: the start (b, t, c, h, w) itself, in place of `batch_size` and `shape`.
             prefix: clean latents (b, k, c, h, w) that are kept as the first k frames (the samplers' `fixed_frames`).
             image: what `encode_image` gives, (b, t, c, h, w), for both branches of guidance.
+            clip: clean latents (b, t, c, h, w), scaled, to which noise is added, as much as training had at the first
+                timestep of a run of the sampler's `strength`.
             noise_sampler: replaces `torch.randn_like` inside stochastic samplers.
             callback: called by the sampler after each step.
             shortcuts: leaves out network calls (approximate); counts those that remain.
@@ -355,6 +358,8 @@ class SATVideoDiffusionEngine(nn.Module):
                 raise ValueError("sample() needs either `shape` (t, c, h, w) or `noise` (b, t, c, h, w).")
             noise = torch.randn(batch_size, *shape, dtype=torch.float32)
         x = noise.to(device=device, dtype=torch.float32)
+        if clip is not None:
+            x = self._noised(clip.to(x), x, self.sampler.schedule(num_steps).timesteps[0])
         if prefix is not None:
             x = torch.cat([prefix.to(x), x[:, prefix.shape[1] :]], dim=1)
         x = broadcast_in_model_parallel(x)
@@ -381,6 +386,13 @@ class SATVideoDiffusionEngine(nn.Module):
             fixed_frames=None if prefix is None else prefix.shape[1],
         )
         return samples.to(self.dtype)
+
+    def _noised(self, clip: Tensor, noise: Tensor, timestep: int) -> Tensor:
+        """As training would at that timestep. Raises AbsentPartError: the denoiser has no table of timesteps."""
+        if not isinstance(self.denoiser, DiscreteDenoiser):
+            raise AbsentPartError(f"a DiscreteDenoiser says how clips are noised; here is {_class_name(self.denoiser)}")
+        signal = self.denoiser.idx_to_sigma(torch.tensor([timestep], device=clip.device))
+        return add_noise(clip, noise, signal)
 
 
 def _required(part: T | None, name: str) -> T:

@@ -6,6 +6,7 @@ With our schedule in their scheduler both agree; with the stock schedulers they 
 
 from __future__ import annotations
 
+import copy
 import json
 import shlex
 from dataclasses import dataclass
@@ -206,6 +207,50 @@ def test_differs_from_the_stock_schedulers_as_documented(converted: Converted, s
     rms = (found["latents"] - found["their latents"]).square().mean().sqrt() / found["latents"].square().mean().sqrt()
     print(f"{sampler}: {rms:.3%} rms of the latents")
     assert 1e-4 < rms < 0.05
+
+
+@pytest.mark.parametrize("converted", ["2b", "1.5"], indirect=True)
+@pytest.mark.parametrize("strength", [0.55, 1.0])
+@torch.no_grad()
+def test_video_to_video_agrees_with_our_schedule(converted: Converted, strength: float) -> None:
+    """From a clip's pixels on, with the same draws. (1.5 takes an even number of latents there: 13 frames.)"""
+    from sgm.util import instantiate_from_config
+
+    engine, parts, steps = engine_of(converted.sat), converted.pipeline, 8
+    shift = {"target": f"{MODULES}.discretizer.ZeroSNRDDPMDiscretization",
+             "params": {"shift_scale": parts.scheduler.config.snr_shift_scale}}  # fmt: skip
+    engine.sampler = instantiate_from_config({
+        "target": f"{MODULES}.sampling.VPSDEDPMPP2MSampler",
+        "params": {"num_steps": steps, "discretization_config": shift, "guider_config": {
+            "target": f"{MODULES}.guiders.DynamicCFG", "params": {"scale": 6, "exp": 5, "num_steps": steps}}},
+    })  # fmt: skip
+    engine.sampler.strength = strength
+    taken = len(engine.sampler.schedule().timesteps)
+    assert taken == int(steps * strength)
+    engine.sampler.guider.num_steps = taken
+    stock = diffusers.CogVideoXDPMScheduler(**SCHEDULE, snr_shift_scale=parts.scheduler.config.snr_shift_scale)
+    scheduler = inject(copy.deepcopy(stock), engine, steps)
+    scheduler.add_noise = stock.add_noise  # by the table of all timesteps
+    theirs = diffusers.CogVideoXVideoToVideoPipeline(
+        parts.tokenizer, parts.text_encoder, parts.vae, parts.transformer, scheduler
+    )
+    draw = torch.Generator().manual_seed(1)
+    frames = 13 if parts.transformer.config.patch_size_t else 9
+    video = torch.rand(frames, 3, 32, 48, generator=draw)
+    text = torch.randn(1, TEXT_LENGTH, TEXT_WIDTH, generator=draw)
+    state = draw.get_state()
+    posterior = torch.randn(1, 16, (frames + 3) // 4, 4, 6, generator=draw)
+    clip = engine.autoencoder.encode((video * 2 - 1).transpose(0, 1)[None], noise=posterior).transpose(1, 2)
+    clip = clip * engine.scale_factor
+    noise = torch.randn(clip.shape, generator=draw)
+    ours = engine.sample({"crossattn": text}, {"crossattn": torch.zeros_like(text)}, noise=noise, clip=clip,
+                         noise_sampler=lambda x: torch.randn(x.shape, generator=draw))  # fmt: skip
+    draw.set_state(state)
+    other = theirs(video=list(video), generator=draw, height=32, width=48, num_inference_steps=steps, strength=strength,
+                   guidance_scale=6.0, use_dynamic_cfg=True, prompt_embeds=text,
+                   negative_prompt_embeds=torch.zeros_like(text), return_dict=False, output_type="latent")[0]  # fmt: skip
+    assert ours.std() > 0.3
+    torch.testing.assert_close(ours, other, rtol=0, atol=1e-4)
 
 
 # --- adapters --------------------------------------------------------------------------------------------------------

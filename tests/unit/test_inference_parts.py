@@ -226,6 +226,8 @@ REQUEST = Request(
     "/w",
     ["/l:1"],
     None,
+    None,
+    None,
 )
 
 
@@ -247,7 +249,7 @@ def test_a_request_names_weights_by_whole_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = SampleArgs(load="w", lora=["a.pt:0.5", "/b.pt"])
     engine = SimpleNamespace(sampler=SimpleNamespace(guider=VanillaCFG(6.0)))
-    pipeline = SimpleNamespace(engine=engine, num_steps=50, size=lambda: (480, 720))
+    pipeline = SimpleNamespace(engine=engine, num_steps=50, size=lambda: (480, 720), source=None)
     requests = Requests(SimpleNamespace(args=args, accelerate=AccelerateArgs()), pipeline)
     request = requests.of(Prompt(0, "x"))
     assert (request.load, request.lora) == (f"{tmp_path}/w", [f"{tmp_path}/a.pt:0.5", "/b.pt"])

@@ -149,6 +149,9 @@ class VideoDDIMSampler:
     """
 
     takes_call_scale = True
+    # Share of a run's steps that are taken, the last ones, from a clip noised to where they begin (SDEdit: Meng et al.
+    # 2021, arXiv 2108.01073). None: a run starts from noise.
+    strength: float | None = None
 
     def __init__(
         self,
@@ -172,7 +175,8 @@ class VideoDDIMSampler:
         """The schedule of a run of `num_steps` (None: the configured number).
 
         Raises:
-            ValueError: no number of steps anywhere, one out of range, or a discretization that is no signal rate.
+            ValueError: no number of steps anywhere, one out of range, a `strength` of less than one step, or a
+                discretization that is no signal rate.
         """
         n = self.num_steps if num_steps is None else num_steps
         if n is None:
@@ -185,7 +189,19 @@ class VideoDDIMSampler:
                 f"{type(self.discretization).__name__} gives {signal[0]:.4g} to {signal[-2]:.4g}. "
                 "Set discretization_config to ZeroSNRDDPMDiscretization."
             )
-        return SamplingSchedule(signal, tuple(reversed(timesteps.tolist())))
+        first = n - self._steps_taken(n)
+        return SamplingSchedule(signal[first:], tuple(reversed(timesteps.tolist()))[first:])
+
+    def _steps_taken(self, n: int) -> int:
+        if self.strength is None:
+            return n
+        taken = min(int(n * self.strength), n)
+        if taken < 1:
+            raise ValueError(
+                f"a strength of {self.strength:g} is less than one of {n} steps: give at least {1 / n:.3g}, or more "
+                "steps."
+            )
+        return taken
 
     def denoise(
         self,
@@ -225,8 +241,11 @@ class VideoDDIMSampler:
         return float(self.update(x, denoised, previous if step.index else None, step, torch.zeros_like))
 
     def _guidance_position(self, step: Step) -> int:
-        """The configured number of steps minus the timestep: see DynamicCFG, which is the one to read it."""
-        return (self.num_steps or step.total) - step.timestep
+        """The configured number of steps minus the timestep: see DynamicCFG, which is the one to read it.
+
+        Under a `strength` the number of those taken, as in diffusers.
+        """
+        return (step.total if self.strength is not None else self.num_steps or step.total) - step.timestep
 
     def __call__(
         self,
