@@ -72,6 +72,13 @@ class SampleArgs:
         None, "decode latents that an earlier run saved: a file, or a folder of them", metavar="PATH"
     )
     skip_done: bool = option(False, "leave out samples whose video and JSON are there, from the same request")
+    cfg_parallel: bool | None = option(
+        None,
+        "several processes: each branch of guidance by its own; default: where they outnumber the videos",
+    )
+    sequence_parallel_size: int | None = option(
+        None, "several processes: so many share the tokens of a video; default: those that are left", at_least=1
+    )
     placement: str = option(
         "stages",
         "all: every part stays on the device; stages: one at a time; lean: parts are streamed through layer by layer",

@@ -51,6 +51,9 @@ from sgm.modules.diffusionmodules.shortcuts import CallCount, ShortcutRun
 from sgm.modules.ops.choice import choose_kernels
 from sgm.modules.ops.fp8 import check_fp8
 from sgm.modules.transformer.quantize import quantize_network
+from sgm.parallel.apply import share_network
+from sgm.parallel.decoding import SharedChunks
+from sgm.parallel.team import ParallelError, Team
 from sgm.util import instantiate_from_config
 from sgm.weights import weights_fingerprint
 from sgm.weights.checksums import Checks
@@ -119,6 +122,7 @@ class TextToVideo:
         self._decoder_compiles = False
         self._small_decoder: SmallDecoder | None = None
         self._loaded: set[Part] = set()
+        self.team = Team()
         self._checks = Checks()  # of what was loaded; nothing that came of it leaves here before they are done
         if self.args.video and self.engine.has_sampler:
             self.engine.sampler.strength = self.args.strength
@@ -137,6 +141,25 @@ class TextToVideo:
             guider.scale = self.args.guidance_scale
         if self.source is not None and isinstance(guider, DynamicCFG):
             guider.num_steps = self.num_steps  # its curve is that of the steps taken, as in diffusers
+
+    def join(self, team: Team) -> None:
+        """Make videos together with the other processes of a team, which make the same calls.
+
+        Raises:
+            ParallelError: the network, or an approximation, cannot be shared.
+        """
+        if team.size > 1 and self.shortcuts is not None and self.shortcuts.skip is not None:
+            raise ParallelError(
+                "accelerate.step_cache decides by what one process sees of a video: leave it out, or args.cfg_parallel "
+                "and args.sequence_parallel_size."
+            )
+        share_network(self.engine, team)
+        self.team = team
+
+    @property
+    def shares_decoding(self) -> bool:
+        """Whether all processes of the team decode a clip; else each can do so alone."""
+        return self.team.size > 1 and self.args.decoder == "full"
 
     # --- sizes ----------------------------------------------------------------------------------------------------
 
@@ -453,13 +476,18 @@ class TextToVideo:
         stage, small = self.engine.autoencoder, self._small_decoder
         latents = self.engine.drop_first(latents[None])
         z = latents.to(self.device, torch.float32).transpose(1, 2) / self.engine.scale_factor
-        frames: list[np.ndarray] = []
+        share = SharedChunks(self.team) if self.shares_decoding else None
+        pieces: list[Tensor] = []
         with self._checks.first(), torch.no_grad(), self.placement.use(small or stage.decoder):
-            for pixels in (small or stage).decode_chunks(z.to(small.dtype if small else self.engine.dtype)):
+            z = z.to(small.dtype if small else self.engine.dtype)
+            for pixels in small.decode_chunks(z) if small else stage.decode_chunks(z, share):
                 _check_finite(pixels, "pixels", self.args.dtype)
-                frames.append(to_uint8(pixels)[0].cpu().numpy())
+                piece = to_uint8(pixels)[0]
+                pieces.append(piece if share else piece.cpu())
             self._checks.wait()
-        return np.concatenate(frames)
+        if share is not None:
+            pieces = share.collect(pieces, stage.piece_shapes(z), self.device)
+        return np.concatenate([piece.cpu().numpy() for piece in pieces])
 
 
 def _for_inference(model: dict[str, Any]) -> dict[str, Any]:

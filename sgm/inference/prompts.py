@@ -181,17 +181,26 @@ def gather(
     Raises:
         PromptError: none given and no file named, the file is missing, unreadable or empty, or pictures are amiss.
     """
+    prompts, path, blank = listed(given, input_file, config_files)
+    blank_lines = f", {blank} blank lines left out" if blank else ""
+    note = f"{len(prompts)} prompts from {path}{blank_lines}" if path else None
+    return pictures.attach(share(prompts, rank, world_size), path), note
+
+
+def listed(
+    given: Sequence[str], input_file: str | None, config_files: Sequence[Path]
+) -> tuple[list[Prompt], Path | None, int]:
+    """(prompts, their file, its blank lines) of a run, as they stand there. Raises PromptError, as `gather`."""
     if given:
         prompts = [Prompt(k, text.strip()) for k, text in enumerate(given) if text.strip()]
         if not prompts:
             raise PromptError("the prompts given are blank; write some text behind --prompt.")
-        return pictures.attach(share(prompts, rank, world_size)), None
+        return prompts, None, 0
     if not input_file:
         raise PromptError("args.input_file is not set: name a file with one prompt a line, or give --prompt.")
     path = find_prompt_file(input_file, config_files)
     prompts, blank = read_prompt_file(path)
-    note = f"{len(prompts)} prompts from {path}" + (f", {blank} blank lines left out" if blank else "")
-    return pictures.attach(share(prompts, rank, world_size), path), note
+    return prompts, path, blank
 
 
 def share(prompts: Sequence[Prompt], rank: int, world_size: int) -> list[Prompt]:

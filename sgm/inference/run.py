@@ -5,20 +5,24 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from sgm.config import ConfigError, RunConfig, check_model_section
-from sgm.distributed import DistInfo, init_distributed, shutdown
+from sgm.distributed import DistInfo, init_distributed, own_rank, shutdown
 from sgm.inference.fit import SamplingError
 from sgm.inference.options import SampleArgs
 from sgm.inference.pipeline import TextToVideo
 from sgm.inference.plan import report
 from sgm.inference.progress import Progress
-from sgm.inference.prompts import gather
+from sgm.inference.prompts import gather, listed
 from sgm.inference.runner import Runner, out_of_memory_advice
+from sgm.inference.writer import find_latents
+from sgm.modules.diffusionmodules.guiders import IdentityGuider
 from sgm.modules.encoders.modules import text_is_local
+from sgm.parallel.team import Layout, choose_layout, form_team
 from sgm.weights.preflight import check_paths, with_found_paths
 
 
@@ -45,10 +49,34 @@ def sample(config: RunConfig[SampleArgs], check: Callable[[], None], *, dry_run:
             return 0
         pipeline = TextToVideo(config, device, with_text_encoder=config.args.decode_latents is None)
         _say_all(pipeline.notes, progress)
-        _run(Runner(config, pipeline, progress, info.rank, info.world_size))  # ranks do not wait for one another
+        layout = _layout(config, pipeline, info.world_size)
+        if layout.clip > 1:
+            progress.line(f"note: {layout}")
+        pipeline.join(form_team(layout))
+        _run(Runner(config, pipeline, progress))  # teams do not wait for one another
     finally:
         shutdown()
     return 0
+
+
+def _layout(config: RunConfig[SampleArgs], pipeline: TextToVideo, world: int) -> Layout:
+    """How the processes divide what is asked for."""
+    args = config.args
+    if world == 1 and args.cfg_parallel is None and args.sequence_parallel_size is None:
+        return Layout()
+    asked = args.cfg_parallel or args.sequence_parallel_size
+    if args.decode_latents:
+        clips = len(find_latents(Path(args.decode_latents)))
+    elif args.input_type == "cli" and not args.prompts:
+        clips = world
+    else:
+        clips = len(listed(args.prompts, args.input_file, config.files)[0])
+    if not asked and pipeline.shortcuts is not None and pipeline.shortcuts.skip is not None:
+        return Layout(world)  # a step cache decides by what one process sees
+    guided = not args.decode_latents and not isinstance(pipeline.engine.sampler.guider, IdentityGuider)
+    return choose_layout(
+        world, clips, guided=guided, cfg_parallel=args.cfg_parallel, sequence=args.sequence_parallel_size
+    )
 
 
 def _without_fp16_on_cpu(config: RunConfig[SampleArgs], device: torch.device) -> RunConfig[SampleArgs]:
@@ -86,6 +114,9 @@ def _print_plan(config: RunConfig[SampleArgs], progress: Progress, rank: int) ->
     prompts = [] if asks else gather(args.prompts, args.input_file, config.files, pipeline.pictures)[0]
     remarks = [] if args.decode_latents else pipeline.remarks(prompts)
     _say_all([*pipeline.notes, *(f"warning: {line}" for line in remarks)], progress)
+    layout = _layout(config, pipeline, own_rank()[1])
+    if layout.world > 1:
+        progress.line(f"note: {layout}")
     if rank == 0:
         print(report(config, pipeline, prompts), flush=True)
 

@@ -35,16 +35,18 @@ ENCODED_AHEAD = 128  # prompts that are held encoded (1.9 MB each of 2B in half 
 
 @dataclass
 class Runner:
-    """One process's work: `config`, its `pipeline`, where to report, and its place among the processes."""
+    """One process's work: `config`, its `pipeline`, which knows its place among the processes, and where to report.
+
+    Processes of a team go through the same prompts; the first of them writes.
+    """
 
     config: RunConfig[SampleArgs]
     pipeline: TextToVideo
     progress: Progress
-    rank: int = 0
-    world_size: int = 1
 
     def __post_init__(self) -> None:
         self.args = self.config.args
+        self.team = self.pipeline.team
         self.requests = Requests(self.config, self.pipeline)
         self.load_times = StageTimes()
         self.warned: set[str] = set()
@@ -58,14 +60,15 @@ class Runner:
 
     def _run(self, saved: Sequence[Path]) -> None:
         if self.args.seed_mode == "upstream":
-            torch.manual_seed(self.args.seed + self.rank)
+            torch.manual_seed(self.args.seed + self.team.data_rank)
         if saved:
-            self._decode_saved(saved[self.rank :: self.world_size])
+            self._decode_saved(saved[self.team.data_rank :: self.team.layout.data])
         elif self.args.input_type == "cli" and not self.args.prompts:
             self._converse()
         else:
             sources = (self.args.prompts, self.args.input_file, self.config.files)
-            prompts, note = gather(*sources, self.pipeline.pictures, self.rank, self.world_size)
+            place = self.team.data_rank, self.team.layout.data
+            prompts, note = gather(*sources, self.pipeline.pictures, *place)
             if note:
                 self.progress.line(note)
             self._run_list(self._fitting(prompts))
@@ -82,7 +85,7 @@ class Runner:
 
     def _converse(self) -> None:
         """Ask for prompts; one that fails does not end the conversation."""
-        if self.world_size > 1:
+        if self.team.layout.world > 1:
             raise ConfigError("input_type cli asks a person and runs in one process; use txt for several processes.")
         self._load_what_samples_need()
         for prompt in ask():
@@ -98,7 +101,7 @@ class Runner:
                 print(f"error: {error}", file=sys.stderr)
 
     def _run_list(self, prompts: Sequence[Prompt]) -> None:
-        every = [self.requests.wanted(prompt) for prompt in prompts]
+        every = self.team.from_first(lambda: [self.requests.wanted(prompt) for prompt in prompts])
         for wanted in every:
             for differences in wanted.changed:
                 said = "; ".join(differences)
@@ -110,7 +113,7 @@ class Runner:
             return
         if self.args.seed_mode == "upstream":  # what comes before a sample draws from the same stream
             todo = every[: every.index(todo[-1]) + 1]
-        todo = self._refined(todo)
+        todo = self.team.from_first(lambda: self._refined(todo))
         self._load_what_samples_need()  # a bad file shows before an hour of sampling
         with self.progress.bar(len(todo), "prompts", "prompt") as bar:
             for start in range(0, len(todo), ENCODED_AHEAD):
@@ -153,7 +156,7 @@ class Runner:
         return encoded
 
     def _warn_of_cut(self, what: str, cut: str) -> None:
-        if cut:
+        if cut and self.team.is_first:
             long = len(cut) > SHOWN_CHARACTERS
             shown = f"{cut[:SHOWN_CHARACTERS]}... ({len(cut)} characters)" if long else cut
             self.progress.warn(f"{what} is longer than the text encoder reads; left out: {shown!r}")
@@ -194,12 +197,16 @@ class Runner:
             with self.progress.stage("sample", times, f"{self.pipeline.num_steps} steps, batch {len(batch)}"):
                 return self.pipeline.sample(conditioning, ids, self.progress.steps)
         except torch.OutOfMemoryError:
-            if len(batch) == 1:
+            if len(batch) == 1 or self.team.size > 1:  # the others wait in this very batch
                 raise
         return None
 
     def _finish(self, prompt: Prompt, sample: int, latents: Tensor, times: StageTimes) -> None:
         """Decode and write one sample; its record comes last and marks it as done."""
+        if not self.team.is_first:
+            if not self.args.only_save_latents:
+                self._decode_along(latents)
+            return
         files = self.requests.files(prompt, sample)
         record = self.requests.record(prompt, sample, latents)
         with files.replaced_together(self.unfinished) as new:
@@ -209,6 +216,12 @@ class Runner:
                 self._write_frames_or_latents(new, files.latents, latents, times, record)
             self._write_record(new, record, times)
         self.progress.line(f"  {files.latents if self.args.only_save_latents else files.video}")
+
+    def _decode_along(self, latents: Tensor) -> None:
+        """This process's part of what the first one of its team writes."""
+        if self.pipeline.shares_decoding:
+            self._load("first_stage")
+            self.pipeline.decode(latents)
 
     def _write_frames_or_latents(
         self, new: SampleFiles, place: Path, latents: Tensor, times: StageTimes, record: Mapping[str, Any]
@@ -239,6 +252,9 @@ class Runner:
     def _decode_saved(self, saved: Sequence[Path]) -> None:
         for file in saved:
             latents, facts = read_latents(file)
+            if not self.team.is_first:
+                self._decode_along(latents)
+                continue
             times, files = StageTimes(), SampleFiles(file.parent)
             source = {"decoder": self.args.decoder, "decoded_from": file.name}
             facts |= {**source, "file_bytes": {file.name: file.stat().st_size}}

@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from sgm.modules.autoencoding.causal_cache import cache_on
+from sgm.modules.autoencoding.causal_cache import CausalCache, cache_on
 from sgm.modules.autoencoding.causal_conv import CPU_SLICE_BYTES, DECODE_SLICE_BYTES, SLICE_BYTES, ClipPass
 from sgm.modules.autoencoding.coders import (
     ContextParallelDecoder3D,
@@ -51,6 +51,13 @@ class MemoryPlan:
     host_cache: bool = False
     recompute: bool = False
     tiling: Tiling | None = None
+
+
+class ChunkShare(Protocol):
+    """Which chunks of a decode are computed here, and what carries frames between them."""
+
+    def owns(self, chunk: int) -> bool: ...
+    def cache(self, chunk: int) -> CausalCache: ...
 
 
 def chunk_bounds(t: int) -> list[tuple[int, int]]:
@@ -160,13 +167,21 @@ class VideoAutoencoder(FirstStage):
             return self._decode_bounds(z, [(0, self._check_latents(z))])
         return self._decode_bounds(z, chunk_bounds(self._check_latents(z)))
 
-    def decode_chunks(self, z: Tensor) -> Iterator[Tensor]:
+    def decode_chunks(self, z: Tensor, share: ChunkShare | None = None) -> Iterator[Tensor]:
         """`decode(z)` piece by piece, for a writer that streams: 9 (or 1) pixel frames first, then 8 at a time.
+
+        With a `share`, only the pieces that are computed here.
 
         Raises:
             ValueError: as `decode`, at the call and not at the first piece.
         """
-        return self._iterate(z, chunk_bounds(self._check_latents(z)))
+        return self._iterate(z, chunk_bounds(self._check_latents(z)), share)
+
+    def piece_shapes(self, z: Tensor) -> list[tuple[int, int, int, int]]:
+        """(f, height, width, 3) of each piece that `decode_chunks` gives of one clip's latents z."""
+        time, space = self.strides.time, self.strides.space
+        size, first = (z.shape[3] * space, z.shape[4] * space), time - 1  # frames that the first latent lacks
+        return [((b - a) * time - first * (a == 0), *size, 3) for a, b in chunk_bounds(z.shape[2])]
 
     def set_low_memory(
         self, enabled: bool = True, *, slice_bytes: int = LOW_MEMORY_SLICE_BYTES, cache_on_cpu: bool = False
@@ -270,13 +285,17 @@ class VideoAutoencoder(FirstStage):
             done += piece.shape[2]
         return result
 
-    def _iterate(self, z: Tensor, bounds: list[tuple[int, int]]) -> Iterator[Tensor]:
+    def _iterate(self, z: Tensor, bounds: list[tuple[int, int]], share: ChunkShare | None = None) -> Iterator[Tensor]:
         tiling = self.memory.tiling
         size = (z.shape[3], z.shape[4])
         boxes = [(slice(0, size[0]), slice(0, size[1]))] if tiling is None else tiling.boxes(*size)
         with ExitStack() as clip:
             caches = [clip.enter_context(closing(cache_on(self.memory.host_cache, z.device))) for _ in boxes]
-            for start, stop in bounds:
+            for k, (start, stop) in enumerate(bounds):
+                if share is not None:
+                    if not share.owns(k):
+                        continue
+                    caches = [clip.enter_context(closing(share.cache(k))) for _ in boxes]
                 # entered anew for each piece: a mode held across a yield would be the caller's, too
                 with self._grad_mode(z):
                     chunk, is_last = z[:, :, start:stop].to(self.dtype), stop == bounds[-1][1]

@@ -7,7 +7,7 @@ written. Axes: b batch, t latent frames, f pixel frames, c channels, h w (latent
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,12 @@ T = TypeVar("T")
 
 class AbsentPartError(SgmError):
     """A part is needed that the configuration does not have."""
+
+
+class BranchShare(Protocol):
+    """The branch of a guided call (2b, unconditional half first) that is computed here."""
+
+    def around(self, denoiser: DenoiserFn, samples: int) -> DenoiserFn: ...
 
 
 class SATVideoDiffusionEngine(nn.Module):
@@ -121,6 +127,7 @@ class SATVideoDiffusionEngine(nn.Module):
         self.few_steps: FewSteps | None = None  # how it is sampled, if it is a student
         self.base: Network | None = None  # what the network was, for samples of a batch that are to keep it
         self.base_weight = 1.0  # of their loss
+        self.branches: BranchShare | None = None  # where other processes compute the other branch of guidance
 
         nodes = check_params(
             "the engine",
@@ -371,6 +378,8 @@ class SATVideoDiffusionEngine(nn.Module):
             return self.denoiser(self.model, x, sigma, c, **kw, **network_inputs)
 
         denoiser: DenoiserFn = denoise
+        if self.branches is not None:
+            denoiser = self.branches.around(denoiser, len(x))
         if shortcuts is not None:
             scales, arithmetic = self.sampler.guidance_scales(num_steps, scale), self.sampler.linear_steps(num_steps)
             denoiser = shortcuts.around(denoiser, len(x), scales, arithmetic)

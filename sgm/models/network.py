@@ -287,7 +287,8 @@ class DiffusionTransformer(BaseModel):
         self._check_inputs(x, timesteps, context)
         grid = self.patch.grid(x.shape[1], *x.shape[3:])
         embedded = self._embed_time(timesteps, ofs)
-        inputs = NetworkInputs(x, context, embedded, F.silu(embedded), grid, self.positions.rotary(grid, x))
+        rotary = self.positions.rotary(grid, x)
+        inputs = NetworkInputs(x, context, embedded, F.silu(embedded), grid, context.shape[1], rotary)
         names = inputs.by_original_names() if self._watched else {}
         ones = x.new_ones(1, 1)  # SAT's mark for no ids and no mask
         result = super().forward(ones, ones, ones, inputs=inputs, **names)[0]

@@ -16,7 +16,7 @@ FLOORS = (
     {"weights"},
     {"modules"},
     {"models"},
-    {"data", "convert"},
+    {"data", "convert", "parallel"},
     {"cache"},
     {"inference", "training"},
     {"sample_video", "train_video"},

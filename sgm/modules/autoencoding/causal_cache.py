@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sgm.modules.ops.vae import Activation
+
 _FIRST_SLAB, _LARGEST_SLAB = 16 << 20, 512 << 20  # powers of two, which is what pinned memory is rounded up to
 _ALIGN = 512
 
@@ -27,8 +29,8 @@ class CausalCache:
     def __init__(self) -> None:
         self._frames: dict[nn.Module, Tensor] = {}
 
-    def take(self, conv: nn.Module) -> Tensor | None:
-        """The frames kept for `conv`, and forget them; None if there are none."""
+    def take(self, conv: nn.Module, x: Activation | None = None) -> Tensor | None:
+        """The frames kept for `conv`, and forget them; None if there are none. `x` is what it is about to convolve."""
         return self._frames.pop(conv, None)
 
     def keep(self, conv: nn.Module, frames: Tensor) -> None:
@@ -138,7 +140,7 @@ class HostCache(CausalCache):
         self._frames[conv] = self._hosts[conv]
         self._outgoing = self.link.download(frames, self._hosts[conv])
 
-    def take(self, conv: nn.Module) -> Tensor | None:
+    def take(self, conv: nn.Module, x: Activation | None = None) -> Tensor | None:
         self._release_outgoing()
         host = self._frames.pop(conv, None)
         if host is None:

@@ -112,7 +112,7 @@ class CausalConv3d(nn.Module):
         if not torch.is_grad_enabled():
             spans = frame_spans(x.shape[2], self._frame_bytes(x), run.slice_bytes)
         if len(spans) == 1:
-            whole, front = frames_of(x, *spans[0]), self._cached_front(run)
+            whole, front = frames_of(x, *spans[0]), self._cached_front(x, run)
             staged = stage_frames(whole, norm, front, self.front, self.conv.weight, run.ops)
             del whole, front
             result = run.ops.convolve(self.conv, staged, bare, place)
@@ -144,7 +144,7 @@ class CausalConv3d(nn.Module):
         for start, stop in spans:
             window = staged[:, :, : self.front + stop - start]
             if start == 0:
-                continues = self._fill_front(window, run)
+                continues = self._fill_front(window, x, run)
             part_norm = None if norm is None else norm.after(start)
             write_frames(window[:, :, self.front :], frames_of(x, start, stop), part_norm, run.ops)
             if start == 0 and not continues:
@@ -157,16 +157,16 @@ class CausalConv3d(nn.Module):
                 staged[:, :, k] = window[:, :, stop - start + k]
         return result, window[:, :, stop - start :]
 
-    def _fill_front(self, window: Tensor, run: ClipPass) -> bool:
+    def _fill_front(self, window: Tensor, x: Activation, run: ClipPass) -> bool:
         """Bring the frames before this chunk to their place; False if there are none."""
-        front = self._cached_front(run)
+        front = self._cached_front(x, run)
         if front is not None:
             window[:, :, : self.front] = front
         return front is not None
 
-    def _cached_front(self, run: ClipPass) -> Tensor | None:
+    def _cached_front(self, x: Activation, run: ClipPass) -> Tensor | None:
         """The frames before this chunk, out of the cache."""
-        return run.cache.take(self) if run.cache is not None and self.front else None
+        return run.cache.take(self, x) if run.cache is not None and self.front else None
 
     def _frame_bytes(self, x: Activation) -> int:
         """Bytes of one frame of x or of the result, whichever is larger.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -47,8 +47,8 @@ class NetworkInputs:
     """What every mixin may need of one forward.
 
     `video` (b, t, c, H, W) latents; `context` (b, l, text width); `embedded` (b, e): the time embedding; `condition`
-    (b, e): its SiLU, which is the form all modulation layers take; `rotary`: the table for this grid, where the model
-    rotates.
+    (b, e): its SiLU, which is the form all modulation layers take; `text_length`: so many of the tokens that layers see
+    are text; `rotary`: the table for this grid, where the model rotates.
     """
 
     video: Tensor
@@ -56,11 +56,8 @@ class NetworkInputs:
     embedded: Tensor
     condition: Tensor
     grid: TokenGrid
+    text_length: int
     rotary: RotaryTable | None = None
-
-    @property
-    def text_length(self) -> int:
-        return self.context.shape[1]
 
     def by_original_names(self) -> dict[str, Any]:
         """What mixins that were written for the original find among their keyword arguments."""
@@ -69,6 +66,13 @@ class NetworkInputs:
             "text_length": self.text_length, "seq_length": self.grid.tokens,
             "rope_T": self.grid.t, "rope_H": self.grid.h, "rope_W": self.grid.w,
         }  # fmt: skip
+
+
+class TokenShare(Protocol):
+    """The tokens of a forward that are computed here, where several processes share them."""
+
+    def own(self, hidden: Tensor, inputs: NetworkInputs) -> tuple[Tensor, NetworkInputs]: ...
+    def whole(self, hidden: Tensor) -> Tensor: ...
 
 
 def dit_block(
@@ -141,8 +145,10 @@ class DiTTransformer(BaseTransformer):
     Differences to SAT's forward: layers run through their `__call__`; activation checkpointing goes layer by layer
     with torch's non-reentrant form; the features handed to `final_forward` are not marked as the input of a split
     layer, since the final layer is whole on every process (SAT's mark makes all gradients of the trunk N times too
-    large under N-fold tensor parallelism).
+    large under N-fold tensor parallelism); `share`, where it is set, says which of the tokens the layers get.
     """
+
+    share: TokenShare | None = None
 
     def __init__(
         self,
@@ -222,13 +228,19 @@ class DiTTransformer(BaseTransformer):
         positions = self.hooks["position_embedding_forward"](position_ids, output_cross_layer=carried, **kwargs)
         if positions is not None:
             hidden = hidden + positions
+        layer_inputs = kwargs
+        if self.share is not None:
+            hidden, inputs = self.share.own(hidden, kwargs["inputs"])
+            layer_inputs = kwargs | {"inputs": inputs}
         per_layer: list[dict[str, Any]] = []
         for layer in self.layers:
             outputs: dict[str, Any] = {"output_this_layer": {}, "output_cross_layer": {}}
-            handed = {**kwargs, "position_ids": position_ids, **carried, **outputs}
+            handed = {**layer_inputs, "position_ids": position_ids, **carried, **outputs}
             hidden = self._run_layer(layer, hidden, attention_mask, handed)
             carried = outputs["output_cross_layer"]
             per_layer.append(outputs["output_this_layer"] | ({"hidden_states": hidden} if output_hidden_states else {}))
+        if self.share is not None:
+            hidden = self.share.whole(hidden)
         features = self.final_layernorm(hidden)
         return [self.hooks["final_forward"](features, parallel_output=self.parallel_output, **kwargs), *per_layer]
 

@@ -1,0 +1,153 @@
+"""Which processes make a clip together, and their process groups.
+
+Rank (d g + i) s + j, of d clips at a time, has branch i of g and share j of s: neighbours exchange the most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from sgm.distributed import COLLECTIVE_LIMIT
+from sgm.errors import SgmError
+
+T = TypeVar("T")
+BRANCHES = 2  # of guidance: unconditional, conditional
+
+
+class ParallelError(SgmError):
+    """The processes of a run cannot be divided as asked; the message says how they can."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """`data` clips at a time, each by `guidance` x `sequence` processes."""
+
+    data: int = 1
+    guidance: int = 1
+    sequence: int = 1
+
+    @property
+    def clip(self) -> int:
+        """Processes a clip."""
+        return self.guidance * self.sequence
+
+    @property
+    def world(self) -> int:
+        """Processes in all."""
+        return self.data * self.clip
+
+    def __str__(self) -> str:
+        parts = {"the two branches of guidance": self.guidance, f"{self.sequence} shares of the tokens": self.sequence}
+        shared = " x ".join(name for name, size in parts.items() if size > 1)
+        if not shared:
+            return f"{self.data} processes make clips of their own"
+        return f"{self.clip} processes make a clip together: {shared}"
+
+
+def choose_layout(
+    world: int, clips: int, *, guided: bool, cfg_parallel: bool | None = None, sequence: int | None = None
+) -> Layout:
+    """How `world` processes make `clips` videos.
+
+    What is asked for holds; else there are as many clips at a time as there are clips and processes, and processes that
+    are left over share a clip: the branches first, since they exchange least, then the tokens.
+
+    Args:
+        guided: the sampler asks for both branches.
+        cfg_parallel: each branch by processes of its own; None: where it helps.
+        sequence: processes that share the tokens; None: where it helps.
+    Raises:
+        ParallelError: the number of processes is no multiple of what was asked for, or there is no second branch.
+    """
+    if cfg_parallel and not guided:
+        raise ParallelError("args.cfg_parallel shares out the branches of guidance, and here is one; leave it out.")
+    if cfg_parallel or sequence:
+        guidance = BRANCHES if cfg_parallel else 1
+        clip = guidance * (sequence or 1)
+        if world % clip:
+            raise ParallelError(
+                f"args.cfg_parallel and args.sequence_parallel_size ask for {clip} processes a clip, and this run has "
+                f"{world}: start a multiple, as in NPROC={clip} bash inference.sh, or leave them out."
+            )
+        return Layout(world // clip, guidance, sequence or 1)
+    data = max(n for n in range(1, world + 1) if world % n == 0 and n <= max(1, clips))
+    clip = world // data
+    guidance = BRANCHES if guided and cfg_parallel is None and clip % BRANCHES == 0 else 1
+    return Layout(data, guidance, 1 if sequence == 1 else clip // guidance)
+
+
+@dataclass(frozen=True)
+class Team:
+    """This process among those that make a clip together.
+
+    Attributes:
+        rank: among them, from 0 to `size` - 1. data_rank: which of the teams this is, out of `layout.data`.
+        guidance, sequence, clip: groups of those that hold the other branch, the other shares, and all of the clip.
+        edges: for each of them one from it to the next, around; a group of its own for each direction, since what is
+            sent waits until it is taken.
+    """
+
+    layout: Layout = Layout()
+    rank: int = 0
+    data_rank: int = 0
+    guidance: dist.ProcessGroup | None = None
+    sequence: dist.ProcessGroup | None = None
+    clip: dist.ProcessGroup | None = None
+    edges: tuple[dist.ProcessGroup, ...] = ()
+
+    @property
+    def size(self) -> int:
+        return self.layout.clip
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes what the team makes."""
+        return self.rank == 0
+
+    @property
+    def branch(self) -> int:
+        return self.rank // self.layout.sequence
+
+    @property
+    def share(self) -> int:
+        return self.rank % self.layout.sequence
+
+    def global_rank(self, rank: int) -> int:
+        """That of another member."""
+        return self.data_rank * self.size + rank
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What the first member makes, on all of them."""
+        if self.size == 1:
+            return make()
+        held = [make() if self.is_first else None]
+        dist.broadcast_object_list(held, self.global_rank(0), group=self.clip)
+        return held[0]  # type: ignore[return-value]
+
+
+def form_team(layout: Layout) -> Team:
+    """Make the groups; all processes of the run call it. Lone processes have none."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    data_rank, own = divmod(rank, layout.clip)
+    if layout.clip == 1:
+        return Team(layout, own, data_rank)
+    mine: dict[str, list[dist.ProcessGroup]] = {"guidance": [], "sequence": [], "clip": [], "edges": []}
+    for d in range(layout.data):
+        members = range(d * layout.clip, (d + 1) * layout.clip)
+        rows: dict[str, list[Sequence[int]]] = {
+            "guidance": [members[j :: layout.sequence] for j in range(layout.sequence)],
+            "sequence": [members[i : i + layout.sequence] for i in range(0, layout.clip, layout.sequence)],
+            "clip": [members],
+            "edges": [(members[k], members[(k + 1) % layout.clip]) for k in range(layout.clip)],
+        }
+        for kind, groups in rows.items():
+            for ranks in groups:
+                made = dist.new_group(sorted(ranks), timeout=COLLECTIVE_LIMIT)
+                if rank in ranks or (kind == "edges" and d == data_rank):
+                    mine[kind].append(made)
+    (guidance,), (sequence,), (clip,) = mine["guidance"], mine["sequence"], mine["clip"]
+    return Team(layout, own, data_rank, guidance, sequence, clip, tuple(mine["edges"]))

@@ -1,0 +1,136 @@
+"""Run by test_parallel.py, once a process: RANK PORTS. Four processes, then three, make the same clips together in all
+ways in which they divide; each compares with what it makes alone. Prints JSON: the largest differences.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from sgm.distributed import shutdown
+from sgm.inference.noise import SampleId, StackedNoise
+from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
+from sgm.models.diffusion import SATVideoDiffusionEngine
+from sgm.parallel.apply import share_network
+from sgm.parallel.decoding import SharedChunks
+from sgm.parallel.team import Layout, Team, form_team
+from sgm.util import instantiate_from_config
+from tests.dit_tiny import TEXT_LENGTH, TEXT_WIDTH, tiny_config
+from tests.training_tiny import model_section
+
+LAYOUTS = {
+    4: [Layout(2, 2, 1), Layout(2, 1, 2), Layout(1, 2, 2), Layout(1, 1, 4)],
+    3: [Layout(1, 1, 3)],
+}
+# Five heads over two, three and four processes; 12 + 45 tokens, and 12 + 2 x 18 in patches of two frames.
+NETWORKS = {
+    "sine": tiny_config(num_attention_heads=5, hidden_size=80, latent_width=10, latent_height=6),
+    "rotary": tiny_config(
+        rotary=True, num_attention_heads=5, hidden_size=80, latent_width=12, latent_height=6, patch_size=[2, 2, 2],
+        lora={"r": 2},
+    ),
+}  # fmt: skip
+SHAPES = {"sine": (3, 16, 6, 10), "rotary": (4, 16, 6, 12)}
+
+
+def engine_of(kind: str) -> SATVideoDiffusionEngine:
+    section = model_section(Path("nowhere"))
+    parts = {name: section[name] for name in ("denoiser_config", "sampler_config")}
+    network = NETWORKS[kind]
+    positions = network["params"]["modules"]["pos_embed_config"]["params"]
+    if "hidden_size_head" in positions:
+        positions["hidden_size_head"] = 16
+    engine = SATVideoDiffusionEngine(network_config=network, **parts)
+    numbers = torch.Generator().manual_seed(3)
+    for name, parameter in sorted(engine.named_parameters()):
+        if "pos_embedding" not in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=numbers) * 0.2 + ("norm" in name))
+    return engine.eval()
+
+
+def text(data: int) -> Tensor:
+    return torch.randn(1, TEXT_LENGTH, TEXT_WIDTH, generator=torch.Generator().manual_seed(data))
+
+
+def sample(engine: SATVideoDiffusionEngine, kind: str, data: int) -> Tensor:
+    noise = StackedNoise([SampleId(1, data, 0), SampleId(1, data, 1)])
+    cond = {"crossattn": text(data).expand(2, -1, -1)}
+    uncond = {"crossattn": torch.zeros_like(cond["crossattn"])}
+    return engine.sample(cond, uncond, noise=noise.start(SHAPES[kind]), noise_sampler=noise.like, num_steps=4)
+
+
+def gradients(engine: SATVideoDiffusionEngine, kind: str, data: int) -> dict[str, Tensor]:
+    engine.network.transformer.checkpoint_activations = True
+    engine.train().zero_grad()
+    x = torch.randn(1, *SHAPES[kind], generator=torch.Generator().manual_seed(data))
+    out = engine.network(x, torch.tensor([500.0]), text(data))
+    (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+    engine.eval()
+    return {n: p.grad.clone() for n, p in engine.named_parameters() if p.grad is not None}
+
+
+def largest(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-20))
+
+
+def of_network(kind: str, team: Team) -> dict[str, float]:
+    alone, shared = engine_of(kind), engine_of(kind)
+    share_network(shared, team)
+    sizes = {"samples": largest(sample(shared, kind, team.data_rank), sample(alone, kind, team.data_rank))}
+    if team.layout.guidance == 1:
+        wanted, found = gradients(alone, kind, team.data_rank), gradients(shared, kind, team.data_rank)
+        assert wanted.keys() == found.keys()
+        for gradient in found.values():  # as a mean over all processes, DeepSpeed's
+            dist.all_reduce(gradient, group=team.clip)
+            gradient /= team.size
+        whole = max(float(g.abs().max()) for g in wanted.values())
+        sizes["gradients"] = max(float((found[n] - wanted[n]).abs().max()) for n in wanted) / whole
+    return sizes
+
+
+def of_decode(team: Team) -> dict[str, Any]:
+    torch.manual_seed(0)
+    section = model_section(Path("nowhere"))["first_stage_config"]
+    del section["params"]["ckpt_path"]
+    stage = instantiate_from_config(section)
+    assert isinstance(stage, VideoAutoencoderInferenceWrapper)
+    found = {}
+    for t in (1, 3, 9):
+        z = torch.randn(1, 16, t, 2, 3, generator=torch.Generator().manual_seed(t + team.data_rank))
+        as_bytes = [(piece[0].permute(1, 2, 3, 0) * 127).to(torch.uint8) for piece in stage.decode_chunks(z)]
+        share = SharedChunks(team)
+        own = [(piece[0].permute(1, 2, 3, 0) * 127).to(torch.uint8) for piece in stage.decode_chunks(z, share)]
+        all_of_them = share.collect(own, stage.piece_shapes(z), z.device)
+        found[f"decoded {t}"] = float(not torch.equal(torch.cat(all_of_them), torch.cat(as_bytes)))
+        whole = list(stage.decode_chunks(z))
+        exact = zip(stage.decode_chunks(z, share), [p for k, p in enumerate(whole) if share.owns(k)], strict=True)
+        found[f"exact {t}"] = max([float((a - b).abs().max()) for a, b in exact], default=0.0)
+    return found
+
+
+def main(rank: int, ports: list[int]) -> None:
+    torch.set_num_threads(1)
+    found: dict[str, dict[str, float]] = {}
+    for (world, layouts), port in zip(LAYOUTS.items(), ports, strict=True):
+        if rank >= world:
+            continue
+        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+        for layout in layouts:
+            team, name = form_team(layout), f"{layout.data}x{layout.guidance}x{layout.sequence}"
+            for kind in NETWORKS:
+                found[f"{name} {kind}"] = of_network(kind, team)
+            found[f"{name} decode"] = of_decode(team)
+        shutdown()
+    print("RESULT " + json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), [int(port) for port in sys.argv[2].split(",")])

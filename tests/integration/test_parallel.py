@@ -1,0 +1,91 @@
+"""Several processes for one clip, over real gloo ranks: the numbers of one, and an end for all when one dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from sgm.inference.writer import read_latents
+from sgm.parallel.exchange import shares_of
+from sgm.parallel.team import Layout, ParallelError, choose_layout
+from tests.sampling_tiny import configuration, main, start, write_release, write_yaml
+from tests.training_tiny import run_ranks
+
+SHARES = ("--set", "args.sequence_parallel_size=2")
+
+
+@pytest.fixture(scope="module")
+def found():
+    return run_ranks(Path(__file__).with_name("parallel_worker.py"), ranks=4, groups=2)
+
+
+def test_samples_gradients_and_frames_are_those_of_one_process(found):
+    for rank, parts in enumerate(found):
+        assert len(parts) == 3 * (5 if rank < 3 else 4)
+        for part, sizes in parts.items():
+            for what, size in sizes.items():
+                limit = {"samples": 1e-5, "gradients": 1e-6}.get(what.split()[0], 0)
+                assert size <= limit, (rank, part, what, size)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parallel")
+    found = configuration(write_release(folder), sampling_num_frames=3)
+    found["model"]["network_config"]["params"]["num_frames"] = 9
+    return write_yaml(folder / "c.yaml", found)
+
+
+def test_two_processes_and_one_prompt_make_it_together(config, tmp_path):
+    wish = [config, "--prompt", "a fox", "--output-dir"]
+    assert main(*wish, tmp_path / "alone", "--only-save-latents") == 0
+    with start(*wish, tmp_path / "both", ranks=2) as process:
+        out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert "2 processes make a clip together: the two branches of guidance" in err and err.count("write:") == 1
+    assert main(config, "--decode-latents", tmp_path / "alone") == 0
+    (video,), (other,) = (list((tmp_path / name).rglob("*.mp4")) for name in ("alone", "both"))
+    assert video.stat().st_size > 0 and abs(video.stat().st_size - other.stat().st_size) < 200
+    with start(*wish, tmp_path / "saved", "--only-save-latents", *SHARES, ranks=2) as process:
+        out, err = process.communicate(timeout=240)
+    assert process.returncode == 0 and "2 shares of the tokens" in err, err
+    (saved,), (alone,) = (list((tmp_path / name).rglob("*.safetensors")) for name in ("saved", "alone"))
+    torch.testing.assert_close(read_latents(saved)[0], read_latents(alone)[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads /proc for the ranks' process ids")
+def test_a_process_that_dies_ends_those_that_wait_for_it(config, tmp_path):
+    with start(config, "--prompt", "x", "--steps", 900, "--output-dir", tmp_path, ranks=2) as job:
+        while "encode:" not in (line := job.stderr.readline()):
+            assert line, "it ended before the first step"
+        os.kill(int(Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()[-1]), signal.SIGKILL)
+        _, err = job.communicate(timeout=60)
+    assert job.returncode == 137 and err.count("was ended by SIGKILL") == 1, err
+    assert not list(tmp_path.rglob("*.mp4"))
+
+
+def test_processes_divide_as_asked_or_as_the_videos_need_them():
+    assert choose_layout(2, 1, guided=True) == Layout(1, 2, 1)
+    assert choose_layout(2, 1, guided=False) == Layout(1, 1, 2)
+    assert choose_layout(2, 2, guided=True) == Layout(2)
+    assert choose_layout(8, 1, guided=True) == Layout(1, 2, 4)
+    assert choose_layout(8, 3, guided=True) == Layout(2, 2, 2)
+    assert choose_layout(4, 1, guided=True, cfg_parallel=False) == Layout(1, 1, 4)
+    assert choose_layout(4, 9, guided=True, cfg_parallel=True) == Layout(2, 2, 1)
+    assert choose_layout(4, 9, guided=True, sequence=4) == Layout(1, 1, 4)
+    assert choose_layout(1, 5, guided=True) == Layout()
+    assert shares_of(30, 4) == [8, 8, 7, 7] and shares_of(17_776, 16) == [1111] * 16
+    for wrong in ({"sequence": 3}, {"sequence": 4, "cfg_parallel": True}):
+        with pytest.raises(ParallelError, match="start a multiple, as in NPROC="):
+            choose_layout(4, 1, guided=True, **wrong)
+    with pytest.raises(ParallelError, match="here is one"):
+        choose_layout(2, 1, guided=False, cfg_parallel=True)
+
+
+def test_what_cannot_be_shared_is_said(config, capsys):
+    assert main(config, "--prompt", "x", *SHARES) == 2
+    assert "ask for 2 processes a clip, and this run has 1" in capsys.readouterr().err
