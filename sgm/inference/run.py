@@ -20,6 +20,7 @@ from sgm.inference.progress import Progress
 from sgm.inference.prompts import gather, listed
 from sgm.inference.runner import Runner, out_of_memory_advice
 from sgm.inference.writer import find_latents
+from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
 from sgm.modules.diffusionmodules.guiders import IdentityGuider
 from sgm.modules.encoders.modules import text_is_local
 from sgm.parallel.team import Layout, choose_layout, form_team
@@ -62,9 +63,11 @@ def sample(config: RunConfig[SampleArgs], check: Callable[[], None], *, dry_run:
 def _layout(config: RunConfig[SampleArgs], pipeline: TextToVideo, world: int) -> Layout:
     """How the processes divide what is asked for."""
     args = config.args
-    if world == 1 and args.cfg_parallel is None and args.sequence_parallel_size is None:
+    stage = pipeline.engine.first_stage_model
+    together = stage.cp_size if isinstance(stage, VideoAutoencoderInferenceWrapper) else 1
+    asked = args.cfg_parallel or args.sequence_parallel_size or together > 1
+    if world == 1 and not asked:
         return Layout()
-    asked = args.cfg_parallel or args.sequence_parallel_size
     if args.decode_latents:
         clips = len(find_latents(Path(args.decode_latents)))
     elif args.input_type == "cli" and not args.prompts:
@@ -74,9 +77,8 @@ def _layout(config: RunConfig[SampleArgs], pipeline: TextToVideo, world: int) ->
     if not asked and pipeline.shortcuts is not None and pipeline.shortcuts.skip is not None:
         return Layout(world)  # a step cache decides by what one process sees
     guided = not args.decode_latents and not isinstance(pipeline.engine.sampler.guider, IdentityGuider)
-    return choose_layout(
-        world, clips, guided=guided, cfg_parallel=args.cfg_parallel, sequence=args.sequence_parallel_size
-    )
+    asked_for = args.cfg_parallel, args.sequence_parallel_size
+    return choose_layout(world, clips, guided, *asked_for, together)
 
 
 def _without_fp16_on_cpu(config: RunConfig[SampleArgs], device: torch.device) -> RunConfig[SampleArgs]:

@@ -27,7 +27,7 @@ from sgm.modules.autoencoding.first_stage import FirstStage
 from sgm.modules.autoencoding.regularizers import DiagonalGaussianRegularizer
 from sgm.modules.autoencoding.tiling import Tiling, blend_tiles
 from sgm.modules.ops.vae import PLAIN, VaeOps
-from sgm.typed import PathText
+from sgm.typed import Count, PathText
 from sgm.util import Config, Role, instantiate_from_config
 from sgm.weights import assign_state, read_checkpoint
 
@@ -360,9 +360,8 @@ class VideoAutoencoderInferenceWrapper(VideoAutoencoder):
         small_decoder: file of a small decoder that may stand in for this one's (`sgm.models.small_decoder`); a run
             that wants it (`args.decoder`) loads it.
         ignore_keys: prefixes of names in it to leave out.
-        cp_size: GPUs of a context-parallel group; 0 and 1 both mean one GPU.
+        cp_size: processes that share a clip in sampling (`sgm.parallel`); 0 and 1 leave that to the run.
     Raises:
-        ValueError: cp_size above 1.
         WeightsError: the file does not exist, cannot be read or does not fit.
     """
 
@@ -376,13 +375,12 @@ class VideoAutoencoderInferenceWrapper(VideoAutoencoder):
         regularizer_config: Annotated[Config, Role(DiagonalGaussianRegularizer)] | None = None,
         ckpt_path: PathText | None = None,
         ignore_keys: Sequence[str] = (),
-        cp_size: int = 0,
+        cp_size: Count = 0,
         small_decoder: PathText | None = None,
     ) -> None:
         super().__init__(encoder_config, decoder_config, loss_config, regularizer_config)
-        if cp_size not in (0, 1):
-            raise ValueError(f"cp_size is {cp_size}: the autoencoder runs on one GPU. Set it to 0 or 1.")
         self.ckpt_path, self.ignore_keys, self.small_decoder = ckpt_path, tuple(ignore_keys), small_decoder
+        self.cp_size = cp_size
         self.requires_grad_(False)
         self.eval()
         if ckpt_path is not None and not next(self.parameters()).is_meta:

@@ -49,7 +49,12 @@ class Layout:
 
 
 def choose_layout(
-    world: int, clips: int, *, guided: bool, cfg_parallel: bool | None = None, sequence: int | None = None
+    world: int,
+    clips: int,
+    guided: bool,
+    cfg_parallel: bool | None = None,
+    sequence: int | None = None,
+    together: int = 1,
 ) -> Layout:
     """How `world` processes make `clips` videos.
 
@@ -60,6 +65,7 @@ def choose_layout(
         guided: the sampler asks for both branches.
         cfg_parallel: each branch by processes of its own; None: where it helps.
         sequence: processes that share the tokens; None: where it helps.
+        together: least number of processes a clip, where neither of the two is asked for (`cp_size`).
     Raises:
         ParallelError: the number of processes is no multiple of what was asked for, or there is no second branch.
     """
@@ -74,10 +80,15 @@ def choose_layout(
                 f"{world}: start a multiple, as in NPROC={clip} bash inference.sh, or leave them out."
             )
         return Layout(world // clip, guidance, sequence or 1)
-    data = max(n for n in range(1, world + 1) if world % n == 0 and n <= max(1, clips))
-    clip = world // data
+    if world % max(1, together):
+        raise ParallelError(
+            f"cp_size in first_stage_config.params asks for {together} processes a clip, and this run has {world}: "
+            f"start a multiple, as in NPROC={together} bash inference.sh, or set it to 1."
+        )
+    most = min(max(1, clips), world // max(1, together))
+    clip = world // max(n for n in range(1, most + 1) if world % n == 0)
     guidance = BRANCHES if guided and cfg_parallel is None and clip % BRANCHES == 0 else 1
-    return Layout(data, guidance, 1 if sequence == 1 else clip // guidance)
+    return Layout(world // clip, guidance, clip // guidance)
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import train_video
 from sgm.inference.writer import read_latents
 from sgm.parallel.exchange import shares_of
 from sgm.parallel.team import Layout, ParallelError, choose_layout
 from tests.sampling_tiny import configuration, main, start, write_release, write_yaml
-from tests.training_tiny import run_ranks
+from tests.training_tiny import configuration as training_configuration
+from tests.training_tiny import run_ranks, write_clips
 
 SHARES = ("--set", "args.sequence_parallel_size=2")
 
@@ -82,10 +84,18 @@ def test_processes_divide_as_asked_or_as_the_videos_need_them():
     for wrong in ({"sequence": 3}, {"sequence": 4, "cfg_parallel": True}):
         with pytest.raises(ParallelError, match="start a multiple, as in NPROC="):
             choose_layout(4, 1, guided=True, **wrong)
+    assert choose_layout(8, 9, guided=True, together=2) == Layout(4, 2, 1)
     with pytest.raises(ParallelError, match="here is one"):
         choose_layout(2, 1, guided=False, cfg_parallel=True)
 
 
-def test_what_cannot_be_shared_is_said(config, capsys):
-    assert main(config, "--prompt", "x", *SHARES) == 2
-    assert "ask for 2 processes a clip, and this run has 1" in capsys.readouterr().err
+def test_what_cannot_be_shared_is_said(config, tmp_path, capsys):
+    cp_size = ("--set", "model.first_stage_config.params.cp_size=2")
+    for wish, said in ((SHARES, "ask for 2 processes a clip"), (cp_size, "cp_size in first_stage_config.params asks")):
+        assert main(config, "--prompt", "x", *wish) == 2
+        assert said in (err := capsys.readouterr().err) and "this run has 1" in err
+    training = write_yaml(
+        tmp_path / "t.yaml", training_configuration(config.parent, write_clips(tmp_path / "clips", 1), None)
+    )
+    assert train_video.main([str(training), "--dry-run", *cp_size]) == 2
+    assert "cp_size shares out decoding when sampling" in capsys.readouterr().err

@@ -138,6 +138,11 @@ def checked_engine(model: dict[str, Any], args: TrainArgs, plan: DeepSpeedPlan) 
     check_graphs(args, plan, engine.network.transformer.checkpoint_activations)
     check_mixins(args, plan, list(engine.network.further_configs))
     check_prior(args, plan, engine.loss_fn)
+    if isinstance(engine.first_stage_model, VideoAutoencoderInferenceWrapper) and engine.first_stage_model.cp_size > 1:
+        raise ConfigError(
+            "first_stage_config.params.cp_size shares out decoding when sampling; in training each process encodes its "
+            "own clips: set it to 1"
+        )
     for part, there in {"conditioner": engine.conditioner, "loss_fn": engine.loss_fn}.items():
         if there is None and f"{part}_config" not in model and not (args.distill and part == "loss_fn"):
             raise ConfigError(f"model.{part}_config is missing, which training needs")
