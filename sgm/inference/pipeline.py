@@ -148,10 +148,10 @@ class TextToVideo:
         Raises:
             ParallelError: the network, or an approximation, cannot be shared.
         """
-        if team.size > 1 and self.shortcuts is not None and self.shortcuts.skip is not None:
+        if team.size > 1 and self.shortcuts is not None and self.shortcuts.measures:
             raise ParallelError(
-                "accelerate.step_cache decides by what one process sees of a video: leave it out, or args.cfg_parallel "
-                "and args.sequence_parallel_size."
+                "accelerate.reuse_error and step_cache_threshold let each process decide by what it measures: leave "
+                "them out (configs/fast.yaml), or args.cfg_parallel and args.sequence_parallel_size."
             )
         share_network(self.engine, team)
         self.team = team

@@ -74,8 +74,8 @@ def _layout(config: RunConfig[SampleArgs], pipeline: TextToVideo, world: int) ->
         clips = world
     else:
         clips = len(listed(args.prompts, args.input_file, config.files)[0])
-    if not asked and pipeline.shortcuts is not None and pipeline.shortcuts.skip is not None:
-        return Layout(world)  # a step cache decides by what one process sees
+    if not asked and pipeline.shortcuts is not None and pipeline.shortcuts.measures:
+        return Layout(world)  # what is measured must not differ between processes that wait for each other
     guided = not args.decode_latents and not isinstance(pipeline.engine.sampler.guider, IdentityGuider)
     asked_for = args.cfg_parallel, args.sequence_parallel_size
     return choose_layout(world, clips, guided, *asked_for, together)
