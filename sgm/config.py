@@ -101,6 +101,9 @@ class AccelerateArgs:
     )
     step_cache_keep_first: int = option(4, "so many first steps are never skipped", at_least=1)
     step_cache_keep_last: int = option(4, "so many last steps are never skipped", at_least=0)
+    step_cache_order: int = option(
+        0, "without effect: steps repeat, which errs less than extrapolation", choices=(0, 1)
+    )
     guidance_interval: list[float] = option(
         [0.0, 1.0], "part of the run, from 0 (noise) to 1, that is guided; outside it one call a step does"
     )
@@ -135,7 +138,7 @@ class AccelerateArgs:
     def approximate(self) -> dict[str, Any]:
         """The switches that change results, where they are on; an option of another switch with that one only."""
         defaults = dataclasses.asdict(AccelerateArgs())
-        values = {name: v for name, v in dataclasses.asdict(self).items() if name not in EXACT}
+        values = {name: v for name, v in dataclasses.asdict(self).items() if name not in (*EXACT, "step_cache_order")}
         if not self.reuses_guidance:
             del values["guidance_keep_first"]
         whole = tuple(kind for kind, on in (("reuse", self.reuse_error), ("step_cache", self.step_cache)) if on)
