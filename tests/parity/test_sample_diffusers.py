@@ -22,13 +22,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import sample_video
-from sgm.config import load_run_config
+from sgm.config import load_run_config, merge_yaml
 from sgm.inference.options import SampleArgs
 from sgm.inference.pipeline import TextToVideo
 from sgm.models.diffusion import SATVideoDiffusionEngine
+from sgm.training.options import TrainArgs
+from sgm.training.run import train
 from tests.convert_tiny import KINDS, SCHEDULE, make_pipeline
 from tests.dit_tiny import TEXT_LENGTH, TEXT_WIDTH
-from tests.training_tiny import MODULES, REPO
+from tests.training_tiny import MODULES, REPO, configuration, write_clips, write_yaml
 from tools import compare_diffusers, convert_weight_hf2sat, convert_weight_sat2hf
 
 diffusers = pytest.importorskip("diffusers")
@@ -77,6 +79,27 @@ def test_the_written_configuration_samples(converted: Converted, tmp_path: Path)
     assert iio.imread(clip).shape == (9, *size, 3)
     (record,) = clip.parent.glob("*.json")
     assert json.loads(record.read_text())["fps"] == (16 if later else 8)
+
+
+@pytest.mark.parametrize("converted", ["5b-i2v", "1.5-i2v"], indirect=True)
+def test_a_fine_tuned_release_comes_back(converted: Converted, tmp_path: Path) -> None:
+    """Trained by the file that the converter wrote, saved with its configuration, and a pipeline again."""
+    content = configuration(converted.sat, write_clips(tmp_path / "clips", 1, 9), tmp_path / "run", train_iters=2)
+    content["model"] = merge_yaml([converted.sat / "infer.yaml"])["model"]
+    content["data"]["params"] |= {"video_size": [32, 48], "max_num_frames": 9}
+    assert train(load_run_config([write_yaml(tmp_path / "c.yaml", content)], TrainArgs)) == 0
+    (run,) = (tmp_path / "run").iterdir()
+    arguments = ["--transformer_ckpt_path", str(run), "--vae_ckpt_path", str(converted.sat / "vae" / "3d-vae.pt"),
+                 "--text_encoder_path", str(converted.sat / "t5-v1_1-xxl"), "--fp32",
+                 "--output_path", str(tmp_path / "hf")]  # fmt: skip
+    assert convert_weight_sat2hf.main(arguments) == 0
+    pipeline = type(converted.pipeline).from_pretrained(tmp_path / "hf", torch_dtype=torch.float32)
+    pipeline.transformer.norm_out.norm.eps = 1e-6
+    inputs = network_inputs(pipeline)
+    with torch.no_grad():
+        ours = engine_of(converted.sat, f"args.load={run}").network(*inputs)
+    torch.testing.assert_close(their_output(pipeline, inputs), ours, rtol=0, atol=5e-6)
+    assert (ours - their_output(converted.pipeline, inputs)).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("converted", ["5b-i2v", "1.5-i2v"], indirect=True)
