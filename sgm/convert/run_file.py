@@ -49,17 +49,7 @@ def run_file(
         stage[part]["params"] |= vae_params
     embedder = model["conditioner_config"]["params"]["emb_models"][0]["params"]
     embedder |= {"model_dir": str(release / "t5-v1_1-xxl"), "max_length": sizes.text_length}
-    _set_shift(model, shift_scale)
+    sigma_sampler = model["loss_fn_config"]["params"]["sigma_sampler_config"]
+    for node in (model["denoiser_config"], sigma_sampler, model["sampler_config"]):
+        node["params"]["discretization_config"]["params"] = {"shift_scale": shift_scale}
     return f"# {sizes.name}, written by tools/convert_weight_hf2sat.py\n" + OmegaConf.to_yaml(OmegaConf.create(content))
-
-
-def _set_shift(node: Any, shift_scale: float) -> None:
-    """Every discretization in the model section gets the same shift."""
-    if isinstance(node, dict):
-        for name, inner in node.items():
-            if name == "discretization_config":
-                inner["params"] = {"shift_scale": shift_scale}
-            _set_shift(inner, shift_scale)
-    elif isinstance(node, list):
-        for inner in node:
-            _set_shift(inner, shift_scale)

@@ -21,9 +21,9 @@ from sgm.convert.sat_source import SatWeights, open_sat, open_vae
 from sgm.convert.sine_table import read_sine_table
 from sgm.files import write_json
 from sgm.modules.encoders import t5_files
+from sgm.weights.identify import PUBLISHED
 from sgm.weights.release import Adapter
 
-PUBLISHED_SCALES = {"scale_factor": "1.15258426 of 2B, 0.7 of 5B", "shift_scale": "3.0 of 2B, 1.0 of 5B"}
 _PATCH_HF = "patch_embed.proj.weight"
 
 
@@ -211,9 +211,10 @@ def _scale(name: str, described: Described | None, sizes: Sizes | None) -> float
     if value is None and kind:
         value = getattr(kind.nearest, name)
     if value is None:
+        known = ", ".join(f"{getattr(model, name)} of {model.name}" for model in PUBLISHED.values())
         raise ConvertError(
-            f"no tensor says the model's {name} ({PUBLISHED_SCALES[name]}), and no YAML file beside "
-            "the weights does: name its configuration with --config."
+            f"no tensor says the model's {name} ({known}), and no YAML file beside the weights does: name its "
+            "configuration with --config."
         )
     return float(value)
 

@@ -13,6 +13,14 @@ from sgm.places import shown
 LATENT_CHANNELS = 16  # of every first stage of the family
 _LAYER = re.compile(r"(?:^|\.)transformer\.layers\.(\d+)\.")
 _ENDS = ("mixins.patch_embed.proj.weight", "mixins.final_layer.linear.weight", "mixins.patch_embed.text_proj.weight")
+# Of what is no transformer in SAT's layout: a pattern of its names, and what to say of it.
+_OTHER_KINDS = {
+    r"\.lora_A\.": "a LoRA in diffusers' layout; convert it with tools/convert_weight_hf2sat.py --lora_only",
+    r"^transformer_blocks\.": "a diffusers transformer; convert it with tools/convert_weight_hf2sat.py",
+    r"^(encoder\.down|decoder\.up)\.": "a 3D VAE, not a transformer",
+    r"^(encoder\.block\.|shared\.weight)": "a T5 text encoder, not a transformer",
+    "matrix_A": "a LoRA adapter without base weights",
+}
 
 
 @dataclass(frozen=True)
@@ -129,16 +137,9 @@ def what_is(state: Mapping[str, Any]) -> str:
     shape = transformer_shape(state)
     if shape is not None:
         return f"{shape.family} (width {shape.hidden_size}, {shape.num_layers} layers)"
-    if any(".lora_A." in name for name in state):
-        return "a LoRA in diffusers' layout; convert it with tools/convert_weight_hf2sat.py --lora_only"
-    if any(name.startswith("transformer_blocks.") for name in state):
-        return "a diffusers transformer; convert it with tools/convert_weight_hf2sat.py"
-    if any(name.startswith(("encoder.down.", "decoder.up.")) for name in state):
-        return "a 3D VAE, not a transformer"
-    if any(name.startswith(("encoder.block.", "shared.weight")) for name in state):
-        return "a T5 text encoder, not a transformer"
-    if any("matrix_A" in name for name in state):
-        return "a LoRA adapter without base weights"
+    for pattern, kind in _OTHER_KINDS.items():
+        if any(re.search(pattern, name) for name in state):
+            return kind
     return f"unknown weights ({len(state)} tensors" + (f", first {next(iter(state))!r})" if state else ")")
 
 
