@@ -57,6 +57,11 @@ def allow_target(prefix: str) -> None:
     ALLOWED_PREFIXES.append(prefix if prefix.endswith(".") else prefix + ".")
 
 
+def allowed_packages() -> list[str]:
+    """Those that `allow_target` has added."""
+    return [prefix.removesuffix(".") for prefix in ALLOWED_PREFIXES[len(_PREFIXES) :]]
+
+
 Config = Mapping[str, Any]  # a node: `target`, and `params` for it
 
 

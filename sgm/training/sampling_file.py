@@ -15,6 +15,7 @@ from sgm.modules.diffusionmodules.image_condition import sampled_frames
 from sgm.modules.transformer.patch_embed import PatchSize
 from sgm.places import CONFIGS, INSTALLED, PROJECT, shown
 from sgm.training.options import TrainArgs, trains_adapter
+from sgm.util import allowed_packages
 from sgm.weights.preflight import with_paths
 
 FILE = "infer.yaml"
@@ -53,4 +54,6 @@ def write_sampling_file(
     write_text(folder / FILE, OmegaConf.to_yaml(OmegaConf.create({"args": sampling, "model": model})))
     program = ["cogvideox-sat", "sample"] if INSTALLED else ["bash", shown(PROJECT / "inference.sh")]
     picture = "@@picture.png" if starts_from_picture(config.model) else ""
-    return shlex.join([*program, shown(folder / FILE), "--prompt", f"a caption like those of the clips{picture}"])
+    allowed = [word for package in allowed_packages() for word in ("--allow-target", package)]
+    prompt = f"a caption like those of the clips{picture}"
+    return shlex.join([*program, shown(folder / FILE), *allowed, "--prompt", prompt])

@@ -109,12 +109,13 @@ def test_the_added_mixins_alone_are_trained_and_saved(runs: dict[str, Path], rel
     assert last < first  # same clip, noise and timesteps
 
 
-def test_a_run_goes_on_bit_for_bit(runs: dict[str, Path], scaled: Path) -> None:
+def test_a_run_goes_on_bit_for_bit(runs: dict[str, Path], scaled: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = runs["alone"]
     kept = {name: value.clone() for name, value in added(folder).items()}
     content = yaml.safe_load((folder / "training_config.yaml").read_text())
     assert run(folder.parent.parent, content, [], f"args.resume={folder / '3'}") == folder
     assert all(torch.equal(value, kept[name]) for name, value in added(folder).items())
+    assert "infer.yaml --allow-target my_mixins --prompt" in capsys.readouterr().out
 
 
 def test_sampling_from_either_file(runs: dict[str, Path], release: Path, scaled: Path, tmp_path: Path) -> None:
