@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import sample_video
 from sgm.config import ConfigError, load_run_config
 from sgm.training.options import TrainArgs
 from sgm.training.run import train
@@ -84,7 +85,7 @@ WAYS = {"5b": (None, 0, True), "5b_i2v": (None, 2, False), "1.5_5b": (2, 1, "sel
 
 
 @pytest.mark.parametrize("kind", WAYS)
-def test_every_kind_trains_and_shows_whole_clips(content, clips, tmp_path, kind):
+def test_every_kind_trains_and_shows_whole_clips(content, clips, tmp_path, capsys, kind):
     """Clips of three latents, of which patches of two frames see four; what is shown has the clip's length."""
     lora, stage, checkpointing = WAYS[kind]
     args = {"train_iters": 2, "eval_interval": 2, "eval_iters": 1, "valid_data": [str(clips)], "log_image": True}
@@ -96,9 +97,15 @@ def test_every_kind_trains_and_shows_whole_clips(content, clips, tmp_path, kind)
     assert len(losses(folder)) == 3
     for shown in ("inputs", "reconstructions", "samples"):
         assert len(iio.imread(folder / "video" / f"{shown}_gs-000002" / "000000.mp4")) == FRAMES
-    if prompts:  # 1.5 takes the picture's ratio
-        asked = iio.imread(folder / "video" / "samples_gs-000002" / "000001.mp4")
-        assert asked.shape[:3] == (FRAMES, 16, 16)
+    said = capsys.readouterr().out
+    assert f"{folder / 'infer.yaml'} --prompt" in said and ("@@picture.png" in said) == kind.endswith("i2v")
+    if prompts:  # 1.5 takes the picture's ratio, here and when it is sampled with the adapter
+        asked = [folder / "video" / "samples_gs-000002" / "000001.mp4", tmp_path / "out/0_a_square/0/000000.mp4"]
+        given = ["--prompt", *prompts, "--steps", "2", "--device", "cpu", "--output-dir", str(tmp_path / "out")]
+        assert sample_video.main([str(folder / "infer.yaml"), *given]) == 0
+        assert [iio.imread(file).shape[:3] for file in asked] == [(FRAMES, 16, 16)] * 2
+        record = json.loads(asked[1].with_suffix(".json").read_text())
+        assert record["weights"]["adapters"] and record["latent_frames"] == 4
     before = read_transformer(made["args"]["load"]).network
     after = read_transformer(folder).network
     still = {name for name, value in after.items() if name in before and torch.equal(before[name], value)}
