@@ -42,6 +42,7 @@ def check_fit(engine: SATVideoDiffusionEngine, args: SampleArgs, size: tuple[int
         *_clip_problems(engine, args),
         *_grid_problems(engine, args, size),
         *_decoder_problems(engine, args.decoder),
+        *_student_problems(args),
         *_text_problems(engine),
         *_sampler_problems(engine, args),
     ]
@@ -160,6 +161,17 @@ def _decoder_problems(engine: SATVideoDiffusionEngine, decoder: str) -> list[str
         (
             f"args.decoder is {decoder}, but model.first_stage_config.params names no small_decoder: "
             f"{HOW_TO_GET_SMALL_DECODER}"
+        )
+    ]
+
+
+def _student_problems(args: SampleArgs) -> list[str]:
+    if not args.few_steps or args.student:
+        return []
+    return [
+        (
+            "args.few_steps is true, but args.student names no adapter: `bash finetune.sh CONFIG.yaml "
+            "configs/distill.yaml --set args.distill.prompts=FILE` makes one (docs/distillation.md)"
         )
     ]
 

@@ -94,6 +94,8 @@ class SampleArgs:
         [], "an adapter checkpoint, with the scale of what it adds (1)", metavar="PATH[:SCALE]"
     )
     merge_lora: bool = option(False, "fold adapters into the weights before sampling")
+    student: PathText | None = option(None, "the adapter of a few-step student, for few_steps", metavar="PATH")
+    few_steps: bool = option(False, "sample with `student`, in the steps that it was distilled for")
     force_inference: bool = option(False, "accept a transformer file without the computed position table")
     latent_channels: int | None = option(None, "checked against the first stage's if given")
 

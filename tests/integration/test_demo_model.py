@@ -30,7 +30,7 @@ def test_files_are_those_of_the_hashes():
         assert hashlib.sha256((DEMO / name).read_bytes()).hexdigest() == digest, name
 
 
-@pytest.mark.parametrize("how", [("--steps", 12), ("--lora", DEMO / "student")], ids=["model", "student"])
+@pytest.mark.parametrize("how", [("--steps", 12), (REPO / "configs" / "few_steps.yaml",)], ids=["model", "few steps"])
 def test_a_clip_by_either_decoder_has_what_its_prompt_says(tmp_path, how):
     run = [REPO / "configs" / "demo_infer.yaml", "--device", "cpu"]
     sampled = [*run, "--prompt", PROMPT, "--num-frames", 5, "--seed", 1, *how]

@@ -11,7 +11,7 @@ import torch
 from sgm.data.video_io import probe
 from sgm.inference.writer import write_latents
 from sgm.weights import read_checkpoint
-from tests.sampling_tiny import configuration, main, model_section, write_release, write_yaml
+from tests.sampling_tiny import REPO, configuration, main, model_section, write_release, write_yaml
 from tools import train_decoder
 
 SIZES = ["--widths", "8,8,4", "--blocks", "1,1,1", "--device", "cpu"]
@@ -192,6 +192,12 @@ def test_refusals_of_sampling(config, trained, release, tmp_path, capsys):
     other = f"model.first_stage_config.params.ckpt_path={tmp_path / 'other.pt'}"
     refused("was learned from another VAE", *small(trained), "--set", other)
     assert main(*wish, "--set", f"{place}=absent.safetensors") == 0  # who does not ask for it does not need it
+
+
+def test_few_steps_over_a_configuration_without_their_files(config, capsys):
+    assert main(config, REPO / "configs" / "few_steps.yaml", "--prompt", "a fox") == 2
+    said = capsys.readouterr().err
+    assert "names no small_decoder" in said and "args.student names no adapter" in said
 
 
 def test_the_plan_tells_of_it(config, trained, capsys):
