@@ -39,9 +39,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--text_encoder_cache_dir", help="the hub's cache folder")
     add("--output_path", type=Path, required=True, help="folder to write")
     kinds = parser.add_mutually_exclusive_group()
-    kinds.add_argument("--fp16", dest="dtype", action="store_const", const="fp16", help="default but for bf16 files")
-    kinds.add_argument("--bf16", dest="dtype", action="store_const", const="bf16", help="default for bf16 files")
-    kinds.add_argument("--fp32", dest="dtype", action="store_const", const="fp32")
+    defaults = {"fp16": "default for fp16 files, and 2B's of fp32", "bf16": "default for other files", "fp32": None}
+    for name, default in defaults.items():
+        kinds.add_argument(f"--{name}", dest="dtype", action="store_const", const=name, help=default)
     add("--push_to_hub", action="store_true", help="upload afterwards, to a repository named as the output folder")
     add("--lora", action="append", default=[], metavar="PATH[:SCALE]", help="fold in an adapter; may be repeated")
     add("--lora_alpha", type=float, help="alpha of the checkpoint's adapter, if the file does not say (SAT: 1)")

@@ -37,7 +37,8 @@ class ToHf:
         vae: `3d-vae.pt`; None takes the one in the transformer's checkpoint, if it carries one.
         text_encoder: folder or hub id of the T5; its weights may be missing if the checkpoint carries them.
         cache_dir: the hub's cache.
-        dtype: of all weights; None means float16, or bfloat16 where the transformer has it.
+        dtype: of all weights; None means the transformer's own half precision, or where it has none float16 for 2B
+            and bfloat16 for the others.
         adapters: LoRA files to fold in, beside the checkpoint's own.
         lora_alpha: alpha of the checkpoint's own adapter; None believes the file, then SAT's 1.
         config: YAML that says what no tensor does: clip size, text length, scale factor, the schedule's shift. None
@@ -141,7 +142,7 @@ def _components(
 ) -> tuple[list[Component], Sizes | None, list[str]]:
     """(what can be written, sizes of the transformer, what is left out and why)."""
     transformer, sizes = (None, None) if weights is None else _transformer(request, weights, described)
-    dtype = request.dtype or _usual_dtype(weights)
+    dtype = request.dtype or _usual_dtype(weights, sizes)
     vae, notes = None, []
     try:
         vae = _vae(request, weights, sizes, described)
@@ -162,9 +163,11 @@ def _components(
     return parts, sizes, notes
 
 
-def _usual_dtype(weights: SatWeights | None) -> torch.dtype:
+def _usual_dtype(weights: SatWeights | None, sizes: Sizes | None) -> torch.dtype:
+    """The file's own half precision, else the model's: 5B and 1.5, unlike 2B, do not bear float16."""
     kinds = set() if weights is None else {value.dtype for value in weights.network.values()}
-    return torch.bfloat16 if torch.bfloat16 in kinds else torch.float16
+    model = torch.bfloat16 if sizes is not None and sizes.rotary else torch.float16
+    return next((dtype for dtype in (torch.bfloat16, torch.float16) if dtype in kinds), model)
 
 
 def _transformer(request: ToHf, weights: SatWeights, described: Described | None) -> tuple[Component, Sizes]:

@@ -398,6 +398,15 @@ def test_default_type_is_half_and_bfloat16_stays(release: Path, tmp_path: Path) 
     bf16 = rewrite(release / "transformer", tmp_path / "b.pt", lambda m: {n: t.bfloat16() for n, t in m.items()})
     convert(ToHf(tmp_path / "bf", bf16, partial=True))
     assert {t.dtype for t in component(tmp_path / "bf" / "transformer").values()} == {torch.bfloat16}
+    for dtype, expected in (
+        (torch.float32, torch.bfloat16),
+        (torch.float16, torch.float16),
+    ):  # 5B's, by its file's type
+        state = {NETWORK_PREFIX + n: t.detach().to(dtype) for n, t in tiny_network(rotary=True).state_dict().items()}
+        save_pt(tmp_path / "r.pt", {"module": state})
+        config = yaml_of(tmp_path / "c" / "r.yaml", {"network_config": tiny_config(rotary=True)})
+        convert(ToHf(tmp_path / "r", tmp_path / "r.pt", partial=True, config=config, overwrite=True))
+        assert {t.dtype for t in component(tmp_path / "r" / "transformer").values()} == {expected}
 
 
 def test_shards_hold_at_most_their_size(tmp_path: Path) -> None:
