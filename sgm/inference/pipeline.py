@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -385,10 +385,15 @@ class TextToVideo:
     def _moments(self, pixels: Tensor, what: str) -> Tensor:
         """Of the posterior of pixels (1, 3, f, h, w): (1, 2c, t, h/8, w/8) on the CPU."""
         self.load("first_stage")
-        stage = self.engine.autoencoder
-        with self._checks.first(), torch.no_grad(), self.placement.use(stage.encoder):
-            moments = stage.moments(pixels.to(self.device, self.engine.dtype)).cpu()
-            _check_finite(moments, f"latents of the {what}", self.args.dtype)
+        stage, plan = self.engine.autoencoder, self.engine.autoencoder.memory
+        # one frame needs no tiles, which would make it approximate
+        stage.memory = replace(plan, tiling=plan.tiling if pixels.shape[2] > 1 else None)
+        try:
+            with self._checks.first(), torch.no_grad(), self.placement.use(stage.encoder):
+                moments = stage.moments(pixels.to(self.device, self.engine.dtype)).cpu()
+                _check_finite(moments, f"latents of the {what}", self.args.dtype)
+        finally:
+            stage.memory = plan
         return moments
 
     def _drawn(self, moments: Tensor, noise: StackedNoise | None, count: int) -> Tensor:
