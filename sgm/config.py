@@ -191,7 +191,7 @@ def load_run_config(
 
     Args:
         files: YAML files, later ones win.
-        args_type: dataclass of `option` fields that the `args:` section fills.
+        args_type: dataclass of `option` fields that the `args:` section fills; names in its `IDLE` are accepted, too.
         overrides: `a.b=c` texts of `--set`; the value is read as YAML, but `{your_path}` as text.
         flags: named command-line flags, `args` names to values; None values are left out.
     Raises:
@@ -205,7 +205,7 @@ def load_run_config(
     given = dict(sections["args"] or {})
     given.update({k: v for k, v in (flags or {}).items() if v is not None})
     flagged = {("args", k) for k, v in (flags or {}).items() if v is not None}
-    args = build_args(args_type, given, problems, notes, idle=UPSTREAM_ARGS)
+    args = build_args(args_type, given, problems, notes, idle=UPSTREAM_ARGS | getattr(args_type, "IDLE", frozenset()))
     accelerate = build_args(AccelerateArgs, sections["accelerate"] or {}, problems, notes, "accelerate")
     model = sections["model"] or {}
     _mend_log_keys(model, notes)

@@ -29,9 +29,19 @@ RESUME_MAY_CHANGE = frozenset(
 )
 
 
+# Options of sampling that the original has not: a configuration of sampling may be distilled as it is.
+SAMPLING_ARGS = frozenset(
+    """cfg_parallel decode_latents decoder few_steps guidance_scale image lora max_batch merge_lora negative_prompt
+    num_steps placement prompts refine refine_model seed_mode sequence_parallel_size skip_done strength student
+    vae_tiling video""".split()
+)
+
+
 @dataclass(frozen=True)
 class TrainArgs:
     """Options of `train_video.py`; names and meanings of the original where it has them."""
+
+    IDLE = SAMPLING_ARGS
 
     mode: str = option(
         "finetune", "finetune, or pretrain (no held start of the learning rate)", choices=("finetune", "pretrain")

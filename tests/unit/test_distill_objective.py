@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
 import pytest
 import torch
 
-from sgm.config import ConfigError
+from sgm.config import UPSTREAM_ARGS, ConfigError, load_run_config
+from sgm.inference.options import SampleArgs
 from sgm.modules.diffusionmodules.few_steps import FewSteps, FewStepsError
 from sgm.modules.diffusionmodules.sampling import RenoisingSampler, VideoDDIMSampler
 from sgm.training.distill.objective import compared_timesteps, guidance_tables, matching_loss
 from sgm.training.distill.options import DistillArgs
+from sgm.training.options import SAMPLING_ARGS, TrainArgs
+from tests.sampling_tiny import REPO
 from tests.training_tiny import DISCRETIZATION
 
 DYNAMIC = {
@@ -77,6 +81,14 @@ def test_fresh_noise_between_two_passes():
     assert len(draws) == 3
     for (inner, _), noise, a in zip(seen[1:], draws, sampler.schedule().signal[1:], strict=False):
         torch.testing.assert_close(inner, a * 0.5 + math.sqrt(1 - a * a) * noise)
+
+
+def test_a_configuration_of_sampling_may_be_distilled():
+    names = [{field.name for field in dataclasses.fields(record)} for record in (SampleArgs, TrainArgs)]
+    assert names[0] - names[1] - UPSTREAM_ARGS == SAMPLING_ARGS
+    files = [REPO / "configs" / "demo_infer.yaml", REPO / "configs" / "distill.yaml"]
+    config = load_run_config(files, TrainArgs, overrides=["args.distill.prompts=p.txt"])
+    assert "args.student has no effect here" in config.notes
 
 
 def test_a_header_says_how_a_student_is_sampled():
