@@ -213,5 +213,7 @@ def _write_network(folder: Path, plan: Mapping[str, Deferred], more: Mapping[str
 
 
 def _how_to_run(output: Path, sizes: Sizes) -> str:
-    command = f"to sample: python sample_video.py {shlex.quote(str(output / RUN_FILE))}"
-    return f"{command} --prompt TEXT --image PICTURE" if sizes.takes_image else command
+    file = shlex.quote(str(output / RUN_FILE))
+    if sizes.takes_image:
+        return f"to sample: python sample_video.py {file} --prompt TEXT --image PICTURE"
+    return f"to sample: python sample_video.py {file}"

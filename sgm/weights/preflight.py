@@ -29,8 +29,8 @@ HOW_TO_GET_ADAPTER = (
 )
 
 HOW_TO_GET_SMALL_DECODER = (
-    "`python tools/train_decoder.py CONFIG.yaml OUT --latents FOLDER` learns a small decoder from the VAE "
-    "(docs/speed.md, 'Small decoder'); --decoder full does without."
+    "`python tools/train_decoder.py CONFIG.yaml OUT --latents FOLDER --seconds 3600` learns a small decoder from the "
+    "VAE (docs/speed.md, 'Small decoder'); --decoder full does without."
 )
 SMALL_DECODER = "model.first_stage_config.params.small_decoder"
 

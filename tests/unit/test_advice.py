@@ -139,7 +139,10 @@ def _shell_texts(file: str) -> Iterator[Text]:
 
 # --- commands ----------------------------------------------------------------------------------------------------------
 
-WORD = r"(?: (?:--[\w-]+|[A-Z][A-Z_]*\b[^\s,;)`]*|X[^\s,;)`]*|configs/[^\s,;)`]+|(?:args|deepspeed|model)\.[^\s,;)`]+))"
+WORD = (
+    r"(?: (?:--[\w-]+|[A-Z][A-Z_]*\b[^\s,;)`]*|X[^\s,;)`]*|\d+\b|configs/[^\s,;)`]+"
+    r"|(?:args|deepspeed|model)\.[^\s,;)`]+))"
+)
 COMMAND = re.compile(rf"(python |bash )?\b((?:tools/(?:\w+/)?|tests/|sgm/)?\w+\.(?:py|sh))\b({WORD}*)")
 LINE = re.compile(r"^`python (\S+)(.*)`$")  # a whole command
 
@@ -262,20 +265,25 @@ def wrong_keys(text: str) -> list[str]:
         known = UPSTREAM_ARGS.union(*(record.__dataclass_fields__ for record in RECORDS[section]))
         found += [] if name in known else [f"{section}.{name} is no key"]
     for given, key, value in SETTING.findall(text):
-        found += [f"--set {key}={value} is refused"] if given and not _takes(f"{key}={value}") else []
+        any_key = key.endswith(".X")  # the text is of several
+        found += [f"--set {key}={value} is refused"] if given and not any_key and not _takes(f"{key}={value}") else []
     return found
 
 
 @functools.cache
 def _takes(override: str) -> bool:
-    """Whether an override, with a number for each placeholder, suits a shipped configuration of either kind."""
+    """Whether an override, with a number for each placeholder, suits a shipped configuration of some kind."""
     override = re.sub(r"=X$", "=1", override)
-    others = ["args.cache_dir=cache", "args.bf16=false", "args.fp16=false"]
-    for name, record in (("cogvideox_2b_infer", SampleArgs), ("cogvideox_2b_sft", TrainArgs)):
+    low = ["deepspeed.fp16.enabled=false", "deepspeed.bf16.enabled=false"]
+    kinds = [
+        (["cogvideox_2b_infer"], SampleArgs, ["args.bf16=false", "args.fp16=false"]),
+        (["cogvideox_2b_sft"], TrainArgs, ["args.cache_dir=cache", *low]),
+        (["cogvideox_2b_infer", "distill"], TrainArgs, ["args.distill.prompts=FILE"]),
+    ]
+    for names, record, others in kinds:
         with contextlib.suppress(ConfigError):
-            more = others[1:] if record is SampleArgs else others[:1]
-            more += ["deepspeed.fp16.enabled=false", "deepspeed.bf16.enabled=false"] if record is TrainArgs else []
-            config = load_run_config([REPO / "configs" / f"{name}.yaml"], record, overrides=[*more, override])
+            files = [REPO / "configs" / f"{name}.yaml" for name in names]
+            config = load_run_config(files, record, overrides=[*others, override])
             if record is TrainArgs:
                 plan_deepspeed(config.deepspeed, device_type="cuda")
             if record is TrainArgs or not override.startswith("deepspeed"):
