@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,7 @@ class Seen:
 
 
 class CacheStore:
-    """The folder, opened for one configuration.
+    """The folder, opened for one configuration. Several threads may add to it.
 
     Args:
         folder: made if absent.
@@ -98,6 +99,7 @@ class CacheStore:
         self.identity = json.loads(json.dumps(dict(identity)))  # as it comes back from the file
         self._claim()
         self.shards: list[Path] = []
+        self._taking_in = threading.Lock()  # a shard's entries hold its place in `shards`, and several threads add
         self._entries: dict[str, Entry] = {}
         self._seen: dict[FileStamp, Seen] = {}
         self._paths: set[str] = set()
@@ -129,11 +131,7 @@ class CacheStore:
 
     def refresh(self) -> None:
         """Take in what other processes have added."""
-        known = set(self.shards)
-        for kind in KINDS:
-            for path in sorted(self.folder.glob(f"{kind}-*.safetensors")):
-                if path not in known:
-                    self._take_in(path)
+        self._take_in(path for kind in KINDS for path in sorted(self.folder.glob(f"{kind}-*.safetensors")))
         for path in sorted(self.folder.glob("files-*.jsonl")):
             self._read_files(path)
 
@@ -158,8 +156,7 @@ class CacheStore:
         digest = hashlib.sha256("\n".join([self.storage, *stored]).encode()).hexdigest()[:16]
         path = self.folder / f"{kind}-{digest}.safetensors"
         save_safetensors(path, stored, {"identity": self._digest()})
-        if path not in self.shards:
-            self._take_in(path)
+        self._take_in([path])
 
     def record(self, rank: int, found: Iterable[tuple[FileStamp, Seen]]) -> None:
         """Note what files hold. Each rank appends to a file of its own. Raises SaveError."""
@@ -227,8 +224,15 @@ class CacheStore:
     def _digest(self) -> str:
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
 
-    def _take_in(self, path: Path) -> None:
-        """Index a new shard."""
+    def _take_in(self, paths: Iterable[Path]) -> None:
+        """Index those shards that are new."""
+        with self._taking_in:
+            known = set(self.shards)
+            for path in paths:
+                if path not in known:
+                    self._index(path)
+
+    def _index(self, path: Path) -> None:
         entries, identity = read_index(path, len(self.shards))
         if identity != self._digest():
             raise CacheError(f"{path} comes from another cache; delete it and fill the cache again")

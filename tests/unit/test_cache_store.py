@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from sgm.cache import shards
+from sgm.cache import store as store_module
 from sgm.cache.shards import CacheError, ShardReader
 from sgm.cache.store import CacheStore, FileStamp, Seen, text_key, video_key
 
@@ -71,6 +75,27 @@ def test_two_commands_that_encode_the_same_clips_leave_each_other_s_places_right
     reader = ShardReader(first.shards)
     assert all(torch.equal(reader.read(first.entry(name)), tensor) for name, tensor in made.items())
     assert len(list(tmp_path.glob("video-*"))) == 1
+
+
+def test_two_threads_that_add_at_once_give_each_shard_its_own_number(tmp_path, monkeypatch):
+    """As videos and first frames do: while one shard's head is read, the other is ready to be taken in, too."""
+    opened, written = CacheStore(tmp_path, IDENTITY, "fp32"), threading.Barrier(2)
+    save, read = store_module.save_safetensors, store_module.read_index
+    monkeypatch.setattr(store_module, "save_safetensors", lambda *args: (save(*args), written.wait(10)))
+    both = threading.Barrier(2)
+
+    def slow(path, number):
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.2)  # where two could be in here, they meet
+        return read(path, number)
+
+    monkeypatch.setattr(store_module, "read_index", slow)
+    made = {"video": tensors(2), "frame": {"frame:0": torch.ones(3, 2, 2), "frame:1": torch.zeros(3, 2, 2)}}
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(opened.add, made, made.values()))
+    reader = ShardReader(opened.shards)
+    for name, tensor in {**made["video"], **made["frame"]}.items():
+        assert torch.equal(reader.read(opened.entry(name)), tensor)
 
 
 def test_a_passing_fault_is_forgotten_when_the_cache_is_opened_again(tmp_path):
