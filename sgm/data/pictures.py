@@ -30,13 +30,16 @@ def open_picture(file: BinaryIO) -> Image.Image:
         with warnings.catch_warnings():
             # half of what Pillow refuses: a good camera's
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            warnings.simplefilter(
+                "ignore", UserWarning
+            )  # of broken EXIF, without which the pixels are good all the same
             with Image.open(file) as image:
                 return _in_rgb(ImageOps.exif_transpose(image))
     except UnidentifiedImageError as error:  # whose own text shows no name, but an object in memory
         raise PictureError("no readable picture (of no known format, as PNG, JPEG and WebP are)") from error
     except Image.DecompressionBombError as error:
         raise PictureError(f"no readable picture ({2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels at most)") from error
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, RuntimeError) as error:  # the last from AVIF's decoder
         if getattr(error, "errno", None) is not None:  # of the drive; Pillow's own OSErrors have no number
             raise
         raise PictureError(f"no readable picture ({error})") from error

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps, features
 from safetensors.torch import load_file
 
 from sgm.data.images import ImageError, Picture, cropped, resized, size_of_short_side
@@ -103,6 +103,22 @@ def test_a_large_picture_is_read_without_a_word(monkeypatch, recwarn):
 def test_a_picture_cut_short_is_none(cut):
     with pytest.raises(PictureError, match="no readable picture"):
         open_picture(io.BytesIO(saved(Image.fromarray(PIXELS)).read()[:cut]))
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="Pillow was built without AVIF")
+def test_a_damaged_avif_is_none():
+    """Pillow's decoder of this format raises RuntimeErrors."""
+    content = saved(Image.fromarray(PIXELS), "AVIF").read()
+    start = content.index(b"mdat") + 4
+    with pytest.raises(PictureError, match="no readable picture .Failed to decode"):
+        open_picture(io.BytesIO(content[:start] + bytes(len(content) - start)))
+
+
+def test_broken_camera_notes_are_passed_over_without_a_word(recwarn):
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x05\0"  # five entries announced, none there
+    assert read(Image.fromarray(PIXELS), "PNG", exif=exif).shape == PIXELS.shape and not recwarn.list
+    with Image.open(saved(Image.fromarray(PIXELS), "PNG", exif=exif)) as image, pytest.warns(UserWarning, match="EXIF"):
+        ImageOps.exif_transpose(image)  # so there was something to be silent of
 
 
 def test_real_numbers_have_no_range():
