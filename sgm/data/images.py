@@ -60,6 +60,11 @@ class Picture:
         return image
 
 
+def read_image(path: Path) -> Image.Image:
+    """A picture's pixels, RGB with 8 bits. Raises ImageError: absent, or no picture; names the file."""
+    return _read(path)[0]
+
+
 def _read(path: Path) -> tuple[Image.Image, str]:
     if not path.is_file():
         raise ImageError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}.")
