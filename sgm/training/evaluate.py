@@ -25,6 +25,7 @@ from sgm.files import atomic_write, write_text
 from sgm.models.autoencoder import VideoAutoencoder
 from sgm.models.diffusion import Cond, SATVideoDiffusionEngine
 from sgm.modules.diffusionmodules.image_condition import repeat_first
+from sgm.training.checkpoints.state import seed_all
 from sgm.training.eval_prompts import EvalPrompt
 from sgm.training.first_frame import first_frame
 from sgm.training.setup.engine import TrainingEngine
@@ -70,7 +71,7 @@ class Evaluation:
         try:
             with torch.no_grad(), preserve_rng():
                 for k, batch in enumerate(self._clips()):
-                    torch.manual_seed(self.seed + _SEED_STRIDE * self._number(k))
+                    seed_all(self.seed + _SEED_STRIDE * self._number(k))
                     loss, logs = ds_engine(*engine_inputs(engine, batch, ds_engine.device))
                     total[0] += loss.double()
                     total[1:] += bin_sums(logs, total.device).flatten()

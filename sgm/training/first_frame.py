@@ -8,6 +8,7 @@ Axes: b batch, f pixel frames, t latent frames, c channels, h w height and width
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -30,14 +31,10 @@ def draw_log_sigma(count: int) -> Tensor:
     return torch.normal(mean, spread, size=(count,), device="cpu")
 
 
-def draw_share() -> Tensor:
-    """A number from 0 to 1, a scalar on the CPU."""
-    return torch.rand((), device="cpu")
-
-
 @dataclass(frozen=True)
 class ImageDraws:
-    """Where a step's random numbers for its pictures come from, by default torch's own generators.
+    """Where a step's random numbers for its pictures come from: as in the original torch's own generators, but for the
+    dropout Python's, so that what torch draws afterwards is the same with and without it.
 
     Attributes:
         log_sigma: from b to the logarithms (b,) of the noise's spread, one a sample.
@@ -47,7 +44,7 @@ class ImageDraws:
 
     log_sigma: Callable[[int], Tensor] = draw_log_sigma
     noise: Callable[[Tensor], Tensor] = torch.randn_like
-    share: Callable[[], Tensor] = draw_share
+    share: Callable[[], float] = random.random
 
     def noised(self, image: Tensor) -> Tensor:
         """Pictures with noise, not clamped. As in the original, the level is found in float32 on the CPU."""
@@ -56,8 +53,7 @@ class ImageDraws:
 
     def kept(self, images: Tensor, dropout: float) -> Tensor:
         """Latents of a batch's pictures: all of them, or with the probability `dropout` zeros."""
-        keeps = (self.share() >= dropout).to(images.device, non_blocking=True)  # nobody waits for the device
-        return torch.where(keeps, images, torch.zeros_like(images))
+        return torch.zeros_like(images) if self.share() < dropout else images
 
 
 OWN_DRAWS = ImageDraws()

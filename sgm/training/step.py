@@ -70,7 +70,7 @@ def engine_inputs(
     start from a picture with `concat_images` (b, t, c, h, w). A distillation has no clips, but noise.
 
     Random draws, in the original's order: the picture's noise level (CPU) and noise, its posterior, the clip's
-    posterior, and whether the batch goes without pictures (CPU).
+    posterior, and whether the batch goes without pictures (Python's `random`).
     """
     if isinstance(engine, DistillationEngine):
         return engine.start_noise(batch, device), batch

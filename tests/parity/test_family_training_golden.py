@@ -95,7 +95,7 @@ def test_whole_step(family_golden: Path, case: str, step: str, monkeypatch) -> N
     draws = ImageDraws(
         lambda count: drawn("normal", cases[f"{case}.step.image_log_sigma"][:count]),
         randn_like,
-        lambda: drawn("random.random", torch.tensor(recorded["random_random"])),
+        lambda: drawn("random.random", recorded["random_random"]),
     )
     monkeypatch.setattr(torch, "randn_like", randn_like)
     monkeypatch.setattr(torch, "randint", lambda *_, **__: drawn("randint", torch.tensor(recorded["idx"])))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -45,7 +46,7 @@ class Engine:
 
     def __call__(self, z, batch):
         assert not self.training
-        loss = torch.rand(())
+        loss = torch.rand(()) + random.random()  # whose is the dropout of pictures
         self.seen.append((batch["mp4"].flatten().tolist(), loss.item()))
         return loss, {}
 
@@ -68,13 +69,15 @@ def evaluation(**changes) -> Evaluation:
 
 
 def test_clips_are_taken_in_turn_with_the_same_draws_each_time(ranks):
-    engine, of_training = Engine(), torch.get_rng_state()
+    engine, of_training = Engine(), (torch.get_rng_state(), random.getstate())
     mean, by_timestep = evaluation().run(engine, 1, None)
     assert [clips for clips, _ in engine.seen] == [[0, 1], [2, 3], [4, 5]]
     assert mean == pytest.approx(sum(loss for _, loss in engine.seen) / 3) and not any(by_timestep)
-    assert engine.training and torch.equal(torch.get_rng_state(), of_training)
+    assert (
+        engine.training and torch.equal(torch.get_rng_state(), of_training[0]) and random.getstate() == of_training[1]
+    )
     assert len({loss for _, loss in engine.seen}) == 3  # a batch has its own
-    torch.rand(7)
+    torch.rand(7), random.random()
     first, engine.seen = engine.seen, []
     evaluation().run(engine, 2, None)
     assert engine.seen == first
