@@ -20,6 +20,7 @@ from torch import Tensor
 from sgm.config import RunConfig
 from sgm.data.images import Picture, cropped, resized, size_of_short_side
 from sgm.data.video_out import to_uint8
+from sgm.inference.adapters import with_adapters
 from sgm.inference.fast import check_shortcuts, shortcuts_of
 from sgm.inference.few_steps import with_few_steps
 from sgm.inference.fit import (
@@ -100,7 +101,7 @@ class TextToVideo:
     """
 
     def __init__(self, config: RunConfig[SampleArgs], device: torch.device, *, with_text_encoder: bool = True):
-        config, self.notes = with_few_steps(config)  # what is to be said of it
+        config, self.notes = with_few_steps(with_adapters(config))  # what is to be said of it
         self.args = config.args
         self.device = device
         self.placement = Placement(self.args.placement, device)

@@ -12,6 +12,7 @@ import torch
 
 from sgm.config import ConfigError, RunConfig, check_model_section
 from sgm.distributed import DistInfo, init_distributed, own_rank, shutdown
+from sgm.inference.adapters import with_adapters
 from sgm.inference.fit import SamplingError
 from sgm.inference.options import SampleArgs
 from sgm.inference.pipeline import TextToVideo
@@ -24,7 +25,7 @@ from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
 from sgm.modules.diffusionmodules.guiders import IdentityGuider
 from sgm.modules.encoders.modules import text_is_local
 from sgm.parallel.team import Layout, choose_layout, form_team
-from sgm.weights.preflight import adapter_path, check_paths, with_found_paths
+from sgm.weights.preflight import check_paths, with_found_paths
 
 
 def sample(config: RunConfig[SampleArgs], check: Callable[[], None], *, dry_run: bool = False) -> int:
@@ -36,7 +37,7 @@ def sample(config: RunConfig[SampleArgs], check: Callable[[], None], *, dry_run:
     from sgm.models.diffusion import SATVideoDiffusionEngine
 
     config = replace(config, model=check_model_section(config.model, SATVideoDiffusionEngine))
-    config = with_found_paths(_with_student(config))
+    config = with_adapters(with_found_paths(config))
     if not dry_run:
         check_paths(*_paths_to_check(config), small_decoder=config.args.decoder == "small")
     info = init_distributed(_device_type(config.args.device, several=int(os.environ.get("WORLD_SIZE", "1")) > 1))
@@ -80,14 +81,6 @@ def _layout(config: RunConfig[SampleArgs], pipeline: TextToVideo, world: int) ->
     guided = not args.decode_latents and not isinstance(pipeline.engine.sampler.guider, IdentityGuider)
     asked_for = args.cfg_parallel, args.sequence_parallel_size
     return choose_layout(world, clips, guided, *asked_for, together)
-
-
-def _with_student(config: RunConfig[SampleArgs]) -> RunConfig[SampleArgs]:
-    """Under `few_steps` the student is the first of the adapters, whose header says how it is sampled."""
-    args = config.args
-    if not args.few_steps or args.student is None or Path(args.student) in map(adapter_path, args.lora):
-        return config
-    return replace(config, args=replace(args, lora=[args.student, *args.lora]))
 
 
 def _without_fp16_on_cpu(config: RunConfig[SampleArgs], device: torch.device) -> RunConfig[SampleArgs]:

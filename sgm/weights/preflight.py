@@ -49,6 +49,8 @@ def with_found_paths(config: RunConfig[Any], find: Callable[[str], str] = found_
     if load and not Path(load).expanduser().exists():
         load = str(newest_run(Path(load).expanduser()) or load)
     found = {"load": load} | ({"lora": [*map(find, config.args.lora)]} if hasattr(config.args, "lora") else {})
+    if getattr(config.args, "student", None):
+        found["student"] = find(config.args.student)
     return replace(config, model=model, args=replace(config.args, **found))
 
 

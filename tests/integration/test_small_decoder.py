@@ -205,6 +205,12 @@ def test_the_plan_tells_of_it(config, trained, capsys):
     assert "weights of the small decoder" in capsys.readouterr().out
 
 
+def test_few_steps_decode_without_a_student(config, trained, tmp_path):
+    assert main(config, "--prompt", "a fox", "--only-save-latents", "--output-dir", tmp_path) == 0
+    assert main(config, REPO / "configs" / "few_steps.yaml", *small(trained), "--decode-latents", tmp_path) == 0
+    assert record(tmp_path)["decoder"] == "small" and list(tmp_path.rglob("*.mp4"))
+
+
 def test_training_and_caches_take_no_notice(release):
     """A configuration of training may name it (the demo's do): a cache or a run from before stays what it is."""
     from sgm.cache.identity import cache_identity
