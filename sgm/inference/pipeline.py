@@ -68,13 +68,14 @@ class EncodedPrompt:
     """Conditioning of one prompt and of its negative (CPU, (1, l, d) each), and the end of the prompt that was cut.
 
     Prompts that were encoded together share their negative's. `image` is what `encode_picture` gave of the picture that
-    the video begins with.
+    the video begins with; `drawn` what `draw_picture` drew of it for all samples, None where each draws its own.
     """
 
     cond: Cond
     uncond: Cond
     cut: str
     image: Tensor | None = None
+    drawn: Tensor | None = None
 
 
 @dataclass
@@ -376,6 +377,11 @@ class TextToVideo:
         """Encode the clip to start from, once.
 
         Raises:
+    def draw_picture(self, moments: Tensor) -> Tensor | None:
+        """Under seed_mode `upstream` the latents (1, c, 1, h, w) that all samples of a prompt begin with: the original
+        draws them once, before the samples. None where each sample draws its own."""
+        return self._drawn(moments, None, 1) if self.args.seed_mode == "upstream" else None
+
             SourceError: its file cannot be read any more.
             SamplingError: its latents are not finite.
         """
@@ -403,11 +409,12 @@ class TextToVideo:
         expanded = moments.to(self.device).expand(count, -1, -1, -1, -1).contiguous()
         return self.engine.first_stage.regularization.latents(expanded, draw)
 
-    def _image_latents(self, moments: Tensor | None, noise: StackedNoise | None, count: int) -> Tensor | None:
+    def _image_latents(self, prompt: EncodedPrompt, noise: StackedNoise | None, count: int) -> Tensor | None:
         """What the network reads of a picture, (count, t, c, h, w)."""
-        if moments is None:
+        if prompt.image is None:
             return None
-        return self.engine.image_latents(self._drawn(moments, noise, count), self.args.sampling_num_frames)
+        z = self._drawn(prompt.image, noise, count) if prompt.drawn is None else prompt.drawn
+        return self.engine.image_latents(z.expand(count, -1, -1, -1, -1), self.args.sampling_num_frames)
 
     def _source_latents(self, noise: StackedNoise | None, count: int) -> Tensor | None:
         """Those of the clip to start from, (count, t, c, h, w), scaled, in a number that patches divide."""
@@ -439,7 +446,7 @@ class TextToVideo:
         self.encode_source()
         self.load("network")
         noise = None if self.args.seed_mode == "upstream" else StackedNoise(samples)
-        latents_of_image = self._image_latents(image, noise, len(samples))
+        latents_of_image = self._image_latents(prompt, noise, len(samples))
         source = self._source_latents(noise, len(samples))
         shape = self.latent_shape(self.size())
         if image is not None:

@@ -168,7 +168,8 @@ class Runner:
         samples = list(range(self.args.batch_size))
         size = self.pipeline.max_batch
         if wanted.prompt.picture is not None:
-            conditioning = replace(conditioning, image=self._encode_picture(wanted.prompt.picture))
+            moments = self._encode_picture(wanted.prompt.picture)
+            conditioning = replace(conditioning, image=moments, drawn=self.pipeline.draw_picture(moments))
         while samples:
             batch, times = samples[:size], StageTimes()
             missing = [k for k in batch if k in wanted.missing]

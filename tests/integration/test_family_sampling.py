@@ -19,6 +19,7 @@ from sgm.data.images import Picture
 from sgm.inference.options import SampleArgs
 from sgm.inference.pipeline import TextToVideo
 from sgm.inference.writer import read_latents
+from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.util import instantiate_from_config
 from tests.family_tiny import FAMILY, write_kind
 from tests.sampling_tiny import REPO, main
@@ -112,6 +113,34 @@ def test_samples_of_another_picture_are_made_anew(config, picture, tmp_path, cap
         assert said in capsys.readouterr().err
     (record,) = records_of_samples(tmp_path / "out")
     assert record["image"] == str(copy)
+
+
+def test_how_a_picture_is_read_is_part_of_the_request(config, picture, tmp_path, capsys):
+    file = config("5b_i2v", only_save_latents=True, skip_done=True)
+    for key, value, said in (
+        ("scale_image_latents", "true", "1 of 1 prompts are done already"),  # as without it
+        ("scale_image_latents", "false", "scale_image_latents True, now False"),
+        ("noised_image_all_concat", "true", "noised_image_all_concat False, now True"),
+    ):
+        assert main(file, "--prompt", f"x@@{picture}") == 0
+        capsys.readouterr()
+        assert main(file, "--prompt", f"x@@{picture}", "--set", f"model.{key}={value}") == 0
+        assert said in capsys.readouterr().err
+
+
+def test_the_single_stream_draws_a_picture_once_for_all_samples(config, picture, monkeypatch):
+    """As the original, which encodes it before a prompt's samples; otherwise each sample draws its own."""
+    seen: list[torch.Tensor] = []
+    sample = SATVideoDiffusionEngine.sample
+    monkeypatch.setattr(
+        SATVideoDiffusionEngine, "sample", lambda *a, **kw: seen.extend(kw["image"]) or sample(*a, **kw)
+    )
+    for mode, same in (("upstream", True), ("sample", False)):
+        file = config("5b_i2v", only_save_latents=True, seed_mode=mode, batch_size=2)
+        assert main(file, "--prompt", f"x@@{picture}", "--prompt", f"y@@{picture}") == 0
+        first, second, *others = seen
+        assert first.equal(second) == others[0].equal(others[1]) == same and not first.equal(others[0])
+        seen.clear()
 
 
 def test_the_plan_names_pictures_and_sizes(config, picture, capsys):
