@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from sgm.modules.autoencoding.strides import STRIDES
 from sgm.typed import ConfigError, PathText, option
 
+STRENGTH = 0.8  # where a clip is given, and no strength
+
 
 @dataclass(frozen=True)
 class SampleArgs:
@@ -39,8 +41,10 @@ class SampleArgs:
     video: PathText | None = option(
         None, "the clip that text-to-video models make their videos from: its first frames, noised", metavar="FILE"
     )
-    strength: float = option(
-        0.8, "share of the steps that are taken from there: near 0 the clip stays, 1 leaves nothing of it", metavar="S"
+    strength: float | None = option(
+        None,
+        f"share of the steps that are taken from there ({STRENGTH}): near 0 the clip stays, 1 leaves nothing of it",
+        metavar="S",
     )
     negative_prompt: str = option(
         "", "what to steer away from; empty means zeros in place of an embedding", metavar="TEXT"
@@ -107,10 +111,18 @@ class SampleArgs:
             problems.append(
                 "args.vae_tiling is of the full decoder, the small one needs no tiles; leave one of them out"
             )
-        if not 0 < self.strength <= 1:
+        if self.strength is not None and not 0 < self.strength <= 1:
             problems.append(f"args.strength is {self.strength:g}; it must be above 0, and 1 at most")
+        if self.strength is not None and not self.video:
+            problems.append("args.strength is of a clip to start from: name it, --video FILE, or leave --strength out")
         if self.video and self.image:
             problems.append("args.video and args.image are both given; a video is made from one of them")
+        if self.decode_latents and (self.video or self.image):
+            given = "args.video" if self.video else "args.image"
+            problems.append(
+                f"args.decode_latents and {given} are both given; latents that are there are decoded as they are, "
+                "leave one of them out"
+            )
         size = self.sampling_image_size
         if size is not None and (len(size) != 2 or any(s <= 0 or s % STRIDES.size_step for s in size)):
             problems.append(
@@ -119,6 +131,11 @@ class SampleArgs:
             )
         if problems:
             raise ConfigError("; ".join(problems))
+
+    @property
+    def share_taken(self) -> float | None:
+        """Share of the steps that are taken from a clip, in (0, 1]; None without one."""
+        return (STRENGTH if self.strength is None else self.strength) if self.video else None
 
     @property
     def dtype(self) -> str:

@@ -84,7 +84,6 @@ class WeightFacts:
 
     network: LoadedNetwork | None = None
     first_stage: str | None = None
-    small_decoder: str | None = None
     text_encoder: str | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -127,7 +126,7 @@ class TextToVideo:
         self.team = Team()
         self._checks = Checks()  # of what was loaded; nothing that came of it leaves here before they are done
         if self.args.video and self.engine.has_sampler:
-            self.engine.sampler.strength = self.args.strength
+            self.engine.sampler.strength = self.args.share_taken
         check_fit(self.engine, self.args, self.size())
         self.source = self._source(self.args.video) if self.args.video else None
         self._source_moments: Tensor | None = None
@@ -294,7 +293,6 @@ class TextToVideo:
         dtype = torch.bfloat16 if self.engine.kernels.cpu_bf16 else dtype
         self._small_decoder = load_small_decoder(stage.small_decoder, stage.ckpt_path, device=device, dtype=dtype)
         self.facts.first_stage = weights_fingerprint(stage.ckpt_path)
-        self.facts.small_decoder = weights_fingerprint(stage.small_decoder)
 
     def _arrange_first_stage(self) -> None:
         stage, lean = self.engine.autoencoder, self.placement.kind == "lean"
@@ -320,6 +318,12 @@ class TextToVideo:
         if self.fp8:
             quantize_network(self.engine.network)
         return loaded
+
+    @cached_property
+    def small_decoder_weights(self) -> str | None:
+        """Fingerprint of the small decoder's file; None where the full one decodes."""
+        file = self.engine.autoencoder.small_decoder if self.args.decoder == "small" else None
+        return weights_fingerprint(file) if file else None
 
     @property
     def encodes(self) -> bool:
@@ -373,15 +377,15 @@ class TextToVideo:
         fit = resized if follows_picture(self.engine) else cropped
         return self._moments(fit(picture.image(), self.size(picture))[None, :, None], "picture")
 
-    def encode_source(self) -> None:
-        """Encode the clip to start from, once.
-
-        Raises:
     def draw_picture(self, moments: Tensor) -> Tensor | None:
         """Under seed_mode `upstream` the latents (1, c, 1, h, w) that all samples of a prompt begin with: the original
         draws them once, before the samples. None where each sample draws its own."""
         return self._drawn(moments, None, 1) if self.args.seed_mode == "upstream" else None
 
+    def encode_source(self) -> None:
+        """Encode the clip to start from, once.
+
+        Raises:
             SourceError: its file cannot be read any more.
             SamplingError: its latents are not finite.
         """

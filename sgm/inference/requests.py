@@ -28,6 +28,10 @@ from sgm.secrets import hidden_in
 
 # Versions that can change numbers.
 PACKAGES = ("torch", "transformers", "SwissArmyTransformer", "safetensors")
+# What samples were made with whose records do not say it: there was nothing else then.
+BEFORE: Mapping[str, Any] = {
+    "decoder": "full", "small_decoder_weights": None, "image_sha256": None, "video_sha256": None, "strength": None
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,9 +46,11 @@ class Guidance:
 class Request:
     """What a user asks of a sample; two samples of one request are the same but for their number.
 
-    The fields are the first entries of the sample's JSON. `size` is (height, width) in pixels, `approximate` the
-    switches of `accelerate:` that change results, `image_sha256` that of the picture's file, `video_sha256` that of the
-    clip's that was noised, of which `strength` of the steps were taken.
+    The fields are the first entries of the sample's JSON. Of `num_steps` a run from a clip takes the share `strength`.
+    `size` is (height, width) in pixels, `approximate` the switches of `accelerate:` that change results,
+    `small_decoder_weights` the small decoder's fingerprint (None: the full one decodes), `image_sha256` that of the
+    picture's file, `video_sha256` that of the clip's that was noised. `scale_image_latents` and
+    `noised_image_all_concat` say how the network reads a picture, None of models for text alone.
     """
 
     prompt: str
@@ -61,14 +67,21 @@ class Request:
     dtype: str
     approximate: dict[str, Any]
     decoder: str
+    small_decoder_weights: str | None
     load: str | None
     lora: list[str]
     image_sha256: str | None
     video_sha256: str | None
     strength: float | None
+    scale_image_latents: bool | None
+    noised_image_all_concat: bool | None
 
     def differences(self, record: Mapping[str, Any]) -> list[str]:
-        """In what the request that a sample's JSON holds differs from this one; what that lacks does not count."""
+        """In what the request that a sample's JSON holds differs from this one.
+
+        What the record lacks does not count, except where versions that did not write it had one value: `BEFORE`.
+        """
+        record = {**BEFORE, **record}
         wanted = hidden_in(asdict(self))  # as it comes back from the file
         pairs = {name: (record[name], value) for name, value in wanted.items() if record.get(name, value) != value}
         texts = {name: [shorten(str(value), 60, placeholder=" ...") for value in pair] for name, pair in pairs.items()}
@@ -89,7 +102,8 @@ class UsedWeights:
 class Result:
     """What a request led to: the second part of the sample's JSON.
 
-    `products` is the type of the network's matrix products; `network_passes` are counted where steps took shortcuts.
+    `steps_taken` are fewer than the request's where a run starts from a clip. `products` is the type of the network's
+    matrix products; `network_passes` are counted where steps took shortcuts.
     """
 
     refined_prompt: str | None
@@ -97,6 +111,7 @@ class Result:
     video: str | None
     prompt_index: int
     sample_index: int
+    steps_taken: int
     products: str
     network_passes: CallCount | None
     latents_sha256: str
@@ -110,7 +125,6 @@ class Measurements:
     """What decoding and measuring add: the last part of the sample's JSON."""
 
     first_stage_weights: str | None
-    small_decoder_weights: str | None
     seconds: dict[str, float]
     peak_memory_bytes: dict[str, int]
     device: str
@@ -123,7 +137,6 @@ class Measurements:
         device = pipeline.device
         return cls(
             first_stage_weights=pipeline.facts.first_stage,
-            small_decoder_weights=pipeline.facts.small_decoder,
             seconds={name: round(value, 3) for times in stages for name, value in times.seconds.items()},
             peak_memory_bytes={name: value for times in stages for name, value in times.peak_bytes.items()},
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
@@ -164,8 +177,9 @@ class Requests:
 
     @cached_property
     def _of_every_prompt(self) -> Request:
-        args, sampler = self.args, self.pipeline.engine.sampler
-        guider, source = sampler.guider, self.pipeline.source
+        args, engine, source = self.args, self.pipeline.engine, self.pipeline.source
+        sampler, of_pictures = engine.sampler, self.pipeline.pictures.wanted
+        guider = sampler.guider
         return Request(
             prompt="",
             refine=args.refine,
@@ -173,7 +187,7 @@ class Requests:
             seed=args.seed,
             seed_mode=args.seed_mode,
             sampler=type(sampler).__name__,
-            num_steps=self.pipeline.num_steps,
+            num_steps=args.num_steps or sampler.num_steps or self.pipeline.num_steps,
             guidance=Guidance(type(guider).__name__, guider.scale if isinstance(guider, Scaled) else None),
             latent_frames=args.sampling_num_frames,
             size=self.pipeline.size(),
@@ -181,11 +195,14 @@ class Requests:
             dtype=args.dtype,
             approximate=self.config.accelerate.approximate(),
             decoder=args.decoder,
+            small_decoder_weights=self.pipeline.small_decoder_weights,
             load=_absolute(args.load) if args.load else args.load,
             lora=[_absolute(text) for text in args.lora],
             image_sha256=None,
             video_sha256=source.sha256 if source else None,
-            strength=args.strength if source else None,
+            strength=args.share_taken,
+            scale_image_latents=engine.scales_image_latents if of_pictures else None,
+            noised_image_all_concat=engine.noised_image_all_concat if of_pictures else None,
         )
 
     def record(self, prompt: Prompt, sample: int, latents: Tensor) -> dict[str, Any]:
@@ -198,6 +215,7 @@ class Requests:
             video=_absolute(str(self.pipeline.source.path)) if self.pipeline.source else None,
             prompt_index=prompt.index,
             sample_index=sample,
+            steps_taken=self.pipeline.num_steps,
             products="bf16" if self.pipeline.engine.kernels.cpu_bf16 else self.args.dtype,
             network_passes=self.pipeline.calls,
             latents_sha256=latents_digest(latents),

@@ -257,8 +257,8 @@ class Runner:
                 self._decode_along(latents)
                 continue
             times, files = StageTimes(), SampleFiles(file.parent)
-            source = {"decoder": self.args.decoder, "decoded_from": file.name}
-            facts |= {**source, "file_bytes": {file.name: file.stat().st_size}}
+            by = {"decoder": self.args.decoder, "small_decoder_weights": self.pipeline.small_decoder_weights}
+            facts |= {**by, "decoded_from": file.name, "file_bytes": {file.name: file.stat().st_size}}
             with files.replaced_together(self.unfinished) as new:
                 self._write_frames(new, latents, times)
                 self._write_record(new, facts, times)

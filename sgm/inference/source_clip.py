@@ -39,9 +39,7 @@ class SourceClip:
             raise SourceError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}.")
         refuse_lfs_pointer(path, SourceError)
         try:
-            with path.open("rb") as file:
-                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            return cls(path, probe(path).frames, sha256)
+            return cls(path, probe(path).frames, _sha256(path))
         except (VideoError, OSError) as error:
             raise SourceError(str(error)) from error
 
@@ -49,11 +47,18 @@ class SourceClip:
         """Its first `frames`, whole, by Lanczos at `size` (height, width): (1, 3, f, h, w) in [-1, 1].
 
         Raises:
-            SourceError: it cannot be read any more.
+            SourceError: it cannot be read any more, or is another one than was checked.
         """
         try:
+            if _sha256(self.path) != self.sha256:
+                raise SourceError(f"{self.path} has changed since this run began; start it again.")
             found = read_frames(self.path, range(frames))
-        except VideoError as error:
+        except (VideoError, OSError) as error:
             raise SourceError(str(error)) from error
         pictures = [resized(Image.fromarray(frame.permute(1, 2, 0).numpy()), size) for frame in found]
         return torch.stack(pictures, dim=1)[None]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -145,6 +145,7 @@ class SATVideoDiffusionEngine(nn.Module):
         self.noised_image_all_concat = noised_image_all_concat
         self.noised_image_dropout = float(noised_image_dropout)
         scaled = scales_image_latents(network.patch.t) if scale_image_latents is None else scale_image_latents
+        self.scales_image_latents = scaled
         self.image_scale = self.scale_factor if scaled else 1.0
         self.conditioner = _build_frozen(nodes["conditioner_config"], self.dtype)
         self.first_stage_model = _build_frozen(nodes["first_stage_config"], self.dtype)

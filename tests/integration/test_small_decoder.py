@@ -170,10 +170,15 @@ def test_saved_latents_are_decoded_by_either_and_the_record_says_by_which(config
         assert facts["decoder"] == decoder and (facts["small_decoder_weights"] is None) == (decoder == "full")
 
 
-def test_what_another_decoder_made_is_made_anew(config, trained, tmp_path, capsys):
+def test_what_another_decoder_made_is_made_anew(config, trained, latents, tmp_path, capsys):
     wish = [config, "--prompt", "a fox", "--output-dir", tmp_path, "--skip-done"]
     assert main(*wish) == 0 and main(*wish, *small(trained)) == 0
     assert "decoder full, now small" in "".join(capsys.readouterr())
+    assert main(*wish, *small(trained)) == 0 and "1 of 1 prompts are done" in "".join(capsys.readouterr())
+    assert learn(config, tmp_path / "two", "--latents", latents, "--steps", 1, *SIZES) == 0
+    before = record(tmp_path)["small_decoder_weights"]
+    assert main(*wish, *small(tmp_path / "two")) == 0
+    assert f"small_decoder_weights {before}, now" in "".join(capsys.readouterr())
 
 
 def test_refusals_of_sampling(config, trained, release, tmp_path, capsys):
@@ -200,15 +205,15 @@ def test_few_steps_over_a_configuration_without_their_files(config, capsys):
     assert "names no small_decoder" in said and "args.student names no adapter" in said
 
 
-def test_the_plan_tells_of_it(config, trained, capsys):
-    assert main(config, "--prompt", "a fox", *small(trained), "--dry-run") == 0
-    assert "weights of the small decoder" in capsys.readouterr().out
-
-
 def test_few_steps_decode_without_a_student(config, trained, tmp_path):
     assert main(config, "--prompt", "a fox", "--only-save-latents", "--output-dir", tmp_path) == 0
     assert main(config, REPO / "configs" / "few_steps.yaml", *small(trained), "--decode-latents", tmp_path) == 0
     assert record(tmp_path)["decoder"] == "small" and list(tmp_path.rglob("*.mp4"))
+
+
+def test_the_plan_tells_of_it(config, trained, capsys):
+    assert main(config, "--prompt", "a fox", *small(trained), "--dry-run") == 0
+    assert "weights of the small decoder" in capsys.readouterr().out
 
 
 def test_training_and_caches_take_no_notice(release):

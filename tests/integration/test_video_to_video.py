@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from sgm.inference.noise import SampleId
-from sgm.inference.source_clip import SourceClip
+from sgm.inference.options import SampleArgs
+from sgm.inference.source_clip import SourceClip, SourceError
 from tests.family_tiny import kind_section, write_kind
 from tests.sampling_tiny import main
 from tests.training_tiny import write_clips, write_yaml
@@ -52,24 +53,48 @@ def config(sections, tmp_path):
 
 @pytest.mark.parametrize("kind", LATENTS)
 def test_a_clip_becomes_a_video_of_its_length(config, clip, tmp_path, kind, capsys):
-    words = [config(kind), "--prompt", "a fox", "--video", clip, "--strength", "0.6", "--seed", "3"]
+    words = [config(kind), "--prompt", "a fox", "--video", clip, "--strength", "0.5", "--seed", "3"]
     assert main(*words) == 0
     said = capsys.readouterr().err
     assert "has 10 frames, of which the first 9 are taken" in said
     (file,) = (tmp_path / "out").rglob("*.json")
     record = json.loads(file.read_text())
     assert iio.imread(file.with_suffix(".mp4")).shape[:3] == (9, 16, 32)
-    assert (record["strength"], record["num_steps"], record["video"]) == (0.6, 2, str(clip))
+    assert (record["strength"], record["num_steps"], record["steps_taken"]) == (0.5, 4, 2)
+    assert record["video"] == str(clip)
     assert record["video_sha256"] == SourceClip.of(clip).sha256
     assert main(*words, "--skip-done") == 0 and "1 of 1 prompts are done already" in capsys.readouterr().err
     assert main(*words, "--skip-done", "--strength", "0.8") == 0
-    assert "strength 0.6, now 0.8" in capsys.readouterr().err
+    assert "strength 0.5, now 0.8" in capsys.readouterr().err
+
+
+def test_as_many_steps_of_another_number_are_another_request(config, clip, capsys):
+    words = [config("2b"), "--prompt", "a fox", "--video", clip, "--strength", "0.5", "--only-save-latents"]
+    assert main(*words) == main(*words, "--skip-done", "--steps", "5") == 0
+    assert "num_steps 4, now 5" in capsys.readouterr().err
+
+
+def test_a_clip_that_changes_meanwhile_is_not_taken(clip, tmp_path):
+    copy = tmp_path / "clip.mp4"
+    copy.write_bytes(clip.read_bytes())
+    source = SourceClip.of(copy)
+    assert source.pixels(2, (16, 32)).shape == (1, 3, 2, 16, 32)
+    copy.write_bytes(clip.read_bytes() + b" ")
+    with pytest.raises(SourceError, match="has changed since this run began; start it again"):
+        source.pixels(2, (16, 32))
+    copy.unlink()
+    with pytest.raises(SourceError, match="No such file"):
+        source.pixels(2, (16, 32))
+
+
+def test_the_strength_is_0_8_and_only_of_a_clip():
+    assert [SampleArgs(video=video).share_taken for video in (None, "a.mp4")] == [None, 0.8]
+    assert SampleArgs(video="a.mp4", strength=0.3).share_taken == 0.3
 
 
 def test_the_less_strength_the_more_of_the_clip_stays(config, clip, tmp_path):
     """A network that has learnt nothing changes a start that is hardly noised the least."""
     from sgm.config import load_run_config
-    from sgm.inference.options import SampleArgs
     from sgm.inference.pipeline import TextToVideo
 
     apart = []
@@ -106,6 +131,9 @@ def test_what_does_not_fit_is_one_error(config, clip, tmp_path, capsys):
         ("1.5_5b", ["--video", clip, "--num-frames", "6"], "videos of 17 are asked for; --num-frames 4 makes 9"),
         ("5b_i2v", ["--video", clip], "makes videos from pictures; from a clip: configs/cogvideox_5b_infer.yaml"),
         ("2b", ["--video", clip, "--image", clip], "args.video and args.image are both given"),
+        ("2b", ["--strength", "0.3"], "args.strength is of a clip to start from: name it, --video FILE"),
+        ("2b", ["--video", clip, "--decode-latents", clip], "args.decode_latents and args.video are both given"),
+        ("5b_i2v", ["--image", clip, "--decode-latents", clip], "args.decode_latents and args.image are both given"),
     ):  # fmt: skip
         path = config(kind)
         if "17" in said:

@@ -7,7 +7,7 @@ import json
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,11 +27,22 @@ from sgm.inference.noise import SampleId, StackedNoise
 from sgm.inference.options import SampleArgs
 from sgm.inference.plan import memory_lines
 from sgm.inference.progress import Progress, StageTimes
-from sgm.inference.prompts import Prompt, PromptError, ask, find_prompt_file, gather, read_prompt_file, safe_name, share
+from sgm.inference.prompts import (
+    FROM_TEXT,
+    Prompt,
+    PromptError,
+    ask,
+    find_prompt_file,
+    gather,
+    read_prompt_file,
+    safe_name,
+    share,
+)
 from sgm.inference.requests import Guidance, Request, Requests, Wanted
 from sgm.inference.runner import Runner, out_of_memory_advice
 from sgm.inference.writer import OutputError, SampleFiles
 from sgm.modules.diffusionmodules.guiders import IdentityGuider, VanillaCFG
+from sgm.parallel.team import Layout, Team
 from sgm.placeholders import choose_config, unedited, weight_paths
 from sgm.places import found_path
 from sgm.weights.preflight import PathError, check_paths
@@ -223,8 +234,11 @@ REQUEST = Request(
     "fp16",
     {},
     "full",
+    None,
     "/w",
     ["/l:1"],
+    None,
+    None,
     None,
     None,
     None,
@@ -237,6 +251,19 @@ def test_in_what_a_request_differs_from_a_record():
     assert request.differences(record) == []
     earlier = {name: value for name, value in record.items() if name not in ("refine", "approximate")}
     assert request.differences(earlier) == []  # of a version that did not know them
+    asked = replace(
+        request, decoder="small", small_decoder_weights="f", image_sha256="0", video_sha256="1", strength=0.5
+    )
+    known = ("decoder", "small_decoder_weights", "image_sha256", "video_sha256", "strength")
+    earlier = {name: value for name, value in record.items() if name not in known}
+    assert request.differences(earlier) == []
+    assert asked.differences(earlier) == [
+        "decoder full, now small",
+        "small_decoder_weights None, now f",
+        "image_sha256 None, now 0",
+        "video_sha256 None, now 1",
+        "strength None, now 0.5",
+    ]
     changed = record | {"seed": 7, "guidance": {"guider": "DynamicCFG", "scale": 5}, "prompt": "x " * 40 + "y"}
     assert request.differences(changed) == [
         f"prompt {'x ' * 28}..., now a fox",
@@ -249,7 +276,15 @@ def test_a_request_names_weights_by_whole_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = SampleArgs(load="w", lora=["a.pt:0.5", "/b.pt"])
     engine = SimpleNamespace(sampler=SimpleNamespace(guider=VanillaCFG(6.0)))
-    pipeline = SimpleNamespace(engine=engine, num_steps=50, size=lambda: (480, 720), source=None)
+    engine.sampler.num_steps = 50
+    pipeline = SimpleNamespace(
+        engine=engine,
+        num_steps=50,
+        size=lambda: (480, 720),
+        source=None,
+        small_decoder_weights=None,
+        pictures=FROM_TEXT,
+    )
     requests = Requests(SimpleNamespace(args=args, accelerate=AccelerateArgs()), pipeline)
     request = requests.of(Prompt(0, "x"))
     assert (request.load, request.lora) == (f"{tmp_path}/w", [f"{tmp_path}/a.pt:0.5", "/b.pt"])
@@ -289,7 +324,8 @@ def test_ranks_share_saved_latents_out(tmp_path, monkeypatch):
     for rank in range(2):
         monkeypatch.setattr(Runner, "_write_frames", lambda *_: None)
         monkeypatch.setattr(Runner, "_write_record", lambda _, files, facts, times, rank=rank: decoded.append((rank, facts["k"])))  # fmt: skip
-        Runner(config, None, Progress(False, torch.device("cpu")), rank, 2).run()
+        pipeline = SimpleNamespace(team=Team(Layout(2), data_rank=rank), small_decoder_weights=None)
+        Runner(config, pipeline, Progress(False, torch.device("cpu"))).run()
     assert decoded == [(0, 0), (0, 2), (1, 1)]
 
 
@@ -399,7 +435,8 @@ def test_folders_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "sub", Path("/proc/none")):
         with pytest.raises(SaveError, match="--output-dir"):
-            Runner(SimpleNamespace(args=SampleArgs(output_dir=str(folder))), None, None).run()
+            config = SimpleNamespace(args=SampleArgs(output_dir=str(folder)))
+            Runner(config, SimpleNamespace(team=Team()), None).run()
         for write in (
             lambda folder=folder: writer.write_latents(folder / "latents.safetensors", torch.zeros(1), {}),
             lambda folder=folder: SampleFiles(folder).replaced_together("x").__enter__(),
