@@ -1,7 +1,7 @@
 """diffusers' transformer with our weights under cache-dit, in our network's place: what `quality.py` compares with.
 
-cache-dit (https://github.com/vipshop/cache-dit, measured with 1.5.3) is needed for this comparison alone, and no
-requirement: `python -m pip install --no-deps cache-dit==1.5.3`.
+cache-dit (measured with 1.5.3) is needed for this comparison alone, and no requirement:
+`python -m pip install --no-deps cache-dit==1.5.3`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A small causal decoder that stands in for the VAE's own: a fraction of the arithmetic, one latent frame at a time.
 
-Frames are images to it: 2D convolutions, each block seeing the frame before as well, in the manner of TAEHV
-(https://github.com/madebyollin/taehv) and of decoders distilled from their VAE. No norms, so nothing spans a clip, and
-a clip may be decoded in pieces of any length with the same result.
+Frames are images to it: 2D convolutions, each block seeing the frame before as well, in the manner of TAEHV and of
+decoders distilled from their VAE. No norms, so nothing spans a clip, and a clip may be decoded in pieces of any length
+with the same result.
 
 Axes: b batch, c channels, t latent frames, f pixel frames, h w height and width; n = (t b) the images of a level.
 """
