@@ -85,11 +85,13 @@ def test_an_interrupted_run_ends_as_one_that_was_not(config, latents, tmp_path, 
 
 
 def test_it_learns(config, latents, tmp_path):
-    assert (
-        learn(config, tmp_path / "run", "--latents", latents, "--steps", 25, "--rate", 0.01, *SIZES, "--noise", 0) == 0
-    )
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert lines[-1]["test_psnr"] > 10
+    """One picture by heart: measured 17.1 dB after one step, 19.6 after 25."""
+    wish = ["--latents", latents / "6", "--test", latents / "6", "--batch", 2, "--rate", 0.01, "--noise", 0, *SIZES]
+    figures = []
+    for steps in (1, 25):
+        assert learn(config, tmp_path / str(steps), *wish, "--steps", steps) == 0
+        figures.append(json.loads((tmp_path / str(steps) / "metrics.jsonl").read_text().splitlines()[-1])["test_psnr"])
+    assert figures[1] > figures[0] + 1
 
 
 def test_refusals_of_training(config, latents, trained, release, tmp_path, capsys):
