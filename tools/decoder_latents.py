@@ -5,6 +5,7 @@ Axes: c channels, t latent frames, h w latent height and width. All latents are 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,23 @@ def read_all(path: Path, origin: Origin, vae: Path, seed: int) -> list[Tensor]:
     if not found:
         raise ConfigError(f"{path} holds no clips")
     return [_odd(z).to(torch.float16) for z in found]
+
+
+def fingerprint(path: Path) -> str:
+    """Of what `read_all` finds at a path: 16 digits that other clips, or the same in another order, change.
+
+    From the names of a cache's clips, which are their videos' digests, or from the bytes of saved latents: a draw from
+    a posterior may differ in its last bits on another machine.
+    """
+    digest = hashlib.sha256()
+    if (path / "cache.json").is_file():
+        for shard in sorted(path.glob("video-*.safetensors")):
+            digest.update("\n".join(read_index(shard, 0)[0]).encode() + b"\n")
+    else:
+        for file in find_latents(path):
+            with file.open("rb") as content:
+                digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 def _sampled(path: Path, origin: Origin) -> Iterator[Tensor]:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from tools.decoder_training import Clock, Learner, Pairs
 
 LOG_SECONDS, SAVE_SECONDS, PREVIEWED = 5.0, 60.0, 2
+KEPT = ("seed", "batch", "crop", "noise", "rate", "memory", "drawn")  # options that a resumed run must have as before
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -108,10 +109,11 @@ def run(args: argparse.Namespace) -> int:
     origin = decoder_fingerprint(vae_tensors(vae.ckpt_path))
     decoder = _new_decoder(args, vae)
     count = sum(p.numel() for p in decoder.parameters())
-    train, test = _latents(args, vae, Origin.of(model), device)
+    read_as = Origin.of(model)
+    train, test = _latents(args, vae, read_as, device)
     print(f"{count:,} parameters, {len(train)} clips to learn from, {len(test)} to measure on, {device}", flush=True)
     learner, teacher = Learner(decoder, args.rate, device), Teacher(vae, device)
-    facts = {"vae": origin, "sizes": json.dumps(asdict(decoder.sizes))}
+    facts = {"vae": origin, "sizes": json.dumps(asdict(decoder.sizes)), **_data_facts(args, read_as)}
     clock = _begin(args, learner, facts)
     pairs = Pairs(teacher, train, int(args.memory * 2**30), args.noise, args.seed)
     pairs.at(clock.done)
@@ -193,6 +195,14 @@ def _latents(
     return train, test
 
 
+def _data_facts(args: argparse.Namespace, origin: Origin) -> dict[str, Any]:
+    """What decides each step's clips, beside the VAE: plain values."""
+    from tools.decoder_latents import fingerprint
+
+    of_files = {name: ", ".join(map(fingerprint, getattr(args, name))) for name in ("latents", "test")}
+    return {**of_files, **asdict(origin), **{name: getattr(args, name) for name in KEPT}}
+
+
 def _begin(args: argparse.Namespace, learner: Learner, facts: dict[str, Any]) -> Clock:
     """At the start, or where the checkpoint left off."""
     from sgm.config import ConfigError
@@ -206,8 +216,10 @@ def _begin(args: argparse.Namespace, learner: Learner, facts: dict[str, Any]) ->
         args.out.mkdir(parents=True, exist_ok=True)
         return clock
     content = read_checkpoint(path)
-    if content.get("facts") != facts:
-        raise ConfigError(f"{path} is of another VAE or another size: {content.get('facts')}, now {facts}")
+    known = content.get("facts") or {}
+    other = [f"{name} was {known.get(name)!r}, now {now!r}" for name, now in facts.items() if known.get(name) != now]
+    if other:
+        raise ConfigError(f"{path} is of another run: {'; '.join(other)}. Give what it had, or another OUT")
     learner.restore(content, clock)
     return clock
 

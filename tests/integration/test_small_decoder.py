@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -104,7 +105,7 @@ def test_refusals_of_training(config, latents, trained, release, tmp_path, capsy
 
     wish = ["--latents", latents, "--steps", 2, *SIZES]
     refused("--resume goes on with it", config, trained, *wish)
-    refused("another size", config, trained, *wish, "--resume", "--widths", "8,8,8")
+    refused('"widths": [8, 8, 4]', config, trained, *wish, "--resume", "--widths", "8,8,8")
     refused("checkpoint.pt", config, tmp_path / "new", *wish, "--resume")
     refused("nothing to learn from", config, tmp_path / "new", "--steps", 2)
     refused("no latents.safetensors", config, tmp_path / "new", "--latents", tmp_path, "--steps", 2)
@@ -114,19 +115,44 @@ def test_refusals_of_training(config, latents, trained, release, tmp_path, capsy
     refused("cache of another VAE", config, tmp_path / "new", "--latents", tmp_path / "cache", "--steps", 2)
 
 
+def test_a_run_goes_on_only_with_the_clips_and_options_that_it_had(config, latents, trained, tmp_path, capsys):
+    def refused(text, *arguments):
+        assert learn(config, trained, *arguments, "--resume") == 2 and text in capsys.readouterr().err
+
+    wish = ["--latents", latents, "--steps", 2, *SIZES]
+    shutil.copytree(latents, tmp_path / "others")
+    shutil.copy(latents / "2" / "latents.safetensors", tmp_path / "others" / "1")
+    others = ("--latents", tmp_path / "others", "--steps", 2, *SIZES)
+    refused("is of another run: latents was", *others)
+    refused("is of another run: test was ''", *wish, "--test", latents / "0")
+    for option, was, now in (
+        ("batch", 4, 2),
+        ("seed", 0, 1),
+        ("crop", 32, 8),
+        ("noise", 0.1, 0.2),
+        ("rate", 0.001, 0.1),
+    ):
+        said = f"is of another run: {option} was {was}, now {now}. Give what it had, or another OUT"
+        refused(said, *wish, f"--{option}", now)
+
+
 def test_latents_of_a_cache(release, tmp_path):
     from sgm.weights import weights_fingerprint
     from sgm.weights.save import save_safetensors
-    from tools.decoder_latents import Origin, read_all
+    from tools.decoder_latents import Origin, fingerprint, read_all
 
     vae, folder = release / "vae" / "3d-vae.pt", tmp_path / "cache"
     folder.mkdir()
     (folder / "cache.json").write_text(json.dumps({"identity": {"vae weights": weights_fingerprint(vae)}}))
     moments = torch.cat([torch.randn(2, 3, 16, 2, 4), torch.full((2, 3, 16, 2, 4), -30.0)], 2)
     save_safetensors(folder / "video-0.safetensors", {"video:a": moments[0], "video:b": moments[1]}, {"identity": "x"})
+    before = fingerprint(folder)
     found = read_all(folder, Origin(2.0, 1), vae, 0)
     for z, expected in zip(found, moments, strict=True):
         torch.testing.assert_close(z.float(), expected[:, :16].transpose(0, 1), atol=1e-2, rtol=1e-2)
+    assert fingerprint(folder) == before
+    save_safetensors(folder / "video-1.safetensors", {"video:c": moments[0]}, {"identity": "x"})
+    assert fingerprint(folder) != before
 
 
 def test_the_frame_that_is_dropped_in_decoding_is_not_learned_from(tmp_path):
