@@ -58,7 +58,7 @@ class DistillationEngine(SATVideoDiffusionEngine):
         """
         self.shape = shape
         self.teacher = BaseNetwork(self.model)
-        self.critic = _second(self.model, settings.critic_rate)
+        self.add_critic(settings.critic_rate)
         self._table = _denoiser(self).sigmas
         self._guidance = guidance_tables(self.sampler, len(self._table), settings)
         schedule = self.sampler.schedule(settings.steps)
@@ -66,6 +66,10 @@ class DistillationEngine(SATVideoDiffusionEngine):
         self.sampler = instantiate_from_config(self.few_steps.sampler_config(sampler_config))
         self._steps = list(schedule.steps())
         self._compared = compared_timesteps(schedule, settings.levels)
+
+    def add_critic(self, rate: float) -> None:
+        """A second network that begins as `model` and learns at `rate` times its pace."""
+        self.critic = _second(self.model, rate)
 
     def use_graphs(self) -> None:
         super().use_graphs()

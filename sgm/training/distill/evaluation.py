@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from sgm.data.loader import clip_count
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.training.distill.engine import DistillationEngine
 from sgm.training.distill.prompts import COND, TEXT, together
@@ -16,7 +17,7 @@ from sgm.training.evaluate import Evaluation, Files, decode
 
 @dataclass
 class PromptEvaluation(Evaluation):
-    """`datasets`: prompts; of the first batch each is sampled, as many as `samples`."""
+    """`datasets`: prompts. Sampled are the first `samples` of them, or as many as `prompts` has, if that is more."""
 
     samples: int = 2
 
@@ -26,12 +27,15 @@ class PromptEvaluation(Evaluation):
             yield together([self._clip(first + i) for i in range(self.batch_size)])
 
     def _log(self, engine: SATVideoDiffusionEngine, batch: dict[str, Any], device: torch.device, files: Files) -> None:
-        files.text(batch[TEXT])
         if not self.log_video or not isinstance(engine, DistillationEngine):
+            files.text(batch[TEXT])
             return
-        for k in range(min(self.samples, len(batch[TEXT]))):
+        count = min(max(self.samples, len(self.prompts)), sum(map(clip_count, self.datasets)))
+        chosen = together([self._clip(k) for k in range(count)])
+        files.text(chosen[TEXT])
+        for k in range(count):
             torch.manual_seed(self.seed + k)
-            cond = {name: value[k : k + 1].to(device) for name, value in batch[COND].items()}
+            cond = {name: value[k : k + 1].to(device) for name, value in chosen[COND].items()}
             sample = engine.sample(cond, shape=engine.shape)
             if self.latents_only:
                 files.latents(k, sample)

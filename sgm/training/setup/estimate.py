@@ -13,6 +13,7 @@ from sgm.config import RunConfig
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.modules.diffusionmodules.image_condition import sampled_frames
 from sgm.modules.encoders.modules import text_is_local
+from sgm.training.distill.engine import DistillationEngine
 from sgm.training.memory import MemoryNeeds
 from sgm.training.options import TrainArgs
 from sgm.training.prior import needs_copy
@@ -34,9 +35,9 @@ def memory_needs(
     """Sizes of a run for the estimate; `engine` may lie on the meta device (then without adapters)."""
     trained = sum(p.numel() for p in engine.parameters() if p.requires_grad)
     values = sum(p.numel() for p in engine.parameters())
-    if config.args.prior_data and needs_copy(engine.model):
+    if (config.args.prior_data or config.args.distill) and needs_copy(engine.model):
         values += sum(p.numel() for p in engine.model.parameters())
-    frames, height, width = clip_size(config)
+    frames, height, width = clip_size(config, engine)
     network, autoencoder = engine.network, loaded_autoencoder(engine)
     latents = sampled_frames(engine.strides.latent_frames(frames), network.patch.t)
     grid = network.patch.grid(latents, *engine.strides.latent_size(height, width))
@@ -74,6 +75,8 @@ def planned_needs(config: RunConfig[TrainArgs], plan: DeepSpeedPlan, data_parall
     with torch.device("meta"):
         engine.network.attach_mixins()
     freeze_untrained(engine)
+    if isinstance(engine, DistillationEngine):
+        engine.add_critic(rate=1.0)  # of which the sizes matter here
     needs = memory_needs(engine, config, plan, data_parallel_size)
     return replace(needs, frozen=needs.frozen + absent, encoder_values=needs.encoder_values + absent)
 

@@ -15,7 +15,6 @@ from sgm.data.section import SETTING_OF
 from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.models.loading import LoadedNetwork, load_first_stage, load_network, load_text_encoder
-from sgm.modules.autoencoding.strides import STRIDES
 from sgm.modules.diffusionmodules.image_condition import sampled_frames
 from sgm.modules.diffusionmodules.loss import Loss, VideoDiffusionLoss
 from sgm.modules.ops.choice import Kernels, choose_kernels
@@ -149,14 +148,14 @@ def checked_engine(model: dict[str, Any], args: TrainArgs, plan: DeepSpeedPlan) 
     return engine
 
 
-def clip_size(config: RunConfig[TrainArgs]) -> tuple[int, int, int]:
-    """(frames, height, width) in pixels of the longest clip."""
+def clip_size(config: RunConfig[TrainArgs], engine: SATVideoDiffusionEngine) -> tuple[int, int, int]:
+    """(frames, height, width) in pixels of the longest clip; where no size is given that which `engine` samples."""
     given = (config.data or {}).get("params") or {}
     params = {SETTING_OF.get(name, name): value for name, value in given.items()}
     network = config.model["network_config"]["params"]
     if params.get("buckets"):
         return max(((int(f), int(h), int(w)) for f, h, w in params["buckets"]), key=math.prod)
-    height, width = params.get("video_size") or STRIDES.pixel_size(network["latent_height"], network["latent_width"])
+    height, width = params.get("video_size") or engine.strides.pixel_size(*engine.network.trained_size)
     return int(params.get("max_num_frames") or network["num_frames"]), int(height), int(width)
 
 
@@ -202,7 +201,7 @@ def load_engine(
     if args.prior_data:
         engine.base, engine.base_weight = BaseNetwork(engine.model), args.prior_weight
     if isinstance(engine, DistillationEngine) and args.distill:
-        frames, height, width = clip_size(config)
+        frames, height, width = clip_size(config, engine)
         size = engine.strides.latent_size(height, width)
         latents = sampled_frames(engine.strides.latent_frames(frames), engine.network.patch.t)
         shape = (latents, engine.network.out_channels, *size)
@@ -215,12 +214,16 @@ def load_engine(
 def _load_or_start_network(
     engine: SATVideoDiffusionEngine, args: TrainArgs, section: Mapping[str, Any], dtype: str, device: torch.device
 ) -> LoadedNetwork | None:
-    """Weights from `args.load`, or random ones; and an adapter's, if there is to be one."""
+    """Weights from `args.load`, or random ones; and an adapter's, if there is to be one.
+
+    A distillation's teacher is all that `args.load` holds: its LoRA becomes part of the base, beside the student's own.
+    """
     loaded = None
     if args.load:
         loaded = load_network(
-            engine.network, args.load, allow_absent=args.force_train, device=device, dtype=engine.dtype, trains=True
-        )
+            engine.network, args.load, allow_absent=args.force_train, device=device, dtype=engine.dtype, trains=True,
+            merge=args.distill is not None,
+        )  # fmt: skip
         loaded.notes = [n for n in loaded.notes if not n.startswith("lora_config is set")]
     else:
         started = instantiate_from_config(section, dtype=dtype)
