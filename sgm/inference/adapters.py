@@ -27,19 +27,19 @@ def with_adapters(config: RunConfig[SampleArgs]) -> RunConfig[SampleArgs]:
         return replace(config, args=replace(args, few_steps=False))
     named: dict[tuple[Path, ...], str] = {}
     for text in args.lora:
-        files = _files(text)
+        files = adapter_files(text)
         if first := named.get(files):
             raise ConfigError(
                 f"args.lora: {first} and {text} are the same adapter, which would count twice; name it once, with its "
                 "whole scale: --lora PATH:SCALE."
             )
         named[files] = text
-    if not args.few_steps or args.student is None or _files(args.student) in named:
+    if not args.few_steps or args.student is None or adapter_files(args.student) in named:
         return config
     return replace(config, args=replace(args, lora=[args.student, *args.lora]))
 
 
-def _files(text: str) -> tuple[Path, ...]:
+def adapter_files(text: str) -> tuple[Path, ...]:
     """The files of the adapter in `PATH[:SCALE]`, however it is spelt; what cannot be read stands for itself."""
     path = Path(found_path(str(adapter_path(text)))).expanduser()
     files = [path]

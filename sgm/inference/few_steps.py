@@ -1,11 +1,12 @@
-"""Adapters that were distilled for a few steps: their headers say how they are sampled, and runs heed it."""
+"""Weights that were distilled for a few steps: their headers say how they are sampled, and runs heed it."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
 
-from sgm.config import RunConfig
+from sgm.config import AccelerateArgs, RunConfig
+from sgm.inference.adapters import adapter_files
 from sgm.inference.options import SampleArgs
 from sgm.modules.diffusionmodules.few_steps import FewSteps, FewStepsError
 from sgm.util import instantiate_from_config
@@ -13,38 +14,65 @@ from sgm.weights.files import WeightsNotFoundError
 from sgm.weights.release import Adapter, read_parts
 
 ENTRY = "few_steps"  # of a header
+SHORTCUTS = ("reuse", "step_cache", "guidance")  # beginnings of names in the accelerate section
 
 
 def with_few_steps(config: RunConfig[SampleArgs]) -> tuple[RunConfig[SampleArgs], list[str]]:
-    """`config` with the sampler that an adapter of `args.lora` was distilled for, and what is to be said of it.
+    """`config` with the sampler that an adapter or the transformer was distilled for, and what is to be said of it.
 
     Steps and a guidance scale that `args` give, by flag or YAML, count all the same; a warning says that they fight it.
-    An adapter that is not there says nothing: who loads it complains.
+    Weights that are not there say nothing: who loads them complains.
 
     Raises:
-        WeightsError: an adapter cannot be read.
-        FewStepsError: two that were distilled in different ways, or a header that cannot be read.
+        WeightsError: a file cannot be read.
+        FewStepsError: two that were distilled in different ways, a header that cannot be read or whose steps the
+            configuration cannot take, a student that is none, or fast mode beside one.
     """
     own = config.model.get("sampler_config")
-    stated = {text: found for text in config.args.lora if (found := _stated(Adapter.parse(text).path))}
-    if not stated or own is None or config.args.decode_latents:
+    stated = {} if own is None or config.args.decode_latents else _stated(config.args)
+    if not stated or own is None:
         return config, []
     if len(set(stated.values())) > 1:
-        raise FewStepsError(f"{' and '.join(stated)} were distilled in different ways; name one of them in args.lora")
+        raise FewStepsError(
+            f"{' and '.join(stated)} were distilled in different ways; name one of them in args.load and args.lora"
+        )
     name, few_steps = next(iter(stated.items()))
+    _refuse_shortcuts(name, few_steps, config.accelerate)
     section = few_steps.sampler_config(own)
     notes = [*_notes(name, few_steps, section, config.args)]
-    if config.args.guidance_scale is not None and "guider_config" in own.get("params", {}):
+    if config.args.guidance_scale is not None and "guider_config" in (own.get("params") or {}):
         section["params"]["guider_config"] = own["params"]["guider_config"]
     return replace(config, model=config.model | {"sampler_config": section}), notes
 
 
-def _stated(path: str) -> FewSteps | None:
-    try:
-        lora = read_parts(path)[0].lora
-    except WeightsNotFoundError:
-        return None
-    return FewSteps.parse(lora[ENTRY]) if ENTRY in lora else None
+def _stated(args: SampleArgs) -> dict[str, FewSteps]:
+    """What adapters and transformer say, by the name that the run has for each."""
+    files = {text: Adapter.parse(text).path for text in args.lora} | ({args.load: args.load} if args.load else {})
+    found = {}
+    for text, path in files.items():
+        try:
+            facts = read_parts(path)[0].lora
+        except WeightsNotFoundError:
+            continue
+        if ENTRY in facts:
+            found[text] = FewSteps.parse(facts[ENTRY])
+        elif args.few_steps and args.student and adapter_files(args.student) == adapter_files(path):
+            raise FewStepsError(
+                f"args.few_steps is true, but {path} (args.student) was not distilled: its file does not say how it is "
+                "sampled. `bash finetune.sh CONFIG.yaml configs/distill.yaml --set args.distill.prompts=FILE` makes a "
+                "student; as an adapter like others it is named by --lora, without few_steps"
+            )
+    return found
+
+
+def _refuse_shortcuts(name: str, few_steps: FewSteps, accelerate: AccelerateArgs) -> None:
+    on = [option for option in accelerate.approximate() if option.startswith(SHORTCUTS)]
+    if on:
+        raise FewStepsError(
+            f"accelerate: {', '.join(on)} spare a part of many steps that are alike, and {name} was distilled "
+            f"for {few_steps.steps} steps ({few_steps.sampler}) that all count: leave out these switches (of "
+            "configs/fast.yaml), or the student"
+        )
 
 
 def _notes(name: str, few_steps: FewSteps, section: dict[str, Any], args: SampleArgs) -> list[str]:
@@ -57,7 +85,10 @@ def _notes(name: str, few_steps: FewSteps, section: dict[str, Any], args: Sample
         notes.append(f"warning: {said} without guidance; this run guides (args.guidance_scale, --guidance-scale)")
     if args.negative_prompt and args.guidance_scale is None and not few_steps.guidance:
         notes.append(f"warning: {said} without guidance: args.negative_prompt has no effect")
-    timesteps = instantiate_from_config(section).schedule().timesteps
+    try:
+        timesteps = instantiate_from_config(section).schedule().timesteps
+    except ValueError as error:
+        raise FewStepsError(f"{said}, which this configuration cannot take: {error}") from error
     if timesteps != few_steps.timesteps:
         notes.append(
             f"warning: {said} at timesteps {list(few_steps.timesteps)}; this configuration's discretization_config "

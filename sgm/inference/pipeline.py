@@ -131,10 +131,7 @@ class TextToVideo:
         self.source = self._source(self.args.video) if self.args.video else None
         self._source_moments: Tensor | None = None
         self.pictures = Pictures(self.engine.noised_image_input, self.args.image, other_kind(self.engine))
-        try:
-            check_shortcuts(self.shortcuts, self.engine.sampler, self.num_steps)
-        except SamplingError as error:  # an adapter's few steps may be why
-            raise SamplingError("\n".join([str(error), *self.notes])) from error
+        check_shortcuts(self.shortcuts, self.engine.sampler, self.num_steps)
         self.engine.sampler.verbose = False  # the caller shows progress
         guider = self.engine.sampler.guider
         if self.args.guidance_scale is not None and isinstance(guider, Scaled):  # else it did not fit

@@ -26,7 +26,6 @@ from sgm.data.loader import clip_count
 from sgm.distributed import DistInfo, from_first
 from sgm.files import SaveError, write_text
 from sgm.models.diffusion import SATVideoDiffusionEngine
-from sgm.modules.diffusionmodules.few_steps import FewSteps
 from sgm.training.checkpoints.load import Earlier, load_state
 from sgm.training.checkpoints.same_run import CONFIG_FILE
 from sgm.training.checkpoints.saver import Saver, resume
@@ -100,15 +99,13 @@ def train(config: RunConfig[TrainArgs], *, dry_run: bool = False) -> int:
         except torch.OutOfMemoryError as error:
             raise TrainingStopped(out_of_memory_advice(parts.needs)) from error
         if code == 0 and parts.folder and info.rank == 0:
-            _say_how_to_sample(parts.folder, config, plan.dtype, parts.engine.few_steps, say)
+            _say_how_to_sample(parts.folder, config, plan.dtype, say)
         return code
 
 
-def _say_how_to_sample(
-    folder: Path, config: RunConfig[TrainArgs], dtype: str, few_steps: FewSteps | None, say: Say
-) -> None:
+def _say_how_to_sample(folder: Path, config: RunConfig[TrainArgs], dtype: str, say: Say) -> None:
     try:
-        command = write_sampling_file(folder, config, dtype, few_steps)
+        command = write_sampling_file(folder, config, dtype)
     except SaveError as error:  # all that is needed is saved already
         command = None
         say(f"warning: {error}")

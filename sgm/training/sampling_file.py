@@ -10,7 +10,6 @@ from sgm.cache.identity import starts_from_picture
 from sgm.config import RunConfig
 from sgm.files import write_text
 from sgm.modules.autoencoding.strides import STRIDES
-from sgm.modules.diffusionmodules.few_steps import FewSteps
 from sgm.modules.diffusionmodules.image_condition import sampled_frames
 from sgm.modules.transformer.patch_embed import PatchSize
 from sgm.places import CONFIGS, INSTALLED, PROJECT, shown
@@ -21,12 +20,8 @@ from sgm.weights.preflight import with_paths
 FILE = "infer.yaml"
 
 
-def write_sampling_file(
-    folder: Path, config: RunConfig[TrainArgs], dtype: str, few_steps: FewSteps | None = None
-) -> str | None:
+def write_sampling_file(folder: Path, config: RunConfig[TrainArgs], dtype: str) -> str | None:
     """Write the file; returns the command that samples with it, None where the model section has no sampler.
-
-    `few_steps`: of a student. An adapter alone says it itself; where there is more the file does.
 
     Raises:
         SaveError: it cannot be written.
@@ -49,8 +44,6 @@ def write_sampling_file(
         "sampling_image_size": data.get("video_size"),
     }  # fmt: skip
     model = with_paths(config.model, lambda path: str(Path(path).absolute()) if Path(path).exists() else path)
-    if few_steps and not adapter_alone:
-        model["sampler_config"] = few_steps.sampler_config(model["sampler_config"])
     write_text(folder / FILE, OmegaConf.to_yaml(OmegaConf.create({"args": sampling, "model": model})))
     program = ["cogvideox-sat", "sample"] if INSTALLED else ["bash", shown(PROJECT / "inference.sh")]
     picture = "@@picture.png" if starts_from_picture(config.model) else ""

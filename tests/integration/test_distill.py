@@ -13,19 +13,26 @@ import torch
 
 from sgm.config import ConfigError, load_run_config
 from sgm.convert.lora_files import open_adapter, sat_matrices, write_peft
+from sgm.models.loading import load_network
 from sgm.modules.diffusionmodules.few_steps import FewSteps
 from sgm.training.checkpoints.state import CheckpointError
 from sgm.training.options import TrainArgs
 from sgm.training.run import train
+from sgm.training.setup.deepspeed import plan_deepspeed
+from sgm.training.setup.estimate import memory_needs, planned_needs
+from sgm.training.setup.model import clip_size, load_engine, meta_engine, training_model_section
+from sgm.util import instantiate_from_config
 from sgm.weights.files import read_checkpoint
 from sgm.weights.release import read_transformer
 from tests.integration.test_training_runs import records
+from tests.sampling_tiny import REPO, main
 from tests.sampling_tiny import configuration as sampling
-from tests.sampling_tiny import main
 from tests.training_tiny import DISCRETIZATION, configuration, write_clips, write_release, write_yaml
 from tools.demo.bundle_student import main as bundle_student
 
 PROMPTS = ["a red ball", "a blue square", "a green star", "a yellow ring"]
+EVALUATED = ["a cube", "a cone", "a cup"]
+FILE = "mp_rank_00_model_states.pt"
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +76,8 @@ def student(parts, tmp_path_factory) -> Path:
     """A run's folder, with the latents of its evaluations."""
     folder = tmp_path_factory.mktemp("student")
     content = content_of(parts, folder / "save", levels="all", critic_rate=2.0, sampler="ddim")
-    content["args"] |= {"log_image": True, "only_log_video_latents": True, "eval_iters": 1, "eval_prompts": ["a cube"]}
+    content["args"] |= {"log_image": True, "only_log_video_latents": True, "eval_iters": 1}
+    content["args"]["eval_prompts"] = EVALUATED
     return run(content, folder, "args.train_iters=4", "args.eval_interval=2")
 
 
@@ -81,6 +89,8 @@ def test_student_and_critic_learn_and_the_base_does_not(parts, student):
     adapter = sum(value.numel() for value in own.values())
     assert sum(master.numel() for master in state["masters"]) == 2 * adapter
     assert len(records(student, "valid")) == 2
+    assert len(list(student.rglob("latent*.pt"))) == 2 * len(EVALUATED)  # more than a batch
+    assert next((student / "video_texts").iterdir()).read_text().splitlines() == EVALUATED
     latents = [torch.load(path, weights_only=True) for path in sorted(student.rglob("latent.pt"))]
     assert len(latents) == 2 and not torch.equal(*latents)
 
@@ -120,9 +130,16 @@ def test_what_fights_a_student_is_said(parts, student, tmp_path, capsys):
     assert "at timesteps [999, 499]; this configuration's discretization_config gives [899, 449]" in "".join(
         capsys.readouterr()
     )
-    assert main(config, *options, "--set", "accelerate.step_cache=true") == 2
-    refused = capsys.readouterr().err
-    assert "step_cache never skips" in refused and f"{student} was distilled for 2 steps" in refused
+    for override in ("reuse_error=0.5", "step_cache=true", "guidance_every=2", "guidance_interval=[0.0,0.5]"):
+        assert main(config, *options, "--set", f"accelerate.{override}") == 2
+        refused = capsys.readouterr().err
+        assert override.split("=")[0] in refused and f"{student} was distilled for 2 steps" in refused
+    assert main(config, *options, "--set", shifted.replace("=900", "=1")) == 2
+    assert (
+        f"{student} was distilled for 2 steps (ddim), which this configuration cannot take" in capsys.readouterr().err
+    )
+    assert main(config, *options, "--set", "model.sampler_config.params=null") == 2
+    assert "discretization_config" in capsys.readouterr().err
     other = tmp_path / "other.pt"
     content = read_checkpoint(student / "4" / "mp_rank_00_model_states.pt")
     content = {
@@ -135,7 +152,7 @@ def test_what_fights_a_student_is_said(parts, student, tmp_path, capsys):
 
 
 def test_a_whole_network_learns_as_well(parts, tmp_path):
-    """Its file has no header for it: the run's `infer.yaml` says how it is sampled."""
+    """With its checkpoint as args.load any configuration samples it in its steps."""
     content = content_of(parts, tmp_path / "save", lora=None, prompts=[])
     clips = write_clips(tmp_path / "clips", 2)
     evaluation = {"eval_interval": 2, "eval_iters": 1, "log_image": True}
@@ -145,9 +162,83 @@ def test_a_whole_network_learns_as_well(parts, tmp_path):
     before, after = (read_transformer(path).network for path in (parts.release / "transformer", folder))
     assert any(not torch.equal(after[name], value) for name, value in before.items())
     assert not any(name.startswith("critic") for name in after)
-    assert main(folder / "infer.yaml", "--prompt", "a", "--output-dir", tmp_path / "out", "--device", "cpu") == 0
-    record = json.loads(next((tmp_path / "out").rglob("*.json")).read_text())
-    assert (record["sampler"], record["num_steps"]) == ("RenoisingSampler", 2)
+    other = write_yaml(tmp_path / "c.yaml", sampling(parts.release))
+    for words, out in (((folder / "infer.yaml", "--device", "cpu"), "a"), ((other, "--load", folder), "b")):
+        assert main(*words, "--prompt", "a", "--output-dir", tmp_path / out) == 0
+        record = json.loads(next((tmp_path / out).rglob("*.json")).read_text())
+        assert (record["sampler"], record["num_steps"]) == ("RenoisingSampler", 2)
+
+
+def adapted(parts, folder: Path) -> Path:
+    """A run's folder: the base with an adapter of rank 2 that was trained on it, not merged."""
+    folder.mkdir()
+    section = configuration(parts.release, Path("unused"), None, lora=2)["model"]["network_config"]
+    network = instantiate_from_config(section, dtype="fp32")
+    state = read_transformer(parts.release / "transformer").network
+    state |= {n: torch.randn_like(v) for n, v in network.state_dict().items() if ".matrix_" in n}
+    torch.save({"module": {f"model.diffusion_model.{n}": v for n, v in state.items()}}, folder / FILE)
+    return folder
+
+
+def test_an_adapter_within_the_load_is_part_of_the_teacher(parts, tmp_path):
+    """And the student's own begins beside it, of its own rank, in files that hold all and say how they are sampled."""
+    base = adapted(parts, tmp_path / "base")
+    content = content_of(parts, tmp_path / "save")
+    content["args"] |= {"load": str(base), "lora_only": False, "save_merged": True, "train_iters": 1}
+    path = write_yaml(tmp_path / "c.yaml", content)
+    config = load_run_config([path], TrainArgs)
+    plan = plan_deepspeed(config.deepspeed, device_type="cpu")
+    base_alone = load_run_config([path], TrainArgs, overrides=[f"args.load={parts.release / 'transformer'}"])
+    engine, _ = load_engine(config, plan, torch.device("cpu"))
+    x, t = torch.randn(1, 2, 16, 2, 4), torch.tensor([500])
+    cond = {"crossattn": torch.randn(1, 12, 32)}
+    whole = meta_engine(training_model_section(config.model, config.args), "fp32").network
+    load_network(whole, base, device=torch.device("cpu"), dtype=torch.float32, allow_absent=True)
+    expected = whole(x, t, cond["crossattn"])
+    assert not torch.allclose(
+        expected, load_engine(base_alone, plan, torch.device("cpu"))[0].model(x, t, cond), atol=1e-2
+    )
+    assert engine.network.mixins.lora.r == 4 and whole.mixins.lora.r == 2
+    for network in (engine.teacher, engine.model, engine.critic):
+        torch.testing.assert_close(network(x, t, cond), expected, rtol=1e-3, atol=1e-3)
+
+    folder = run(content, tmp_path)
+    for place in ("1", "1-ema", "merged/1"):
+        facts = read_transformer(folder / place).lora
+        assert FewSteps.parse(facts["few_steps"]).steps == 2 and ("rank" in facts) == (place != "merged/1")
+
+
+def test_the_plan_counts_the_critic_and_the_teachers_copy(parts, tmp_path):
+    sizes = {}
+    for lora in (4, None):
+        config = load_run_config([write_yaml(tmp_path / "c.yaml", content_of(parts, None, lora=lora))], TrainArgs)
+        plan = plan_deepspeed(config.deepspeed, device_type="cpu")
+        engine, _ = load_engine(config, plan, torch.device("cpu"))
+        planned, loaded = planned_needs(config, plan, 1), memory_needs(engine, config, plan, 1)
+        assert (planned.trained, planned.frozen) == (loaded.trained, loaded.frozen)
+        sizes[lora] = sum(p.numel() for p in engine.model.parameters() if p.requires_grad), loaded
+    assert all(needs.trained == 2 * learns for learns, needs in sizes.values())
+    assert sizes[None][1].frozen >= sizes[None][0]  # the teacher's copy
+
+
+def test_a_network_of_1_5_is_distilled_at_the_size_that_it_was_trained_at():
+    files = [REPO / "configs" / "cogvideox1.5_5b_infer.yaml", REPO / "configs" / "distill.yaml"]
+    config = load_run_config(files, TrainArgs, overrides=["args.distill.prompts=p.txt"])
+    model = {k: v for k, v in config.model.items() if k not in ("conditioner_config", "first_stage_config")}
+    assert clip_size(config, meta_engine(model, "bf16"))[1:] == (768, 1360)
+
+
+def test_few_steps_with_what_is_no_student(parts, student, tmp_path, capsys):
+    other = tmp_path / "other.pt"
+    content = read_checkpoint(student / "4" / "mp_rank_00_model_states.pt")
+    lora = {name: fact for name, fact in content["lora"].items() if name != "few_steps"}
+    torch.save({**content, "lora": lora}, other)
+    config = write_yaml(tmp_path / "c.yaml", sampling(parts.release))
+    for lora in ((), ("--lora", other)):
+        options = ("--prompt", "a", "--dry-run", "--set", "args.few_steps=true", *lora)
+        assert main(config, *options, "--set", f"args.student={other}") == 2
+        assert f"{other} (args.student) was not distilled" in capsys.readouterr().err
+        assert main(config, *options, "--set", f"args.student={student}") == 0
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,7 @@ from sgm.training.checkpoints.same_run import CONFIG_FILE, SECTIONS, identity
 from sgm.training.checkpoints.state import CheckpointError, TrainState
 from sgm.training.checkpoints.weights import (
     EARLIER_ONES,
+    FEW_STEPS,
     Tensors,
     as_metadata,
     checkpoint_tensors,
@@ -131,7 +132,7 @@ class _Save:
     module: nn.Module
     iteration: int
     config_hash: str
-    lora: dict[str, Any] | None
+    lora: dict[str, Any]
     lora_only: bool
     rank: int
     world_size: int
@@ -204,8 +205,8 @@ class _Save:
             "mp_world_size": distributed.model_parallel_world_size(),
             "config_hash": self.config_hash,
         }
-        if with_lora and self.lora:
-            facts["lora"] = self.lora
+        if said := {name: fact for name, fact in self.lora.items() if with_lora or name == FEW_STEPS}:
+            facts["lora"] = said
 
         def write(whole: Tensors) -> None:
             path.parent.mkdir(exist_ok=True)
@@ -225,7 +226,7 @@ class _Save:
             parts = [part for _, part in sorted((p for p in found if p[1]), key=lambda p: p[0])]
         with self.together():
             if self.rank == 0:
-                facts = {"format": "pt", "iteration": str(self.iteration), **as_metadata(self.lora or {})}
+                facts = {"format": "pt", "iteration": str(self.iteration), **as_metadata(self.lora)}
                 save_safetensors(self.staging / "main" / "lora.safetensors", merge_partitions(parts), facts)
 
     def finish(self, keep_last: int | None, clips_per_step: int, keys: dict[str, Any]) -> None:

@@ -26,6 +26,8 @@ from sgm.weights.save import Deferred
 
 logger = logging.getLogger(__name__)
 
+FEW_STEPS = "few_steps"  # entry of `lora_facts`, the only one that holds of merged weights, too
+
 EARLIER_ONES = "Nothing is saved while that is so; checkpoints from before are intact."
 
 Tensors = OrderedDict[str, Deferred]
@@ -140,15 +142,17 @@ def write_together(tensors: Tensors, write: Callable[[Tensors], Any] | None, *, 
 # --- what a file says of its adapter -----------------------------------------------------------------------------
 
 
-def lora_facts(module: nn.Module, load: str | None) -> dict[str, Any] | None:
-    """Facts that the matrices do not say: rank, alpha, targets, kind of scaling, the base they belong to, and how a
-    few-step student is sampled.
+def lora_facts(module: nn.Module, load: str | None) -> dict[str, Any]:
+    """Facts that the matrices do not say: rank, alpha, targets, kind of scaling, the base they belong to; and, with or
+    without an adapter, how a few-step student is sampled.
 
-    `base_hash` is `weights_fingerprint` of the file at `load`. None where there is no adapter.
+    `base_hash` is `weights_fingerprint` of the file at `load`. Empty where there is neither adapter nor student.
     """
+    few_steps = getattr(module, "few_steps", None)
+    said = {FEW_STEPS: few_steps.as_dict()} if few_steps else {}
     mixins = getattr(getattr(module, "network", None), "mixins", {})
     if "lora" not in mixins:
-        return None
+        return said
     mixin = mixins["lora"]
     path, fingerprint = _base(load)
     return {
@@ -158,7 +162,7 @@ def lora_facts(module: nn.Module, load: str | None) -> dict[str, Any] | None:
         "rank_stabilised": bool(mixin.rank_stabilised),
         "base_path": path,
         "base_hash": fingerprint,
-        **({"few_steps": few_steps.as_dict()} if (few_steps := getattr(module, "few_steps", None)) else {}),
+        **said,
     }
 
 
