@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import weakref
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from sgm.config import UPSTREAM_ARGS, ConfigError, load_run_config
 from sgm.inference.options import SampleArgs
 from sgm.modules.diffusionmodules.few_steps import FewSteps, FewStepsError
 from sgm.modules.diffusionmodules.sampling import RenoisingSampler, VideoDDIMSampler
+from sgm.training.distill import prompts
 from sgm.training.distill.objective import compared_timesteps, guidance_tables, matching_loss
 from sgm.training.distill.options import DistillArgs
 from sgm.training.options import SAMPLING_ARGS, TrainArgs
@@ -116,3 +118,39 @@ def test_a_header_says_how_a_student_is_sampled():
 def test_a_header_that_cannot_be_used(stated, message):
     with pytest.raises(FewStepsError, match=message):
         FewSteps.parse(stated)
+
+
+# --- prompts -----------------------------------------------------------------------------------------------------------
+
+
+class Embedder:
+    """Stands for the engine: a text's embedding is its number. Tells whether what it gave is still held."""
+
+    def __init__(self):
+        self.given: list[weakref.ref] = []
+
+    def condition_batch(self, batch: dict) -> tuple[dict, dict]:
+        assert sum(given() is not None for given in self.given) <= 1
+        made = torch.tensor([float(text) for text in batch["txt"]]).bfloat16().view(-1, 1, 1).repeat(1, 2, 3)
+        self.given.append(weakref.ref(made))
+        return {"crossattn": made}, {"crossattn": torch.zeros_like(made)}
+
+
+def test_prompts_are_embedded_into_one_place():
+    """No batch's own tensor outlives the next: all of them beside their sum would be twice the memory."""
+    found, nothing = prompts.embed(Embedder(), [str(k) for k in range(40)])
+    conditions = found.conditions["crossattn"]
+    assert conditions.shape == (40, 2, 3) and conditions.dtype == torch.bfloat16
+    assert conditions[:, 1, 2].tolist() == list(range(40)) and found[17]["txt"] == "17"
+    assert nothing["crossattn"].shape == (1, 2, 3) and not nothing["crossattn"].any()
+
+
+def test_more_prompts_than_memory_are_refused_before_they_are_embedded(monkeypatch):
+    monkeypatch.setattr(prompts, "free_memory", lambda device: 12 * 40)
+    texts = [str(k) for k in range(40)]
+    prompts.embed(Embedder(), texts)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    embedder = Embedder()
+    with pytest.raises(ConfigError, match="40 prompts .* in 2 processes.*head -n 16 FILE"):
+        prompts.embed(embedder, texts)
+    assert len(embedder.given) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -17,6 +18,7 @@ from sgm.data.sources import exists, list_clips
 from sgm.files import read_lines
 from sgm.models.diffusion import Cond, SATVideoDiffusionEngine
 from sgm.training.distill.engine import COND
+from sgm.training.memory import free_memory, gib
 from sgm.training.options import TrainArgs
 
 TEXT = "txt"
@@ -75,15 +77,34 @@ class PromptSet(Dataset):
 
 
 def embed(engine: SATVideoDiffusionEngine, texts: Sequence[str]) -> tuple[PromptSet, Cond]:
-    """Prompts with their conditions, and the condition (1, ...) of none, on the CPU and in the engine's type."""
-    made: list[Cond] = []
+    """Prompts with their conditions, and the condition (1, ...) of none, on the CPU and in the engine's type.
+
+    Raises:
+        ConfigError: there is no memory for so many; said after the first batch.
+    """
+    found: Cond = {}
     nothing: Cond = {}
     for start in range(0, len(texts), TOGETHER):
         cond, uncond = engine.condition_batch({TEXT: list(texts[start : start + TOGETHER])})
-        made.append({name: value.cpu() for name, value in cond.items()})
+        found = found or _room_for(len(texts), cond)
+        for name, value in cond.items():
+            found[name][start : start + TOGETHER] = value
         nothing = {name: value[:1].cpu() for name, value in uncond.items()}
-    joined = {name: torch.cat([part[name] for part in made]) for name in nothing}
-    return PromptSet(texts, joined), nothing
+    return PromptSet(texts, found), nothing
+
+
+def _room_for(count: int, some: Cond) -> Cond:
+    """Memory for the conditions of `count` prompts, like these of a few."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of this machine; each has all prompts
+    each = processes * sum(value[0].nbytes for value in some.values())
+    free = free_memory(torch.device("cpu"))
+    if free is not None and count * each > free:
+        raise ConfigError(
+            f"the embeddings of {count} prompts take {gib(count * each)} of memory ({gib(each)} a prompt, in "
+            f"{processes} process{'es' * (processes > 1)}), {gib(free)} are free: take fewer "
+            f"(`head -n {int(free * 0.8) // each} FILE > FEWER`) and name that file in args.distill.prompts"
+        )
+    return {name: value.new_empty(count, *value.shape[1:], device="cpu") for name, value in some.items()}
 
 
 def together(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
