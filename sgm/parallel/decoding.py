@@ -24,10 +24,10 @@ class PassedOn(CausalCache):
 
     def __init__(self, team: Team, chunk: int):
         super().__init__()
-        self._chunk, self._edges = chunk, team.edges
+        self._chunk = chunk
         self._before = team.global_rank((team.rank - 1) % team.size)
         self._next = team.global_rank((team.rank + 1) % team.size)
-        self._from, self._to = self._edges[team.rank - 1], self._edges[team.rank]
+        self._from, self._to = team.edges[team.rank - 1], team.edges[team.rank]
         self._sent: list[tuple[dist.Work, Tensor]] = []
 
     def take(self, conv: nn.Module, x: Activation | None = None) -> Tensor | None:

@@ -167,19 +167,23 @@ def inject(scheduler: Any, engine: SATVideoDiffusionEngine, steps: int) -> Any:
     return scheduler
 
 
-@torch.no_grad()
-def sample_both(converted: Converted, sampler: str, steps: int, injected: bool) -> dict[str, Tensor]:
-    """Latents (1, t, 16, 4, 6) and pixels in [0, 1] of 9 frames, ours and theirs; the image, if any, is random."""
+def our_sampler(kind: str, steps: int, shift_scale: float) -> Any:
+    """A sampler of ours with dynamic guidance, on the schedule of a pipeline's shift."""
     from sgm.util import instantiate_from_config
 
-    engine, theirs = engine_of(converted.sat), converted.pipeline
-    shift = {"target": f"{MODULES}.discretizer.ZeroSNRDDPMDiscretization",
-             "params": {"shift_scale": theirs.scheduler.config.snr_shift_scale}}  # fmt: skip
-    engine.sampler = instantiate_from_config({
-        "target": f"{MODULES}.sampling.{sampler}",
+    shift = {"target": f"{MODULES}.discretizer.ZeroSNRDDPMDiscretization", "params": {"shift_scale": shift_scale}}
+    return instantiate_from_config({
+        "target": f"{MODULES}.sampling.{kind}",
         "params": {"num_steps": steps, "discretization_config": shift, "guider_config": {
             "target": f"{MODULES}.guiders.DynamicCFG", "params": {"scale": 6, "exp": 5, "num_steps": steps}}},
     })  # fmt: skip
+
+
+@torch.no_grad()
+def sample_both(converted: Converted, sampler: str, steps: int, injected: bool) -> dict[str, Tensor]:
+    """Latents (1, t, 16, 4, 6) and pixels in [0, 1] of 9 frames, ours and theirs; the image, if any, is random."""
+    engine, theirs = engine_of(converted.sat), converted.pipeline
+    engine.sampler = our_sampler(sampler, steps, theirs.scheduler.config.snr_shift_scale)
     kinds = {
         "VideoDDIMSampler": diffusers.CogVideoXDDIMScheduler,
         "VPSDEDPMPP2MSampler": diffusers.CogVideoXDPMScheduler,
@@ -237,16 +241,8 @@ def test_differs_from_the_stock_schedulers_as_documented(converted: Converted, s
 @torch.no_grad()
 def test_video_to_video_agrees_with_our_schedule(converted: Converted, strength: float) -> None:
     """From a clip's pixels on, with the same draws. (1.5 takes an even number of latents there: 13 frames.)"""
-    from sgm.util import instantiate_from_config
-
     engine, parts, steps = engine_of(converted.sat), converted.pipeline, 8
-    shift = {"target": f"{MODULES}.discretizer.ZeroSNRDDPMDiscretization",
-             "params": {"shift_scale": parts.scheduler.config.snr_shift_scale}}  # fmt: skip
-    engine.sampler = instantiate_from_config({
-        "target": f"{MODULES}.sampling.VPSDEDPMPP2MSampler",
-        "params": {"num_steps": steps, "discretization_config": shift, "guider_config": {
-            "target": f"{MODULES}.guiders.DynamicCFG", "params": {"scale": 6, "exp": 5, "num_steps": steps}}},
-    })  # fmt: skip
+    engine.sampler = our_sampler("VPSDEDPMPP2MSampler", steps, parts.scheduler.config.snr_shift_scale)
     engine.sampler.strength = strength
     taken = len(engine.sampler.schedule().timesteps)
     assert taken == int(steps * strength)

@@ -110,10 +110,17 @@ def engine_of(options: argparse.Namespace, device: torch.device) -> SATVideoDiff
     return engine.eval()
 
 
+def latent_size(engine: SATVideoDiffusionEngine, options: argparse.Namespace) -> tuple[int, int]:
+    """Height and width of the latents that are asked for, or configured."""
+    if options.size:
+        return STRIDES.latent_size(*options.size)
+    return engine.network.latent_height, engine.network.latent_width
+
+
 def guided_call(engine: SATVideoDiffusionEngine, options: argparse.Namespace, device: torch.device) -> Callable:
     """A call for both branches, as the sampler makes it; by this process's share of it."""
     network = engine.network
-    size = STRIDES.latent_size(*options.size) if options.size else (network.latent_height, network.latent_width)
+    size = latent_size(engine, options)
     numbers = torch.Generator(device).manual_seed(0)
     kind = {"device": device, "dtype": network.dtype, "generator": numbers}
     x = torch.randn(2, options.frames, network.out_channels, *size, **kind)
@@ -159,9 +166,7 @@ def main(arguments: list[str]) -> int:
     engine = engine_of(options, device)
     with torch.no_grad():
         alone = {}
-        size = STRIDES.latent_size(*options.size) if options.size else (60, 90)
-        if not options.size:
-            size = engine.network.latent_height, engine.network.latent_width
+        size = latent_size(engine, options)
         z = torch.randn(1, 16, options.frames, *size, device=device, dtype=models.TYPES[options.dtype])
         parts = {"guided call": guided_call(engine, options, device), "decode": lambda: stage.decode(z)}
         for part, run in parts.items():
