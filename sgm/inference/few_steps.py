@@ -10,6 +10,7 @@ from sgm.inference.adapters import adapter_files
 from sgm.inference.options import SampleArgs
 from sgm.modules.diffusionmodules.few_steps import FewSteps, FewStepsError
 from sgm.util import instantiate_from_config
+from sgm.weights.checksums import small_parts_alone
 from sgm.weights.files import WeightsNotFoundError
 from sgm.weights.release import Adapter, read_parts
 
@@ -51,7 +52,8 @@ def _stated(args: SampleArgs) -> dict[str, FewSteps]:
     found = {}
     for text, path in files.items():
         try:
-            facts = read_parts(path)[0].lora
+            with small_parts_alone():
+                facts = read_parts(path)[0].lora
         except WeightsNotFoundError:
             continue
         if ENTRY in facts:

@@ -202,6 +202,18 @@ def verifying() -> Iterator[Submit]:
     checks.wait()
 
 
+@contextmanager
+def small_parts_alone() -> Iterator[None]:
+    """Of files that are read within the block, large parts are not compared: for who wants their facts, and leaves
+    their values to the one that loads and checks them.
+    """
+    token = _submit.set(lambda *task: None)
+    try:
+        yield
+    finally:
+        _submit.reset(token)
+
+
 class OpenFile:
     """A file's descriptor, closed when the last one who reads from it has let go. Raises OSError."""
 
