@@ -1,6 +1,6 @@
 """Text, picture or clip to video. The engine's parts are loaded when first needed and placed as the run asks.
 
-`TextToVideo` knows tensors, not files of results; `sgm.inference.runner` goes through prompts and writes.
+`Pipeline` knows tensors, not files of results; `sgm.inference.runner` goes through prompts and writes.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def unobserved(total: int) -> AbstractContextManager[Callable[..., None]]:
     return nullcontext(lambda *_, **__: None)
 
 
-class TextToVideo:
+class Pipeline:
     """The engine of a run configuration on one device.
 
     Latents: (b, t, c, h, w), scaled; frames: uint8 (f, height, width, 3). Its text encoder's files are looked up at

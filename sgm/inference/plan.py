@@ -11,7 +11,7 @@ import torch
 from sgm.config import RunConfig
 from sgm.inference.fit import follows_picture
 from sgm.inference.options import SampleArgs
-from sgm.inference.pipeline import TextToVideo
+from sgm.inference.pipeline import Pipeline
 from sgm.inference.prompts import Prompt
 from sgm.placeholders import unedited, weight_paths
 
@@ -32,7 +32,7 @@ def weight_lines(model: Mapping[str, Any], load: str | None) -> list[str]:
     return [f"{place}: {value} ({state(place, value)})" for place, value in paths.items()]
 
 
-def describe(pipeline: TextToVideo, prompts: Sequence[Prompt]) -> list[str]:
+def describe(pipeline: Pipeline, prompts: Sequence[Prompt]) -> list[str]:
     """Sizes, steps, device, prompts, and how much memory the weights of each placement take on it."""
     args = pipeline.args
     frames = pipeline.engine.strides.pixel_frames(pipeline.clip_frames)
@@ -51,13 +51,13 @@ def describe(pipeline: TextToVideo, prompts: Sequence[Prompt]) -> list[str]:
     ]
 
 
-def _sizes(pipeline: TextToVideo, prompts: Sequence[Prompt]) -> str:
+def _sizes(pipeline: Pipeline, prompts: Sequence[Prompt]) -> str:
     """Width and height of the videos; each prompt's picture may have its own."""
     sizes = dict.fromkeys(pipeline.size(prompt.picture) for prompt in prompts) or [pipeline.size()]
     return " and ".join(f"{width}x{height}" for height, width in list(sizes)[:3]) + " ..." * (len(sizes) > 3)
 
 
-def _prompt_lines(pipeline: TextToVideo, prompt: Prompt) -> list[str]:
+def _prompt_lines(pipeline: Pipeline, prompt: Prompt) -> list[str]:
     text = prompt.text if len(prompt.text) <= 100 else prompt.text[:100] + "..."
     lines, picture = [f"prompt {prompt.index}: {text}"], prompt.picture
     if picture is not None:
@@ -67,7 +67,7 @@ def _prompt_lines(pipeline: TextToVideo, prompt: Prompt) -> list[str]:
     return lines
 
 
-def memory_lines(pipeline: TextToVideo) -> list[str]:
+def memory_lines(pipeline: Pipeline) -> list[str]:
     """Bytes of each part's weights, and how many of them a placement holds on the device at a time."""
     children = dict(pipeline.engine.named_children())
     sizes = {title: _bytes_of(children[name]) for name, title in _PARTS.items() if name in children}
@@ -95,7 +95,7 @@ def _bytes_of(module: torch.nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
-def report(config: RunConfig[SampleArgs], pipeline: TextToVideo, prompts: Sequence[Prompt]) -> str:
+def report(config: RunConfig[SampleArgs], pipeline: Pipeline, prompts: Sequence[Prompt]) -> str:
     """The resolved configuration, then the plan as YAML comments, so that the whole is a configuration file again."""
     plan = [
         *describe(pipeline, prompts),

@@ -92,7 +92,7 @@ def _product(linear: nn.Module, x: Tensor) -> Tensor:
 def run_decoder(stage: VideoAutoencoder, shape: Shape, dtype: torch.dtype) -> None:
     """The first chunks of a decoding on the meta device, where `stage` lies, for latents of `shape`."""
     frames, channels, height, width = shape
-    # as `TextToVideo.decode` hands them over: frame after frame
+    # as `Pipeline.decode` hands them over: frame after frame
     z = torch.empty(1, min(frames, FRAMES), channels, height, width, device="meta", dtype=dtype).transpose(1, 2)
     stage.set_channels_last()  # as the one that is loaded
     with MetaRules(SHAPES):

@@ -19,7 +19,7 @@ import sgm
 from sgm.config import RunConfig
 from sgm.inference.fit import Scaled
 from sgm.inference.options import SampleArgs
-from sgm.inference.pipeline import TextToVideo
+from sgm.inference.pipeline import Pipeline
 from sgm.inference.progress import StageTimes
 from sgm.inference.prompts import Prompt
 from sgm.inference.writer import SampleFiles, latents_digest, read_record
@@ -132,7 +132,7 @@ class Measurements:
     versions: dict[str, str]
 
     @classmethod
-    def of(cls, pipeline: TextToVideo, *stages: StageTimes) -> Measurements:
+    def of(cls, pipeline: Pipeline, *stages: StageTimes) -> Measurements:
         """Of a run whose stages took so long; a later one of the same name counts."""
         device = pipeline.device
         return cls(
@@ -163,7 +163,7 @@ class Wanted:
 class Requests:
     """The samples that a run is asked for: `args.batch_size` of each prompt, below `args.output_dir`."""
 
-    def __init__(self, config: RunConfig[SampleArgs], pipeline: TextToVideo):
+    def __init__(self, config: RunConfig[SampleArgs], pipeline: Pipeline):
         self.config = config
         self.args = config.args
         self.pipeline = pipeline

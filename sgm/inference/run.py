@@ -15,7 +15,7 @@ from sgm.distributed import DistInfo, init_distributed, own_rank, shutdown
 from sgm.inference.adapters import with_adapters
 from sgm.inference.fit import SamplingError
 from sgm.inference.options import SampleArgs
-from sgm.inference.pipeline import TextToVideo
+from sgm.inference.pipeline import Pipeline
 from sgm.inference.plan import report
 from sgm.inference.progress import Progress
 from sgm.inference.prompts import gather, listed
@@ -50,7 +50,7 @@ def sample(config: RunConfig[SampleArgs], check: Callable[[], None], *, dry_run:
         if dry_run:
             _print_plan(config, progress, info.rank)
             return 0
-        pipeline = TextToVideo(config, device, with_text_encoder=config.args.decode_latents is None)
+        pipeline = Pipeline(config, device, with_text_encoder=config.args.decode_latents is None)
         _say_all(pipeline.notes, progress)
         layout = _layout(config, pipeline, info.world_size)
         if layout.clip > 1:
@@ -62,7 +62,7 @@ def sample(config: RunConfig[SampleArgs], check: Callable[[], None], *, dry_run:
     return 0
 
 
-def _layout(config: RunConfig[SampleArgs], pipeline: TextToVideo, world: int) -> Layout:
+def _layout(config: RunConfig[SampleArgs], pipeline: Pipeline, world: int) -> Layout:
     """How the processes divide what is asked for."""
     args = config.args
     stage = pipeline.engine.first_stage_model
@@ -113,7 +113,7 @@ def _say_all(lines: Iterable[str], progress: Progress) -> None:
 def _print_plan(config: RunConfig[SampleArgs], progress: Progress, rank: int) -> None:
     args = config.args
     # On all ranks: it makes process groups.
-    pipeline = TextToVideo(config, progress.device, with_text_encoder=text_is_local(config.model))
+    pipeline = Pipeline(config, progress.device, with_text_encoder=text_is_local(config.model))
     asks = args.decode_latents or (args.input_type == "cli" and not args.prompts)
     prompts = [] if asks else gather(args.prompts, args.input_file, config.files, pipeline.pictures)[0]
     remarks = [] if args.decode_latents else pipeline.remarks(prompts)

@@ -21,7 +21,7 @@ from sgm.errors import SgmError
 from sgm.files import SaveError, advising, unfinished_names, write_json
 from sgm.inference.noise import SampleId
 from sgm.inference.options import SampleArgs
-from sgm.inference.pipeline import EncodedPrompt, Part, TextToVideo
+from sgm.inference.pipeline import EncodedPrompt, Part, Pipeline
 from sgm.inference.progress import Bar, Progress, StageTimes
 from sgm.inference.prompts import Prompt, ask, gather
 from sgm.inference.refine import Endpoint, refine_prompt
@@ -41,7 +41,7 @@ class Runner:
     """
 
     config: RunConfig[SampleArgs]
-    pipeline: TextToVideo
+    pipeline: Pipeline
     progress: Progress
 
     def __post_init__(self) -> None:

@@ -17,7 +17,7 @@ from PIL import Image
 from sgm.config import load_run_config
 from sgm.data.images import Picture
 from sgm.inference.options import SampleArgs
-from sgm.inference.pipeline import TextToVideo
+from sgm.inference.pipeline import Pipeline
 from sgm.inference.writer import read_latents
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.util import instantiate_from_config
@@ -190,7 +190,7 @@ def test_what_does_not_fit_is_one_error(config, picture, tmp_path, capsys, fault
 def test_float16_is_warned_of(config, capsys):
     for kind, warned in (("5b", True), ("2b", False)):
         run = load_run_config([config(kind)], SampleArgs, overrides=["args.fp16=true"])
-        remarks = TextToVideo(run, torch.device("cpu"), with_text_encoder=False).remarks([])
+        remarks = Pipeline(run, torch.device("cpu"), with_text_encoder=False).remarks([])
         assert any("float16" in text for text in remarks) == warned
 
 
@@ -249,7 +249,7 @@ def test_the_python_of_the_docs_gives_what_the_command_gives(config, picture, tm
 def test_a_picture_is_encoded_whole_where_frames_are_decoded_in_tiles(config, picture, monkeypatch):
     """Tiles are approximate; one frame needs none."""
     run = load_run_config([config("5b_i2v", vae_tiling=True)], SampleArgs)
-    model = TextToVideo(run, torch.device("cpu"), with_text_encoder=False)
+    model = Pipeline(run, torch.device("cpu"), with_text_encoder=False)
     model.load("first_stage")
     stage, seen = model.engine.autoencoder, []
     moments = stage.moments

@@ -104,10 +104,10 @@ def test_noise_depends_on_seed_prompt_and_sample_only(config, tmp_path):
 
 def test_few_prompts_are_held_encoded_and_their_number_changes_nothing(config, tmp_path, monkeypatch):
     """However many there are; the text encoder comes back for the next ones, and the negative is held once."""
-    from sgm.inference.pipeline import EncodedPrompt, TextToVideo
+    from sgm.inference.pipeline import EncodedPrompt, Pipeline
 
-    sample, held, loaded = TextToVideo.sample, [], []
-    load = TextToVideo.load
+    sample, held, loaded = Pipeline.sample, [], []
+    load = Pipeline.load
 
     def watched(self, prompt, *rest):
         encoded = [x for x in gc.get_objects() if type(x) is EncodedPrompt]
@@ -118,8 +118,8 @@ def test_few_prompts_are_held_encoded_and_their_number_changes_nothing(config, t
         loaded.extend({part} - self._loaded)
         load(self, part)
 
-    monkeypatch.setattr(TextToVideo, "sample", watched)
-    monkeypatch.setattr(TextToVideo, "load", counted)
+    monkeypatch.setattr(Pipeline, "sample", watched)
+    monkeypatch.setattr(Pipeline, "load", counted)
     wish = [config, "--only-save-latents", "--negative-prompt", "dull"]
     wish += [word for k in range(5) for word in ("--prompt", f"number {k}")]
     for ahead, placement, loads in ((128, "stages", 1), (2, "stages", 3), (2, "all", 1)):
@@ -210,10 +210,10 @@ def test_single_stream_of_the_original_draws_as_the_engine_does(config, release,
     )
     from sgm.config import load_run_config
     from sgm.inference.options import SampleArgs
-    from sgm.inference.pipeline import TextToVideo
+    from sgm.inference.pipeline import Pipeline
     from sgm.inference.writer import read_latents
 
-    pipeline = TextToVideo(load_run_config([config], SampleArgs), torch.device("cpu"))
+    pipeline = Pipeline(load_run_config([config], SampleArgs), torch.device("cpu"))
     pipeline.load("network")
     encoded = pipeline.encode(["a", "b"])
     torch.manual_seed(3)
@@ -276,16 +276,16 @@ def test_questions_are_asked_and_a_failed_prompt_does_not_end_it(config, tmp_pat
     import io
 
     from sgm.inference.fit import SamplingError
-    from sgm.inference.pipeline import TextToVideo
+    from sgm.inference.pipeline import Pipeline
 
-    sample = TextToVideo.sample
+    sample = Pipeline.sample
 
     def fragile(self, prompt, samples, steps):
         if samples[0].prompt_index == 1:
             raise SamplingError("this one fails")
         return sample(self, prompt, samples, steps)
 
-    monkeypatch.setattr(TextToVideo, "sample", fragile)
+    monkeypatch.setattr(Pipeline, "sample", fragile)
     monkeypatch.setattr(sys, "stdin", io.StringIO("first\n\n  \nsecond\nthird\nfourth@@x.png\n"))
     assert main(config, "--set", "args.input_type=cli") == 0
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["0_first", "2_third"]
@@ -513,7 +513,7 @@ def test_the_guides_slip_under_log_keys_is_a_warning(config, tmp_path, capsys):
 
 
 def test_out_of_memory_names_ways_out(config, tmp_path, monkeypatch, capsys):
-    from sgm.inference.pipeline import TextToVideo
+    from sgm.inference.pipeline import Pipeline
 
     sizes = []
 
@@ -521,7 +521,7 @@ def test_out_of_memory_names_ways_out(config, tmp_path, monkeypatch, capsys):
         sizes.append(len(samples))
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(TextToVideo, "sample", greedy)
+    monkeypatch.setattr(Pipeline, "sample", greedy)
     assert main(config, "--prompt", "x", "--batch-size", 4, "--placement", "stages") == 2
     err = capsys.readouterr().err
     assert sizes == [4, 2, 1] and "--placement lean" in err and "--vae-tiling" in err and "--max-batch 1" in err

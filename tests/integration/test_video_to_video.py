@@ -95,12 +95,12 @@ def test_the_strength_is_0_8_and_only_of_a_clip():
 def test_the_less_strength_the_more_of_the_clip_stays(config, clip, tmp_path):
     """A network that has learnt nothing changes a start that is hardly noised the least."""
     from sgm.config import load_run_config
-    from sgm.inference.pipeline import TextToVideo
+    from sgm.inference.pipeline import Pipeline
 
     apart = []
     for strength in (0.1, 0.5, 1.0):
         flags = {"video": str(clip), "strength": strength, "num_steps": 10}
-        video = TextToVideo(load_run_config([config("2b")], SampleArgs, flags=flags), torch.device("cpu"))
+        video = Pipeline(load_run_config([config("2b")], SampleArgs, flags=flags), torch.device("cpu"))
         (prompt,) = video.encode(["a fox"])
         latents = video.sample(prompt, [SampleId(1, 0, 0)], video_steps)
         mean = video.engine.autoencoder.moments(video.source.pixels(9, (16, 32))).chunk(2, dim=1)[0]

@@ -24,7 +24,7 @@ from torch import Tensor
 import sample_video
 from sgm.config import load_run_config, merge_yaml
 from sgm.inference.options import SampleArgs
-from sgm.inference.pipeline import TextToVideo
+from sgm.inference.pipeline import Pipeline
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.training.options import TrainArgs
 from sgm.training.run import train
@@ -58,7 +58,7 @@ def converted(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Convert
 def engine_of(release: Path, *changes: str) -> SATVideoDiffusionEngine:
     """What the YAML file of a converted release describes, with its weights but for the text encoder's."""
     config = load_run_config([release / "infer.yaml"], SampleArgs, overrides=changes)
-    video = TextToVideo(config, torch.device("cpu"), with_text_encoder=False)
+    video = Pipeline(config, torch.device("cpu"), with_text_encoder=False)
     video.load("network")
     video.load("first_stage")
     return video.engine

@@ -10,7 +10,7 @@ import torch
 from sgm.config import ConfigError, load_run_config
 from sgm.inference.adapters import with_adapters
 from sgm.inference.options import SampleArgs
-from sgm.inference.pipeline import TextToVideo
+from sgm.inference.pipeline import Pipeline
 from sgm.weights.preflight import with_found_paths
 
 REPO = Path(__file__).resolve().parents[2]
@@ -24,7 +24,7 @@ def config(**flags):
 
 def test_the_student_counts_wherever_a_model_is_built(monkeypatch):
     monkeypatch.chdir(REPO)
-    pipeline = TextToVideo(load_run_config(FILES, SampleArgs), torch.device("cpu"), with_text_encoder=False)
+    pipeline = Pipeline(load_run_config(FILES, SampleArgs), torch.device("cpu"), with_text_encoder=False)
     assert (pipeline.num_steps, pipeline.args.lora) == (4, ["demo/student"])
 
 

@@ -12,7 +12,7 @@ import torch
 
 from sgm.config import ConfigError, check_model_section, load_run_config, merge_yaml
 from sgm.inference.options import SampleArgs
-from sgm.inference.pipeline import TextToVideo
+from sgm.inference.pipeline import Pipeline
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.training.options import TrainArgs
 from sgm.training.setup.clips import check_clips
@@ -71,7 +71,7 @@ def test_the_original_s_files_are_taken_unchanged(tmp_path, name):
     named = [note for note in config.notes if "has no effect" in note]
     assert ["augmentation_dropout" in note for note in named] == ([True] if name == "cogvideox1.5_5b_i2v" else [])
     assert list(config.notes) == named
-    pipeline = TextToVideo(config, torch.device("cpu"), with_text_encoder=False)
+    pipeline = Pipeline(config, torch.device("cpu"), with_text_encoder=False)
     trained = {"cogvideox1.5_5b": (768, 1360), "cogvideox1.5_5b_i2v": (768, 1360)}.get(name, (480, 720))
     assert pipeline.size() == trained and pipeline.pictures.wanted == ("i2v" in name)
     frames = pipeline.engine.strides.pixel_frames(pipeline.clip_frames)

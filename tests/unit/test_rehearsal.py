@@ -48,12 +48,12 @@ def test_a_rehearsal_brings_neither_compiler_nor_sympy():
         import sys, torch
         from sgm.config import load_run_config
         from sgm.inference.options import SampleArgs
-        from sgm.inference.pipeline import TextToVideo
+        from sgm.inference.pipeline import Pipeline
         from sgm.inference.rehearsal import run_block, run_decoder
         from sgm.modules.ops import triton_block, triton_vae
         from sgm.modules.ops.choice import choose_kernels
         config = load_run_config(["configs/cogvideox_2b_infer.yaml"], SampleArgs, overrides=["args.fp16=false"])
-        pipeline = TextToVideo(config, torch.device("cpu"), with_text_encoder=False)
+        pipeline = Pipeline(config, torch.device("cpu"), with_text_encoder=False)
         pipeline.engine.use_kernels(choose_kernels("triton", "default", torch.device("cpu")))
         launched = []
         for module in (triton_block, triton_vae):

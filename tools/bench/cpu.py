@@ -102,7 +102,7 @@ def bench_run(bench: Bench) -> None:
         imported = time.perf_counter() - start
         config = _with_random_weights(bench.config, bench.clip.frames, Path(folder))
         start = time.perf_counter() - imported  # what writes the weights is no part of a run
-        pipeline = _stage("build", lambda: import_module("sgm.inference.pipeline").TextToVideo(config, CPU))
+        pipeline = _stage("build", lambda: import_module("sgm.inference.pipeline").Pipeline(config, CPU))
         for part in ("conditioner", "network", "first_stage"):
             _stage(f"load {part}", lambda part=part: pipeline.load(part))
         (prompt,) = _stage("text", lambda: pipeline.encode([PROMPT]))

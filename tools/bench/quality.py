@@ -34,7 +34,7 @@ from sgm.config import AccelerateArgs, ConfigError, RunConfig, load_run_config, 
 from sgm.distributed import shutdown
 from sgm.inference.noise import SampleId
 from sgm.inference.options import SampleArgs
-from sgm.inference.pipeline import EncodedPrompt, TextToVideo
+from sgm.inference.pipeline import EncodedPrompt, Pipeline
 from sgm.inference.prompts import gather
 from sgm.modules.autoencoding.strides import STRIDES
 from sgm.typed import build_args
@@ -92,9 +92,7 @@ def demo_captions(count: int, frames: int, seed: int) -> list[str]:
     return [caption(sample_spec(rng, frames), rng) for _ in range(count)]
 
 
-def sample_clips(
-    pipeline: TextToVideo, prompts: Sequence[EncodedPrompt], decoder: TextToVideo, seed: int
-) -> Iterator[Clip]:
+def sample_clips(pipeline: Pipeline, prompts: Sequence[EncodedPrompt], decoder: Pipeline, seed: int) -> Iterator[Clip]:
     """One clip a prompt, with noise that depends on seed and prompt only."""
     pipeline.load("network")
     network = pipeline.engine.model
@@ -177,14 +175,14 @@ def run(
 ) -> None:
     """Sample and report every variant, then the settings of cache-dit."""
     device = torch.device(config.args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    first = TextToVideo(config, device)
+    first = Pipeline(config, device)
     encoded = first.encode(list(prompts), config.args.negative_prompt)
     first.drop_text_encoder()
     exact: list[Clip] = []
     for name, accelerate in variants_of(config.accelerate, fast, extra).items():
         emit(variant=name, switches=accelerate.approximate())
         other = replace(config, accelerate=accelerate)
-        pipeline = first if name == "exact" else TextToVideo(other, device, with_text_encoder=False)
+        pipeline = first if name == "exact" else Pipeline(other, device, with_text_encoder=False)
         clips = list(sample_clips(pipeline, encoded, first, config.args.seed))
         exact = exact or clips
         report(name, prompts, clips, exact)
