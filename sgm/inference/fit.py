@@ -6,6 +6,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from sgm.config import RunConfig
 from sgm.data.images import Picture
 from sgm.errors import SgmError
 from sgm.inference.options import SampleArgs
@@ -17,6 +18,10 @@ from sgm.weights.preflight import HOW_TO_GET_SMALL_DECODER
 # Of a side, in relation to training's: a smaller picture is given a part of the trained positions, a larger one some
 # that training never had. A third more or less still leaves more than half of the trained picture.
 LARGEST_FACTOR = 4 / 3
+
+# Decided when a model is loaded.
+FIXED_ARGS = ("load", "fp16", "bf16", "device", "placement", "merge_lora", "force_inference", "vae_tiling")
+FIXED_ACCELERATE = ("kernels", "attention", "cpu_bf16", "fp8")
 
 
 class SamplingError(SgmError):
@@ -48,6 +53,26 @@ def check_fit(engine: SATVideoDiffusionEngine, args: SampleArgs, size: tuple[int
     ]
     if problems:
         raise SamplingError("\n  - ".join(["the options do not fit the model:", *problems]))
+
+
+def check_same_model(loaded: RunConfig[SampleArgs], asked: RunConfig[SampleArgs]) -> None:
+    """Whether a model that is loaded can do what another configuration asks for.
+
+    Raises:
+        SamplingError: lists what is decided when a model is loaded, and differs.
+    """
+    pairs = {f"args.{name}": (getattr(loaded.args, name), getattr(asked.args, name)) for name in FIXED_ARGS}
+    fast = loaded.accelerate, asked.accelerate
+    pairs |= {f"accelerate.{name}": (getattr(fast[0], name), getattr(fast[1], name)) for name in FIXED_ACCELERATE}
+    sections = [{k: v for k, v in c.model.items() if k != "sampler_config"} for c in (loaded, asked)]
+    pairs |= {f"model.{name}": (v, sections[1].get(name)) for name, v in sections[0].items()}
+    pairs |= {f"model.{name}": (None, v) for name, v in sections[1].items() if name not in sections[0]}
+    other = [place for place, (own, wanted) in pairs.items() if own != wanted]
+    if other:
+        raise SamplingError(
+            f"{', '.join(other)}: this is decided when a model is loaded, and the call asks for another value. Load a "
+            "second model with it (TextToVideo.from_config)."
+        )
 
 
 def check_latents(

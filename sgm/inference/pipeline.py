@@ -28,6 +28,7 @@ from sgm.inference.fit import (
     Scaled,
     check_fit,
     check_latents,
+    check_same_model,
     fits_picture,
     follows_picture,
     other_kind,
@@ -43,7 +44,14 @@ from sgm.inference.rehearsal import compile_ahead, run_block, run_decoder
 from sgm.inference.source_clip import SourceClip
 from sgm.models.autoencoder import VideoAutoencoder
 from sgm.models.diffusion import Cond, SATVideoDiffusionEngine
-from sgm.models.loading import Adapter, LoadedNetwork, load_first_stage, load_network, load_text_encoder
+from sgm.models.loading import (
+    Adapter,
+    LoadedNetwork,
+    load_first_stage,
+    load_network,
+    load_text_encoder,
+    replace_adapters,
+)
 from sgm.models.small_decoder import load_small_decoder
 from sgm.modules.autoencoding.small_decoder import SmallDecoder
 from sgm.modules.diffusionmodules.guiders import DynamicCFG
@@ -60,7 +68,7 @@ from sgm.weights import weights_fingerprint
 from sgm.weights.checksums import Checks
 from sgm.weights.finite import is_finite
 
-Part = Literal["conditioner", "network", "first_stage"]
+Part = Literal["conditioner", "network", "first_stage", "small_decoder"]
 
 
 @dataclass(frozen=True)
@@ -102,38 +110,60 @@ class Pipeline:
 
     def __init__(self, config: RunConfig[SampleArgs], device: torch.device, *, with_text_encoder: bool = True):
         config, self.notes = with_few_steps(with_adapters(config))  # what is to be said of it
-        self.args = config.args
         self.device = device
-        self.placement = Placement(self.args.placement, device)
+        self.placement = Placement(config.args.placement, device)
         model = _for_inference(config.model)
         if not with_text_encoder:
             del model["conditioner_config"]
         with torch.device("meta"):
-            self.engine = SATVideoDiffusionEngine(**model, dtype=self.args.dtype)
+            self.engine = SATVideoDiffusionEngine(**model, dtype=config.args.dtype)
         self.engine.eval().requires_grad_(False)
         fast = config.accelerate
         self.engine.use_kernels(choose_kernels(fast.kernels, fast.attention, device, fast.cpu_bf16))
         self.fp8 = fast.fp8
         if self.fp8:
             check_fp8(device)
-        self.shortcuts = shortcuts_of(fast)
         self.calls: CallCount | None = None  # of the last sampling run, where shortcuts were taken
         self.facts = WeightFacts()
         self._first_stage: dict[str, Any] = model.get("first_stage_config") or {}
         self._decoder_compiles = False
         self._small_decoder: SmallDecoder | None = None
         self._loaded: set[Part] = set()
+        self._adapters: list[str] | None = None  # that the network has; None: no base is there yet, or in between
         self.team = Team()
         self._checks = Checks()  # of what was loaded; nothing that came of it leaves here before they are done
+        self._take(config)
+
+    def ask(self, config: RunConfig[SampleArgs]) -> None:
+        """Take another configuration; what is loaded stays, but for adapters that it does not name.
+
+        Raises:
+            ConfigError: it differs in what is decided when a model is loaded.
+            SamplingError: its options do not fit the model, or each other.
+        """
+        check_same_model(self.config, config)
+        config, self.notes = with_few_steps(with_adapters(config))
+        self.engine.sampler = instantiate_from_config(config.model["sampler_config"])
+        self._take(config)
+        if self.args.lora != self._adapters:
+            self._loaded.discard("network")
+
+    def _take(self, config: RunConfig[SampleArgs]) -> None:
+        """Let sampler, guider and the rooms for pictures and clips be as `config` has them."""
+        self.config, self.args = config, config.args
+        self.shortcuts = shortcuts_of(config.accelerate)
         if self.args.video and self.engine.has_sampler:
             self.engine.sampler.strength = self.args.share_taken
         check_fit(self.engine, self.args, self.size())
         self.source = self._source(self.args.video) if self.args.video else None
         self._source_moments: Tensor | None = None
         self.pictures = Pictures(self.engine.noised_image_input, self.args.image, other_kind(self.engine))
-        check_shortcuts(self.shortcuts, self.engine.sampler, self.num_steps)
-        self.engine.sampler.verbose = False  # the caller shows progress
-        guider = self.engine.sampler.guider
+        sampler = self.engine.sampler
+        # Of each sampling run; found by making its schedule, which refuses numbers that it cannot have.
+        self.num_steps = len(sampler.schedule(self.args.num_steps).timesteps)
+        check_shortcuts(self.shortcuts, sampler, self.num_steps)
+        sampler.verbose = False  # the caller shows progress
+        guider = sampler.guider
         if self.args.guidance_scale is not None and isinstance(guider, Scaled):  # else it did not fit
             # Set on the guider: the release's one ignores a scale that is given to a call, as in the original.
             guider.scale = self.args.guidance_scale
@@ -216,11 +246,6 @@ class Pipeline:
             return None
         return f"{self.source.path} has {self.source.frames} frames, of which the first {needed} are taken"
 
-    @cached_property
-    def num_steps(self) -> int:
-        """Of each sampling run; found by making its schedule, which refuses numbers that it cannot have."""
-        return len(self.engine.sampler.schedule(self.args.num_steps).timesteps)
-
     @property
     def max_batch(self) -> int:
         """Samples that run together. Where errors are measured each decides for itself, so that its company changes
@@ -242,7 +267,10 @@ class Pipeline:
         if part == "conditioner":
             self.facts.text_encoder = load_text_encoder(self.engine.text_conditioner, device=device, dtype=dtype)
         elif part == "first_stage":
-            self._load_decoder(device, dtype)
+            self.facts.first_stage = load_first_stage(self.engine.autoencoder, device=device, dtype=dtype)
+            self._arrange_first_stage()
+        elif part == "small_decoder":
+            self._load_small_decoder(device, dtype)
         else:
             if self._fuses_on_gpu:
                 compile_ahead(partial(run_block, self.engine, self.latent_shape(self.size())))
@@ -276,14 +304,8 @@ class Pipeline:
 
         return stepped
 
-    def _load_decoder(self, device: torch.device, dtype: torch.dtype) -> None:
-        """The VAE; or the small decoder, and the VAE only where something is encoded."""
-        stage, small = self.engine.autoencoder, self.args.decoder == "small"
-        if not small or self.encodes:
-            self.facts.first_stage = load_first_stage(stage, device=device, dtype=dtype)
-            self._arrange_first_stage()
-        if not small:
-            return
+    def _load_small_decoder(self, device: torch.device, dtype: torch.dtype) -> None:
+        stage = self.engine.autoencoder
         if not (stage.small_decoder and stage.ckpt_path):
             raise SamplingError("--decoder small needs ckpt_path and small_decoder in first_stage_config.params.")
         # on a CPU its activations have the type of its products: conversions would take longer than these
@@ -301,19 +323,26 @@ class Pipeline:
             stage.set_tiling()
 
     def _load_network(self, device: torch.device, dtype: torch.dtype) -> LoadedNetwork:
+        """The base, unless it is there, with the adapters that are asked for."""
         if not self.args.load:
             raise SamplingError("args.load is not set: give the transformer weights (release folder or file).")
-        loaded = load_network(
-            self.engine.network,
-            self.args.load,
-            device=device,
-            dtype=dtype,
-            allow_absent=self.args.force_inference,
-            adapters=[Adapter.parse(text) for text in self.args.lora],
-            merge=self.args.merge_lora,
-        )
+        network, loaded = self.engine.network, self.facts.network
+        adapters = [Adapter.parse(text) for text in self.args.lora]
+        if loaded is None:
+            allow_absent = self.args.force_inference
+            loaded = load_network(
+                network, self.args.load, device=device, dtype=dtype, allow_absent=allow_absent, adapters=adapters,
+                merge=self.args.merge_lora,
+            )  # fmt: skip
+        elif self.fp8:
+            raise SamplingError("the adapters of a network in 8-bit floats (accelerate.fp8) cannot be changed.")
+        else:
+            self._adapters = None
+            self.placement.forget(self.engine.model)
+            replace_adapters(network, loaded, self.args.load, adapters, merge=self.args.merge_lora)
+        self._adapters = list(self.args.lora)
         if self.fp8:
-            quantize_network(self.engine.network)
+            quantize_network(network)
         return loaded
 
     @cached_property
@@ -321,6 +350,11 @@ class Pipeline:
         """Fingerprint of the small decoder's file; None where the full one decodes."""
         file = self.engine.autoencoder.small_decoder if self.args.decoder == "small" else None
         return weights_fingerprint(file) if file else None
+
+    @property
+    def decoder_part(self) -> Part:
+        """What decodes."""
+        return "small_decoder" if self.args.decoder == "small" else "first_stage"
 
     @property
     def encodes(self) -> bool:
@@ -486,8 +520,8 @@ class Pipeline:
         """
         check_latents(self.engine, latents, any_length=self.args.decoder == "small")
         self._compile_decoder()
-        self.load("first_stage")
-        stage, small = self.engine.autoencoder, self._small_decoder
+        self.load(self.decoder_part)
+        stage, small = self.engine.autoencoder, self._small_decoder if self.args.decoder == "small" else None
         latents = self.engine.drop_first(latents[None])
         z = latents.to(self.device, torch.float32).transpose(1, 2) / self.engine.scale_factor
         share = SharedChunks(self.team) if self.shares_decoding else None

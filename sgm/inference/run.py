@@ -14,12 +14,13 @@ from sgm.config import ConfigError, RunConfig, check_model_section
 from sgm.distributed import DistInfo, init_distributed, own_rank, shutdown
 from sgm.inference.adapters import with_adapters
 from sgm.inference.fit import SamplingError
+from sgm.inference.generation import out_of_memory_advice
 from sgm.inference.options import SampleArgs
 from sgm.inference.pipeline import Pipeline
 from sgm.inference.plan import report
 from sgm.inference.progress import Progress
 from sgm.inference.prompts import gather, listed
-from sgm.inference.runner import Runner, out_of_memory_advice
+from sgm.inference.runner import Runner
 from sgm.inference.writer import find_latents
 from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
 from sgm.modules.diffusionmodules.guiders import IdentityGuider

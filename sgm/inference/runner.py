@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +15,18 @@ import torch
 from torch import Tensor
 
 from sgm.config import ConfigError, RunConfig
-from sgm.data.images import Picture
 from sgm.data.video_out import write_contact_sheet, write_video
 from sgm.errors import SgmError
 from sgm.files import SaveError, advising, unfinished_names, write_json
-from sgm.inference.noise import SampleId
+from sgm.inference.generation import Generation, Sampled, out_of_memory_advice
 from sgm.inference.options import SampleArgs
-from sgm.inference.pipeline import EncodedPrompt, Part, Pipeline
+from sgm.inference.pipeline import EncodedPrompt, Pipeline
 from sgm.inference.progress import Bar, Progress, StageTimes
 from sgm.inference.prompts import Prompt, ask, gather
-from sgm.inference.refine import Endpoint, refine_prompt
-from sgm.inference.requests import Measurements, Requests, Wanted
+from sgm.inference.requests import Wanted
 from sgm.inference.writer import SampleFiles, find_latents, read_latents, write_latents
 
 ANOTHER_FOLDER = "Choose another --output-dir; --skip-done goes on with a run that was stopped."
-SHOWN_CHARACTERS = 200  # of the end of a prompt that is not read
 ENCODED_AHEAD = 128  # prompts that are held encoded (1.9 MB each of 2B in half precision)
 
 
@@ -47,9 +44,8 @@ class Runner:
     def __post_init__(self) -> None:
         self.args = self.config.args
         self.team = self.pipeline.team
-        self.requests = Requests(self.config, self.pipeline)
-        self.load_times = StageTimes()
-        self.warned: set[str] = set()
+        self.generation = Generation(self.config, self.pipeline, self.progress)
+        self.requests = self.generation.requests
 
     def run(self) -> None:
         """Do what the configuration asks."""
@@ -71,15 +67,7 @@ class Runner:
             prompts, note = gather(*sources, self.pipeline.pictures, *place)
             if note:
                 self.progress.line(note)
-            self._run_list(self._fitting(prompts))
-
-    def _fitting(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
-        """The prompts, whose pictures fit the model; sizes that it was not trained at are warned of, each once."""
-        for line in self.pipeline.remarks(prompts):
-            if line not in self.warned:
-                self.progress.line(f"warning: {line}")
-            self.warned.add(line)
-        return prompts
+            self._run_list(self.generation.fitting(prompts))
 
     # --- prompts --------------------------------------------------------------------------------------------------
 
@@ -87,12 +75,12 @@ class Runner:
         """Ask for prompts; one that fails does not end the conversation."""
         if self.team.layout.world > 1:
             raise ConfigError("input_type cli asks a person and runs in one process; use txt for several processes.")
-        self._load_what_samples_need()
+        self.generation.load_what_samples_need()
         for prompt in ask():
             try:
-                asked = self._fitting(self.pipeline.pictures.attach([prompt]))[0]
-                wanted = self._refined([self.requests.wanted(asked)])[0]
-                self._run_prompt(wanted, self._encode([wanted.prompt])[0])
+                asked = self.generation.fitting(self.pipeline.pictures.attach([prompt]))[0]
+                wanted = self.generation.refined([self.requests.wanted(asked)])[0]
+                self._run_prompt(wanted, self.generation.encode([wanted.prompt])[0])
             except torch.OutOfMemoryError:
                 print(f"error: {out_of_memory_advice(self.args)}", file=sys.stderr)
             except ValueError as error:
@@ -113,103 +101,36 @@ class Runner:
             return
         if self.args.seed_mode == "upstream":  # what comes before a sample draws from the same stream
             todo = every[: every.index(todo[-1]) + 1]
-        todo = self.team.from_first(lambda: self._refined(todo))
-        self._load_what_samples_need()  # a bad file shows before an hour of sampling
+        todo = self.team.from_first(lambda: self.generation.refined(todo))
+        self.generation.load_what_samples_need()
         with self.progress.bar(len(todo), "prompts", "prompt") as bar:
             for start in range(0, len(todo), ENCODED_AHEAD):
                 self._run_some(todo[start : start + ENCODED_AHEAD], bar)
 
     def _run_some(self, todo: Sequence[Wanted], bar: Bar) -> None:
         """Encode some prompts, then make their samples."""
-        encoded = self._encode([wanted.prompt for wanted in todo])
+        encoded = self.generation.encode([wanted.prompt for wanted in todo])
         if self.args.placement != "all":
             self.pipeline.drop_text_encoder()
         for wanted, conditioning in zip(todo, encoded):
             self._run_prompt(wanted, conditioning)
             bar.update(1)
 
-    def _refined(self, todo: Sequence[Wanted]) -> list[Wanted]:
-        """The prompts with their captions, if they are to be refined; a caption of an earlier run is kept.
-
-        Raises:
-            RefineError: naming the first prompt that cannot be refined.
-        """
-        if not self.args.refine:
-            return list(todo)
-        endpoint = Endpoint.from_environment(self.args.refine_model)
-        refined = []
-        for wanted in todo:
-            prompt, caption = wanted.prompt, wanted.caption
-            if not caption:
-                with self.progress.stage("refine", self.load_times, f"prompt {prompt.index}"):
-                    caption = refine_prompt(prompt, endpoint)
-            self.progress.line(f"prompt {prompt.index}: {caption}")
-            refined.append(replace(wanted, prompt=replace(prompt, refined=caption)))
-        return refined
-
-    def _encode(self, prompts: Sequence[Prompt]) -> list[EncodedPrompt]:
-        self._load("conditioner")
-        with self.progress.stage("encode", self.load_times, f"{len(prompts)} prompts"):
-            encoded = self.pipeline.encode([p.wording for p in prompts], self.args.negative_prompt)
-        for prompt, conditioning in zip(prompts, encoded):
-            self._warn_of_cut(f"prompt {prompt.index}", conditioning.cut)
-        return encoded
-
-    def _warn_of_cut(self, what: str, cut: str) -> None:
-        if cut and self.team.is_first:
-            long = len(cut) > SHOWN_CHARACTERS
-            shown = f"{cut[:SHOWN_CHARACTERS]}... ({len(cut)} characters)" if long else cut
-            self.progress.warn(f"{what} is longer than the text encoder reads; left out: {shown!r}")
-
-    # --- one prompt -----------------------------------------------------------------------------------------------
-
     def _run_prompt(self, wanted: Wanted, conditioning: EncodedPrompt) -> None:
-        """Make what is missing, in the batches that the whole prompt has: alone a sample has other last bits."""
-        samples = list(range(self.args.batch_size))
-        size = self.pipeline.max_batch
-        if wanted.prompt.picture is not None:
-            moments = self._encode_picture(wanted.prompt.picture)
-            conditioning = replace(conditioning, image=moments, drawn=self.pipeline.draw_picture(moments))
-        while samples:
-            batch, times = samples[:size], StageTimes()
-            missing = [k for k in batch if k in wanted.missing]
-            if missing or self.args.seed_mode == "upstream":
-                latents = self._sample_if_it_fits(wanted.prompt, conditioning, batch, times)
-                if latents is None:
-                    size = len(batch) // 2
-                    self.progress.line(f"not enough memory for {len(batch)} samples at once; trying {size}")
-                    continue
-                for sample in missing:
-                    self._finish(wanted.prompt, sample, latents[batch.index(sample)], times)
-            samples = samples[len(batch) :]
+        for sampled in self.generation.samples(wanted, conditioning):
+            self._finish(sampled)
 
-    def _encode_picture(self, picture: Picture) -> Tensor:
-        """Its moments."""
-        self._load("first_stage")
-        with self.progress.stage("encode image", self.load_times, picture.path.name):
-            return self.pipeline.encode_picture(picture)
+    # --- files ----------------------------------------------------------------------------------------------------
 
-    def _sample_if_it_fits(
-        self, prompt: Prompt, conditioning: EncodedPrompt, batch: Sequence[int], times: StageTimes
-    ) -> Tensor | None:
-        """Latents of a batch, or None where memory is short and a smaller batch may fit."""
-        ids = [SampleId(self.args.seed, prompt.index, k) for k in batch]
-        try:
-            with self.progress.stage("sample", times, f"{self.pipeline.num_steps} steps, batch {len(batch)}"):
-                return self.pipeline.sample(conditioning, ids, self.progress.steps)
-        except torch.OutOfMemoryError:
-            if len(batch) == 1 or self.team.size > 1:  # the others wait in this very batch
-                raise
-        return None
-
-    def _finish(self, prompt: Prompt, sample: int, latents: Tensor, times: StageTimes) -> None:
+    def _finish(self, sampled: Sampled) -> None:
         """Decode and write one sample; its record comes last and marks it as done."""
+        latents, times = sampled.latents, sampled.times
         if not self.team.is_first:
             if not self.args.only_save_latents:
                 self._decode_along(latents)
             return
-        files = self.requests.files(prompt, sample)
-        record = self.requests.record(prompt, sample, latents)
+        files = self.requests.files(sampled.prompt, sampled.number)
+        record = self.requests.record(sampled.prompt, sampled.number, latents)
         with files.replaced_together(self.unfinished) as new:
             if self.args.only_save_latents:
                 write_latents(new.latents, latents, record)
@@ -221,7 +142,7 @@ class Runner:
     def _decode_along(self, latents: Tensor) -> None:
         """This process's part of what the first one of its team writes."""
         if self.pipeline.shares_decoding:
-            self._load("first_stage")
+            self.generation.load("first_stage")
             self.pipeline.decode(latents)
 
     def _write_frames_or_latents(
@@ -238,17 +159,13 @@ class Runner:
             raise
 
     def _write_frames(self, files: SampleFiles, latents: Tensor, times: StageTimes) -> None:
-        self._load("first_stage")
-        with self.progress.stage("decode", times):
-            frames = self.pipeline.decode(latents)
+        frames = self.generation.decode(latents, times)
         with self.progress.stage("write", times):
             write_video(files.video, frames, self.args.sampling_fps)
             write_contact_sheet(files.sheet, frames)
 
     def _write_record(self, files: SampleFiles, facts: Mapping[str, Any], times: StageTimes) -> None:
-        measured = Measurements.of(self.pipeline, self.load_times, times)
-        sizes = facts.get("file_bytes", {}) | files.sizes()
-        write_json(files.record, {**facts, **asdict(measured), "file_bytes": sizes})
+        write_json(files.record, self.generation.measured(facts, times, files.sizes()))
 
     def _decode_saved(self, saved: Sequence[Path]) -> None:
         for file in saved:
@@ -263,35 +180,3 @@ class Runner:
                 self._write_frames(new, latents, times)
                 self._write_record(new, facts, times)
             self.progress.line(f"  {files.video}")
-
-    # --- loading and measuring ------------------------------------------------------------------------------------
-
-    def _load_what_samples_need(self) -> None:
-        self._load("network")
-        if not self.args.only_save_latents or self.pipeline.encodes:
-            self._load("first_stage")
-        if self.pipeline.source is not None:
-            with self.progress.stage("encode video", self.load_times, self.pipeline.source.path.name):
-                self.pipeline.encode_source()
-        if self.args.negative_prompt:
-            self._warn_of_cut("the negative prompt", self.pipeline.cut_off(self.args.negative_prompt))
-
-    def _load(self, part: Part) -> None:
-        if not self.pipeline.is_loaded(part):
-            with self.progress.stage(f"load {part.split('_')[0]}", self.load_times):
-                self.pipeline.load(part)
-            while self.pipeline.facts.notes:
-                self.progress.line(f"note: {self.pipeline.facts.notes.pop(0)}")
-
-
-def out_of_memory_advice(args: SampleArgs) -> str:
-    """What to change when a GPU is too small."""
-    smaller = {"all": "--placement stages (one part on the GPU at a time) or lean", "stages": "--placement lean"}
-    advice = [smaller[args.placement]] if args.placement in smaller else []
-    advice += ["--max-batch 1"] if min(args.batch_size, args.max_batch) > 1 else []
-    tiles = not args.vae_tiling and args.decoder == "full"
-    advice += ["--vae-tiling, if decoding failed (approximate)"] if tiles else []
-    fewer = max(1, args.sampling_num_frames - 4)
-    advice += [f"fewer latent frames (--num-frames {fewer})"] if args.sampling_num_frames > 1 else []
-    advice += ["a smaller --image-size"]
-    return f"the GPU ran out of memory with --placement {args.placement}. Try " + "; ".join(advice) + "."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 from sgm.distributed import model_parallel_rank, model_parallel_world_size
 from sgm.models.network import DiffusionTransformer
-from sgm.modules.transformer.lora import LoraMixin, add_delta, is_adapted, lora_layers, set_lora_scale, weight_of
+from sgm.modules.transformer.lora import (
+    LoraMixin,
+    add_delta,
+    is_adapted,
+    lora_layers,
+    remove_lora,
+    set_lora_scale,
+    weight_of,
+)
 from sgm.modules.transformer.lora_state import LoraError, LoraSpec, collect_pairs, lora_delta, lora_spec_of
 from sgm.weights.tensor_parallel import partition_state
 
@@ -59,6 +67,14 @@ def apply_adapter(
                 own.copy_(given)
     set_lora_scale(network, scale)
     return spec
+
+
+def restore_base(network: DiffusionTransformer, base: Mapping[str, Tensor], merged: Iterable[str]) -> None:
+    """Undo `apply_adapter`, to the bit: adapters beside the weights go, and the linears `merged` have the base's."""
+    remove_lora(network)
+    with torch.no_grad():
+        for linear in merged:
+            _weight(network, linear).copy_(base[f"{linear}.weight"])
 
 
 def _weight(network: nn.Module, name: str) -> nn.Parameter:

@@ -18,7 +18,7 @@ from sgm.distributed import model_parallel_rank, model_parallel_world_size
 from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
 from sgm.modules.conditioner import GeneralConditioner
 from sgm.modules.encoders.modules import FrozenT5Embedder
-from sgm.modules.transformer.lora_state import split_further, split_lora
+from sgm.modules.transformer.lora_state import collect_pairs, split_further, split_lora
 from sgm.places import CONFIGS
 from sgm.weights import WeightsError, assign_state, weights_fingerprint
 from sgm.weights.checksums import verifying
@@ -41,6 +41,7 @@ class LoadedNetwork:
     fingerprint: str
     adapters: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    merged: set[str] = field(default_factory=set)  # linears whose weights adapters were added to
 
 
 @verifying()
@@ -77,16 +78,57 @@ def load_network(
     _assign_base(network, own.base, checkpoint, device, dtype, allow_absent, loaded)
     added = [_adapter_parts(adapter) for adapter in adapters]
     _attach_further(network, [own, *added], device, trains, loaded)
-    found = [parts for parts in (own, *added) if parts.lora]
-    for parts in found:
-        require_finite(parts.lora, parts.file.source)
-        _apply_adapter(network, parts.adapter, parts.lora, parts.file, merge or len(found) > 1)
-    loaded.adapters += [
-        f"{parts.file.source} x {parts.adapter.scale:g}" for parts in (own, *added) if parts.lora or parts is not own
-    ]
-    if not found and network.has_lora_config:
+    _apply_adapters(network, [own, *added], merge, loaded)
+    if not any(parts.lora for parts in (own, *added)) and network.has_lora_config:
         loaded.notes.append(f"lora_config is set, but {checkpoint.source} holds no LoRA: running the base model")
     return loaded
+
+
+@verifying()
+def replace_adapters(
+    network: DiffusionTransformer,
+    loaded: LoadedNetwork,
+    path: str | Path,
+    adapters: Sequence[Adapter],
+    *,
+    merge: bool = False,
+) -> None:
+    """Put other adapters onto a network that `load_network` has filled from `path`; `loaded` says so then.
+
+    The base stays where it is: adapters beside it are taken off, and weights that some were merged into are read again.
+
+    Raises:
+        WeightsError: as `load_network`; or the base's file is another one by now, or a file holds further mixins, which
+            stay where they were put.
+    """
+    checkpoint, fingerprint = while_files_change(lambda: (c := read_transformer(path), weights_fingerprint(c.files[0])))
+    if fingerprint != loaded.fingerprint:
+        raise WeightsError(f"{checkpoint.source} has changed since it was loaded; load the model again.")
+    own = _Parts.of(Adapter(str(path)), checkpoint)
+    every = [own, *map(_adapter_parts, adapters)]
+    further = [parts.file.source for parts in every if parts.mixins]
+    if further or network.further_configs:
+        raise WeightsError(
+            f"{', '.join(further) or 'the configuration'} names mixins beyond a release's own, which cannot be taken "
+            "off a network; load a second model for other adapters."
+        )
+    from sgm.models.adapters import restore_base
+
+    restore_base(network, network.in_own_form(own.base), loaded.merged)
+    loaded.merged.clear()
+    loaded.adapters.clear()
+    _apply_adapters(network, every, merge, loaded)
+
+
+def _apply_adapters(network: DiffusionTransformer, every: Sequence[_Parts], merge: bool, loaded: LoadedNetwork) -> None:
+    """Those of the base's file, which is the first, and of the adapters'."""
+    found = [parts for parts in every if parts.lora]
+    for parts in found:
+        require_finite(parts.lora, parts.file.source)
+        _apply_adapter(network, parts, merge or len(found) > 1, loaded)
+    loaded.adapters += [
+        f"{parts.file.source} x {parts.adapter.scale:g}" for k, parts in enumerate(every) if parts.lora or k
+    ]
 
 
 def _assign_base(
@@ -186,13 +228,14 @@ def _attach_further(
             )
 
 
-def _apply_adapter(
-    network: DiffusionTransformer, adapter: Adapter, lora: Mapping[str, Tensor], source: Checkpoint, merge: bool
-) -> None:
+def _apply_adapter(network: DiffusionTransformer, parts: _Parts, merge: bool, loaded: LoadedNetwork) -> None:
     from sgm.models.adapters import apply_adapter
 
+    source, scale = parts.file, parts.adapter.scale
     try:
-        apply_adapter(network, lora, facts=source.lora, scale=adapter.scale, merge=merge)
+        if merge:
+            loaded.merged |= collect_pairs(parts.lora).keys()
+        apply_adapter(network, parts.lora, facts=source.lora, scale=scale, merge=merge)
     except WeightsError:
         raise
     except ValueError as error:

@@ -23,6 +23,7 @@ from sgm.data.video_io import probe, read_frames
 from sgm.files import SaveError, replacing, unfinished_names, write_json
 from sgm.inference import writer
 from sgm.inference.fit import SamplingError, check_latents
+from sgm.inference.generation import out_of_memory_advice
 from sgm.inference.noise import SampleId, StackedNoise
 from sgm.inference.options import SampleArgs
 from sgm.inference.plan import memory_lines
@@ -39,7 +40,7 @@ from sgm.inference.prompts import (
     share,
 )
 from sgm.inference.requests import Guidance, Request, Requests, Wanted
-from sgm.inference.runner import Runner, out_of_memory_advice
+from sgm.inference.runner import Runner
 from sgm.inference.writer import OutputError, SampleFiles
 from sgm.modules.diffusionmodules.guiders import IdentityGuider, VanillaCFG
 from sgm.parallel.team import Layout, Team

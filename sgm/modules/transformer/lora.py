@@ -234,9 +234,15 @@ def merge_lora(module: nn.Module) -> None:
 
     It is left without wrappers, exactly a network without LoRA.
     """
-    for name, layer in lora_layers(module).items():
+    for layer in lora_layers(module).values():
         factor = layer.scaling * getattr(layer, "adapter_scale", 1.0)
         add_delta(weight_of(layer.original), lora_delta(list(layer.matrix_A), list(layer.matrix_B), factor))
+    remove_lora(module)
+
+
+def remove_lora(module: nn.Module) -> None:
+    """Take the adapters inside `module` off: it is left without wrappers, exactly a network without LoRA."""
+    for name, layer in lora_layers(module).items():
         module.set_submodule(name, layer.original)
     if isinstance(module, BaseModel) and "lora" in module.mixins:
         module.del_mixin("lora")
