@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from sgm.config import RunConfig
-from sgm.data.images import Picture
+from sgm.data.images import Picture, size_of_short_side
 from sgm.errors import SgmError
 from sgm.inference.options import SampleArgs
 from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
@@ -152,6 +152,15 @@ def fits_picture(engine: SATVideoDiffusionEngine, picture: Picture | None, size:
 def trained_size(engine: SATVideoDiffusionEngine) -> tuple[int, int]:
     """(height, width) in pixels that a model was trained at, which is what it samples unless told otherwise."""
     return engine.strides.pixel_size(*engine.network.trained_size)
+
+
+def video_size(engine: SATVideoDiffusionEngine, args: SampleArgs, picture: Picture | None = None) -> tuple[int, int]:
+    """(height, width) in pixels of a video, or of one that begins with a picture."""
+    given = args.sampling_image_size
+    size = (given[0], given[1]) if given else trained_size(engine)
+    if picture is None or not follows_picture(engine):
+        return size
+    return size_of_short_side(picture.height, picture.width, min(size), engine.strides.size_step)
 
 
 def unusual_size(engine: SATVideoDiffusionEngine, size: tuple[int, int]) -> str | None:

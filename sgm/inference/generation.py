@@ -65,13 +65,13 @@ class Generation:
     def load_what_samples_need(self) -> None:
         """A bad file shows before an hour of sampling."""
         self.load("network")
-        if self.pipeline.encodes:
+        if self.pipeline.visual.is_given:
             self.load("first_stage")
         if not self.args.only_save_latents:
             self.load(self.pipeline.decoder_part)
-        if self.pipeline.source is not None:
-            with self.progress.stage("encode video", self.load_times, self.pipeline.source.path.name):
-                self.pipeline.encode_source()
+        if self.pipeline.visual.source is not None:
+            with self.progress.stage("encode video", self.load_times, self.pipeline.visual.source.path.name):
+                self.pipeline.visual.encode_source()
         if self.args.negative_prompt:
             self._warn_of_cut("the negative prompt", self.pipeline.cut_off(self.args.negative_prompt))
 
@@ -127,7 +127,7 @@ class Generation:
         size = self.pipeline.max_batch
         if wanted.prompt.picture is not None:
             moments = self._encode_picture(wanted.prompt.picture)
-            conditioning = replace(conditioning, image=moments, drawn=self.pipeline.draw_picture(moments))
+            conditioning = replace(conditioning, image=moments, drawn=self.pipeline.visual.draw_picture(moments))
         while samples:
             batch, times = samples[:size], StageTimes()
             missing = [k for k in batch if k in wanted.missing]

@@ -5,12 +5,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sgm.config import RunConfig
-from sgm.data.images import Picture, cropped, resized, size_of_short_side
+from sgm.data.images import Picture
 from sgm.data.video_out import to_uint8
 from sgm.inference.adapters import with_adapters
 from sgm.inference.fast import check_shortcuts, shortcuts_of
@@ -30,18 +28,16 @@ from sgm.inference.fit import (
     check_latents,
     check_same_model,
     fits_picture,
-    follows_picture,
-    other_kind,
-    trained_size,
     unusual_size,
     unusual_type,
+    video_size,
 )
 from sgm.inference.noise import SampleId, StackedNoise
 from sgm.inference.options import SampleArgs
 from sgm.inference.placement import Placement
-from sgm.inference.prompts import Pictures, Prompt, refuse_images
+from sgm.inference.prompts import Prompt, refuse_images
 from sgm.inference.rehearsal import compile_ahead, run_block, run_decoder
-from sgm.inference.source_clip import SourceClip
+from sgm.inference.visual import VisualInput
 from sgm.models.autoencoder import VideoAutoencoder
 from sgm.models.diffusion import Cond, SATVideoDiffusionEngine
 from sgm.models.loading import (
@@ -55,7 +51,7 @@ from sgm.models.loading import (
 from sgm.models.small_decoder import load_small_decoder
 from sgm.modules.autoencoding.small_decoder import SmallDecoder
 from sgm.modules.diffusionmodules.guiders import DynamicCFG
-from sgm.modules.diffusionmodules.image_condition import clip_frames, repeat_first, sampled_frames
+from sgm.modules.diffusionmodules.image_condition import clip_frames
 from sgm.modules.diffusionmodules.shortcuts import CallCount, ShortcutRun
 from sgm.modules.ops.choice import choose_kernels
 from sgm.modules.ops.fp8 import check_fp8
@@ -155,9 +151,7 @@ class Pipeline:
         if self.args.video and self.engine.has_sampler:
             self.engine.sampler.strength = self.args.share_taken
         check_fit(self.engine, self.args, self.size())
-        self.source = self._source(self.args.video) if self.args.video else None
-        self._source_moments: Tensor | None = None
-        self.pictures = Pictures(self.engine.noised_image_input, self.args.image, other_kind(self.engine))
+        self.visual = VisualInput(self.engine, self.args, self.device, self._moments)
         sampler = self.engine.sampler
         # Of each sampling run; found by making its schedule, which refuses numbers that it cannot have.
         self.num_steps = len(sampler.schedule(self.args.num_steps).timesteps)
@@ -167,7 +161,7 @@ class Pipeline:
         if self.args.guidance_scale is not None and isinstance(guider, Scaled):  # else it did not fit
             # Set on the guider: the release's one ignores a scale that is given to a call, as in the original.
             guider.scale = self.args.guidance_scale
-        if self.source is not None and isinstance(guider, DynamicCFG):
+        if self.args.video and isinstance(guider, DynamicCFG):
             guider.num_steps = self.num_steps  # its curve is that of the steps taken, as in diffusers
 
     def join(self, team: Team) -> None:
@@ -193,29 +187,12 @@ class Pipeline:
 
     def size(self, picture: Picture | None = None) -> tuple[int, int]:
         """(height, width) in pixels of a video, or of one that begins with a picture."""
-        given = self.args.sampling_image_size
-        size = (given[0], given[1]) if given else trained_size(self.engine)
-        if picture is None or not follows_picture(self.engine):
-            return size
-        return size_of_short_side(picture.height, picture.width, min(size), self.engine.strides.size_step)
+        return video_size(self.engine, self.args, picture)
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
         """(t, c, h, w) of one sample."""
         latent_size = self.engine.strides.latent_size(*size)
         return self.args.sampling_num_frames, self.engine.network.out_channels, *latent_size
-
-    def _source(self, file: str) -> SourceClip:
-        """The clip to start from. Raises SourceError, SamplingError: no video, or one that is too short."""
-        source, strides = SourceClip.of(Path(os.path.expanduser(file))), self.engine.strides
-        needed = strides.pixel_frames(self.clip_frames)
-        if source.frames < needed:
-            most = strides.latent_frames(source.frames)
-            fitting = sampled_frames(most - (most + 1) % 2, self.engine.network.patch.t)
-            raise SamplingError(
-                f"{source.path} has {source.frames} frames, and videos of {needed} are asked for; --num-frames "
-                f"{fitting} makes {strides.pixel_frames(clip_frames(fitting, self.engine.network.patch.t))}."
-            )
-        return source
 
     @property
     def clip_frames(self) -> int:
@@ -230,21 +207,14 @@ class Pipeline:
         """
         for prompt in prompts:
             fits_picture(self.engine, prompt.picture, self.size(prompt.picture))
-        sizes = (
-            dict.fromkeys(self.size(prompt.picture) for prompt in prompts) if self.pictures.wanted else [self.size()]
-        )
+        pictures = [prompt.picture for prompt in prompts] if self.visual.pictures.wanted else [None]
+        sizes = dict.fromkeys(self.size(picture) for picture in pictures)
         found = [
-            self._rest_of_source(),
+            self.visual.remark(),
             unusual_type(self.engine, self.args),
             *(unusual_size(self.engine, size) for size in sizes),
         ]
         return [text for text in found if text]
-
-    def _rest_of_source(self) -> str | None:
-        needed = self.engine.strides.pixel_frames(self.clip_frames)
-        if self.source is None or self.source.frames == needed:
-            return None
-        return f"{self.source.path} has {self.source.frames} frames, of which the first {needed} are taken"
 
     @property
     def max_batch(self) -> int:
@@ -356,11 +326,6 @@ class Pipeline:
         """What decodes."""
         return "small_decoder" if self.args.decoder == "small" else "first_stage"
 
-    @property
-    def encodes(self) -> bool:
-        """Whether the VAE's encoder is needed."""
-        return self.pictures.wanted or self.source is not None
-
     def is_loaded(self, part: Part) -> bool:
         return part in self._loaded
 
@@ -380,8 +345,8 @@ class Pipeline:
             PromptError: a prompt names a picture, and the model makes videos from text alone.
             SamplingError: the text encoder gives NaN or infinity.
         """
-        if not self.pictures.wanted:
-            refuse_images([Prompt(k, text) for k, text in enumerate(prompts)], other=self.pictures.other)
+        if not self.visual.pictures.wanted:
+            refuse_images([Prompt(k, text) for k, text in enumerate(prompts)], other=self.visual.pictures.other)
         self.load("conditioner")
         encoder = self.engine.text_encoder
         cut = encoder.tokenize(list(prompts)).truncated
@@ -405,24 +370,7 @@ class Pipeline:
             ImageError: its file cannot be read any more, or has changed.
             SamplingError: they are not finite.
         """
-        fit = resized if follows_picture(self.engine) else cropped
-        return self._moments(fit(picture.image(), self.size(picture))[None, :, None], "picture")
-
-    def draw_picture(self, moments: Tensor) -> Tensor | None:
-        """Under seed_mode `upstream` the latents (1, c, 1, h, w) that all samples of a prompt begin with: the original
-        draws them once, before the samples. None where each sample draws its own."""
-        return self._drawn(moments, None, 1) if self.args.seed_mode == "upstream" else None
-
-    def encode_source(self) -> None:
-        """Encode the clip to start from, once.
-
-        Raises:
-            SourceError: its file cannot be read any more.
-            SamplingError: its latents are not finite.
-        """
-        if self.source is not None and self._source_moments is None:
-            frames = self.engine.strides.pixel_frames(self.clip_frames)
-            self._source_moments = self._moments(self.source.pixels(frames, self.size()), "clip")
+        return self.visual.encode_picture(picture)
 
     def _moments(self, pixels: Tensor, what: str) -> Tensor:
         """Of the posterior of pixels (1, 3, f, h, w): (1, 2c, t, h/8, w/8) on the CPU."""
@@ -437,27 +385,6 @@ class Pipeline:
         finally:
             stage.memory = plan
         return moments
-
-    def _drawn(self, moments: Tensor, noise: StackedNoise | None, count: int) -> Tensor:
-        """Latents (count, c, t, h, w) of a picture or a clip: a draw for each sample, its first numbers."""
-        draw = noise.like if noise else torch.randn_like
-        expanded = moments.to(self.device).expand(count, -1, -1, -1, -1).contiguous()
-        return self.engine.first_stage.regularization.latents(expanded, draw)
-
-    def _image_latents(self, prompt: EncodedPrompt, noise: StackedNoise | None, count: int) -> Tensor | None:
-        """What the network reads of a picture, (count, t, c, h, w)."""
-        if prompt.image is None:
-            return None
-        z = self._drawn(prompt.image, noise, count) if prompt.drawn is None else prompt.drawn
-        return self.engine.image_latents(z.expand(count, -1, -1, -1, -1), self.args.sampling_num_frames)
-
-    def _source_latents(self, noise: StackedNoise | None, count: int) -> Tensor | None:
-        """Those of the clip to start from, (count, t, c, h, w), scaled, in a number that patches divide."""
-        self.encode_source()
-        if self._source_moments is None:
-            return None
-        z = self._drawn(self._source_moments, noise, count).transpose(1, 2) * self.engine.scale_factor
-        return repeat_first(z, self.engine.network.patch.t)
 
     def sample(
         self,
@@ -474,15 +401,15 @@ class Pipeline:
             SamplingError: the latents are not finite, or the prompt has no image, or one that the model has no use for.
         """
         image = prompt.image
-        if (image is None) == self.pictures.wanted:
+        if (image is None) == self.visual.pictures.wanted:
             raise SamplingError(
-                f"this model {'needs' if image is None else 'takes no'} image; see {self.pictures.other}"
+                f"this model {'needs' if image is None else 'takes no'} image; see {self.visual.pictures.other}"
             )
-        self.encode_source()
+        self.visual.encode_source()
         self.load("network")
         noise = None if self.args.seed_mode == "upstream" else StackedNoise(samples)
-        latents_of_image = self._image_latents(prompt, noise, len(samples))
-        source = self._source_latents(noise, len(samples))
+        latents_of_image = self.visual.image_latents(image, prompt.drawn, noise, len(samples))
+        source = self.visual.source_latents(noise, len(samples))
         shape = self.latent_shape(self.size())
         if image is not None:
             shape = (*shape[:2], *image.shape[-2:])

@@ -177,8 +177,8 @@ class Requests:
 
     @cached_property
     def _of_every_prompt(self) -> Request:
-        args, engine, source = self.args, self.pipeline.engine, self.pipeline.source
-        sampler, of_pictures = engine.sampler, self.pipeline.pictures.wanted
+        args, engine, source = self.args, self.pipeline.engine, self.pipeline.visual.source
+        sampler, of_pictures = engine.sampler, self.pipeline.visual.pictures.wanted
         guider = sampler.guider
         return Request(
             prompt="",
@@ -212,7 +212,7 @@ class Requests:
         result = Result(
             refined_prompt=prompt.refined or None,
             image=_absolute(str(prompt.picture.path)) if prompt.picture else None,
-            video=_absolute(str(self.pipeline.source.path)) if self.pipeline.source else None,
+            video=_absolute(str(self.pipeline.visual.source.path)) if self.pipeline.visual.source else None,
             prompt_index=prompt.index,
             sample_index=sample,
             steps_taken=self.pipeline.num_steps,

@@ -116,7 +116,7 @@ def _print_plan(config: RunConfig[SampleArgs], progress: Progress, rank: int) ->
     # On all ranks: it makes process groups.
     pipeline = Pipeline(config, progress.device, with_text_encoder=text_is_local(config.model))
     asks = args.decode_latents or (args.input_type == "cli" and not args.prompts)
-    prompts = [] if asks else gather(args.prompts, args.input_file, config.files, pipeline.pictures)[0]
+    prompts = [] if asks else gather(args.prompts, args.input_file, config.files, pipeline.visual.pictures)[0]
     remarks = [] if args.decode_latents else pipeline.remarks(prompts)
     _say_all([*pipeline.notes, *(f"warning: {line}" for line in remarks)], progress)
     layout = _layout(config, pipeline, own_rank()[1])

@@ -64,7 +64,7 @@ class Runner:
         else:
             sources = (self.args.prompts, self.args.input_file, self.config.files)
             place = self.team.data_rank, self.team.layout.data
-            prompts, note = gather(*sources, self.pipeline.pictures, *place)
+            prompts, note = gather(*sources, self.pipeline.visual.pictures, *place)
             if note:
                 self.progress.line(note)
             self._run_list(self.generation.fitting(prompts))
@@ -78,7 +78,7 @@ class Runner:
         self.generation.load_what_samples_need()
         for prompt in ask():
             try:
-                asked = self.generation.fitting(self.pipeline.pictures.attach([prompt]))[0]
+                asked = self.generation.fitting(self.pipeline.visual.pictures.attach([prompt]))[0]
                 wanted = self.generation.refined([self.requests.wanted(asked)])[0]
                 self._run_prompt(wanted, self.generation.encode([wanted.prompt])[0])
             except torch.OutOfMemoryError:

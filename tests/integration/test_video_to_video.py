@@ -103,7 +103,7 @@ def test_the_less_strength_the_more_of_the_clip_stays(config, clip, tmp_path):
         video = Pipeline(load_run_config([config("2b")], SampleArgs, flags=flags), torch.device("cpu"))
         (prompt,) = video.encode(["a fox"])
         latents = video.sample(prompt, [SampleId(1, 0, 0)], video_steps)
-        mean = video.engine.autoencoder.moments(video.source.pixels(9, (16, 32))).chunk(2, dim=1)[0]
+        mean = video.engine.autoencoder.moments(video.visual.source.pixels(9, (16, 32))).chunk(2, dim=1)[0]
         mean = mean.transpose(1, 2) * video.engine.scale_factor
         apart.append(float((latents - mean).square().mean()))
     assert apart[0] < apart[1] < apart[2]

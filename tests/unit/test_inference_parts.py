@@ -282,9 +282,8 @@ def test_a_request_names_weights_by_whole_paths(tmp_path, monkeypatch):
         engine=engine,
         num_steps=50,
         size=lambda: (480, 720),
-        source=None,
+        visual=SimpleNamespace(source=None, pictures=FROM_TEXT),
         small_decoder_weights=None,
-        pictures=FROM_TEXT,
     )
     requests = Requests(SimpleNamespace(args=args, accelerate=AccelerateArgs()), pipeline)
     request = requests.of(Prompt(0, "x"))
