@@ -113,6 +113,26 @@ def caption(spec: ClipSpec, rng: np.random.Generator) -> str:
     return text[0].upper() + text[1:] + "." if form == 1 or rng.random() < 0.5 else text
 
 
+def motion_caption(spec: ClipSpec, rng: np.random.Generator) -> str:
+    """What a clip's shapes do, in one of many sentences: all that a model needs that is given the first frame.
+
+    Of two shapes each is named by what tells it from the other.
+    """
+    if len(spec.objects) == 1 and rng.random() < 0.15:
+        text = _motion(spec.objects[0], spec.frames, False, rng).strip()
+    else:
+        parts = [_subject(item, len(spec.objects) == 1, rng) + _motion(item, spec.frames, True, rng)
+                 for item in spec.objects]  # fmt: skip
+        text = _one(rng, LINKS[:2]).join(parts)
+    return text[0].upper() + text[1:] + "." if rng.random() < 0.6 else text
+
+
+def _subject(item: ObjectSpec, alone: bool, rng: np.random.Generator) -> str:
+    colour, shape = _one(rng, COLOUR_WORDS[item.colour]), _one(rng, SHAPE_WORDS[item.shape])
+    named = (f"the {shape}", f"the {colour} {shape}", f"the {colour} one")
+    return _one(rng, ("it", "it", "the shape", "the object", *named[:2]) if alone else named)
+
+
 def _object(item: ObjectSpec, rng: np.random.Generator) -> str:
     words = (SIZE_WORDS[item.size], FILL_WORDS[item.fill], COLOUR_WORDS[item.colour], SHAPE_WORDS[item.shape])
     phrase = " ".join(word for word in (_one(rng, choice) for choice in words) if word)

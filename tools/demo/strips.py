@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from sgm.data.images import ImageError, read_image
 from sgm.data.video_io import VideoError, probe, read_frames
 
 GAP = 2  # pixels between frames
@@ -40,17 +41,27 @@ def spread(video: Path, count: int) -> np.ndarray:
     return read_frames(video, numbers).permute(0, 2, 3, 1).numpy()
 
 
+def _tiles(video: Path, facts: dict, count: int) -> np.ndarray:
+    """`count` frames of a clip, and in front of them the picture that it began with, where there was one."""
+    frames = spread(video, count)
+    if not facts.get("image"):
+        return frames
+    height, width = frames.shape[1:3]
+    given = ImageOps.fit(read_image(Path(facts["image"])), (width, height))
+    return np.concatenate([np.asarray(given)[None], frames])
+
+
 def picture(folder: Path, count: int, frames: int, width: int) -> Image.Image:
-    """The first `count` clips of a run of `sample_video.py`, in the order of their prompts.
+    """The first `count` clips of a run of `sample_video.py`, in the order of their prompts; pictures in front.
 
     Raises:
-        VideoError: no clips, or one that cannot be read.
+        VideoError: no clips, or one that cannot be read. ImageError: a picture that is not there any more.
     """
     facts = {video: json.loads(video.with_suffix(".json").read_text("utf-8")) for video in folder.rglob("*.mp4")}
     if not facts:
         raise VideoError(folder, "no .mp4 files in it; name the --output-dir that sample_video.py had")
     videos = sorted(facts, key=lambda video: (facts[video]["prompt_index"], facts[video]["sample_index"]))
-    strips = [strip(spread(video, frames), facts[video]["prompt"], width) for video in videos[:count]]
+    strips = [strip(_tiles(video, facts[video], frames), facts[video]["prompt"], width) for video in videos[:count]]
     whole = Image.new("RGB", (width, sum(part.height for part in strips)), "white")
     top = 0
     for part in strips:
@@ -71,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--count, --frames and --width must be positive")
     try:
         made = picture(args.folder, args.count, args.frames, args.width)
-    except (OSError, VideoError, KeyError, ValueError) as error:
+    except (OSError, VideoError, ImageError, KeyError, ValueError) as error:
         print(f"strips.py: {error}", file=sys.stderr)
         return 2
     args.out.parent.mkdir(parents=True, exist_ok=True)
