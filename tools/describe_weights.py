@@ -22,7 +22,7 @@ from sgm.convert.lora_files import stated_settings
 from sgm.convert.sat_source import FIRST_STAGE, TEXT_ENCODER
 from sgm.files import readable
 from sgm.modules.encoders.t5 import DECODER, SHARED, TIED
-from sgm.modules.transformer.lora_state import lora_spec_of, split_further, split_lora
+from sgm.modules.transformer.lora_state import lora_spec_of, replaced_parts, split_further, split_lora
 from sgm.weights.assign import compare_keys
 from sgm.weights.checksums import WeightsError, WeightsNotFoundError, read_header
 from sgm.weights.files import read_checkpoint, shards_of, tensors_of, while_files_change
@@ -195,7 +195,9 @@ def _network(state: Mapping[str, Deferred], facts: Mapping[str, Any]) -> list[Fo
     release, mixins = split_further(state)
     base, lora = split_lora(release)
     found = []
-    if base:
+    if parts := replaced_parts(base, lora):
+        found.append(_found("parts of a transformer that were trained whole with the adapter", parts))
+    elif base:
         part = _found("transformer in SAT's layout", base)
         _compare(part, base, "SAT's", (*NOT_IN_HF, POSITIONS[0]))
         found.append(part)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,13 @@ from torch import Tensor
 from sgm.convert.lazy import ConvertError, Deferred, added, cast, deferred
 from sgm.convert.lora_keys import lora_hf_to_sat, lora_sat_to_hf
 from sgm.convert.sat_source import SatWeights, open_sat
-from sgm.modules.transformer.lora_state import collect_pairs, lora_delta, lora_scaling, lora_spec_of
+from sgm.modules.transformer.lora_state import (
+    collect_pairs,
+    lora_delta,
+    lora_scaling,
+    lora_spec_of,
+    replaced_parts,
+)
 from sgm.weights.checksums import read_header, read_json
 from sgm.weights.files import WeightsError, WeightsNotFoundError, read_checkpoint, tensors_of
 from sgm.weights.release import newest_run
@@ -42,6 +48,7 @@ class StoredAdapter:
     source: str
     stated: bool = True  # whether alpha was
     few_steps: str = ""  # of a student: how it is sampled, as JSON
+    parts: dict[str, Deferred] = field(default_factory=dict)  # of the base, trained whole with it
 
     def __str__(self) -> str:
         return f"rank {self.rank}, alpha {self.alpha:g}" + ("" if self.stated else " (assumed, the file does not say)")
@@ -65,7 +72,14 @@ def write_peft(folder: Path, adapter: StoredAdapter, dtype: torch.dtype | None, 
 
     Args:
         fold_scale: put alpha / r into B and state alpha = r, for readers that ignore a file's metadata.
+    Raises:
+        ConvertError: it has parts that PEFT does not know.
     """
+    if adapter.parts:
+        raise ConvertError(
+            f"{adapter.source} holds parts that were trained whole ({', '.join(adapter.parts)}), for which PEFT's "
+            "layout has no place: convert the base with this file as --lora."
+        )
     named = lora_sat_to_hf(adapter.matrices, scaling=adapter.scaling if fold_scale else 1.0)
     alpha = float(adapter.rank) if fold_scale else adapter.alpha
     stabilised = adapter.rank_stabilised and not fold_scale
@@ -139,6 +153,7 @@ def adapter_in(weights: SatWeights, alpha: float | None = None) -> StoredAdapter
     return StoredAdapter(
         weights.lora, spec.rank, spec.alpha, spec.rank_stabilised, weights.source, "alpha" in facts,
         few_steps if isinstance(few_steps, str) else json.dumps(few_steps),
+        replaced_parts(weights.network, weights.lora),
     )  # fmt: skip
 
 
@@ -223,6 +238,15 @@ def merged(
 
 
 def _add(plan: dict[str, Deferred], adapter: StoredAdapter, scale: float) -> None:
+    for name, part in adapter.parts.items():
+        own = plan.get(name)
+        if own is None or tuple(own.shape) != tuple(part.shape):
+            raise ConvertError(
+                f"{adapter.source} was trained with a {name} of {list(part.shape)}, the base has "
+                f"{list(own.shape) if own is not None else 'none'}: convert the merged network, which a run with "
+                "args.save_merged: True writes (RUN/merged)."
+            )
+        plan[name] = part
     for linear, (a, b) in collect_pairs(adapter.matrices).items():
         weight, shape = plan.get(f"{linear}.weight"), (sum(up.shape[0] for up in b), a[0].shape[1])
         if weight is None:

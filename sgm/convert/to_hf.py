@@ -21,6 +21,7 @@ from sgm.convert.sat_source import SatWeights, open_sat, open_vae
 from sgm.convert.sine_table import read_sine_table
 from sgm.files import write_json
 from sgm.modules.encoders import t5_files
+from sgm.modules.transformer.lora_state import replaced_parts
 from sgm.weights.identify import PUBLISHED
 from sgm.weights.release import Adapter
 
@@ -171,7 +172,7 @@ def _usual_dtype(weights: SatWeights | None, sizes: Sizes | None) -> torch.dtype
 
 
 def _transformer(request: ToHf, weights: SatWeights, described: Described | None) -> tuple[Component, Sizes]:
-    if not weights.network:
+    if not weights.network or replaced_parts(weights.network, weights.lora):
         raise ConvertError(
             f"{weights.source} holds a LoRA adapter without base weights. Give the base as --transformer_ckpt_path and "
             "this file as --lora, or export the adapter alone with --lora_only."

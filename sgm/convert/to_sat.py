@@ -94,6 +94,8 @@ def convert(request: ToSat) -> list[str]:
 def import_lora(request: ToSat) -> list[str]:
     """Write a PEFT adapter in SAT's checkpoint layout; returns the report."""
     adapter = open_adapter(request.source)
+    if adapter.parts:
+        raise ConvertError(f"{adapter.source} is in SAT's layout already: sample_video.py --lora takes it as it is.")
     matrices, facts = sat_matrices(adapter, request.lora_alpha)
     plan = {NETWORK_PREFIX + n: cast(n, t, request.dtype) for n, t in all_deferred(matrices).items()}
     with whole_folder(request.output, overwrite=request.overwrite, inputs=request.inputs()) as out:

@@ -14,6 +14,8 @@ STRENGTH = 0.8  # where a clip is given, and no strength
 class SampleArgs:
     """Options of `sample_video.py`; names and meanings of the original where it has them."""
 
+    IDLE = frozenset({"add_image_channels"})  # of the overlay that such a model was trained with
+
     mode: str = option("inference", "what the configuration is for", choices=("inference",))
     load: PathText | None = option(
         None, "transformer weights: release folder, iteration folder or file", metavar="PATH"

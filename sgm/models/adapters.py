@@ -20,6 +20,7 @@ from sgm.modules.transformer.lora import (
     weight_of,
 )
 from sgm.modules.transformer.lora_state import LoraError, LoraSpec, collect_pairs, lora_delta, lora_spec_of
+from sgm.weights import WeightsError
 from sgm.weights.tensor_parallel import partition_state
 
 
@@ -69,12 +70,31 @@ def apply_adapter(
     return spec
 
 
-def restore_base(network: DiffusionTransformer, base: Mapping[str, Tensor], merged: Iterable[str]) -> None:
-    """Undo `apply_adapter`, to the bit: adapters beside the weights go, and the linears `merged` have the base's."""
+def restore_base(
+    network: DiffusionTransformer, base: Mapping[str, Tensor], merged: Iterable[str], entries: Iterable[str] = ()
+) -> None:
+    """Undo `apply_adapter`, to the bit: adapters beside the weights go, and the linears `merged` have the base's.
+
+    Args:
+        entries: further ones that are the base's again.
+    Raises:
+        WeightsError: one is missing from the base, or of another shape there; nothing is undone then.
+    """
+    own = {name.replace(".original.", "."): parameter for name, parameter in network.named_parameters()}
+    parameters = {name: own[name] for name in entries}
+    for name, parameter in parameters.items():
+        if name not in base or base[name].shape != parameter.shape:
+            had = list(base[name].shape) if name in base else "missing"
+            raise WeightsError(
+                f"{name} is {had} in the base, {list(parameter.shape)} in the model: this network needs an adapter "
+                "with that part; load a second model for the base alone."
+            )
     remove_lora(network)
     with torch.no_grad():
         for linear in merged:
             _weight(network, linear).copy_(base[f"{linear}.weight"])
+        for name, parameter in parameters.items():
+            parameter.copy_(base[name])
 
 
 def _weight(network: nn.Module, name: str) -> nn.Parameter:

@@ -75,6 +75,9 @@ class SATVideoDiffusionEngine(nn.Module):
             later files know; without effect.
         not_trainable_prefixes: parameter-name prefixes that stay frozen; "all" leaves LoRA matrices and the mixins that
             `modules` has beyond a release's own.
+        also_trainable_prefixes: beside "all", parameter-name prefixes of what is trained whole all the same, such as
+            `model.diffusion_model.mixins.patch_embed.proj`: it is saved with the adapter.
+        also_trainable_rate: factor on the learning rate of these; whole weights bear less than an adapter's.
         log_keys: without effect; validation logs captions.
 
     Attributes:
@@ -108,6 +111,8 @@ class SATVideoDiffusionEngine(nn.Module):
         input_key: str = "mp4",
         log_keys: Sequence[str] = (),
         not_trainable_prefixes: Sequence[str] = FROZEN_PARTS,
+        also_trainable_prefixes: Sequence[str] = (),
+        also_trainable_rate: Positive = 1.0,
         disable_first_stage_autocast: bool = True,
         augmentation_dropout: Share = 0.0,
         lora_train: bool = False,
@@ -122,6 +127,8 @@ class SATVideoDiffusionEngine(nn.Module):
         self.latent_input = latent_input
         self.input_key = input_key
         self.not_trainable_prefixes = tuple(not_trainable_prefixes)
+        self.also_trainable_prefixes = tuple(also_trainable_prefixes)
+        self.also_trainable_rate = float(also_trainable_rate)
         self.first_stage_autocast = not disable_first_stage_autocast
         self.kernels = Kernels()
         self.few_steps: FewSteps | None = None  # how it is sampled, if it is a student
@@ -314,16 +321,18 @@ class SATVideoDiffusionEngine(nn.Module):
     def freeze_untrained(self) -> list[str]:
         """Set requires_grad by `not_trainable_prefixes`; returns the trainable names.
 
-        "all" leaves LoRA's matrices and further mixins' parameters trainable and nothing else. Tensors that the network
-        itself holds frozen (the sin-cos position table) stay so.
+        "all" leaves LoRA's matrices, further mixins' parameters and what `also_trainable_prefixes` names trainable and
+        nothing else. Tensors that the network itself holds frozen (the sin-cos position table) stay so.
         """
         adapters_only = "all" in self.not_trainable_prefixes
+        never = (*FROZEN_PARTS, *(prefix for prefix in self.not_trainable_prefixes if prefix != "all"))
         for name, parameter in self.named_parameters():
-            frozen = name.startswith(tuple(p for p in self.not_trainable_prefixes if p != "all") or ("\0",))
-            frozen |= name.startswith(FROZEN_PARTS)
-            frozen |= adapters_only and not (any(mark in name for mark in LORA_MARKS) or further_mixin(name))
-            if frozen:
+            adapter = any(mark in name for mark in LORA_MARKS) or further_mixin(name) is not None
+            also = name.startswith(self.also_trainable_prefixes)
+            if name.startswith(never) or (adapters_only and not adapter and not also):
                 parameter.requires_grad_(False)
+            elif adapters_only and not adapter:
+                vars(parameter)["lr_scale"] = self.also_trainable_rate  # for the optimizer's groups
         return [name for name, parameter in self.named_parameters() if parameter.requires_grad]
 
     # --- sampling -------------------------------------------------------------------------------------------------

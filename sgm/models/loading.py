@@ -18,7 +18,8 @@ from sgm.distributed import model_parallel_rank, model_parallel_world_size
 from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
 from sgm.modules.conditioner import GeneralConditioner
 from sgm.modules.encoders.modules import FrozenT5Embedder
-from sgm.modules.transformer.lora_state import collect_pairs, split_further, split_lora
+from sgm.modules.transformer.lora_state import collect_pairs, replaced_parts, split_further, split_lora
+from sgm.modules.transformer.patch_embed import PATCHES, with_image_channels
 from sgm.places import CONFIGS
 from sgm.weights import WeightsError, assign_state, weights_fingerprint
 from sgm.weights.checksums import verifying
@@ -42,6 +43,7 @@ class LoadedNetwork:
     adapters: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     merged: set[str] = field(default_factory=set)  # linears whose weights adapters were added to
+    replaced: set[str] = field(default_factory=set)  # entries that an adapter has in place of the file's
 
 
 @verifying()
@@ -55,28 +57,37 @@ def load_network(
     adapters: Sequence[Adapter] = (),
     merge: bool = False,
     trains: bool = False,
+    add_image_channels: bool = False,
 ) -> LoadedNetwork:
     """Fill a `DiffusionTransformer` built on meta with `defer_lora=True`, then attach or merge adapters.
 
     LoRA matrices in the checkpoint itself count as an adapter of scale 1. One adapter is attached beside the weights
     unless `merge`; several are always merged. Further mixins that are configured are attached, too, with what the
-    checkpoint or one of the adapters holds of them.
+    checkpoint or one of the adapters holds of them. Parts that were trained whole beside an adapter take the place of
+    the checkpoint's.
 
     Args:
         trains: further mixins that no file has anything of are to be trained from their initial values.
+        add_image_channels: a text-to-video model's file is to become an image-to-video network, whose patch projection
+            reads nothing of pictures yet.
     Raises:
         WeightsError: unreadable file, wrong model, missing, unexpected or misshapen entries (all listed).
     """
     checkpoint, fingerprint = while_files_change(lambda: (c := read_transformer(path), weights_fingerprint(c.files[0])))
     own = _Parts.of(Adapter(str(path)), checkpoint)
-    if (own.lora or own.mixins) and not own.base:
+    if (own.lora or own.mixins) and (not own.base or own.replaced):
         raise WeightsError(
             f"{checkpoint.source} holds {own.kind} without base weights. Set args.load to the base model; when "
             f"sampling, name the adapter in args.lora ({path})."
         )
     loaded = LoadedNetwork(checkpoint.source, checkpoint.iteration, fingerprint)
-    _assign_base(network, own.base, checkpoint, device, dtype, allow_absent, loaded)
     added = [_adapter_parts(adapter) for adapter in adapters]
+    replaced = _replaced(added)
+    loaded.replaced |= replaced.keys()
+    base = own.base | replaced
+    if add_image_channels:
+        base = _with_image_channels(network, base, loaded)
+    _assign_base(network, base, checkpoint, device, dtype, allow_absent, loaded)
     _attach_further(network, [own, *added], device, trains, loaded)
     _apply_adapters(network, [own, *added], merge, loaded)
     if not any(parts.lora for parts in (own, *added)) and network.has_lora_config:
@@ -95,11 +106,12 @@ def replace_adapters(
 ) -> None:
     """Put other adapters onto a network that `load_network` has filled from `path`; `loaded` says so then.
 
-    The base stays where it is: adapters beside it are taken off, and weights that some were merged into are read again.
+    The base stays where it is: adapters beside it are taken off, and weights that some were merged into, or that they
+    had in place of the base's, are read again.
 
     Raises:
-        WeightsError: as `load_network`; or the base's file is another one by now, or a file holds further mixins, which
-            stay where they were put.
+        WeightsError: as `load_network`; or the base's file is another one by now, a file holds further mixins, which
+            stay where they were put, or without an adapter's part the base does not fit the network.
     """
     checkpoint, fingerprint = while_files_change(lambda: (c := read_transformer(path), weights_fingerprint(c.files[0])))
     if fingerprint != loaded.fingerprint:
@@ -114,8 +126,10 @@ def replace_adapters(
         )
     from sgm.models.adapters import restore_base
 
-    restore_base(network, network.in_own_form(own.base), loaded.merged)
+    replaced = _replaced(every[1:])
+    restore_base(network, network.in_own_form(own.base | replaced), loaded.merged, loaded.replaced | replaced.keys())
     loaded.merged.clear()
+    loaded.replaced = set(replaced)
     loaded.adapters.clear()
     _apply_adapters(network, every, merge, loaded)
 
@@ -155,13 +169,16 @@ def _assign_base(
     unused = {name: torch.zeros(network.state_dict()[name].shape) for name in network.dead_keys() if name not in base}
     whole = {**{name: computed[name] for name in absent}, **unused, **base}
     state = partition_state(whole, model_parallel_rank(), model_parallel_world_size())
-    assign_state(network, state, source=checkpoint.source, device=device, dtype=dtype, hint=_hint(base))
+    assign_state(network, state, source=checkpoint.source, device=device, dtype=dtype, hint=_hint(network, base))
 
 
-def _hint(base: Mapping[str, Tensor]) -> str:
+def _hint(network: DiffusionTransformer, base: Mapping[str, Tensor]) -> str:
     fits = fitting_configs(base, CONFIGS)
     found = f"The file holds {what_is(base)}."
-    return found + (f" This configuration fits: {', '.join(fits)}." if fits else " No shipped configuration fits it.")
+    found += f" This configuration fits: {', '.join(fits)}." if fits else " No shipped configuration fits it."
+    if network.lacks_image_channels(base):
+        found += " To train it to begin with a picture: args.add_image_channels: True (configs/image_to_video.yaml)."
+    return found
 
 
 @dataclass(frozen=True)
@@ -180,6 +197,11 @@ class _Parts:
         return cls(adapter, file, *split_lora(release), mixins)
 
     @property
+    def replaced(self) -> dict[str, Tensor]:
+        """Of an adapter, parts of the base that were trained whole with it."""
+        return replaced_parts(self.base, self.lora)
+
+    @property
     def kind(self) -> str:
         """What it is where there is no base."""
         return "a LoRA adapter" if self.lora else f"what a run has trained of the mixin {' and '.join(self.mixins)}"
@@ -191,11 +213,33 @@ def _adapter_parts(adapter: Adapter) -> _Parts:
         raise WeightsError(
             f"{parts.file.source} holds no LoRA matrices (matrix_A, matrix_B) but {what_is(parts.file.network)}."
         )
-    if parts.mixins and adapter.scale != 1:
+    unscaled = [*(f"the mixin {name}" for name in parts.mixins), *parts.replaced]
+    if unscaled and adapter.scale != 1:
         raise WeightsError(
-            f"{parts.file.source} x {adapter.scale:g}: mixins ({', '.join(parts.mixins)}) have no scale; leave it out."
+            f"{parts.file.source} x {adapter.scale:g}: {unscaled[0]} was trained whole and has no scale; leave it out."
         )
     return parts
+
+
+def _replaced(adapters: Sequence[_Parts]) -> dict[str, Tensor]:
+    """Parts that were trained whole, of all adapters. Raises WeightsError: two have the same."""
+    found: dict[str, Tensor] = {}
+    for parts in adapters:
+        if common := sorted(found.keys() & parts.replaced.keys()):
+            files = " and ".join(other.file.source for other in adapters if common[0] in other.replaced)
+            raise WeightsError(f"{common[0]} was trained whole by {files}; only one of them can be used.")
+        found |= parts.replaced
+    return found
+
+
+def _with_image_channels(
+    network: DiffusionTransformer, base: dict[str, Tensor], loaded: LoadedNetwork
+) -> dict[str, Tensor]:
+    """Of a text-to-video model with the patch projection of an image-to-video one; of others as they are."""
+    if not network.lacks_image_channels(base):
+        return base
+    loaded.notes.append("the picture's channels of the patch projection start from zero")
+    return base | {PATCHES: with_image_channels(base[PATCHES])}
 
 
 def _attach_further(

@@ -34,7 +34,7 @@ from sgm.modules.transformer.final_layer import FinalLayerMixin
 from sgm.modules.transformer.hooks import collect_hooks, require_called
 from sgm.modules.transformer.lora import LoraMixin, SatLoraMixin
 from sgm.modules.transformer.lora_state import OWN_MIXINS
-from sgm.modules.transformer.patch_embed import ImagePatchEmbeddingMixin, Patch, PatchSize
+from sgm.modules.transformer.patch_embed import PATCHES, ImagePatchEmbeddingMixin, Patch, PatchSize
 from sgm.modules.transformer.positions import Divisor, PositionMixin
 from sgm.modules.transformer.sat_base import BaseMixin, BaseModel
 from sgm.typed import Layers, Range, Record, Size, Slots
@@ -398,13 +398,19 @@ class DiffusionTransformer(BaseModel):
         Patches of one frame are embedded by a convolution or by a linear layer, with the same numbers; the tables of
         rotations are kept in files or not.
         """
-        patches, own = "mixins.patch_embed.proj.weight", self.patches.proj.weight
+        patches, own = PATCHES, self.patches.proj.weight
         tables = () if self.positions.computed_state() else ("mixins.pos_embed.freqs_sin", "mixins.pos_embed.freqs_cos")
         found = {name: value for name, value in state.items() if name not in tables}
         given = found.get(patches)
         if given is not None and len(given) == len(own) and given.numel() == own.numel():
             found[patches] = given.reshape(own.shape)
         return found
+
+    def lacks_image_channels(self, state: Mapping[str, Tensor]) -> bool:
+        """Whether a file's patch projection would fit with twice its channels, as an image-to-video network's does."""
+        given, own = state.get(PATCHES), self.patches.proj.weight
+        takes_image = self.in_channels == 2 * self.out_channels
+        return takes_image and given is not None and len(given) == len(own) and 2 * given.numel() == own.numel()
 
     def use_ops(self, ops: BlockOps) -> None:
         """Run the blocks with this implementation of their operations."""

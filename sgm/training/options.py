@@ -48,6 +48,11 @@ class TrainArgs:
     )
     load: PathText | None = option(None, "transformer weights to start from: release folder, iteration folder or file")
     force_train: bool = option(False, "accept a transformer file without what the configuration determines")
+    add_image_channels: bool = option(
+        False,
+        "load is a text-to-video model's: add a picture's channels to its patch projection, with zeros (for networks "
+        "whose in_channels are twice their out_channels, see configs/image_to_video.yaml)",
+    )
     no_load_rng: bool = option(False, "kept for upstream files: random state comes from --resume only, never from load")
     resume: PathText | None = option(
         None,

@@ -28,7 +28,7 @@ from tests.integration.test_training_runs import records
 from tests.sampling_tiny import REPO, main
 from tests.sampling_tiny import configuration as sampling
 from tests.training_tiny import DISCRETIZATION, configuration, write_clips, write_release, write_yaml
-from tools.demo.bundle_student import main as bundle_student
+from tools.demo.bundle_adapter import main as bundle_adapter
 
 PROMPTS = ["a red ball", "a blue square", "a green star", "a yellow ring"]
 EVALUATED = ["a cube", "a cone", "a cup"]
@@ -282,10 +282,10 @@ def test_conversion_keeps_how_it_is_sampled(student, tmp_path):
 
 
 def test_the_bundled_student_is_made_of_a_run(parts, student, tmp_path, capsys):
-    assert bundle_student([str(student / "4-ema"), "--out", str(tmp_path)]) == 0
+    assert bundle_adapter(["student", str(student / "4-ema"), "--out", str(tmp_path)]) == 0
     bundled = read_transformer(tmp_path / "student")
     assert FewSteps.parse(bundled.lora["few_steps"]).sampler == "ddim"
     assert {value.dtype for value in bundled.network.values()} == {torch.float16}
     assert "student/lora.safetensors" in (tmp_path / "SHA256SUMS").read_text()
-    assert bundle_student([str(parts.release / "transformer"), "--out", str(tmp_path)]) == 2
-    assert "is no distilled adapter alone" in capsys.readouterr().err
+    assert bundle_adapter(["student", str(parts.release / "transformer"), "--out", str(tmp_path)]) == 2
+    assert "is no adapter alone (args.lora_only: True)" in capsys.readouterr().err

@@ -82,7 +82,7 @@ def narrowed(state: Mapping[str, Tensor], dtype: torch.dtype, source: Path) -> d
 
 def write_hashes(out: Path) -> int:
     """Write SHA256SUMS over the parts (as `sha256sum -c` reads it), but for pages and pictures; returns their bytes."""
-    parts = [out / name for name in ("student", "t5", "transformer", "vae")]
+    parts = [out / name for name in ("i2v", "student", "t5", "transformer", "vae")]
     files = sorted(path for part in parts for path in part.rglob("*") if _is_hashed(path))
     lines = [f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.relative_to(out).as_posix()}" for p in files]
     write_text(out / HASHES, "\n".join(lines) + "\n")

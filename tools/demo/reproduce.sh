@@ -106,7 +106,7 @@ if [[ ! -e "$work/demo/student/lora.safetensors" ]]; then
         --resume --set "args.load=$work/demo/transformer" --set "args.distill.prompts=$work/student.txt" \
         --set "args.train_iters=$student_steps" --set "args.save=$work/runs" "${weights[@]}"
     run="$(ls -td "$work/runs/demo-student"-*/ | head -1)"
-    "$PYTHON" tools/demo/bundle_student.py "$run$student_steps-ema" --out "$work/demo"
+    "$PYTHON" tools/demo/bundle_adapter.py student "$run$student_steps-ema" --out "$work/demo"
 fi
 
 stage "score"

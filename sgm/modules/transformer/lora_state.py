@@ -32,6 +32,7 @@ TARGETS: dict[str, tuple[tuple[str, int], ...]] = {
 }
 MATRIX = re.compile(r"^(?P<linear>.+)\.matrix_(?P<kind>[AB])\.(?P<part>\d+)$")
 _ORIGINAL = ".original."
+_OF_EVERY_MODEL = "transformer.final_layernorm.weight"
 OWN_MIXINS = ("pos_embed", "patch_embed", "adaln_layer", "final_layer", "lora")  # what a release's network has
 _MIXIN = re.compile(r"(?:^|\.)mixins\.(?P<name>[^.]+)\.")
 
@@ -78,6 +79,19 @@ def split_lora(state: Mapping[str, Value]) -> tuple[dict[str, Value], dict[str, 
     lora = {name: value for name, value in state.items() if MATRIX.match(name)}
     base = {name.replace(_ORIGINAL, "."): value for name, value in state.items() if name not in lora}
     return base, lora
+
+
+def replaced_parts(base: Mapping[str, Value], lora: Mapping[str, Any]) -> dict[str, Value]:
+    """Of an adapter's file, what takes the place of entries of the model that it is laid over: parts trained whole.
+
+    Args:
+        base, lora: what `split_lora` gives.
+    Returns:
+        Nothing where the file holds a whole model: then it has the weights that its matrices belong to.
+    """
+    linears = {match["linear"] for name in lora if (match := MATRIX.match(name))}
+    of_whole = [f"{linear}.weight" for linear in linears] or [_OF_EVERY_MODEL]
+    return {} if all(name in base for name in of_whole) else dict(base)
 
 
 def further_mixin(name: str) -> str | None:

@@ -14,6 +14,7 @@ from sgm.modules.transformer.sat_base import BaseMixin
 from sgm.typed import Range, Size
 
 Patch = Annotated[int, Range(1, 64)]
+PATCHES = "mixins.patch_embed.proj.weight"  # the patch projection in a network's state
 
 
 class PatchSize(NamedTuple):
@@ -113,6 +114,17 @@ class ImagePatchEmbeddingMixin(BaseMixin):
             video, "b (t o) c (h p) (w q) -> b (t h w) (c o p q)", o=self.patch.t, p=self.patch.h, q=self.patch.w
         )
         return self.proj(patches)
+
+
+def with_image_channels(weight: Tensor) -> Tensor:
+    """A text-to-video model's patch projection with twice the channels in, of which the added ones count for nothing.
+
+    So a picture's latents behind the noise change nothing at first; training finds out what they are for.
+
+    Args:
+        weight: (d, c, h, w) of a convolution or (d, c*o*h*w), channels slowest, of a linear layer.
+    """
+    return torch.cat((weight, torch.zeros_like(weight)), dim=1)
 
 
 def unpatchify(tokens: Tensor, grid: TokenGrid, patch: PatchSize) -> Tensor:

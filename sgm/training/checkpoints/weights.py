@@ -37,7 +37,7 @@ def checkpoint_tensors(module: nn.Module, *, lora_only: bool, save_frozen: bool)
     """The entries of an engine's state dict that a checkpoint holds, under the engine's names.
 
     Args:
-        lora_only: only adapters: LoRA's matrices, mixins beyond a release's own.
+        lora_only: only adapters: LoRA's matrices, mixins beyond a release's own, and parts that are trained whole.
         save_frozen: text encoder and VAE, too.
     Raises:
         CheckpointError: `lora_only` for a network without adapter, or nothing to save.
@@ -45,7 +45,7 @@ def checkpoint_tensors(module: nn.Module, *, lora_only: bool, save_frozen: bool)
     state = module.state_dict(keep_vars=True)
     if lora_only:
         own = (name for name in state if name.startswith(NETWORK_PREFIX))
-        chosen = [name for name in own if MATRIX.match(name) or further_mixin(name)]
+        chosen = [name for name in own if MATRIX.match(name) or further_mixin(name) or state[name].requires_grad]
     else:
         chosen = [name for name in state if save_frozen or name.startswith(NETWORK_PREFIX)]
     if not chosen:

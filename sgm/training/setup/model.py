@@ -137,6 +137,7 @@ def checked_engine(model: dict[str, Any], args: TrainArgs, plan: DeepSpeedPlan) 
     check_graphs(args, plan, engine.network.transformer.checkpoint_activations)
     check_mixins(args, plan, list(engine.network.further_configs))
     check_prior(args, plan, engine.loss_fn)
+    check_image_channels(args, engine)
     if isinstance(engine.first_stage_model, VideoAutoencoderInferenceWrapper) and engine.first_stage_model.cp_size > 1:
         raise ConfigError(
             "first_stage_config.params.cp_size shares out decoding when sampling; in training each process encodes its "
@@ -165,9 +166,29 @@ def training_kernels(fast: AccelerateArgs, device: torch.device) -> Kernels:
     return choose_kernels(fast.kernels, fast.attention, device, fast.cpu_bf16)
 
 
+def check_image_channels(args: TrainArgs, engine: SATVideoDiffusionEngine) -> None:
+    """Raises ConfigError: channels for a picture are asked for, and the network has none."""
+    if args.add_image_channels and not engine.noised_image_input:
+        raise ConfigError(
+            "args.add_image_channels is for models that begin with a picture: set in_channels of the network to twice "
+            "its out_channels, as configs/image_to_video.yaml does, or leave it out"
+        )
+
+
 def freeze_untrained(engine: SATVideoDiffusionEngine) -> None:
-    """Leave gradients to what learns. Raises ConfigError: that is nothing."""
-    if not engine.freeze_untrained():
+    """Leave gradients to what learns.
+
+    Raises:
+        ConfigError: that is nothing, or lacks what is named as trainable.
+    """
+    trained = engine.freeze_untrained()
+    for prefix in engine.also_trainable_prefixes:
+        if not any(name.startswith(prefix) for name in trained):
+            raise ConfigError(
+                f"model.also_trainable_prefixes: no trainable parameter's name begins with {prefix!r}; names are like "
+                "model.diffusion_model.mixins.patch_embed.proj.weight (tools/inspect_weights.py lists a file's)"
+            )
+    if not trained:
         raise ConfigError(
             f"model.not_trainable_prefixes {list(engine.not_trainable_prefixes)} leaves nothing to train; "
             "['all'] needs a lora_config beside it, as configs/lora.yaml has it, or a mixin of your own in modules"
@@ -222,7 +243,7 @@ def _load_or_start_network(
     if args.load:
         loaded = load_network(
             engine.network, args.load, allow_absent=args.force_train, device=device, dtype=engine.dtype, trains=True,
-            merge=args.distill is not None,
+            merge=args.distill is not None, add_image_channels=args.add_image_channels,
         )  # fmt: skip
         loaded.notes = [n for n in loaded.notes if not n.startswith("lora_config is set")]
     else:
