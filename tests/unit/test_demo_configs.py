@@ -76,6 +76,25 @@ def test_pretraining_is_a_valid_overlay(stage):
     assert config.args.auto_warmup_steps == 0 and not config.args.eval_interval
 
 
+def test_the_demo_from_a_picture_is_the_demo_with_a_pictures_channels():
+    """Trained as an adapter alone, with what is too little of it to stand for the new channels."""
+    infer, sft = (merge_yaml([REPO / "configs" / f"demo_i2v_{kind}.yaml"]) for kind in ("infer", "sft"))
+    expected = merge_yaml([INFER])["model"]
+    for found in (infer["model"], sft["model"]):
+        assert found.pop("noised_image_input") and found["network_config"]["params"].pop("in_channels") == 32
+    assert expected["network_config"]["params"].pop("in_channels") == 16 and infer["model"] == expected
+    own = [
+        sft["model"].pop(name) for name in ("also_trainable_prefixes", "also_trainable_rate", "noised_image_dropout")
+    ]
+    assert "model.diffusion_model.mixins.patch_embed" in own[0]
+    sft["model"]["network_config"]["params"]["modules"].pop("lora_config")
+    assert sft["model"].pop("not_trainable_prefixes") == ["all"] and sft["model"] == expected
+    config = load_run_config([REPO / "configs" / "demo_i2v_sft.yaml"], TrainArgs)
+    plan = plan_deepspeed(config.deepspeed, device_type="cuda")
+    assert plan.dtype == "bf16" and config.args.lora_only and config.args.add_image_channels
+    assert not config.notes and not training_advice(config.args, config.model, plan.optimizer.lr)
+
+
 def test_the_unedited_shipped_file_means_the_demo(monkeypatch):
     monkeypatch.chdir(REPO)
     chosen, why = choose_config(train_video.SHIPPED, train_video.DEMO)
