@@ -8,11 +8,7 @@ from collections.abc import Callable
 
 from sgm.cli import Interrupts, exit_code
 from sgm.flags import add_flags, run_config, run_parser
-from sgm.inference.options import SampleArgs
-from sgm.places import CONFIGS
-
-SHIPPED = CONFIGS / "cogvideox_2b_infer.yaml"
-DEMO = CONFIGS / "demo_infer.yaml"
+from sgm.inference.options import DEMO_CONFIG, SHIPPED_CONFIG, SampleArgs
 
 FLAGS = (  # options of `args:` that have one
     "prompts", "image", "video", "strength", "negative_prompt", "refine", "refine_model", "input_file", "output_dir",
@@ -29,7 +25,7 @@ CALLED = {
 
 
 def parse(arguments: list[str], prog: str | None = None) -> argparse.Namespace:
-    parser = run_parser(prog, __doc__, SHIPPED)
+    parser = run_parser(prog, __doc__, SHIPPED_CONFIG)
     add_flags(parser, SampleArgs, FLAGS, CALLED)
     return parser.parse_args(arguments)
 
@@ -48,7 +44,7 @@ def main(arguments: list[str], prog: str | None = None, listen: bool = False) ->
 
 
 def run(options: argparse.Namespace, check: Callable[[], None]) -> int:
-    config = run_config(options, SampleArgs, SHIPPED, DEMO)
+    config = run_config(options, SampleArgs, SHIPPED_CONFIG, DEMO_CONFIG)
 
     from sgm.inference.run import sample
 

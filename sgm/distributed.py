@@ -67,8 +67,9 @@ def init_distributed(device_type: str | None = None) -> DistInfo:
     device = _own_device(kind, local_rank)
     backend = "nccl" if kind == "cuda" else "gloo"
     if world_size == 1:
-        store = torch.distributed.HashStore()
+        store, hook = torch.distributed.HashStore(), sys.excepthook
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+        sys.excepthook = hook  # PyTorch's puts "[rank0]:" before each line of a traceback
         atexit.register(shutdown)  # else NCCL warns at the end of whatever program this is
     else:
         _require_master()

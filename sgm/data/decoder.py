@@ -200,7 +200,7 @@ def _read_into(view: memoryview, answers: io.FileIO, deadline: float) -> None:
 
 def _where(path: Path) -> dict[str, Any]:
     place = Place.of(path)
-    return {"path": str(place.file), "begin": place.begin, "size": place.size}
+    return {"path": str(place.file.absolute()), "begin": place.begin, "size": place.size}
 
 
 def _widen(pipe: int) -> None:

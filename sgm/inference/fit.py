@@ -21,7 +21,7 @@ LARGEST_FACTOR = 4 / 3
 
 # Decided when a model is loaded.
 FIXED_ARGS = ("load", "fp16", "bf16", "device", "placement", "merge_lora", "force_inference", "vae_tiling")
-FIXED_ACCELERATE = ("kernels", "attention", "cpu_bf16", "fp8")
+FIXED_ACCELERATE = ("cpu_bf16", "fp8")
 
 
 class SamplingError(SgmError):

@@ -41,7 +41,7 @@ class Generation:
     """
 
     def __init__(self, config: RunConfig[SampleArgs], pipeline: Pipeline, progress: Progress):
-        self.args = config.args
+        self.config, self.args = config, config.args
         self.pipeline = pipeline
         self.progress = progress
         self.requests = Requests(config, pipeline)

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sgm.modules.autoencoding.strides import STRIDES
+from sgm.places import CONFIGS
 from sgm.typed import ConfigError, PathText, option
 
+SHIPPED_CONFIG = CONFIGS / "cogvideox_2b_infer.yaml"  # that runs where none is named
+DEMO_CONFIG = CONFIGS / "demo_infer.yaml"  # as long as that is unedited
 STRENGTH = 0.8  # where a clip is given, and no strength
 
 

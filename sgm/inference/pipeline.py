@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -66,6 +67,8 @@ from sgm.weights.finite import is_finite
 
 Part = Literal["conditioner", "network", "first_stage", "small_decoder"]
 
+PREVIEWED = 4  # latent frames that a preview by the full decoder shows
+
 
 @dataclass(frozen=True)
 class EncodedPrompt:
@@ -114,9 +117,7 @@ class Pipeline:
         with torch.device("meta"):
             self.engine = SATVideoDiffusionEngine(**model, dtype=config.args.dtype)
         self.engine.eval().requires_grad_(False)
-        fast = config.accelerate
-        self.engine.use_kernels(choose_kernels(fast.kernels, fast.attention, device, fast.cpu_bf16))
-        self.fp8 = fast.fp8
+        self.fp8 = config.accelerate.fp8
         if self.fp8:
             check_fp8(device)
         self.calls: CallCount | None = None  # of the last sampling run, where shortcuts were taken
@@ -147,7 +148,9 @@ class Pipeline:
     def _take(self, config: RunConfig[SampleArgs]) -> None:
         """Let sampler, guider and the rooms for pictures and clips be as `config` has them."""
         self.config, self.args = config, config.args
-        self.shortcuts = shortcuts_of(config.accelerate)
+        fast = config.accelerate
+        self.engine.use_kernels(choose_kernels(fast.kernels, fast.attention, self.device, fast.cpu_bf16))
+        self.shortcuts = shortcuts_of(fast)
         if self.args.video and self.engine.has_sampler:
             self.engine.sampler.strength = self.args.share_taken
         check_fit(self.engine, self.args, self.size())
@@ -463,6 +466,27 @@ class Pipeline:
         if share is not None:
             pieces = share.collect(pieces, stage.piece_shapes(z), self.device)
         return np.concatenate([piece.cpu().numpy() for piece in pieces])
+
+    def preview(self, latents: Tensor) -> np.ndarray:
+        """What is foreseen of one sample (t, c, h, w) while it is made: uint8 (f, height, width, 3).
+
+        By the small decoder where the configuration names one; else up to `PREVIEWED` of its latent frames, each
+        decoded alone, as a picture.
+        """
+        stage = self.engine.autoencoder
+        z = self.engine.drop_first(latents[None]).to(self.device, torch.float32).transpose(1, 2)
+        z = z / self.engine.scale_factor
+        part: Part = "small_decoder" if stage.small_decoder and Path(stage.small_decoder).exists() else "first_stage"
+        self.load(part)
+        small = self._small_decoder if part == "small_decoder" else None
+        shown = np.linspace(0, z.shape[2] - 1, min(PREVIEWED, z.shape[2])).round().astype(int).tolist()
+        with torch.no_grad(), self.placement.use(small or stage.decoder):
+            if small is not None:
+                pieces = list(small.decode_chunks(z.to(small.dtype)))
+            else:
+                z = z.to(self.engine.dtype)
+                pieces = [pixels for k in shown for pixels in stage.decode_chunks(z[:, :, k : k + 1])]
+            return np.concatenate([to_uint8(pixels)[0].cpu().numpy() for pixels in pieces])
 
 
 def _for_inference(model: dict[str, Any]) -> dict[str, Any]:

@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from sgm.config import ConfigError, RunConfig, check_model_section
-from sgm.distributed import DistInfo, init_distributed, own_rank, shutdown
-from sgm.inference.adapters import with_adapters
-from sgm.inference.fit import SamplingError
-from sgm.inference.generation import out_of_memory_advice
+from sgm.config import RunConfig
+from sgm.distributed import own_rank, shutdown
+from sgm.inference.model import TextToVideo
 from sgm.inference.options import SampleArgs
 from sgm.inference.pipeline import Pipeline
 from sgm.inference.plan import report
 from sgm.inference.progress import Progress
 from sgm.inference.prompts import gather, listed
 from sgm.inference.runner import Runner
+from sgm.inference.setup import checked, join_processes, without_fp16_on_cpu
 from sgm.inference.writer import find_latents
 from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
 from sgm.modules.diffusionmodules.guiders import IdentityGuider
 from sgm.modules.encoders.modules import text_is_local
 from sgm.parallel.team import Layout, choose_layout, form_team
-from sgm.weights.preflight import check_paths, with_found_paths
 
 
 def sample(config: RunConfig[SampleArgs], check: Callable[[], None], *, dry_run: bool = False) -> int:
@@ -35,29 +28,23 @@ def sample(config: RunConfig[SampleArgs], check: Callable[[], None], *, dry_run:
     Raises:
         ValueError subclasses of this package: bad configuration, weights, prompts or output, each with its remedy.
     """
-    from sgm.models.diffusion import SATVideoDiffusionEngine
-
-    config = replace(config, model=check_model_section(config.model, SATVideoDiffusionEngine))
-    config = with_adapters(with_found_paths(config))
-    if not dry_run:
-        check_paths(*_paths_to_check(config), small_decoder=config.args.decoder == "small")
-    info = init_distributed(_device_type(config.args.device, several=int(os.environ.get("WORLD_SIZE", "1")) > 1))
+    config = checked(config, paths=not dry_run)
+    info, device = join_processes(config.args.device)
     try:
-        device = _rank_device(config.args.device, info)
-        config = _without_fp16_on_cpu(config, device)
+        config = without_fp16_on_cpu(config, device)
         progress = Progress(info.rank == 0, device, check)
         for note in config.notes:
             progress.line(f"note: {note}")
         if dry_run:
             _print_plan(config, progress, info.rank)
             return 0
-        pipeline = Pipeline(config, device, with_text_encoder=config.args.decode_latents is None)
-        _say_all(pipeline.notes, progress)
-        layout = _layout(config, pipeline, info.world_size)
+        model = TextToVideo(config, device, with_text_encoder=config.args.decode_latents is None)
+        layout = _layout(config, model.pipeline, info.world_size)
         if layout.clip > 1:
             progress.line(f"note: {layout}")
-        pipeline.join(form_team(layout))
-        _run(Runner(config, pipeline, progress))  # teams do not wait for one another
+        model.pipeline.join(form_team(layout))
+        with model.generation(config, progress) as generation:
+            Runner(generation).run()  # teams do not wait for one another
     finally:
         shutdown()
     return 0
@@ -84,28 +71,6 @@ def _layout(config: RunConfig[SampleArgs], pipeline: Pipeline, world: int) -> La
     return choose_layout(world, clips, guided, *asked_for, together)
 
 
-def _without_fp16_on_cpu(config: RunConfig[SampleArgs], device: torch.device) -> RunConfig[SampleArgs]:
-    """On a CPU float16 is tens of times slower than float32, and some operations lack it."""
-    if device.type != "cpu" or not config.args.fp16:
-        return config
-    note = "args.fp16: a CPU has no use for float16; this run computes in float32"
-    return replace(config, args=replace(config.args, fp16=False), notes=(*config.notes, note))
-
-
-def _paths_to_check(config: RunConfig[SampleArgs]) -> tuple[dict[str, Any], str | None, list[str]]:
-    """Of a configuration what this run reads: parts of the model section, transformer, adapters."""
-    if not config.args.decode_latents:
-        return config.model, config.args.load, config.args.lora
-    return {"first_stage_config": config.model.get("first_stage_config")}, None, []
-
-
-def _run(runner: Runner) -> None:
-    try:
-        runner.run()
-    except torch.OutOfMemoryError as error:
-        raise SamplingError(out_of_memory_advice(runner.args)) from error
-
-
 def _say_all(lines: Iterable[str], progress: Progress) -> None:
     for line in lines:
         progress.line(line)
@@ -124,34 +89,3 @@ def _print_plan(config: RunConfig[SampleArgs], progress: Progress, rank: int) ->
         progress.line(f"note: {layout}")
     if rank == 0:
         print(report(config, pipeline, prompts), flush=True)
-
-
-def _device_type(device: str | None, several: bool) -> str | None:
-    if device is None:
-        return None
-    kind = _parse_device(device).type
-    if kind not in ("cpu", "cuda"):
-        raise ConfigError(f"args.device is {device!r}; choose cpu, cuda or cuda:N.")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"args.device is {device!r}, but PyTorch sees no GPU; use --device cpu.")
-    if several and kind == "cuda" and _parse_device(device).index is not None:
-        raise ConfigError(f"args.device is {device!r}, but each of several processes takes its own GPU: use cuda.")
-    return kind
-
-
-def _parse_device(device: str) -> torch.device:
-    try:
-        return torch.device(device)
-    except RuntimeError as error:
-        raise ConfigError(f"args.device is {device!r}; choose cpu, cuda or cuda:N.") from error
-
-
-def _rank_device(wanted: str | None, info: DistInfo) -> torch.device:
-    """The process's device, made the current one: kernels are launched on that."""
-    device = _parse_device(wanted) if wanted is not None else info.device
-    if device.type != "cuda" or device.index is None:
-        return info.device
-    if device.index >= torch.cuda.device_count():
-        raise ConfigError(f"args.device is {wanted!r}, but this machine shows {torch.cuda.device_count()} GPU(s).")
-    torch.cuda.set_device(device)
-    return device

@@ -7,21 +7,19 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sgm.config import ConfigError, RunConfig
+from sgm.config import ConfigError
 from sgm.data.video_out import write_contact_sheet, write_video
 from sgm.errors import SgmError
 from sgm.files import SaveError, advising, unfinished_names, write_json
 from sgm.inference.generation import Generation, Sampled, out_of_memory_advice
-from sgm.inference.options import SampleArgs
-from sgm.inference.pipeline import EncodedPrompt, Pipeline
-from sgm.inference.progress import Bar, Progress, StageTimes
+from sgm.inference.pipeline import EncodedPrompt
+from sgm.inference.progress import Bar, StageTimes
 from sgm.inference.prompts import Prompt, ask, gather
 from sgm.inference.requests import Wanted
 from sgm.inference.writer import SampleFiles, find_latents, read_latents, write_latents
@@ -30,22 +28,17 @@ ANOTHER_FOLDER = "Choose another --output-dir; --skip-done goes on with a run th
 ENCODED_AHEAD = 128  # prompts that are held encoded (1.9 MB each of 2B in half precision)
 
 
-@dataclass
 class Runner:
-    """One process's work: `config`, its `pipeline`, which knows its place among the processes, and where to report.
+    """One process's work on a configuration, stage by stage of its `generation`, and the files that come of it.
 
     Processes of a team go through the same prompts; the first of them writes.
     """
 
-    config: RunConfig[SampleArgs]
-    pipeline: Pipeline
-    progress: Progress
-
-    def __post_init__(self) -> None:
-        self.args = self.config.args
+    def __init__(self, generation: Generation) -> None:
+        self.generation, self.requests = generation, generation.requests
+        self.config, self.args = generation.config, generation.args
+        self.pipeline, self.progress = generation.pipeline, generation.progress
         self.team = self.pipeline.team
-        self.generation = Generation(self.config, self.pipeline, self.progress)
-        self.requests = self.generation.requests
 
     def run(self) -> None:
         """Do what the configuration asks."""

@@ -363,6 +363,7 @@ class DiffusionTransformer(BaseModel):
             raise NetworkConfigError("attach_lora: no config was given and modules has no lora_config.")
         if "lora" in self.mixins:
             raise NetworkConfigError("attach_lora: this network already has a LoRA mixin; merge or remove it first.")
+        ensure_groups(model_parallel_world_size())  # a run that ended in this process has taken them away
         with preserve_rng(), quiet_libraries():
             mixin = _build_mixin(config, {"layer_num": self.num_layers})
             if model_parallel_world_size() > 1 and not isinstance(mixin, LoraMixin):

@@ -23,7 +23,7 @@ from sgm.data.video_io import probe, read_frames
 from sgm.files import SaveError, replacing, unfinished_names, write_json
 from sgm.inference import writer
 from sgm.inference.fit import SamplingError, check_latents
-from sgm.inference.generation import out_of_memory_advice
+from sgm.inference.generation import Generation, out_of_memory_advice
 from sgm.inference.noise import SampleId, StackedNoise
 from sgm.inference.options import SampleArgs
 from sgm.inference.plan import memory_lines
@@ -325,7 +325,7 @@ def test_ranks_share_saved_latents_out(tmp_path, monkeypatch):
         monkeypatch.setattr(Runner, "_write_frames", lambda *_: None)
         monkeypatch.setattr(Runner, "_write_record", lambda _, files, facts, times, rank=rank: decoded.append((rank, facts["k"])))  # fmt: skip
         pipeline = SimpleNamespace(team=Team(Layout(2), data_rank=rank), small_decoder_weights=None)
-        Runner(config, pipeline, Progress(False, torch.device("cpu"))).run()
+        Runner(Generation(config, pipeline, Progress(False, torch.device("cpu")))).run()
     assert decoded == [(0, 0), (0, 2), (1, 1)]
 
 
@@ -436,7 +436,7 @@ def test_folders_that_cannot_be_written(tmp_path):
     for folder in (tmp_path / "file", tmp_path / "file" / "sub", Path("/proc/none")):
         with pytest.raises(SaveError, match="--output-dir"):
             config = SimpleNamespace(args=SampleArgs(output_dir=str(folder)))
-            Runner(config, SimpleNamespace(team=Team()), None).run()
+            Runner(Generation(config, SimpleNamespace(team=Team()), None)).run()
         for write in (
             lambda folder=folder: writer.write_latents(folder / "latents.safetensors", torch.zeros(1), {}),
             lambda folder=folder: SampleFiles(folder).replaced_together("x").__enter__(),

@@ -1,0 +1,88 @@
+"""What a sampling run needs before anything heavy: its configuration checked, and the device that it runs on."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from sgm.config import ConfigError, RunConfig, check_model_section
+from sgm.distributed import DistInfo, init_distributed
+from sgm.inference.adapters import with_adapters
+from sgm.inference.options import SampleArgs
+from sgm.weights.preflight import check_paths, with_found_paths
+
+
+def checked(config: RunConfig[SampleArgs], *, paths: bool = True) -> RunConfig[SampleArgs]:
+    """`config` with its model section checked and its weights found.
+
+    Args:
+        paths: demand that they are there.
+    Raises:
+        ConfigError: listing every problem.
+    """
+    from sgm.models.diffusion import SATVideoDiffusionEngine
+
+    config = replace(config, model=check_model_section(config.model, SATVideoDiffusionEngine))
+    config = with_adapters(with_found_paths(config))
+    if paths:
+        check_paths(*_paths_to_check(config), small_decoder=config.args.decoder == "small")
+    return config
+
+
+def _paths_to_check(config: RunConfig[SampleArgs]) -> tuple[dict[str, Any], str | None, list[str]]:
+    """Of a configuration what this run reads: parts of the model section, transformer, adapters."""
+    if not config.args.decode_latents:
+        return config.model, config.args.load, config.args.lora
+    return {"first_stage_config": config.model.get("first_stage_config")}, None, []
+
+
+def join_processes(wanted: str | None) -> tuple[DistInfo, torch.device]:
+    """This process's place among those of the run, and its device, for `args.device`.
+
+    Raises:
+        ConfigError: there is no such device here.
+    """
+    info = init_distributed(_device_type(wanted, several=int(os.environ.get("WORLD_SIZE", "1")) > 1))
+    return info, _rank_device(wanted, info)
+
+
+def without_fp16_on_cpu(config: RunConfig[SampleArgs], device: torch.device) -> RunConfig[SampleArgs]:
+    """On a CPU float16 is tens of times slower than float32, and some operations lack it."""
+    if device.type != "cpu" or not config.args.fp16:
+        return config
+    note = "args.fp16: a CPU has no use for float16; this run computes in float32"
+    return replace(config, args=replace(config.args, fp16=False), notes=(*config.notes, note))
+
+
+def _device_type(device: str | None, several: bool) -> str | None:
+    if device is None:
+        return None
+    kind = _parse_device(device).type
+    if kind not in ("cpu", "cuda"):
+        raise ConfigError(f"args.device is {device!r}; choose cpu, cuda or cuda:N.")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"args.device is {device!r}, but PyTorch sees no GPU; use --device cpu.")
+    if several and kind == "cuda" and _parse_device(device).index is not None:
+        raise ConfigError(f"args.device is {device!r}, but each of several processes takes its own GPU: use cuda.")
+    return kind
+
+
+def _parse_device(device: str) -> torch.device:
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"args.device is {device!r}; choose cpu, cuda or cuda:N.") from error
+
+
+def _rank_device(wanted: str | None, info: DistInfo) -> torch.device:
+    """The process's device, made the current one: kernels are launched on that."""
+    device = _parse_device(wanted) if wanted is not None else info.device
+    if device.type != "cuda" or device.index is None:
+        return info.device
+    if device.index >= torch.cuda.device_count():
+        raise ConfigError(f"args.device is {wanted!r}, but this machine shows {torch.cuda.device_count()} GPU(s).")
+    torch.cuda.set_device(device)
+    return device
