@@ -6,6 +6,7 @@ Axes: b batch, n all tokens (text first), h heads, hd width of a head, d width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -15,7 +16,9 @@ from torch import Tensor
 from sgm.modules.ops.block_ops import Attention
 from sgm.modules.ops.modulation import RotaryTable
 from sgm.modules.transformer.block import NetworkInputs
-from sgm.parallel.exchange import AllToAll, Gather, shares_of
+from sgm.parallel.exchange import ByHeads, ByTokens, Division, Gather, by_heads, by_tokens, shares_of, spans_of
+
+PARTS = 2  # of the heads, whose exchanges and attention follow one another where no gradient is wanted
 
 
 class SharedTokens:
@@ -23,19 +26,17 @@ class SharedTokens:
 
     def __init__(self, rank: int, size: int, group: dist.ProcessGroup):
         self.rank, self.size, self.group = rank, size, group
-        self._tokens: list[int] = []  # of each share, in the present forward
+        self._tokens: list[slice] = []  # of each share, in the present forward
 
     def own(self, hidden: Tensor, inputs: NetworkInputs) -> tuple[Tensor, NetworkInputs]:
         """This process's tokens of (b, n, d), and what its layers need of them."""
-        self._tokens = shares_of(hidden.shape[1], self.size)
-        start = sum(self._tokens[: self.rank])
-        stop = start + self._tokens[self.rank]
-        text = inputs.text_length
+        self._tokens = spans_of(shares_of(hidden.shape[1], self.size))
+        own, text = self._tokens[self.rank], inputs.text_length
         rotary = inputs.rotary
         if rotary is not None:
-            rotary = RotaryTable(*(part[max(0, start - text) : max(0, stop - text)] for part in rotary))
-        mine = replace(inputs, text_length=min(max(0, text - start), stop - start), rotary=rotary)
-        return hidden[:, start:stop].contiguous(), mine
+            rotary = RotaryTable(*(part[max(0, own.start - text) : max(0, own.stop - text)] for part in rotary))
+        length = min(max(0, text - own.start), own.stop - own.start)
+        return hidden[:, own].contiguous(), replace(inputs, text_length=length, rotary=rotary)
 
     def whole(self, hidden: Tensor) -> Tensor:
         """All tokens again (b, n, d)."""
@@ -45,26 +46,30 @@ class SharedTokens:
         """`attend` over all tokens, for query, key and value (b, h, n', hd) of this share, by heads in turn."""
 
         def shared(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            heads = shares_of(query.shape[1], self.size)
-            mixed = attend(*self._by_heads(torch.stack((query, key, value)), heads))
-            return self._by_tokens(mixed, heads)
+            heads = spans_of(shares_of(query.shape[1], self.size))
+            division = Division(self.rank, self.group, self._tokens, heads)
+            tensors = [x.transpose(1, 2) for x in (query, key, value)]  # as they lie in memory
+            if torch.is_grad_enabled():
+                spread = ByHeads.apply(division, *tensors)
+                mixed = ByTokens.apply(division, _by_last(attend, spread))
+            else:
+                mixed = _overlapped(attend, tensors, division)
+            return mixed.transpose(1, 2)
 
         return shared
 
-    def _by_heads(self, qkv: Tensor, heads: list[int]) -> tuple[Tensor, ...]:
-        """(3, b, h, n', hd) -> query, key and value (b, h', n, hd), in one message to each process."""
-        _, b, _, n, hd = qkv.shape
-        unit, own = 3 * b * hd, heads[self.rank]
-        sent, taken = [unit * n * h for h in heads], [unit * own * k for k in self._tokens]
-        flat = AllToAll.apply(qkv.permute(2, 0, 1, 3, 4).reshape(-1), sent, taken, self.group)  # (h, 3, b, n', hd)
-        parts = [part.view(own, 3, b, k, hd) for part, k in zip(flat.split(taken), self._tokens)]
-        return torch.cat(parts, dim=3).permute(1, 2, 0, 3, 4).unbind(0)
 
-    def _by_tokens(self, mixed: Tensor, heads: list[int]) -> Tensor:
-        """(b, h', n, hd) -> (b, h, n', hd)."""
-        b, own, _, hd = mixed.shape
-        unit, n = b * hd, self._tokens[self.rank]
-        sent, taken = [unit * own * k for k in self._tokens], [unit * n * h for h in heads]
-        flat = AllToAll.apply(mixed.permute(2, 0, 1, 3).reshape(-1), sent, taken, self.group)  # (n, b, h', hd)
-        parts = [part.view(n, b, h, hd) for part, h in zip(flat.split(taken), heads)]
-        return torch.cat(parts, dim=2).permute(1, 2, 0, 3)
+def _overlapped(attend: Attention, tensors: list[Tensor], division: Division) -> Tensor:
+    """One part of the heads is under way while attention is computed for another."""
+    parts = division.in_parts(PARTS)
+    coming = [by_heads(tensors, part) for part in parts]
+    mixed = torch.empty_like(tensors[0], memory_format=torch.contiguous_format)
+    going = [by_tokens([_by_last(attend, x.finish())], part, [mixed]) for x, part in zip(coming, parts)]
+    for x in going:
+        x.finish()
+    return mixed
+
+
+def _by_last(attend: Attention, heads: Sequence[Tensor]) -> Tensor:
+    """`attend` where heads are the axis before the last."""
+    return attend(*(x.transpose(1, 2) for x in heads)).transpose(1, 2)
