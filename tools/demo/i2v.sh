@@ -5,7 +5,7 @@
 # strips, the loss. Without a part named, all three are done; each goes on where it was interrupted, and needs no network.
 # May be set: CLIPS=14000 SPINS=2000 PROMPTS=64 WORKERS=(all cores) DEVICE=cuda OUT=WORK/out
 # TRAIN_SECONDS=400: the training ends then at the latest, and what it has learned is saved
-# STEPS: of the training; otherwise as many as fit, by the speed of a trial of 150 steps
+# STEPS: of the training; otherwise as many as fit, by the speed of a trial of TRIAL_STEPS=150
 # BATCH=96 RATE=0.0015 RANK=64 SAMPLE_STEPS=20 GUIDANCE=(as configured)
 set -euo pipefail
 repo="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
@@ -52,19 +52,27 @@ learn() { # NAME, STEPS, SECONDS, then the rest of the command: exit codes 124 a
     run="$(ls -td "$work/runs/demo-$1"-*/ | head -1)"
 }
 if has train; then
-    if [[ -z "${STEPS:-}" ]]; then
+    if [[ -n "${STEPS:-}" ]]; then
+        echo "$STEPS" >"$work/steps"
+    elif [[ ! -e "$work/steps" ]]; then
         stage "trial"
-        learn trial 150 120 --set args.log_interval=50 --set args.tensorboard=false
-        STEPS="$("$PYTHON" - "$run/metrics.jsonl" "$batch" "$seconds" <<'EOF'
+        trial="${TRIAL_STEPS:-150}"
+        learn trial "$trial" 150 --set "args.log_interval=$((trial / 3))" --set args.tensorboard=false
+        "$PYTHON" - "$run/metrics.jsonl" "$batch" "$seconds" >"$work/steps" <<'EOF'
 import json, sys
 lines = [json.loads(line) for line in open(sys.argv[1], encoding="utf-8")]
 rate = [line["samples_per_second"] for line in lines if line["kind"] == "train"][-1]
-print(max(100, int(0.9 * (float(sys.argv[3]) - 25) * rate / int(sys.argv[2]))))  # 25 s: start and end
+print(max(10, int(0.9 * (float(sys.argv[3]) - 25) * rate / int(sys.argv[2]))))  # 25 s: start and end
 EOF
-)"
     fi
-    stage "training, $STEPS steps, at most $seconds s"
-    learn i2v "$STEPS" "$seconds" --resume
+    steps="$(cat "$work/steps")"
+    stage "training, $steps steps, at most $seconds s"
+    trained="$(cat "$work"/runs/demo-i2v-*/latest 2>/dev/null | sort -n | tail -1 || true)"
+    if [[ "$trained" == "$steps" ]]; then
+        run="$(ls -td "$work"/runs/demo-i2v-*/ | head -1)"
+    else
+        learn i2v "$steps" "$seconds" --resume
+    fi
     cp "$run/metrics.jsonl" "$out/"
     [[ ! -e "$run/loss.png" ]] || cp "$run/loss.png" "$out/"
     reached="$(cat "$run/latest")"
