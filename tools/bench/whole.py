@@ -28,7 +28,7 @@ from sgm.config import load_run_config, merge_yaml
 from sgm.convert import dit_sizes, vae_keys
 from sgm.inference.noise import SampleId
 from sgm.inference.options import SampleArgs
-from sgm.inference.pipeline import TextToVideo
+from sgm.inference.pipeline import Pipeline
 from sgm.inference.prompts import MARK, gather
 from sgm.models.small_decoder import decoder_fingerprint, save_small_decoder, vae_tensors
 from sgm.modules.autoencoding.strides import STRIDES
@@ -118,7 +118,7 @@ def bench_ours(options: argparse.Namespace, device: torch.device, variant: str, 
     """Two videos of one configuration; the second one's times."""
     student = variant == "few steps"
     config = load_run_config([options.config, *files], SampleArgs, overrides=overrides(options, student=student))
-    pipeline = TextToVideo(config, device)
+    pipeline = Pipeline(config, device)
     text = f"{PROMPT}{MARK}{options.out / PICTURE}" if pipeline.pictures.wanted else PROMPT
     prompt = gather([text], None, [], pipeline.pictures)[0][0]
     for _ in range(options.videos):

@@ -44,8 +44,9 @@ def checkpoint_tensors(module: nn.Module, *, lora_only: bool, save_frozen: bool)
     """
     state = module.state_dict(keep_vars=True)
     if lora_only:
-        own = (name for name in state if name.startswith(NETWORK_PREFIX))
-        chosen = [name for name in own if MATRIX.match(name) or further_mixin(name) or state[name].requires_grad]
+        own = [name for name in state if name.startswith(NETWORK_PREFIX)]
+        adapters = {name for name in own if MATRIX.match(name) or further_mixin(name)}
+        chosen = [name for name in own if name in adapters or state[name].requires_grad] if adapters else []
     else:
         chosen = [name for name in state if save_frozen or name.startswith(NETWORK_PREFIX)]
     if not chosen:
