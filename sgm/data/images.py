@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from sgm.data.pictures import PictureError, open_picture
+from sgm.data.pictures import PictureError, open_picture, upright_rgb
 from sgm.data.video_io import resized_size
 from sgm.errors import SgmError
 from sgm.files import refuse_lfs_pointer
@@ -48,6 +49,11 @@ class Picture:
         image, sha256 = _read(path)
         return cls(path, image.height, image.width, sha256)
 
+    @property
+    def place(self) -> str | None:
+        """Its file, from the root; None: it has none."""
+        return os.path.abspath(self.path)
+
     def image(self) -> Image.Image:
         """Its pixels, RGB with 8 bits.
 
@@ -58,6 +64,38 @@ class Picture:
         if sha256 != self.sha256:
             raise ImageError(f"{self.path} has changed since this run began; start it again.")
         return image
+
+
+@dataclass(frozen=True)
+class HeldPicture(Picture):
+    """A picture that lies in memory, not in a file; the SHA-256 is that of its pixels."""
+
+    pixels: Image.Image = field(repr=False, compare=False)
+
+    @classmethod
+    def holding(cls, pixels: Image.Image | np.ndarray) -> HeldPicture:
+        """Pillow's pictures, or arrays uint8 (h, w, 3).
+
+        Raises:
+            ImageError: neither, or of a kind that has no fixed range.
+        """
+        if isinstance(pixels, np.ndarray):
+            if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or 0 in pixels.shape:
+                raise ImageError(f"the picture is an array {pixels.dtype} {pixels.shape}; give uint8 (h, w, 3).")
+            pixels = Image.fromarray(np.ascontiguousarray(pixels))
+        try:
+            image = upright_rgb(pixels)
+        except (ValueError, OSError, AttributeError) as error:
+            raise ImageError(f"the picture in memory cannot be read: {error}.") from error
+        digest = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
+        return cls(Path("a picture in memory"), image.height, image.width, digest, image)
+
+    @property
+    def place(self) -> str | None:
+        return None
+
+    def image(self) -> Image.Image:
+        return self.pixels
 
 
 def read_image(path: Path) -> Image.Image:

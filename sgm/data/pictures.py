@@ -34,7 +34,7 @@ def open_picture(file: BinaryIO) -> Image.Image:
                 "ignore", UserWarning
             )  # of broken EXIF, without which the pixels are good all the same
             with Image.open(file) as image:
-                return _in_rgb(ImageOps.exif_transpose(image))
+                return upright_rgb(image)
     except UnidentifiedImageError as error:  # whose own text shows no name, but an object in memory
         raise PictureError("no readable picture (of no known format, as PNG, JPEG and WebP are)") from error
     except Image.DecompressionBombError as error:
@@ -45,7 +45,9 @@ def open_picture(file: BinaryIO) -> Image.Image:
         raise PictureError(f"no readable picture ({error})") from error
 
 
-def _in_rgb(image: Image.Image) -> Image.Image:
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """`image` in RGB with 8 bits, as `open_picture` gives it. Raises ValueError: pixels without a fixed range."""
+    image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise ValueError("its pixels are real numbers, whose range is not said; save it as PNG")
     if image.mode in DEEP_GRAYS:  # convert() would cut them at 255

@@ -13,6 +13,7 @@ from sgm.inference.options import SampleArgs
 from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.modules.diffusionmodules.image_condition import clip_frames
+from sgm.weights.finite import is_finite
 from sgm.weights.preflight import HOW_TO_GET_SMALL_DECODER
 
 # Of a side, in relation to training's: a smaller picture is given a part of the trained positions, a larger one some
@@ -266,3 +267,14 @@ def _sampler_problems(engine: SATVideoDiffusionEngine, args: SampleArgs) -> list
             "set sampler_config.params.guider_config to VanillaCFG or DynamicCFG"
         )
     return problems
+
+
+def check_finite(x: Tensor, what: str, dtype: str) -> None:
+    """Whether what was computed in `dtype` (as in `args`) can be used. Raises SamplingError."""
+    if not is_finite(x):
+        advice = {
+            "fp16": "float16 overflowed; use bfloat16 (--set args.fp16=false --set args.bf16=true) or float32",
+            "bf16": "use float32 (--set args.bf16=false) to see whether the weights are at fault",
+            "fp32": "the weights are damaged or belong to another configuration",
+        }[dtype]
+        raise SamplingError(f"the {what} contain NaN or infinity, so no video was written: {advice}.")

@@ -20,10 +20,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, overload
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from sgm.config import ConfigError, RunConfig, load_run_config
+from sgm.data.images import HeldPicture
 from sgm.distributed import preserve_rng
 from sgm.inference.fit import SamplingError
 from sgm.inference.generation import Generation, Sampled, out_of_memory_advice
@@ -33,8 +36,11 @@ from sgm.inference.progress import Progress
 from sgm.inference.prompts import Prompt, PromptError
 from sgm.inference.requests import Wanted
 from sgm.inference.setup import checked, join_processes, without_fp16_on_cpu
+from sgm.inference.source_clip import HeldClip
 from sgm.inference.video import Preview, StepReport, Video
+from sgm.inference.visual import NOTHING, InMemory
 from sgm.placeholders import config_files
+from sgm.places import found_path
 from sgm.typed import build_args, listing, nearest
 
 OnStep = Callable[[StepReport], object]
@@ -47,11 +53,13 @@ class Asked(TypedDict, total=False):
     seed: base seed. Noise depends on it, on the prompt's place in the list and on the sample's number alone.
     steps: sampling steps. negative_prompt: what to steer away from. guidance_scale: in place of the guider's.
     size: (height, width) in pixels. num_frames: latent frames, as `--num-frames`: 13 give 49 frames, 1 an image.
-    image: the picture's file that the video begins with. video: the file of the clip that it is made from.
+    image: what the video begins with: a file, one of Pillow's pictures, or uint8 (h, w, 3).
+    video: the clip that it is made from: a file, a `Video`, or uint8 (f, h, w, 3).
     strength: share of the steps that are taken from that clip, in (0, 1].
     lora: adapters as `PATH` or `PATH:SCALE`, in place of those that the model has; [] for none.
     refine: let a language model write the prompt out first.
     configs: YAML files laid over the model's own for this call, as `configs/fast.yaml` or `configs/few_steps.yaml`.
+    overrides: keys with dots and their values, as `--set`.
     """
 
     seed: int | None
@@ -60,12 +68,13 @@ class Asked(TypedDict, total=False):
     guidance_scale: float | None
     size: Sequence[int] | None
     num_frames: int | None
-    image: str | Path | None
-    video: str | Path | None
+    image: str | Path | Image.Image | np.ndarray | None
+    video: str | Path | Video | np.ndarray | None
     strength: float | None
     lora: str | Sequence[str] | None
     refine: bool | None
     configs: Sequence[str | Path]
+    overrides: Mapping[str, object]
 
 
 OPTIONS = {"steps": "num_steps", "size": "sampling_image_size", "num_frames": "sampling_num_frames"}  # named otherwise
@@ -112,7 +121,7 @@ class TextToVideo:
             ConfigError: a file, key or path that is wrong; lists every problem.
         """
         files = config_files([str(file) for file in configs], SHIPPED_CONFIG, DEMO_CONFIG)
-        texts = [f"{key}={json.dumps(value, default=str)}" for key, value in (overrides or {}).items()]
+        texts = _set_texts(overrides or {})
         flags = {"lora": _texts(lora) or None, "placement": placement, "device": device and str(device)}
         config = checked(load_run_config(files, SampleArgs, overrides=texts, flags=flags))
         if config.args.decode_latents or config.args.only_save_latents:
@@ -123,8 +132,10 @@ class TextToVideo:
         return model
 
     @contextmanager
-    def generation(self, config: RunConfig[SampleArgs], progress: Progress) -> Iterator[Generation]:
-        """This model's turn at what `config` asks for.
+    def generation(
+        self, config: RunConfig[SampleArgs], progress: Progress, held: InMemory = NOTHING
+    ) -> Iterator[Generation]:
+        """This model's turn at what `config` asks for, with what is `held` in memory in place of its files.
 
         Raises:
             SamplingError: it asks for what is decided when a model is loaded, or its options do not fit; or this is
@@ -136,7 +147,7 @@ class TextToVideo:
             self._owner = threading.get_ident()
             try:
                 if config is not self._asked:
-                    self.pipeline.ask(config)
+                    self.pipeline.ask(config, held)
                     self._asked = config
                 for note in self.pipeline.notes:
                     progress.line(note)
@@ -182,7 +193,9 @@ class TextToVideo:
             ConfigError, PromptError, SamplingError, WeightsError: what is asked for cannot be; nothing was made.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        made = list(self._videos(self._config_of(prompts, samples or 1, asked), on_step))
+        held = _in_memory(asked)
+        config = self._config_of(prompts, samples or 1, {**asked, **_names(held)})
+        made = list(self._videos(config, held, on_step))
         return made[0] if isinstance(prompt, str) and samples is None else made
 
     def stream(self, prompt: str, *, every: int = 1, **asked: Unpack[Asked]) -> Iterator[Preview | Video]:
@@ -236,12 +249,9 @@ class TextToVideo:
         blank = [k for k, text in enumerate(prompts) if not text.strip()]
         if blank or not prompts:
             raise PromptError(f"prompt {blank[0]} is blank; write some text." if blank else "there is no prompt.")
-        config, configs = self.config, asked.get("configs") or ()
-        if configs:
-            files = [*config.files, *config_files([str(file) for file in configs], SHIPPED_CONFIG, DEMO_CONFIG)]
-            config = load_run_config(files, SampleArgs, overrides=self._overrides, flags=self._flags)
-            config = without_fp16_on_cpu(checked(config), self.pipeline.device)
-        given = {OPTIONS.get(n, n): v for n, v in asked.items() if n != "configs" and v is not None}
+        config = self._laid_over(asked.get("configs") or (), asked.get("overrides") or {})
+        others = ("configs", "overrides")
+        given = {OPTIONS.get(name, name): v for name, v in asked.items() if name not in others and v is not None}
         for name in ("image", "video"):
             if name in given:
                 given[name] = str(given[name])
@@ -257,9 +267,18 @@ class TextToVideo:
         config = replace(config, args=args)
         return checked(config) if "lora" in given else config
 
-    def _videos(self, config: RunConfig[SampleArgs], on_step: OnStep | None) -> Iterator[Video]:
+    def _laid_over(self, configs: Sequence[str | Path], overrides: Mapping[str, object]) -> RunConfig[SampleArgs]:
+        """The model's own configuration with files and keys over it."""
+        if not configs and not overrides:
+            return self.config
+        files: list[str | Path] = [*self.config.files, *(found_path(str(file)) for file in configs)]
+        texts = [*self._overrides, *_set_texts(overrides)]
+        config = load_run_config(files, SampleArgs, overrides=texts, flags=self._flags)
+        return without_fp16_on_cpu(checked(config), self.pipeline.device)
+
+    def _videos(self, config: RunConfig[SampleArgs], held: InMemory, on_step: OnStep | None) -> Iterator[Video]:
         progress = _CallProgress(self.shown, self.pipeline, on_step)
-        with self.generation(config, progress) as generation, _own_stream(config.args):
+        with self.generation(config, progress, held) as generation, _own_stream(config.args):
             prompts = [Prompt(k, text.strip()) for k, text in enumerate(config.args.prompts)]
             fitting = generation.fitting(self.pipeline.visual.pictures.attach(prompts))
             numbers = list(range(config.args.batch_size))
@@ -341,9 +360,25 @@ def _own_stream(args: SampleArgs) -> Iterator[None]:
         yield
 
 
+def _in_memory(asked: Asked) -> InMemory:
+    """What of it lies in no file. Raises ImageError, SourceError: neither picture nor clip."""
+    image, video = asked.get("image"), asked.get("video")
+    clip = video.frames if isinstance(video, Video) else video
+    return InMemory(
+        HeldPicture.holding(image) if isinstance(image, Image.Image | np.ndarray) else None,
+        HeldClip.holding(clip) if isinstance(clip, np.ndarray) else None,
+    )
+
+
+def _names(held: InMemory) -> dict[str, Path]:
+    """What stands in the configuration in place of files."""
+    parts = {"image": held.picture, "video": held.clip}
+    return {name: part.path for name, part in parts.items() if part}
+
+
 def _refuse_unknown(asked: Iterable[str]) -> None:
     for name in asked:
-        if name in ("device", "overrides", "placement", "progress"):
+        if name in ("device", "placement", "progress"):
             raise ConfigError(f"{name} is decided when a model is loaded: TextToVideo.from_config(..., {name}=...)")
         if name not in Asked.__annotations__:
             raise ConfigError(f"unknown option {name!r}{nearest(name, Asked.__annotations__)}")
@@ -351,3 +386,8 @@ def _refuse_unknown(asked: Iterable[str]) -> None:
 
 def _texts(names: str | Sequence[str]) -> list[str]:
     return [names] if isinstance(names, str) else [str(name) for name in names]
+
+
+def _set_texts(overrides: Mapping[str, object]) -> list[str]:
+    """As behind `--set`; JSON is YAML."""
+    return [f"{key}={json.dumps(value, default=str)}" for key, value in overrides.items()]

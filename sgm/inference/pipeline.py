@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ from sgm.inference.few_steps import with_few_steps
 from sgm.inference.fit import (
     SamplingError,
     Scaled,
+    check_finite,
     check_fit,
     check_latents,
     check_same_model,
@@ -38,7 +39,7 @@ from sgm.inference.options import SampleArgs
 from sgm.inference.placement import Placement
 from sgm.inference.prompts import Prompt, refuse_images
 from sgm.inference.rehearsal import compile_ahead, run_block, run_decoder
-from sgm.inference.visual import VisualInput
+from sgm.inference.visual import NOTHING, InMemory, VisualInput
 from sgm.models.autoencoder import VideoAutoencoder
 from sgm.models.diffusion import Cond, SATVideoDiffusionEngine
 from sgm.models.loading import (
@@ -63,7 +64,6 @@ from sgm.parallel.team import ParallelError, Team
 from sgm.util import instantiate_from_config
 from sgm.weights import weights_fingerprint
 from sgm.weights.checksums import Checks
-from sgm.weights.finite import is_finite
 
 Part = Literal["conditioner", "network", "first_stage", "small_decoder"]
 
@@ -131,9 +131,11 @@ class Pipeline:
         self._checks = Checks()  # of what was loaded; nothing that came of it leaves here before they are done
         self._take(config)
 
-    def ask(self, config: RunConfig[SampleArgs]) -> None:
+    def ask(self, config: RunConfig[SampleArgs], held: InMemory = NOTHING) -> None:
         """Take another configuration; what is loaded stays, but for adapters that it does not name.
 
+        Args:
+            held: in place of the picture and the clip that `config` names.
         Raises:
             ConfigError: it differs in what is decided when a model is loaded.
             SamplingError: its options do not fit the model, or each other.
@@ -141,11 +143,11 @@ class Pipeline:
         check_same_model(self.config, config)
         config, self.notes = with_few_steps(with_adapters(config))
         self.engine.sampler = instantiate_from_config(config.model["sampler_config"])
-        self._take(config)
+        self._take(config, held)
         if self.args.lora != self._adapters:
             self._loaded.discard("network")
 
-    def _take(self, config: RunConfig[SampleArgs]) -> None:
+    def _take(self, config: RunConfig[SampleArgs], held: InMemory = NOTHING) -> None:
         """Let sampler, guider and the rooms for pictures and clips be as `config` has them."""
         self.config, self.args = config, config.args
         fast = config.accelerate
@@ -154,7 +156,7 @@ class Pipeline:
         if self.args.video and self.engine.has_sampler:
             self.engine.sampler.strength = self.args.share_taken
         check_fit(self.engine, self.args, self.size())
-        self.visual = VisualInput(self.engine, self.args, self.device, self._moments)
+        self.visual = VisualInput(self.engine, self.args, self.device, self._moments, held)
         sampler = self.engine.sampler
         # Of each sampling run; found by making its schedule, which refuses numbers that it cannot have.
         self.num_steps = len(sampler.schedule(self.args.num_steps).timesteps)
@@ -248,7 +250,6 @@ class Pipeline:
             if self._fuses_on_gpu:
                 compile_ahead(partial(run_block, self.engine, self.latent_shape(self.size())))
             self.facts.network = self._load_network(device, dtype)
-            self.facts.notes += self.facts.network.notes
 
     @property
     def _fuses_on_gpu(self) -> bool:
@@ -307,6 +308,7 @@ class Pipeline:
                 network, self.args.load, device=device, dtype=dtype, allow_absent=allow_absent, adapters=adapters,
                 merge=self.args.merge_lora,
             )  # fmt: skip
+            self.facts.notes += loaded.notes
         elif self.fp8:
             raise SamplingError("the adapters of a network in 8-bit floats (accelerate.fp8) cannot be changed.")
         else:
@@ -318,7 +320,7 @@ class Pipeline:
             quantize_network(network)
         return loaded
 
-    @cached_property
+    @property
     def small_decoder_weights(self) -> str | None:
         """Fingerprint of the small decoder's file; None where the full one decodes."""
         file = self.engine.autoencoder.small_decoder if self.args.decoder == "small" else None
@@ -384,7 +386,7 @@ class Pipeline:
         try:
             with self._checks.first(), torch.no_grad(), self.placement.use(stage.encoder):
                 moments = stage.moments(pixels.to(self.device, self.engine.dtype)).cpu()
-                _check_finite(moments, f"latents of the {what}", self.args.dtype)
+                check_finite(moments, f"latents of the {what}", self.args.dtype)
         finally:
             stage.memory = plan
         return moments
@@ -438,7 +440,7 @@ class Pipeline:
                 callback=self._working_meanwhile(callback),
                 shortcuts=run,
             ).cpu()
-            _check_finite(latents, "latents", self.args.dtype)
+            check_finite(latents, "latents", self.args.dtype)
         self.calls = run.calls if run else None
         return latents
 
@@ -452,14 +454,13 @@ class Pipeline:
         self._compile_decoder()
         self.load(self.decoder_part)
         stage, small = self.engine.autoencoder, self._small_decoder if self.args.decoder == "small" else None
-        latents = self.engine.drop_first(latents[None])
-        z = latents.to(self.device, torch.float32).transpose(1, 2) / self.engine.scale_factor
+        z = self._unscaled(latents)
         share = SharedChunks(self.team) if self.shares_decoding else None
         pieces: list[Tensor] = []
         with self._checks.first(), torch.no_grad(), self.placement.use(small or stage.decoder):
             z = z.to(small.dtype if small else self.engine.dtype)
             for pixels in small.decode_chunks(z) if small else stage.decode_chunks(z, share):
-                _check_finite(pixels, "pixels", self.args.dtype)
+                check_finite(pixels, "pixels", self.args.dtype)
                 piece = to_uint8(pixels)[0]
                 pieces.append(piece if share else piece.cpu())
             self._checks.wait()
@@ -473,20 +474,23 @@ class Pipeline:
         By the small decoder where the configuration names one; else up to `PREVIEWED` of its latent frames, each
         decoded alone, as a picture.
         """
-        stage = self.engine.autoencoder
-        z = self.engine.drop_first(latents[None]).to(self.device, torch.float32).transpose(1, 2)
-        z = z / self.engine.scale_factor
-        part: Part = "small_decoder" if stage.small_decoder and Path(stage.small_decoder).exists() else "first_stage"
-        self.load(part)
-        small = self._small_decoder if part == "small_decoder" else None
-        shown = np.linspace(0, z.shape[2] - 1, min(PREVIEWED, z.shape[2])).round().astype(int).tolist()
+        stage, z = self.engine.autoencoder, self._unscaled(latents)
+        if stage.small_decoder and Path(stage.small_decoder).exists():
+            self.load("small_decoder")
+            small, parts = self._small_decoder, [z]
+        else:
+            self.load("first_stage")
+            shown = np.linspace(0, z.shape[2] - 1, min(PREVIEWED, z.shape[2])).round().astype(int)
+            small, parts = None, [z[:, :, k : k + 1] for k in shown.tolist()]
+        decoder, dtype = small or stage, small.dtype if small else self.engine.dtype
         with torch.no_grad(), self.placement.use(small or stage.decoder):
-            if small is not None:
-                pieces = list(small.decode_chunks(z.to(small.dtype)))
-            else:
-                z = z.to(self.engine.dtype)
-                pieces = [pixels for k in shown for pixels in stage.decode_chunks(z[:, :, k : k + 1])]
-            return np.concatenate([to_uint8(pixels)[0].cpu().numpy() for pixels in pieces])
+            pieces = [to_uint8(x)[0].cpu().numpy() for part in parts for x in decoder.decode_chunks(part.to(dtype))]
+        return np.concatenate(pieces)
+
+    def _unscaled(self, latents: Tensor) -> Tensor:
+        """Sampled latents (t, c, h, w) as decoders take them, (1, c, t, h, w)."""
+        latents = self.engine.drop_first(latents[None])
+        return latents.to(self.device, torch.float32).transpose(1, 2) / self.engine.scale_factor
 
 
 def _for_inference(model: dict[str, Any]) -> dict[str, Any]:
@@ -501,13 +505,3 @@ def _for_inference(model: dict[str, Any]) -> dict[str, Any]:
 
 def _on_cpu(cond: Cond) -> Cond:
     return {name: value.cpu() for name, value in cond.items()}
-
-
-def _check_finite(x: Tensor, what: str, dtype: str) -> None:
-    if not is_finite(x):
-        advice = {
-            "fp16": "float16 overflowed; use bfloat16 (--set args.fp16=false --set args.bf16=true) or float32",
-            "bf16": "use float32 (--set args.bf16=false) to see whether the weights are at fault",
-            "fp32": "the weights are damaged or belong to another configuration",
-        }[dtype]
-        raise SamplingError(f"the {what} contain NaN or infinity, so no video was written: {advice}.")

@@ -65,12 +65,12 @@ class Pictures:
     """Whether a run's videos begin with pictures, and with which.
 
     Attributes:
-        wanted: each does. given: the file for prompts that name none.
+        wanted: each does. given: the file (or the picture itself) for prompts that name none.
         other: a configuration of the other kind, for advice.
     """
 
     wanted: bool
-    given: str | None = None
+    given: str | Picture | None = None
     other: str = ""
 
     def attach(self, prompts: Sequence[Prompt], file: Path | None = None) -> list[Prompt]:
@@ -100,6 +100,8 @@ class Pictures:
         if len(names) > 1:
             raise PromptError(f"{MARK} stands {len(names)} times; write TEXT{MARK}IMAGE, with one.")
         name = names[0].strip("\"'") if names else self.given
+        if isinstance(name, Picture):
+            return replace(prompt, text=text, picture=name)
         if not name:
             raise PromptError(
                 f"no picture is named, and this model makes videos from one: write TEXT{MARK}IMAGE, or give --image "

@@ -211,8 +211,8 @@ class Requests:
         network = facts.network
         result = Result(
             refined_prompt=prompt.refined or None,
-            image=_absolute(str(prompt.picture.path)) if prompt.picture else None,
-            video=_absolute(str(self.pipeline.visual.source.path)) if self.pipeline.visual.source else None,
+            image=prompt.picture.place if prompt.picture else None,
+            video=self.pipeline.visual.source.place if self.pipeline.visual.source else None,
             prompt_index=prompt.index,
             sample_index=sample,
             steps_taken=self.pipeline.num_steps,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -43,20 +45,51 @@ class SourceClip:
         except (VideoError, OSError) as error:
             raise SourceError(str(error)) from error
 
+    @property
+    def place(self) -> str | None:
+        """Its file, from the root; None: it has none."""
+        return os.path.abspath(self.path)
+
     def pixels(self, frames: int, size: tuple[int, int]) -> Tensor:
         """Its first `frames`, whole, by Lanczos at `size` (height, width): (1, 3, f, h, w) in [-1, 1].
 
         Raises:
             SourceError: it cannot be read any more, or is another one than was checked.
         """
+        pictures = [resized(Image.fromarray(frame), size) for frame in self._first(frames)]
+        return torch.stack(pictures, dim=1)[None]
+
+    def _first(self, frames: int) -> np.ndarray:
+        """So many frames, uint8 (f, h, w, 3)."""
         try:
             if _sha256(self.path) != self.sha256:
                 raise SourceError(f"{self.path} has changed since this run began; start it again.")
-            found = read_frames(self.path, range(frames))
+            return read_frames(self.path, range(frames)).permute(0, 2, 3, 1).contiguous().numpy()
         except (VideoError, OSError) as error:
             raise SourceError(str(error)) from error
-        pictures = [resized(Image.fromarray(frame.permute(1, 2, 0).numpy()), size) for frame in found]
-        return torch.stack(pictures, dim=1)[None]
+
+
+@dataclass(frozen=True)
+class HeldClip(SourceClip):
+    """Frames that lie in memory, not in a file; the SHA-256 is that of their pixels."""
+
+    held: np.ndarray = field(repr=False, compare=False)
+
+    @classmethod
+    def holding(cls, frames: np.ndarray) -> HeldClip:
+        """Frames uint8 (f, h, w, 3). Raises SourceError: others."""
+        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or 0 in frames.shape:
+            raise SourceError(f"the clip is an array {frames.dtype} {frames.shape}; give uint8 (f, h, w, 3).")
+        frames = np.ascontiguousarray(frames)
+        digest = hashlib.sha256(f"{frames.shape}".encode() + frames.tobytes()).hexdigest()
+        return cls(Path("a clip in memory"), len(frames), digest, frames)
+
+    @property
+    def place(self) -> str | None:
+        return None
+
+    def _first(self, frames: int) -> np.ndarray:
+        return self.held[:frames]
 
 
 def _sha256(path: Path) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,6 +72,13 @@ class Video:
     def seed(self) -> int:
         """Of the call; with the prompt's and the sample's number it makes the noise."""
         return int(self.record["seed"])
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the clip itself."""
+        with tempfile.TemporaryDirectory() as folder:
+            write_video(Path(folder) / "clip.mp4", self.frames, self.fps)
+            coded = base64.b64encode((Path(folder) / "clip.mp4").read_bytes()).decode()
+        return f'<video controls autoplay loop muted src="data:video/mp4;base64,{coded}"></video>'
 
     def save(self, path: str | Path) -> Path:
         """Write the clip (H.264) and its record, which lies beside it under the same name with `.json`.

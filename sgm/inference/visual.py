@@ -7,19 +7,31 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from sgm.data.images import Picture, cropped, resized
+from sgm.data.images import HeldPicture, Picture, cropped, resized
 from sgm.inference.fit import SamplingError, follows_picture, other_kind, video_size
 from sgm.inference.noise import StackedNoise
 from sgm.inference.options import SampleArgs
 from sgm.inference.prompts import Pictures
-from sgm.inference.source_clip import SourceClip
+from sgm.inference.source_clip import HeldClip, SourceClip
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.modules.diffusionmodules.image_condition import clip_frames, repeat_first, sampled_frames
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """What a caller holds in memory, in place of the files that `args.image` and `args.video` name."""
+
+    picture: HeldPicture | None = None
+    clip: HeldClip | None = None
+
+
+NOTHING = InMemory()
 
 
 class VisualInput:
@@ -28,6 +40,7 @@ class VisualInput:
     Args:
         moments: pixels (1, 3, f, h, w) in [-1, 1], and what they are, to moments of the posterior (1, 2c, t, h/8, w/8)
             on the CPU.
+        held: in place of the files that `args` names.
 
     Attributes:
         pictures: whether videos begin with pictures, and with which.
@@ -44,15 +57,17 @@ class VisualInput:
         args: SampleArgs,
         device: torch.device,
         moments: Callable[[Tensor, str], Tensor],
+        held: InMemory = NOTHING,
     ):
         self.engine, self.args, self.device = engine, args, device
         self._moments = moments
-        self.pictures = Pictures(engine.noised_image_input, args.image, other_kind(engine))
-        self.source = self._find_source(args.video) if args.video else None
+        self.pictures = Pictures(engine.noised_image_input, held.picture or args.image, other_kind(engine))
+        clip = held.clip or (SourceClip.of(Path(os.path.expanduser(args.video))) if args.video else None)
+        self.source = clip and self._long_enough(clip)
         self._source_moments: Tensor | None = None
 
-    def _find_source(self, file: str) -> SourceClip:
-        source, strides = SourceClip.of(Path(os.path.expanduser(file))), self.engine.strides
+    def _long_enough(self, source: SourceClip) -> SourceClip:
+        strides = self.engine.strides
         needed = strides.pixel_frames(self.clip_frames)
         if source.frames < needed:
             most = strides.latent_frames(source.frames)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -11,16 +14,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import sgm
 from sgm import Preview, StepReport, TextToVideo, Video
 from sgm.config import ConfigError
 from sgm.data.video_io import probe, read_frames
 from sgm.inference.fit import SamplingError
+from sgm.inference.model import Asked
 from sgm.inference.prompts import PromptError
 from sgm.inference.writer import OutputError
 from sgm.weights import WeightsError
+from tests.family_tiny import write_kind
 from tests.sampling_tiny import REPO, configuration, main, write_release, write_yaml
+from tests.training_tiny import write_clips
 
 ROOM = {"model.network_config.params.num_frames": 9}  # positions for three latent frames
 FEW_STEPS = REPO / "configs" / "few_steps.yaml"
@@ -229,9 +236,74 @@ def test_the_first_lines_of_the_guide(tmp_path, monkeypatch):
     """On the demo, from any folder; as short as it can be."""
     monkeypatch.chdir(tmp_path)
     model = TextToVideo.from_config("configs/demo_infer.yaml", overrides={"args.sampling_num_frames": 1})
-    video = model("a small red star drifts to the left over a white background", seed=7, steps=2, num_frames=3)
-    assert video.frames.shape == (9, 128, 192, 3) and len(read_frames(video.save("star.mp4"), range(9))) == 9
-    fast = model("a small red star", configs=["configs/few_steps.yaml"], num_frames=3)
+    video = model("a small red star drifts to the left over a white background", seed=7, steps=2)
+    assert video.frames.shape == (1, 128, 192, 3) and len(read_frames(video.save("star.mp4"), [0])) == 1
+    fast = model("a small red star", configs=["configs/few_steps.yaml"])
     assert (fast.record["decoder"], fast.record["num_steps"]) == ("small", 4)
-    again = model("a small red star drifts to the left over a white background", seed=7, steps=2, num_frames=3)
+    again = model(
+        "a small red star drifts to the left over a white background", seed=7, overrides={"args.num_steps": 2}
+    )
     assert np.array_equal(again.frames, video.frames)
+
+
+def test_a_clip_or_a_picture_may_lie_in_memory(model, release, tmp_path):
+    """The same numbers as from a file."""
+    clip = write_clips(tmp_path, 1, 9) / "videos" / "0.mp4"
+    frames = read_frames(clip, range(9)).permute(0, 2, 3, 1).numpy()
+    asked = {"num_frames": 3, "steps": 4, "strength": 0.5}
+    made = [model("a dog", video=given, **asked) for given in (clip, frames, str(clip))]
+    assert digest(made[0]) == digest(made[1]) == digest(made[2]) != digest(model("a dog", num_frames=3, steps=4))
+    assert (made[0].record["video"], made[1].record["video"]) == (str(clip), None) and made[1].record["video_sha256"]
+    assert model("a dog", video=made[0], **asked).record["steps_taken"] == 2
+    for wrong, words in ((frames[:4], "has 4 frames"), (frames[0], r"uint8 \(16, 32, 3\); give uint8 \(f, h, w, 3\)")):
+        with pytest.raises(ValueError, match=words):
+            model("a dog", video=wrong, **asked)
+    file = tmp_path / "x.png"
+    Image.fromarray(frames[0]).save(file)
+    kind = write_kind(tmp_path / "i2v", "5b_i2v")
+    args = configuration(release)["args"] | {"load": str(tmp_path / "i2v" / "transformer")}
+    begins = TextToVideo.from_config(write_yaml(tmp_path / "c.yaml", {"args": args, "model": kind}))
+    asked = {"steps": 2, "size": (16, 32)}
+    turned = [begins("a dog", image=given, **asked) for given in (file, frames[0], Image.open(file))]
+    assert len({*map(digest, turned)}) == 1 and digest(begins("a dog", image=frames[5], **asked)) != digest(turned[0])
+    assert [v.record["image"] for v in turned] == [str(file), None, None]
+    with pytest.raises(PromptError, match="no picture is named"):
+        begins("a dog", **asked)
+
+
+def test_the_notebook_runs(tmp_path, monkeypatch):
+    """All its cells, one after the other; the last line of each is shown, as notebooks do."""
+    monkeypatch.chdir(tmp_path)
+    cells = json.loads((REPO / "docs" / "python.ipynb").read_text(encoding="utf-8"))["cells"]
+    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert all(cell.get("outputs", []) == [] for cell in cells) and len(sources) > 5
+    names: dict[str, object] = {}
+    for source in sources:
+        *body, last = ast.parse(source).body
+        exec(compile(ast.Module(body, []), "notebook", "exec"), names)
+        if isinstance(last, ast.Expr):
+            names["shown"] = eval(compile(ast.Expression(last.value), "notebook", "eval"), names)
+        else:
+            exec(compile(ast.Module([last], []), "notebook", "exec"), names)
+    video, shown = names["video"], names["shown"]
+    assert isinstance(video, Video) and video.frames.shape == (17, 128, 192, 3) and Path("star.json").is_file()
+    assert isinstance(shown, Video) and shown._repr_html_().startswith("<video") and shown.record["strength"] == 0.6
+
+
+def test_the_guide_names_what_there_is():
+    """Every keyword that its examples and tables give, and every attribute of what comes back."""
+    text = (REPO / "docs" / "python.md").read_text(encoding="utf-8")
+    calls = [
+        node
+        for block in re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+        for node in ast.walk(ast.parse(block))
+        if isinstance(node, ast.Call)
+    ]
+    known = {"samples", "on_step", *Asked.__annotations__}
+    taken = {"model": known, "stream": known | {"every"}, "from_config": set(inspect.signature(TextToVideo.from_config).parameters)}  # fmt: skip
+    found = {ast.unparse(call.func).rpartition(".")[2]: set() for call in calls}
+    for call in calls:
+        found[ast.unparse(call.func).rpartition(".")[2]] |= {str(word.arg) for word in call.keywords}
+    assert all(words <= taken[name] for name, words in found.items() if name in taken) and taken.keys() <= found.keys()
+    rows = [row.split("|")[1] for row in text.splitlines() if row.startswith("| `")]
+    assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == known
