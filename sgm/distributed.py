@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import TypeVar
 
 import numpy as np
@@ -30,7 +30,23 @@ T = TypeVar("T")
 # After so long a collective of training counts as hung; it has to outlast a checkpoint written to a slow drive.
 # DEEPSPEED_TIMEOUT (minutes) overrides it. What takes longer, before training, is waited for with `wait_for_all`.
 COLLECTIVE_LIMIT = timedelta(hours=1)
-_meetings = itertools.count()
+
+
+@dataclass(frozen=True)
+class ClipGroup:
+    """Processes that train on the same clip, each on a share of it: neighbours among those that hold the same weights.
+
+    Attributes:
+        size: how many. group: of them; None where this process is alone. first: its first one's rank in the run.
+    """
+
+    size: int = 1
+    group: torch.distributed.ProcessGroup | None = None
+    first: int = 0
+
+
+# Of the process groups that there are: how clips are shared, and numbers for `wait_for_all`.
+_present = SimpleNamespace(clip=ClipGroup(), meetings=itertools.count())
 
 
 class DistributedError(SgmError):
@@ -124,6 +140,8 @@ def ensure_groups(model_parallel_size: int = 1) -> None:
 
 def shutdown() -> None:
     """Drop SAT's groups and the process group. Does nothing where there are none."""
+    share_clips(ClipGroup())
+    _present.meetings = itertools.count()
     initialize = _sat_groups()
     if initialize is not None:
         initialize.destroy_model_parallel()
@@ -136,14 +154,44 @@ def shutdown() -> None:
             torch.distributed.destroy_process_group()
 
 
+def share_clips(group: ClipGroup) -> None:
+    """From here on the processes of `group` have the same data: in number, order and random draws they are one."""
+    _present.clip = group
+
+
 def data_parallel_rank() -> int:
-    """Rank among the processes that hold different data; 0 where nothing is initialised."""
+    """Rank among those that hold different data, each of them one process or several that share a clip; 0 where
+    nothing is initialised.
+    """
+    return replica_rank() // clip_world_size()
+
+
+def data_parallel_world_size() -> int:
+    """How many hold different data; 1 where nothing is initialised."""
+    return replica_count() // clip_world_size()
+
+
+def clip_rank() -> int:
+    """Which share of a clip this process has; 0 where it has all of it."""
+    return replica_rank() % clip_world_size()
+
+
+def clip_world_size() -> int:
+    """Processes that share a clip."""
+    clip: ClipGroup = _present.clip
+    return clip.size
+
+
+def replica_rank() -> int:
+    """Rank among the processes that hold the same weights, over which gradients are averaged and ZeRO cuts its state;
+    0 where nothing is initialised.
+    """
     groups = _sat_groups()
     return groups.get_data_parallel_rank() if groups is not None else own_rank()[0]
 
 
-def data_parallel_world_size() -> int:
-    """Number of processes that hold different data; 1 where nothing is initialised."""
+def replica_count() -> int:
+    """Number of processes that hold the same weights; 1 where nothing is initialised."""
     groups = _sat_groups()
     return groups.get_data_parallel_world_size() if groups is not None else own_rank()[1]
 
@@ -170,7 +218,7 @@ def wait_for_all() -> None:
     if ranks == 1:
         return
     store = torch.distributed.distributed_c10d._get_default_store()
-    key = f"sgm/meeting/{next(_meetings)}"
+    key = f"sgm/meeting/{next(_present.meetings)}"
     if store.add(key, 1) == ranks:
         store.set(f"{key}/all", "here")
     while not store.check([f"{key}/all"]):
@@ -205,13 +253,26 @@ def gather(value: T) -> list[T]:
 def broadcast_in_model_parallel(tensor: Tensor) -> Tensor:
     """Overwrite `tensor` by that of the first process of the model-parallel group, and return it.
 
-    All parts of one model must see the same noise and timesteps. A tensor on a group of one comes back untouched.
+    A tensor on a group of one comes back untouched.
     """
     groups = _sat_groups()
     if groups is None or groups.get_model_parallel_world_size() == 1:
         return tensor
+    return _overwrite(tensor, groups.get_model_parallel_src_rank(), groups.get_model_parallel_group())
+
+
+def same_for_clip(tensor: Tensor) -> Tensor:
+    """Overwrite `tensor` by that of the first of all processes that compute the same clip, and return it.
+
+    Parts of one model, and shares of one clip, must see the same noise and timesteps.
+    """
+    tensor = broadcast_in_model_parallel(tensor)
+    clip: ClipGroup = _present.clip
+    return tensor if clip.group is None else _overwrite(tensor, clip.first, clip.group)
+
+
+def _overwrite(tensor: Tensor, source: int, group: torch.distributed.ProcessGroup) -> Tensor:
     sent = tensor.detach().contiguous()
-    group, source = groups.get_model_parallel_group(), groups.get_model_parallel_src_rank()
     torch.distributed.broadcast(sent, source, group=group)
     with torch.no_grad():
         return tensor.copy_(sent)

@@ -18,7 +18,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("configs", nargs="+", type=Path, metavar="CONFIG.yaml", help="later files win")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key")
-    parser.add_argument("--gpus", type=int, default=1, help="data-parallel GPUs the run is spread over")
+    parser.add_argument("--gpus", type=int, default=1, help="GPUs the run is spread over")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="kind of machine it will run on")
     parser.add_argument("--allow-target", action="append", default=[], metavar="PREFIX", help="see train_video.py")
     options = parser.parse_args(arguments)
@@ -64,7 +64,7 @@ def table(configs: list[Path], overrides: list[str], gpus: int, device: str) -> 
 def needs_of(configs: list[Path], overrides: list[str], gpus: int, device: str):
     """`MemoryNeeds` of a configuration."""
     from sgm import distributed
-    from sgm.config import check_model_section, load_run_config
+    from sgm.config import ConfigError, check_model_section, load_run_config
     from sgm.models.diffusion import SATVideoDiffusionEngine
     from sgm.training.options import TrainArgs
     from sgm.training.setup.deepspeed import plan_deepspeed
@@ -73,7 +73,10 @@ def needs_of(configs: list[Path], overrides: list[str], gpus: int, device: str):
 
     config = with_found_paths(load_run_config(configs, TrainArgs, overrides=overrides))
     check_model_section(config.model, SATVideoDiffusionEngine)
-    plan = plan_deepspeed(config.deepspeed, device_type=device, data_parallel_size=gpus)
+    shares = config.args.sequence_parallel_size
+    if gpus % shares:
+        raise ConfigError(f"--gpus {gpus} is no multiple of args.sequence_parallel_size {shares}")
+    plan = plan_deepspeed(config.deepspeed, device_type=device, data_parallel_size=gpus // shares)
     distributed.init_distributed("cpu")
     distributed.ensure_groups(1)
     return planned_needs(config, plan, gpus)

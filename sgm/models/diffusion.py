@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from sgm.distributed import broadcast_in_model_parallel
+from sgm.distributed import same_for_clip
 from sgm.errors import SgmError
 from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
 from sgm.modules.autoencoding.first_stage import FirstStage
@@ -379,9 +379,9 @@ class SATVideoDiffusionEngine(nn.Module):
             x = self._noised(clip.to(x), x, self.sampler.schedule(num_steps).timesteps[0])
         if prefix is not None:
             x = torch.cat([prefix.to(x), x[:, prefix.shape[1] :]], dim=1)
-        x = broadcast_in_model_parallel(x)
+        x = same_for_clip(x)
         if image is not None:
-            concat = {"concat": broadcast_in_model_parallel(image.to(device))}
+            concat = {"concat": same_for_clip(image.to(device))}
             cond, uc = cond | concat, None if uc is None else uc | concat
 
         def denoise(x: Tensor, sigma: Tensor, c: Cond, **kw: Any) -> Tensor:

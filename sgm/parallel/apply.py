@@ -2,38 +2,49 @@
 
 from __future__ import annotations
 
-from sgm.distributed import model_parallel_world_size
+from typing import TYPE_CHECKING
+
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.parallel.guidance import SharedBranches
 from sgm.parallel.sequence import SharedTokens
 from sgm.parallel.team import ParallelError, Team
+
+if TYPE_CHECKING:
+    from sgm.models.network import DiffusionTransformer  # brings SAT, and with it seconds
 
 
 def share_network(engine: SATVideoDiffusionEngine, team: Team) -> None:
     """Let `engine`, whose kernels are chosen, compute this process's part of each clip of the team.
 
     Raises:
-        ParallelError: the network has fewer heads than there are shares, or something in it sees its own tokens only.
+        ParallelError: see `check_shares`.
     """
     if team.guidance is not None and team.layout.guidance > 1:
         engine.branches = SharedBranches(team.branch, team.guidance)
+    share_tokens(engine.network, team)
+
+
+def share_tokens(network: DiffusionTransformer, team: Team) -> None:
+    """As `share_network`, for a network alone."""
+    check_shares(network, team.layout.sequence)
     if team.sequence is None or team.layout.sequence == 1:
         return
-    _check(engine, team.layout.sequence)
     tokens = SharedTokens(team.share, team.layout.sequence, team.sequence)
-    ops = engine.kernels.block
-    engine.network.transformer.share = tokens
-    engine.network.use_ops(ops._replace(attention=tokens.attention(ops.attention)))
+    ops = network.modulation.ops
+    network.transformer.share = tokens
+    network.use_ops(ops._replace(attention=tokens.attention(ops.attention)))
 
 
-def _check(engine: SATVideoDiffusionEngine, size: int) -> None:
-    transformer = engine.network.transformer
-    heads = transformer.layers[0].attention.num_attention_heads_per_partition
+def check_shares(network: DiffusionTransformer, size: int) -> None:
+    """Whether `size` processes can share the tokens of a network, which may lie on the meta device.
+
+    Raises:
+        ParallelError: it has fewer heads than there are shares, or something in it sees its own tokens only.
+    """
+    heads = network.transformer.layers[0].attention.num_attention_heads_per_partition
     if size > heads:
         raise ParallelError(f"args.sequence_parallel_size is {size}, and the network has {heads} heads to share out.")
-    if model_parallel_world_size() > 1:
-        raise ParallelError("args.sequence_parallel_size does not go with args.model_parallel_size; choose one.")
-    if further := list(engine.network.further_configs):
+    if size > 1 and (further := list(network.further_configs)):
         raise ParallelError(
             f"the mixin {further[0]!r} would see the tokens of one process: leave out args.sequence_parallel_size."
         )

@@ -1,12 +1,14 @@
 """Which processes make a clip together, and their process groups.
 
-Rank (d g + i) s + j, of d clips at a time, has branch i of g and share j of s: neighbours exchange the most.
+Rank ((d g + i) s + j) p + k, of d clips at a time, has branch i of g, share j of s, and part k of p of each weight:
+neighbours exchange the most.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -100,6 +102,7 @@ class Team:
         guidance, sequence, clip: groups of those that hold the other branch, the other shares, and all of the clip.
         edges: for each of them one from it to the next, around; a group of its own for each direction, since what is
             sent waits until it is taken.
+        parts, part: of each weight (tensor parallelism). Each part of a clip has a team of its own.
     """
 
     layout: Layout = Layout()
@@ -109,6 +112,8 @@ class Team:
     sequence: dist.ProcessGroup | None = None
     clip: dist.ProcessGroup | None = None
     edges: tuple[dist.ProcessGroup, ...] = ()
+    parts: int = 1
+    part: int = 0
 
     @property
     def size(self) -> int:
@@ -129,7 +134,7 @@ class Team:
 
     def global_rank(self, rank: int) -> int:
         """That of another member."""
-        return self.data_rank * self.size + rank
+        return (self.data_rank * self.size + rank) * self.parts + self.part
 
     def from_first(self, make: Callable[[], T]) -> T:
         """What the first member makes, on all of them."""
@@ -140,25 +145,32 @@ class Team:
         return held[0]  # type: ignore[return-value]
 
 
-def form_team(layout: Layout) -> Team:
-    """Make the groups; all processes of the run call it. Lone processes have none."""
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    data_rank, own = divmod(rank, layout.clip)
+def form_team(layout: Layout, parts: int = 1) -> Team:
+    """Make the groups; all processes of the run call it. Lone processes have none.
+
+    Args:
+        parts: processes among which each weight is split, neighbours; `layout` is of those that hold the same part.
+    """
+    replica, part = divmod(dist.get_rank() if dist.is_initialized() else 0, parts)
+    data_rank, own = divmod(replica, layout.clip)
     if layout.clip == 1:
-        return Team(layout, own, data_rank)
+        return Team(layout, own, data_rank, parts=parts, part=part)
     mine: dict[str, list[dist.ProcessGroup]] = {"guidance": [], "sequence": [], "clip": [], "edges": []}
-    for d in range(layout.data):
-        members = range(d * layout.clip, (d + 1) * layout.clip)
-        rows: dict[str, list[Sequence[int]]] = {
-            "guidance": [members[j :: layout.sequence] for j in range(layout.sequence)],
-            "sequence": [members[i : i + layout.sequence] for i in range(0, layout.clip, layout.sequence)],
-            "clip": [members],
-            "edges": [(members[k], members[(k + 1) % layout.clip]) for k in range(layout.clip)],
-        }
-        for kind, groups in rows.items():
-            for ranks in groups:
-                made = dist.new_group(sorted(ranks), timeout=COLLECTIVE_LIMIT)
-                if rank in ranks or (kind == "edges" and d == data_rank):
-                    mine[kind].append(made)
+    for d, p in product(range(layout.data), range(parts)):
+        members = range(d * layout.clip * parts + p, (d + 1) * layout.clip * parts, parts)
+        for kind, ranks in _groups(layout, members):
+            made = dist.new_group(sorted(ranks), timeout=COLLECTIVE_LIMIT)
+            if dist.get_rank() in (members if kind == "edges" else ranks):
+                mine[kind].append(made)
     (guidance,), (sequence,), (clip,) = mine["guidance"], mine["sequence"], mine["clip"]
-    return Team(layout, own, data_rank, guidance, sequence, clip, tuple(mine["edges"]))
+    return Team(layout, own, data_rank, guidance, sequence, clip, tuple(mine["edges"]), parts, part)
+
+
+def _groups(layout: Layout, members: Sequence[int]) -> list[tuple[str, Sequence[int]]]:
+    """What each group of a team is for, and its ranks."""
+    return [
+        *(("guidance", members[j :: layout.sequence]) for j in range(layout.sequence)),
+        *(("sequence", members[i : i + layout.sequence]) for i in range(0, layout.clip, layout.sequence)),
+        ("clip", members),
+        *(("edges", (members[k], members[(k + 1) % layout.clip])) for k in range(layout.clip)),
+    ]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sgm.cache.dataset import FIRST_FRAME
 from sgm.data.clips import to_unit_range
-from sgm.distributed import broadcast_in_model_parallel
+from sgm.distributed import same_for_clip
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.modules.diffusionmodules.denoiser import append_dims
 
@@ -76,5 +76,5 @@ def noised_first_latent(
 
 
 def shared_images(images: Tensor, dropout: float, draws: ImageDraws) -> Tensor:
-    """Latents after dropout, the same in a model-parallel group."""
-    return broadcast_in_model_parallel(draws.kept(images, dropout))
+    """Latents after dropout, the same for all processes of a clip."""
+    return same_for_clip(draws.kept(images, dropout))

@@ -21,6 +21,8 @@ BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 # adapter does (frozen linears need no inputs); and what a backward pass has in hand besides.
 KEPT_PER_LAYER, KEPT_WITH_ADAPTER = 22.2, 14.5
 BACKWARD_TENSORS = 9
+# Of them those of all tokens behind the last layer, which each process has whole where several share a clip.
+WHOLE_TENSORS = 4
 # Copies of the widest feature map that are alive together while the first stage encodes; in its low-memory form.
 VAE_LIVE_MAPS, VAE_LOW_MEMORY_MAPS = 4.0, 2.5
 
@@ -37,7 +39,7 @@ class MemoryNeeds:
         width, layers: of the transformer.
         vae_values: values of the widest feature map while one clip is encoded; 0 where no VAE runs.
         micro_batch: clips at a time.
-        ranks: data-parallel ranks.
+        ranks: that hold the same weights. shares: of them, those that share a clip's tokens.
         stage: ZeRO stage; `offload`: masters and optimizer state in CPU memory.
         moment_bytes: of a trained value's moments in the optimizer. ema: it also has an average, in float32.
         checkpointing: activations are recomputed: False, True, "selective" (all but attention) or "products" (all but
@@ -64,6 +66,7 @@ class MemoryNeeds:
     picture_encoder: int = 0
     picture_values: int = 0
     bucket: int = 0
+    shares: int = 1
 
     # --- what stays ---------------------------------------------------------------------------------------------------
 
@@ -109,7 +112,8 @@ class MemoryNeeds:
         sequence = self.tokens * self.width * BYTES[self.dtype] * self.micro_batch
         in_layer = KEPT_WITH_ADAPTER if self.trains_adapter else KEPT_PER_LAYER
         between = {False: in_layer, True: 1, "selective": 2, "products": 11}[self.checkpointing] * self.layers
-        return int(sequence * (between + in_layer * bool(self.checkpointing) + BACKWARD_TENSORS))
+        own = between + in_layer * bool(self.checkpointing) + BACKWARD_TENSORS - WHOLE_TENSORS
+        return int(sequence * (own / self.shares + WHOLE_TENSORS))
 
     @property
     def encoding(self) -> int:

@@ -25,15 +25,14 @@ RESUME_MAY_CHANGE = frozenset(
     eval_batch_size strict_eval only_log_video_latents log_image num_workers prefetch_factor exit_interval device
     eval_prompts tensorboard summary_dir wandb wandb_project_name
     max_skipped_steps no_load_rng force_train checkpoint_activations cuda_graphs vae_low_memory cache_dir cache_fill
-    cache_dtype""".split()
+    cache_dtype sequence_parallel_size""".split()
 )
 
 
 # Options of sampling that the original has not: a configuration of sampling may be distilled as it is.
 SAMPLING_ARGS = frozenset(
-    """cfg_parallel decode_latents decoder few_steps guidance_scale image lora max_batch merge_lora negative_prompt
-    num_steps placement prompts refine refine_model seed_mode sequence_parallel_size skip_done strength student
-    vae_tiling video""".split()
+    """decode_latents decoder few_steps guidance_scale image lora max_batch merge_lora negative_prompt
+    num_steps placement prompts refine refine_model seed_mode skip_done strength student vae_tiling video""".split()
 )
 
 
@@ -130,6 +129,10 @@ class TrainArgs:
     )
     vae_low_memory: bool = option(False, "encode clips a few frames at a time: the same result, less memory, slower")
     model_parallel_size: int = option(1, "processes that share each layer (tensor parallelism)", at_least=1)
+    sequence_parallel_size: int = option(
+        1, "processes that train on one clip together, each on a share of its tokens (docs/several_gpus.md)", at_least=1
+    )
+    cfg_parallel: bool | None = option(None, "of sampling: training has no branches of guidance to share out")
     seed: int = option(42, "base seed; each data-parallel rank adds its number", at_least=0)
     device: str | None = option(None, "cpu or cuda; default: the GPU if there is one")
     warmup: float = option(0.01, "share of the run over which the learning rate rises", at_least=0)
@@ -148,6 +151,11 @@ class TrainArgs:
         if not self.train_data and not (self.distill and self.distill.prompts):
             instead = " (or prompts in args.distill.prompts)" if self.distill else ""
             problems.append(f"args.train_data is empty: name at least one folder with videos/ and labels/{instead}")
+        if self.cfg_parallel:
+            problems.append(
+                "args.cfg_parallel shares out the branches of guidance, which training has not; leave it out "
+                "(args.sequence_parallel_size shares out a clip's tokens)"
+            )
         problems += self._distill_problems()
         weights = self.train_data_weights
         folders = self.training_folders
@@ -195,8 +203,11 @@ class TrainArgs:
             for name, value in given.items()
             if value
         ]
-        if self.model_parallel_size > 1:
-            problems.append("args.distill does not go with args.model_parallel_size above 1; leave one of them out")
+        problems += [
+            f"args.distill does not go with args.{name} above 1; leave one of them out"
+            for name in ("model_parallel_size", "sequence_parallel_size")
+            if getattr(self, name) > 1
+        ]
         if not self.load:
             problems.append("args.distill needs a teacher: set args.load to its transformer weights")
         return problems

@@ -26,6 +26,9 @@ from sgm.data.loader import clip_count
 from sgm.distributed import DistInfo, from_first
 from sgm.files import SaveError, write_text
 from sgm.models.diffusion import SATVideoDiffusionEngine
+from sgm.parallel.apply import share_network
+from sgm.parallel.team import Team
+from sgm.parallel.training import training_team
 from sgm.training.checkpoints.load import Earlier, load_state
 from sgm.training.checkpoints.same_run import CONFIG_FILE
 from sgm.training.checkpoints.saver import Saver, resume
@@ -79,11 +82,12 @@ def train(config: RunConfig[TrainArgs], *, dry_run: bool = False) -> int:
     info = distributed.init_distributed(kind)
     check_places(config, dry_run)
     distributed.ensure_groups(args.model_parallel_size)
+    team = training_team(args.sequence_parallel_size)
     plan = plan_deepspeed(config.deepspeed, device_type=kind, data_parallel_size=distributed.data_parallel_world_size())
     advice = (check_size if args.distill else check_clips)(config, plan.dtype)
     say = rank_zero_printer(info.rank)
     advice += training_advice(args, config.model, plan.optimizer.lr)
-    for note in (*config.notes, *plan.notes, *_activation_note(config), *advice):
+    for note in (*config.notes, *plan.notes, *_team_note(team), *_activation_note(config), *advice):
         say(note if note.startswith("warning") else f"note: {note}")
     if dry_run:
         return _dry_run(config, plan, info, say)
@@ -93,7 +97,7 @@ def train(config: RunConfig[TrainArgs], *, dry_run: bool = False) -> int:
     if earlier:
         plan = keep_clips_per_step(plan, earlier, config.deepspeed or {}, distributed.data_parallel_world_size())
     with ExitStack() as stack:
-        parts = _load(config, plan, earlier, info, stack, say)
+        parts = _load(config, plan, earlier, info, team, stack, say)
         try:
             code = _start(parts, config, plan, info, stack, say).fit()
         except torch.OutOfMemoryError as error:
@@ -135,6 +139,7 @@ def _load(
     plan: DeepSpeedPlan,
     earlier: Earlier | None,
     info: DistInfo,
+    team: Team,
     stack: ExitStack,
     say: Say,
 ) -> _Loaded:
@@ -147,9 +152,10 @@ def _load(
         hold(folder, stack)
     seed_all(args.seed)  # the same on all ranks, for what is initialised at random
     engine, loaded = load_engine(config, plan, info.device)
+    share_network(engine, team)
     if loaded:
         say("\n".join([f"weights: {loaded.source}", *(f"note: {note}" for note in loaded.notes)]))
-    needs = memory_needs(engine, config, plan, distributed.data_parallel_world_size())
+    needs = memory_needs(engine, config, plan, distributed.replica_count())
     groups = parameter_groups(engine)
     types = plan.dtype + (", products in bf16" if engine.kernels.cpu_bf16 else "")
     say(f"training {count(groups):,} of {sum(p.numel() for p in engine.parameters()):,} values; {info.world_size} "
@@ -292,15 +298,24 @@ def _resumed(trainer: Trainer, earlier: Earlier, plan: DeepSpeedPlan, ranks: int
             f"note: the run's end moves from iteration {before} to {end}: the learning rate goes on with "
             f"{schedule.current:.3g} and falls until step {schedule.settings.total_steps}"
         )
-    set_up = "{} processes, ZeRO {}, {} clips a step"
-    then = set_up.format(earlier.record.world_size, earlier.record.zero_stage, earlier.clips_per_step)
-    now = set_up.format(dist.get_world_size(), plan.stage, plan.clips_per_step(ranks))
+    record, share = earlier.record, distributed.clip_world_size() * distributed.model_parallel_world_size()
+    then = _set_up(record.world_size, record.clip_processes, record.zero_stage, earlier.clips_per_step)
+    now = _set_up(dist.get_world_size(), share, plan.stage, plan.clips_per_step(ranks))
     if then != now:
         lines.append(
             f"note: {then} -> {now} ({plan.micro_batch} x {plan.accumulation} accumulation x {ranks} ranks): the "
             f"optimizer's state is kept value for value, the clips go on in their order after {trainer.loader.consumed}"
         )
     return lines
+
+
+def _set_up(processes: int, a_clip: int, zero_stage: int, clips: int) -> str:
+    shared = f", {a_clip} a clip" if a_clip > 1 else ""
+    return f"{processes} processes{shared}, ZeRO {zero_stage}, {clips} clips a step"
+
+
+def _team_note(team: Team) -> list[str]:
+    return [f"{team.size} processes train on a clip together, each on a share of its tokens"] if team.size > 1 else []
 
 
 def _activation_note(config: RunConfig[TrainArgs]) -> list[str]:
@@ -323,7 +338,7 @@ def _dry_run(config: RunConfig[TrainArgs], plan: DeepSpeedPlan, info: DistInfo, 
     say(f"plan: {extent} of {batch} clips ({plan.micro_batch} x {plan.accumulation} accumulation x {ranks} ranks) on "
         f"{info.device}, {plan.dtype}, ZeRO {plan.stage}{' with CPU offload' if plan.offload else ''}, optimizer "
         f"{plan.optimizer.name} at {plan.optimizer.lr:g}")  # fmt: skip
-    say("\n".join(planned_needs(config, plan, ranks).report(free_memory(info.device))))
+    say("\n".join(planned_needs(config, plan, distributed.replica_count()).report(free_memory(info.device))))
     return 0
 
 

@@ -60,7 +60,7 @@ def test_a_model_parallel_group_shares_pictures_and_dropout(monkeypatch):
         sent.append(tensor.clone())
         return tensor.copy_(sent[0])
 
-    monkeypatch.setattr(first_frame, "broadcast_in_model_parallel", broadcast)
+    monkeypatch.setattr(first_frame, "same_for_clip", broadcast)
     ranks = [ImageDraws(share=lambda share=share: share) for share in (0.01, 0.9)]
     got = [shared_images(torch.full((2, 1, 1, 1, 1), float(k + 1)), 0.05, draws) for k, draws in enumerate(ranks)]
     assert torch.equal(got[0], got[1]) and not got[0].any() and sent[1].any()

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from sgm.distributed import broadcast_in_model_parallel as shared
+from sgm.distributed import same_for_clip as shared
 from sgm.modules.diffusionmodules.denoiser import Network, append_dims
 from sgm.modules.diffusionmodules.sigma_sampling import DiscreteSampling
 from sgm.typed import NotNegative, Positive
@@ -79,7 +79,7 @@ class VideoDiffusionLoss(Loss):
     """Weighted error of the clean estimate, at a random timestep per sample.
 
     Random draws, in this order: what the conditioner draws (caption dropout), the timesteps (CPU), the noise like z,
-    and the offset (CPU). All but the first are made equal within a model-parallel group.
+    and the offset (CPU). All but the first are made equal for all processes of a clip.
 
     Args:
         sigma_sampler_config: target of the timestep sampler.
@@ -172,7 +172,7 @@ class VideoDiffusionLoss(Loss):
         return LossDetails(loss, idx / self.sigma_sampler.num_idx)
 
     def _draw(self, z: Tensor, idx: Tensor | None, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Signal rates (b,), timesteps (b,) and noise (b, ...) on z's device, the same in a model-parallel group."""
+        """Signal rates (b,), timesteps (b,) and noise (b, ...) on z's device, the same for all processes of a clip."""
         signal, idx = self.sigma_sampler(z.shape[0], rand=idx, return_idx=True)
         if noise is None:
             noise = torch.randn_like(z)

@@ -43,6 +43,9 @@ MERGED = "merged"
 LOCK = ".lock"  # held by the command that trains into the run
 
 
+_ADDED = {"clips_per_step", "identity", "sequence_parallel_size"}  # fields that earlier versions did not write
+
+
 @dataclass(frozen=True)
 class RunRecord:
     """`run.json`: written last, it makes a checkpoint complete.
@@ -55,6 +58,7 @@ class RunRecord:
         files: path inside the iteration's folder -> bytes.
         clips_per_step: of all processes and micro-batches; 0: of a version that did not write it.
         identity: every key of the run with its value, see `same_run.identity`; empty as above.
+        sequence_parallel_size: processes that shared the tokens of a clip.
     """
 
     iteration: int
@@ -67,6 +71,20 @@ class RunRecord:
     files: dict[str, int]
     clips_per_step: int = 0
     identity: dict[str, Any] = field(default_factory=dict)
+    sequence_parallel_size: int = 1
+
+    @property
+    def clip_processes(self) -> int:
+        """Processes that trained on one clip."""
+        return self.sequence_parallel_size * self.model_parallel_size
+
+    def rank_of(self, data: int, share: int, part: int) -> int | None:
+        """Rank of the process that had this share of the clips of data-parallel rank `data`, or else their last share,
+        and this part of the model. None: nobody had these clips.
+        """
+        replica = data * self.sequence_parallel_size + min(share, self.sequence_parallel_size - 1)
+        rank = replica * self.model_parallel_size + part
+        return rank if rank < self.world_size else None
 
     def write(self, folder: Path) -> None:
         write_text(folder / RECORD, json.dumps(asdict(self), indent=1, sort_keys=True))
@@ -85,7 +103,7 @@ class RunRecord:
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{folder / RECORD} is unreadable: {error}") from error
         names = {f.name for f in fields(cls)}
-        known = isinstance(content, dict) and names - {"clips_per_step", "identity"} <= content.keys() <= names
+        known = isinstance(content, dict) and names - _ADDED <= content.keys() <= names
         if not known or not isinstance(content["files"], dict):
             raise CheckpointError(f"{folder / RECORD} is no record of this version")
         record = cls(**content)

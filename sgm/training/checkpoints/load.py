@@ -43,7 +43,7 @@ class Earlier(NamedTuple):
     @property
     def clips_per_step(self) -> int:
         """Of all processes and micro-batches."""
-        ranks = self.record.world_size // self.record.model_parallel_size
+        ranks = self.record.world_size // self.record.clip_processes
         section = {name: self.then.get(f"deepspeed.{name}") for name in BATCH_KEYS}
         return self.record.clips_per_step or math.prod(batch_sizes(section, ranks, [])) * ranks
 

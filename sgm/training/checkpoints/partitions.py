@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sgm.distributed import data_parallel_rank
+from sgm.distributed import replica_rank
 from sgm.errors import SgmError
 from sgm.training.setup.engine import TrainingEngine, Zero3
 
@@ -87,7 +87,7 @@ def optimizer_state(ds_engine: TrainingEngine) -> dict[str, Any]:
 @torch.no_grad()
 def _clear_padding(flat: Sequence[object], weights: Sequence[Any]) -> None:
     """Zero what fills up partitions in ZeRO 3's flat tensors: memory that nobody writes, NaN for all that is known."""
-    start, rank, total = 0, data_parallel_rank(), sum(weight.partition_numel() for weight in weights)
+    start, rank, total = 0, replica_rank(), sum(weight.partition_numel() for weight in weights)
     for weight in weights:
         size, whole = weight.partition_numel(), weight.ds_numel
         filled = min(max(whole - rank * size, 0), size)
@@ -152,10 +152,10 @@ def pieces(ds_engine: TrainingEngine) -> list[Piece]:
             first, window = at, range(at, at + p.numel())
             if isinstance(wrapper, Zero3):
                 window = range(at, at + p.partition_numel())
-                first -= len(window) * data_parallel_rank()
+                first -= len(window) * replica_rank()
             elif flats:  # ZeRO 1 and 2, and bfloat16 without ZeRO, cut each group's flat tensor into equal parts
                 window = range(master.numel())
-                first = p.storage_offset() - flats[k].storage_offset() - len(window) * data_parallel_rank()
+                first = p.storage_offset() - flats[k].storage_offset() - len(window) * replica_rank()
             begin, end = max(0, window.start - first), min(getattr(p, "ds_numel", p.numel()), window.stop - first)
             if begin < end:
                 found.append(Piece(k, first + begin, names[id(p)], begin, end - begin))

@@ -160,7 +160,7 @@ class _Save:
     @property
     def writes(self) -> bool:
         """Does this process write its tensor-parallel part's weights?"""
-        return distributed.data_parallel_rank() == 0
+        return distributed.replica_rank() == 0
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -201,7 +201,7 @@ class _Save:
             "global_steps": state.iteration,
             "global_samples": state.consumed_samples,
             "skipped_steps": state.skipped_steps,
-            "dp_world_size": distributed.data_parallel_world_size(),
+            "dp_world_size": distributed.replica_count(),
             "mp_world_size": distributed.model_parallel_world_size(),
             "config_hash": self.config_hash,
         }
@@ -243,6 +243,7 @@ class _Save:
             files=files_in(main),
             clips_per_step=clips_per_step,
             identity=keys,
+            sequence_parallel_size=distributed.clip_world_size(),
         ).write(main)
         publish(self.run, self.staging, self.iteration)
         announce(self.run, self.iteration, type(self.module).__name__, distributed.model_parallel_world_size())

@@ -10,7 +10,7 @@ import torch
 
 from sgm.config import RunConfig
 from sgm.data.loader import ClipLoader
-from sgm.distributed import model_parallel_rank, own_rank
+from sgm.distributed import clip_rank, data_parallel_rank, model_parallel_rank
 from sgm.training.checkpoints.folder import RunRecord, state_file
 from sgm.training.checkpoints.load import load_state
 from sgm.training.checkpoints.partitions import (
@@ -95,8 +95,8 @@ def snapshot(run: Resumable) -> TrainState:
 def resume(run: Resumable, path: Path) -> None:
     """Put a training where the checkpoint `path` was taken. Collective.
 
-    Of another number of processes, or another ZeRO stage, the optimizer's state is cut up anew. A process that was not
-    there seeds its generators from its own seed and the iteration.
+    Of another number of processes, or another ZeRO stage, the optimizer's state is cut up anew. Generators go on as
+    those of the process that had the same clips; where there was none, from this one's own seed and the iteration.
 
     Raises:
         CheckpointError: the checkpoint is incomplete or damaged.
@@ -104,24 +104,23 @@ def resume(run: Resumable, path: Path) -> None:
         OptimizerStateError: it is of another run set-up.
         PositionError: its data position is of other data.
     """
-    own, part = state_file(path, own_rank()[0]), model_parallel_rank()
-    was_there = own.exists()
-    state = load_state(path, None if was_there else part)
+    record, part = RunRecord.read(path), model_parallel_rank()
+    before = record.rank_of(data_parallel_rank(), clip_rank(), part)
+    state = load_state(path, part if before is None else before)
     if layout_differences(run.ds_engine, state.optimizer):
-        record = RunRecord.read(path)
         same_part = range(part, record.world_size, record.model_parallel_size)
         cut, state.ema = repartitioned(run.ds_engine, (load_state(path, other) for other in same_part))
         state.optimizer |= cut
     load_optimizer_state(run.ds_engine, state.optimizer)
     load_ema_state(run.ds_engine, state.ema)
     loaded = {"optimizer": optimizer_state(run.ds_engine), "ema": ema_state(run.ds_engine)}
-    require_finite(loaded, own if was_there else path)
+    require_finite(loaded, path if before is None else state_file(path, before))
     load_scaler_state(run.ds_engine, state.scaler)
     run.schedule.load_state_dict(state.schedule)
     run.loader.load_state_dict(state.sampler)
     run.guard.total = state.skipped_steps
     run.iteration = state.iteration
-    if was_there:
-        restore_rng(state.rng)
-    else:
+    if before is None:
         seed_all(torch.initial_seed() + 1_000_003 * state.iteration)
+    else:
+        restore_rng(state.rng)

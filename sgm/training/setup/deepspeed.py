@@ -21,7 +21,8 @@ from sgm.typed import listing
 _NOT_HERE = {
     "checkpoint.load_universal load_universal_checkpoint datastates_ckpt": "checkpoints are read by --resume alone",
     "comet csv_monitor tensorboard wandb": "args.tensorboard and args.wandb report the run, and metrics.jsonl",
-    "pipeline sequence_parallel_size tensor_parallel": "args.model_parallel_size shares a model between processes",
+    "pipeline tensor_parallel": "args.model_parallel_size shares a model between processes",
+    "sequence_parallel_size": "args.sequence_parallel_size shares a clip's tokens between processes",
     "data_efficiency": "clips come from args.train_data, in args.data_order",
     "autotuning compile expert_parallel hybrid_engine weight_quantization": "training here makes no use of it",
 }

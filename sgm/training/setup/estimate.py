@@ -30,9 +30,13 @@ T5_XXL_VALUES = 4_762_310_656
 
 
 def memory_needs(
-    engine: SATVideoDiffusionEngine, config: RunConfig[TrainArgs], plan: DeepSpeedPlan, data_parallel_size: int
+    engine: SATVideoDiffusionEngine, config: RunConfig[TrainArgs], plan: DeepSpeedPlan, replicas: int
 ) -> MemoryNeeds:
-    """Sizes of a run for the estimate; `engine` may lie on the meta device (then without adapters)."""
+    """Sizes of a run for the estimate; `engine` may lie on the meta device (then without adapters).
+
+    Args:
+        replicas: processes that hold the same weights.
+    """
     trained = sum(p.numel() for p in engine.parameters() if p.requires_grad)
     values = sum(p.numel() for p in engine.parameters())
     if (config.args.prior_data or config.args.distill) and needs_copy(engine.model):
@@ -53,7 +57,8 @@ def memory_needs(
         vae_low_memory=config.args.vae_low_memory,
         micro_batch=plan.micro_batch,
         dtype=plan.dtype,
-        ranks=data_parallel_size,
+        ranks=replicas,
+        shares=config.args.sequence_parallel_size,
         stage=plan.stage,
         offload=plan.offload,
         moment_bytes=plan.optimizer.moment_bytes,
@@ -65,7 +70,7 @@ def memory_needs(
     )
 
 
-def planned_needs(config: RunConfig[TrainArgs], plan: DeepSpeedPlan, data_parallel_size: int) -> MemoryNeeds:
+def planned_needs(config: RunConfig[TrainArgs], plan: DeepSpeedPlan, replicas: int) -> MemoryNeeds:
     """`memory_needs` before anything is loaded. A text encoder whose files are not here counts as T5 XXL."""
     model = training_model_section(config.model, config.args)
     absent = 0 if text_is_local(model) else T5_XXL_VALUES
@@ -77,7 +82,7 @@ def planned_needs(config: RunConfig[TrainArgs], plan: DeepSpeedPlan, data_parall
     freeze_untrained(engine)
     if isinstance(engine, DistillationEngine):
         engine.add_critic(rate=1.0)  # of which the sizes matter here
-    needs = memory_needs(engine, config, plan, data_parallel_size)
+    needs = memory_needs(engine, config, plan, replicas)
     return replace(needs, frozen=needs.frozen + absent, encoder_values=needs.encoder_values + absent)
 
 

@@ -19,6 +19,7 @@ from sgm.modules.diffusionmodules.image_condition import sampled_frames
 from sgm.modules.diffusionmodules.loss import Loss, VideoDiffusionLoss
 from sgm.modules.ops.choice import Kernels, choose_kernels
 from sgm.modules.ops.recompute import MODES, stronger_mode
+from sgm.parallel.apply import check_shares
 from sgm.training.distill.checks import check_distill
 from sgm.training.distill.engine import DistillationEngine
 from sgm.training.options import TrainArgs
@@ -77,9 +78,21 @@ def check_graphs(args: TrainArgs, plan: DeepSpeedPlan, checkpointing: bool | str
         "checkpoint_activations": checkpointing,
         "deepspeed.zero_optimization.stage: 3": plan.stage == 3,
         "args.model_parallel_size above 1": args.model_parallel_size > 1,
+        "args.sequence_parallel_size above 1": args.sequence_parallel_size > 1,
     }
     if args.cuda_graphs:
         _refuse_with("args.cuda_graphs", obstacles)
+
+
+def check_sharing(args: TrainArgs, plan: DeepSpeedPlan, engine: SATVideoDiffusionEngine) -> None:
+    """Whether `args.sequence_parallel_size` goes with the rest of a configuration.
+
+    Raises:
+        ConfigError, ParallelError: it does not.
+    """
+    if args.sequence_parallel_size > 1:
+        _refuse_with("args.sequence_parallel_size above 1", {"deepspeed.zero_optimization.stage: 3": plan.stage == 3})
+    check_shares(engine.network, args.sequence_parallel_size)
 
 
 def check_mixins(args: TrainArgs, plan: DeepSpeedPlan, names: Sequence[str]) -> None:
@@ -138,6 +151,7 @@ def checked_engine(model: dict[str, Any], args: TrainArgs, plan: DeepSpeedPlan) 
     check_mixins(args, plan, list(engine.network.further_configs))
     check_prior(args, plan, engine.loss_fn)
     check_image_channels(args, engine)
+    check_sharing(args, plan, engine)
     if isinstance(engine.first_stage_model, VideoAutoencoderInferenceWrapper) and engine.first_stage_model.cp_size > 1:
         raise ConfigError(
             "first_stage_config.params.cp_size shares out decoding when sampling; in training each process encodes its "
