@@ -77,6 +77,8 @@ def test_command(words, packages):
     if program == "pip" or rest[:2] == ["-m", "pip"]:
         _installation(rest[rest.index("install") :])
         return
+    if rest[:2] == ["-m", "sgm.launch"]:
+        rest = rest[next(k for k, word in enumerate(rest) if word.endswith(".py")) :]
     if rest[:1] == ["-m"]:
         (script, *arguments) = rest[rest.index("sgm") :] if "sgm" in rest else rest[1:]
     else:

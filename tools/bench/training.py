@@ -6,7 +6,7 @@ and for diffusers. What the trainer has besides (VAE, T5, masters in float32, av
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,13 +112,20 @@ def bench_theirs(bench: TrainingBench, model: nn.Module, given: dict[str, Any]) 
     bench.report("diffusers", training_step(model, lambda: model(**given)[0], like), checkpointing="true")
 
 
-def training_step(network: nn.Module, forward: Callable[[], Tensor], like: Tensor) -> Callable[[], Tensor]:
-    """One step on a fixed random target; gives the loss."""
+def training_step(
+    network: nn.Module,
+    forward: Callable[[], Tensor],
+    like: Tensor,
+    average: Callable[[Sequence[Tensor]], None] | None = None,
+) -> Callable[[], Tensor]:
+    """One step on a fixed random target; gives the loss. `average` makes gradients those of all processes."""
     learning = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=0.0, fused=True)  # weights stay: the same work on the same numbers
 
     def step() -> Tensor:
         loss = _backward(forward, like)
+        if average is not None:
+            average([p.grad for p in learning if p.grad is not None])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss
