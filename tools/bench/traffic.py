@@ -5,16 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+PLAIN_SEND = dist.isend  # before anything stands in its place
+
 
 class Traffic:
-    """Bytes that this process sends, and milliseconds that its collectives take, by being called in their place."""
+    """Bytes that this process sends, and milliseconds that it waits for others, by being called in their place."""
 
-    CALLS = ("all_to_all_single", "all_gather", "all_reduce", "broadcast", "recv", "isend")
+    CALLS = ("all_gather", "all_reduce", "broadcast", "recv", "isend", "batch_isend_irecv")
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -34,19 +37,20 @@ class Traffic:
 
     def _counted(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def counted(first: Any, *rest: Any, **options: Any) -> Any:
-            sent = {
-                "all_to_all_single": rest[:1],
-                "all_gather": rest[:1],
-                "all_reduce": (first,),
-                "isend": (first,),
-            }.get(name, ())
-            self.bytes += sum(tensor.nbytes for tensor in sent)
-            begin = self._now()
-            result = call(first, *rest, **options)
-            self._spans.append((begin, self._now()))
+            self.bytes += sum(tensor.nbytes for tensor in _sent(name, first, rest))
+            with self._timed():
+                result = call(first, *rest, **options)
+            if name == "batch_isend_irecv":
+                return [Wait(work, self._timed) for work in result]
             return result
 
         return counted
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        begin = self._now()
+        yield
+        self._spans.append((begin, self._now()))
 
     def _now(self) -> Any:
         if self.device.type != "cuda":
@@ -60,3 +64,24 @@ class Traffic:
             return sum(1e3 * (end - begin) for begin, end in self._spans)
         torch.cuda.synchronize(self.device)
         return sum(begin.elapsed_time(end) for begin, end in self._spans)
+
+
+@dataclass
+class Wait:
+    """A message under way, whose end is waited for within `timed`."""
+
+    work: Any
+    timed: Callable[[], Any]
+
+    def wait(self) -> None:
+        with self.timed():
+            self.work.wait()
+
+
+def _sent(name: str, first: Any, rest: tuple[Any, ...]) -> list[Any]:
+    """Tensors that this process sends in a call."""
+    if name == "batch_isend_irecv":
+        return [message.tensor for message in first if message.op is PLAIN_SEND]
+    if name == "all_gather":
+        return [*rest[:1]]
+    return [first] if name in ("isend", "all_reduce") else []
