@@ -49,6 +49,7 @@ def transformer_outputs(options: argparse.Namespace, config: Mapping[str, Any]) 
     """(ours, theirs) on the CPU; only one network is on the device at a time."""
     from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 
+    from sgm.inference.adapters import read_adapter
     from sgm.models.loading import Adapter, load_network
     from sgm.places import found_path
     from sgm.util import instantiate_from_config
@@ -59,7 +60,9 @@ def transformer_outputs(options: argparse.Namespace, config: Mapping[str, Any]) 
         network = instantiate_from_config(node, dtype="fp32", defer_lora=True).eval()
     adapters = [Adapter(options.lora)] if options.lora else []
     load = found_path(options.load or config["args"]["load"])
-    load_network(network, load, device=device, dtype=torch.float32, allow_absent=True, adapters=adapters)
+    load_network(
+        network, load, device=device, dtype=torch.float32, allow_absent=True, adapters=adapters, read=read_adapter
+    )
     inputs = _inputs(node["params"], options.frames)
     placed = {name: value.to(device) for name, value in inputs.items()}
     ofs = {"ofs": torch.tensor([OFS], device=device)} if network.ofs_embed_dim else {}

@@ -1,4 +1,4 @@
-"""A diffusers pipeline folder into SAT's release layout, or a diffusers LoRA into a SAT adapter.
+"""A diffusers pipeline folder into SAT's release layout, or another trainer's LoRA into a SAT adapter.
 
 python tools/convert_weight_hf2sat.py --input_path CogVideoX-2b --output_path CogVideoX-2b-sat
 python tools/convert_weight_hf2sat.py --lora_only --input_path pytorch_lora_weights.safetensors --output_path OUT
@@ -23,7 +23,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         kinds.add_argument(f"--{name}", dest="dtype", action="store_const", const=name, help="default: as the files")
     add("--lora", action="append", default=[], metavar="PATH[:SCALE]", help="fold in an adapter; may be repeated")
     add("--lora_only", action="store_true", help="convert an adapter alone")
-    add("--lora_alpha", type=float, help="with --lora_only: scale the matrices for this alpha (upstream's SAT: 1)")
+    add("--lora_alpha", type=float, help="with --lora_only: alpha of the training, if the file does not say")
+    add("--sat_alpha", type=float, help="with --lora_only: scale the matrices for this alpha (upstream's SAT: 1)")
     add("--linear_patches", action="store_true", help="patch embedding as a linear layer, as SAT's later 5B code")
     add("--partial", action="store_true", help="convert the components that there are")
     add("--max_shard_size", default="5GiB", help="largest weight file of the text encoder (5GiB, 500MB)")
@@ -43,6 +44,7 @@ def run(options: argparse.Namespace) -> None:
         dtype=DTYPES.get(options.dtype),
         adapters=[Adapter.parse(text) for text in options.lora],
         lora_alpha=options.lora_alpha,
+        sat_alpha=options.sat_alpha,
         linear_patches=options.linear_patches,
         partial=options.partial,
         shard_bytes=parse_size(options.max_shard_size),

@@ -46,7 +46,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--lora", action="append", default=[], metavar="PATH[:SCALE]", help="fold in an adapter; may be repeated")
     add("--lora_alpha", type=float, help="alpha of the checkpoint's adapter, if the file does not say (SAT: 1)")
     add("--lora_only", action="store_true", help="write the checkpoint's adapter alone")
-    add("--fold_scale", action="store_true", help="with --lora_only: alpha / r goes into the matrices (old diffusers)")
+    scale = parser.add_mutually_exclusive_group()
+    scale.add_argument(
+        "--fold_scale", action="store_true", help="with --lora_only (default): alpha / r in the matrices"
+    )
+    scale.add_argument("--keep_scale", action="store_true", help="the matrices as they are, alpha in the header alone")
     add("--config", type=Path, help="YAML of the network, where the tensors do not say enough")
     add("--scheduler", choices=("dpm", "ddim"), default="dpm")
     add("--max_shard_size", default="5GiB", help="largest weight file (5GiB, 500MB)")
@@ -80,7 +84,7 @@ def run(options: argparse.Namespace) -> None:
         allow_drift=options.allow_drift,
         overwrite=options.overwrite,
     )
-    lines = export_lora(request, options.fold_scale) if options.lora_only else convert(request)
+    lines = export_lora(request, not options.keep_scale) if options.lora_only else convert(request)
     print("\n".join(lines))
     if options.push_to_hub:
         print(push_to_hub(options.output_path))

@@ -18,18 +18,19 @@ from sgm.convert import vae_keys, vae_sizes
 from sgm.convert.dit_keys import NETWORK_PREFIX, NOT_IN_HF, POSITIONS, RULES, sat_plan
 from sgm.convert.dit_sizes import sizes_of_sat
 from sgm.convert.lazy import Deferred, all_deferred, some_of, types_of
-from sgm.convert.lora_files import stated_settings
+from sgm.convert.lora_files import adapter_of
+from sgm.convert.lora_names import factors_of, is_foreign
+from sgm.convert.lora_settings import LoraSettings, stated_settings
 from sgm.convert.sat_source import FIRST_STAGE, TEXT_ENCODER
 from sgm.files import readable
 from sgm.modules.encoders.t5 import DECODER, SHARED, TIED
-from sgm.modules.transformer.lora_state import lora_spec_of, replaced_parts, split_further, split_lora
+from sgm.modules.transformer.lora_state import LoraSpec, lora_spec_of, replaced_parts, split_further, split_lora
 from sgm.weights.assign import compare_keys
 from sgm.weights.checksums import WeightsError, WeightsNotFoundError, read_header
 from sgm.weights.files import read_checkpoint, shards_of, tensors_of, while_files_change
 from sgm.weights.release import locate, newest_run, weights_entry
 from sgm.weights.tensor_parallel import join_partitions
 
-_PEFT = re.compile(r"\.lora_[AB](\.default)?\.weight$")
 _WEIGHT_SUFFIXES = (".pt", ".bin", ".ckpt", ".pth", ".safetensors")
 
 
@@ -138,8 +139,7 @@ def _header(file: Path) -> dict[str, Any]:
     if file.suffix != ".safetensors":
         return {}
     facts = read_header(file).metadata
-    settings = stated_settings(file)
-    return {**({"alpha": settings["lora_alpha"]} if "lora_alpha" in settings else {}), **facts}
+    return {**facts, "settings": stated_settings(file)}
 
 
 def _digest(files: Iterable[Path]) -> str:
@@ -176,8 +176,8 @@ def _bare(state: dict[str, Deferred], facts: Mapping[str, Any], alone: bool) -> 
     names = list(state)
     if not alone:
         return [_found("entries of no known part", state, foreign=names)]
-    if any(_PEFT.search(name) for name in names):
-        return [_peft(state, facts)]
+    if is_foreign(names):
+        return [_foreign_adapter(state, facts)]
     if any(name.startswith("transformer_blocks.") for name in names):
         return [_hf_network(state)]
     if any(name.startswith(("encoder.down_blocks.", "decoder.up_blocks.")) for name in names):
@@ -236,23 +236,25 @@ def _lora_facts(matrices: Mapping[str, Any], facts: Mapping[str, Any]) -> list[s
         return [str(error)]
     if spec is None:
         return []
-    said = "" if "alpha" in facts else " (SAT's default, the file does not say)"
-    return [f"rank {spec.rank}, alpha {spec.alpha:g}{said}, on {', '.join(spec.targets)} of {len(spec.layers)} layers"]
+    said = "stated in the file" if "alpha" in facts else "SAT's default, the file does not say"
+    return [f"rank {spec.rank}, alpha {spec.alpha:g} ({said}), {_places(spec)}"]
 
 
-def _peft(state: dict[str, Deferred], facts: Mapping[str, Any]) -> Found:
-    from sgm.convert.lora_keys import lora_hf_to_sat
+def _places(spec: LoraSpec) -> str:
+    places = f"on {', '.join(spec.targets)} of {len(spec.layers)} layers" if spec.layers else "on no layer"
+    return places + (f" ({spec.only_folded})" if spec.only_folded else "")
 
-    part = _found("LoRA adapter in PEFT's layout", state)
-    part.foreign = [name for name in state if not _PEFT.search(name)]
+
+def _foreign_adapter(state: dict[str, Deferred], facts: Mapping[str, Any]) -> Found:
+    part = _found("LoRA adapter in diffusers' layout", state)
     try:
-        matrices = lora_hf_to_sat({n: t.make() for n, t in state.items() if n not in part.foreign})
+        modules = factors_of({name: value.make() for name, value in state.items()}, "it")
+        adapter = adapter_of(modules, LoraSettings(facts.get("settings") or {}, "it"))
+        spec = lora_spec_of(adapter.matrices | adapter.magnitudes)
     except ValueError as error:
         part.facts = [str(error)]
         return part
-    rank = next(t.shape[0] for n, t in matrices.items() if ".matrix_A." in n)
-    part.facts = _lora_facts(matrices, facts if "alpha" in facts else {"alpha": rank})
-    part.facts += [] if "alpha" in facts else ["the file states no alpha; PEFT takes alpha = rank"]
+    part.facts = [f"{adapter}, {_places(spec)}"] if spec else []
     return part
 
 

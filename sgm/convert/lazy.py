@@ -87,9 +87,9 @@ def _overflow(name: str, value: Tensor, dtype: torch.dtype) -> str:
     )
 
 
-def added(source: Deferred, delta: Callable[[], Tensor]) -> Deferred:
-    """`source` + `delta()` (same shape, float32), as float32."""
-    return Deferred(source.shape, torch.float32, lambda: source.make().float() + delta())
+def changed(source: Deferred, change: Callable[[Tensor], Tensor]) -> Deferred:
+    """`change(source)` (same shape), as float32."""
+    return Deferred(source.shape, torch.float32, lambda: change(source.make()))
 
 
 def summed_bytes(plan: Mapping[str, Deferred]) -> int:

@@ -8,50 +8,69 @@ alpha = r, that is scaling 1.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from sgm.convert.lazy import ConvertError, Deferred, added, cast, deferred
+from sgm.convert.lazy import ConvertError, Deferred, cast, changed, deferred
 from sgm.convert.lora_keys import lora_hf_to_sat, lora_sat_to_hf
+from sgm.convert.lora_names import Factors, factors_of, is_foreign
+from sgm.convert.lora_settings import METADATA, LoraSettings, read_settings
 from sgm.convert.sat_source import SatWeights, open_sat
+from sgm.files import refuse_lfs_pointer
 from sgm.modules.transformer.lora_state import (
+    adapted_weight,
     collect_pairs,
     lora_delta,
     lora_scaling,
     lora_spec_of,
+    magnitudes_of,
     replaced_parts,
 )
-from sgm.weights.checksums import read_header, read_json
+from sgm.weights.checksums import read_header
 from sgm.weights.files import WeightsError, WeightsNotFoundError, read_checkpoint, tensors_of
+from sgm.weights.hub_adapter import USUAL
 from sgm.weights.release import newest_run
 from sgm.weights.save import save_safetensors
 
-FILE = "pytorch_lora_weights.safetensors"
-FILES = (FILE, "adapter_model.safetensors", "lora.safetensors", "pytorch_lora_weights.bin", "adapter_model.bin")
-_METADATA = "lora_adapter_metadata"  # diffusers' name for LoraConfig's fields in a header
+FILE = USUAL[0]
+_PART = re.compile(r"(?:mp_rank_\d+|model-\d+-of-\d+)")  # weights of a whole network
 
 
 @dataclass(frozen=True)
 class StoredAdapter:
-    """An adapter under SAT's names (without prefix): matrices, and the factor alpha / r on them."""
+    """An adapter under SAT's names (without prefix): matrices, and the factor alpha / r on them.
+
+    Attributes:
+        alpha_from: who says it: "file", "you", or nobody ("").
+        uniform: one rank and one alpha for all its linears; if not, each one's factor is in its matrices.
+        magnitudes: norms of rows (DoRA), see `lora_keys.lora_hf_to_sat`.
+        few_steps: of a student: how it is sampled, as JSON.
+        parts: of the base, trained whole with it.
+    """
 
     matrices: dict[str, Tensor]
     rank: int
     alpha: float
     rank_stabilised: bool
     source: str
-    stated: bool = True  # whether alpha was
-    few_steps: str = ""  # of a student: how it is sampled, as JSON
-    parts: dict[str, Deferred] = field(default_factory=dict)  # of the base, trained whole with it
+    alpha_from: Literal["file", "you", ""] = "file"
+    uniform: bool = True
+    magnitudes: dict[str, Tensor] = field(default_factory=dict)
+    few_steps: str = ""
+    parts: dict[str, Deferred] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return f"rank {self.rank}, alpha {self.alpha:g}" + ("" if self.stated else " (assumed, the file does not say)")
+        alpha = f"alpha {self.alpha:g}" if self.uniform else "each linear's alpha in its matrices"
+        origin = {"file": "stated in the file", "you": "given", "": "assumed, the file does not say"}
+        return f"rank {self.rank}, {alpha} ({origin[self.alpha_from]})" + (", DoRA" if self.magnitudes else "")
 
     @property
     def scaling(self) -> float:
@@ -71,16 +90,19 @@ def write_peft(folder: Path, adapter: StoredAdapter, dtype: torch.dtype | None, 
     """Write `pytorch_lora_weights.safetensors`; matrices bit for bit unless `dtype` or `fold_scale` change them.
 
     Args:
-        fold_scale: put alpha / r into B and state alpha = r, for readers that ignore a file's metadata.
+        fold_scale: put alpha / r into the matrices and state alpha = r: right also for readers that ignore a file's
+            metadata, such as diffusers before 0.34, and `load_lora_adapter` of a state dict.
     Raises:
-        ConvertError: it has parts that PEFT does not know.
+        ConvertError: a DoRA adapter, or one with parts that PEFT does not know.
     """
+    if adapter.magnitudes:
+        raise ConvertError(f"{adapter.source} is a DoRA adapter; it is in diffusers' form already.")
     if adapter.parts:
         raise ConvertError(
             f"{adapter.source} holds parts that were trained whole ({', '.join(adapter.parts)}), for which PEFT's "
             "layout has no place: convert the base with this file as --lora."
         )
-    named = lora_sat_to_hf(adapter.matrices, scaling=adapter.scaling if fold_scale else 1.0)
+    named = lora_sat_to_hf(scaled_matrices(adapter.matrices, adapter.scaling if fold_scale else 1.0))
     alpha = float(adapter.rank) if fold_scale else adapter.alpha
     stabilised = adapter.rank_stabilised and not fold_scale
     config = {"r": adapter.rank, "lora_alpha": alpha, "use_rslora": stabilised, "target_modules": adapter.modules}
@@ -90,7 +112,7 @@ def write_peft(folder: Path, adapter: StoredAdapter, dtype: torch.dtype | None, 
         "alpha": str(alpha),
         "rank_stabilised": str(stabilised),
         **({"few_steps": adapter.few_steps} if adapter.few_steps else {}),
-        _METADATA: json.dumps({f"transformer.{name}": value for name, value in config.items()}),
+        METADATA: json.dumps({f"transformer.{name}": value for name, value in config.items()}),
     }
     return save_safetensors(folder / FILE, {n: cast(n, deferred(t), dtype) for n, t in named.items()}, metadata)
 
@@ -99,27 +121,44 @@ def write_peft(folder: Path, adapter: StoredAdapter, dtype: torch.dtype | None, 
 
 
 def open_adapter(path: str | Path, alpha: float | None = None) -> StoredAdapter:
-    """An adapter in SAT's or PEFT's layout.
+    """An adapter in SAT's layout, or of another trainer.
 
     Args:
-        path: a file, a folder with one of `FILES`, a SAT checkpoint, or a training run (also without its date).
-        alpha: overrides what the file says.
+        path: a file, a folder with one (see `foreign_file`), a SAT checkpoint, or a training run (also without its
+            date).
+        alpha: the training's; counts in place of what the file says.
     Raises:
         WeightsError: no adapter there, or an unreadable one.
-        ConvertError: ranks that do not fit each other.
+        ConvertError: ranks that do not fit each other, or settings of another kind of adapter.
+        TransformerKeyError: a file of another trainer with entries that are not of this transformer's LoRA.
     """
     path = Path(path).expanduser()
-    peft = _peft_file(path)
-    return _open_sat_adapter(path, alpha) if peft is None else _open_peft(peft, alpha)
+    foreign = foreign_file(path)
+    return _open_sat_adapter(path, alpha) if foreign is None else _open_foreign(foreign, alpha)
 
 
-def _peft_file(path: Path) -> Path | None:
-    """The PEFT file that `path` is or holds; None where it is something else."""
-    found = path if path.is_file() else next((path / name for name in FILES if (path / name).is_file()), None)
-    if found is None:
+def foreign_file(path: Path) -> Path | None:
+    """The adapter of another trainer that `path` is or holds; None where it is something else.
+
+    In a folder it is the first of `USUAL`, else the only `.safetensors` that is none of ours.
+
+    Raises:
+        WeightsError: an unreadable file, or a folder with several adapters.
+    """
+    if path.is_file():
+        return path if is_foreign(_names(path)) else None
+    if not path.is_dir() or (path / "latest").is_file():
         return None
-    names = read_checkpoint(found)
-    return found if any(".lora_A." in n or ".lora_B." in n for n in names) else None
+    usual = [path / name for name in USUAL if (path / name).is_file()]
+    rest = [] if usual else [file for file in sorted(path.glob("*.safetensors")) if not _PART.search(file.name)]
+    found = [file for file in usual or rest if is_foreign(_names(file))]
+    if len(found) > 1 and not usual:
+        raise WeightsError(f"{path} holds {len(found)} adapters; name one: {', '.join(map(str, found))}.")
+    return found[0] if found else None
+
+
+def _names(file: Path) -> Iterable[str]:
+    return read_header(file).tensors if file.suffix == ".safetensors" else read_checkpoint(file)
 
 
 def _open_sat_adapter(path: Path, alpha: float | None) -> StoredAdapter:
@@ -151,53 +190,68 @@ def adapter_in(weights: SatWeights, alpha: float | None = None) -> StoredAdapter
         raise ConvertError(f"{weights.source} states LoRA rank {stated}, but its matrices have rank {spec.rank}.")
     few_steps = facts.get("few_steps", "")
     return StoredAdapter(
-        weights.lora, spec.rank, spec.alpha, spec.rank_stabilised, weights.source, "alpha" in facts,
-        few_steps if isinstance(few_steps, str) else json.dumps(few_steps),
-        replaced_parts(weights.network, weights.lora),
+        weights.lora, spec.rank, spec.alpha, spec.rank_stabilised, weights.source,
+        alpha_from="you" if alpha is not None else "file" if "alpha" in facts else "",
+        few_steps=few_steps if isinstance(few_steps, str) else json.dumps(few_steps),
+        parts=replaced_parts(weights.network, weights.lora),
     )  # fmt: skip
 
 
-def _open_peft(file: Path, alpha: float | None) -> StoredAdapter:
-    sat = lora_hf_to_sat(tensors_of(read_checkpoint(file)))  # refuses foreign names and lonely matrices
-    stated = stated_settings(file)
-    ranks = {name: _rank(name, a, b) for name, (a, b) in collect_pairs(sat).items()}
-    if len(set(ranks.values())) != 1:
-        raise ConvertError(f"{file} mixes LoRA ranks {sorted(set(ranks.values()))}; SAT has one rank for all linears.")
-    rank = next(iter(ranks.values()))
-    if stated.get("r", rank) != rank:
-        raise ConvertError(f"{file} states LoRA rank {stated['r']}, but its matrices have rank {rank}.")
-    if stated.get("alpha_pattern") or stated.get("rank_pattern"):
-        raise ConvertError(f"{file} has its own alpha or rank for some modules; SAT has one for all.")
-    given = stated.get("lora_alpha", rank) if alpha is None else alpha
-    if not isinstance(given, int | float):
-        raise ConvertError(f"{file} states lora_alpha {given!r}, which is no number.")
-    stabilised, is_stated = bool(stated.get("use_rslora")), alpha is not None or "lora_alpha" in stated
+def _open_foreign(file: Path, alpha: float | None) -> StoredAdapter:
+    refuse_lfs_pointer(file, WeightsError)
+    adapter = adapter_of(factors_of(tensors_of(read_checkpoint(file)), str(file)), read_settings(file, alpha))
     few_steps = read_header(file).metadata.get("few_steps", "") if file.suffix == ".safetensors" else ""
-    return StoredAdapter(sat, rank, float(given), stabilised, str(file), is_stated, few_steps)
+    return replace(adapter, few_steps=few_steps)
 
 
-def _rank(name: str, a: Sequence[Tensor], b: Sequence[Tensor]) -> int:
-    ranks = {m.shape[0] for m in a} | {m.shape[1] for m in b}
-    if len(ranks) > 1:
-        raise ConvertError(f"{name}: A and B have ranks {sorted(ranks)}; they do not belong together.")
-    return ranks.pop()
-
-
-def stated_settings(file: Path) -> dict[str, Any]:
-    """PEFT's settings of an adapter (`LoraConfig`): from the header, or from `adapter_config.json` beside the file.
+def adapter_of(modules: Mapping[str, Factors], settings: LoraSettings) -> StoredAdapter:
+    """Adapted linears of diffusers as one adapter of SAT: bit for bit where all have one rank and one alpha, else with
+    each one's factor in its matrices, filled up to the largest rank.
 
     Raises:
-        WeightsError: unreadable ones.
+        ConvertError: the file states another rank than its matrices have.
     """
-    metadata = read_header(file).metadata if file.suffix == ".safetensors" else {}
-    beside = file.with_name("adapter_config.json")
-    try:
-        if _METADATA in metadata:
-            fields = json.loads(metadata[_METADATA])
-            return {name.removeprefix("transformer."): value for name, value in fields.items()}
-        return read_json(beside) if beside.is_file() else {}
-    except (ValueError, AttributeError) as error:
-        raise WeightsError(f"{file}: what it says of its LoRA settings is unreadable: {error}") from error
+    settings.check_ranks(modules)
+    ranks = {factors.rank for factors in modules.values()}
+    alphas = {settings.alpha(name, factors) for name, factors in modules.items()}
+    entries = lora_hf_to_sat(modules)
+    uniform = len(alphas) == 1 and ranks == {_rank(entries)}
+    if not uniform:
+        entries = lora_hf_to_sat({n: _folded(factors, settings.scaling(n, factors)) for n, factors in modules.items()})
+    return StoredAdapter(
+        matrices={name: t for name, t in entries.items() if ".matrix_" in name},
+        rank=_rank(entries),
+        alpha=alphas.pop() if uniform else float(_rank(entries)),
+        rank_stabilised=settings.rank_stabilised and uniform,
+        source=settings.source,
+        alpha_from="you" if settings.given_alpha is not None else "file" if settings.says_alpha(modules) else "",
+        uniform=uniform,
+        magnitudes={name: t for name, t in entries.items() if ".magnitude." in name},
+    )
+
+
+def _rank(entries: Mapping[str, Tensor]) -> int:
+    return next(t.shape[0] for name, t in entries.items() if ".matrix_A." in name)
+
+
+def _folded(factors: Factors, scaling: float) -> Factors:
+    """The same with a factor of 1, in float32."""
+    for_down, for_up = _shared_out(scaling)
+    return replace(factors, down=factors.down.float() * for_down, up=factors.up.float() * for_up)
+
+
+def _shared_out(factor: float) -> tuple[float, float]:
+    """A factor as one for A, a power of two, and one for B: half of it each, for half precision to bear the result."""
+    for_a = 2.0 ** round(math.log2(abs(factor)) / 2) if factor else 1.0
+    return for_a, factor / for_a
+
+
+def scaled_matrices(matrices: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
+    """SAT's matrices with B A times `factor`; bit for bit the same for 1."""
+    if factor == 1:
+        return dict(matrices)
+    for_a, for_b = _shared_out(factor)
+    return {name: t * (for_a if ".matrix_A." in name else for_b) for name, t in matrices.items()}
 
 
 def sat_matrices(adapter: StoredAdapter, alpha: float | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -207,10 +261,15 @@ def sat_matrices(adapter: StoredAdapter, alpha: float | None = None) -> tuple[di
         alpha: make the adapter right for this alpha, by a factor in B (upstream's SAT knows alpha 1 unless its YAML
             says otherwise); None keeps the matrices and states the adapter's own alpha.
     """
+    if adapter.magnitudes:
+        raise ConvertError(
+            f"{adapter.source} is a DoRA adapter, for which SAT's layout has no place. It can be sampled with as it is "
+            f"(--lora {adapter.source}), and folded into a base: --lora instead of --lora_only."
+        )
     target = adapter.alpha if alpha is None else alpha
     stabilised = adapter.rank_stabilised and alpha is None
-    factor = lora_scaling(adapter.rank, target, stabilised) / adapter.scaling if alpha is not None else 1.0
-    matrices = {n: t / factor if factor != 1.0 and ".matrix_B." in n else t for n, t in adapter.matrices.items()}
+    factor = 1.0 if alpha is None else adapter.scaling / lora_scaling(adapter.rank, target)
+    matrices = scaled_matrices(adapter.matrices, factor)
     spec = lora_spec_of(matrices)
     facts = {"rank": adapter.rank, "alpha": target, "rank_stabilised": stabilised,
              "targets": list(spec.targets) if spec else [], "base_path": "", "base_hash": ""}  # fmt: skip
@@ -232,7 +291,8 @@ def merged(
     """
     result, lines = dict(plan), []
     for adapter, scale in adapters:
-        _add(result, adapter, scale)
+        if scale:
+            _add(result, adapter, scale)
         lines.append(f"merged: {adapter.source}, {adapter}, factor {scale * adapter.scaling:g}")
     return result, lines
 
@@ -251,9 +311,11 @@ def _add(plan: dict[str, Deferred], adapter: StoredAdapter, scale: float) -> Non
         weight, shape = plan.get(f"{linear}.weight"), (sum(up.shape[0] for up in b), a[0].shape[1])
         if weight is None:
             raise ConvertError(f"{adapter.source} adapts {linear}, which the base lacks; it is for a larger one.")
-        if tuple(weight.shape) != shape:
+        if (weight.shape[0], math.prod(weight.shape[1:])) != shape:
             raise ConvertError(
                 f"{adapter.source} adapts {linear} as {list(shape)}, the base has {list(weight.shape)}; it belongs to "
                 "another model."
             )
-        plan[f"{linear}.weight"] = added(weight, partial(lora_delta, a, b, scale * adapter.scaling))
+        delta = partial(lora_delta, a, b, scale * adapter.scaling)
+        norms = magnitudes_of(adapter.magnitudes, linear)
+        plan[f"{linear}.weight"] = changed(weight, partial(adapted_weight, delta=delta, magnitudes=norms))

@@ -108,8 +108,11 @@ def convert(request: ToHf) -> list[str]:
     return [*lines, *notes, f"written: {request.output}{absent}"]
 
 
-def export_lora(request: ToHf, fold_scale: bool = False) -> list[str]:
+def export_lora(request: ToHf, fold_scale: bool = True) -> list[str]:
     """Write the adapter of `request.transformer` alone, as `pytorch_lora_weights.safetensors`; returns the report.
+
+    Args:
+        fold_scale: see `write_peft`.
 
     Raises:
         ConvertError: no checkpoint given, or one without adapter.
@@ -119,7 +122,8 @@ def export_lora(request: ToHf, fold_scale: bool = False) -> list[str]:
     adapter = open_adapter(request.transformer, request.lora_alpha)
     with whole_folder(request.output, overwrite=request.overwrite, inputs=request.inputs()) as folder:
         file = write_peft(folder, adapter, request.dtype, fold_scale)
-    how = "alpha / r is in lora_B" if fold_scale else "alpha is in the file's metadata, the matrices are unchanged"
+    kept = "the matrices are unchanged, alpha is in the file's metadata"
+    how = "alpha / r is in the matrices" if fold_scale and adapter.scaling != 1 else kept
     return [
         (f"adapter: {adapter}, scaling {adapter.scaling:g}, {len(adapter.modules)} linears ({how})"),
         f"written: {request.output / file.name}",

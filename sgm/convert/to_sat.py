@@ -41,7 +41,8 @@ class ToSat:
         output: folder to write.
         dtype: of all weights; None keeps the files'.
         adapters: LoRA files to fold in.
-        lora_alpha: for `import_lora`: alpha that the SAT adapter shall have; None states the file's own.
+        lora_alpha: for `import_lora`: alpha of the training; None believes the file.
+        sat_alpha: for `import_lora`: make the matrices right for readers that take this alpha; None states the file's.
         linear_patches: write the patch embedding as SAT's later code has it, for one-frame patches.
         partial: convert the components that there are.
         shard_bytes: largest weight file of the text encoder.
@@ -53,6 +54,7 @@ class ToSat:
     dtype: torch.dtype | None = None
     adapters: Sequence[Adapter] = ()
     lora_alpha: float | None = None
+    sat_alpha: float | None = None
     linear_patches: bool = False
     partial: bool = False
     shard_bytes: int = SHARD_BYTES
@@ -92,15 +94,15 @@ def convert(request: ToSat) -> list[str]:
 
 
 def import_lora(request: ToSat) -> list[str]:
-    """Write a PEFT adapter in SAT's checkpoint layout; returns the report."""
-    adapter = open_adapter(request.source)
+    """Write an adapter of another trainer in SAT's checkpoint layout; returns the report."""
+    adapter = open_adapter(request.source, request.lora_alpha)
     if adapter.parts:
         raise ConvertError(f"{adapter.source} is in SAT's layout already: sample_video.py --lora takes it as it is.")
-    matrices, facts = sat_matrices(adapter, request.lora_alpha)
+    matrices, facts = sat_matrices(adapter, request.sat_alpha)
     plan = {NETWORK_PREFIX + n: cast(n, t, request.dtype) for n, t in all_deferred(matrices).items()}
     with whole_folder(request.output, overwrite=request.overwrite, inputs=request.inputs()) as out:
         _write_network(out, plan, {"lora": facts})
-    scaled = "" if request.lora_alpha is None else f", scaled for alpha {request.lora_alpha:g}"
+    scaled = "" if request.sat_alpha is None else f", scaled for alpha {request.sat_alpha:g}"
     return [
         f"adapter: {adapter.source}, {adapter}{scaled}, {len(plan)} matrices",
         f"written: {request.output}",

@@ -7,11 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from sgm.config import ConfigError, RunConfig
+from sgm.convert.lora_files import foreign_file, open_adapter
 from sgm.inference.options import SampleArgs
 from sgm.places import found_path
 from sgm.weights.checksums import WeightsError
+from sgm.weights.hub_adapter import adapter_from_hub, is_hub_name
 from sgm.weights.preflight import adapter_path
-from sgm.weights.release import locate
+from sgm.weights.release import Checkpoint, locate, read_transformer
+
+FEW_STEPS = "few_steps"  # entry of a header
 
 
 def with_adapters(config: RunConfig[SampleArgs]) -> RunConfig[SampleArgs]:
@@ -25,6 +29,7 @@ def with_adapters(config: RunConfig[SampleArgs]) -> RunConfig[SampleArgs]:
     args = config.args
     if args.decode_latents:
         return replace(config, args=replace(args, few_steps=False))
+    args = replace(args, lora=[_here(text) for text in args.lora])
     named: dict[tuple[Path, ...], str] = {}
     for text in args.lora:
         files = adapter_files(text)
@@ -34,9 +39,16 @@ def with_adapters(config: RunConfig[SampleArgs]) -> RunConfig[SampleArgs]:
                 "whole scale: --lora PATH:SCALE."
             )
         named[files] = text
+    config = replace(config, args=args)
     if not args.few_steps or args.student is None or adapter_files(args.student) in named:
         return config
     return replace(config, args=replace(args, lora=[args.student, *args.lora]))
+
+
+def _here(text: str) -> str:
+    """`PATH[:SCALE]` of an adapter that is named as in the hub: its file in the local cache, where it is fetched to."""
+    name = str(adapter_path(text))
+    return f"{adapter_from_hub(name)}{text[len(name) :]}" if is_hub_name(found_path(name)) else text
 
 
 def adapter_files(text: str) -> tuple[Path, ...]:
@@ -44,5 +56,28 @@ def adapter_files(text: str) -> tuple[Path, ...]:
     path = Path(found_path(str(adapter_path(text)))).expanduser()
     files = [path]
     with suppress(WeightsError):  # of which its reader speaks
-        files = locate(path)[0]
+        foreign = foreign_file(path)
+        files = [foreign] if foreign else locate(path)[0]
     return tuple(file.resolve() for file in files)
+
+
+def read_adapter(path: str) -> Checkpoint:
+    """An adapter's file in SAT's layout: one of ours as it is, one of another trainer under SAT's names.
+
+    Raises:
+        WeightsError: nothing there, or unreadable.
+        ConvertError, TransformerKeyError: no LoRA of this transformer, or one that is more than that.
+    """
+    if foreign_file(Path(path).expanduser()) is None:
+        return read_transformer(path)
+    adapter = open_adapter(path)
+    facts = {"rank": adapter.rank, "alpha": adapter.alpha, "rank_stabilised": adapter.rank_stabilised}
+    few_steps = {FEW_STEPS: adapter.few_steps} if adapter.few_steps else {}
+    silent = (
+        f"{path} does not say the alpha that it was trained with, so its factor is 1; if that was not its rank, give "
+        f"alpha / rank, such as --lora {path}:0.5"
+    )
+    notes = [] if adapter.alpha_from else [silent]
+    return Checkpoint(
+        [Path(adapter.source)], adapter.matrices | adapter.magnitudes, {}, lora=facts | few_steps, notes=notes
+    )

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from sgm.config import AccelerateArgs, RunConfig
-from sgm.inference.adapters import adapter_files
+from sgm.inference.adapters import FEW_STEPS, adapter_files, read_adapter
 from sgm.inference.options import SampleArgs
 from sgm.modules.diffusionmodules.few_steps import FewSteps, FewStepsError
 from sgm.util import instantiate_from_config
@@ -14,7 +14,6 @@ from sgm.weights.checksums import small_parts_alone
 from sgm.weights.files import WeightsNotFoundError
 from sgm.weights.release import Adapter, read_parts
 
-ENTRY = "few_steps"  # of a header
 SHORTCUTS = ("reuse", "step_cache", "guidance")  # beginnings of names in the accelerate section
 
 
@@ -53,11 +52,11 @@ def _stated(args: SampleArgs) -> dict[str, FewSteps]:
     for text, path in files.items():
         try:
             with small_parts_alone():
-                facts = read_parts(path)[0].lora
+                facts = (read_parts(path)[0] if path == args.load else read_adapter(path)).lora
         except WeightsNotFoundError:
             continue
-        if ENTRY in facts:
-            found[text] = FewSteps.parse(facts[ENTRY])
+        if FEW_STEPS in facts:
+            found[text] = FewSteps.parse(facts[FEW_STEPS])
         elif args.few_steps and args.student and adapter_files(args.student) == adapter_files(path):
             raise FewStepsError(
                 f"args.few_steps is true, but {path} (args.student) was not distilled: its file does not say how it is "

@@ -19,7 +19,7 @@ from torch import Tensor
 from sgm.config import RunConfig
 from sgm.data.images import Picture
 from sgm.data.video_out import to_uint8
-from sgm.inference.adapters import with_adapters
+from sgm.inference.adapters import read_adapter, with_adapters
 from sgm.inference.fast import check_shortcuts, shortcuts_of
 from sgm.inference.few_steps import with_few_steps
 from sgm.inference.fit import (
@@ -306,7 +306,7 @@ class Pipeline:
             allow_absent = self.args.force_inference
             loaded = load_network(
                 network, self.args.load, device=device, dtype=dtype, allow_absent=allow_absent, adapters=adapters,
-                merge=self.args.merge_lora,
+                read=read_adapter, merge=self.args.merge_lora,
             )  # fmt: skip
             self.facts.notes += loaded.notes
         elif self.fp8:
@@ -314,7 +314,7 @@ class Pipeline:
         else:
             self._adapters = None
             self.placement.forget(self.engine.model)
-            replace_adapters(network, loaded, self.args.load, adapters, merge=self.args.merge_lora)
+            replace_adapters(network, loaded, self.args.load, adapters, read=read_adapter, merge=self.args.merge_lora)
         self._adapters = list(self.args.lora)
         if self.fp8:
             quantize_network(network)

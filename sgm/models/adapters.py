@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,14 +13,21 @@ from sgm.distributed import model_parallel_rank, model_parallel_world_size
 from sgm.models.network import DiffusionTransformer
 from sgm.modules.transformer.lora import (
     LoraMixin,
-    add_delta,
     is_adapted,
     lora_layers,
     remove_lora,
     set_lora_scale,
     weight_of,
 )
-from sgm.modules.transformer.lora_state import LoraError, LoraSpec, collect_pairs, lora_delta, lora_spec_of
+from sgm.modules.transformer.lora_state import (
+    LoraError,
+    LoraSpec,
+    adapted_weight,
+    collect_pairs,
+    lora_delta,
+    lora_spec_of,
+    magnitudes_of,
+)
 from sgm.weights import WeightsError
 from sgm.weights.tensor_parallel import partition_state
 
@@ -38,23 +46,28 @@ def apply_adapter(
         lora: whole (unsplit) matrices under the network's names, as `split_lora` returns them.
         facts: see `lora_spec_of`; where it is silent about alpha, the network's `lora_config` decides, then SAT's 1.
         scale: further factor on the adapter.
-        merge: fold it into the weights instead of attaching it; several adapters can be merged one after the other.
+        merge: fold it into the weights instead of attaching it; several adapters can be merged one after the other, a
+            DoRA first, whose norms are of the base's rows. What can only be folded (`LoraSpec.only_folded`) is.
     Raises:
         LoraError: there is no adapter in `lora`, or it does not fit the network.
     """
     spec = lora_spec_of(lora, {**network.lora_facts(), **(facts or {})})
     if spec is None:
         raise LoraError("there is no adapter here: no matrix_A and matrix_B.")
-    if spec.layers[-1] >= network.num_layers:
+    if spec.layers and spec.layers[-1] >= network.num_layers:
         raise LoraError(f"the adapter reaches layer {spec.layers[-1]}; the network has 0 to {network.num_layers - 1}.")
     if model_parallel_world_size() > 1:
+        if spec.only_folded:
+            raise LoraError(
+                f"of this adapter ({spec.only_folded}) parts of a network cannot be made; fold it into the base first."
+            )
         lora = partition_state(lora, model_parallel_rank(), model_parallel_world_size())
     pairs = collect_pairs(lora)
     for name, (a, b) in pairs.items():
         _check_fit(name, _weight(network, name), a, b)
-    if merge:
-        for name, (a, b) in pairs.items():
-            add_delta(_weight(network, name), lora_delta(a, b, spec.scaling * scale))
+    if merge or spec.only_folded:
+        for name, (a, b) in pairs.items() if scale else ():
+            _fold(_weight(network, name), partial(lora_delta, a, b, spec.scaling * scale), magnitudes_of(lora, name))
         return spec
     params = {
         "r": spec.rank, "lora_alpha": spec.alpha, "layer_range": list(spec.layers), "targets": list(spec.targets),
@@ -98,13 +111,26 @@ def restore_base(
 
 
 def _weight(network: nn.Module, name: str) -> nn.Parameter:
-    """The weight of the linear of that name, with or without an adapter around it."""
-    linear = network.get_submodule(name)
+    """The weight of the linear of that name, with or without an adapter around it.
+
+    Raises:
+        LoraError: the network has no such linear.
+    """
+    try:
+        linear = network.get_submodule(name)
+    except AttributeError as error:
+        raise LoraError(f"the adapter is for {name}, which this network lacks; it is another model's.") from error
     return weight_of(linear.original if is_adapted(linear) else linear)
 
 
+@torch.no_grad()
+def _fold(weight: Tensor, delta: Callable[[], Tensor], magnitudes: Mapping[int, Tensor]) -> None:
+    weight.copy_(adapted_weight(weight, delta, magnitudes))
+
+
 def _check_fit(linear: str, weight: Tensor, a: list[Tensor], b: list[Tensor]) -> None:
-    rows, columns = weight.shape
-    got = (sum(m.shape[0] for m in b), a[0].shape[1])
+    rows, columns = weight.flatten(1).shape
+    widths = {m.shape[1] for m in a}
+    got = (sum(m.shape[0] for m in b), *sorted(widths))
     if got != (rows, columns):
         raise LoraError(f"the adapter of {linear} is for a weight {got}, the network has {(rows, columns)}.")

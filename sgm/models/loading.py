@@ -6,7 +6,7 @@ sin-cos position table and the rotary models' unused position embedding, which t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ from sgm.distributed import model_parallel_rank, model_parallel_world_size
 from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
 from sgm.modules.conditioner import GeneralConditioner
 from sgm.modules.encoders.modules import FrozenT5Embedder
-from sgm.modules.transformer.lora_state import collect_pairs, replaced_parts, split_further, split_lora
+from sgm.modules.transformer.lora_state import MAGNITUDE, collect_pairs, replaced_parts, split_further, split_lora
 from sgm.modules.transformer.patch_embed import PATCHES, with_image_channels
 from sgm.places import CONFIGS
 from sgm.weights import WeightsError, assign_state, weights_fingerprint
@@ -55,6 +55,7 @@ def load_network(
     dtype: torch.dtype,
     allow_absent: bool,
     adapters: Sequence[Adapter] = (),
+    read: Callable[[str], Checkpoint] = read_transformer,
     merge: bool = False,
     trains: bool = False,
     add_image_channels: bool = False,
@@ -67,6 +68,7 @@ def load_network(
     the checkpoint's.
 
     Args:
+        read: gives the entries of an adapter's file in SAT's layout; those of other trainers need another reader.
         trains: further mixins that no file has anything of are to be trained from their initial values.
         add_image_channels: a text-to-video model's file is to become an image-to-video network, whose patch projection
             reads nothing of pictures yet.
@@ -81,7 +83,7 @@ def load_network(
             f"sampling, name the adapter in args.lora ({path})."
         )
     loaded = LoadedNetwork(checkpoint.source, checkpoint.iteration, fingerprint)
-    added = [_adapter_parts(adapter) for adapter in adapters]
+    added = [_adapter_parts(adapter, read(adapter.path)) for adapter in adapters]
     replaced = _replaced(added)
     loaded.replaced |= replaced.keys()
     base = own.base | replaced
@@ -102,6 +104,7 @@ def replace_adapters(
     path: str | Path,
     adapters: Sequence[Adapter],
     *,
+    read: Callable[[str], Checkpoint] = read_transformer,
     merge: bool = False,
 ) -> None:
     """Put other adapters onto a network that `load_network` has filled from `path`; `loaded` says so then.
@@ -117,7 +120,7 @@ def replace_adapters(
     if fingerprint != loaded.fingerprint:
         raise WeightsError(f"{checkpoint.source} has changed since it was loaded; load the model again.")
     own = _Parts.of(Adapter(str(path)), checkpoint)
-    every = [own, *map(_adapter_parts, adapters)]
+    every = [own, *(_adapter_parts(adapter, read(adapter.path)) for adapter in adapters)]
     further = [parts.file.source for parts in every if parts.mixins]
     if further or network.further_configs:
         raise WeightsError(
@@ -136,9 +139,10 @@ def replace_adapters(
 
 def _apply_adapters(network: DiffusionTransformer, every: Sequence[_Parts], merge: bool, loaded: LoadedNetwork) -> None:
     """Those of the base's file, which is the first, and of the adapters'."""
-    found = [parts for parts in every if parts.lora]
+    found = _in_order([parts for parts in every if parts.lora])
     for parts in found:
         require_finite(parts.lora, parts.file.source)
+        loaded.notes += [note for note in parts.file.notes if note not in loaded.notes]
         _apply_adapter(network, parts, merge or len(found) > 1, loaded)
     loaded.adapters += [
         f"{parts.file.source} x {parts.adapter.scale:g}" for k, parts in enumerate(every) if parts.lora or k
@@ -169,7 +173,9 @@ def _assign_base(
     unused = {name: torch.zeros(network.state_dict()[name].shape) for name in network.dead_keys() if name not in base}
     whole = {**{name: computed[name] for name in absent}, **unused, **base}
     state = partition_state(whole, model_parallel_rank(), model_parallel_world_size())
-    assign_state(network, state, source=checkpoint.source, device=device, dtype=dtype, hint=_hint(network, base))
+    assign_state(
+        network, state, source=checkpoint.source, device=device, dtype=dtype, hint=lambda: _hint(network, base)
+    )
 
 
 def _hint(network: DiffusionTransformer, base: Mapping[str, Tensor]) -> str:
@@ -202,13 +208,31 @@ class _Parts:
         return replaced_parts(self.base, self.lora)
 
     @property
+    def is_dora(self) -> bool:
+        return any(map(MAGNITUDE.match, self.lora))
+
+    @property
     def kind(self) -> str:
         """What it is where there is no base."""
         return "a LoRA adapter" if self.lora else f"what a run has trained of the mixin {' and '.join(self.mixins)}"
 
 
-def _adapter_parts(adapter: Adapter) -> _Parts:
-    parts = _Parts.of(adapter, read_transformer(adapter.path))
+def _in_order(found: list[_Parts]) -> list[_Parts]:
+    """A DoRA first: the norms that it was trained for are those of the base's rows.
+
+    Raises:
+        WeightsError: there are two of them.
+    """
+    dora = [parts.file.source for parts in found if parts.is_dora]
+    if len(dora) > 1:
+        raise WeightsError(
+            f"{' and '.join(dora)} are both DoRA, each for the base's own weights; only one of them can be used."
+        )
+    return sorted(found, key=lambda parts: not parts.is_dora)
+
+
+def _adapter_parts(adapter: Adapter, file: Checkpoint) -> _Parts:
+    parts = _Parts.of(adapter, file)
     if not parts.lora and not parts.mixins:
         raise WeightsError(
             f"{parts.file.source} holds no LoRA matrices (matrix_A, matrix_B) but {what_is(parts.file.network)}."
@@ -279,7 +303,10 @@ def _apply_adapter(network: DiffusionTransformer, parts: _Parts, merge: bool, lo
     try:
         if merge:
             loaded.merged |= collect_pairs(parts.lora).keys()
-        apply_adapter(network, parts.lora, facts=source.lora, scale=scale, merge=merge)
+        spec = apply_adapter(network, parts.lora, facts=source.lora, scale=scale, merge=merge)
+        if spec.only_folded and not merge:
+            loaded.merged |= collect_pairs(parts.lora).keys()
+            loaded.notes.append(f"{source.source} is folded into the weights: {spec.only_folded}")
     except WeightsError:
         raise
     except ValueError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,7 +45,7 @@ def assign_state(
     dtype: torch.dtype | None = None,
     may_lack: Collection[str] = (),
     ignore_prefixes: Iterable[str] = (),
-    hint: str = "",
+    hint: str | Callable[[], str] = "",
 ) -> None:
     """Give `module` the tensors of `state`, every key accounted for, one tensor at a time.
 
@@ -60,7 +60,7 @@ def assign_state(
         device: where the tensors go; None keeps the module's device (for meta modules: the tensor's own).
         dtype: floating-point type to convert to; None keeps the module's type (for meta modules: the tensor's own).
         may_lack: names that the file may leave out; they keep what the module holds.
-        hint: a last line for the error message.
+        hint: a last line for the error message, or what makes it then.
     Raises:
         WeightsError: lists all missing and unexpected names and all wrong shapes at once; nothing was assigned then.
         WeightsError: values are NaN or infinite, in the file or in the type they are wanted in.
@@ -71,7 +71,8 @@ def assign_state(
     report = compare_keys({name: tuple(t.shape) for name, t in targets.items()}, offered, may_lack)
     if report:
         message = [f"{source} does not fit {type(module).__name__}:", *report.lines()]
-        raise WeightsError("\n".join(message + ([hint] if hint else [])))
+        last = hint() if callable(hint) else hint
+        raise WeightsError("\n".join(message + ([last] if last else [])))
     replaced: dict[int, Tensor] = {}  # tied parameters stay tied
     stage = StagedCopy(torch.device(device)) if device is not None and torch.device(device).type == "cuda" else None
     for name, value in offered.items():

@@ -23,9 +23,8 @@ HOW_TO_GET_T5 = (
     f"Hugging Face cache (`hf download {SHIPPED_T5}`; about 45 GB, since that repository holds the decoder too)."
 )
 HOW_TO_GET_ADAPTER = (
-    "An adapter (PATH or PATH:SCALE) is the folder of a LoRA run, one of its iterations or a file of it; one in "
-    "diffusers' form is converted by tools/convert_weight_hf2sat.py --lora_only. docs/sampling.md, 'LoRA', has the "
-    "steps."
+    "An adapter (PATH or PATH:SCALE) is the folder of a LoRA run, one of its iterations or a file of it, a file or "
+    "folder of another trainer, or a name in the hub (OWNER/NAME). docs/sampling.md, 'LoRA', has the steps."
 )
 
 HOW_TO_GET_SMALL_DECODER = (
@@ -48,10 +47,17 @@ def with_found_paths(config: RunConfig[Any], find: Callable[[str], str] = found_
     load = config.args.load and find(config.args.load)
     if load and not Path(load).expanduser().exists():
         load = str(newest_run(Path(load).expanduser()) or load)
-    found = {"load": load} | ({"lora": [*map(find, config.args.lora)]} if hasattr(config.args, "lora") else {})
+    lora = getattr(config.args, "lora", None)
+    found = {"load": load} | ({"lora": [_found_adapter(text, find) for text in lora]} if lora is not None else {})
     if getattr(config.args, "student", None):
         found["student"] = find(config.args.student)
     return replace(config, model=model, args=replace(config.args, **found))
+
+
+def _found_adapter(text: str, find: Callable[[str], str]) -> str:
+    """`PATH[:SCALE]` with its path found."""
+    path = str(adapter_path(text))
+    return find(path) + text[len(path) :] if text.startswith(path) else find(text)
 
 
 def with_paths(model: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,10 +24,6 @@ ADAPTER_FILE = "lora.safetensors"
 _PART = re.compile(r"mp_rank_(\d+)_model_states\.(?:pt|safetensors)$")
 _DATE = re.compile(r"(-\d\d){4}(-\d+)?$")
 _NETWORK_ROOTS = ("mixins.", "transformer.", "time_embed.", "ofs_embed.")
-
-DIFFUSERS_ADAPTERS = frozenset(
-    f"{name}.{end}" for name in ("pytorch_lora_weights", "adapter_model") for end in ("safetensors", "bin")
-)
 
 
 def how_to_get(*archives: str) -> str:
@@ -53,6 +48,7 @@ class Checkpoint:
         others: entries of text encoder and VAE, with their engine names.
         iteration: from the folder's name or the file, if any.
         lora: what the file says of its adapter ({"rank", "alpha", ...}), empty if it says nothing.
+        notes: what is to be said of it where it is used.
     """
 
     files: list[Path]
@@ -60,6 +56,7 @@ class Checkpoint:
     others: dict[str, Tensor]
     iteration: int | None = None
     lora: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def source(self) -> str:
@@ -165,12 +162,6 @@ def _what_lies_in(folder: Path) -> str:
     iterations = [n for n in names if _iteration_of(n) is not None]
     if iterations:
         return f"no `latest` file in it; name one of its iterations ({', '.join(iterations)}) or write it to `latest`."
-    if not DIFFUSERS_ADAPTERS.isdisjoint(names):
-        return (
-            "it holds an adapter in diffusers' or PEFT's form; make a SAT folder of it with "
-            f"tools/convert_weight_hf2sat.py --lora_only --input_path {shlex.quote(str(folder))} --output_path FOLDER "
-            "and name that."
-        )
     return f"no `latest` and no mp_rank_00_model_states.pt in it (found: {', '.join(names[:8]) or 'nothing'})."
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sgm.convert.to_hf import ToHf, convert, export_lora
@@ -246,6 +247,24 @@ def test_exported_adapter_in_the_pipeline(
         pipeline.unload_lora_weights()
 
 
+@pytest.mark.parametrize("way", ["file", "entries", "entries of the pipeline"])
+def test_every_way_of_diffusers_heeds_an_exported_alpha(
+    release: Path, pipeline: Any, adapter: Path, tmp_path: Path, way: str
+) -> None:
+    """Also those that see no header: the factor is in the matrices."""
+    pytest.importorskip("peft")
+    export_lora(ToHf(tmp_path / "lora", adapter))
+    file = tmp_path / "lora" / "pytorch_lora_weights.safetensors"
+    load = pipeline.load_lora_weights if "pipeline" in way else pipeline.transformer.load_lora_adapter
+    load(file if way == "file" else load_file(file))
+    try:
+        inputs = random_inputs()
+        expected = ours(adapted(release, adapter), inputs)
+        torch.testing.assert_close(theirs(pipeline.transformer, inputs), expected, rtol=0, atol=5e-6)
+    finally:
+        pipeline.unload_lora_weights()
+
+
 def test_the_comparing_tool(
     release: Path, yaml: Path, pipeline_folder: Path, adapter: Path, tmp_path: Path, capsys: Any
 ) -> None:
@@ -265,9 +284,9 @@ def test_the_comparing_tool(
     assert compare_diffusers.main([*common[:-1], str(tmp_path / "none")]) == 2
 
 
-def test_sampling_names_the_tool_for_a_diffusers_adapter(adapter: Path, tmp_path: Path) -> None:
+def test_a_diffusers_adapter_is_no_transformer(adapter: Path, tmp_path: Path) -> None:
     export_lora(ToHf(tmp_path / "lora", adapter))
-    with pytest.raises(ValueError, match="convert_weight_hf2sat.py --lora_only"):
+    with pytest.raises(ValueError, match="a LoRA of another trainer; when sampling, name it in args.lora"):
         read_transformer(tmp_path / "lora" / "pytorch_lora_weights.safetensors")
 
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from sgm.convert import dit_keys, dit_sizes, lora_keys
+from sgm.convert.lora_files import scaled_matrices
+from sgm.convert.lora_names import factors_of
 from tests.dit_tiny import random_inputs, tiny_config, tiny_network
 
 diffusers = pytest.importorskip("diffusers")
@@ -140,16 +142,15 @@ def test_exported_lora(targets: tuple[str, ...]) -> None:
 
     network = randomised(lora={"r": 4, "lora_alpha": 2, "targets": list(targets)})
     base, lora = split_lora(network.state_dict())
-    exported = lora_keys.lora_sat_to_hf(lora, scaling=2 / 4, prefix="")
+    exported = lora_keys.lora_sat_to_hf(scaled_matrices(lora, 2 / 4), prefix="")
     state = dit_keys.sat_to_hf(base)
     for name in [n for n in exported if ".lora_A." in n]:
         module = name.removesuffix(".lora_A.weight")
         state[f"{module}.weight"] = state[f"{module}.weight"] + exported[f"{module}.lora_B.weight"] @ exported[name]
     ours, theirs = both(network, counterpart(tiny_config(), state), random_inputs())
     torch.testing.assert_close(ours, theirs, rtol=0, atol=5e-6)
-    unscaled = {f"transformer.{n}": t / (2 / 4) if ".lora_B." in n else t for n, t in exported.items()}
-    back = lora_keys.lora_hf_to_sat(unscaled)
+    back = lora_keys.lora_hf_to_sat(factors_of(lora_keys.lora_sat_to_hf(lora), "it"))
     assert back.keys() == lora.keys()
-    assert all(torch.allclose(back[name], value, rtol=1e-6, atol=0) for name, value in lora.items())
+    assert all(torch.equal(back[name], value) for name, value in lora.items())
     merge_lora(network)
     assert network.state_dict().keys() == base.keys()

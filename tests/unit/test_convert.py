@@ -244,7 +244,7 @@ def test_adapters_of_42_layers_there_and_back(rank: int, tmp_path: Path) -> None
     matrices = adapter_matrices(rank=rank, layers=42, width=64)
     save_pt(tmp_path / "a.pt", {"module": matrices, "lora": {"rank": rank, "alpha": 1.0}})
     assert len(matrices) == 336
-    export_lora(ToHf(tmp_path / "hf", tmp_path / "a.pt"))
+    export_lora(ToHf(tmp_path / "hf", tmp_path / "a.pt"), fold_scale=False)
     assert len(load_file(tmp_path / "hf" / "pytorch_lora_weights.safetensors")) == 336
     import_lora(ToSat(tmp_path / "hf", tmp_path / "back"))
     back = read_transformer(tmp_path / "back")
@@ -447,7 +447,7 @@ def test_commands_of_the_page(hf: Path, tmp_path: Path, monkeypatch: pytest.Monk
 def test_adapter_there_and_back_is_bit_exact(tmp_path: Path) -> None:
     matrices = {name: t.half() for name, t in adapter_matrices(rank=3, layers=5).items()}
     save_pt(tmp_path / "a.pt", {"module": matrices, "lora": {"rank": 3, "alpha": 1.0}})
-    export_lora(ToHf(tmp_path / "hf", tmp_path / "a.pt"))
+    export_lora(ToHf(tmp_path / "hf", tmp_path / "a.pt"), fold_scale=False)
     from safetensors import safe_open
 
     with safe_open(tmp_path / "hf" / "pytorch_lora_weights.safetensors", "pt") as file:
@@ -459,19 +459,19 @@ def test_adapter_there_and_back_is_bit_exact(tmp_path: Path) -> None:
     lines = import_lora(ToSat(tmp_path / "hf", tmp_path / "sat"))
     back = torch.load(tmp_path / "sat" / "1000" / "mp_rank_00_model_states.pt", weights_only=True)
     same(back["module"], matrices)
-    assert back["lora"]["alpha"] == 1.0 and back["lora"]["rank"] == 3 and "alpha 1," in lines[0]
+    assert back["lora"]["alpha"] == 1.0 and back["lora"]["rank"] == 3 and "alpha 1 (stated in the file)," in lines[0]
 
 
 @pytest.mark.parametrize("end", ["safetensors", "bin"])
 def test_adapter_of_peft_for_upstreams_alpha(tmp_path: Path, end: str) -> None:
     """A file that says nothing has PEFT's scaling 1; written for alpha 1, SAT's 1 / r must give the same product."""
     save_pt(tmp_path / "a.pt", {"module": adapter_matrices(rank=4)})
-    export_lora(ToHf(tmp_path / "hf", tmp_path / "a.pt"))
+    export_lora(ToHf(tmp_path / "hf", tmp_path / "a.pt"), fold_scale=False)
     silent = load_file(tmp_path / "hf" / "pytorch_lora_weights.safetensors")
     (tmp_path / "silent").mkdir()
     file = tmp_path / "silent" / f"pytorch_lora_weights.{end}"
     (save_safetensors if end == "safetensors" else lambda path, state: torch.save(state, path))(file, silent)
-    line, *_ = import_lora(ToSat(file.parent, tmp_path / "sat", lora_alpha=1.0))
+    line, *_ = import_lora(ToSat(file.parent, tmp_path / "sat", sat_alpha=1.0))
     assert "alpha 4 (assumed, the file does not say), scaled for alpha 1" in line
     stored = read_transformer(tmp_path / "sat")
     assert stored.lora["alpha"] == 1.0
@@ -484,7 +484,7 @@ def test_adapter_of_peft_for_upstreams_alpha(tmp_path: Path, end: str) -> None:
 def test_stabilised_scaling_and_stated_alpha_go_along(tmp_path: Path) -> None:
     facts = {"rank": 4, "alpha": 8.0, "rank_stabilised": True}
     save_pt(tmp_path / "a.pt", {"module": adapter_matrices(rank=4), "lora": facts})
-    lines = export_lora(ToHf(tmp_path / "hf", tmp_path / "a.pt"))
+    lines = export_lora(ToHf(tmp_path / "hf", tmp_path / "a.pt"), fold_scale=False)
     assert "scaling 4," in lines[0]
     import_lora(ToSat(tmp_path / "hf", tmp_path / "sat"))
     stored = read_transformer(tmp_path / "sat").lora

@@ -239,8 +239,12 @@ def test_adapters_that_do_not_fit() -> None:
         apply_adapter(network, lora | {name: torch.zeros(5, 192)})
     with pytest.raises(LoraError, match="reaches layer 7"):
         apply_adapter(network, {n.replace("layers.1", "layers.7"): t for n, t in lora.items()})
-    with pytest.raises(LoraError, match="'time_embed.0' is not supported"):
-        lora_spec_of({"time_embed.0.matrix_A.0": torch.zeros(2, 4), "time_embed.0.matrix_B.0": torch.zeros(4, 2)})
+    with pytest.raises(LoraError, match="'time_embed.1' is not supported"):
+        lora_spec_of({"time_embed.1.matrix_A.0": torch.zeros(2, 4), "time_embed.1.matrix_B.0": torch.zeros(4, 2)})
+    beside = {"ofs_embed.0.matrix_A.0": torch.zeros(4, 24), "ofs_embed.0.matrix_B.0": torch.zeros(24, 4)}
+    assert lora_spec_of(lora | beside).only_folded == "it adapts ofs_embed.0, too"
+    with pytest.raises(LoraError, match="for ofs_embed.0, which this network lacks"):
+        apply_adapter(network, lora | beside)
 
 
 @pytest.mark.parametrize(

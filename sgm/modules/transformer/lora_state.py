@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -30,7 +30,13 @@ TARGETS: dict[str, tuple[tuple[str, int], ...]] = {
     ),
     "adaln": (("mixins.adaln_layer.adaLN_modulations.{i}.1", 1),),
 }
+# Linears outside the layers: what adapts them, too, can only be folded into the weights.
+BESIDE_LAYERS = (
+    "mixins.patch_embed.proj", "mixins.patch_embed.text_proj", "time_embed.0", "time_embed.2", "ofs_embed.0",
+    "ofs_embed.2", "mixins.final_layer.adaLN_modulation.1", "mixins.final_layer.linear",
+)  # fmt: skip
 MATRIX = re.compile(r"^(?P<linear>.+)\.matrix_(?P<kind>[AB])\.(?P<part>\d+)$")
+MAGNITUDE = re.compile(r"^(?P<linear>.+)\.magnitude\.(?P<part>\d+)$")
 _ORIGINAL = ".original."
 _OF_EVERY_MODEL = "transformer.final_layernorm.weight"
 OWN_MIXINS = ("pos_embed", "patch_embed", "adaln_layer", "final_layer", "lora")  # what a release's network has
@@ -51,6 +57,28 @@ def lora_delta(a: Sequence[Tensor], b: Sequence[Tensor], scaling: float) -> Tens
     return scaling * torch.cat([up.float() @ down.float() for down, up in zip(a, b, strict=True)])
 
 
+def adapted_weight(weight: Tensor, delta: Callable[[], Tensor], magnitudes: Mapping[int, Tensor]) -> Tensor:
+    """A weight (out, in) or (out, in, height, width) with an adapter folded in, in float32.
+
+    W + delta; of DoRA (Liu et al. 2024, arXiv:2402.09353, equation 5) each row of that at the norm that was trained.
+
+    Args:
+        delta: gives what is added, (out, in) with a window's places flattened.
+        magnitudes: norms of rows by the number of their equal part of all rows; rows of other parts have none.
+    """
+    whole = (weight.float().flatten(1) + delta().to(weight.device)).contiguous()
+    for part, norms in magnitudes.items():
+        rows = whole[part * len(norms) : (part + 1) * len(norms)]
+        rows *= (norms.float().to(weight.device) / rows.norm(dim=1))[:, None]
+    return whole.reshape(weight.shape)
+
+
+def magnitudes_of(state: Mapping[str, Tensor], linear: str) -> dict[int, Tensor]:
+    """Norms of a linear's rows, by part; empty where the adapter is no DoRA."""
+    found = {match: value for name, value in state.items() if (match := MAGNITUDE.match(name))}
+    return {int(match["part"]): value for match, value in found.items() if match["linear"] == linear}
+
+
 @dataclass(frozen=True)
 class LoraSpec:
     """What an adapter's tensors say of it, and alpha, which they do not.
@@ -61,6 +89,7 @@ class LoraSpec:
         targets: kinds of linears, of "attention", "mlp", "adaln".
         layers: adapted layers.
         rank_stabilised: scaling by alpha / sqrt(r).
+        only_folded: why it can only be folded into the weights, in a few words; "" where it can be beside them.
     """
 
     rank: int
@@ -68,6 +97,7 @@ class LoraSpec:
     targets: tuple[str, ...]
     layers: tuple[int, ...]
     rank_stabilised: bool = False
+    only_folded: str = ""
 
     @property
     def scaling(self) -> float:
@@ -76,7 +106,7 @@ class LoraSpec:
 
 def split_lora(state: Mapping[str, Value]) -> tuple[dict[str, Value], dict[str, Value]]:
     """(base, adapter): the base under plain names (without `.original.`), and the matrices under theirs."""
-    lora = {name: value for name, value in state.items() if MATRIX.match(name)}
+    lora = {name: value for name, value in state.items() if MATRIX.match(name) or MAGNITUDE.match(name)}
     base = {name.replace(_ORIGINAL, "."): value for name, value in state.items() if name not in lora}
     return base, lora
 
@@ -124,10 +154,12 @@ def lora_spec_of(state: Mapping[str, Tensor], facts: Mapping[str, Any] | None = 
     if not pairs:
         return None
     ranks, targets, layers = set(), set(), set()
+    beside = [linear for linear in pairs if linear.endswith(BESIDE_LAYERS)]
     for linear, (a, b) in pairs.items():
-        target, layer = _target_of(linear)
-        targets.add(target)
-        layers.add(layer)
+        if linear not in beside:
+            target, layer = _target_of(linear)
+            targets.add(target)
+            layers.add(layer)
         ranks |= {m.shape[0] for m in a} | {m.shape[1] for m in b}
     if len(ranks) > 1:
         raise LoraError(f"the adapter mixes ranks {sorted(ranks)}; one rank for all linears is supported.")
@@ -138,6 +170,7 @@ def lora_spec_of(state: Mapping[str, Tensor], facts: Mapping[str, Any] | None = 
         targets=tuple(name for name in TARGETS if name in targets),
         layers=tuple(sorted(layers)),
         rank_stabilised=str(facts.get("rank_stabilised", False)).lower() == "true",
+        only_folded=f"it adapts {beside[0]}, too" if beside else "DoRA" if any(map(MAGNITUDE.match, state)) else "",
     )
 
 
