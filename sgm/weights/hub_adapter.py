@@ -58,7 +58,7 @@ def _downloaded(repository: str, file: str | None) -> Path:
 
     try:
         names = HfApi().list_repo_files(repository)
-        chosen = file or _choose(repository, names)
+        chosen = file or choose_file(repository, names)
         if _BESIDE in names:
             hf_hub_download(repository, _BESIDE)
         return Path(hf_hub_download(repository, chosen))
@@ -73,7 +73,8 @@ def _downloaded(repository: str, file: str | None) -> Path:
         ) from error
 
 
-def _choose(repository: str, names: Iterable[str]) -> str:
+def choose_file(repository: str, names: Iterable[str]) -> str:
+    """The adapter's file among those of a repository. Raises WeightsError: there is none, or there are several."""
     names = list(names)
     usual = next((name for name in USUAL if name in names), None)
     others = [name for name in names if name.endswith(".safetensors")]

@@ -11,6 +11,8 @@ from sgm.config import ConfigError, load_run_config
 from sgm.inference.adapters import with_adapters
 from sgm.inference.options import SampleArgs
 from sgm.inference.pipeline import Pipeline
+from sgm.weights import WeightsError
+from sgm.weights.hub_adapter import choose_file
 from sgm.weights.preflight import with_found_paths
 
 REPO = Path(__file__).resolve().parents[2]
@@ -53,3 +55,38 @@ def test_no_adapter_counts_twice(tmp_path):
 def test_decoding_needs_no_student():
     flags = {"decode_latents": "l", "lora": ["a", "a"]}
     assert not with_adapters(config(**flags)).args.few_steps
+
+
+def test_a_scale_does_not_hide_a_path(tmp_path, monkeypatch):
+    """Also where the project's folder is another one, as of an installed package."""
+    (tmp_path / "project" / "adapters" / "a").mkdir(parents=True)
+    monkeypatch.setattr("sgm.places.PROJECT", tmp_path / "project")
+    monkeypatch.chdir(tmp_path)
+    found = config(lora=["adapters/a:0.5", "adapters/a", "other:2"]).args.lora
+    assert found == [f"{tmp_path}/project/adapters/a:0.5", f"{tmp_path}/project/adapters/a", "other:2"]
+
+
+def test_an_adapter_of_the_hub(tmp_path, monkeypatch):
+    """The cache's file; a name of which a part is here is a path."""
+    from huggingface_hub import constants
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    cached = tmp_path / "cache" / "models--someone--style"
+    snapshot = cached / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0" * 40)
+    (snapshot / "pytorch_lora_weights.safetensors").touch()
+    run = with_adapters(config(lora=["someone/style:0.5"]))
+    assert run.args.lora[1:] == [f"{snapshot}/pytorch_lora_weights.safetensors:0.5"]  # behind the student
+    with pytest.raises(WeightsError, match="no adapter at someone/other: .*hf download someone/other"):
+        with_adapters(config(lora=["someone/other"]))
+    (tmp_path / "ckpts").mkdir()
+    assert with_adapters(config(lora=["ckpts/other"])).args.lora[1:] == ["ckpts/other"]
+    files = ["README.md", "a.safetensors", "b.safetensors"]
+    with pytest.raises(WeightsError, match="2 .safetensors files; name one: --lora x/y/a.safetensors; --lora x/y/b"):
+        choose_file("x/y", files)
+    assert choose_file("x/y", files[:2]) == "a.safetensors"
+    assert choose_file("x/y", [*files, "pytorch_lora_weights.safetensors"]) == "pytorch_lora_weights.safetensors"
