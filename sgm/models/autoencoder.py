@@ -60,6 +60,13 @@ class ChunkShare(Protocol):
     def cache(self, chunk: int) -> CausalCache: ...
 
 
+class FrameShare(Protocol):
+    """The frames of an encode that are computed here."""
+
+    def takes(self, encoder: ContextParallelEncoder3D, x: Tensor) -> bool: ...
+    def encode(self, encoder: ContextParallelEncoder3D, x: Tensor, run: ClipPass) -> Tensor: ...
+
+
 def chunk_bounds(t: int) -> list[tuple[int, int]]:
     """(start, stop) of the chunks in which a clip of `t` latent frames is decoded: [0:1], or [0:3], [3:5], [5:7] ...
 
@@ -88,6 +95,7 @@ class VideoAutoencoder(FirstStage):
     encoder: ContextParallelEncoder3D
     decoder: ContextParallelDecoder3D
     ops: VaeOps = PLAIN  # implementation of the coders' operations
+    share: FrameShare | None = None  # where several processes encode a clip
 
     def __init__(
         self,
@@ -258,7 +266,8 @@ class VideoAutoencoder(FirstStage):
         run = ClipPass(slice_bytes=self._slice_bytes(x), ops=self.ops)
         tiling, factor = self.memory.tiling, self.strides.space
         if tiling is None:
-            return self.encoder(x, run)
+            shared = self.share is not None and not torch.is_grad_enabled() and self.share.takes(self.encoder, x)
+            return self.share.encode(self.encoder, x, run) if shared and self.share else self.encoder(x, run)
         size = self.strides.latent_size(x.shape[3], x.shape[4])
 
         def render(_: int, rows: slice, cols: slice) -> Tensor:

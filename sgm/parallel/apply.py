@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from sgm.models.autoencoder import VideoAutoencoder
 from sgm.models.diffusion import SATVideoDiffusionEngine
+from sgm.parallel.encoding import SharedFrames
 from sgm.parallel.guidance import SharedBranches
 from sgm.parallel.sequence import SharedTokens
 from sgm.parallel.team import ParallelError, Team
@@ -21,7 +23,14 @@ def share_network(engine: SATVideoDiffusionEngine, team: Team) -> None:
     """
     if team.guidance is not None and team.layout.guidance > 1:
         engine.branches = SharedBranches(team.branch, team.guidance)
+    share_encoding(engine.first_stage_model, team)
     share_tokens(engine.network, team)
+
+
+def share_encoding(stage: object, team: Team) -> None:
+    """Let the first stage, where it is the autoencoder, encode clips together with the other processes of the team."""
+    if team.size > 1 and isinstance(stage, VideoAutoencoder):
+        stage.share = SharedFrames(team)
 
 
 def share_tokens(network: DiffusionTransformer, team: Team) -> None:

@@ -119,7 +119,8 @@ class MemoryNeeds:
     def encoding(self) -> int:
         """While the first stage encodes."""
         maps = VAE_LOW_MEMORY_MAPS if self.vae_low_memory else VAE_LIVE_MAPS
-        return int(maps * self.vae_values) * BYTES[self.dtype] * self.micro_batch
+        values = max(self.vae_values // self.shares, self.picture_values)  # a picture is encoded by each process
+        return int(maps * values) * BYTES[self.dtype] * self.micro_batch
 
     @property
     def trains_adapter(self) -> bool:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor
 
-from sgm.distributed import model_parallel_rank, model_parallel_world_size
+from sgm.distributed import model_parallel_rank, model_parallel_world_size, same_for_clip
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.modules.diffusionmodules.image_condition import image_latents, repeat_first
 from sgm.training.checkpoints.partitions import load_scaler_state, scaler_state
@@ -60,7 +60,7 @@ def batch_latents(engine: SATVideoDiffusionEngine, batch: Mapping[str, Any], dev
     x = batch[engine.input_key].to(device, non_blocking=True).to(engine.dtype)
     if not engine.latent_input:
         x = rearrange(x, "b f c h w -> b c f h w")
-    return rearrange(engine.encode_first_stage(x), "b c t h w -> b t c h w").contiguous()
+    return same_for_clip(rearrange(engine.encode_first_stage(x), "b c t h w -> b t c h w").contiguous())
 
 
 def engine_inputs(

@@ -19,7 +19,7 @@ from sgm.distributed import shutdown
 from sgm.inference.noise import SampleId, StackedNoise
 from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
 from sgm.models.diffusion import SATVideoDiffusionEngine
-from sgm.parallel.apply import share_network
+from sgm.parallel.apply import share_encoding, share_network
 from sgm.parallel.decoding import SharedChunks
 from sgm.parallel.team import Layout, Team, form_team
 from sgm.util import instantiate_from_config
@@ -96,7 +96,7 @@ def of_network(kind: str, team: Team) -> dict[str, float]:
     return sizes
 
 
-def of_decode(team: Team) -> dict[str, Any]:
+def of_stage(team: Team) -> dict[str, Any]:
     torch.manual_seed(0)
     section = model_section(Path("nowhere"))["first_stage_config"]
     del section["params"]["ckpt_path"]
@@ -113,6 +113,11 @@ def of_decode(team: Team) -> dict[str, Any]:
         whole = list(stage.decode_chunks(z))
         exact = zip(stage.decode_chunks(z, share), [p for k, p in enumerate(whole) if share.owns(k)], strict=True)
         found[f"exact {t}"] = max([float((a - b).abs().max()) for a, b in exact], default=0.0)
+        x = torch.rand(1, 3, 4 * t - 3, 16, 24, generator=torch.Generator().manual_seed(t + team.data_rank)) * 2 - 1
+        alone = stage.moments(x)
+        share_encoding(stage, team)
+        found[f"encoded {t}"] = largest(stage.moments(x), alone)
+        stage.share = None
     return found
 
 
@@ -127,7 +132,7 @@ def main(rank: int, ports: list[int]) -> None:
             team, name = form_team(layout), f"{layout.data}x{layout.guidance}x{layout.sequence}"
             for kind in NETWORKS:
                 found[f"{name} {kind}"] = of_network(kind, team)
-            found[f"{name} decode"] = of_decode(team)
+            found[f"{name} stage"] = of_stage(team)
         shutdown()
     print("RESULT " + json.dumps(found), flush=True)
 

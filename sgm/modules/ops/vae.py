@@ -115,10 +115,10 @@ def group_moments(x: Tensor, groups: int, budget: int, bias: Tensor | None = Non
     return merge_moments(run_moments(*span) for span in spans)
 
 
-def merge_moments(runs: Iterable[tuple[int, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def merge_moments(runs: Iterable[tuple[int | Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of all runs of frames together, from (frames, mean, variance) of each; >= 1 run.
 
-    Every frame has as many values, so frames are the weights.
+    Every frame has as many values, so frames are the weights: a number, or tensors like the mean.
     """
     runs = iter(runs)
     seen, mean, variance = next(runs)
@@ -127,7 +127,7 @@ def merge_moments(runs: Iterable[tuple[int, Tensor, Tensor]]) -> tuple[Tensor, T
         step = run_mean - mean
         square = square + run_variance * count + step.square() * (seen * count / (seen + count))
         mean = mean + step * (count / (seen + count))
-        seen += count
+        seen = seen + count
     return mean, square / seen
 
 

@@ -92,7 +92,13 @@ def check_sharing(args: TrainArgs, plan: DeepSpeedPlan, engine: SATVideoDiffusio
     """
     if args.sequence_parallel_size > 1:
         _refuse_with("args.sequence_parallel_size above 1", {"deepspeed.zero_optimization.stage: 3": plan.stage == 3})
-    check_shares(engine.network, args.sequence_parallel_size)
+    stage, size = engine.first_stage_model, args.sequence_parallel_size
+    if isinstance(stage, VideoAutoencoderInferenceWrapper) and stage.cp_size > size:
+        raise ConfigError(
+            f"first_stage_config.params.cp_size asks for {stage.cp_size} processes a clip, which in training "
+            f"args.sequence_parallel_size gives, and it is {size}: set it to {stage.cp_size}, too, or cp_size to 1"
+        )
+    check_shares(engine.network, size)
 
 
 def check_mixins(args: TrainArgs, plan: DeepSpeedPlan, names: Sequence[str]) -> None:
@@ -152,11 +158,6 @@ def checked_engine(model: dict[str, Any], args: TrainArgs, plan: DeepSpeedPlan) 
     check_prior(args, plan, engine.loss_fn)
     check_image_channels(args, engine)
     check_sharing(args, plan, engine)
-    if isinstance(engine.first_stage_model, VideoAutoencoderInferenceWrapper) and engine.first_stage_model.cp_size > 1:
-        raise ConfigError(
-            "first_stage_config.params.cp_size shares out decoding when sampling; in training each process encodes its "
-            "own clips: set it to 1"
-        )
     for part, there in {"conditioner": engine.conditioner, "loss_fn": engine.loss_fn}.items():
         if there is None and f"{part}_config" not in model and not (args.distill and part == "loss_fn"):
             raise ConfigError(f"model.{part}_config is missing, which training needs")
