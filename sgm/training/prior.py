@@ -25,17 +25,20 @@ class BaseNetwork:
 
     Args:
         model: takes (x, t, cond); what learns in it requires gradients.
+    Attributes:
+        copied: the copy, where there is one.
     """
 
     def __init__(self, model: nn.Module):
-        self._model, self._copy = model, None
+        self._model = model
+        self.copied: nn.Module | None = None
         if needs_copy(model):
-            self._copy = copy.deepcopy(model).eval().requires_grad_(False)
+            self.copied = copy.deepcopy(model).eval().requires_grad_(False)
 
     @torch.no_grad()
     def __call__(self, x: Tensor, t: Tensor, c: Mapping[str, Tensor], **kwargs: Any) -> Tensor:
-        if self._copy is not None:
-            return self._copy(x, t, c, **kwargs)
+        if self.copied is not None:
+            return self.copied(x, t, c, **kwargs)
         with _adapters_off(self._model):
             return self._model(x, t, c, **kwargs)
 

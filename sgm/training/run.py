@@ -26,7 +26,8 @@ from sgm.data.loader import clip_count
 from sgm.distributed import DistInfo, from_first
 from sgm.files import SaveError, write_text
 from sgm.models.diffusion import SATVideoDiffusionEngine
-from sgm.parallel.apply import share_network
+from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
+from sgm.parallel.apply import share_network, share_tokens
 from sgm.parallel.team import Team
 from sgm.parallel.training import training_team
 from sgm.training.checkpoints.load import Earlier, load_state
@@ -43,6 +44,7 @@ from sgm.training.memory import MemoryNeeds, free_memory
 from sgm.training.optimizers.groups import count, parameter_groups
 from sgm.training.optimizers.schedule import LearningRate
 from sgm.training.options import TrainArgs, training_advice
+from sgm.training.prior import BaseNetwork
 from sgm.training.sampling_file import write_sampling_file
 from sgm.training.setup.clips import check_clips
 from sgm.training.setup.data import cache_request, clip_sets, left_out, training_loader
@@ -153,6 +155,8 @@ def _load(
     seed_all(args.seed)  # the same on all ranks, for what is initialised at random
     engine, loaded = load_engine(config, plan, info.device)
     share_network(engine, team)
+    if isinstance(engine.base, BaseNetwork) and isinstance(engine.base.copied, OpenAIWrapper):
+        share_tokens(engine.base.copied.diffusion_model, team)
     if loaded:
         say("\n".join([f"weights: {loaded.source}", *(f"note: {note}" for note in loaded.notes)]))
     needs = memory_needs(engine, config, plan, distributed.replica_count())

@@ -46,13 +46,12 @@ GROUPS: list[tuple[int, list[tuple[str, int, tuple[str, ...]]]]] = [
     (2, [
         ("lora by 2", 2, (*ONE_STEP, mode("products"))),
         ("full by 2", 2, (*ONE_STEP, stage(1), mode("selective"))),
-        ("full of 2", 1, (*ONE_STEP, stage(2))),
+        ("prior of 2", 1, (*ONE_STEP, stage(2))),
         ("resumed", 2, (*until(3), stage(1))),
     ]),
     (3, [("full by 3", 3, (*ONE_STEP, *LOOK, stage(2), mode("true"))), ("resumed", 3, (*until(4), stage(2)))]),
     (4, [
-        ("lora by 4", 4, (*ONE_STEP, stage(1))),
-        ("full of 2 by 2", 2, (*ONE_STEP, mode("true"))),
+        ("prior of 2 by 2", 2, (*ONE_STEP, mode("true"))),
         ("full by 2, split in 2", 2, (*ONE_STEP, "args.model_parallel_size=2")),
     ]),
     (1, [("resumed", 1, until(5))]),
@@ -63,7 +62,8 @@ RUNS = [(world, *run) for world, of_world in GROUPS for run in of_world]
 
 
 def command(folder: Path, name: str, size: int, settings: tuple[str, ...]) -> list[str]:
-    config = folder / ("lora.yaml" if "lora" in name else "full.yaml")
+    named = folder / f"{name.split(maxsplit=1)[0]}.yaml"
+    config = named if named.exists() else folder / "full.yaml"
     given = [f"args.save={folder / name}", f"args.sequence_parallel_size={size}", *settings]
     if (folder / name).exists():
         given.append(f"args.resume={next((folder / name).iterdir())}")

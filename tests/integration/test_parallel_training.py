@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,9 @@ from torch import Tensor
 import train_video
 from tests.integration.parallel_training_worker import RUNS
 from tests.training_tiny import (
+    command,
     configuration,
+    environment,
     network_section,
     run_ranks,
     write_clips,
@@ -32,8 +37,9 @@ def folder(tmp_path_factory):
     plain = network_section()
     release = write_release(made, {**plain, "params": plain["params"] | sizes})
     clips = write_clips(made / "clips", 4)
-    for name, lora in (("full", None), ("lora", 4)):
-        switches = {"cache_dir": str(made / "cache"), "valid_data": [str(clips)], "tensorboard": False}
+    known = {"prior_data": [str(write_clips(made / "known", 2))], "train_data_weights": [1, 3]}
+    for name, lora, more in (("full", None, {}), ("lora", 4, {}), ("prior", None, known)):
+        switches = {"cache_dir": str(made / "cache"), "valid_data": [str(clips)], "tensorboard": False, **more}
         config = configuration(release, clips, None, lora=lora, **switches)
         config["model"]["network_config"]["params"] |= sizes
         config["model"]["conditioner_config"]["params"]["emb_models"][0]["ucg_rate"] = 0.5
@@ -61,10 +67,9 @@ def told(run: Path, key: str, kind: str = "train") -> list[Any]:
 
 ALONE = {
     "lora by 2": "lora",
-    "lora by 4": "lora",
     "full by 2": "full",
     "full by 3": "full",
-    "full of 2 by 2": "full of 2",
+    "prior of 2 by 2": "prior of 2",
 }
 
 
@@ -99,6 +104,18 @@ def test_a_run_goes_on_with_other_numbers_of_processes_a_clip(runs):
     for part in ("5", "5-ema"):
         found, wanted = weights(runs["resumed"], part), weights(runs["unbroken"], part)
         assert max(float((found[name] - wanted[name]).abs().max()) for name in wanted) <= 1e-5
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads /proc for the ranks' process ids")
+def test_a_process_that_dies_ends_those_that_wait_for_it(runs, folder):
+    shares = ("--set", "args.sequence_parallel_size=2", "--set", "args.train_iters=100000")
+    line = command(folder / "lora.yaml", *shares, ranks=2, port=29533)
+    with subprocess.Popen(line, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as job:
+        while " 2/100000" not in (said := job.stdout.readline()):
+            assert said, "it ended before the second step"
+        os.kill(int(Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()[-1]), signal.SIGKILL)
+        _, err = job.communicate(timeout=60)
+    assert job.returncode == 137 and err.count("was ended by SIGKILL") == 1, err
 
 
 @pytest.mark.parametrize(

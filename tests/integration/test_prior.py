@@ -59,7 +59,7 @@ def test_what_the_model_knows_costs_nothing(parts, tmp_path, lora, cached):
     (folder,) = (tmp_path / "save").iterdir()
     losses = sorted(line["loss"] for line in records(folder, "train"))  # two passes over three known and two new clips
     assert max(losses[:6]) < 1e-10 and min(losses[6:]) > 0.05
-    assert not any("base" in name or "_copy" in name for name in read_transformer(folder).network)
+    assert not any("base" in name or "copied" in name for name in read_transformer(folder).network)
 
 
 @pytest.mark.parametrize("lora", [None, 4])
@@ -83,9 +83,9 @@ def test_the_base_stays_what_it_was(parts, tmp_path, lora):
 
 def test_a_layer_beside_the_adapters_makes_a_copy(parts, tmp_path):
     engine, _ = load_engine(config_of(parts, tmp_path, 4, "args.prior_data=[]"), PLAN, CPU)
-    assert BaseNetwork(engine.model)._copy is None
+    assert BaseNetwork(engine.model).copied is None
     next(p for p in engine.model.parameters() if not p.requires_grad).requires_grad_(True)
-    assert BaseNetwork(engine.model)._copy is not None
+    assert BaseNetwork(engine.model).copied is not None
 
 
 def test_only_marked_samples_have_the_base_for_their_target(parts, tmp_path):
@@ -104,7 +104,7 @@ def test_only_marked_samples_have_the_base_for_their_target(parts, tmp_path):
     assert torch.equal(mixed[[0, 2]], plain[[0, 2]])
     assert not torch.allclose(mixed[1], plain[1], rtol=0.05)
     torch.testing.assert_close(losses(engine.model, engine.base, 3.0), mixed * torch.tensor([1.0, 3.0, 1.0]))
-    at_home = copy.copy(engine.base)._copy
+    at_home = copy.copy(engine.base).copied
     assert losses(at_home, engine.base)[1] < 1e-10
 
 
