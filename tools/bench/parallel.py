@@ -4,9 +4,9 @@
     ... --training      a training step of a LoRA adapter (--rank 0: of all weights), for each way of checkpointing
     ... --forward       the transformer for one sample
 
-Without either: for each way in which the processes divide a guided call of the transformer, and decoding. Of each, what
-one process sends, the share of the time in which it waits for others, and the most memory that it takes. Weights and
-inputs are random: only times mean anything. The first process prints JSON lines, then a table.
+Without either: a guided call of the transformer in each way in which the processes divide it, decoding, encoding. Of
+each, what one process sends, the share of the time in which it waits for others, and the most memory that it takes.
+Weights and inputs are random: only times mean anything. The first process prints JSON lines, then a table.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from sgm.config import merge_yaml
 from sgm.distributed import DistInfo, init_distributed, shutdown, wait_for_all
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.modules.ops.choice import ATTENTIONS, choose_kernels
-from sgm.parallel.apply import share_network, share_tokens
+from sgm.parallel.apply import share_encoding, share_network, share_tokens
 from sgm.parallel.decoding import SharedChunks
 from sgm.parallel.team import BRANCHES, Layout, Team, form_team
 from tools.bench import models
@@ -83,7 +83,7 @@ class Report:
         wait_for_all()
 
     def several(self, part: str, layout: Layout, figures: dict[str, float | None]) -> None:
-        ways = {"guidance": layout.guidance, "sequence": layout.sequence} if part != "decode" else {}
+        ways = {"guidance": layout.guidance, "sequence": layout.sequence} if part not in ("decode", "encode") else {}
         alone, ms = self.alone.get(part), figures["ms"]
         self._add(
             part=part, processes=layout.world, **ways, **figures, times_faster=alone / ms if alone and ms else None
@@ -199,12 +199,17 @@ def bench_sampling(options: argparse.Namespace, info: DistInfo, report: Report) 
     z = torch.randn(1, 16, *clip, device=device, dtype=models.TYPES[options.dtype])
     report.one("guided call", guided_call(engine, options, device), device, options.seconds)
     report.one("decode", lambda: stage.decode(z), device, options.seconds)
+    frames, size = stage.strides.pixel_frames(clip.frames), stage.strides.pixel_size(clip.height, clip.width)
+    x = torch.rand(1, 3, frames, *size, device=device, dtype=z.dtype)
+    report.one("encode", lambda: stage.moments(x), device, options.seconds)
     for layout in layouts(info.world_size):
         team = form_team(layout)
         engine = engine_of(options, device)
         share_network(engine, team)
         report.several("guided call", layout, together(guided_call(engine, options, device), options, device))
     report.several("decode", layout, together(lambda: _decode(stage, z, team), options, device))
+    share_encoding(stage, team)
+    report.several("encode", layout, together(lambda: stage.moments(x), options, device))
 
 
 def bench_forward(options: argparse.Namespace, info: DistInfo, report: Report) -> None:
