@@ -26,6 +26,8 @@ CALLED = {
 
 def parse(arguments: list[str], prog: str | None = None) -> argparse.Namespace:
     parser = run_parser(prog, __doc__, SHIPPED_CONFIG)
+    told = "a released model, such as zai-org/CogVideoX-2b, fetched at first use; or a folder with an infer.yaml"
+    parser.add_argument("--model", metavar="OWNER/NAME", help=told)
     add_flags(parser, SampleArgs, FLAGS, CALLED)
     return parser.parse_args(arguments)
 
@@ -44,6 +46,10 @@ def main(arguments: list[str], prog: str | None = None, listen: bool = False) ->
 
 
 def run(options: argparse.Namespace, check: Callable[[], None]) -> int:
+    if options.model:
+        from sgm.hub.release import run_file_of
+
+        options.configs = [str(run_file_of(options.model, may_download=not options.dry_run)), *options.configs]
     config = run_config(options, SampleArgs, SHIPPED_CONFIG, DEMO_CONFIG)
 
     from sgm.inference.run import sample

@@ -103,6 +103,7 @@ class TextToVideo:
     def from_config(
         cls,
         *configs: str | Path,
+        model: str | None = None,
         overrides: Mapping[str, object] | None = None,
         lora: str | Sequence[str] = (),
         placement: str | None = None,
@@ -112,6 +113,8 @@ class TextToVideo:
         """The model of YAML files, later ones laid over earlier ones; without any, the one that the command takes.
 
         Args:
+            model: a released model, such as "zai-org/CogVideoX-2b", which is fetched at first use, or a folder with an
+                `infer.yaml`; `configs` are laid over it.
             overrides: keys with dots and their values, as `--set`: {"args.bf16": True}.
             lora: adapters as `PATH` or `PATH:SCALE`; a call may name others.
             placement: "all", "stages" or "lean"; see `args.placement`.
@@ -120,16 +123,16 @@ class TextToVideo:
         Raises:
             ConfigError: a file, key or path that is wrong; lists every problem.
         """
-        files = config_files([str(file) for file in configs], SHIPPED_CONFIG, DEMO_CONFIG)
+        files = config_files([*_released(model), *map(str, configs)], SHIPPED_CONFIG, DEMO_CONFIG)
         texts = _set_texts(overrides or {})
         flags = {"lora": _texts(lora) or None, "placement": placement, "device": device and str(device)}
         config = checked(load_run_config(files, SampleArgs, overrides=texts, flags=flags))
         if config.args.decode_latents or config.args.only_save_latents:
             raise ConfigError("args.decode_latents and args.only_save_latents are for the command; leave them out.")
         _, device = join_processes(config.args.device)
-        model = cls(without_fp16_on_cpu(config, device), device)
-        model.shown, model._overrides, model._flags = progress, texts, flags
-        return model
+        made = cls(without_fp16_on_cpu(config, device), device)
+        made.shown, made._overrides, made._flags = progress, texts, flags
+        return made
 
     @contextmanager
     def generation(
@@ -382,6 +385,15 @@ def _refuse_unknown(asked: Iterable[str]) -> None:
             raise ConfigError(f"{name} is decided when a model is loaded: TextToVideo.from_config(..., {name}=...)")
         if name not in Asked.__annotations__:
             raise ConfigError(f"unknown option {name!r}{nearest(name, Asked.__annotations__)}")
+
+
+def _released(model: str | None) -> list[str]:
+    """The configuration of a released model, if one is named."""
+    if model is None:
+        return []
+    from sgm.hub.release import run_file_of
+
+    return [str(run_file_of(model))]
 
 
 def _texts(names: str | Sequence[str]) -> list[str]:

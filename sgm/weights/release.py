@@ -29,9 +29,10 @@ _NETWORK_ROOTS = ("mixins.", "transformer.", "time_embed.", "ofs_embed.")
 def how_to_get(*archives: str) -> str:
     """Where the named archives of the SAT release come from, or what takes their place."""
     return (
-        f"Get the weights: unpack {' and '.join(archives)} of the SAT release into one folder, or make that folder "
-        "from the diffusers release with tools/convert_weight_hf2sat.py; random ones for a trial come from "
-        "tools/make_weights.py. README, 'Weights', has the steps."
+        "Get the weights: `python tools/get_weights.py zai-org/CogVideoX-2b` fetches a released model and writes an "
+        f"infer.yaml for it; by hand, unpack {' and '.join(archives)} of the SAT release into one folder, or make that "
+        "folder from the diffusers release with tools/convert_weight_hf2sat.py. Random ones for a trial come from "
+        "tools/make_weights.py. docs/weights.md has the steps."
     )
 
 

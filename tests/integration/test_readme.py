@@ -18,8 +18,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import sample_video
 from sgm import util
 from sgm.config import AccelerateArgs, ConfigError, check_model_section, load_run_config, merge_yaml
+from sgm.hub.release import MODELS
 from sgm.inference.options import SampleArgs
 from sgm.training.distill.options import DistillArgs
 from sgm.training.options import TrainArgs
@@ -116,7 +118,10 @@ def options_of(script: str) -> frozenset[str]:
 
 
 def _sampling(arguments: list[str]) -> None:
-    if "--help" not in arguments:
+    if "--model" in arguments:  # what is fetched at first use: tests/integration/test_get_weights.py
+        options = sample_video.parse(arguments)
+        assert options.model in MODELS and all((REPO / file).is_file() for file in options.configs)
+    elif "--help" not in arguments:
         code = main(*arguments, *([] if "--dry-run" in arguments else ["--dry-run"]), "--device", "cpu")
         assert code == 0
 

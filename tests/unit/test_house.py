@@ -17,7 +17,7 @@ FLOORS = (
     {"modules"},
     {"models"},
     {"data", "convert", "parallel"},
-    {"cache"},
+    {"cache", "hub"},
     {"inference", "training"},
     {"sample_video", "train_video"},
     {"__main__"},
