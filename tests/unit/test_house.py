@@ -19,7 +19,7 @@ FLOORS = (
     {"data", "convert", "parallel"},
     {"cache", "hub"},
     {"inference", "training"},
-    {"sample_video", "train_video"},
+    {"sample_video", "train_video", "serve"},
     {"__main__"},
 )
 ENTRIES = {"sample_video.py", "train_video.py"}
