@@ -13,7 +13,7 @@ export MACOSX_DEPLOYMENT_TARGET=14.0 # what PyTorch's wheels ask for
 
 if (($# == 1)); then
     if ! said="$("$PYTHON" -m uv pip compile --quiet --no-header --python-version "${1%/*}" --python-platform "${1#*/}" \
-        requirements.txt tests/requirements.txt 2>&1)"; then
+        requirements.txt sgm/serve/requirements.txt tests/requirements.txt 2>&1)"; then
         printf 'error: the requirements do not resolve for Python %s on %s\n%s\n' "${1%/*}" "${1#*/}" "$said" >&2
         exit 1
     fi
