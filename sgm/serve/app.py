@@ -1,0 +1,65 @@
+"""The web application: API, page, and what stands before both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from http import HTTPStatus
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from sgm import __version__
+from sgm.errors import SgmError
+from sgm.serve.answers import ApiError, error_response
+from sgm.serve.desk import Desk
+from sgm.serve.guard import Guard, Keys
+from sgm.serve.rest import machine_routes, video_routes
+
+
+def application(desk: Desk, keys: Keys, hosts: Iterable[str] | None) -> FastAPI:
+    """The API over a desk, without the page.
+
+    Args:
+        hosts: see `Guard`.
+    """
+    # What its pages of documentation show comes from elsewhere; the description itself is at /openapi.json.
+    app = FastAPI(title="CogVideoX in SAT style", version=__version__, docs_url=None, redoc_url=None)
+    app.include_router(video_routes(desk))
+    app.include_router(machine_routes(desk))
+    app.add_exception_handler(ApiError, _refused)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(Exception, _bug)
+    app.add_middleware(
+        Guard, keys=keys, hosts=hosts, most_bytes=desk.limits.upload_bytes + (1 << 20), answers=desk.answers
+    )
+    return app
+
+
+def _refused(_: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return error.response()
+
+
+def _http_error(request: Request, error: Exception) -> Response:
+    """A path or a method that is not there, which a wrong `base_url` leads to."""
+    assert isinstance(error, HTTPException)
+    phrase = HTTPStatus(error.status_code).phrase
+    message = f"{phrase}: {request.method} {request.url.path}. This server has /v1/videos and /v1/models."
+    return error_response(error.status_code, message, None, phrase.lower().replace(" ", "_"))
+
+
+def _invalid(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    name = str(first["loc"][-1])
+    return error_response(400, f"{name}: {first['msg']}.", name, "invalid_value")
+
+
+def _bug(_: Request, error: Exception) -> Response:
+    """Its traceback goes to the log."""
+    if isinstance(error, SgmError):
+        return error_response(500, str(error), None, "server_error")
+    return error_response(500, f"{type(error).__name__}: the server's log says more.", None, "server_error")
