@@ -104,17 +104,21 @@ def exit_code(run: Callable[[], int | None], interrupted: str = "interrupted") -
         return BAD_INPUT
 
 
-OF_THE_TESTS = ("accelerate", "diffusers", "peft", "pytest")  # tests/requirements.txt
+OPTIONAL = {  # package -> script that installs it, and where it is listed
+    **dict.fromkeys(("fastapi", "gradio", "python_multipart", "uvicorn"), ("serve.sh", "sgm/serve/requirements.txt")),
+    **dict.fromkeys(("accelerate", "diffusers", "peft", "pytest"), ("tests/run.sh", "tests/requirements.txt")),
+}
 
 
 def _how_to_install(package: str) -> str:
     lacks = f"{sys.executable} (Python {platform.python_version()}) lacks the package {package!r}"
+    script, file = OPTIONAL.get(package, ("inference.sh", "requirements.txt"))
     if INSTALLED:
-        return f"{lacks}: install this project again, with its requirements (pip install FOLDER)"
-    tests, scripts = package in OF_THE_TESTS, ("bash tests/run.sh", "bash inference.sh")
-    listed = PROJECT / ("tests/requirements.txt" if tests else "requirements.txt")
+        extra = "[serve]" if script == "serve.sh" else ""
+        return f"{lacks}: install this project again, with its requirements (pip install 'FOLDER{extra}')"
+    listed = PROJECT / file
     return (
-        f"{lacks}. `{scripts[not tests]}` sets up an environment that has it; "
+        f"{lacks}. `bash {script}` sets up an environment that has it; "
         f"in one of your own (Python 3.11 to 3.14): pip install -r {shlex.quote(str(listed))}"
     )
 

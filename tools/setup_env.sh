@@ -1,16 +1,19 @@
 # shellcheck shell=bash
-# Sourced by inference.sh, finetune.sh and tests/run.sh: sets PYTHON to an interpreter that can run the project.
+# Sourced by inference.sh, finetune.sh, serve.sh and tests/run.sh: sets PYTHON to an interpreter that can run the project.
 #
 # $PYTHON, or else the active environment's python, is used as it is where it lacks nothing, and nothing is installed.
 # Otherwise this repository's .venv is used; it is made, and requirements.txt installed into it, where that has not been
 # done yet, was interrupted, or was done for other requirements. $PYTHON then says with which Python it is made.
-# WITH_TESTS=1: also what the tests need. Works with the bash 3.2 and the tools of macOS.
+# WITH_TESTS=1: also what the tests need; WITH_SERVE=1: what page and server need. Works with the bash 3.2 and the tools of macOS.
 
 _repo="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 _venv="$_repo/.venv"
 _requirements=("$_repo/requirements.txt")
 if [[ "${WITH_TESTS:-}" == 1 ]]; then
     _requirements+=("$_repo/tests/requirements.txt")
+fi
+if [[ "${WITH_SERVE:-}" == 1 ]]; then
+    _requirements+=("$_repo/sgm/serve/requirements.txt")
 fi
 _versions="3.11 to 3.14" # as in pyproject.toml
 _name_python='import platform, sys; print("Python " + platform.python_version(), f"({sys.executable})")'

@@ -86,7 +86,10 @@ def test_command(words, packages):
     else:
         script, *arguments = words if program == "cogvideox-sat" else rest
     if script in ("sgm", "cogvideox-sat"):
-        {"sample": _sampling, "train": _training}[arguments[0]](arguments[1:])
+        {"sample": _sampling, "train": _training, "serve": _serving}[arguments[0]](arguments[1:])
+        return
+    if script in ("sgm.serve", "serve.sh"):
+        _serving(arguments)
         return
     if program == "python" and script == "venv":
         return
@@ -132,7 +135,7 @@ def _installation(words: list[str]) -> None:
     for word in (w for w in words[1:] if not w.startswith("-")):
         folder, _, extras = word.partition("[")
         if folder == ".":
-            assert extras in ("", "test]")
+            assert extras in ("", "serve]", "test]")
         else:
             assert (REPO / word).is_file() or re.search(r"==\d", word), word
 
@@ -145,6 +148,12 @@ def _training(arguments: list[str]) -> None:
     options = train_video.parse([a for a in arguments if not a.startswith("--nproc")])
     if options.configs:
         load_run_config([REPO / file for file in options.configs], TrainArgs, overrides=options.set)
+
+
+def _serving(arguments: list[str]) -> None:
+    from sgm.serve.__main__ import parse
+
+    assert all((REPO / file).is_file() for file in parse(arguments).configs)
 
 
 def _tool(script: str, arguments: list[str]) -> None:
@@ -295,7 +304,12 @@ def test_options_that_are_named_exist(page: Path):
 def scripts() -> list[str]:
     """The entries, and the tools that take options."""
     tools = [f.relative_to(REPO).as_posix() for f in sorted((REPO / "tools").rglob("*.py"))]
-    return ["sample_video.py", "train_video.py", *(f for f in tools if "def main(arguments" in (REPO / f).read_text())]
+    return [
+        "sample_video.py",
+        "train_video.py",
+        "sgm/serve/__main__.py",
+        *(f for f in tools if "def main(arguments" in (REPO / f).read_text()),
+    ]
 
 
 KEY = re.compile(r"\b(args|accelerate|deepspeed|data)\.([\w.]*\w)(?:(?:=|: )(\S+))?")
