@@ -73,23 +73,34 @@ def _refuse_existing(target: Path, overwrite: bool, inputs: Mapping[str, Path]) 
         raise ConvertError(f"{target} exists already; choose another folder, or replace it with --overwrite.")
 
 
-def push_to_hub(folder: Path) -> str:
-    """Upload `folder` to the repository of that name in the logged-in user's account; returns a line for the report.
+def push_to_hub(folder: Path, name: str | None = None, *, private: bool = False) -> str:
+    """Upload `folder` to a repository of the hub, which is made where it is missing; returns a line for the report.
 
+    Args:
+        name: `OWNER/NAME`, or `NAME` in the logged-in user's account; by default the folder's name.
+        private: for its owner alone; a repository that is there and public is refused then.
     Raises:
         ConvertError: no network, no login, refused. The folder itself is complete and stays.
     """
     from huggingface_hub import HfApi
 
-    name = folder.resolve().name
+    name = name or folder.resolve().name
     try:
         api = HfApi()
-        repository = api.create_repo(name, exist_ok=True).repo_id
+        repository = api.create_repo(name, exist_ok=True, private=private or None).repo_id
+        if private and not api.repo_info(repository).private:
+            raise ConvertError(
+                f"{repository} is on the hub already and public, so {folder} was not uploaded: choose another name, or "
+                "leave --private out."
+            )
         api.upload_folder(folder_path=str(folder), repo_id=repository)
+    except ConvertError:
+        raise
     except Exception as error:  # the hub's HTTP library, which its versions choose, has errors of its own
+        why = first_line(error).rstrip(".")
         raise ConvertError(
-            f"{folder} is complete, but the upload to the hub failed: {first_line(error)}. Log in (hf auth login) "
-            f"and upload it with: hf upload {name} {folder}"
+            f"{folder} is complete, but the upload to the hub failed: {why}. Log in (hf auth login) and upload it by: hf "
+            f"upload {name} {folder}"
         ) from error
     return f"uploaded: {repository}"
 

@@ -63,6 +63,11 @@ class Published:
         return self.name.lower().replace("-", "_")
 
     @property
+    def repository(self) -> str:
+        """Its name on the hub, in diffusers' layout."""
+        return f"zai-org/{self.name.replace('X-2B', 'X-2b').replace('X-5B', 'X-5b')}"
+
+    @property
     def has_table(self) -> bool:
         """Whether a trained position table is added beside the rotations."""
         return self.takes_image and self.patch_frames == 1

@@ -18,7 +18,7 @@ FLOORS = (
     {"models"},
     {"data", "convert", "parallel"},
     {"cache", "hub"},
-    {"inference", "training"},
+    {"inference", "training", "publish"},
     {"sample_video", "train_video", "serve"},
     {"__main__"},
 )
