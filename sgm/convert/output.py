@@ -99,8 +99,8 @@ def push_to_hub(folder: Path, name: str | None = None, *, private: bool = False)
     except Exception as error:  # the hub's HTTP library, which its versions choose, has errors of its own
         why = first_line(error).rstrip(".")
         raise ConvertError(
-            f"{folder} is complete, but the upload to the hub failed: {why}. Log in (hf auth login) and upload it by: hf "
-            f"upload {name} {folder}"
+            f"{folder} is complete, but the upload to the hub failed: {why}. Log in (hf auth login) and upload "
+            f"it with: hf upload {name} {folder}"
         ) from error
     return f"uploaded: {repository}"
 
