@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sgm.inference.placement import BlockStreamer, Placement, Resident, Streams
+from sgm.inference.placement import BlockStreamer, Placement, Resident
 from sgm.weights.staging import StagedCopy
+from sgm.weights.streaming import Streams
 from tests.dit_tiny import load_tiny, random_inputs, tiny_network
 
 CPU = torch.device("cpu")
@@ -47,7 +48,7 @@ class LateStreams(Streams):
         self.queued[slot] = upload
 
     def await_copy(self, slot: int) -> None:
-        self.queued.pop(slot)()
+        self.queued.pop(slot, lambda: None)()  # of a block that is still there from before there is none
         self.busy.add(slot)
 
     def release(self, slot: int) -> None:
@@ -58,13 +59,13 @@ class LateStreams(Streams):
 def test_streamed_blocks_give_the_same_and_return(network, streams):
     expected, before = run(network), places(network)
     streamer = BlockStreamer(network, network.streamable_blocks(), CPU, pin=False)
-    streamer.streams = streams()
+    streamer.ring.streams = streams()
     for _ in range(2):
         streamer.enter()
         outputs = [run(network) for _ in range(2)]  # an odd number of blocks: buffers change roles in the second pass
         streamer.leave()
         assert all(torch.equal(out, expected) for out in outputs)
-        assert places(network) == before and not streamer.buffers
+        assert places(network) == before and not streamer.ring.buffers
     assert torch.equal(run(network), expected)
 
 
@@ -77,7 +78,7 @@ def test_only_the_block_at_work_is_on_the_device(network):
         now = places(network)
         names = {name for name in now if now[name] != host[name] and "layers." in name}
         moved.append({int(name.split("layers.")[1].split(".")[0]) for name in names})
-        assert len(streamer.buffers) == 2
+        assert len(streamer.ring.buffers) == 2
 
     streamer.enter()
     hooks = [layer.attention.dense.register_forward_hook(look) for layer in network.transformer.layers]
@@ -86,14 +87,14 @@ def test_only_the_block_at_work_is_on_the_device(network):
         hook.remove()
     streamer.leave()
     assert moved == [{k} for k in range(5)]
-    assert max(block.size for block in streamer.blocks) < 2 * sum(t.nbytes for t in streamer.blocks[0].host)
+    assert max(block.size for block in streamer.ring.blocks) < 2 * sum(t.nbytes for t in streamer.ring.blocks[0].host)
 
 
 def test_blocks_in_any_order_and_a_failing_one(network):
     blocks = network.streamable_blocks()
     expected, before = run(network), places(network)
     streamer = BlockStreamer(network, blocks, CPU, pin=False)
-    streamer.streams = LateStreams()
+    streamer.ring.streams = LateStreams()
     streamer.enter()
     broken = blocks[3][0].attention.dense.register_forward_pre_hook(
         lambda *_: (_ for _ in ()).throw(RuntimeError("broken"))
@@ -103,10 +104,10 @@ def test_blocks_in_any_order_and_a_failing_one(network):
     streamer.leave()
     broken.remove()
     assert places(network) == before
-    streamer.streams = LateStreams()
+    streamer.ring.streams = LateStreams()
     streamer.enter()  # begins at block 0 again, whatever was copied ahead
     assert torch.equal(run(network), expected)
-    streamer._prefetched = (4, streamer._copy(4))  # something else than the next block was copied ahead
+    streamer.ring.use(0, following=4)  # something else than the next block was copied ahead
     assert torch.equal(run(network), expected)
     streamer.leave()
 

@@ -1,0 +1,204 @@
+"""Blocks of weights that lie on the host and come to a device by turns, each while the one before it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from sgm.weights.staging import StagedCopy
+
+_ALIGN = 512  # bytes; where tensors start in a block's buffer, as the CUDA allocator aligns them
+
+
+@dataclass(frozen=True)
+class HostBlock:
+    """A block's tensors, their values on the host, and where each starts in a device buffer of `size` bytes.
+
+    `flat` is the pinned image of that buffer, which `host` then views; None: the tensors lie where they were loaded.
+    """
+
+    tensors: list[Tensor]
+    host: list[Tensor]
+    offsets: list[int]
+    size: int
+    flat: Tensor | None
+
+    @classmethod
+    def of(cls, tensors: list[Tensor], pin: bool) -> HostBlock:
+        host = [t.data for t in tensors]
+        offsets, size = [], 0
+        for value in host:
+            offsets.append(size)
+            size += -(-value.nbytes // _ALIGN) * _ALIGN
+        if not pin:
+            return cls(tensors, host, offsets, size, None)
+        flat = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        views = [_view(flat, offset, value) for offset, value in zip(offsets, host)]
+        for view, value in zip(views, host):
+            view.copy_(value)
+        return cls(tensors, views, offsets, size, flat)
+
+    def upload(self, buffer: Tensor, stage: StagedCopy) -> None:
+        """Copy into a device buffer, in order with the current stream; through `stage` where memory is not pinned."""
+        if self.flat is not None:
+            buffer[: self.size].copy_(self.flat, non_blocking=True)
+            return
+        for offset, value in zip(self.offsets, self.host):
+            stage.copy(_view(buffer, offset, value), value)
+
+    def point_at(self, buffer: Tensor | None) -> None:
+        """Let the block's tensors be those of a device buffer, or the host's."""
+        for tensor, offset, value in zip(self.tensors, self.offsets, self.host):
+            tensor.data = value if buffer is None else _view(buffer, offset, value)
+
+
+class TwoBuffers:
+    """Host blocks, of which one at a time is used on the device and another is on its way there.
+
+    The device holds two buffers, each as large as the largest block. While block k computes from one, the block after
+    it is copied into the other on a second stream. A copy waits until the block that last used its buffer is done,
+    however far the host has run ahead, so memory never grows past the two.
+
+    Args:
+        blocks: for each block its tensors.
+        pin: copy from pinned images of the blocks, which pays where they are needed many times; else from where they
+            lie, through a few pinned buffers.
+    Raises:
+        ValueError: two blocks share a tensor.
+    """
+
+    def __init__(
+        self, blocks: Sequence[list[Tensor]], device: torch.device, pin: bool, stage: StagedCopy | None = None
+    ):
+        _check_disjoint(blocks)
+        self.device = device
+        self.blocks = [HostBlock.of(block, pin) for block in blocks]
+        for block in self.blocks:
+            block.point_at(None)  # a pinned copy replaces what was loaded
+        self.streams = CudaStreams(device) if device.type == "cuda" else Streams()
+        self.buffers: list[Tensor] = []
+        self._stage = stage or StagedCopy(device)
+        self._holds: list[int | None] = [None, None]  # block that each buffer has, or is getting
+        self._slot: int | None = None  # buffer of the block that is in use
+
+    def open(self) -> None:
+        """Take the buffers."""
+        size = max(block.size for block in self.blocks)
+        self.buffers = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(2)]
+        self.streams.start()
+
+    def close(self) -> None:
+        """Give the buffers back: all blocks are on the host."""
+        self._leave_slot()
+        self.streams.finish()
+        self.buffers, self._holds, self._slot = [], [None, None], None
+
+    def use(self, k: int, following: int) -> None:
+        """From here on block k is on the device, and the one before it is not; `following` is copied ahead."""
+        other = 1 - (self._slot or 0)
+        slot = self._holds.index(k) if k in self._holds else self._copy(k, other)
+        if slot != self._slot:
+            self._leave_slot()
+            self.streams.await_copy(slot)
+            self.blocks[k].point_at(self.buffers[slot])
+            self._slot = slot
+        if following not in self._holds:
+            self._copy(following, 1 - slot)
+
+    def _leave_slot(self) -> None:
+        held = None if self._slot is None else self._holds[self._slot]
+        if self._slot is not None and held is not None:
+            self.blocks[held].point_at(None)
+            self.streams.release(self._slot)
+
+    def _copy(self, k: int, slot: int) -> int:
+        """Start the copy of block k; returns its buffer."""
+        self._holds[slot] = k
+        self.streams.copy(slot, partial(self.blocks[k].upload, self.buffers[slot], self._stage))
+        return slot
+
+
+class Streams:
+    """Order between the stream that computes and the one that copies, for two buffers. On the CPU all is in order."""
+
+    def start(self) -> None:
+        """The buffers were just allocated, from memory that the computing stream may still be working on."""
+
+    def finish(self) -> None:
+        """Wait for both streams, so that the buffers can go back to the allocator."""
+
+    def copy(self, slot: int, upload: Callable[[], None]) -> None:
+        """Queue a copy into a buffer, behind the last use of that buffer."""
+        upload()
+
+    def await_copy(self, slot: int) -> None:
+        """What is computed from here on sees the last copy into a buffer."""
+
+    def release(self, slot: int) -> None:
+        """All that was computed so far comes before the next copy into this buffer."""
+
+
+class CudaStreams(Streams):
+    """The computing stream is the current one; copies have a stream of their own."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.copies = torch.cuda.Stream(device)
+        self.copied = [torch.cuda.Event() for _ in range(2)]
+        self.released = [torch.cuda.Event() for _ in range(2)]
+
+    def start(self) -> None:
+        for slot in range(2):
+            self.release(slot)
+
+    def finish(self) -> None:
+        self.copies.synchronize()
+        torch.cuda.current_stream(self.device).synchronize()
+
+    def copy(self, slot: int, upload: Callable[[], None]) -> None:
+        self.copies.wait_event(self.released[slot])
+        with torch.cuda.stream(self.copies):
+            upload()
+        self.copied[slot].record(self.copies)
+
+    def await_copy(self, slot: int) -> None:
+        torch.cuda.current_stream(self.device).wait_event(self.copied[slot])
+
+    def release(self, slot: int) -> None:
+        self.released[slot].record(torch.cuda.current_stream(self.device))
+
+
+@contextmanager
+def set_aside(tensors: Iterable[Tensor], device: torch.device, *, empty: bool = False) -> Iterator[None]:
+    """Inside, tensors are stand-ins on `device` that take no memory there; moving their module leaves them alone.
+
+    Args:
+        empty: of no values at all, which can be sent between processes; else of the right shape, not to be read.
+    """
+    kept = [(tensor, tensor.data) for tensor in tensors]
+    for tensor, value in kept:
+        stand_in = torch.empty(0 if empty else 1, dtype=value.dtype, device=device)
+        tensor.data = stand_in if empty else stand_in.expand(value.shape)
+    try:
+        yield
+    finally:
+        for tensor, value in kept:
+            tensor.data = value
+
+
+def _view(buffer: Tensor, offset: int, like: Tensor) -> Tensor:
+    """The part of a byte buffer from `offset` on, as a contiguous tensor of `like`'s type and shape."""
+    return buffer[offset : offset + like.nbytes].view(like.dtype).view(like.shape)
+
+
+def _check_disjoint(blocks: Sequence[Sequence[Tensor]]) -> None:
+    seen: set[int] = set()
+    for block in blocks:
+        if any(id(t) in seen for t in block):
+            raise ValueError("two blocks share a tensor; it must lie outside the blocks to be streamed")
+        seen.update(id(t) for t in block)
