@@ -27,6 +27,7 @@ from sgm.modules.diffusionmodules.shortcuts import ShortcutRun
 from sgm.modules.diffusionmodules.wrappers import NetworkWrapper, OpenAIWrapper
 from sgm.modules.encoders.modules import FrozenT5Embedder
 from sgm.modules.ops.choice import Kernels
+from sgm.modules.ops.frozen import FrozenStream
 from sgm.modules.ops.graphs import NetworkGraphs
 from sgm.modules.transformer.lora_state import further_mixin
 from sgm.typed import NotNegative, Positive, Share
@@ -134,6 +135,7 @@ class SATVideoDiffusionEngine(nn.Module):
         self.few_steps: FewSteps | None = None  # how it is sampled, if it is a student
         self.base: Network | None = None  # what the network was, for samples of a batch that are to keep it
         self.base_weight = 1.0  # of their loss
+        self.frozen: FrozenStream | None = None  # the network's frozen weights, where they lie on the host
         self.branches: BranchShare | None = None  # where other processes compute the other branch of guidance
 
         nodes = check_params(
@@ -233,6 +235,10 @@ class SATVideoDiffusionEngine(nn.Module):
         if not isinstance(self.model, OpenAIWrapper):
             raise ValueError(f"args.cuda_graphs does not go with the network_wrapper {type(self.model).__name__}.")
         self.model.graphs = NetworkGraphs(self.network)
+
+    def stream_frozen(self, device: torch.device, pin: bool) -> None:
+        """Train with the frozen weights of the network's blocks on the host; all else lies on `device`."""
+        self.frozen = FrozenStream(self.network.streamable_blocks(), device, pin)
 
     # --- pixels <-> latents ---------------------------------------------------------------------------------------
 

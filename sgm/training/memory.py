@@ -6,10 +6,13 @@ Weights, gradients and optimizer state are counted exactly; activations from wha
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from sgm.training.optimizers.log_codes import BYTES_A_MOMENT
 
@@ -45,6 +48,8 @@ class MemoryNeeds:
         checkpointing: activations are recomputed: False, True, "selective" (all but attention) or "products" (all but
             attention and the products with weights).
         bucket: values of DeepSpeed's buffers for reducing gradients.
+        in_blocks: of `frozen`, those in the transformer's blocks; `in_block`: in the largest of them.
+        streams: of the former only two blocks' are on the device.
     """
 
     trained: int
@@ -67,13 +72,17 @@ class MemoryNeeds:
     picture_values: int = 0
     bucket: int = 0
     shares: int = 1
+    in_blocks: int = 0
+    in_block: int = 0
+    streams: bool = False
 
     # --- what stays ---------------------------------------------------------------------------------------------------
 
     @property
     def weights(self) -> int:
         share = self.ranks if self.stage >= 3 else 1
-        return (self.trained + self.frozen) * BYTES[self.dtype] // share
+        elsewhere = self.in_blocks - 2 * self.in_block if self.streams else 0
+        return (self.trained + self.frozen - elsewhere) * BYTES[self.dtype] // share
 
     @property
     def optimizer_state(self) -> int:
@@ -135,10 +144,13 @@ class MemoryNeeds:
 
     @property
     def on_cpu(self) -> int:
-        """Bytes of CPU memory that the offloaded optimizer takes: state, float32 gradients, weights on their way."""
+        """Bytes of CPU memory for streamed weights, and an offloaded optimizer's state, float32 gradients, weights on
+        their way.
+        """
+        streamed = self.in_blocks * BYTES[self.dtype] if self.streams else 0
         if not self.offload:
-            return 0
-        return self.optimizer_state + self.trained * (4 + BYTES[self.dtype]) // self._update_share
+            return streamed
+        return streamed + self.optimizer_state + self.trained * (4 + BYTES[self.dtype]) // self._update_share
 
     def cached(self) -> MemoryNeeds:
         """The same run on cached latents and embeddings."""
@@ -174,8 +186,15 @@ class MemoryNeeds:
                 self, tokens=self.tokens * 25 // 49, vae_values=max(self.vae_values * 25 // 49, self.picture_values)
             ),
         }
+        if self.in_blocks and self.stage < 3:
+            recomputed = "" if self.checkpointing else "--set args.checkpoint_activations=true "
+            found[f"{recomputed}--set args.stream_frozen=true"] = replace(
+                self, streams=True, checkpointing=self.checkpointing or True
+            )
         if self.trains_adapter:
             found = {how: needs for how, needs in found.items() if not how.startswith("LoRA")}
+        if self.streams:
+            found = {how: needs for how, needs in found.items() if needs.stage < 3}
         return found
 
     def switches(self) -> list[tuple[str, int]]:
@@ -193,7 +212,7 @@ class MemoryNeeds:
             "VAE": self.encoding,
         }
         listed = ", ".join(f"{name} {gib(size)}" for name, size in parts.items() if size)
-        cpu = f" and {gib(self.on_cpu)} of CPU memory" if self.offload else ""
+        cpu = f" and {gib(self.on_cpu)} of CPU memory" if self.on_cpu else ""
         beside = f"; free: {gib(free)}" if free else ""
         lines = [f"memory estimate: {gib(self.total)}{cpu} a rank ({listed}){beside}"]
         if free and self.total > free:
@@ -205,6 +224,13 @@ class MemoryNeeds:
 def gib(size: float) -> str:
     """Bytes as "1.23 GiB" (MiB below a tenth of one)."""
     return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
+
+
+def room_to_pin(tensors: Sequence[Tensor]) -> bool:
+    """Whether the host can keep a pinned copy of these for each process of this machine, with half as much to spare."""
+    free = free_memory(torch.device("cpu"))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return free is None or 1.5 * sum(t.nbytes for t in tensors) * processes < free
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -40,7 +40,7 @@ from sgm.training.distill.run import check_size, prompt_sets
 from sgm.training.eval_prompts import eval_prompts
 from sgm.training.evaluate import Evaluation, evaluation_batches
 from sgm.training.faults import SkipGuard, TrainingStopped, out_of_memory_advice
-from sgm.training.memory import MemoryNeeds, free_memory
+from sgm.training.memory import MemoryNeeds, free_memory, gib
 from sgm.training.optimizers.groups import count, parameter_groups
 from sgm.training.optimizers.schedule import LearningRate
 from sgm.training.options import TrainArgs, training_advice
@@ -164,7 +164,7 @@ def _load(
     types = plan.dtype + (", products in bf16" if engine.kernels.cpu_bf16 else "")
     say(f"training {count(groups):,} of {sum(p.numel() for p in engine.parameters()):,} values; {info.world_size} "
         f"process{'es' if info.world_size > 1 else ''}, {types}, ZeRO {plan.stage}")  # fmt: skip
-    say("\n".join(needs.report(free_memory(info.device))))
+    say("\n".join([*_frozen_lines(engine, args), *needs.report(free_memory(info.device))]))
     return _Loaded(earlier, cache, folder, engine, groups, needs)
 
 
@@ -329,6 +329,17 @@ def _activation_note(config: RunConfig[TrainArgs]) -> list[str]:
         return []
     mode = checkpointing_mode(config.model, config.args)
     return [f"checkpoint_activations is {outer} in args and {inner} in transformer_args: {mode} holds"]
+
+
+def _frozen_lines(engine: SATVideoDiffusionEngine, args: TrainArgs) -> list[str]:
+    """Where the frozen weights of blocks lie, if that was asked for."""
+    if not args.stream_frozen:
+        return []
+    if engine.frozen is None:
+        return ["note: args.stream_frozen has no effect: all weights of the blocks learn"]
+    kind = "pinned " if engine.frozen.pinned else ""
+    size, buffers = gib(engine.frozen.host_bytes), gib(engine.frozen.device_bytes)
+    return [f"frozen weights of blocks: {size} of {kind}CPU memory, two blocks of them ({buffers}) on the device"]
 
 
 def _dry_run(config: RunConfig[TrainArgs], plan: DeepSpeedPlan, info: DistInfo, say: Say) -> int:

@@ -89,7 +89,7 @@ def _merged(wrapper: AdaptedLinear) -> Deferred:
     def make() -> Tensor:
         base, *matrices = _gathered([weight, *a, *b])
         delta = lora_delta(matrices[: len(a)], matrices[len(a) :], wrapper.scaling)
-        return (base.float() + delta).to(base.dtype)
+        return (base.float() + delta.to(base.device)).to(base.dtype)  # a frozen weight may lie on the host
 
     whole = _whole(weight)
     return Deferred(whole.shape, whole.dtype, make)

@@ -13,6 +13,7 @@ from sgm.config import RunConfig
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.modules.diffusionmodules.image_condition import sampled_frames
 from sgm.modules.encoders.modules import text_is_local
+from sgm.modules.ops.frozen import frozen_parameters
 from sgm.training.distill.engine import DistillationEngine
 from sgm.training.memory import MemoryNeeds
 from sgm.training.options import TrainArgs
@@ -23,6 +24,7 @@ from sgm.training.setup.model import (
     clip_size,
     freeze_untrained,
     loaded_autoencoder,
+    streams_frozen,
     training_model_section,
 )
 
@@ -45,6 +47,7 @@ def memory_needs(
     network, autoencoder = engine.network, loaded_autoencoder(engine)
     latents = sampled_frames(engine.strides.latent_frames(frames), network.patch.t)
     grid = network.patch.grid(latents, *engine.strides.latent_size(height, width))
+    frozen = [sum(p.numel() for p in frozen_parameters(block)) for block in network.streamable_blocks()]
     picture = _widest_map(engine, config.model, 1, height, width) if engine.noised_image_input else 0
     return MemoryNeeds(
         trained=trained,
@@ -67,6 +70,9 @@ def memory_needs(
         picture_encoder=_values(autoencoder.encoder) if (autoencoder and engine.noised_image_input) else 0,
         bucket=_bucket_values(plan, trained),
         checkpointing=network.transformer.checkpoint_activations,
+        in_blocks=sum(frozen),
+        in_block=max(frozen),
+        streams=streams_frozen(config.args, plan, engine),
     )
 
 

@@ -18,14 +18,17 @@ from sgm.models.loading import LoadedNetwork, load_first_stage, load_network, lo
 from sgm.modules.diffusionmodules.image_condition import sampled_frames
 from sgm.modules.diffusionmodules.loss import Loss, VideoDiffusionLoss
 from sgm.modules.ops.choice import Kernels, choose_kernels
+from sgm.modules.ops.frozen import frozen_parameters
 from sgm.modules.ops.recompute import MODES, stronger_mode
 from sgm.parallel.apply import check_shares
 from sgm.training.distill.checks import check_distill
 from sgm.training.distill.engine import DistillationEngine
+from sgm.training.memory import room_to_pin
 from sgm.training.options import TrainArgs
 from sgm.training.prior import BaseNetwork
 from sgm.training.setup.deepspeed import DeepSpeedPlan
 from sgm.util import instantiate_from_config
+from sgm.weights.streaming import set_aside
 
 
 def training_model_section(model: Mapping[str, Any], args: TrainArgs) -> dict[str, Any]:
@@ -131,6 +134,37 @@ def check_prior(args: TrainArgs, plan: DeepSpeedPlan, loss_fn: Loss | None) -> N
         _refuse_with("args.prior_data", obstacles)
 
 
+def streams_frozen(args: TrainArgs, plan: DeepSpeedPlan, engine: SATVideoDiffusionEngine) -> bool:
+    """Whether a run keeps frozen weights of blocks on the host: it is asked for, and there are some.
+
+    Args:
+        engine: as configured, without adapters or with them. What does not learn is frozen from now on.
+    Raises:
+        ConfigError: it does not go with the rest of a configuration.
+    """
+    if not args.stream_frozen:
+        return False
+    engine.freeze_untrained()
+    network = engine.network
+    if not streamed_parameters(engine):
+        return False
+    whole = "all" not in engine.not_trainable_prefixes or engine.also_trainable_prefixes or network.further_configs
+    obstacles = {
+        "checkpoint_activations: false": not network.transformer.checkpoint_activations,
+        "args.cuda_graphs": args.cuda_graphs,
+        "deepspeed.zero_optimization.stage: 3": plan.stage == 3,
+        "args.model_parallel_size above 1": args.model_parallel_size > 1,
+        "args.prior_data or args.distill where more than LoRA learns": (args.prior_data or args.distill) and whole,
+    }
+    _refuse_with("args.stream_frozen", obstacles)
+    return True
+
+
+def streamed_parameters(engine: SATVideoDiffusionEngine) -> list[torch.Tensor]:
+    """Frozen weights of the network's blocks."""
+    return [p for block in engine.network.streamable_blocks() for p in frozen_parameters(block)]
+
+
 def _refuse_with(switch: str, obstacles: Mapping[str, Any]) -> None:
     found = [name for name, there in obstacles.items() if there]
     if found:
@@ -156,6 +190,7 @@ def checked_engine(model: dict[str, Any], args: TrainArgs, plan: DeepSpeedPlan) 
     check_graphs(args, plan, engine.network.transformer.checkpoint_activations)
     check_mixins(args, plan, list(engine.network.further_configs))
     check_prior(args, plan, engine.loss_fn)
+    streams_frozen(args, plan, engine)
     check_image_channels(args, engine)
     check_sharing(args, plan, engine)
     for part, there in {"conditioner": engine.conditioner, "loss_fn": engine.loss_fn}.items():
@@ -224,7 +259,8 @@ def load_engine(
     kernels = training_kernels(config.accelerate, device)
     model = training_model_section(config.model, args)
     engine = checked_engine(model, args, plan)
-    loaded = _load_or_start_network(engine, args, model["network_config"], plan.dtype, device)
+    streams = streams_frozen(args, plan, engine)
+    loaded = _load_or_start_network(engine, args, model["network_config"], plan.dtype, device, streams)
     autoencoder = loaded_autoencoder(engine)
     if autoencoder is not None:
         load_first_stage(autoencoder, device=device, dtype=engine.dtype)
@@ -233,7 +269,10 @@ def load_engine(
         load_text_encoder(engine.conditioner, device=device, dtype=engine.dtype)
     engine.use_kernels(kernels)
     freeze_untrained(engine)
-    engine.to(device)
+    with set_aside(streamed_parameters(engine) if streams else (), device):
+        engine.to(device)
+    if streams:
+        engine.stream_frozen(device, pin=device.type == "cuda" and room_to_pin(streamed_parameters(engine)))
     if args.prior_data:
         engine.base, engine.base_weight = BaseNetwork(engine.model), args.prior_weight
     if isinstance(engine, DistillationEngine) and args.distill:
@@ -248,24 +287,34 @@ def load_engine(
 
 
 def _load_or_start_network(
-    engine: SATVideoDiffusionEngine, args: TrainArgs, section: Mapping[str, Any], dtype: str, device: torch.device
+    engine: SATVideoDiffusionEngine,
+    args: TrainArgs,
+    section: Mapping[str, Any],
+    dtype: str,
+    device: torch.device,
+    streams: bool,
 ) -> LoadedNetwork | None:
     """Weights from `args.load`, or random ones; and an adapter's, if there is to be one.
 
+    All come to `device`, but for the frozen ones of blocks that are to be streamed.
+
     A distillation's teacher is all that `args.load` holds: its LoRA becomes part of the base, beside the student's own.
     """
-    loaded = None
+    loaded, place = None, torch.device("cpu") if streams else device
     if args.load:
         loaded = load_network(
-            engine.network, args.load, allow_absent=args.force_train, device=device, dtype=engine.dtype, trains=True,
+            engine.network, args.load, allow_absent=args.force_train, device=place, dtype=engine.dtype, trains=True,
             merge=args.distill is not None, add_image_channels=args.add_image_channels,
         )  # fmt: skip
         loaded.notes = [n for n in loaded.notes if not n.startswith("lora_config is set")]
     else:
         started = instantiate_from_config(section, dtype=dtype)
-        engine.model.diffusion_model = started.to(device)
-    engine.network.attach_mixins()
-    engine.network.to(device, engine.dtype)
+        engine.model.diffusion_model = started.to(place)
+    if streams:
+        engine.freeze_untrained()
+    with set_aside(streamed_parameters(engine) if streams else (), device):
+        engine.network.attach_mixins()  # new adapters begin on `device`, with its random numbers
+        engine.network.to(device, engine.dtype)
     return loaded
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 
 from sgm.config import ConfigError
 from sgm.distributed import model_parallel_world_size, prepare_deepspeed, quiet_libraries
+from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.modules.autoencoding.coders import ContextParallelDecoder3D, ContextParallelEncoder3D
 from sgm.training.optimizers.flat_gradients import FlatGradients, fits_one_buffer
 from sgm.training.setup.deepspeed import DeepSpeedPlan
@@ -35,20 +37,22 @@ def start_engine(
     _keep_compiler_out()
     own = plan.optimizer.build(groups) if plan.optimizer.target is not None else None
     split = model_parallel_world_size() > 1
+    frozen = model.frozen if isinstance(model, SATVideoDiffusionEngine) else None
     with quiet_libraries():
         import deepspeed
 
         if plan.stage == 3:
             _gather_first_stage_whole(model)
         try:
-            ds_engine: TrainingEngine = deepspeed.initialize(
-                model=model,
-                model_parameters=None if own is not None else groups,
-                optimizer=own,
-                config=copy.deepcopy(plan.config),
-                mpu=_sat_groups() if split else None,
-                dist_init_required=False,
-            )[0]
+            with frozen.set_aside() if frozen else nullcontext():
+                ds_engine: TrainingEngine = deepspeed.initialize(
+                    model=model,
+                    model_parameters=None if own is not None else groups,
+                    optimizer=own,
+                    config=copy.deepcopy(plan.config),
+                    mpu=_sat_groups() if split else None,
+                    dist_init_required=False,
+                )[0]
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # assertions, compilers that are absent, ...: each says what it lacks
