@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sgm.modules.ops.choice import Kernels, attention_by
+from sgm.modules.ops.frozen import FrozenStream
 from tools.bench import models
 from tools.bench.flops import block_flops
 from tools.bench.measure import Ceilings, emit, largest_error, time_runs
@@ -89,10 +90,13 @@ def training_limit(network: nn.Module, tokens: int, rank: int, attention: str, c
 
 
 def bench_ours(bench: TrainingBench, network: nn.Module, kernels: dict[str, Kernels]) -> None:
-    """A line for each set of kernels (the first is the measure of the others' gradients) and way of checkpointing."""
+    """A line for each set of kernels (the first is the measure of the others' gradients) and way of checkpointing.
+
+    Where an adapter learns, another one for the last set with the frozen weights streamed.
+    """
     inputs = tuple(part[:1] for part in models.network_inputs(network, bench.clip, bench.device))
     like = inputs[0][:, :, : bench.latent_channels]
-    expected = None
+    expected = grads = None
     for name, choice in kernels.items():
         network.use_ops(choice.block)
         network.transformer.checkpoint_activations = True
@@ -104,6 +108,35 @@ def bench_ours(bench: TrainingBench, network: nn.Module, kernels: dict[str, Kern
             step = training_step(network, lambda: network(*inputs), like)
             bench.report(name, step, checkpointing=str(mode).lower(), gradient_error_to_plain=error)
             _free(network)
+    if bench.rank and expected and grads:
+        _bench_streamed(bench, network, list(kernels)[-1], inputs, expected, grads)
+
+
+def _bench_streamed(
+    bench: TrainingBench,
+    network: nn.Module,
+    name: str,
+    inputs: tuple[Tensor, ...],
+    expected: dict[str, Tensor],
+    resident: dict[str, Tensor],
+) -> None:
+    """`args.stream_frozen`, with the kernels that `network` has by now: its frozen blocks go to the host for good.
+
+    `expected` are the plain path's gradients, `resident` those of the same kernels without streaming.
+    """
+    network.transformer.checkpoint_activations = True
+    stream = FrozenStream(network.streamable_blocks(), bench.device, pin=bench.device.type == "cuda")
+    _free(network)
+    like = inputs[0][:, :, : bench.latent_channels]
+    grads = _gradients(network, lambda: network(*inputs), like)
+    bench.report(
+        f"{name}, streamed",
+        training_step(network, lambda: network(*inputs), like),
+        checkpointing="true",
+        gradient_error_to_plain=largest_error(grads, expected),
+        gradient_error_to_resident=largest_error(grads, resident),
+        host_gib=stream.host_bytes / 2**30,
+    )
 
 
 def bench_theirs(bench: TrainingBench, model: nn.Module, given: dict[str, Any]) -> None:

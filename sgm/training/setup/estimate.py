@@ -70,7 +70,7 @@ def memory_needs(
         picture_encoder=_values(autoencoder.encoder) if (autoencoder and engine.noised_image_input) else 0,
         bucket=_bucket_values(plan, trained),
         checkpointing=network.transformer.checkpoint_activations,
-        in_blocks=sum(frozen),
+        in_blocks=0 if config.args.cuda_graphs or config.args.model_parallel_size > 1 else sum(frozen),
         in_block=max(frozen),
         streams=streams_frozen(config.args, plan, engine),
     )
