@@ -191,6 +191,8 @@ class MemoryNeeds:
             found[f"{recomputed}--set args.stream_frozen=true"] = replace(
                 self, streams=True, checkpointing=self.checkpointing or True
             )
+        if self.ranks % (2 * self.shares) == 0:
+            found[f"--set args.sequence_parallel_size={2 * self.shares}"] = replace(self, shares=2 * self.shares)
         if self.trains_adapter:
             found = {how: needs for how, needs in found.items() if not how.startswith("LoRA")}
         if self.streams:

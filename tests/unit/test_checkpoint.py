@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from sgm.training.checkpoints.folder import new_run
+from sgm.training.checkpoints.folder import RunRecord, new_run
 from sgm.training.checkpoints.load import find_resume, load_state
 from sgm.training.checkpoints.partitions import OptimizerStateError, layout_differences, optimizer_state
 from sgm.training.checkpoints.repartition import repartitioned
@@ -56,6 +56,16 @@ def test_layout_is_sats_and_files_hold_plain_values_only(tmp_path, run):
     content = torch.load(tmp_path / "3" / "mp_rank_00_model_states.pt", weights_only=True)
     assert content["iteration"] == 3 and content["global_samples"] == 12
     assert locate(tmp_path) == ([tmp_path / "3" / "mp_rank_00_model_states.pt"], 3)
+
+
+def test_a_record_says_who_had_the_same_clips_and_weights(tmp_path, run):
+    """Neighbours hold the parts of a weight, then the shares of a clip; what had fewer shares had all in its last."""
+    save(tmp_path, run, 1)
+    record = RunRecord.read(tmp_path / "1")
+    assert record.clip_processes == 1 and [record.rank_of(d, 0, 0) for d in (0, 1)] == [0, None]
+    shared = dataclasses.replace(record, world_size=8, model_parallel_size=2, sequence_parallel_size=2)
+    assert [shared.rank_of(d, s, p) for d in (0, 1) for s in (0, 1) for p in (0, 1)] == [*range(8)]
+    assert shared.rank_of(1, 3, 1) == 7 and shared.rank_of(2, 0, 0) is None
 
 
 def test_weights_are_the_networks_or_the_whole_engines(tmp_path, run):

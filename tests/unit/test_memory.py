@@ -44,6 +44,20 @@ def test_estimate_counts_exactly_what_is_exact():
     assert needs().cached().weights == (full.trained + 30_000_000) * 2
 
 
+def test_processes_that_share_a_clip_share_its_activations():
+    """Text, positions and what comes behind the last layer are whole on each; so is the state of ZeRO as before."""
+    alone, shared = needs(ranks=2, checkpointing=False), needs(ranks=2, checkpointing=False, shares=2)
+    assert alone.activations / 2 < shared.activations < alone.activations * 0.56
+    assert shared.encoding == alone.encoding // 2 and shared.optimizer_state == alone.optimizer_state
+    how = "--set args.sequence_parallel_size={}"
+    assert alone.variants()[how.format(2)] == shared
+    assert how.format(4) not in shared.variants() and how.format(4) in needs(ranks=8, shares=2).variants()
+    for given in ([], ["args.sequence_parallel_size=2"]):
+        found = estimate_memory.needs_of([SFT], given, 4, "cuda")
+        assert (found.ranks, found.shares) == (4, 1 + len(given))
+    assert estimate_memory.main([str(SFT), "--set", "args.sequence_parallel_size=2", "--gpus", "3"]) == 2
+
+
 def test_an_adapter_is_what_trains_less_than_a_fifth_of_the_frozen_network():
     """Encoders do not count. Its layers keep less for the backward pass, and LoRA is not advised again."""
     whole = needs(trained=100, frozen=1500, encoder_values=1000)
