@@ -44,7 +44,8 @@ def config(tmp_path_factory):
 
 
 def test_two_processes_and_one_prompt_make_it_together(config, tmp_path):
-    wish = [config, "--prompt", "a fox", "--output-dir"]
+    clip = write_clips(tmp_path / "clips", 1, 9) / "videos" / "0.mp4"  # which they encode together, too
+    wish = [config, "--prompt", "a fox", "--video", clip, "--strength", 0.9, "--output-dir"]
     assert main(*wish, tmp_path / "alone", "--only-save-latents") == 0
     with start(*wish, tmp_path / "both", ranks=2) as process:
         out, err = process.communicate(timeout=240)
