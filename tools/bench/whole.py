@@ -119,8 +119,8 @@ def bench_ours(options: argparse.Namespace, device: torch.device, variant: str, 
     student = variant == "few steps"
     config = load_run_config([options.config, *files], SampleArgs, overrides=overrides(options, student=student))
     pipeline = Pipeline(config, device)
-    text = f"{PROMPT}{MARK}{options.out / PICTURE}" if pipeline.pictures.wanted else PROMPT
-    prompt = gather([text], None, [], pipeline.pictures)[0][0]
+    text = f"{PROMPT}{MARK}{options.out / PICTURE}" if pipeline.visual.pictures.wanted else PROMPT
+    prompt = gather([text], None, [], pipeline.visual.pictures)[0][0]
     for _ in range(options.videos):
         clock = Clock(device)
         with clock.stage("text"):

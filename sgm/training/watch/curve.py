@@ -63,7 +63,7 @@ def draw_losses(metrics: Path, image: Path) -> bool:
     return True
 
 
-def draw_curves(path: Path, title: str, curves: Sequence[Curve]) -> None:
+def draw_curves(path: Path, title: str, curves: Sequence[Curve], across_is: str = "iteration") -> None:
     """A chart with both axes, a legend and all curves."""
     from PIL import Image, ImageDraw
 
@@ -74,7 +74,7 @@ def draw_curves(path: Path, title: str, curves: Sequence[Curve]) -> None:
     up = _Axis.of([y for _, y in every], HEIGHT - BOTTOM, TOP, logarithmic=None)
     picture = Image.new("RGB", (WIDTH, HEIGHT), "white")
     draw = ImageDraw.Draw(picture)
-    _frame(draw, across, up, title)
+    _frame(draw, across, up, title, across_is)
     for k, curve in enumerate(curves):
         places = [(across.place(x), up.place(y)) for x, y in curve.points]
         if curve.width and len(places) > 1:
@@ -126,7 +126,7 @@ class _Axis:
         return [mark for mark in found if self.low <= mark <= self.high]
 
 
-def _frame(draw: ImageDraw, across: _Axis, up: _Axis, title: str) -> None:
+def _frame(draw: ImageDraw, across: _Axis, up: _Axis, title: str, across_is: str) -> None:
     left, right, top, bottom = LEFT, WIDTH - RIGHT, TOP, HEIGHT - BOTTOM
     for value in across.marks():
         x = across.place(value)
@@ -138,7 +138,7 @@ def _frame(draw: ImageDraw, across: _Axis, up: _Axis, title: str) -> None:
         draw.text((left - 8, y), f"{value:.3g}", fill="black", anchor="rm", font_size=14)
     draw.rectangle((left, top, right, bottom), outline="#606060")
     draw.text((left, 18), title, fill="black", font_size=16)
-    draw.text((right, HEIGHT - 20), "iteration", fill="black", anchor="rm", font_size=14)
+    draw.text((right, HEIGHT - 20), across_is, fill="black", anchor="rm", font_size=14)
 
 
 def _points(records: Sequence[dict[str, Any]], name: str) -> Points:
