@@ -19,6 +19,7 @@ from sgm.inference.progress import Progress, StageTimes
 from sgm.inference.prompts import Prompt
 from sgm.inference.refine import Endpoint, refine_prompt
 from sgm.inference.requests import Measurements, Requests, Wanted
+from sgm.inference.vocabulary import words_note
 
 SHOWN_CHARACTERS = 200  # of the end of a prompt that is not read
 
@@ -49,14 +50,18 @@ class Generation:
         self._warned: set[str] = set()
 
     def fitting(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
-        """The prompts, whose pictures fit the model; sizes that it was not trained at are warned of, each once.
+        """The prompts, whose pictures fit the model; sizes that it was not trained at, and words that it does not know,
+        are told of, each once.
 
         Raises:
             SamplingError: a picture asks for a size that the model has no positions for.
         """
-        for line in self.pipeline.remarks(prompts):
+        lines = [f"warning: {line}" for line in self.pipeline.remarks(prompts)]
+        if note := words_note(self.args, self.config.files, prompts):
+            lines.append(f"note: {note}")
+        for line in lines:
             if line not in self._warned:
-                self.progress.line(f"warning: {line}")
+                self.progress.line(line)
             self._warned.add(line)
         return prompts
 

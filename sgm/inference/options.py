@@ -39,6 +39,9 @@ class SampleArgs:
     prompts: list[str] = option(
         [], "what the video shows; given so, prompts replace input_type and input_file", metavar="TEXT"
     )
+    vocabulary: PathText | None = option(
+        None, "YAML file with the words that the model knows; prompts with others get a note", metavar="FILE"
+    )
     image: PathText | None = option(
         None, "the picture that videos begin with, where the prompt names none as TEXT@@FILE", metavar="FILE"
     )

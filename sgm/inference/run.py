@@ -15,6 +15,7 @@ from sgm.inference.progress import Progress
 from sgm.inference.prompts import gather, listed
 from sgm.inference.runner import Runner
 from sgm.inference.setup import checked, join_processes, without_fp16_on_cpu
+from sgm.inference.vocabulary import words_note
 from sgm.inference.writer import find_latents
 from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
 from sgm.modules.diffusionmodules.guiders import IdentityGuider
@@ -83,7 +84,9 @@ def _print_plan(config: RunConfig[SampleArgs], progress: Progress, rank: int) ->
     asks = args.decode_latents or (args.input_type == "cli" and not args.prompts)
     prompts = [] if asks else gather(args.prompts, args.input_file, config.files, pipeline.visual.pictures)[0]
     remarks = [] if args.decode_latents else pipeline.remarks(prompts)
-    _say_all([*pipeline.notes, *(f"warning: {line}" for line in remarks)], progress)
+    note = words_note(args, config.files, prompts)
+    lines = [*pipeline.notes, *(f"warning: {line}" for line in remarks), *([f"note: {note}"] if note else [])]
+    _say_all(lines, progress)
     layout = _layout(config, pipeline, own_rank()[1])
     if layout.world > 1:
         progress.line(f"note: {layout}")
