@@ -28,6 +28,8 @@ def parse(arguments: list[str], prog: str | None = None) -> argparse.Namespace:
     parser = run_parser(prog, __doc__, SHIPPED_CONFIG)
     told = "a released model, such as zai-org/CogVideoX-2b, fetched at first use; or a folder with an infer.yaml"
     parser.add_argument("--model", metavar="OWNER/NAME", help=told)
+    told = "compare, on one page, clips of all combinations: seeds=1,2 lora=0,0.5,1 steps=... guidance=... prompts=FILE"
+    parser.add_argument("--grid", nargs="+", default=[], metavar="AXIS=VALUES", help=told)
     add_flags(parser, SampleArgs, FLAGS, CALLED)
     return parser.parse_args(arguments)
 
@@ -54,7 +56,7 @@ def run(options: argparse.Namespace, check: Callable[[], None]) -> int:
 
     from sgm.inference.run import sample
 
-    return sample(config, check, dry_run=options.dry_run)
+    return sample(config, check, dry_run=options.dry_run, grid=options.grid)
 
 
 if __name__ == "__main__":

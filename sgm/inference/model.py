@@ -96,6 +96,7 @@ class TextToVideo:
         self._asked = config
         self._overrides: list[str] = []
         self._flags: dict[str, Any] = {}
+        self._noted: set[str] = set()
         self._lock = threading.Lock()
         self._owner: int | None = None
 
@@ -153,7 +154,9 @@ class TextToVideo:
                     self.pipeline.ask(config, held)
                     self._asked = config
                 for note in self.pipeline.notes:
-                    progress.line(note)
+                    if note not in self._noted:
+                        progress.line(note)
+                self._noted |= {*self.pipeline.notes}
                 yield Generation(config, self.pipeline, progress)
             except torch.OutOfMemoryError as error:
                 raise SamplingError(out_of_memory_advice(config.args)) from error

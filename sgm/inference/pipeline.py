@@ -247,7 +247,7 @@ class Pipeline:
         elif part == "small_decoder":
             self._load_small_decoder(device, dtype)
         else:
-            if self._fuses_on_gpu:
+            if self._fuses_on_gpu and self.facts.network is None:
                 compile_ahead(partial(run_block, self.engine, self.latent_shape(self.size())))
             self.facts.network = self._load_network(device, dtype)
 

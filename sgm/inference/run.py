@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from sgm.config import RunConfig
+from sgm.config import ConfigError, RunConfig
 from sgm.distributed import own_rank, shutdown
+from sgm.inference.grid import Axis, axes_of, count_of, make_grid
 from sgm.inference.model import TextToVideo
 from sgm.inference.options import SampleArgs
 from sgm.inference.pipeline import Pipeline
@@ -23,9 +25,13 @@ from sgm.modules.encoders.modules import text_is_local
 from sgm.parallel.team import Layout, choose_layout, form_team
 
 
-def sample(config: RunConfig[SampleArgs], check: Callable[[], None], *, dry_run: bool = False) -> int:
+def sample(
+    config: RunConfig[SampleArgs], check: Callable[[], None], *, dry_run: bool = False, grid: Sequence[str] = ()
+) -> int:
     """Run `config` in this process; returns the exit status. `check` is called at every sampling step, and may raise.
 
+    Args:
+        grid: axes of a comparison, which is made in place of the prompts' clips.
     Raises:
         ValueError subclasses of this package: bad configuration, weights, prompts or output, each with its remedy.
     """
@@ -36,10 +42,19 @@ def sample(config: RunConfig[SampleArgs], check: Callable[[], None], *, dry_run:
         progress = Progress(info.rank == 0, device, check)
         for note in config.notes:
             progress.line(f"note: {note}")
+        axes = axes_of(grid, config) if grid else []
+        if axes:
+            prompts = [value.prompt for value in axes[0].values]
+            config = replace(config, args=replace(config.args, prompts=prompts))
         if dry_run:
             _print_plan(config, progress, info.rank)
+            if axes and info.rank == 0:
+                print(f"# grid: {count_of(axes)} clips", flush=True)
             return 0
         model = TextToVideo(config, device, with_text_encoder=config.args.decode_latents is None)
+        if axes:
+            _compare(model, axes, progress, info.world_size)
+            return 0
         layout = _layout(config, model.pipeline, info.world_size)
         if layout.clip > 1:
             progress.line(f"note: {layout}")
@@ -49,6 +64,13 @@ def sample(config: RunConfig[SampleArgs], check: Callable[[], None], *, dry_run:
     finally:
         shutdown()
     return 0
+
+
+def _compare(model: TextToVideo, axes: Sequence[Axis], progress: Progress, world: int) -> None:
+    if world > 1:
+        raise ConfigError("--grid is made by one process; start it without NPROC (--nproc).")
+    model.shown = True
+    progress.line(f"  {make_grid(model, axes, progress.check, progress.line)}")
 
 
 def _layout(config: RunConfig[SampleArgs], pipeline: Pipeline, world: int) -> Layout:
