@@ -44,7 +44,7 @@ def until(iteration: int) -> tuple[str, ...]:
 GROUPS: list[tuple[int, list[tuple[str, int, tuple[str, ...]]]]] = [
     (1, [("lora", 1, ONE_STEP), ("full", 1, (*ONE_STEP, *LOOK)), ("unbroken", 1, until(5)), ("resumed", 1, until(2))]),
     (2, [
-        ("lora by 2", 2, (*ONE_STEP, mode("products"))),
+        ("lora by 2", 2, (*ONE_STEP, mode("true"), "args.stream_frozen=true")),
         ("full by 2", 2, (*ONE_STEP, stage(1), mode("selective"))),
         ("prior of 2", 1, (*ONE_STEP, stage(2))),
         ("resumed", 2, (*until(3), stage(1))),
