@@ -76,6 +76,9 @@ def test_command(words, packages):
     program, *rest = words
     if program in GENERAL:
         return
+    if program == "docker":
+        _container(rest)
+        return
     if program == "pip" or rest[:2] == ["-m", "pip"]:
         _installation(rest[rest.index("install") :])
         return
@@ -138,6 +141,19 @@ def _installation(words: list[str]) -> None:
             assert extras in ("", "serve]", "test]")
         else:
             assert (REPO / word).is_file() or re.search(r"==\d", word), word
+
+
+def _container(words: list[str]) -> None:
+    """A Dockerfile and build arguments that are there; the command for the image is one of the checkout."""
+    if words[0] == "build":
+        file = (REPO / words[words.index("-f") + 1]).read_text()
+        for name in (words[k + 1].partition("=")[0] for k, word in enumerate(words) if word == "--build-arg"):
+            assert f"ARG {name}=" in file, f"the Dockerfile has no argument {name}"
+        return
+    assert words[0] == "run"
+    image = next(k for k, word in enumerate(words) if word.startswith("cogvideox-sat"))
+    if command := words[image + 1 :]:
+        {"inference.sh": _sampling, "serve.sh": _serving}[command[1]](command[2:])
 
 
 def _training(arguments: list[str]) -> None:
