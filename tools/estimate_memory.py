@@ -57,7 +57,7 @@ def table(configs: list[Path], overrides: list[str], gpus: int, device: str) -> 
         *(f"{needs.total / GIB:10.2f} {needs.on_cpu / GIB:8.2f}  {how}" for needs, how in rows),
         "",
         f"GPU: what torch allocates; the driver takes about {gib(0.5 * GIB)} besides.",
-        "CPU: the offloaded optimizer, and streamed weights.",
+        "CPU: the offloaded optimizer, streamed weights, and layers' inputs that wait there.",
         "A text encoder that is not on this machine counts as T5 XXL.",
     ]
 

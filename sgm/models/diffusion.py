@@ -29,6 +29,7 @@ from sgm.modules.encoders.modules import FrozenT5Embedder
 from sgm.modules.ops.choice import Kernels
 from sgm.modules.ops.frozen import FrozenStream
 from sgm.modules.ops.graphs import NetworkGraphs
+from sgm.modules.ops.offload import ActivationOffload
 from sgm.modules.transformer.lora_state import further_mixin
 from sgm.typed import NotNegative, Positive, Share
 from sgm.util import Config, Role, check_params, get_obj_from_str, instantiate_from_config
@@ -235,6 +236,10 @@ class SATVideoDiffusionEngine(nn.Module):
         if not isinstance(self.model, OpenAIWrapper):
             raise ValueError(f"args.cuda_graphs does not go with the network_wrapper {type(self.model).__name__}.")
         self.model.graphs = NetworkGraphs(self.network)
+
+    def offload_activations(self, offload: ActivationOffload) -> None:
+        """Train with the inputs of checkpointed layers on the host until their backward pass."""
+        self.network.transformer.offload = offload
 
     def stream_frozen(self, device: torch.device, pin: bool) -> None:
         """Train with the frozen weights of the network's blocks on the host; all else lies on `device`."""

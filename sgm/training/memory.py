@@ -51,6 +51,7 @@ class MemoryNeeds:
         bucket: values of DeepSpeed's buffers for reducing gradients.
         in_blocks: of `frozen`, those in the transformer's blocks; `in_block`: in the largest of them.
         streams: of the former only two blocks' are on the device.
+        offloads_inputs: of what layers keep, all but two of their inputs are in CPU memory until they are needed.
     """
 
     trained: int
@@ -76,6 +77,7 @@ class MemoryNeeds:
     in_blocks: int = 0
     in_block: int = 0
     streams: bool = False
+    offloads_inputs: bool = False
 
     # --- what stays ---------------------------------------------------------------------------------------------------
 
@@ -119,12 +121,20 @@ class MemoryNeeds:
     @property
     def activations(self) -> int:
         """At the start of the network's backward pass, when all layers' are there."""
-        sequence = self.tokens * self.width * BYTES[self.dtype] * self.micro_batch
         in_layer = KEPT_WITH_ADAPTER if self.trains_adapter else KEPT_PER_LAYER
         in_layer += KEPT_WITH_SHARES * (self.shares > 1)
         between = {False: in_layer, True: 1, "selective": 2, "products": 11}[self.checkpointing] * self.layers
         own = between + in_layer * bool(self.checkpointing) + BACKWARD_TENSORS - WHOLE_TENSORS
-        return int(sequence * (own / self.shares + WHOLE_TENSORS))
+        return int(self._sequence * ((own - self._inputs_elsewhere) / self.shares + WHOLE_TENSORS))
+
+    @property
+    def _sequence(self) -> int:
+        """Bytes of all tokens in the transformer's width."""
+        return self.tokens * self.width * BYTES[self.dtype] * self.micro_batch
+
+    @property
+    def _inputs_elsewhere(self) -> int:
+        return max(self.layers - 2, 0) if self.offloads_inputs and self.checkpointing else 0
 
     @property
     def encoding(self) -> int:
@@ -146,13 +156,14 @@ class MemoryNeeds:
 
     @property
     def on_cpu(self) -> int:
-        """Bytes of CPU memory for streamed weights, and an offloaded optimizer's state, float32 gradients, weights on
-        their way.
+        """Bytes of CPU memory for streamed weights, layers' inputs, and an offloaded optimizer's state, float32
+        gradients, weights on their way.
         """
-        streamed = self.in_blocks * BYTES[self.dtype] if self.streams else 0
+        kept = self.in_blocks * BYTES[self.dtype] if self.streams else 0
+        kept += self._inputs_elsewhere * self._sequence // self.shares
         if not self.offload:
-            return streamed
-        return streamed + self.optimizer_state + self.trained * (4 + BYTES[self.dtype]) // self._update_share
+            return kept
+        return kept + self.optimizer_state + self.trained * (4 + BYTES[self.dtype]) // self._update_share
 
     def cached(self) -> MemoryNeeds:
         """The same run on cached latents and embeddings."""
@@ -193,6 +204,8 @@ class MemoryNeeds:
             found[f"{recomputed}--set args.stream_frozen=true"] = replace(
                 self, streams=True, checkpointing=self.checkpointing or True
             )
+        if self.checkpointing:
+            found["--set args.offload_activations=true"] = replace(self, offloads_inputs=True)
         if self.ranks % (2 * self.shares) == 0:
             found[f"--set args.sequence_parallel_size={2 * self.shares}"] = replace(self, shares=2 * self.shares)
         if self.trains_adapter:

@@ -24,8 +24,8 @@ RESUME_MAY_CHANGE = frozenset(
     resume save save_interval keep_last lora_only save_merged save_frozen log_interval eval_interval eval_iters
     eval_batch_size strict_eval only_log_video_latents log_image num_workers prefetch_factor exit_interval device
     eval_prompts tensorboard summary_dir wandb wandb_project_name
-    max_skipped_steps no_load_rng force_train checkpoint_activations cuda_graphs stream_frozen vae_low_memory cache_dir
-    cache_fill cache_dtype sequence_parallel_size""".split()
+    max_skipped_steps no_load_rng force_train checkpoint_activations cuda_graphs offload_activations stream_frozen
+    vae_low_memory cache_dir cache_fill cache_dtype sequence_parallel_size""".split()
 )
 
 
@@ -126,6 +126,11 @@ class TrainArgs:
         False,
         "replay the network's forward and backward pass as CUDA graphs, one for each shape of batch: for small models, "
         "whose steps wait for the CPU; without effect on a CPU",
+    )
+    offload_activations: bool = option(
+        False,
+        "keep the inputs of layers that are run again in CPU memory until the backward pass: the same numbers, less "
+        "memory. Needs checkpoint_activations",
     )
     stream_frozen: bool = option(
         False,

@@ -1,4 +1,4 @@
-"""args.stream_frozen in whole runs: the same files as without it, resumed, sampled and saved; and what it refuses."""
+"""args.stream_frozen and offload_activations in whole runs: the same files as without them; and what they refuse."""
 
 from __future__ import annotations
 
@@ -42,15 +42,16 @@ def weights_of(run: Path) -> dict[Path, dict[str, torch.Tensor]]:
 
 
 def test_a_run_is_the_same_to_the_bit(parts, tmp_path, capsys):
-    """Several clips a step, validation with a sampled clip; saved whole and merged, stopped and resumed; ZeRO 2."""
+    """Several clips a step, one to be kept; validation with a sampled clip; saved whole and merged; resumed; ZeRO 2."""
     zero = "deepspeed.zero_optimization.stage=2"
     common = {
         "save_merged": True, "eval_interval": 2, "eval_iters": 1, "valid_data": [str(parts.clips)], "log_image": True,
-        "only_log_video_latents": True,
+        "only_log_video_latents": True, "prior_data": [str(write_clips(tmp_path / "known", 1))],
     }  # fmt: skip
     plain = start(parts, tmp_path / "plain", zero, **common)
-    start(parts, tmp_path / "streamed", zero, STREAM, **common, exit_interval=1)
-    streamed = start(parts, tmp_path / "streamed", zero, STREAM, "args.resume=auto", **common)
+    lean = [zero, STREAM, "args.offload_activations=true"]
+    start(parts, tmp_path / "streamed", *lean, **common, exit_interval=1)
+    streamed = start(parts, tmp_path / "streamed", *lean, "args.resume=auto", **common)
     assert capsys.readouterr().out.count("two blocks of them") == 2
     for kind in ("train", "valid"):
         found, expected = ([line["loss"] for line in records(run, kind)] for run in (streamed, plain))
@@ -63,14 +64,6 @@ def test_a_run_is_the_same_to_the_bit(parts, tmp_path, capsys):
     (before, after) = (torch.load(run / "video" / "latents" / "latents_gs-000002" / "latent.pt", weights_only=True)
                        for run in (plain, streamed))  # fmt: skip
     assert torch.equal(before, after)
-
-
-def test_without_zero_and_with_clips_that_are_to_be_kept(parts, tmp_path):
-    prior = f"args.prior_data=[{write_clips(tmp_path / 'known', 1)}]"
-    runs = [start(parts, tmp_path / name, prior, *more, train_iters=1) for name, more in (("a", []), ("b", [STREAM]))]
-    assert records(runs[0], "train")[0]["loss"] == records(runs[1], "train")[0]["loss"]
-    found, expected = (weights_of(run)[Path("1/mp_rank_00_model_states.pt")] for run in runs)
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def test_it_has_no_effect_where_all_weights_learn(parts, capsys):
@@ -102,5 +95,7 @@ def test_what_does_not_go_with_it_is_refused(parts):
     assert "where more than LoRA learns" in refused(
         prefixes=("model.diffusion_model.final_layer",), prior_data=[str(parts.release)]
     )
-    with pytest.raises(ConfigError, match="checkpoint_activations: false"):
-        train(config)
+    for switch in ("stream_frozen", "offload_activations"):
+        args = dataclasses.replace(config.args, **{"stream_frozen": False, switch: True})
+        with pytest.raises(ConfigError, match=f"^args.{switch} does not go with checkpoint_activations: false; leave"):
+            train(dataclasses.replace(config, args=args))

@@ -1,8 +1,11 @@
-"""Frozen weights on the host while an adapter is trained: the same gradients to the bit, one block at work at a time."""
+"""Frozen weights and layers' inputs on the host while a network is trained: the same gradients to the bit, and at most
+two blocks' or layers' on the device.
+"""
 
 from __future__ import annotations
 
 import copy
+import weakref
 from itertools import pairwise
 
 import pytest
@@ -10,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sgm.modules.ops.frozen import FrozenStream, frozen_parameters, next_block
+from sgm.modules.ops.offload import ActivationOffload, Stored
 from sgm.weights.streaming import Streams, set_aside
 from tests.dit_tiny import random_inputs, tiny_network
 from tests.unit.test_placement import LateStreams, places
@@ -60,6 +64,7 @@ def test_losses_and_gradients_are_the_same_to_the_bit(network, streams, mode):
     expected = step(network, 0, 1)
     stream = FrozenStream(network.streamable_blocks(), CPU, pin=False)
     stream.ring.streams = streams()
+    network.transformer.offload = ActivationOffload(CPU)
     found = step(network, 0, 1)
     assert len(found) == len(expected) > 10 * LAYERS
     assert all(torch.equal(a, b) for a, b in zip(found, expected))
@@ -133,3 +138,65 @@ def test_stand_ins_take_no_memory_and_leave(network):
             network.to(CPU, torch.float32)
             raise RuntimeError("broken")
         assert [(p.data_ptr(), p.shape) for p in block] == before
+
+
+# --- inputs of layers -------------------------------------------------------------------------------------------------
+
+
+class Watching(ActivationOffload):
+    """Notes which of the stored inputs are on the device whenever one is stored or fetched."""
+
+    def __init__(self) -> None:
+        super().__init__(CPU)
+        self.stored = list[Stored]()
+        self.present = list[list[int]]()
+
+    def _look(self) -> None:
+        self.present.append([k for k, stored in enumerate(self.stored) if stored.value is not None])
+
+    def _store(self, x: Tensor) -> Tensor | Stored:
+        found = super()._store(x)
+        if isinstance(found, Stored):
+            self.stored.append(found)
+            self._look()
+        return found
+
+    def _on_device(self, stored: Stored) -> Tensor:
+        value = super()._on_device(stored)
+        self._look()
+        return value
+
+
+def test_inputs_wait_on_the_host_and_come_back_one_ahead(network):
+    network.transformer.offload = offload = Watching()
+    with torch.no_grad():
+        network(**random_inputs(1, 1))
+    network.eval()(**random_inputs(1, 1))
+    assert not offload.stored
+    output = network.train()(**random_inputs(1, 1))
+    assert offload.present == [[k] for k in range(LAYERS)] and len(offload.stored) == LAYERS  # masks stay
+    del offload.present[:]
+    output.sum().backward()
+    assert offload.present[0] == [4] and offload.present[-1] == [0]
+    assert all(len(present) <= 2 for present in offload.present) and [3, 4] in offload.present
+    assert all(stored.value is None for stored in offload.stored) and offload._last is None
+    kept = weakref.ref(offload.stored[2].host)
+    del output, offload.stored[:]
+    assert kept() is None  # with the graph they are gone
+
+
+@pytest.mark.parametrize("mode", [True, "selective"])
+def test_gradients_of_two_passes_that_are_differentiated_together(network, mode):
+    """As in a distillation, and for what learns as a whole."""
+    network.requires_grad_(True)
+    network.transformer.checkpoint_activations = mode
+
+    def gradients() -> list[Tensor | None]:
+        network.zero_grad(set_to_none=True)
+        outputs = [network(**random_inputs(1, 1, seed=seed)) for seed in (0, 1)]
+        (outputs[0] * outputs[1]).sum().backward()
+        return [p.grad for p in network.parameters() if p.grad is not None]
+
+    expected = gradients()
+    network.transformer.offload = ActivationOffload(CPU)
+    assert all(torch.equal(a, b) for a, b in zip(gradients(), expected, strict=True))

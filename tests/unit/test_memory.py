@@ -120,6 +120,19 @@ def test_recomputing_keeps_an_input_and_perhaps_a_product_a_layer():
     kept, full, selective, products = (needs(checkpointing=mode).activations for mode in MODES)
     assert selective - full == 30 * sequence and kept > 9 * full
     assert products - full == 300 * sequence and products < kept
+    offloaded = needs(checkpointing=True, offloads_inputs=True)
+    assert full - offloaded.activations == 28 * sequence == offloaded.on_cpu
+
+
+def test_streamed_blocks_are_on_the_cpu_but_for_two():
+    adapter = needs(
+        trained=58_982_400, frozen=1_700_000_000, encoder_values=0, in_blocks=1_500_000_000, in_block=50_000_000
+    )
+    (streamed,) = (found for how, found in adapter.variants().items() if how == "--set args.stream_frozen=true")
+    assert adapter.weights - streamed.weights == 1_400_000_000 * 2 and streamed.on_cpu == 1_500_000_000 * 2
+    assert not any("stage=3" in how for how in streamed.variants())
+    both = replace(adapter, checkpointing=False).variants()
+    assert both["--set args.checkpoint_activations=true --set args.stream_frozen=true"].checkpointing is True
 
 
 def test_advice_is_ordered_by_effect():

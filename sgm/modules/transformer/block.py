@@ -6,6 +6,7 @@ Axes: b batch, l text tokens, n all tokens (text first), d width, h heads, hd wi
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from sgm.modules.ops.block_ops import PLAIN, BlockOps
 from sgm.modules.ops.modulation import BlockModulation, RotaryTable
+from sgm.modules.ops.offload import ActivationOffload
 from sgm.modules.ops.recompute import run_layer
 from sgm.modules.transformer.sat_base import (
     MLP,
@@ -145,10 +147,12 @@ class DiTTransformer(BaseTransformer):
     Differences to SAT's forward: layers run through their `__call__`; activation checkpointing goes layer by layer
     with torch's non-reentrant form; the features handed to `final_forward` are not marked as the input of a split
     layer, since the final layer is whole on every process (SAT's mark makes all gradients of the trunk N times too
-    large under N-fold tensor parallelism); `share`, where it is set, says which of the tokens the layers get.
+    large under N-fold tensor parallelism); `share`, where it is set, says which of the tokens the layers get, and
+    `offload` keeps the inputs of checkpointed layers.
     """
 
     share: TokenShare | None = None
+    offload: ActivationOffload | None = None
 
     def __init__(
         self,
@@ -246,4 +250,5 @@ class DiTTransformer(BaseTransformer):
 
     def _run_layer(self, layer: DiTLayer, hidden: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
         recording = self.training and torch.is_grad_enabled()
-        return run_layer(self.checkpoint_activations if recording else False, layer, hidden, mask, **kwargs)
+        with self.offload.keeping() if self.offload and recording else nullcontext():
+            return run_layer(self.checkpoint_activations if recording else False, layer, hidden, mask, **kwargs)

@@ -19,6 +19,7 @@ from sgm.modules.diffusionmodules.guiders import guide, join_conditions
 from sgm.modules.diffusionmodules.loss import add_noise, snr_weight, weighted_error
 from sgm.modules.diffusionmodules.wrappers import NetworkWrapper, OpenAIWrapper
 from sgm.modules.ops.graphs import NetworkGraphs
+from sgm.modules.ops.offload import ActivationOffload
 from sgm.training.distill.objective import compared_timesteps, guidance_tables, matching_loss
 from sgm.training.distill.options import DistillArgs
 from sgm.training.prior import BaseNetwork
@@ -75,6 +76,10 @@ class DistillationEngine(SATVideoDiffusionEngine):
         super().use_graphs()
         if isinstance(self.critic, OpenAIWrapper):  # as `model`, or the line above had refused it
             self.critic.graphs = NetworkGraphs(self.critic.diffusion_model)
+
+    def offload_activations(self, offload: ActivationOffload) -> None:
+        super().offload_activations(offload)
+        self.critic.diffusion_model.transformer.offload = offload
 
     def start_noise(self, batch: Mapping[str, Any], device: torch.device) -> Tensor:
         """The noise (b, t, c, h, w) that the student begins with for a batch of prompts."""

@@ -73,6 +73,7 @@ def memory_needs(
         in_blocks=0 if config.args.cuda_graphs or config.args.model_parallel_size > 1 else sum(frozen),
         in_block=max(frozen),
         streams=streams_frozen(config.args, plan, engine),
+        offloads_inputs=config.args.offload_activations,
     )
 
 

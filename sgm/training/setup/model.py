@@ -19,6 +19,7 @@ from sgm.modules.diffusionmodules.image_condition import sampled_frames
 from sgm.modules.diffusionmodules.loss import Loss, VideoDiffusionLoss
 from sgm.modules.ops.choice import Kernels, choose_kernels
 from sgm.modules.ops.frozen import frozen_parameters
+from sgm.modules.ops.offload import ActivationOffload
 from sgm.modules.ops.recompute import MODES, stronger_mode
 from sgm.parallel.apply import check_shares
 from sgm.training.distill.checks import check_distill
@@ -102,6 +103,12 @@ def check_sharing(args: TrainArgs, plan: DeepSpeedPlan, engine: SATVideoDiffusio
             f"args.sequence_parallel_size gives, and it is {size}: set it to {stage.cp_size}, too, or cp_size to 1"
         )
     check_shares(engine.network, size)
+
+
+def check_offload(args: TrainArgs, checkpointing: bool | str) -> None:
+    """Raises ConfigError: `args.offload_activations` has nothing to do, since layers keep all that they calculate."""
+    if args.offload_activations:
+        _refuse_with("args.offload_activations", {"checkpoint_activations: false": not checkpointing})
 
 
 def check_mixins(args: TrainArgs, plan: DeepSpeedPlan, names: Sequence[str]) -> None:
@@ -188,6 +195,7 @@ def checked_engine(model: dict[str, Any], args: TrainArgs, plan: DeepSpeedPlan) 
     engine = meta_engine(model, plan.dtype, DistillationEngine if args.distill else SATVideoDiffusionEngine)
     check_distill(args, plan.stage, engine)
     check_graphs(args, plan, engine.network.transformer.checkpoint_activations)
+    check_offload(args, engine.network.transformer.checkpoint_activations)
     check_mixins(args, plan, list(engine.network.further_configs))
     check_prior(args, plan, engine.loss_fn)
     streams_frozen(args, plan, engine)
@@ -281,6 +289,8 @@ def load_engine(
         latents = sampled_frames(engine.strides.latent_frames(frames), engine.network.patch.t)
         shape = (latents, engine.network.out_channels, *size)
         engine.begin(args.distill, shape, config.model["sampler_config"])
+    if args.offload_activations:
+        engine.offload_activations(ActivationOffload(device))
     if args.cuda_graphs and device.type == "cuda":
         engine.use_graphs()
     return engine, loaded
