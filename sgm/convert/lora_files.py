@@ -36,10 +36,12 @@ from sgm.modules.transformer.lora_state import (
 )
 from sgm.weights.checksums import read_header
 from sgm.weights.files import WeightsError, WeightsNotFoundError, read_checkpoint, tensors_of
-from sgm.weights.hub_adapter import USUAL
 from sgm.weights.release import newest_run
 from sgm.weights.save import save_safetensors
 
+# What an adapter is called by those who write it, in order of preference.
+USUAL = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "lora.safetensors",
+         "pytorch_lora_weights.bin", "adapter_model.bin")  # fmt: skip
 FILE = USUAL[0]
 _PART = re.compile(r"(?:mp_rank_\d+|model-\d+-of-\d+)")  # weights of a whole network
 

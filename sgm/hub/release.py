@@ -97,7 +97,7 @@ def get_release(wish: Wish, say: Callable[[str], None] = say_on_stderr) -> Path:
         ConvertError, WeightsError: what came is no model of this family.
     """
     file = wish.target / RUN_FILE
-    with _alone(wish, say):
+    with alone(wish.target, wish.name, say):
         if not file.is_file():
             _refuse_other_content(wish.target)
             try:
@@ -114,18 +114,18 @@ def get_release(wish: Wish, say: Callable[[str], None] = say_on_stderr) -> Path:
 
 
 @contextmanager
-def _alone(wish: Wish, say: Callable[[str], None]) -> Iterator[None]:
-    """As the only command that makes this release."""
-    with saving(wish.target):
-        wish.target.parent.mkdir(parents=True, exist_ok=True)
+def alone(target: Path, name: str, say: Callable[[str], None]) -> Iterator[None]:
+    """As the only command that fetches `name` into the folder `target`; the folder above is there then."""
+    with saving(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
     told = False
     while True:
-        with try_lock(wish.target.with_name(f".lock-get-{wish.target.name}")) as alone:
-            if alone:
+        with try_lock(target.with_name(f".lock-get-{target.name}")) as mine:
+            if mine:
                 yield
                 return
         if not told:
-            say(f"another command is fetching {wish.name}; this one waits for it")
+            say(f"another command is fetching {name}; this one waits for it")
         told = True
         time.sleep(0.5)
 
@@ -192,20 +192,26 @@ def _weights(named: dict[str, HubFile], stem: str) -> list[str]:
 def _download(wish: Wish, say: Callable[[str], None]) -> tuple[str, list[HubFile]]:
     hub = Hub.from_environment()
     try:
-        commit = _patiently(lambda: hub.commit(wish.repository, wish.revision))
+        commit = patiently(lambda: hub.commit(wish.repository, wish.revision))
     except UnreachableError:
         raise
     except HubError as error:
         known = "" if wish.repository in MODELS else f" The models are: {', '.join(MODELS)}."
         raise HubError(f"{error}{known}") from error
-    files = wanted(_patiently(lambda: hub.files(wish.repository, commit)), wish.repository)
-    lock = threading.Lock()
+    files = wanted(patiently(lambda: hub.files(wish.repository, commit)), wish.repository)
     work = Download(hub, wish.repository, commit, wish.downloads, say=say)
     missing, total = work.missing_bytes(files), sum(file.size for file in files)
     place = shown(wish.target.parent)
     say(f"{wish.name}: {readable(missing)} of {readable(total)} are fetched, then converted in {place}")
     _require_space(wish, missing + total)
-    with _bar(missing) as update:
+    fetch(work, files)
+    return commit, files
+
+
+def fetch(work: Download, files: Sequence[HubFile]) -> None:
+    """Bring the files, with a bar. Raises HubError, SaveError."""
+    lock = threading.Lock()
+    with _bar(work.missing_bytes(files)) as update:
 
         def advance(count: int) -> None:
             with lock:
@@ -213,7 +219,6 @@ def _download(wish: Wish, say: Callable[[str], None]) -> tuple[str, list[HubFile
 
         work.advance = advance
         work.run(files)
-    return commit, files
 
 
 def _require_space(wish: Wish, needed: int) -> None:
@@ -223,7 +228,8 @@ def _require_space(wish: Wish, needed: int) -> None:
         raise SaveError(f"{error} What is fetched and what is made of it are there together for a while.") from error
 
 
-def _patiently(ask: Callable[[], T]) -> T:
+def patiently(ask: Callable[[], T]) -> T:
+    """The hub's answer, after some attempts where it does not answer. Raises UnreachableError."""
     for attempt in range(_ATTEMPTS):
         try:
             return ask()

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from sgm.config import ConfigError, RunConfig
 from sgm.convert.lora_files import foreign_file, open_adapter
+from sgm.hub.adapter import adapter_from_hub, is_hub_name
 from sgm.inference.options import SampleArgs
 from sgm.places import found_path
 from sgm.weights.checksums import WeightsError
-from sgm.weights.hub_adapter import adapter_from_hub, is_hub_name
 from sgm.weights.preflight import adapter_path
 from sgm.weights.release import Checkpoint, locate, read_transformer
 
@@ -46,7 +46,7 @@ def with_adapters(config: RunConfig[SampleArgs]) -> RunConfig[SampleArgs]:
 
 
 def _here(text: str) -> str:
-    """`PATH[:SCALE]` of an adapter that is named as in the hub: its file in the local cache, where it is fetched to."""
+    """`PATH[:SCALE]` of an adapter that is named as in the hub: its local file, which is fetched at first use."""
     name = str(adapter_path(text))
     return f"{adapter_from_hub(name)}{text[len(name) :]}" if is_hub_name(found_path(name)) else text
 

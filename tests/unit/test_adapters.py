@@ -8,12 +8,15 @@ import pytest
 import torch
 
 from sgm.config import ConfigError, load_run_config
-from sgm.inference.adapters import with_adapters
+from sgm.convert.to_hf import ToHf, export_lora
+from sgm.hub import download, release
+from sgm.hub.adapter import choose_file
+from sgm.hub.client import HubError
+from sgm.inference.adapters import read_adapter, with_adapters
 from sgm.inference.options import SampleArgs
 from sgm.inference.pipeline import Pipeline
-from sgm.weights import WeightsError
-from sgm.weights.hub_adapter import choose_file
 from sgm.weights.preflight import with_found_paths
+from tests.hub_server import hub_server
 
 REPO = Path(__file__).resolve().parents[2]
 FILES = [REPO / "configs" / name for name in ("demo_infer.yaml", "few_steps.yaml")]
@@ -66,27 +69,58 @@ def test_a_scale_does_not_hide_a_path(tmp_path, monkeypatch):
     assert found == [f"{tmp_path}/project/adapters/a:0.5", f"{tmp_path}/project/adapters/a", "other:2"]
 
 
-def test_an_adapter_of_the_hub(tmp_path, monkeypatch):
-    """The cache's file; a name of which a part is here is a path."""
-    from huggingface_hub import constants
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A repository with a student in diffusers' form, and nothing of it here."""
+    export_lora(ToHf(tmp_path / "repository", STUDENT))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(release, "WEIGHTS", tmp_path / "weights")
+    monkeypatch.setattr(download, "PAUSE", 0.01)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    with hub_server(tmp_path / "repository", "someone/style") as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+        yield server
 
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+FILE = "pytorch_lora_weights.safetensors"
+
+
+def test_an_adapter_of_the_hub_is_fetched_once(hub, tmp_path, monkeypatch):
+    """Whole, though its first answer breaks off; whoever names it again asks nobody."""
+    hub.broken[FILE] = 1
+    folder = tmp_path / "weights" / "adapters" / "someone" / "style"
+    for name in ("someone/style:0.5", f"someone/style/{FILE}:0.5"):
+        assert with_adapters(config(lora=[name])).args.lora[1:] == [f"{folder / FILE}:0.5"]  # behind the student
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "few_steps" in read_adapter(str(folder)).lora
+    with pytest.raises(HubError, match="HF_HUB_OFFLINE .*hf download someone/other --local-dir FOLDER"):
+        with_adapters(config(lora=["someone/other"]))
+
+
+def test_an_adapter_that_the_hub_does_not_have(hub, tmp_path):
+    with pytest.raises(HubError, match="has no someone/other"):
+        with_adapters(config(lora=["someone/other"]))
+    with pytest.raises(HubError, match=f"has no file a.safetensors; its files: .*{FILE}"):
+        with_adapters(config(lora=["someone/style/a.safetensors"]))
+    Path("ckpts").mkdir()
+    assert with_adapters(config(lora=["ckpts/other"])).args.lora[1:] == ["ckpts/other"]  # a part is here: a path
+    files = ["README.md", "a.safetensors", "b.safetensors"]
+    with pytest.raises(HubError, match="2 .safetensors files; name one: --lora x/y/a.safetensors; --lora x/y/b"):
+        choose_file("x/y", files)
+    assert choose_file("x/y", files[:2]) == "a.safetensors"
+    assert choose_file("x/y", [*files, FILE]) == FILE
+
+
+def test_the_hub_s_own_cache_is_looked_at_first(hub, tmp_path):
     cached = tmp_path / "cache" / "models--someone--style"
     snapshot = cached / "snapshots" / ("0" * 40)
     snapshot.mkdir(parents=True)
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text("0" * 40)
-    (snapshot / "pytorch_lora_weights.safetensors").touch()
-    run = with_adapters(config(lora=["someone/style:0.5"]))
-    assert run.args.lora[1:] == [f"{snapshot}/pytorch_lora_weights.safetensors:0.5"]  # behind the student
-    with pytest.raises(WeightsError, match="no adapter at someone/other: .*hf download someone/other"):
-        with_adapters(config(lora=["someone/other"]))
-    (tmp_path / "ckpts").mkdir()
-    assert with_adapters(config(lora=["ckpts/other"])).args.lora[1:] == ["ckpts/other"]
-    files = ["README.md", "a.safetensors", "b.safetensors"]
-    with pytest.raises(WeightsError, match="2 .safetensors files; name one: --lora x/y/a.safetensors; --lora x/y/b"):
-        choose_file("x/y", files)
-    assert choose_file("x/y", files[:2]) == "a.safetensors"
-    assert choose_file("x/y", [*files, "pytorch_lora_weights.safetensors"]) == "pytorch_lora_weights.safetensors"
+    (snapshot / FILE).symlink_to(STUDENT / "lora.safetensors")
+    assert with_adapters(config(lora=["someone/style:0.5"])).args.lora == [
+        f"{snapshot / FILE}:0.5"
+    ]  # the student itself
+    assert not hub.asked
