@@ -7,6 +7,8 @@ page that is opened later shows it.
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ TICK_SECONDS = 1.0
 GALLERY = 48  # clips that are shown
 MODES = {FULL: "Full quality", FAST: "Fast", FEW_STEPS: "Few steps"}
 NO_ADAPTER = "none"
+STRENGTH = 0.8  # of sampling, where none is given
 TITLE = "CogVideoX"
 
 
@@ -79,12 +82,13 @@ class Page:
                 made.then(self._refresh, [chosen, shown], every, **quiet)
             for part in outputs[:3]:
                 part.click(self._clicked, chosen, chosen, **quiet).then(self._refresh, [chosen, shown], every, **quiet)
-            again.click(self._same_again, chosen, list(self.fields.values()), **telling)
-            again_from.upload(self._from_record, again_from, list(self.fields.values()), **telling)
-            self.fields["model"].change(
-                self._of_model, self.fields["model"], [self.fields[n] for n in ("mode", "steps", "size", "seconds")],
-                **quiet,
-            )  # fmt: skip
+            form = [self.start, *self.fields.values()]
+            again.click(self._same_again, chosen, form, **telling)
+            again_from.upload(self._from_record, again_from, form, **telling)
+            model, adapter = self.fields["model"], self.fields["adapter"]
+            hinted = [self.start, *(self.fields[name] for name in ("mode", "steps", "size", "seconds"))]
+            model.input(self._of_model, model, hinted, **quiet)
+            adapter.input(self._scale_of, adapter, self.fields["scale"], **quiet)
         return blocks
 
     # --- layout ---------------------------------------------------------------------------------------------------
@@ -96,6 +100,7 @@ class Page:
         fields["prompt"] = gr.Textbox(label="Prompt", lines=4, max_lines=8, elem_id="prompt", autofocus=True,
                                       placeholder="What the video shows")  # fmt: skip
         fields["refine"] = gr.Checkbox(label="Let a language model write the prompt out", visible=offer.refines)
+        self.start = gr.File(**_start(facts), elem_id="start", height=110)
         make = gr.Button("Make the video", variant="primary", elem_id="make")
         with gr.Row():
             fields["model"] = gr.Dropdown(list(offer.models), value=facts.name, label="Model",
@@ -108,17 +113,14 @@ class Page:
                 )
         with gr.Row(visible=bool(offer.adapters)):
             fields["adapter"] = gr.Dropdown([NO_ADAPTER, *offer.adapters], value=NO_ADAPTER, label="Adapter")
-            fields["scale"] = gr.Slider(0, 2, value=1, step=0.05, label="Its scale")
+            fields["scale"] = gr.Slider(-2, 2, value=1, step=0.05, label="Its scale")
         with gr.Accordion("More", open=False):
             fields["negative_prompt"] = gr.Textbox(
                 label="Negative prompt", lines=2, placeholder="What to steer away from"
             )
             fields["guidance_scale"] = gr.Textbox(label="Guidance scale", placeholder="as configured", max_lines=1)
-            self.start = gr.File(
-                label="Start from a picture or a video", elem_id="start", file_types=["image", "video"]
-            )
             fields["strength"] = gr.Slider(
-                0.05, 1, value=0.8, step=0.05, label="Strength: how much of a start video goes"
+                0.05, 1, value=STRENGTH, step=0.05, label="Strength: how much of a start video goes"
             )
             again_from = gr.File(label="Same again: the JSON of a clip", elem_id="record", file_types=[".json"])
         return make, again_from
@@ -175,32 +177,52 @@ class Page:
     def _same_again(self, chosen: str | None) -> list[Any]:
         job = self._job(chosen)
         if job is None:
-            return [gr.skip() for _ in self.fields]
-        if job.request.image or job.request.video:
-            gr.Info("The clip began with a file, which has to be chosen again.")
-        return self._filled(same_again(job.request))
+            return self._unchanged()
+        start = job.request.image or job.request.video
+        return self._filled(same_again(job.request), self._copy(job, start) if start else None)
+
+    def _copy(self, job: Job, name: str) -> str | None:
+        """Of the file that a job began with, where Gradio may read; None where it is gone."""
+        try:
+            return shutil.copy(self.desk.store.files(job.id).folder / name, tempfile.mkdtemp())
+        except OSError:
+            gr.Warning("The file that the clip began with is gone; choose it again.")
+            return None
 
     def _from_record(self, file: str | None) -> list[Any]:
         try:
-            fields = read_fields(Path(file), self.desk.offer) if file else {}
+            fields = read_fields(Path(file), self.desk.offer) if file else None
         except RecordError as error:
             gr.Warning(str(error), title="No such record")
-            return [gr.skip() for _ in self.fields]
-        return self._filled(fields) if fields else [gr.skip() for _ in self.fields]
+            return self._unchanged()
+        return self._filled(fields, None) if fields else self._unchanged()
 
-    def _filled(self, fields: Mapping[str, Sequence[str]]) -> list[Any]:
+    def _unchanged(self) -> list[Any]:
+        return [gr.skip() for _ in (self.start, *self.fields)]
+
+    def _filled(self, fields: Mapping[str, Sequence[str]], start: str | None) -> list[Any]:
         """A value for each component of the form."""
         values: dict[str, Any] = {name: (fields.get(name) or [""])[0] for name in self.fields}
         adapter, _, scale = (fields.get("lora") or [f"{NO_ADAPTER}:1"])[0].partition(":")
         values |= {"adapter": adapter, "scale": float(scale or 1), "refine": values["refine"] == "true"}
-        values["strength"] = float(values["strength"] or 0.8)
+        values["strength"] = float(values["strength"] or STRENGTH)
+        facts = self.desk.offer.models.get(values["model"])
         values["model"] = values["model"] or gr.skip()
-        values["mode"] = values["mode"] or FULL
-        return list(values.values())
+        if facts is None:  # a record names none: the one that is chosen
+            values["mode"] = values["mode"] or FULL
+            return [start, *values.values()]
+        values["mode"] = gr.update(**_modes(facts) | {"value": values["mode"] or FULL})
+        values |= {name: gr.update(value=values[name], placeholder=hint) for name, hint in _hints(facts).items()}
+        return [gr.update(**_start(facts), value=start), *values.values()]
 
     def _of_model(self, name: str) -> list[Any]:
         facts = self.desk.offer.models[name]
-        return [gr.update(**_modes(facts)), *(gr.update(placeholder=hint) for hint in _hints(facts).values())]
+        hints = (gr.update(placeholder=hint) for hint in _hints(facts).values())
+        return [gr.update(**_start(facts), value=None), gr.update(**_modes(facts)), *hints]
+
+    def _scale_of(self, adapter: str) -> Any:
+        offered = self.desk.offer.adapters.get(adapter)
+        return offered.scale if offered else gr.skip()
 
 
 def _asked(form: Mapping[str, Any], upload: Upload | None) -> dict[str, list[str]]:
@@ -219,6 +241,11 @@ def _asked(form: Mapping[str, Any], upload: Upload | None) -> dict[str, list[str
 def _modes(facts: ModelFacts) -> dict[str, Any]:
     choices = [(MODES[mode], mode) for mode in facts.modes]
     return {"choices": choices, "value": facts.modes[0], "visible": len(choices) > 1}
+
+
+def _start(facts: ModelFacts) -> dict[str, Any]:
+    label = "Begins with this picture" if facts.start == "image" else "Starts from this video (may be left out)"
+    return {"label": label, "file_types": [facts.start]}
 
 
 def _hints(facts: ModelFacts) -> dict[str, str]:

@@ -21,6 +21,7 @@ CSS = """
 .cv-links a, .cv-links button, .cv-queue button { text-decoration: underline; color: inherit; background: none;
   border: none; padding: 0; text-align: left; cursor: pointer; }
 .cv-error { color: var(--error-text-color, #b00020); white-space: pre-wrap; }
+.cv-player pre { max-height: 20rem; overflow: auto; font-size: .75rem; }
 .cv-queue { display: grid; grid-template-columns: 1fr auto auto; gap: .3rem 1rem; font-size: .9rem; }
 .cv-gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(120px, 1fr)); gap: .5rem; }
 .cv-gallery button { text-align: left; font-size: .75rem; font-weight: 400; line-height: 1.2; padding: 0;
@@ -44,7 +45,7 @@ def player(job: Job | None, files: JobFiles | None, forecast: Forecast) -> str:
     if job is None or files is None:
         return '<div class="cv-player cv-empty">The video appears here.</div>'
     if job.state == COMPLETED:
-        return f'<div class="cv-player">{_video(job)}{_caption(job)}{_links(job)}</div>'
+        return f'<div class="cv-player">{_video(job)}{_caption(job)}{_links(job)}{_record(files)}</div>'
     if job.state == FAILED:
         return f'<div class="cv-player">{_caption(job)}<p class="cv-error">{_text(job.error or "")}</p></div>'
     shown = '<div class="cv-empty">No frame can be seen yet.</div>'
@@ -94,6 +95,15 @@ def _links(job: Job) -> str:
     links = (("video", "Download"), ("record", "JSON"), ("spritesheet", "Frames"))
     shown = "".join(f'<a href="{_address(job, variant)}" download>{name}</a>' for variant, name in links)
     return f'<p class="cv-links">{shown}<button data-job="{job.id}" data-act="delete">Delete</button></p>'
+
+
+def _record(files: JobFiles) -> str:
+    """The clip's JSON, folded up."""
+    try:
+        text = files.record.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""
+    return f"<details><summary>How it was made</summary><pre>{_text(text)}</pre></details>"
 
 
 def _address(job: Job, variant: str) -> str:

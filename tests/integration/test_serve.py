@@ -173,9 +173,9 @@ def test_from_a_prompt_to_the_video_that_plays(server, browser, size):
     browser.wait(f"{shown} && {player}.videoWidth === 32 && {player}.currentTime > 0 && !{player}.error")
     width = "document.documentElement.scrollWidth <= window.innerWidth"
     assert browser.evaluate(width), "the page is wider than the window"
-    browser.click("#again button, button#again")
-    browser.wait("/^\\d+$/.test(document.querySelector('#seed input, #seed textarea').value)")
-    assert prompt in browser.evaluate("document.querySelector('#prompt textarea').value")
+    browser.click("#again")
+    browser.wait("/^\\d+$/.test(document.querySelector('#seed textarea, #seed input').value)")
+    assert prompt == browser.evaluate("document.querySelector('#prompt textarea').value")
     elsewhere = [u for u in browser.requested if not u.startswith((server.address, "data:", "blob:", "about:"))]
     assert browser.errors == [] and elsewhere == []
 
@@ -198,6 +198,32 @@ def test_what_is_refused_is_said_and_a_closed_tab_loses_nothing(server, browser)
     browser.wait("document.querySelector('#player img')?.naturalWidth > 0")  # a preview
     browser.click("#queue [data-act=cancel]")
     browser.wait("document.querySelector('#queue').innerText.includes('No video is waiting')")
+
+
+def test_a_clip_and_its_record_fill_the_form(server, browser, tmp_path):
+    """The clip to start from is sent as a file; the request comes back from a record, and from the gallery."""
+    client = client_of(server)
+    first = client.videos.create_and_poll(prompt="first", extra_body={"seed": 3, "steps": 3}, poll_interval_ms=100)
+    client.videos.download_content(first.id).write_to_file(tmp_path / "clip.mp4")
+    (tmp_path / "clip.json").write_bytes((server.folder / first.id / "000000.json").read_bytes())
+    browser.resize(*SIZES[0])
+    open_page(browser, server)
+    browser.evaluate("[...document.querySelectorAll('button')].find(b => b.innerText.includes('More')).click()")
+    browser.wait("!!document.querySelector('#record input[type=file]')")
+    browser.choose_files("#record input[type=file]", tmp_path / "clip.json")
+    browser.wait("document.querySelector('#prompt textarea').value === 'first'")
+    assert browser.evaluate("document.querySelector('#seed textarea, #seed input').value") == "3"
+    browser.choose_files("#start input[type=file]", tmp_path / "clip.mp4")
+    browser.wait("document.querySelector('#start').innerText.includes('clip')")
+    browser.click("#make")
+    wait_for(lambda: len([v for v in client.videos.list() if v.prompt == "first" and v.status == "completed"]) == 2)
+    second = client.videos.list(limit=1).data[0]
+    record = httpx.get(f"{server.address}/v1/videos/{second.id}/content?variant=record").json()
+    assert record["seed"] == 3 and record["strength"] == 0.8 and record["video_sha256"]
+    open_page(browser, server)
+    browser.click(f"#gallery [data-job={second.id}]")
+    browser.click("#again")
+    browser.wait("/start\\s*.mp4/.test(document.querySelector('#start').innerText)")
 
 
 def test_the_page_reads_no_files_of_the_machine(server):
