@@ -30,6 +30,7 @@ def parse(arguments: Sequence[str], prog: str | None = None) -> argparse.Namespa
     add("--allow-target", action="append", default=[], metavar="PREFIX",
         help="also accept classes of your own package as YAML targets")  # fmt: skip
     add_flags(parser, SampleArgs, FLAGS)
+    add("--workers", type=int, metavar="N", help="processes that make videos; default: one a GPU")
     add("--host", default="127.0.0.1", help="address to listen at; default: this machine alone (127.0.0.1)")
     add("--port", type=int, default=7860, help="default 7860; 0: any that is free")
     add("--allow-host", action="append", default=[], metavar="NAME", help="a name of this server, behind a proxy say")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -94,6 +94,9 @@ class Maker:
         clip = self.generate(job.request, files.folder, _Watch(self, job, files))
         if not self.store.is_wanted(job.id, self.name):
             raise NotWantedError
+        height, width = clip.frames.shape[1:3]
+        if (height, width) != job.request.size:
+            self.store.made_otherwise(job.id, replace(job.request, size=(height, width)))
         _write(clip, files)
 
 

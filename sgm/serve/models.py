@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from sgm.config import RunConfig, load_run_config
 from sgm.inference.adapters import with_adapters
 from sgm.inference.few_steps import with_few_steps
 from sgm.inference.options import SampleArgs
+from sgm.inference.setup import checked
 from sgm.modules.diffusionmodules.few_steps import FewStepsError
 from sgm.modules.diffusionmodules.image_condition import sampled_frames
 from sgm.places import CONFIGS
@@ -30,7 +32,10 @@ class Models:
 
     Args:
         specifications: name -> files of its configuration, `KEY=VALUE` overrides, and values of `args:`.
-        adapters: name -> file of what a request's `lora` may name.
+        adapters: name -> path, or name in the hub, of what a request's `lora` may name.
+        device: in place of the configurations'.
+    Attributes:
+        adapters: name -> path, as records have it.
     Raises:
         SgmError: a configuration that cannot run.
     """
@@ -41,9 +46,16 @@ class Models:
         adapters: Mapping[str, str],
         device: str | None = None,
     ):
-        self._specifications, self._adapters, self._device = specifications, adapters, device
+        self._specifications, self._device = specifications, device
         self._models = {name: self._built(name) for name in specifications}
         self._current: str | None = None
+        self.adapters = {name: self._found(path) for name, path in adapters.items()}
+
+    def _found(self, adapter: str) -> str:
+        """Its path, as records name it; one of the hub is fetched. Raises SgmError: it is not there."""
+        config = next(iter(self._models.values())).config
+        asked = checked(replace(config, args=replace(config.args, lora=[adapter])))
+        return os.path.abspath(asked.args.lora[-1])
 
     def _built(self, name: str) -> TextToVideo:
         """From its configuration; its weights are read when they are needed."""
@@ -60,7 +72,8 @@ class Models:
 
     def notes(self) -> list[str]:
         """What is to be said of the configurations."""
-        return [note for model in self._models.values() for note in (*model.config.notes, *model.pipeline.notes)]
+        models = self._models.values()
+        return [text for m in models for text in (*(f"note: {note}" for note in m.config.notes), *m.pipeline.notes)]
 
     def generate(self, request: ClipRequest, folder: Path, on_step: Callable[[StepReport], None]) -> Video:
         """The clip that is asked for; `folder` has the file that it begins with. What `on_step` raises comes out.
@@ -70,7 +83,7 @@ class Models:
         """
         model = self._loaded(request.model)
         strides, patch = model.pipeline.engine.strides, model.pipeline.engine.network.patch.t
-        adapters = [f"{self._adapters[name]}:{scale}" for name, _, scale in (t.partition(":") for t in request.lora)]
+        adapters = [f"{self.adapters[name]}:{scale}" for name, _, scale in (t.partition(":") for t in request.lora)]
         return model(
             request.prompt,
             seed=request.seed,
@@ -112,7 +125,7 @@ def _overrides(texts: Sequence[str], flags: Mapping[str, Any]) -> dict[str, Any]
 def _facts(name: str, model: TextToVideo) -> ModelFacts:
     pipeline = model.pipeline
     strides, args = pipeline.engine.strides, model.config.args
-    student = args.student if args.student and _has_student(model.config) else None
+    student = os.path.abspath(args.student) if args.student and _has_student(model.config) else None
     return ModelFacts(
         name=name,
         fps=args.sampling_fps,

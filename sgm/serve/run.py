@@ -16,7 +16,7 @@ import uvicorn
 
 from sgm.cli import print_line
 from sgm.errors import SgmError
-from sgm.files import require_writable
+from sgm.files import remove, require_writable
 from sgm.inference.options import SampleArgs
 from sgm.lock import try_lock
 from sgm.places import CONFIGS, found_path
@@ -58,11 +58,12 @@ def serve(options: argparse.Namespace, check: Callable[[], None]) -> int:
         _keep_files_in(folder)
         store = JobStore(folder)
         store.sweep()
-        supervisor = Supervisor(_order(options, folder, adapters), store)
+        supervisor = Supervisor(_order(options, folder, adapters), store, options.workers)
         try:
-            ready = supervisor.start(lambda note: print_line(f"note: {note}", sys.stderr))
+            ready = supervisor.start(lambda note: print_line(note, sys.stderr))
             check()
-            offer = Offer(ready.models, adapters, ready.refines)
+            offered = {name: OfferedAdapter(path, adapters[name].scale) for name, path in ready.adapters.items()}
+            offer = Offer(ready.models, offered, ready.refines)
             desk = Desk(store, offer, limits, supervisor.wake, supervisor.alive)
             _run(options, desk, keys, listener)
         finally:
@@ -110,7 +111,9 @@ def _listening(host: str, port: int) -> socket.socket:
 def _keep_files_in(folder: Path) -> None:
     """What libraries write on the way (bodies of requests, uploads of the page) stays below the output folder, too."""
     temporary = folder / "temporary"
-    temporary.mkdir(exist_ok=True)
+    if temporary.exists():
+        remove(temporary)  # what was under way when an earlier server ended
+    temporary.mkdir()
     tempfile.tempdir = str(temporary)
     os.environ["TMPDIR"] = os.environ["GRADIO_TEMP_DIR"] = str(temporary)
 
@@ -165,7 +168,5 @@ def _adapters(texts: Sequence[str]) -> dict[str, OfferedAdapter]:
             raise ConfigError(
                 f"--lora {text}: each adapter needs a name of its own, without a colon: NAME=PATH[:SCALE]."
             )
-        if not Path(found_path(path)).expanduser().exists():
-            raise ConfigError(f"--lora {text}: {path} is not there.")
-        found[name] = OfferedAdapter(str(Path(found_path(path)).expanduser().resolve()), scale)
+        found[name] = OfferedAdapter(found_path(path), scale)
     return found

@@ -260,6 +260,11 @@ class JobStore:
             values = (step, steps, job_id, worker, RUNNING)
             return bool(db.execute(f"UPDATE jobs SET step = ?, steps = ? {where}", values).rowcount)
 
+    def made_otherwise(self, job_id: str, request: ClipRequest) -> None:
+        """The request of a job as its video turned out: some models take the size of their picture."""
+        with self._transaction() as db:
+            db.execute("UPDATE jobs SET request = ? WHERE id = ?", (request.to_json(), job_id))
+
     def is_wanted(self, job_id: str, worker: str) -> bool:
         """Whether a job is still this worker's to make."""
         with self._reading() as db:

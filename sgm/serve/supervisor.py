@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import IO, Any
 
 from sgm.errors import SgmError
@@ -19,6 +19,7 @@ from sgm.serve.store import JobStore
 
 LONGEST_PAUSE = 60.0  # before a worker that ends at once is started again
 LIVED = 60.0  # seconds after which an end is no reason to wait longer
+COMMAND = (sys.executable, "-m", "sgm.serve.worker")
 PATIENCE = 10.0  # with a worker that is to end
 
 
@@ -33,7 +34,8 @@ class Order:
     Attributes:
         models: name -> files, overrides and flags of its configuration.
         adapters: name -> file.
-        device: number of its GPU; None where the first worker is to find out what there is.
+        number: of the worker, from 0.
+        device: its GPU; None where the configurations, or what there is, decide.
     """
 
     folder: str
@@ -42,33 +44,38 @@ class Order:
     allowed_targets: Sequence[str] = ()
     refine_model: str | None = None
     previews: bool = True
-    device: int | None = None
+    number: int = 0
+    device: str | None = None
 
 
 @dataclass(frozen=True)
 class Ready:
-    """What a worker answers once it has read its configurations. `devices` are those it sees.
+    """What a worker answers once it has read its configurations.
 
-    `refines`: whether there is a language model to ask.
+    Attributes:
+        adapters: name -> file, as records of clips name it.
+        devices: GPUs that are there for workers.
+        refines: whether there is a language model to ask.
     """
 
     models: dict[str, ModelFacts]
-    devices: int
+    adapters: dict[str, str]
+    devices: list[str]
     refines: bool = False
     notes: list[str] = field(default_factory=list)
 
     @classmethod
     def parse(cls, content: Mapping[str, Any]) -> Ready:
         models = {name: ModelFacts.parse(facts) for name, facts in content["models"].items()}
-        return cls(models, content["devices"], content["refines"], content["notes"])
+        return cls(models, content["adapters"], content["devices"], content["refines"], content["notes"])
 
 
 class Worker:
     """One worker and its successors, watched by a thread."""
 
-    def __init__(self, order: Order, store: JobStore, number: int):
-        self.order, self.store, self.number = order, store, number
-        self._names = (f"{number}.{k}" for k in itertools.count(1))
+    def __init__(self, order: Order, store: JobStore, command: Sequence[str]):
+        self.order, self.store, self.command = order, store, command
+        self._names = (f"{order.number}.{k}" for k in itertools.count(1))
         self._stopping = threading.Event()
         self._process: subprocess.Popen[str] | None = None
         self.is_ready = False
@@ -83,13 +90,13 @@ class Worker:
         process, ready = self._spawn(name)
         if isinstance(ready, str):
             raise WorkerError(ready)
-        threading.Thread(target=self._watch, args=(process, name), name=f"worker {self.number}", daemon=True).start()
+        threading.Thread(target=self._watch, args=(process, name), name=f"worker {name}", daemon=True).start()
         return ready
 
     def _spawn(self, name: str) -> tuple[subprocess.Popen[str], Ready | str]:
         """A new process, and what it says first: that it is ready, or why it cannot be."""
-        command = [sys.executable, "-m", "sgm.serve.worker", name]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, process_group=0)
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        process = subprocess.Popen([*self.command, name], process_group=0, **pipes)
         self._process = process
         assert process.stdin is not None and process.stdout is not None
         _send(process.stdin, json.dumps(asdict(self.order)))
@@ -140,30 +147,38 @@ class Worker:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self.is_ready = False
 
 
 class Supervisor:
-    """All workers."""
+    """All workers.
 
-    def __init__(self, order: Order, store: JobStore):
-        self.order, self.store = order, store
+    Args:
+        count: of workers; None for one a GPU.
+        command: of a worker, whose name is added.
+    """
+
+    def __init__(self, order: Order, store: JobStore, count: int | None = None, command: Sequence[str] = COMMAND):
+        self.order, self.store, self.count, self.command = order, store, count, command
         self.workers: list[Worker] = []
 
     def start(self, say: Callable[[str], None] = lambda _: None) -> Ready:
-        """Start a worker for each device that the first one sees.
+        """Start the first worker, and as many beside it as there is room for.
 
         Raises:
             WorkerError: one does not start.
         """
-        ready = self._start(self.order)
+        ready = self._start(None)
         for note in ready.notes:
             say(note)
-        for device in range(1, ready.devices):
-            self._start(Order(**{**asdict(self.order), "device": device}))
+        devices: list[str | None] = list(ready.devices) or [None]
+        for number in range(1, self.count or len(devices)):
+            self._start(devices[number % len(devices)])
         return ready
 
-    def _start(self, order: Order) -> Ready:
-        worker = Worker(order, self.store, len(self.workers))
+    def _start(self, device: str | None) -> Ready:
+        order = replace(self.order, number=len(self.workers), device=device)
+        worker = Worker(order, self.store, self.command)
         self.workers.append(worker)
         return worker.start()
 

@@ -32,7 +32,7 @@ def main(name: str) -> int:
     order = json.loads(sys.stdin.readline())
     woken = threading.Event()
     threading.Thread(target=_listen, args=(woken,), daemon=True).start()
-    place = Path(order["folder"]) / f"worker-{order['device'] or 0}.lock"
+    place = Path(order["folder"]) / f"worker-{order['number']}.lock"
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         with try_lock(place) as alone:
@@ -51,9 +51,8 @@ def _work(name: str, order: dict[str, Any], answers: TextIO, woken: threading.Ev
 
     for prefix in order["allowed_targets"]:
         allow_target(prefix)
-    device = order["device"]
     try:
-        models = Models(order["models"], order["adapters"], None if device is None else f"cuda:{device}")
+        models = Models(order["models"], order["adapters"], order["device"])
     except SgmError as error:
         return _refuse(answers, str(error))
     try:
@@ -63,6 +62,7 @@ def _work(name: str, order: dict[str, Any], answers: TextIO, woken: threading.Ev
     _answer(
         answers,
         models={key: asdict(facts) for key, facts in models.facts().items()},
+        adapters=models.adapters,
         devices=_devices(order),
         refines=refines,
         notes=models.notes(),
@@ -76,12 +76,12 @@ def _work(name: str, order: dict[str, Any], answers: TextIO, woken: threading.Ev
         woken.wait(LOOK_EVERY)
 
 
-def _devices(order: dict[str, Any]) -> int:
-    """How many workers this machine has room for: one for each GPU, unless one was named."""
+def _devices(order: dict[str, Any]) -> list[str]:
+    """GPUs that workers may share out among themselves; none where one was named, or on a CPU."""
     import torch
 
     named = {spec["flags"].get("device") for spec in order["models"].values()}
-    return max(1, torch.cuda.device_count()) if named <= {None, "cuda"} else 1
+    return [f"cuda:{k}" for k in range(torch.cuda.device_count())] if named <= {None, "cuda"} else []
 
 
 def _listen(woken: threading.Event) -> None:
