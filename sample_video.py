@@ -11,10 +11,10 @@ from sgm.flags import add_flags, run_config, run_parser
 from sgm.inference.options import DEMO_CONFIG, SHIPPED_CONFIG, SampleArgs
 
 FLAGS = (  # options of `args:` that have one
-    "prompts", "image", "video", "strength", "negative_prompt", "refine", "refine_model", "input_file", "output_dir",
-    "load", "lora", "merge_lora", "batch_size", "max_batch", "num_steps", "guidance_scale", "sampling_image_size",
-    "sampling_num_frames", "seed", "seed_mode", "placement", "device", "decoder", "vae_tiling", "skip_done",
-    "only_save_latents", "decode_latents",
+    "prompts", "image", "video", "strength", "extend", "negative_prompt", "refine", "refine_model", "input_file",
+    "output_dir", "load", "lora", "merge_lora", "batch_size", "max_batch", "num_steps", "guidance_scale",
+    "sampling_image_size", "sampling_num_frames", "window_frames", "window_overlap", "seed", "seed_mode", "placement",
+    "device", "decoder", "vae_tiling", "skip_done", "only_save_latents", "decode_latents",
 )  # fmt: skip
 CALLED = {
     "prompts": "--prompt",

@@ -9,7 +9,8 @@ from torch import Tensor
 from sgm.config import RunConfig
 from sgm.data.images import Picture, size_of_short_side
 from sgm.errors import SgmError
-from sgm.inference.options import SampleArgs
+from sgm.inference.options import OVERLAP, SampleArgs
+from sgm.inference.source_clip import SourceClip
 from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.modules.diffusionmodules.image_condition import clip_frames
@@ -46,6 +47,7 @@ def check_fit(engine: SATVideoDiffusionEngine, args: SampleArgs, size: tuple[int
         *_channel_problems(engine, args.latent_channels),
         *_picture_problems(engine, args),
         *_clip_problems(engine, args),
+        *_window_problems(engine, args),
         *_grid_problems(engine, args, size),
         *_decoder_problems(engine, args.decoder),
         *_student_problems(args),
@@ -124,8 +126,33 @@ def _picture_problems(engine: SATVideoDiffusionEngine, args: SampleArgs) -> list
 
 
 def _clip_problems(engine: SATVideoDiffusionEngine, args: SampleArgs) -> list[str]:
-    if args.video and engine.noised_image_input:
-        return [f"args.video: this model makes videos from pictures; from a clip: {other_kind(engine)}"]
+    if args.video and args.extend is None and engine.noised_image_input:
+        other = f"from a clip: {other_kind(engine)}; to go on with the clip from its last frame: --extend N"
+        return [f"args.video: this model makes videos from pictures; {other}"]
+    return []
+
+
+def window_frames(engine: SATVideoDiffusionEngine, args: SampleArgs) -> tuple[int, int]:
+    """Latent frames that are sampled at once, at most, and those that neighbouring windows share."""
+    patch = engine.network.patch.t
+    frames = args.sampling_num_frames if args.window_frames is None else args.window_frames
+    usual = max(patch, min(OVERLAP, frames // 2) // patch * patch)
+    return frames, usual if args.window_overlap is None else args.window_overlap
+
+
+def _window_problems(engine: SATVideoDiffusionEngine, args: SampleArgs) -> list[str]:
+    """Windows that models cannot have."""
+    patch, (frames, overlap) = engine.network.patch.t, window_frames(engine, args)
+    windows = args.window_frames is not None or args.window_overlap is not None
+    if engine.noised_image_input and windows:
+        advice = "its videos begin with a picture; go on with such a video, --video FILE --extend N"
+        return [f"args.window_frames and args.window_overlap do not go with this model: {advice}"]
+    if engine.noised_image_input or not (windows or args.extend):
+        return []
+    if frames % patch or overlap % patch or not 0 < overlap < frames:
+        parts = f", both multiples of {patch}" if patch > 1 else ""
+        asked = f"windows of {frames} latent frames (args.window_frames) with {overlap} in common (args.window_overlap)"
+        return [f"{asked}: the second number must be the smaller one{parts}"]
     return []
 
 
@@ -134,7 +161,7 @@ def follows_picture(engine: SATVideoDiffusionEngine) -> bool:
     return engine.network.patch.t > 1
 
 
-def fits_picture(engine: SATVideoDiffusionEngine, picture: Picture | None, size: tuple[int, int]) -> None:
+def fits_picture(engine: SATVideoDiffusionEngine, picture: Picture | SourceClip | None, size: tuple[int, int]) -> None:
     """Whether the model has positions for the (height, width) that a picture asks for.
 
     Raises:
@@ -155,8 +182,10 @@ def trained_size(engine: SATVideoDiffusionEngine) -> tuple[int, int]:
     return engine.strides.pixel_size(*engine.network.trained_size)
 
 
-def video_size(engine: SATVideoDiffusionEngine, args: SampleArgs, picture: Picture | None = None) -> tuple[int, int]:
-    """(height, width) in pixels of a video, or of one that begins with a picture."""
+def video_size(
+    engine: SATVideoDiffusionEngine, args: SampleArgs, picture: Picture | SourceClip | None = None
+) -> tuple[int, int]:
+    """(height, width) in pixels of a video, or of one that begins with a picture or with a clip's last frame."""
     given = args.sampling_image_size
     size = (given[0], given[1]) if given else trained_size(engine)
     if picture is None or not follows_picture(engine):
@@ -220,11 +249,23 @@ def _grid_problems(engine: SATVideoDiffusionEngine, args: SampleArgs, size: tupl
         near = " or ".join(map(str, sorted({max(frames - 1, patch.t), frames + 1})))
         return [f"args.sampling_num_frames is {frames} latent frames; the number must be {rule}: choose {near}"]
     try:
-        grid = patch.grid(frames, *engine.strides.latent_size(*size))
+        grid = patch.grid(min(frames, window_frames(engine, args)[0]), *engine.strides.latent_size(*size))
+        if grid.t > engine.network.positions.grid.t and not engine.noised_image_input:
+            return [_too_long(engine, args)]
         engine.network.positions.check_grid(grid)
     except ValueError as error:
         return [f"{frames} latent frames of {size[1]}x{size[0]} pixels: {error}"]
     return []
+
+
+def _too_long(engine: SATVideoDiffusionEngine, args: SampleArgs) -> str:
+    most = engine.network.positions.grid.t * engine.network.patch.t
+    if args.window_frames is not None:
+        return f"args.window_frames is {args.window_frames} latent frames, and this model has positions for {most}"
+    return (
+        f"args.sampling_num_frames is {args.sampling_num_frames} latent frames, and this model has positions for "
+        f"{most}: make a longer video in windows that follow one another, --window-frames {most}"
+    )
 
 
 def _text_problems(engine: SATVideoDiffusionEngine) -> list[str]:

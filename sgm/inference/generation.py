@@ -56,7 +56,7 @@ class Generation:
         Raises:
             SamplingError: a picture asks for a size that the model has no positions for.
         """
-        lines = [f"warning: {line}" for line in self.pipeline.remarks(prompts)]
+        lines = [f"warning: {line}" for line in self.pipeline.visual.remarks(prompts)]
         if note := words_note(self.args, self.config.files, prompts):
             lines.append(f"note: {note}")
         for line in lines:
@@ -158,18 +158,23 @@ class Generation:
         """Latents of a batch, or None where memory is short and a smaller batch may fit."""
         ids = [SampleId(self.args.seed, prompt.index, k) for k in batch]
         try:
-            with self.progress.stage("sample", times, f"{self.pipeline.num_steps} steps, batch {len(batch)}"):
+            with self.progress.stage("sample", times, f"{self._steps}, batch {len(batch)}"):
                 return self.pipeline.sample(conditioning, ids, self.progress.steps)
         except torch.OutOfMemoryError:
             if len(batch) == 1 or self.pipeline.team.size > 1:  # the others wait in this very batch
                 raise
         return None
 
+    @property
+    def _steps(self) -> str:
+        windows = len(self.pipeline.visual.length.windows)
+        return f"{self.pipeline.num_steps} steps" + (f" in each of {windows} windows" if windows > 1 else "")
+
     def decode(self, latents: Tensor, times: StageTimes) -> np.ndarray:
         """Frames, uint8 (f, h, w, 3), of one sample."""
         self.load(self.pipeline.decoder_part)
         with self.progress.stage("decode", times):
-            return self.pipeline.decode(latents)
+            return self.pipeline.visual.behind_source(self.pipeline.decode(latents))
 
     def measured(self, facts: Mapping[str, Any], times: StageTimes, sizes: Mapping[str, int]) -> dict[str, Any]:
         """A sample's `facts` with what was measured, and the `sizes` of its files in bytes."""
@@ -185,6 +190,8 @@ def out_of_memory_advice(args: SampleArgs) -> str:
     tiles = not args.vae_tiling and args.decoder == "full"
     advice += ["--vae-tiling, if decoding failed (approximate)"] if tiles else []
     fewer = max(1, args.sampling_num_frames - 4)
+    if args.window_frames is not None and args.window_frames > 4:
+        advice += [f"shorter windows (--window-frames {args.window_frames - 4})"]
     advice += [f"fewer latent frames (--num-frames {fewer})"] if args.sampling_num_frames > 1 else []
     advice += ["a smaller --image-size"]
     return f"the GPU ran out of memory with --placement {args.placement}. Try " + "; ".join(advice) + "."

@@ -56,6 +56,8 @@ class Asked(TypedDict, total=False):
     image: what the video begins with: a file, one of Pillow's pictures, or uint8 (h, w, 3).
     video: the clip that it is made from: a file, a `Video`, or uint8 (f, h, w, 3).
     strength: share of the steps that are taken from that clip, in (0, 1].
+    extend: go on with that clip instead: so many new frames behind its last one.
+    window_frames, window_overlap: latent frames that are sampled at once, and that a window has from the one before.
     lora: adapters as `PATH` or `PATH:SCALE`, in place of those that the model has; [] for none.
     refine: let a language model write the prompt out first.
     configs: YAML files laid over the model's own for this call, as `configs/fast.yaml` or `configs/few_steps.yaml`.
@@ -71,6 +73,9 @@ class Asked(TypedDict, total=False):
     image: str | Path | Image.Image | np.ndarray | None
     video: str | Path | Video | np.ndarray | None
     strength: float | None
+    extend: int | None
+    window_frames: int | None
+    window_overlap: int | None
     lora: str | Sequence[str] | None
     refine: bool | None
     configs: Sequence[str | Path]

@@ -11,6 +11,7 @@ from sgm.typed import ConfigError, PathText, option
 SHIPPED_CONFIG = CONFIGS / "cogvideox_2b_infer.yaml"  # that runs where none is named
 DEMO_CONFIG = CONFIGS / "demo_infer.yaml"  # as long as that is unedited
 STRENGTH = 0.8  # where a clip is given, and no strength
+OVERLAP = 4  # of windows, where none is given
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,9 @@ class SampleArgs:
         f"share of the steps that are taken from there ({STRENGTH}): near 0 the clip stays, 1 leaves nothing of it",
         metavar="S",
     )
+    extend: int | None = option(
+        None, "go on with the clip of --video: so many new frames behind its last one", at_least=1, metavar="N"
+    )
     negative_prompt: str = option(
         "", "what to steer away from; empty means zeros in place of an embedding", metavar="TEXT"
     )
@@ -68,6 +72,16 @@ class SampleArgs:
         "latent frames: odd, 13 give 49 pixel frames, 1 gives an image; CogVideoX 1.5 takes even numbers, 22 give 81",
         at_least=1,
         metavar="T",
+    )
+    window_frames: int | None = option(
+        None,
+        "latent frames that are sampled at once: a longer video is made in windows of so many, each from the end of "
+        "the one before; default: all at once",
+        at_least=2,
+        metavar="T",
+    )
+    window_overlap: int | None = option(
+        None, f"latent frames that a window has in common with the one before ({OVERLAP})", at_least=1, metavar="T"
     )
     sampling_image_size: list[int] | None = option(
         None,
@@ -123,6 +137,17 @@ class SampleArgs:
             problems.append(f"args.strength is {self.strength:g}; it must be above 0, and 1 at most")
         if self.strength is not None and not self.video:
             problems.append("args.strength is of a clip to start from: name it, --video FILE, or leave --strength out")
+        if self.extend is not None and not self.video:
+            problems.append("args.extend goes on with a clip: name it, --video FILE, or leave --extend out")
+        if self.extend is not None and self.strength is not None:
+            problems.append("args.strength is of videos made from a clip, and args.extend goes on with it; choose one")
+        if self.extend is not None and self.only_save_latents:
+            problems.append(
+                "args.only_save_latents keeps no frames, and args.extend puts new ones behind the clip's own; leave "
+                "one of them out"
+            )
+        if self.window_overlap is not None and self.window_frames is None and self.extend is None:
+            problems.append("args.window_overlap is of windows: say how long they are, --window-frames T")
         if self.video and self.image:
             problems.append("args.video and args.image are both given; a video is made from one of them")
         if self.decode_latents and (self.video or self.image):
@@ -142,8 +167,10 @@ class SampleArgs:
 
     @property
     def share_taken(self) -> float | None:
-        """Share of the steps that are taken from a clip, in (0, 1]; None without one."""
-        return (STRENGTH if self.strength is None else self.strength) if self.video else None
+        """Share of the steps that are taken from a clip, in (0, 1]; None where no video is made from one."""
+        if not self.video or self.extend is not None:
+            return None
+        return STRENGTH if self.strength is None else self.strength
 
     @property
     def dtype(self) -> str:

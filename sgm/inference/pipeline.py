@@ -29,16 +29,15 @@ from sgm.inference.fit import (
     check_fit,
     check_latents,
     check_same_model,
-    fits_picture,
-    unusual_size,
-    unusual_type,
     video_size,
 )
+from sgm.inference.length import CLEAN_BELOW, Window, in_windows
 from sgm.inference.noise import SampleId, StackedNoise
 from sgm.inference.options import SampleArgs
 from sgm.inference.placement import Placement
 from sgm.inference.prompts import Prompt, refuse_images
 from sgm.inference.rehearsal import compile_ahead, run_block, run_decoder
+from sgm.inference.setup import for_inference
 from sgm.inference.visual import NOTHING, InMemory, VisualInput
 from sgm.models.autoencoder import VideoAutoencoder
 from sgm.models.diffusion import Cond, SATVideoDiffusionEngine
@@ -53,7 +52,6 @@ from sgm.models.loading import (
 from sgm.models.small_decoder import load_small_decoder
 from sgm.modules.autoencoding.small_decoder import SmallDecoder
 from sgm.modules.diffusionmodules.guiders import DynamicCFG
-from sgm.modules.diffusionmodules.image_condition import clip_frames
 from sgm.modules.diffusionmodules.shortcuts import CallCount, ShortcutRun
 from sgm.modules.ops.choice import choose_kernels
 from sgm.modules.ops.fp8 import check_fp8
@@ -111,7 +109,7 @@ class Pipeline:
         config, self.notes = with_few_steps(with_adapters(config))  # what is to be said of it
         self.device = device
         self.placement = Placement(config.args.placement, device)
-        model = _for_inference(config.model)
+        model = for_inference(config.model)
         if not with_text_encoder:
             del model["conditioner_config"]
         with torch.device("meta"):
@@ -153,20 +151,21 @@ class Pipeline:
         fast = config.accelerate
         self.engine.use_kernels(choose_kernels(fast.kernels, fast.attention, self.device, fast.cpu_bf16))
         self.shortcuts = shortcuts_of(fast)
-        if self.args.video and self.engine.has_sampler:
+        if self.args.share_taken is not None and self.engine.has_sampler:
             self.engine.sampler.strength = self.args.share_taken
-        check_fit(self.engine, self.args, self.size())
+        check_fit(self.engine, self.args, video_size(self.engine, self.args))
         self.visual = VisualInput(self.engine, self.args, self.device, self._moments, held)
         sampler = self.engine.sampler
         # Of each sampling run; found by making its schedule, which refuses numbers that it cannot have.
         self.num_steps = len(sampler.schedule(self.args.num_steps).timesteps)
         check_shortcuts(self.shortcuts, sampler, self.num_steps)
         sampler.verbose = False  # the caller shows progress
+        sampler.clean_below = CLEAN_BELOW  # of what windows and clips hand on
         guider = sampler.guider
         if self.args.guidance_scale is not None and isinstance(guider, Scaled):  # else it did not fit
             # Set on the guider: the release's one ignores a scale that is given to a call, as in the original.
             guider.scale = self.args.guidance_scale
-        if self.args.video and isinstance(guider, DynamicCFG):
+        if self.args.share_taken is not None and isinstance(guider, DynamicCFG):
             guider.num_steps = self.num_steps  # its curve is that of the steps taken, as in diffusers
 
     def join(self, team: Team) -> None:
@@ -192,34 +191,12 @@ class Pipeline:
 
     def size(self, picture: Picture | None = None) -> tuple[int, int]:
         """(height, width) in pixels of a video, or of one that begins with a picture."""
-        return video_size(self.engine, self.args, picture)
+        return self.visual.size(picture)
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
-        """(t, c, h, w) of one sample."""
+        """(t, c, h, w) of what is sampled at once."""
         latent_size = self.engine.strides.latent_size(*size)
-        return self.args.sampling_num_frames, self.engine.network.out_channels, *latent_size
-
-    @property
-    def clip_frames(self) -> int:
-        """Latent frames that are decoded."""
-        return clip_frames(self.args.sampling_num_frames, self.engine.network.patch.t)
-
-    def remarks(self, prompts: Sequence[Prompt]) -> list[str]:
-        """What is unusual: a type that the model does not bear, sizes that it was not trained at.
-
-        Raises:
-            SamplingError: a picture asks for a size that the model has no positions for.
-        """
-        for prompt in prompts:
-            fits_picture(self.engine, prompt.picture, self.size(prompt.picture))
-        pictures = [prompt.picture for prompt in prompts] if self.visual.pictures.wanted else [None]
-        sizes = dict.fromkeys(self.size(picture) for picture in pictures)
-        found = [
-            self.visual.remark(),
-            unusual_type(self.engine, self.args),
-            *(unusual_size(self.engine, size) for size in sizes),
-        ]
-        return [text for text in found if text]
+        return self.visual.length.windows[0].frames, self.engine.network.out_channels, *latent_size
 
     @property
     def max_batch(self) -> int:
@@ -263,7 +240,7 @@ class Pipeline:
         with torch.device("meta"):
             stage: VideoAutoencoder = instantiate_from_config(self._first_stage)
         stage.to(self.engine.dtype).eval().use_ops(self.engine.kernels.vae)
-        shape = (self.clip_frames, *self.latent_shape(self.size())[1:])
+        shape = (self.visual.length.decoded, *self.latent_shape(self.size())[1:])
         compile_ahead(partial(run_decoder, stage, shape, self.engine.dtype))
 
     def _working_meanwhile(self, callback: Callable[..., None]) -> Callable[..., None]:
@@ -405,43 +382,52 @@ class Pipeline:
         Raises:
             SamplingError: the latents are not finite, or the prompt has no image, or one that the model has no use for.
         """
-        image = prompt.image
-        if (image is None) == self.visual.pictures.wanted:
+        self.visual.encode_source()
+        image = self.visual.last_frame if prompt.image is None else prompt.image
+        if (image is None) == self.visual.reads_picture:
             raise SamplingError(
                 f"this model {'needs' if image is None else 'takes no'} image; see {self.visual.pictures.other}"
             )
-        self.visual.encode_source()
         self.load("network")
+        count, length = len(samples), self.visual.length
         noise = None if self.args.seed_mode == "upstream" else StackedNoise(samples)
-        latents_of_image = self.visual.image_latents(image, prompt.drawn, noise, len(samples))
-        source = self.visual.source_latents(noise, len(samples))
-        shape = self.latent_shape(self.size())
+        latents_of_image = self.visual.image_latents(image, prompt.drawn, noise, count)
+        source = self.visual.source_latents(noise, count)
+        channels, *size = self.latent_shape(self.size())[1:]
         if image is not None:
-            shape = (*shape[:2], *image.shape[-2:])
-        cond = {k: v.expand(len(samples), *v.shape[1:]).to(self.device) for k, v in prompt.cond.items()}
-        uncond = {k: v.expand(len(samples), *v.shape[1:]).to(self.device) for k, v in prompt.uncond.items()}
+            size = list(image.shape[-2:])
+        cond, uncond = (_expanded(part, count, self.device) for part in (prompt.cond, prompt.uncond))
+        runs: list[ShortcutRun] = []
+
+        def sample_window(window: Window, kept: Tensor | None, callback: Callable[..., None]) -> Tensor:
+            shape = (window.frames, channels, *size)
+            if self.shortcuts:
+                runs.append(ShortcutRun(self.shortcuts))
+            return self.engine.sample(
+                cond,
+                uncond,
+                batch_size=count,
+                shape=shape,
+                noise=noise.start(shape) if noise else None,
+                prefix=kept,
+                image=latents_of_image,
+                clip=None if source is None else source[:, window.start : window.stop],
+                noise_sampler=noise.like if noise else None,
+                num_steps=self.args.num_steps,
+                callback=callback,
+                shortcuts=runs[-1] if runs else None,
+            )
+
         network = self.engine.network
-        run = ShortcutRun(self.shortcuts) if self.shortcuts else None
         with (
             self._checks.first(),
             self.placement.use(self.engine.model, network.streamable_blocks(), pin=True),
-            steps(self.num_steps) as callback,
+            steps(self.num_steps * len(length.windows)) as callback,
         ):
-            latents = self.engine.sample(
-                cond,
-                uncond,
-                batch_size=len(samples),
-                shape=shape,
-                noise=noise.start(shape) if noise else None,
-                image=latents_of_image,
-                clip=source,
-                noise_sampler=noise.like if noise else None,
-                num_steps=self.args.num_steps,
-                callback=self._working_meanwhile(callback),
-                shortcuts=run,
-            ).cpu()
+            heard = self._working_meanwhile(callback)
+            latents = in_windows(length.windows, self.visual.kept_latents(count), sample_window, heard).cpu()
             check_finite(latents, "latents", self.args.dtype)
-        self.calls = run.calls if run else None
+        self.calls = sum((run.calls for run in runs), CallCount()) if runs else None
         return latents
 
     def decode(self, latents: Tensor) -> np.ndarray:
@@ -493,14 +479,8 @@ class Pipeline:
         return latents.to(self.device, torch.float32).transpose(1, 2) / self.engine.scale_factor
 
 
-def _for_inference(model: dict[str, Any]) -> dict[str, Any]:
-    """The model section with what the original's sampling script sets: no loss, no activation checkpoints, one rank."""
-    model = {k: v for k, v in model.items() if k != "loss_fn_config"}
-    network = dict(model["network_config"])
-    params = dict(network.get("params") or {})
-    transformer = dict(params.get("transformer_args") or {})
-    params["transformer_args"] = transformer | {"checkpoint_activations": False, "model_parallel_size": 1}
-    return model | {"network_config": network | {"params": params | {"defer_lora": True}}}
+def _expanded(cond: Cond, count: int, device: torch.device) -> Cond:
+    return {name: value.expand(count, *value.shape[1:]).to(device) for name, value in cond.items()}
 
 
 def _on_cpu(cond: Cond) -> Cond:

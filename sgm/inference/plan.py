@@ -10,9 +10,11 @@ import torch
 
 from sgm.config import RunConfig
 from sgm.inference.fit import follows_picture
+from sgm.inference.length import Length
 from sgm.inference.options import SampleArgs
 from sgm.inference.pipeline import Pipeline
 from sgm.inference.prompts import Prompt
+from sgm.inference.source_clip import SourceClip
 from sgm.placeholders import unedited, weight_paths
 
 _SHOWN_PROMPTS = 20
@@ -35,20 +37,35 @@ def weight_lines(model: Mapping[str, Any], load: str | None) -> list[str]:
 def describe(pipeline: Pipeline, prompts: Sequence[Prompt]) -> list[str]:
     """Sizes, steps, device, prompts, and how much memory the weights of each placement take on it."""
     args = pipeline.args
-    frames = pipeline.engine.strides.pixel_frames(pipeline.clip_frames)
+    length = pipeline.visual.length
+    frames = pipeline.engine.strides.pixel_frames(length.decoded)
     listed = [line for prompt in prompts[:_SHOWN_PROMPTS] for line in _prompt_lines(pipeline, prompt)]
     more = len(prompts) - _SHOWN_PROMPTS
     products = ", products in bf16" if pipeline.engine.kernels.cpu_bf16 else ""
     return [
         f"device {pipeline.device}, {args.dtype}{products}, placement {args.placement}",
         (
-            f"{frames} frames of {_sizes(pipeline, prompts)} ({args.sampling_num_frames} latent frames), "
+            f"{frames} frames of {_sizes(pipeline, prompts)} ({length.total} latent frames), "
             f"{pipeline.num_steps} steps, {args.batch_size} sample(s) a prompt"
         ),
+        *_length_lines(length, pipeline.visual.source),
         *memory_lines(pipeline),
         *listed,
         *([f"... and {more} more prompts"] if more > 0 else []),
     ]
+
+
+def _length_lines(length: Length, source: SourceClip | None) -> list[str]:
+    """Windows, and the clip that is extended."""
+    lines, windows = [], length.windows
+    if len(windows) > 1:
+        most = max(window.frames for window in windows)
+        lines.append(f"in {len(windows)} windows of up to {most} latent frames, each from the end of the one before")
+    if source is not None and length.new:
+        lines.append(
+            f"{length.new} new frames behind the {source.frames} of {source.path}, whose last {length.kept} are read"
+        )
+    return lines
 
 
 def _sizes(pipeline: Pipeline, prompts: Sequence[Prompt]) -> str:

@@ -30,7 +30,8 @@ from sgm.secrets import hidden_in
 PACKAGES = ("torch", "transformers", "SwissArmyTransformer", "safetensors")
 # What samples were made with whose records do not say it: there was nothing else then.
 BEFORE: Mapping[str, Any] = {
-    "decoder": "full", "small_decoder_weights": None, "image_sha256": None, "video_sha256": None, "strength": None
+    "decoder": "full", "small_decoder_weights": None, "image_sha256": None, "video_sha256": None, "strength": None,
+    "extend": None, "windows": None,
 }  # fmt: skip
 
 
@@ -48,9 +49,11 @@ class Request:
 
     The fields are the first entries of the sample's JSON. Of `num_steps` a run from a clip takes the share `strength`.
     `size` is (height, width) in pixels, `approximate` the switches of `accelerate:` that change results,
+    `windows` the latent frames from which and up to which each is sampled, None where all are sampled at once;
     `small_decoder_weights` the small decoder's fingerprint (None: the full one decodes), `image_sha256` that of the
-    picture's file, `video_sha256` that of the clip's that was noised. `scale_image_latents` and
-    `noised_image_all_concat` say how the network reads a picture, None of models for text alone.
+    picture's file, `video_sha256` that of the clip's that was noised, or is followed by `extend` new frames.
+    `scale_image_latents` and `noised_image_all_concat` say how the network reads a picture, None of models for text
+    alone.
     """
 
     prompt: str
@@ -73,6 +76,8 @@ class Request:
     image_sha256: str | None
     video_sha256: str | None
     strength: float | None
+    extend: int | None
+    windows: list[list[int]] | None
     scale_image_latents: bool | None
     noised_image_all_concat: bool | None
 
@@ -103,12 +108,14 @@ class Result:
     """What a request led to: the second part of the sample's JSON.
 
     `steps_taken` are fewer than the request's where a run starts from a clip. `products` is the type of the network's
-    matrix products; `network_passes` are counted where steps took shortcuts.
+    matrix products; `first_new_frame` the number of the first one behind an extended clip; `network_passes` are counted
+    where steps took shortcuts.
     """
 
     refined_prompt: str | None
     image: str | None
     video: str | None
+    first_new_frame: int | None
     prompt_index: int
     sample_index: int
     steps_taken: int
@@ -178,7 +185,7 @@ class Requests:
     @cached_property
     def _of_every_prompt(self) -> Request:
         args, engine, source = self.args, self.pipeline.engine, self.pipeline.visual.source
-        sampler, of_pictures = engine.sampler, self.pipeline.visual.pictures.wanted
+        sampler, of_pictures, length = engine.sampler, self.pipeline.visual.reads_picture, self.pipeline.visual.length
         guider = sampler.guider
         return Request(
             prompt="",
@@ -189,7 +196,7 @@ class Requests:
             sampler=type(sampler).__name__,
             num_steps=args.num_steps or sampler.num_steps or self.pipeline.num_steps,
             guidance=Guidance(type(guider).__name__, guider.scale if isinstance(guider, Scaled) else None),
-            latent_frames=args.sampling_num_frames,
+            latent_frames=length.total,
             size=self.pipeline.size(),
             fps=args.sampling_fps,
             dtype=args.dtype,
@@ -201,6 +208,8 @@ class Requests:
             image_sha256=None,
             video_sha256=source.sha256 if source else None,
             strength=args.share_taken,
+            extend=args.extend,
+            windows=[[w.start, w.stop] for w in length.windows] if len(length.windows) > 1 else None,
             scale_image_latents=engine.scales_image_latents if of_pictures else None,
             noised_image_all_concat=engine.noised_image_all_concat if of_pictures else None,
         )
@@ -208,11 +217,12 @@ class Requests:
     def record(self, prompt: Prompt, sample: int, latents: Tensor) -> dict[str, Any]:
         """The facts of a sample that was just made, to which decoding adds its `Measurements`."""
         facts = self.pipeline.facts
-        network = facts.network
+        network, source = facts.network, self.pipeline.visual.source
         result = Result(
             refined_prompt=prompt.refined or None,
             image=prompt.picture.place if prompt.picture else None,
-            video=self.pipeline.visual.source.place if self.pipeline.visual.source else None,
+            video=source.place if source else None,
+            first_new_frame=source.frames if source and self.args.extend is not None else None,
             prompt_index=prompt.index,
             sample_index=sample,
             steps_taken=self.pipeline.num_steps,

@@ -105,7 +105,7 @@ def _print_plan(config: RunConfig[SampleArgs], progress: Progress, rank: int) ->
     pipeline = Pipeline(config, progress.device, with_text_encoder=text_is_local(config.model))
     asks = args.decode_latents or (args.input_type == "cli" and not args.prompts)
     prompts = [] if asks else gather(args.prompts, args.input_file, config.files, pipeline.visual.pictures)[0]
-    remarks = [] if args.decode_latents else pipeline.remarks(prompts)
+    remarks = [] if args.decode_latents else pipeline.visual.remarks(prompts)
     note = words_note(args, config.files, prompts)
     lines = [*pipeline.notes, *(f"warning: {line}" for line in remarks), *([f"note: {note}"] if note else [])]
     _say_all(lines, progress)

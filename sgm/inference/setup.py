@@ -39,6 +39,16 @@ def _paths_to_check(config: RunConfig[SampleArgs]) -> tuple[dict[str, Any], str 
     return {"first_stage_config": config.model.get("first_stage_config")}, None, []
 
 
+def for_inference(model: dict[str, Any]) -> dict[str, Any]:
+    """The model section with what the original's sampling script sets: no loss, no activation checkpoints, one rank."""
+    model = {k: v for k, v in model.items() if k != "loss_fn_config"}
+    network = dict(model["network_config"])
+    params = dict(network.get("params") or {})
+    transformer = dict(params.get("transformer_args") or {})
+    params["transformer_args"] = transformer | {"checkpoint_activations": False, "model_parallel_size": 1}
+    return model | {"network_config": network | {"params": params | {"defer_lora": True}}}
+
+
 def join_processes(wanted: str | None) -> tuple[DistInfo, torch.device]:
     """This process's place among those of the run, and its device, for `args.device`.
 

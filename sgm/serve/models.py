@@ -131,7 +131,7 @@ def _facts(name: str, model: TextToVideo) -> ModelFacts:
         fps=args.sampling_fps,
         size=pipeline.size(),
         size_step=strides.size_step,
-        num_frames=strides.pixel_frames(pipeline.clip_frames),
+        num_frames=strides.pixel_frames(pipeline.visual.length.decoded),
         frame_step=2 * strides.time,  # clips have an odd number of latent frames
         steps=pipeline.num_steps,
         start="image" if pipeline.engine.noised_image_input else "video",

@@ -170,7 +170,7 @@ FAULTS = {
     "odd for 1.5": ("1.5_5b", ["--num-frames", "5"], ["must be even", "4t-7", "choose 4 or 6"]),
     "one for 1.5": ("1.5_5b", ["--num-frames", "1"], ["choose 2\n"]),
     "even for 1.0": ("5b", ["--num-frames", "4"], ["must be odd", "choose 3 or 5"]),
-    "long for 1.5": ("1.5_5b", ["--num-frames", "6"], ["6 latent frames", "more than the 2"]),
+    "long for 1.5": ("1.5_5b", ["--num-frames", "6"], ["6 latent frames", "positions for 4: ", "--window-frames 4"]),
     "size of a learned table": ("5b_i2v", ["--image-size", "32", "32", "--image", "{picture}"], ["learned position table"]),
     "a strip": ("1.5_5b_i2v", ["--prompt", "x@@{strip}"], ["strip.png (200x10 pixels)", "--image-size"]),
 }  # fmt: skip
@@ -190,7 +190,7 @@ def test_what_does_not_fit_is_one_error(config, picture, tmp_path, capsys, fault
 def test_float16_is_warned_of(config, capsys):
     for kind, warned in (("5b", True), ("2b", False)):
         run = load_run_config([config(kind)], SampleArgs, overrides=["args.fp16=true"])
-        remarks = Pipeline(run, torch.device("cpu"), with_text_encoder=False).remarks([])
+        remarks = Pipeline(run, torch.device("cpu"), with_text_encoder=False).visual.remarks([])
         assert any("float16" in text for text in remarks) == warned
 
 

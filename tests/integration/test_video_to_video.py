@@ -78,13 +78,13 @@ def test_a_clip_that_changes_meanwhile_is_not_taken(clip, tmp_path):
     copy = tmp_path / "clip.mp4"
     copy.write_bytes(clip.read_bytes())
     source = SourceClip.of(copy)
-    assert source.pixels(2, (16, 32)).shape == (1, 3, 2, 16, 32)
+    assert source.pixels(range(2), (16, 32)).shape == (1, 3, 2, 16, 32)
     copy.write_bytes(clip.read_bytes() + b" ")
     with pytest.raises(SourceError, match="has changed since this run began; start it again"):
-        source.pixels(2, (16, 32))
+        source.pixels(range(2), (16, 32))
     copy.unlink()
     with pytest.raises(SourceError, match="No such file"):
-        source.pixels(2, (16, 32))
+        source.pixels(range(2), (16, 32))
 
 
 def test_the_strength_is_0_8_and_only_of_a_clip():
@@ -103,7 +103,7 @@ def test_the_less_strength_the_more_of_the_clip_stays(config, clip, tmp_path):
         video = Pipeline(load_run_config([config("2b")], SampleArgs, flags=flags), torch.device("cpu"))
         (prompt,) = video.encode(["a fox"])
         latents = video.sample(prompt, [SampleId(1, 0, 0)], video_steps)
-        mean = video.engine.autoencoder.moments(video.visual.source.pixels(9, (16, 32))).chunk(2, dim=1)[0]
+        mean = video.engine.autoencoder.moments(video.visual.source.pixels(range(9), (16, 32))).chunk(2, dim=1)[0]
         mean = mean.transpose(1, 2) * video.engine.scale_factor
         apart.append(float((latents - mean).square().mean()))
     assert apart[0] < apart[1] < apart[2]

@@ -24,12 +24,12 @@ from sgm.files import SaveError, replacing, unfinished_names, write_json
 from sgm.inference import writer
 from sgm.inference.fit import SamplingError, check_latents
 from sgm.inference.generation import Generation, out_of_memory_advice
+from sgm.inference.length import Length, Window
 from sgm.inference.noise import SampleId, StackedNoise
 from sgm.inference.options import SampleArgs
 from sgm.inference.plan import memory_lines
 from sgm.inference.progress import Progress, StageTimes
 from sgm.inference.prompts import (
-    FROM_TEXT,
     Prompt,
     PromptError,
     ask,
@@ -238,11 +238,7 @@ REQUEST = Request(
     None,
     "/w",
     ["/l:1"],
-    None,
-    None,
-    None,
-    None,
-    None,
+    *[None] * 7,
 )
 
 
@@ -282,7 +278,7 @@ def test_a_request_names_weights_by_whole_paths(tmp_path, monkeypatch):
         engine=engine,
         num_steps=50,
         size=lambda: (480, 720),
-        visual=SimpleNamespace(source=None, pictures=FROM_TEXT),
+        visual=SimpleNamespace(source=None, reads_picture=False, length=Length(13, 13, (Window(0, 13),))),
         small_decoder_weights=None,
     )
     requests = Requests(SimpleNamespace(args=args, accelerate=AccelerateArgs()), pipeline)

@@ -152,6 +152,9 @@ class VideoDDIMSampler:
     # Share of a run's steps that are taken, the last ones, from a clip noised to where they begin (SDEdit: Meng et al.
     # 2021, arXiv 2108.01073). None: a run starts from noise.
     strength: float | None = None
+    # Kept frames are shown clean while the signal rate is below this, and noised to the step's level from there on.
+    # None: all the time as `sdedit` says.
+    clean_below: float | None = None
 
     def __init__(
         self,
@@ -319,11 +322,12 @@ class VideoDDIMSampler:
         return count
 
     def _with_prefix(self, x: Tensor, prefix: Tensor, a: float, draw: NoiseSampler) -> Tensor:
-        """x (b, t, c, h, w) with its first frames replaced by the kept ones, noised to signal rate a under sdedit."""
+        """x (b, t, c, h, w) with its first frames replaced by the kept ones, noised to signal rate a under sdedit
+        and from `clean_below` on."""
         kept = prefix.shape[1]
         if kept == 0:
             return x
-        if self.sdedit:
+        if self.sdedit if self.clean_below is None else a >= self.clean_below:
             prefix = a * prefix + math.sqrt(1 - a**2) * draw(prefix)
         return torch.cat([prefix, x[:, kept:]], dim=1)
 

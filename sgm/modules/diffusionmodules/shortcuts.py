@@ -168,6 +168,9 @@ class CallCount:
     whole: int = 0
     usual: int = 0
 
+    def __add__(self, other: CallCount) -> CallCount:
+        return CallCount(self.whole + other.whole, self.usual + other.usual)
+
 
 @dataclass(frozen=True)
 class DenoiserCall:
