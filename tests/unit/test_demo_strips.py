@@ -27,6 +27,8 @@ def test_a_strip_a_clip_in_the_order_of_the_prompts(tmp_path, capsys):
         row = part[height // 2 + 8]
         assert abs(row[24] - first) < 8 and abs(row[74] - (first + last) / 2) < 8 and abs(row[124] - last) < 8
         assert part[:12].min() < 100  # the prompt
+    beside = np.asarray(strips.picture([tmp_path / "a", tmp_path / "b"], 1, 3, 148).convert("L")).astype(int)
+    assert abs(beside[height // 2 + 8, 24] - 200) < 8 and abs(beside[height + height // 2 + 8, 24] - 20) < 8
     assert strips.main([str(tmp_path / "none"), "--out", str(out)]) == 2
     assert "--output-dir" in capsys.readouterr().err
 
@@ -36,7 +38,7 @@ def test_a_picture_that_a_clip_began_with_stands_in_front(tmp_path):
     Image.new("RGB", (96, 64), (220, 220, 220)).save(tmp_path / "given.png")
     facts = {"prompt": "it moves", "prompt_index": 0, "sample_index": 0, "image": str(tmp_path / "given.png")}
     (tmp_path / "000000.json").write_text(json.dumps(facts))
-    shown = np.asarray(strips.picture(tmp_path, 1, 2, 148).convert("L")).astype(int)
+    shown = np.asarray(strips.picture([tmp_path], 1, 2, 148).convert("L")).astype(int)
     row = shown[shown.shape[0] // 2 + 8]
     assert abs(row[24] - 220) < 8 and abs(row[74] - 40) < 8 and abs(row[124] - 40) < 8
     (tmp_path / "given.png").unlink()

@@ -1,6 +1,7 @@
 """One picture of many sampled clips: a strip of frames for each, its prompt above.
 
 python tools/demo/strips.py outputs/demo --out demo/strips.jpg --count 12
+python tools/demo/strips.py teacher student few_steps --out beside.jpg    # the clips of a prompt below one another
 """
 
 from __future__ import annotations
@@ -51,17 +52,26 @@ def _tiles(video: Path, facts: dict, count: int) -> np.ndarray:
     return np.concatenate([np.asarray(given)[None], frames])
 
 
-def picture(folder: Path, count: int, frames: int, width: int) -> Image.Image:
-    """The first `count` clips of a run of `sample_video.py`, in the order of their prompts; pictures in front.
+def picture(folders: Sequence[Path], count: int, frames: int, width: int) -> Image.Image:
+    """The first `count` clips of runs of `sample_video.py`, in the order of their prompts; pictures in front.
+
+    Clips of one prompt and number in several runs stand below one another, in the order of `folders`.
 
     Raises:
         VideoError: no clips, or one that cannot be read. ImageError: a picture that is not there any more.
     """
-    facts = {video: json.loads(video.with_suffix(".json").read_text("utf-8")) for video in folder.rglob("*.mp4")}
-    if not facts:
-        raise VideoError(folder, "no .mp4 files in it; name the --output-dir that sample_video.py had")
-    videos = sorted(facts, key=lambda video: (facts[video]["prompt_index"], facts[video]["sample_index"]))
-    strips = [strip(_tiles(video, facts[video], frames), facts[video]["prompt"], width) for video in videos[:count]]
+    rows = []
+    for place, folder in enumerate(folders):
+        videos = list(folder.rglob("*.mp4"))
+        if not videos:
+            raise VideoError(folder, "no .mp4 files in it; name the --output-dir that sample_video.py had")
+        of_run = [(json.loads(video.with_suffix(".json").read_text("utf-8")), video) for video in videos]
+        of_run.sort(key=lambda row: (row[0]["prompt_index"], row[0]["sample_index"]))
+        rows += [(k, place, video, facts) for k, (facts, video) in enumerate(of_run[:count])]
+    strips = []
+    for _, place, video, facts in sorted(rows, key=lambda row: row[:2]):
+        said = facts["prompt"] if len(folders) == 1 else f"{folders[place].name}: {facts['prompt']}"
+        strips.append(strip(_tiles(video, facts, frames), said, width))
     whole = Image.new("RGB", (width, sum(part.height for part in strips)), "white")
     top = 0
     for part in strips:
@@ -72,7 +82,7 @@ def picture(folder: Path, count: int, frames: int, width: int) -> Image.Image:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="output folder of a sampling run")
+    parser.add_argument("folders", nargs="+", type=Path, help="output folders of sampling runs, of the same prompts")
     parser.add_argument("--out", type=Path, required=True, help="picture to write (.jpg, .png, .webp)")
     parser.add_argument("--count", type=int, default=12, help="clips (12)")
     parser.add_argument("--frames", type=int, default=7, help="frames of each clip (7)")
@@ -81,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if min(args.count, args.frames, args.width) < 1:
         parser.error("--count, --frames and --width must be positive")
     try:
-        made = picture(args.folder, args.count, args.frames, args.width)
+        made = picture(args.folders, args.count, args.frames, args.width)
     except (OSError, VideoError, ImageError, KeyError, ValueError) as error:
         print(f"strips.py: {error}", file=sys.stderr)
         return 2
