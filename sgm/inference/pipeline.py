@@ -286,12 +286,15 @@ class Pipeline:
                 read=read_adapter, merge=self.args.merge_lora,
             )  # fmt: skip
             self.facts.notes += loaded.notes
+        elif self.args.lora == self._adapters:
+            return loaded
         elif self.fp8:
             raise SamplingError("the adapters of a network in 8-bit floats (accelerate.fp8) cannot be changed.")
         else:
-            self._adapters = None
+            self._adapters, told = None, len(loaded.notes)
             self.placement.forget(self.engine.model)
             replace_adapters(network, loaded, self.args.load, adapters, read=read_adapter, merge=self.args.merge_lora)
+            self.facts.notes += loaded.notes[told:]
         self._adapters = list(self.args.lora)
         if self.fp8:
             quantize_network(network)

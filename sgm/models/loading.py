@@ -301,16 +301,17 @@ def _apply_adapter(network: DiffusionTransformer, parts: _Parts, merge: bool, lo
 
     source, scale = parts.file, parts.adapter.scale
     try:
-        if merge:
-            loaded.merged |= collect_pairs(parts.lora).keys()
+        touched = collect_pairs(parts.lora).keys()
+        loaded.merged |= touched  # also where it breaks off in the middle
         spec = apply_adapter(network, parts.lora, facts=source.lora, scale=scale, merge=merge)
-        if spec.only_folded and not merge:
-            loaded.merged |= collect_pairs(parts.lora).keys()
-            loaded.notes.append(f"{source.source} is folded into the weights: {spec.only_folded}")
     except WeightsError:
         raise
     except ValueError as error:
         raise WeightsError(f"{source.source}: {error}") from error
+    if spec.only_folded and not merge:
+        loaded.notes.append(f"{source.source} is folded into the weights: {spec.only_folded}")
+    elif not merge:
+        loaded.merged -= touched
 
 
 @verifying()

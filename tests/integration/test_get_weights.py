@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -241,3 +242,12 @@ def test_a_model_s_name_serves_python_too(hub, tmp_path):
 
     model = TextToVideo.from_config(model=NAME, overrides={"args.sampling_num_frames": 1})
     assert model("a dog", steps=2).record["load"] == str(tmp_path / "weights" / NAME / "transformer")
+
+
+def test_the_second_of_two_commands_waits_for_the_first(hub):
+    said: list[str] = []
+    with ThreadPoolExecutor(2) as pool:
+        files = [task.result() for task in [pool.submit(get_release, Wish(NAME), said.append) for _ in range(2)]]
+    paths = [path for path, _ in hub.asked]
+    assert files[0] == files[1] and len(paths) == len(set(paths))
+    assert sum("this one waits for it" in line for line in said) == 1

@@ -130,6 +130,14 @@ def test_adapters_are_exchanged_while_the_base_stays(model, config, adapters, tm
         assert digest(model("a dog", seed=1)) == digest(base)
 
 
+def test_what_cannot_be_exchanged_is_refused_and_the_rest_goes_on(config, adapters):
+    model = TextToVideo.from_config(config, overrides={"accelerate.fp8": True})
+    first = digest(model("a dog", seed=1))
+    with pytest.raises(SamplingError, match=r"in 8-bit floats \(accelerate.fp8\) cannot be changed"):
+        model("a dog", lora=adapters[0])
+    assert digest(model("a dog", seed=1)) == first
+
+
 def test_steps_are_told_with_previews_and_may_stop_a_call(model):
     reports: list[StepReport] = []
     shapes = []
