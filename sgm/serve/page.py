@@ -100,7 +100,7 @@ class Page:
         fields["prompt"] = gr.Textbox(label="Prompt", lines=4, max_lines=8, elem_id="prompt", autofocus=True,
                                       placeholder="What the video shows")  # fmt: skip
         fields["refine"] = gr.Checkbox(label="Let a language model write the prompt out", visible=offer.refines)
-        self.start = gr.File(**_start(facts), elem_id="start", height=110)
+        self.start = gr.File(**_start(facts), elem_id="start", height=140)
         make = gr.Button("Make the video", variant="primary", elem_id="make")
         with gr.Row():
             fields["model"] = gr.Dropdown(list(offer.models), value=facts.name, label="Model",
@@ -113,7 +113,7 @@ class Page:
                 )
         with gr.Row(visible=bool(offer.adapters)):
             fields["adapter"] = gr.Dropdown([NO_ADAPTER, *offer.adapters], value=NO_ADAPTER, label="Adapter")
-            fields["scale"] = gr.Slider(-2, 2, value=1, step=0.05, label="Its scale")
+            fields["scale"] = gr.Slider(0, 2, value=1, step=0.05, label="Its scale")
         with gr.Accordion("More", open=False):
             fields["negative_prompt"] = gr.Textbox(
                 label="Negative prompt", lines=2, placeholder="What to steer away from"

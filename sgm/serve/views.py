@@ -19,10 +19,11 @@ CSS = """
 .cv-bar div { height: 100%; background: var(--color-accent); transition: width .4s; }
 .cv-links { display: flex; gap: 1rem; }
 .cv-links a, .cv-links button, .cv-queue button { text-decoration: underline; color: inherit; background: none;
-  border: none; padding: 0; text-align: left; cursor: pointer; }
+  border: none; padding: 0; text-align: left; cursor: pointer; font: inherit !important; }
+.cv-queue button { overflow: hidden; white-space: nowrap; text-overflow: ellipsis; }
 .cv-error { color: var(--error-text-color, #b00020); white-space: pre-wrap; }
 .cv-player pre { max-height: 20rem; overflow: auto; font-size: .75rem; }
-.cv-queue { display: grid; grid-template-columns: 1fr auto auto; gap: .3rem 1rem; font-size: .9rem; }
+.cv-queue { display: grid; grid-template-columns: minmax(0, 1fr) auto auto; gap: .3rem 1rem; font-size: .9rem; }
 .cv-gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(120px, 1fr)); gap: .5rem; }
 .cv-gallery button { text-align: left; font-size: .75rem; font-weight: 400; line-height: 1.2; padding: 0;
   border: 2px solid transparent; border-radius: 8px; background: none; color: inherit; cursor: pointer;
