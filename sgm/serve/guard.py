@@ -128,7 +128,11 @@ class Guard:
             owner = self.keys.owner(headers.get("authorization", ""))
             if owner is None:
                 raise ApiError(
-                    401, "Incorrect API key provided.", None, "invalid_api_key", {"www-authenticate": 'Basic realm="videos"'}
+                    401,
+                    "Incorrect API key provided.",
+                    None,
+                    "invalid_api_key",
+                    {"www-authenticate": 'Basic realm="videos"'},
                 )
             scope["client_name"] = owner
 

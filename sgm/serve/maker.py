@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -80,7 +81,8 @@ class Maker:
         except NotWantedError:
             pass
         except SgmError as error:
-            self.store.finish(job.id, self.name, str(error))
+            folder = f"{self.store.files(job.id).folder}{os.sep}"  # is no client's business
+            self.store.finish(job.id, self.name, str(error).replace(folder, ""))
         except Exception as error:
             self.store.finish(job.id, self.name, f"{type(error).__name__}: the server's log says more.")
             raise

@@ -67,6 +67,9 @@ def test_the_client_of_openai_works_with_base_url_alone(server, tmp_path):
     assert client.videos.download_content(again.id).read() == file.read_bytes()
     start = client.videos.create_and_poll(prompt="a star", input_reference=file.read_bytes(), poll_interval_ms=100)
     assert start.status == "completed", start.error
+    cut = client.videos.create_and_poll(prompt="x", input_reference=file.read_bytes()[:600], poll_interval_ms=100)
+    assert cut.status == "failed" and "start.mp4" in cut.error.message and str(server.folder) not in cut.error.message
+    assert client.videos.delete(cut.id).deleted
     assert [v.id for v in client.videos.list(limit=1)] == [start.id, again.id, video.id]  # three pages
     with pytest.raises(openai.BadRequestError, match="has tiny") as error:
         client.videos.create(prompt="a star", model="sora-2")
