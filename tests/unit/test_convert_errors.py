@@ -360,7 +360,7 @@ def test_upload_that_fails_keeps_the_folder(tmp_path: Path, monkeypatch: pytest.
     calls: list[Any] = []
 
     class Api:
-        def create_repo(self, name: str, exist_ok: bool) -> Any:
+        def create_repo(self, name: str, exist_ok: bool, private: bool | None) -> Any:
             calls.append(name)
             if name == "offline":
                 raise ConnectionError("no route to host")
