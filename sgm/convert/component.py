@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,22 @@ from sgm.convert.hf_folder import DIFFUSION_STEM, ENCODER_STEM, TOKENIZER_FILES
 from sgm.convert.lazy import ConvertError, Deferred, demand_shapes, summed_bytes, types_of
 from sgm.convert.output import write_shards
 from sgm.files import readable, write_json
+from sgm.modules.diffusionmodules.few_steps import FewSteps
 from sgm.modules.encoders.t5 import DECODER, SHARED, TIED, T5Encoder
 from sgm.modules.encoders.t5_config import T5Config, read_config
 from sgm.modules.encoders.t5_files import T5Files
 from sgm.weights.checksums import read_bytes, read_json
+
+FEW_STEPS = "few_steps"  # entry of a header, and of what a checkpoint says of its adapter
 
 
 @dataclass
 class Component:
     """A model: its tensors, each to be made when it is written, its configuration, and lines for the report.
 
-    `tokenizer`: the files that go along with a text encoder, by name.
+    Attributes:
+        tokenizer: the files that go along with a text encoder, by name.
+        few_steps: of a transformer that was distilled: how it is sampled, as JSON.
     """
 
     name: str
@@ -31,6 +37,7 @@ class Component:
     config: dict[str, Any]
     lines: list[str] = field(default_factory=list)
     tokenizer: Mapping[str, Path] = field(default_factory=dict)
+    few_steps: str = ""
 
     def described(self) -> list[str]:
         kinds, size = ", ".join(types_of(self.plan.values())), readable(summed_bytes(self.plan))
@@ -39,7 +46,8 @@ class Component:
     def write(self, folder: Path, limit: int) -> None:
         """Write weights, in shards of at most `limit` bytes, and `config.json` into a new folder."""
         folder.mkdir()
-        write_shards(folder, ENCODER_STEM if self.name == "text_encoder" else DIFFUSION_STEM, self.plan, limit)
+        stem = ENCODER_STEM if self.name == "text_encoder" else DIFFUSION_STEM
+        write_shards(folder, stem, self.plan, limit, {FEW_STEPS: self.few_steps} if self.few_steps else {})
         write_json(folder / "config.json", self.config, indent=2)
 
     def write_tokenizer(self, folder: Path) -> None:
@@ -50,6 +58,25 @@ class Component:
         if "tokenizer_config.json" not in self.tokenizer:
             special = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>", "extra_ids": 100}
             write_json(folder / "tokenizer_config.json", {"tokenizer_class": "T5Tokenizer", **special}, indent=2)
+
+
+def one_few_steps(stated: Iterable[Any], source: str) -> str:
+    """How weights and what is folded into them are sampled, as JSON; "" where none of them was distilled.
+
+    Args:
+        stated: what each says, as JSON or as its content.
+        source: the base's file, for messages.
+    Raises:
+        ConvertError: two were distilled in different ways.
+        FewStepsError: one cannot be read.
+    """
+    found = list({FewSteps.parse(said) for said in stated if said})
+    if len(found) > 1:
+        raise ConvertError(
+            f"{source} and what is to be folded into it were distilled in different ways (for "
+            f"{' and '.join(str(few.steps) for few in found)} steps); fold in one of them."
+        )
+    return json.dumps(found[0].as_dict()) if found else ""
 
 
 def text_encoder(files: T5Files, state: Mapping[str, Deferred], source: str, width: int | None) -> Component:

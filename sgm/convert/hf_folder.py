@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sgm.convert.lazy import ConvertError, Deferred, deferred
 from sgm.modules.encoders.t5_files import TOKENIZER_EXTRAS, VOCABULARIES
+from sgm.weights.checksums import read_header
 from sgm.weights.files import WeightsError, WeightsNotFoundError, read_checkpoint, shards_of, tensors_of
 
 DIFFUSION_STEM, ENCODER_STEM = "diffusion_pytorch_model", "model"
@@ -41,6 +42,12 @@ def read_component(folder: Path, stem: str) -> dict[str, Deferred]:
     if odd:
         raise WeightsError(f"{found} and its shards disagree on {len(odd)} tensors: {', '.join(odd[:5])}.")
     return {name: deferred(value) for name, value in state.items()}
+
+
+def stated(folder: Path, stem: str) -> dict[str, str]:
+    """The header's entries of a component's weights; empty where they are in another format."""
+    files = sorted(folder.glob(f"{stem}*.safetensors"))
+    return read_header(files[0]).metadata if files else {}
 
 
 # --- what a pipeline folder says ------------------------------------------------------------------------------------

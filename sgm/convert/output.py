@@ -121,16 +121,18 @@ def parse_size(text: str) -> int:
     return size
 
 
-def write_shards(folder: Path, stem: str, plan: Mapping[str, Deferred], limit: int) -> list[Path]:
+def write_shards(
+    folder: Path, stem: str, plan: Mapping[str, Deferred], limit: int, facts: Mapping[str, str] | None = None
+) -> list[Path]:
     """Write `stem.safetensors`, or `stem-00001-of-0000N.safetensors` and their index, one tensor in memory at a time.
 
-    A shard holds at most `limit` bytes, or a single tensor that is larger.
+    A shard holds at most `limit` bytes, or a single tensor that is larger; the header of each has the `facts`.
     """
     shards = _shards(plan, limit)
     names = [f"{stem}.safetensors"] if len(shards) == 1 else [
         f"{stem}-{k + 1:05d}-of-{len(shards):05d}.safetensors" for k in range(len(shards))]  # fmt: skip
     written = [
-        save_safetensors(folder / name, {n: plan[n] for n in shard}, {"format": "pt"})
+        save_safetensors(folder / name, {n: plan[n] for n in shard}, {"format": "pt", **(facts or {})})
         for name, shard in zip(names, shards)
     ]
     if len(shards) > 1:

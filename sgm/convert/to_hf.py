@@ -11,7 +11,7 @@ import torch
 from sgm.convert import hf_folder as hf
 from sgm.convert import vae_keys, vae_sizes
 from sgm.convert.beside import Described, described_beside
-from sgm.convert.component import Component, text_encoder
+from sgm.convert.component import FEW_STEPS, Component, one_few_steps, text_encoder
 from sgm.convert.dit_keys import NOT_IN_HF, POSITIONS, hf_plan
 from sgm.convert.dit_sizes import Sizes, sizes_of_sat
 from sgm.convert.lazy import ConvertError, Deferred, all_deferred, cast, reshaped, summed_bytes
@@ -195,12 +195,15 @@ def _transformer(request: ToHf, weights: SatWeights, described: Described | None
     lines += [f"left out, computed or never read by diffusers: {', '.join(left_out)}"] if left_out else []
     own = adapter_in(weights, request.lora_alpha)
     adapters = [(own, 1.0)] if own else []
-    network, folded = merged(weights.network, adapters + [(open_adapter(a.path), a.scale) for a in request.adapters])
+    adapters += [(open_adapter(a.path), a.scale) for a in request.adapters]
+    network, folded = merged(weights.network, adapters)
+    few_steps = one_few_steps([weights.facts.get(FEW_STEPS), *(a.few_steps for a, _ in adapters)], weights.source)
+    lines += [f"distilled: {few_steps} stays in the header; diffusers does not heed it"] if few_steps else []
     plan = hf_plan(network, learned_positions=sizes.learned_positions)
     if sizes.linear_patches and sizes.patch[0] == 1:
         plan[_PATCH_HF] = reshaped(plan[_PATCH_HF], (sizes.width, sizes.in_channels, *sizes.patch[1:]))
     config = hf.with_class("CogVideoXTransformer3DModel", sizes.hf_config())
-    return Component("transformer", plan, config, [*lines, *folded]), sizes
+    return Component("transformer", plan, config, [*lines, *folded], few_steps=few_steps), sizes
 
 
 def _sizes(weights: SatWeights, described: Described | None) -> Sizes:

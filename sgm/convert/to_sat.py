@@ -12,7 +12,7 @@ import torch
 
 from sgm.convert import hf_folder as hf
 from sgm.convert import vae_keys, vae_sizes
-from sgm.convert.component import Component, text_encoder
+from sgm.convert.component import FEW_STEPS, Component, one_few_steps, text_encoder
 from sgm.convert.dit_keys import NETWORK_PREFIX, sat_plan
 from sgm.convert.dit_sizes import Sizes, sizes_of_hf
 from sgm.convert.lazy import ConvertError, Deferred, all_deferred, cast, reshaped, summed_bytes
@@ -158,12 +158,15 @@ def _transformer(request: ToSat, folder: Path) -> tuple[Component, Sizes]:
     plan = sat_plan(state)
     sizes.check(plan, str(folder))
     kinds = {name: value.dtype for name, value in plan.items()}
-    plan, folded = merged(plan, ((open_adapter(file.path), file.scale) for file in request.adapters))
+    adapters = [(open_adapter(file.path), file.scale) for file in request.adapters]
+    plan, folded = merged(plan, adapters)
+    stated = hf.stated(folder, hf.DIFFUSION_STEM).get(FEW_STEPS)
+    few_steps = one_few_steps([stated, *(adapter.few_steps for adapter, _ in adapters)], str(folder))
     plan = {n: cast(n, t, request.dtype or kinds[n]) for n, t in plan.items()}  # sums come in float32
     if request.linear_patches and not sizes.linear_patches:
         sizes = replace(sizes, linear_patches=True)
         plan[_PATCH] = reshaped(plan[_PATCH], sizes.sat_shapes()[_PATCH])
-    return Component("transformer", plan, config, [*lines, *folded]), sizes
+    return Component("transformer", plan, config, [*lines, *folded], few_steps=few_steps), sizes
 
 
 def _vae(request: ToSat, folder: Path) -> tuple[Component, float]:
@@ -199,8 +202,9 @@ def _shift_scale(source: Path, sizes: Sizes) -> float:
 
 def _write(out: Path, parts: Mapping[str, Component], limit: int) -> None:
     if "transformer" in parts:
-        plan = parts["transformer"].plan
-        _write_network(out / "transformer", {NETWORK_PREFIX + n: t for n, t in plan.items()})
+        part = parts["transformer"]
+        plan = {NETWORK_PREFIX + n: t for n, t in part.plan.items()}
+        _write_network(out / "transformer", plan, {"lora": {FEW_STEPS: part.few_steps}} if part.few_steps else None)
     if "vae" in parts:
         (out / "vae").mkdir()
         save_pt(out / "vae" / "3d-vae.pt", {"state_dict": parts["vae"].plan})

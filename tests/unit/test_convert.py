@@ -24,19 +24,19 @@ from sgm.convert.dit_sizes import hf_config, sizes_of_hf, sizes_of_params, sizes
 from sgm.convert.lazy import ConvertError, all_deferred
 from sgm.convert.output import parse_size, write_shards
 from sgm.convert.run_file import run_file
-from sgm.convert.to_hf import ToHf, convert, export_lora
-from sgm.convert.to_sat import ToSat, import_lora
+from sgm.convert.to_hf import ToHf, convert
+from sgm.convert.to_sat import ToSat
 from sgm.convert.to_sat import convert as convert_back
 from sgm.inference.options import SampleArgs
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.models.loading import load_network
 from sgm.weights import read_checkpoint
 from sgm.weights.files import tensors_of
-from sgm.weights.release import NETWORK_PREFIX, Adapter, read_transformer
-from sgm.weights.save import save_pt, save_safetensors
+from sgm.weights.release import NETWORK_PREFIX, read_transformer
+from sgm.weights.save import save_pt
 from sgm.weights.tensor_parallel import partition_state
 from tests.convert_tiny import VAE_PARAMS, adapter_matrices, make_release, model_section, rewrite
-from tests.dit_tiny import merged_state, tiny_config, tiny_network
+from tests.dit_tiny import tiny_config, tiny_network
 from tools.describe_weights import inspect
 
 REPO = Path(__file__).resolve().parents[2]
@@ -239,19 +239,6 @@ VALUES = {"CogVideoX-5B": 5_570_479_680, "CogVideoX-5B-I2V": 5_625_284_160, "Cog
           "CogVideoX1.5-5B-I2V": 5_571_791_488}  # fmt: skip  # of the original's networks
 
 
-@pytest.mark.parametrize("rank", [128, 256])
-def test_adapters_of_42_layers_there_and_back(rank: int, tmp_path: Path) -> None:
-    matrices = adapter_matrices(rank=rank, layers=42, width=64)
-    save_pt(tmp_path / "a.pt", {"module": matrices, "lora": {"rank": rank, "alpha": 1.0}})
-    assert len(matrices) == 336
-    export_lora(ToHf(tmp_path / "hf", tmp_path / "a.pt"), fold_scale=False)
-    assert len(load_file(tmp_path / "hf" / "pytorch_lora_weights.safetensors")) == 336
-    import_lora(ToSat(tmp_path / "hf", tmp_path / "back"))
-    back = read_transformer(tmp_path / "back")
-    same(back.network, {n.removeprefix(NETWORK_PREFIX): t for n, t in matrices.items()})
-    assert (back.lora["rank"], back.lora["alpha"]) == (rank, 1.0)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_stored_sine_table_tells_text_length_grid_and_spacing(dtype: torch.dtype) -> None:
     params = tiny_config()["params"]
@@ -378,17 +365,6 @@ def test_single_components_and_pickled_files(release: Path, hf: Path, tmp_path: 
     same(read_checkpoint(tmp_path / "vae" / vae)["state_dict"], read_checkpoint(release / vae)["state_dict"])
 
 
-def test_adapter_folded_in_on_the_way_back(hf: Path, release: Path, tmp_path: Path) -> None:
-    save_pt(tmp_path / "a.pt", {"module": adapter_matrices(), "lora": {"rank": 4, "alpha": 2.0}})
-    convert_back(ToSat(hf, tmp_path / "sat", adapters=[Adapter(str(tmp_path / "a.pt"), 0.5)]))
-    matrices = {n.removeprefix(NETWORK_PREFIX): t for n, t in adapter_matrices().items()}
-    expected = merged_state(read_transformer(release / "transformer").network | matrices, 0.5, alpha=2.0)
-    found = read_transformer(tmp_path / "sat" / "transformer").network
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-6)
-
-
 def test_default_type_is_half_and_bfloat16_stays(release: Path, tmp_path: Path) -> None:
     convert(whole(release, tmp_path / "half", dtype=None))
     kinds = {
@@ -439,56 +415,6 @@ def test_commands_of_the_page(hf: Path, tmp_path: Path, monkeypatch: pytest.Monk
     printed = capsys.readouterr().out
     assert "to sample: python sample_video.py CogVideoX-2b-sat/infer.yaml" in printed and "rank 4" in printed
     same(component(tmp_path / "hf" / "transformer"), {n: t.half() for n, t in component(hf / "transformer").items()})
-
-
-# --- adapters --------------------------------------------------------------------------------------------------------
-
-
-def test_adapter_there_and_back_is_bit_exact(tmp_path: Path) -> None:
-    matrices = {name: t.half() for name, t in adapter_matrices(rank=3, layers=5).items()}
-    save_pt(tmp_path / "a.pt", {"module": matrices, "lora": {"rank": 3, "alpha": 1.0}})
-    export_lora(ToHf(tmp_path / "hf", tmp_path / "a.pt"), fold_scale=False)
-    from safetensors import safe_open
-
-    with safe_open(tmp_path / "hf" / "pytorch_lora_weights.safetensors", "pt") as file:
-        facts = file.metadata()
-        assert len(file.keys()) == 5 * 8
-    assert facts["rank"] == "3" and float(facts["alpha"]) == 1.0
-    stated = json.loads(facts["lora_adapter_metadata"])
-    assert stated["transformer.r"] == 3 and stated["transformer.lora_alpha"] == 1.0
-    lines = import_lora(ToSat(tmp_path / "hf", tmp_path / "sat"))
-    back = torch.load(tmp_path / "sat" / "1000" / "mp_rank_00_model_states.pt", weights_only=True)
-    same(back["module"], matrices)
-    assert back["lora"]["alpha"] == 1.0 and back["lora"]["rank"] == 3 and "alpha 1 (stated in the file)," in lines[0]
-
-
-@pytest.mark.parametrize("end", ["safetensors", "bin"])
-def test_adapter_of_peft_for_upstreams_alpha(tmp_path: Path, end: str) -> None:
-    """A file that says nothing has PEFT's scaling 1; written for alpha 1, SAT's 1 / r must give the same product."""
-    save_pt(tmp_path / "a.pt", {"module": adapter_matrices(rank=4)})
-    export_lora(ToHf(tmp_path / "hf", tmp_path / "a.pt"), fold_scale=False)
-    silent = load_file(tmp_path / "hf" / "pytorch_lora_weights.safetensors")
-    (tmp_path / "silent").mkdir()
-    file = tmp_path / "silent" / f"pytorch_lora_weights.{end}"
-    (save_safetensors if end == "safetensors" else lambda path, state: torch.save(state, path))(file, silent)
-    line, *_ = import_lora(ToSat(file.parent, tmp_path / "sat", sat_alpha=1.0))
-    assert "alpha 4 (assumed, the file does not say), scaled for alpha 1" in line
-    stored = read_transformer(tmp_path / "sat")
-    assert stored.lora["alpha"] == 1.0
-    name = "transformer.layers.1.attention.dense.matrix_{}.0"
-    product = stored.network[name.format("B")] @ stored.network[name.format("A")] / 4
-    peft = "transformer.transformer_blocks.1.attn1.to_out.0.lora_{}.weight"
-    torch.testing.assert_close(product, silent[peft.format("B")] @ silent[peft.format("A")])
-
-
-def test_stabilised_scaling_and_stated_alpha_go_along(tmp_path: Path) -> None:
-    facts = {"rank": 4, "alpha": 8.0, "rank_stabilised": True}
-    save_pt(tmp_path / "a.pt", {"module": adapter_matrices(rank=4), "lora": facts})
-    lines = export_lora(ToHf(tmp_path / "hf", tmp_path / "a.pt"), fold_scale=False)
-    assert "scaling 4," in lines[0]
-    import_lora(ToSat(tmp_path / "hf", tmp_path / "sat"))
-    stored = read_transformer(tmp_path / "sat").lora
-    assert (stored["alpha"], stored["rank_stabilised"]) == (8.0, True)
 
 
 def test_tensors_of_a_checkpoint_are_all_accounted_for(release: Path, tmp_path: Path) -> None:
