@@ -77,9 +77,10 @@ class TwoBuffers:
     ):
         _check_disjoint(blocks)
         self.device = device
-        self.blocks = [HostBlock.of(block, pin) for block in blocks]
-        for block in self.blocks:
-            block.point_at(None)  # a pinned copy replaces what was loaded
+        self.blocks: list[HostBlock] = []
+        for block in blocks:
+            self.blocks.append(HostBlock.of(block, pin))
+            self.blocks[-1].point_at(None)  # a pinned copy replaces what was loaded, before the next one is made
         self.streams = CudaStreams(device) if device.type == "cuda" else Streams()
         self.buffers: list[Tensor] = []
         self._stage = stage or StagedCopy(device)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sgm.modules.ops.choice import Kernels, attention_by
 from sgm.modules.ops.frozen import FrozenStream
+from sgm.modules.ops.offload import ActivationOffload
 from tools.bench import models
 from tools.bench.flops import block_flops
 from tools.bench.measure import Ceilings, emit, largest_error, time_runs
@@ -120,7 +121,9 @@ def _bench_streamed(
     expected: dict[str, Tensor],
     resident: dict[str, Tensor],
 ) -> None:
-    """`args.stream_frozen`, with the kernels that `network` has by now: its frozen blocks go to the host for good.
+    """`args.stream_frozen`, without and with `offload_activations`, and the kernels that `network` has by now.
+
+    Its frozen blocks go to the host for good.
 
     `expected` are the plain path's gradients, `resident` those of the same kernels without streaming.
     """
@@ -128,15 +131,18 @@ def _bench_streamed(
     stream = FrozenStream(network.streamable_blocks(), bench.device, pin=bench.device.type == "cuda")
     _free(network)
     like = inputs[0][:, :, : bench.latent_channels]
-    grads = _gradients(network, lambda: network(*inputs), like)
-    bench.report(
-        f"{name}, streamed",
-        training_step(network, lambda: network(*inputs), like),
-        checkpointing="true",
-        gradient_error_to_plain=largest_error(grads, expected),
-        gradient_error_to_resident=largest_error(grads, resident),
-        host_gib=stream.host_bytes / 2**30,
-    )
+    for offload in (None, ActivationOffload(bench.device)):
+        network.transformer.offload = offload
+        grads = _gradients(network, lambda: network(*inputs), like)
+        bench.report(
+            f"{name}, streamed" + (", inputs offloaded" if offload else ""),
+            training_step(network, lambda: network(*inputs), like),
+            checkpointing="true",
+            gradient_error_to_plain=largest_error(grads, expected),
+            gradient_error_to_resident=largest_error(grads, resident),
+            host_weights_gib=stream.host_bytes / 2**30,
+        )
+        _free(network)
 
 
 def bench_theirs(bench: TrainingBench, model: nn.Module, given: dict[str, Any]) -> None:
