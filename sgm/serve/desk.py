@@ -107,7 +107,9 @@ class Desk:
 
     def forecast(self) -> Forecast:
         """Positions and times of the jobs that are not finished."""
-        return Forecast(self.store.waiting(), self.store.last_completed(RECENT), max(1, self.alive()), time.time())
+        store, workers = self.store, max(1, self.alive())
+        steps = {name: facts.steps for name, facts in self.offer.models.items()}
+        return Forecast(store.waiting(), store.last_completed(RECENT), workers, time.time(), steps)
 
 
 class Forecast:
@@ -117,28 +119,42 @@ class Forecast:
         waiting: running jobs, then queued ones, in their order.
         completed: of which the time is known.
         workers: that share the queue.
+        steps: of a model's videos, where neither the request nor another one of its mode says it.
     """
 
-    def __init__(self, waiting: Sequence[Job], completed: Sequence[Job], workers: int, now: float):
-        work = sum(job.request.work for job in completed)
+    def __init__(
+        self,
+        waiting: Sequence[Job],
+        completed: Sequence[Job],
+        workers: int,
+        now: float,
+        steps: Mapping[str, int] | None = None,
+    ):
+        own_steps = {(j.request.model, j.request.mode): j.steps for j in completed if j.request.steps is None}
+
+        def work_of(job: Job) -> int:
+            asked, known = job.request, own_steps.get((job.request.model, job.request.mode))
+            return asked.pixels * (job.steps or asked.steps or known or (steps or {}).get(asked.model) or 1)
+
+        work = sum(map(work_of, completed))
         seconds = sum((job.finished_at or 0.0) - (job.started_at or 0.0) for job in completed)
         rate = seconds / work if work else None
         self.positions: dict[str, int] = {}  # 0: it is being made
         self.seconds: dict[str, float | None] = {}
         ahead: float | None = 0.0
         for job in waiting:
-            left = _left(job, rate, now)
+            left = _left(job, None if rate is None else rate * work_of(job), now)
             self.positions[job.id] = 0 if job.state == RUNNING else 1 + sum(p > 0 for p in self.positions.values())
             own = None if left is None or ahead is None else left + (ahead / workers if job.state == QUEUED else 0.0)
             self.seconds[job.id] = own
             ahead = None if left is None or ahead is None else ahead + left
 
 
-def _left(job: Job, rate: float | None, now: float) -> float | None:
-    """Of this job alone; by its own steps once it has taken some."""
+def _left(job: Job, whole: float | None, now: float) -> float | None:
+    """Of this job alone, which takes `whole` seconds; by its own steps once it has taken some."""
     if job.state == RUNNING and job.step and job.started_at is not None:
         return (now - job.started_at) / job.step * (job.steps - job.step)
-    return None if rate is None else rate * job.request.work
+    return whole
 
 
 def _fingerprint(client: str, fields: Mapping[str, Sequence[str]], upload: Upload | None) -> str:

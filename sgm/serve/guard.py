@@ -74,6 +74,14 @@ def _secret(scheme: str, value: str) -> str:
         return ""
 
 
+def _hostname(address: str) -> str:
+    """Without its port; "" where it is none."""
+    try:
+        return urlsplit(f"//{address}").hostname or ""
+    except ValueError:
+        return ""
+
+
 class Guard:
     """ASGI middleware.
 
@@ -140,12 +148,12 @@ class Guard:
     def _check_host(headers: Headers, hosts: set[str]) -> None:
         host = headers.get("host", "")
         origin = headers.get("origin")
-        for address in (host, urlsplit(origin).netloc if origin else host):
-            if (urlsplit(f"//{address}").hostname or "") not in hosts:
+        for address in (host, origin.partition("://")[2] if origin else host):
+            if _hostname(address) not in hosts:
                 raise ApiError(
                     403, f"This server is not called {address!r} (--allow-host {address}).", None, "unknown_host"
                 )
-        if origin and urlsplit(origin).netloc != host:
+        if origin and origin.partition("://")[2] != host:
             raise ApiError(403, "Pages of other sites may not call this server.", None, "cross_origin")
 
     def _limited(self, receive: Receive) -> Receive:

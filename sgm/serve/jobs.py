@@ -48,9 +48,9 @@ class ClipRequest:
         return cls(**{**content, "size": tuple(content["size"]), "lora": tuple(content["lora"])})
 
     @property
-    def work(self) -> float:
-        """Grows with the time that the clip takes: pixels of all frames, once a step."""
-        return float(self.size[0] * self.size[1] * self.num_frames * (self.steps or 1))
+    def pixels(self) -> int:
+        """Of all frames: what a step takes grows with them."""
+        return self.size[0] * self.size[1] * self.num_frames
 
 
 @dataclass(frozen=True)

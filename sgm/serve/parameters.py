@@ -56,6 +56,8 @@ class Fields:
                 near = difflib.get_close_matches(name, FIELDS, 1)
                 hint = f" Did you mean {near[0]!r}?" if near else f" There are {', '.join(FIELDS)}."
                 raise ApiError(400, f"Unknown parameter: {name!r}.{hint}", name, "unknown_parameter")
+            if any("\ud800" <= letter <= "\udfff" for text in self.given[name] for letter in text):
+                raise ApiError(400, f"{name} holds half a character (a lone surrogate), which no text has.", name)
 
     def texts(self, name: str) -> list[str]:
         return self.given.get(name, [])

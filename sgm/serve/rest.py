@@ -183,7 +183,7 @@ def _without_reference(fields: dict[str, list[str]]) -> dict[str, list[str]]:
 def _json_fields(body: bytes) -> tuple[dict[str, list[str]], Upload | None]:
     try:
         content = json.loads(body)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ApiError(400, f"The body is no JSON: {error}") from error
     if not isinstance(content, dict):
         raise ApiError(400, "The body is no JSON object.")

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import os
 import socket
+import sqlite3
 import sys
 import tempfile
 import threading
@@ -42,6 +43,7 @@ def serve(options: argparse.Namespace, check: Callable[[], None]) -> int:
     Raises:
         SgmError: bad options, a configuration that cannot run, an address or a folder that is taken.
     """
+    _check_numbers(options)
     keys, adapters = Keys.read(options.api_keys), _adapters(options.lora)
     limits = Limits(
         queued=options.max_queue,
@@ -73,6 +75,14 @@ def serve(options: argparse.Namespace, check: Callable[[], None]) -> int:
     return 0
 
 
+def _check_numbers(options: argparse.Namespace) -> None:
+    """Raises ConfigError: a limit under which nothing could be made, or that means nothing."""
+    for name in ("workers", "max_queue", "max_clip", "max_steps", "max_upload", "keep_days"):
+        value = getattr(options, name)
+        if value is not None and not value > 0:
+            raise ConfigError(f"--{name.replace('_', '-')} is {value:g}; it must be above 0.")
+
+
 def _run(options: argparse.Namespace, desk: Desk, keys: Keys, listener: socket.socket) -> None:
     app = application(desk, keys, _hosts(options))
     if not options.no_page:
@@ -95,7 +105,10 @@ def _run(options: argparse.Namespace, desk: Desk, keys: Keys, listener: socket.s
 
 def _expire(desk: Desk, stop: threading.Event) -> None:
     while not stop.wait(EXPIRED_EVERY):
-        desk.expire()
+        try:
+            desk.expire()
+        except (SgmError, OSError, sqlite3.Error) as error:
+            print_line(f"warning: what was kept long enough could not be removed: {error}", sys.stderr)
 
 
 def _listening(host: str, port: int) -> socket.socket:
@@ -103,8 +116,8 @@ def _listening(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=256)
-    except OSError as error:
-        reason = error.strerror or str(error)
+    except (OSError, OverflowError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise ServeError(f"cannot listen at {host}, port {port}: {reason}. Choose another --port (0: any).") from error
 
 
@@ -148,13 +161,20 @@ def _models(options: argparse.Namespace) -> dict[str, list[str]]:
     if options.configs or not options.model:
         default, demo = CONFIGS / "cogvideox_2b_infer.yaml", CONFIGS / "demo_infer.yaml"
         files = [str(file) for file in config_files(options.configs, default, demo)]
-        models[options.name or Path(files[0]).stem.removesuffix("_infer")] = files
+        models[options.name or _usual_name(Path(files[0]))] = files
+    elif options.name:
+        raise ConfigError("--name is of the configuration that is named without --model; write --model NAME=FILE.")
     for text in options.model:
         name, equals, listed = text.partition("=")
         if not (name and equals and listed) or name in models:
             raise ConfigError(f"--model {text}: it must be NAME=FILE[,FILE], and each name another one.")
         models[name] = [str(file) for file in config_files(listed.split(","), Path(), Path())]
     return models
+
+
+def _usual_name(file: Path) -> str:
+    """Of a released model's `infer.yaml` the folder's."""
+    return file.resolve().parent.name if file.name == "infer.yaml" else file.stem.removesuffix("_infer")
 
 
 def _adapters(texts: Sequence[str]) -> dict[str, OfferedAdapter]:

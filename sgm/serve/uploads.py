@@ -7,12 +7,13 @@ import binascii
 import io
 from dataclasses import dataclass
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from sgm.serve.answers import ApiError
 
 MOST_PIXELS = 64 << 20  # of a picture: a small file can hold a very large one
 _PICTURES = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
+_SEVERAL = "MPO"  # a JPEG with a second picture behind it, as telephones write
 _EBML = b"\x1a\x45\xdf\xa3"  # WebM and Matroska
 
 
@@ -59,8 +60,8 @@ def _format_of_picture(data: bytes) -> str:
             if picture.width * picture.height > MOST_PIXELS:
                 raise _refused(f"the picture is {picture.width}x{picture.height}; the most is {MOST_PIXELS} pixels.")
             picture.load()
-            return str(picture.format)
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+            return "JPEG" if picture.format == _SEVERAL else str(picture.format)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise _refused("input_reference is no whole PNG, JPEG, WebP, MP4 or WebM file.") from error
 
 

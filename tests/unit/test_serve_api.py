@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import re
+from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
@@ -20,6 +21,7 @@ from sgm.serve.limits import Limits
 from sgm.serve.maker import Maker
 from sgm.serve.parameters import Offer, OfferedAdapter, clip_request
 from sgm.serve.records import RecordError, read_fields
+from sgm.serve.run import _usual_name
 from sgm.serve.store import JobStore
 from tests.serve_tiny import FACTS, PICTURES, paint, request
 
@@ -123,6 +125,11 @@ def test_a_file_is_what_its_content_says(client, desk):
         response = client.post("/v1/videos", data={"prompt": "a", "model": "pictures"}, files=files)
         assert "no whole PNG" in refused(response, 400)
     assert [path.name for path in desk.store.folder.iterdir() if path.is_dir()] == [job.id]
+    jpeg, picture = io.BytesIO(), Image.new("RGB", (8, 8))
+    picture.save(jpeg, "MPO", save_all=True, append_images=[picture])  # as telephones write JPEG
+    files = {"input_reference": jpeg.getvalue()}
+    made = client.post("/v1/videos", data={"prompt": "a", "model": "pictures"}, files=files).json()
+    assert desk.store.get(made["id"]).request.image == "start.jpg"
     other = client.post("/v1/videos", data={"prompt": "a"}, files={"file": ("x", png())})
     assert "sent as input_reference" in refused(other, 400)
 
@@ -134,9 +141,14 @@ def test_json_is_taken_too_and_nothing_is_fetched(client, desk):
     assert desk.store.get(made.json()["id"]).request.seed == 3
     for reference in ({"image_url": "http://127.0.0.1/x.png"}, {"image_url": "file:///etc/passwd"}, {"file_id": "f"}):
         assert refused(client.post("/v1/videos", json={**fields, "input_reference": reference}), 400)
-    assert "no JSON" in refused(
-        client.post("/v1/videos", content="{", headers={"content-type": "application/json"}), 400
-    )
+    for text, said in (
+        ("{", "no JSON"),
+        ("[" * 200000, "no JSON"),
+        ('{"prompt": "a \\ud800 star"}', "half a character"),
+    ):
+        response = client.post("/v1/videos", content=text, headers={"content-type": "application/json"})
+        assert said in refused(response, 400)
+    assert [video["prompt"] for video in client.get("/v1/videos").json()["data"]] == ["a"]
 
 
 def test_a_create_that_is_sent_again_makes_one_clip(client, desk):
@@ -227,7 +239,9 @@ def test_pages_of_other_sites_may_not_call(desk):
     client = client_of(desk, hosts=["127.0.0.1", "localhost"])
     assert client.get("/v1/videos").status_code == 200
     assert client.get("/v1/videos", headers={"origin": "http://127.0.0.1"}).status_code == 200
-    for headers in ({"host": "evil.example"}, {"origin": "http://evil.example"}, {"origin": "http://127.0.0.1:81"}):
+    evil = [{"host": "evil.example"}, {"host": "[::1"}]
+    evil += [{"origin": o} for o in ("http://evil.example", "http://127.0.0.1:81", "http://[::1", "null")]
+    for headers in evil:
         assert refused(client.post("/v1/videos", data={"prompt": "a"}, headers=headers), 403)
     assert desk.store.counts()["queued"] == 0
 
@@ -270,6 +284,36 @@ def test_times_follow_from_what_was_measured(desk):
     assert forecast.positions == {ids[1]: 0, ids[2]: 1}
     assert forecast.seconds[ids[1]] == pytest.approx(8) and forecast.seconds[ids[2]] == pytest.approx(18)
     assert Forecast(jobs, done, 2, (jobs[0].started_at or 0) + 2).seconds[ids[2]] == pytest.approx(14)
+
+
+def test_times_grow_with_the_steps_that_are_asked_for(desk):
+    ids = [desk.take({"prompt": ["a"], **steps}, None).id for steps in ({}, {"steps": ["30"]}, {})]
+    Maker(desk.store, "w", paint).make_next()  # in three steps
+    desk.store._connection.execute("UPDATE jobs SET started_at = finished_at - 3 WHERE id = ?", (ids[0],))
+    seconds = desk.forecast().seconds
+    assert [seconds[job] for job in ids[1:]] == pytest.approx([30, 33])
+    desk.store.delete(ids[1])
+    fast = desk.take({"prompt": ["a"], "mode": ["fast"]}, None)  # a mode that none had: the model's five steps
+    assert desk.forecast().seconds[fast.id] == pytest.approx(3 + 5)
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["--workers", "0"], "--workers is 0; it must be above 0"),
+        (["--keep-days", "-1"], "--keep-days is -1"),
+        (["--port", "99999"], "cannot listen at 127.0.0.1, port 99999"),
+        (["--model", "a=configs/demo_infer.yaml", "--name", "b"], "write --model NAME=FILE"),
+    ],
+)
+def test_options_that_mean_nothing_are_one_error(options, said, tmp_path, capsys):
+    assert main([*options, "--no-page", "--output-dir", str(tmp_path)]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_released_model_is_called_as_its_folder():
+    assert _usual_name(Path("weights/zai-org/CogVideoX-2b/infer.yaml")) == "CogVideoX-2b"
+    assert _usual_name(Path("configs/demo_infer.yaml")) == "demo"
 
 
 def test_same_again_from_a_request_and_from_a_record(tmp_path):
