@@ -31,8 +31,9 @@ RESUME_MAY_CHANGE = frozenset(
 
 # Options of sampling that the original has not: a configuration of sampling may be distilled as it is.
 SAMPLING_ARGS = frozenset(
-    """decode_latents decoder few_steps guidance_scale image lora max_batch merge_lora negative_prompt
-    num_steps placement prompts refine refine_model seed_mode skip_done strength student vae_tiling video""".split()
+    """decode_latents decoder extend few_steps guidance_scale image lora max_batch merge_lora negative_prompt num_steps
+    placement prompts refine refine_model seed_mode skip_done strength student vae_tiling video vocabulary window_frames
+    window_overlap""".split()
 )
 
 
