@@ -22,6 +22,7 @@ from sgm.inference.writer import find_latents
 from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
 from sgm.modules.diffusionmodules.guiders import IdentityGuider
 from sgm.modules.encoders.modules import text_is_local
+from sgm.parallel.apply import most_shares
 from sgm.parallel.team import Layout, choose_layout, form_team
 
 
@@ -55,7 +56,7 @@ def sample(
         if axes:
             _compare(model, axes, progress, info.world_size)
             return 0
-        layout = _layout(config, model.pipeline, info.world_size)
+        layout = layout_of(config, model.pipeline, info.world_size)
         if layout.clip > 1:
             progress.line(f"note: {layout}")
         model.pipeline.join(form_team(layout))
@@ -73,7 +74,7 @@ def _compare(model: TextToVideo, axes: Sequence[Axis], progress: Progress, world
     progress.line(f"  {make_grid(model, axes, progress.check, progress.line)}")
 
 
-def _layout(config: RunConfig[SampleArgs], pipeline: Pipeline, world: int) -> Layout:
+def layout_of(config: RunConfig[SampleArgs], pipeline: Pipeline, world: int) -> Layout:
     """How the processes divide what is asked for."""
     args = config.args
     stage = pipeline.engine.first_stage_model
@@ -91,7 +92,7 @@ def _layout(config: RunConfig[SampleArgs], pipeline: Pipeline, world: int) -> La
         return Layout(world)  # what is measured must not differ between processes that wait for each other
     guided = not args.decode_latents and not isinstance(pipeline.engine.sampler.guider, IdentityGuider)
     asked_for = args.cfg_parallel, args.sequence_parallel_size
-    return choose_layout(world, clips, guided, *asked_for, together)
+    return choose_layout(world, clips, guided, *asked_for, together, most_shares(pipeline.engine.network))
 
 
 def _say_all(lines: Iterable[str], progress: Progress) -> None:
@@ -109,7 +110,7 @@ def _print_plan(config: RunConfig[SampleArgs], progress: Progress, rank: int) ->
     note = words_note(args, config.files, prompts)
     lines = [*pipeline.notes, *(f"warning: {line}" for line in remarks), *([f"note: {note}"] if note else [])]
     _say_all(lines, progress)
-    layout = _layout(config, pipeline, own_rank()[1])
+    layout = layout_of(config, pipeline, own_rank()[1])
     if layout.world > 1:
         progress.line(f"note: {layout}")
     if rank == 0:

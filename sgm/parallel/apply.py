@@ -44,16 +44,26 @@ def share_tokens(network: DiffusionTransformer, team: Team) -> None:
     network.use_ops(ops._replace(attention=tokens.attention(ops.attention)))
 
 
+def most_shares(network: DiffusionTransformer) -> int:
+    """How many processes can share the tokens of a network, which may lie on the meta device."""
+    return 1 if network.further_configs else _heads(network)
+
+
 def check_shares(network: DiffusionTransformer, size: int) -> None:
     """Whether `size` processes can share the tokens of a network, which may lie on the meta device.
 
     Raises:
         ParallelError: it has fewer heads than there are shares, or something in it sees its own tokens only.
     """
-    heads = network.transformer.layers[0].attention.num_attention_heads_per_partition
+    heads = _heads(network)
     if size > heads:
         raise ParallelError(f"args.sequence_parallel_size is {size}, and the network has {heads} heads to share out.")
     if size > 1 and (further := list(network.further_configs)):
         raise ParallelError(
             f"the mixin {further[0]!r} would see the tokens of one process: leave out args.sequence_parallel_size."
         )
+
+
+def _heads(network: DiffusionTransformer) -> int:
+    heads: int = network.transformer.layers[0].attention.num_attention_heads_per_partition
+    return heads

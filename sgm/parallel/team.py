@@ -57,17 +57,20 @@ def choose_layout(
     cfg_parallel: bool | None = None,
     sequence: int | None = None,
     together: int = 1,
+    most_shares: int | None = None,
 ) -> Layout:
     """How `world` processes make `clips` videos.
 
     What is asked for holds; else there are as many clips at a time as there are clips and processes, and processes that
-    are left over share a clip: the branches first, since they exchange least, then the tokens.
+    are left over share a clip: the branches first, since they exchange least, then the tokens. Where these cannot be
+    shared by so many, some processes have nothing to do.
 
     Args:
         guided: the sampler asks for both branches.
         cfg_parallel: each branch by processes of its own; None: where it helps.
         sequence: processes that share the tokens; None: where it helps.
         together: least number of processes a clip, where neither of the two is asked for (`cp_size`).
+        most_shares: most processes that can share the tokens, see `sgm.parallel.apply.most_shares`; None: any number.
     Raises:
         ParallelError: the number of processes is no multiple of what was asked for, or there is no second branch.
     """
@@ -87,10 +90,18 @@ def choose_layout(
             f"cp_size in first_stage_config.params asks for {together} processes a clip, and this run has {world}: "
             f"start a multiple, as in NPROC={together} bash inference.sh, or set it to 1."
         )
-    most = min(max(1, clips), world // max(1, together))
-    clip = world // max(n for n in range(1, most + 1) if world % n == 0)
-    guidance = BRANCHES if guided and cfg_parallel is None and clip % BRANCHES == 0 else 1
-    return Layout(world // clip, guidance, clip // guidance)
+    teams = [n for n in range(1, world // max(1, together) + 1) if world % n == 0]
+    fewest = max(n for n in teams if n <= max(1, clips))
+    branches = guided and cfg_parallel is None
+    found = [_of_teams(world, n, branches) for n in teams if n >= fewest]
+    return next((layout for layout in found if layout.sequence <= (most_shares or world)), found[0])
+
+
+def _of_teams(world: int, count: int, branches: bool) -> Layout:
+    """`count` clips at a time; `branches`: of guidance, which are shared out where their number divides."""
+    clip = world // count
+    guidance = BRANCHES if branches and clip % BRANCHES == 0 else 1
+    return Layout(count, guidance, clip // guidance)
 
 
 @dataclass(frozen=True)

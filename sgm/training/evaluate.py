@@ -20,7 +20,7 @@ from sgm.data.buckets import batches_by_shape
 from sgm.data.collate import collate
 from sgm.data.loader import clip_count, known_shapes
 from sgm.data.video_out import to_uint8, write_video
-from sgm.distributed import data_parallel_rank, data_parallel_world_size, model_parallel_rank, preserve_rng
+from sgm.distributed import data_parallel_rank, data_parallel_world_size, own_rank, preserve_rng
 from sgm.files import atomic_write, write_text
 from sgm.models.autoencoder import VideoAutoencoder
 from sgm.models.diffusion import Cond, SATVideoDiffusionEngine
@@ -187,7 +187,7 @@ class Files:
 
     @property
     def _writes(self) -> bool:
-        return data_parallel_rank() == 0 and model_parallel_rank() == 0
+        return own_rank()[0] == 0
 
     @contextmanager
     def _or_warn(self, path: Path) -> Iterator[None]:

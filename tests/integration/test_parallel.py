@@ -10,7 +10,11 @@ import pytest
 import torch
 
 import train_video
+from sgm.config import load_run_config
 from sgm.data.video_io import probe
+from sgm.inference.options import SampleArgs
+from sgm.inference.pipeline import Pipeline
+from sgm.inference.run import layout_of
 from sgm.inference.writer import read_latents
 from sgm.parallel.exchange import shares_of
 from sgm.parallel.team import Layout, ParallelError, choose_layout
@@ -81,6 +85,10 @@ def test_processes_divide_as_asked_or_as_the_videos_need_them():
     assert choose_layout(4, 9, guided=True, cfg_parallel=True) == Layout(2, 2, 1)
     assert choose_layout(4, 9, guided=True, sequence=4) == Layout(1, 1, 4)
     assert choose_layout(1, 5, guided=True) == Layout()
+    assert choose_layout(8, 1, guided=True, most_shares=3) == Layout(2, 2, 2)
+    assert choose_layout(8, 1, guided=False, most_shares=4) == Layout(2, 1, 4)
+    assert choose_layout(4, 1, guided=True, most_shares=1) == Layout(2, 2, 1)
+    assert choose_layout(3, 1, guided=True, most_shares=1) == Layout(3)
     assert shares_of(30, 4) == [8, 8, 7, 7] and shares_of(17_776, 16) == [1111] * 16
     for wrong in ({"sequence": 3}, {"sequence": 4, "cfg_parallel": True}):
         with pytest.raises(ParallelError, match="start a multiple, as in NPROC="):
@@ -88,6 +96,15 @@ def test_processes_divide_as_asked_or_as_the_videos_need_them():
     assert choose_layout(8, 9, guided=True, together=2) == Layout(4, 2, 1)
     with pytest.raises(ParallelError, match="here is one"):
         choose_layout(2, 1, guided=False, cfg_parallel=True)
+
+
+def test_more_processes_than_can_share_a_clip_do_not_end_a_run_that_asked_for_nothing(config):
+    """The network has two heads; what mixins of one's own see cannot be shared."""
+    asked = load_run_config([config], SampleArgs, flags={"prompts": ["a fox"]})
+    pipeline = Pipeline(asked, torch.device("cpu"))
+    assert layout_of(asked, pipeline, 8) == Layout(2, 2, 2)
+    pipeline.engine.network.further_configs = {"own": {}}
+    assert layout_of(asked, pipeline, 8) == Layout(4, 2, 1)
 
 
 def test_what_cannot_be_shared_is_said(config, tmp_path, capsys):
