@@ -22,7 +22,7 @@ PROMPT = "A large pink triangle moves to the right over a plain dark blue backgr
 def test_files_are_those_of_the_hashes():
     lines = (DEMO / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
     named = dict(reversed(line.split("  ")) for line in lines)
-    parts = [DEMO / name for name in ("student", "t5", "transformer", "vae")]
+    parts = [DEMO / name for name in ("i2v", "student", "t5", "transformer", "vae")]
     files = [path for part in parts for path in part.rglob("*.*") if path.suffix not in (".md", ".png", ".jpg")]
     kept = {path.relative_to(DEMO).as_posix() for path in files}
     assert kept | {"transformer/latest"} == named.keys()
