@@ -6,7 +6,7 @@ import json
 import re
 import shlex
 from collections.abc import Callable, Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from sgm.convert.lora_files import USUAL
 from sgm.files import require_space, write_json
@@ -75,11 +75,12 @@ def _download(repository: str, file: str | None, folder: Path, say: Callable[[st
         chosen = file or choose_file(repository, listed)
         if chosen not in listed:
             raise HubError(f"{repository} has no file {chosen}; its files: {', '.join([*listed][:8])}.")
-        work = Download(hub, repository, commit, folder, say=say)
-        files = [listed[path] for path in (chosen, _BESIDE) if path in listed]
+        beside = str(PurePosixPath(chosen).with_name(_BESIDE))
+        files = [listed[path] for path in (beside, chosen) if path in listed]
         say(f"fetching {repository}/{chosen} into {shown(folder)}")
-        require_space(folder.parent, work.missing_bytes(files))
-        fetch(work, files)
+        require_space(folder.parent, Download(hub, repository, commit, folder).missing_bytes(files))
+        for each in files:  # the settings first: where the adapter is, it is whole
+            fetch(Download(hub, repository, commit, folder, say=say), [each])
     except UnreachableError as error:
         wanted = shlex.join([repository, *([file] if file else [])])
         raise HubError(

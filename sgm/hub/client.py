@@ -212,6 +212,8 @@ def _file(entry: dict[str, Any]) -> HubFile:
     digest, size = told.get("oid"), told.get("size")
     if not (isinstance(entry.get("path"), str) and isinstance(size, int) and isinstance(digest, str)):
         raise HubError(f"the hub's list has an entry without path, size or checksum: {str(entry)[:200]}")
+    if entry["path"].startswith("/") or ".." in entry["path"].split("/"):
+        raise HubError(f"the hub's list names a file outside the repository: {entry['path'][:200]}")
     return HubFile(entry["path"], size, digest.removeprefix("sha256:"))
 
 

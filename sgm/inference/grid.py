@@ -15,6 +15,7 @@ from typing import Any
 
 from sgm.config import ConfigError, RunConfig
 from sgm.files import advising, unfinished_names
+from sgm.inference.adapters import adapter_files
 from sgm.inference.grid_page import Cell, Table, write_page, write_picture
 from sgm.inference.model import TextToVideo
 from sgm.inference.options import SampleArgs
@@ -65,7 +66,7 @@ def axes_of(texts: Sequence[str], config: RunConfig[SampleArgs]) -> list[Axis]:
     if unknown:
         raise ConfigError(f"--grid has no axis {unknown[0]!r}; there are {', '.join((*_NUMBERS, 'lora', 'prompts'))}.")
     prompts = Axis("prompts", [Value(text, {}, text) for text in _prompts(given.pop("prompts", None), config)])
-    axes = [prompts, *(_axis(name, values, config.args.lora) for name, values in given.items())]
+    axes = [prompts, *(_axis(name, values, config.args) for name, values in given.items())]
     args = config.args
     wrong = {"batch_size above 1": args.batch_size > 1, "refine": args.refine, "skip_done": args.skip_done,
              "only_save_latents": args.only_save_latents, "decode_latents": args.decode_latents}  # fmt: skip
@@ -95,12 +96,15 @@ _NUMBERS: dict[str, tuple[str, str, Callable[[str], float]]] = {
 }  # fmt: skip
 
 
-def _axis(name: str, values: str, adapters: Sequence[str]) -> Axis:
+def _axis(name: str, values: str, args: SampleArgs) -> Axis:
     texts = [text.strip() for text in values.split(",") if text.strip()]
     if repeated := [text for text in texts if texts.count(text) > 1]:
         raise ConfigError(f"--grid {name}: {repeated[0]} stands there twice.")
     if name == "lora":
-        return Axis(name, [_lora(text, adapters) for text in texts])
+        student = adapter_files(args.student) if args.few_steps and args.student else None
+        kept = [text for text in args.lora if adapter_files(text) == student]
+        adapters = [text for text in args.lora if text not in kept]
+        return Axis(name, [_lora(text, adapters, kept) for text in texts])
     word, option, kind = _NUMBERS[name]
     try:
         return Axis(name, [Value(f"{word} {text}", {option: kind(text)}) for text in texts])
@@ -108,16 +112,16 @@ def _axis(name: str, values: str, adapters: Sequence[str]) -> Axis:
         raise ConfigError(f"--grid {name}={values}: {error}.") from error
 
 
-def _lora(text: str, adapters: Sequence[str]) -> Value:
-    """A factor on the run's adapters (0: without them), or an adapter in their place."""
+def _lora(text: str, adapters: Sequence[str], kept: Sequence[str]) -> Value:
+    """A factor on the run's adapters (0: without them), or an adapter in their place; `kept`, the student, stays."""
     try:
         factor = float(text)
     except ValueError:
-        return Value(f"lora {Path(text).name}", {"lora": [text]})
+        return Value(f"lora {Path(text).name}", {"lora": [*kept, text]})
     if not adapters:
         raise ConfigError(f"--grid lora={text}: a factor on which adapter? Name it by --lora PATH, or here: lora=PATH.")
     scaled = [f"{a.path}:{a.scale * factor:g}" for a in map(Adapter.parse, adapters)] if factor else []
-    return Value(f"lora {text}", {"lora": scaled})
+    return Value(f"lora {text}", {"lora": [*kept, *scaled]})
 
 
 # --- making it -------------------------------------------------------------------------------------------------------

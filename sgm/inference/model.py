@@ -104,6 +104,7 @@ class TextToVideo:
         self._noted: set[str] = set()
         self._lock = threading.Lock()
         self._owner: int | None = None
+        self._listener: int | None = None  # the thread that holds a preview of a stream
 
     @classmethod
     def from_config(
@@ -148,10 +149,13 @@ class TextToVideo:
 
         Raises:
             SamplingError: it asks for what is decided when a model is loaded, or its options do not fit; or this is
-                called from within a call.
+                called from within a call, or between the previews of a stream.
         """
-        if self._owner == threading.get_ident():
-            raise SamplingError("this model is at work on the call from which it is called again; let that one end.")
+        if threading.get_ident() in (self._owner, self._listener):
+            raise SamplingError(
+                "this model is at work on the call from which it is called again; let that one end, or close() its "
+                "stream."
+            )
         with self._lock:
             self._owner = threading.get_ident()
             try:
@@ -245,10 +249,14 @@ class TextToVideo:
                 item = heard.get()
                 if isinstance(item, BaseException):
                     raise item
-                yield item
                 if isinstance(item, Video):
+                    yield item
                     return
+                self._listener = threading.get_ident()
+                yield item
+                self._listener = None
         finally:
+            self._listener = None
             listening.clear()
             worker.join()
 

@@ -178,6 +178,8 @@ def test_a_stream_ends_with_the_video_or_where_nobody_listens(model):
         list(model.stream("  "))
     stream = model.stream("a dog", steps=40)
     next(stream)
+    with pytest.raises(SamplingError, match=r"let that one end, or close\(\)"):
+        model("a cat")  # waits for nobody: only this thread can let the stream go on
     stream.close()
     assert not [t for t in threading.enumerate() if t.name == "sgm-stream"]
     assert digest(model("a dog", seed=1, steps=5)) == digest(last)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from sgm.config import ConfigError, load_run_config
 from sgm.convert.to_hf import ToHf, export_lora
 from sgm.hub import download, release
 from sgm.hub.adapter import choose_file
-from sgm.hub.client import HubError
+from sgm.hub.client import HubError, _file
 from sgm.inference.adapters import read_adapter, with_adapters
+from sgm.inference.grid import axes_of
 from sgm.inference.options import SampleArgs
 from sgm.inference.pipeline import Pipeline
 from sgm.weights.preflight import with_found_paths
@@ -97,6 +99,31 @@ def test_an_adapter_of_the_hub_is_fetched_once(hub, tmp_path, monkeypatch):
     assert "few_steps" in read_adapter(str(folder)).lora
     with pytest.raises(HubError, match="HF_HUB_OFFLINE .*hf download someone/other --local-dir FOLDER"):
         with_adapters(config(lora=["someone/other"]))
+
+
+def test_the_settings_beside_an_adapter_come_with_it_and_before_it(hub, tmp_path):
+    """From the adapter's own folder: the factor depends on them."""
+    folder = tmp_path / "repository" / "checkpoint-2"
+    folder.mkdir()
+    (tmp_path / "repository" / FILE).rename(folder / FILE)
+    (tmp_path / "repository" / "adapter_config.json").write_text('{"lora_alpha": 1}')
+    (folder / "adapter_config.json").write_text('{"lora_alpha": 2}')
+    (found,) = with_adapters(config(lora=["someone/style/checkpoint-2/" + FILE])).args.lora[1:]
+    assert json.loads((Path(found).parent / "adapter_config.json").read_text()) == {"lora_alpha": 2}
+    assert [path for path, _ in hub.asked] == ["checkpoint-2/adapter_config.json", f"checkpoint-2/{FILE}"]
+
+
+def test_a_list_of_the_hub_names_nothing_outside():
+    for path in ("../../x.safetensors", "/x.safetensors"):
+        with pytest.raises(HubError, match="outside the repository"):
+            _file({"path": path, "size": 1, "oid": "0" * 40})
+
+
+def test_factors_of_a_comparison_leave_the_student_as_it_is():
+    asked = with_adapters(config(lora=["other:2"], prompts=["a"]))
+    student, _ = asked.args.lora
+    (_, axis) = axes_of(["lora=0,0.5,third"], asked)
+    assert [value.asked["lora"] for value in axis.values] == [[student], [student, "other:1"], [student, "third"]]
 
 
 def test_an_adapter_that_the_hub_does_not_have(hub, tmp_path):
