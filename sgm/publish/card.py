@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,7 +108,7 @@ class Card:
     def _ours(self) -> str:
         config = f"configs/{self.base.config}_infer.yaml" if self.base else "CONFIG.yaml"
         image = " --image PICTURE" if self.takes_image else ""
-        command = f"python sample_video.py {config} --lora {self.repository} --prompt {json.dumps(self.prompt)}{image}"
+        command = f"python sample_video.py {config} --lora {self.repository} --prompt {shlex.quote(self.prompt)}{image}"
         return f"## cogvideox-sat\n\n```shell\n{command}\n```"
 
     def _diffusers(self) -> str:
@@ -115,7 +116,7 @@ class Card:
         base = self.base_name or "FOLDER"
         dtype = "float16" if self.base and not self.base.rotary else "bfloat16"
         training, few = self.training, self.few_steps
-        asked = [f"prompt={json.dumps(self.prompt)}"]
+        asked = [f"prompt={json.dumps(self.prompt, ensure_ascii=False)}"]
         asked += ['image=load_image("picture.png")'] if self.takes_image else []
         asked += [f"num_frames={training.frames}"] if training.frames else []
         asked += [f"height={training.size[0]}, width={training.size[1]}"] if training.size else []

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import json
 import re
+import shlex
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -159,8 +161,9 @@ def test_offline_from_a_picture_with_other_clips(tmp_path: Path, capsys: Any) ->
     run = make_run(tmp_path, "cogvideox_5b_i2v_sft.yaml")
     shown = tmp_path / "outputs" / "0_x" / "0"
     shown.mkdir(parents=True)
+    prompt = 'a "mouse" für $HOME `pwd` \U0001f42d'
     (shown / "000000.mp4").write_bytes(b"another")
-    (shown / "000000.json").write_text(json.dumps({"prompt": 'a "mouse"'}))
+    (shown / "000000.json").write_text(json.dumps({"prompt": prompt}))
     arguments = [str(run / "500"), "--out", str(tmp_path / "mice"), "--samples", str(tmp_path / "outputs")]
     assert publish.main([*arguments, "--trigger", "mouse style", "--base", "me/mine"]) == 0
     assert f"to upload it: hf upload OWNER/NAME {tmp_path / 'mice'}" in capsys.readouterr().out
@@ -168,7 +171,11 @@ def test_offline_from_a_picture_with_other_clips(tmp_path: Path, capsys: Any) ->
     assert front_matter(card)["pipeline_tag"] == "image-to-video"
     assert front_matter(card)["instance_prompt"] == "mouse style" and front_matter(card)["base_model"] == "me/mine"
     assert 'from_pretrained("me/mine"' in card
-    assert "CogVideoXImageToVideoPipeline" in card and "--image PICTURE" in card and r"a \"mouse\"" in card
+    assert "CogVideoXImageToVideoPipeline" in card and "--image PICTURE" in card
+    command, code = re.findall(r"```(?:shell|python)\n(.*?)```", card, flags=re.DOTALL)
+    assert prompt in shlex.split(command)
+    (video,) = (node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.keyword) and node.arg == "prompt")
+    assert ast.literal_eval(video.value) == prompt
     assert (tmp_path / "mice" / "samples" / "0.mp4").read_bytes() == b"another"
     assert publish.main(arguments) == 2 and "--overwrite" in capsys.readouterr().err
     assert publish.main([str(run), "--out", str(tmp_path / "x"), "--samples", str(run / "latest")]) == 2
