@@ -91,7 +91,7 @@ def push_to_hub(folder: Path, name: str | None = None, *, private: bool = False)
         if private and not api.repo_info(repository).private:
             raise ConvertError(
                 f"{repository} is on the hub already and public, so {folder} was not uploaded: choose another name, or "
-                "leave --private out."
+                "ask for a public one."
             )
         api.upload_folder(folder_path=str(folder), repo_id=repository)
     except ConvertError:

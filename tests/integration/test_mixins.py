@@ -145,7 +145,7 @@ def test_files_and_configurations_that_do_not_belong_together(
 
     both = write_yaml(tmp_path / "both.yaml", config)
     assert "holds nothing of that mixin: name the run" in refused(both, "--load", base)
-    assert "have no scale" in refused(both, "--load", base, "--lora", f"{runs['alone']}:0.5")
+    assert "has no scale" in refused(both, "--load", base, "--lora", f"{runs['alone']}:0.5")
     assert "without base weights" in refused(both, "--load", runs["alone"])
     assert "only one of them" in refused(both, "--load", runs["whole"], "--lora", runs["alone"])
     del modules["prefix_config"]

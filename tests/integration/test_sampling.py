@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from sgm.data.video_io import probe
 from sgm.weights import checksums
@@ -362,12 +363,18 @@ def test_a_size_far_from_training_s_is_warned_of(config, capsys):
         assert (warning in capsys.readouterr().err) == far
 
 
-def test_an_adapter_in_diffusers_form_is_to_be_converted(config, tmp_path, capsys):
-    (tmp_path / "hf").mkdir()
-    (tmp_path / "hf" / "pytorch_lora_weights.safetensors").touch()
-    assert main(config, "--prompt", "x", "--lora", tmp_path / "hf") == 2
-    err = capsys.readouterr().err
-    assert "hf is not a SAT checkpoint folder" in err and "tools/convert_weight_hf2sat.py --lora_only" in err
+def test_an_adapter_in_diffusers_form_that_does_not_fit(config, tmp_path, capsys):
+    file = tmp_path / "hf" / "pytorch_lora_weights.safetensors"
+    file.parent.mkdir()
+    file.touch()
+    assert main(config, "--prompt", "x", "--lora", file.parent) == 2
+    assert f"{file} cannot be read as weights" in capsys.readouterr().err
+    module = "transformer.transformer_blocks.0.attn1.to_out.0"
+    save_file({f"{module}.lora_A.weight": torch.ones(1, 7), f"{module}.lora_B.weight": torch.ones(7, 1)}, file)
+    assert main(config, "--prompt", "x", "--lora", file.parent) == 2
+    assert (
+        f"{file}: the adapter of transformer.layers.0.attention.dense is for a weight (7, 7)" in capsys.readouterr().err
+    )
 
 
 def test_bad_prompt_files(config, tmp_path, capsys):

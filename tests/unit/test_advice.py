@@ -50,6 +50,10 @@ PRINTED_BY = {
     "sgm/convert/to_sat": CONVERTERS[1:],
     "sgm/convert/": CONVERTERS,
     "tools/examine_clips": ("tools/validate_dataset.py",),
+    "sgm/hub/adapter": ("sample_video.py",),
+    "sgm/hub/": ("tools/get_weights.py",),
+    "sgm/publish/card": ("sample_video.py",),
+    "sgm/publish/": ("tools/publish.py",),
     "sgm/weights/release": ("sample_video.py", *CONVERTERS),  # adapters: training takes none
     "sgm/weights/": ("sample_video.py", "train_video.py"),
     "sgm/util": (
@@ -66,7 +70,7 @@ PRINTED_BY = {
     "inference": ("sample_video.py",),
     "tests/": (),
 }
-OTHERS_OPTIONS = {"--nproc", "--needed-by"}  # of the shell scripts; of a tool that they call
+OTHERS_OPTIONS = {"--nproc", "--needed-by", "--local-dir"}  # of the shell scripts; of a tool that they call; of hf
 
 
 @dataclass(frozen=True)
