@@ -35,7 +35,7 @@ from sgm.inference.length import CLEAN_BELOW, Window, in_windows
 from sgm.inference.noise import SampleId, StackedNoise
 from sgm.inference.options import SampleArgs
 from sgm.inference.placement import Placement
-from sgm.inference.prompts import Prompt, refuse_images
+from sgm.inference.prompts import Prompt
 from sgm.inference.rehearsal import compile_ahead, run_block, run_decoder
 from sgm.inference.setup import for_inference
 from sgm.inference.visual import NOTHING, InMemory, VisualInput
@@ -331,7 +331,7 @@ class Pipeline:
             SamplingError: the text encoder gives NaN or infinity.
         """
         if not self.visual.pictures.wanted:
-            refuse_images([Prompt(k, text) for k, text in enumerate(prompts)], other=self.visual.pictures.other)
+            self.visual.pictures.attach([Prompt(k, text) for k, text in enumerate(prompts)])
         self.load("conditioner")
         encoder = self.engine.text_encoder
         cut = encoder.tokenize(list(prompts)).truncated

@@ -67,11 +67,13 @@ class Pictures:
     Attributes:
         wanted: each does. given: the file (or the picture itself) for prompts that name none.
         other: a configuration of the other kind, for advice.
+        extends: videos go on with a clip, and need no picture of any model.
     """
 
     wanted: bool
     given: str | Picture | None = None
     other: str = ""
+    extends: bool = False
 
     def attach(self, prompts: Sequence[Prompt], file: Path | None = None) -> list[Prompt]:
         """Prompts (lines of `file`, say) that still hold `TEXT@@IMAGE`, with their pictures, which are read once.
@@ -82,7 +84,7 @@ class Pictures:
             PromptError: naming every prompt whose picture is missing, not wanted or cannot be read.
         """
         if not self.wanted:
-            refuse_images(prompts, file, self.other)
+            self._refuse_images(prompts, file)
             return list(prompts)
         known: dict[Path, Picture] = {}
         found, problems = [], []
@@ -112,6 +114,19 @@ class Pictures:
             known[path] = Picture.of(path)
         return replace(prompt, text=text, picture=known[path])
 
+    def _refuse_images(self, prompts: Sequence[Prompt], file: Path | None) -> None:
+        """Refuse `TEXT@@IMAGE`, naming the first of them. An @@ without a picture's name is part of the text."""
+        asking = [(prompt, found["path"]) for prompt in prompts if (found := _IMAGE.search(prompt.text))]
+        if not asking:
+            return
+        first, image = asking[0]
+        reason = "args.extend goes on with a clip" if self.extends else "this model makes videos from text alone"
+        instead = f", or take {self.other}" if self.other and not self.extends else ""
+        raise PromptError(
+            f"{_place(first, file)}{f' (and {len(asking) - 1} more)' if asking[1:] else ''} asks for a video that "
+            f"begins with the image {image!r}, and {reason}: remove the {MARK} and what is behind it{instead}."
+        )
+
 
 FROM_TEXT = Pictures(wanted=False)
 
@@ -122,22 +137,6 @@ def _first_there(name: str, folders: Sequence[Path]) -> Path:
 
 def _place(prompt: Prompt, file: Path | None) -> str:
     return f"{file}, line {prompt.index + 1}" if file else f"prompt {prompt.index}"
-
-
-def refuse_images(prompts: Sequence[Prompt], file: Path | None = None, other: str = "") -> None:
-    """Refuse `TEXT@@IMAGE` for a model that has no use for it. An @@ without a picture's name is part of the text.
-
-    Raises:
-        PromptError: naming the first of them, and `other`, a configuration that takes pictures.
-    """
-    asking = [(prompt, found["path"]) for prompt in prompts if (found := _IMAGE.search(prompt.text))]
-    if asking:
-        first, image = asking[0]
-        raise PromptError(
-            f"{_place(first, file)}{f' (and {len(asking) - 1} more)' if asking[1:] else ''} asks for a video that "
-            f"begins with the image {image!r}, and this model makes videos from text alone: remove the {MARK} and what "
-            f"is behind it{f', or take {other}' if other else ''}."
-        )
 
 
 def read_prompt_file(path: Path) -> tuple[list[Prompt], int]:

@@ -74,7 +74,7 @@ class VisualInput:
         self._moments = moments
         self.extends = args.extend is not None
         of_prompts = engine.noised_image_input and not self.extends
-        self.pictures = Pictures(of_prompts, held.picture or args.image, other_kind(engine))
+        self.pictures = Pictures(of_prompts, held.picture or args.image, other_kind(engine), self.extends)
         self.source = held.clip or (SourceClip.of(Path(os.path.expanduser(args.video))) if args.video else None)
         self.length = length_of(engine, args, self.source.frames if self.source else 0)
         self._source_moments: Tensor | None = None
