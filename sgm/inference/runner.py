@@ -148,7 +148,8 @@ class Runner:
             new.discard()  # room for the latents
             with suppress(SaveError):
                 write_latents(place, latents, record)
-                self.progress.warn(f"there is no video, but its latents: {place} (--decode-latents reads them)")
+                alone = ", without the clip that is extended" if self.args.extend is not None else ""
+                self.progress.warn(f"there is no video, but its latents: {place} (--decode-latents reads them{alone})")
             raise
 
     def _write_frames(self, files: SampleFiles, latents: Tensor, times: StageTimes) -> None:
@@ -169,6 +170,8 @@ class Runner:
             times, files = StageTimes(), SampleFiles(file.parent)
             by = {"decoder": self.args.decoder, "small_decoder_weights": self.pipeline.small_decoder_weights}
             facts |= {**by, "decoded_from": file.name, "file_bytes": {file.name: file.stat().st_size}}
+            if facts.get("extend") is not None:  # the clip is not in front of what is decoded here
+                facts |= {"extend": None, "first_new_frame": None}
             with files.replaced_together(self.unfinished) as new:
                 self._write_frames(new, latents, times)
                 self._write_record(new, facts, times)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from sgm.config import load_run_config
+from sgm.inference.fit import SamplingError
 from sgm.inference.noise import SampleId
 from sgm.inference.options import SampleArgs
 from sgm.inference.pipeline import Pipeline
@@ -77,6 +78,24 @@ def test_a_clip_gets_new_frames_behind_its_own(config, clip, tmp_path, kind, new
         assert main(*words, "--skip-done") == 0 and "1 of 1 prompts are done already" in capsys.readouterr().err
         assert main(*words, "--skip-done", "--extend", "7") == 0
         assert "extend 6, now 7" in capsys.readouterr().err
+
+
+def test_latents_kept_of_an_extended_clip_are_not_taken_for_its_video(config, clip, tmp_path, monkeypatch, capsys):
+    """Where decoding fails they are kept; decoded alone, they are no clip with new frames behind it."""
+    words = [config("2b"), "--prompt", "a fox", "--video", clip, "--extend", "6"]
+    with monkeypatch.context() as broken:
+        broken.setattr(Pipeline, "decode", lambda *_: raise_it(SamplingError("no")))
+        assert main(*words) == 2 and "reads them, without the clip" in capsys.readouterr().err
+    (saved,) = (tmp_path / "out").rglob("*.safetensors")
+    assert main(config("2b"), "--decode-latents", saved) == 0
+    record = json.loads(saved.with_name("000000.json").read_text())
+    assert (record["extend"], record["first_new_frame"]) == (None, None)
+    assert main(*words, "--skip-done") == 0 and "made otherwise: extend None, now 6" in capsys.readouterr().err
+    assert len(iio.imread(saved.with_name("000000.mp4"))) == 7 + 6
+
+
+def raise_it(error: Exception) -> None:
+    raise error
 
 
 def test_new_frames_are_as_many_as_asked_for_and_the_clip_is_as_it_was(config, clip):
@@ -172,6 +191,7 @@ def test_what_does_not_fit_is_one_error(config, clip, tmp_path, capsys):
         ("2b", ["--video", clip, "--extend", "4", "--strength", "0.5"], "args.extend goes on with it; choose one"),
         ("2b", ["--video", clip, "--extend", "4", "--only-save-latents"], "args.only_save_latents keeps no frames"),
         ("2b", ["--video", clip, "--extend", "0"], "at least 1"),
+        ("5b_i2v", ["--video", clip, "--extend", "4", "--prompt", "x@@a.png"], "and args.extend goes on with a clip: remove the @@"),
         ("2b", ["--video", tmp_path / "none.mp4", "--extend", "4"], "none.mp4 does not exist"),
     ):  # fmt: skip
         assert main(config(kind), "--prompt", "a fox", *words) == 2
