@@ -44,6 +44,7 @@ class MemoryNeeds:
         vae_values: values of the widest feature map while one clip is encoded; 0 where no VAE runs.
         micro_batch: clips at a time.
         ranks: that hold the same weights. shares: of them, those that share a clip's tokens.
+        most_shares: that could; None: any number.
         stage: ZeRO stage; `offload`: masters and optimizer state in CPU memory.
         moment_bytes: of a trained value's moments in the optimizer. ema: it also has an average, in float32.
         checkpointing: activations are recomputed: False, True, "selective" (all but attention) or "products" (all but
@@ -74,6 +75,7 @@ class MemoryNeeds:
     picture_values: int = 0
     bucket: int = 0
     shares: int = 1
+    most_shares: int | None = None
     in_blocks: int = 0
     in_block: int = 0
     streams: bool = False
@@ -206,11 +208,12 @@ class MemoryNeeds:
             )
         if self.checkpointing:
             found["--set args.offload_activations=true"] = replace(self, offloads_inputs=True)
-        if self.ranks % (2 * self.shares) == 0:
-            found[f"--set args.sequence_parallel_size={2 * self.shares}"] = replace(self, shares=2 * self.shares)
+        more = 2 * self.shares
+        if self.stage < 3 and self.ranks % more == 0 and more <= (self.most_shares or self.ranks):
+            found[f"--set args.sequence_parallel_size={more}"] = replace(self, shares=more)
         if self.trains_adapter:
             found = {how: needs for how, needs in found.items() if not how.startswith("LoRA")}
-        if self.streams:
+        if self.streams or self.shares > 1:
             found = {how: needs for how, needs in found.items() if needs.stage < 3}
         return found
 

@@ -52,6 +52,12 @@ def test_processes_that_share_a_clip_share_its_activations():
     how = "--set args.sequence_parallel_size={}"
     assert alone.variants()[how.format(2)] == shared
     assert how.format(4) not in shared.variants() and how.format(4) in needs(ranks=8, shares=2).variants()
+    for refused in ({"stage": 3}, {"most_shares": 1}):
+        assert how.format(2) not in needs(ranks=2, **refused).variants()
+    assert not any("stage=3" in said for said in shared.variants())
+    kept = ["args.checkpoint_activations=false", "model.network_config.params.transformer_args.checkpoint_activations=false"]  # fmt: skip
+    for given, most in (([], 30), (["args.cuda_graphs=true", *kept], 1)):
+        assert estimate_memory.needs_of([SFT], given, 4, "cuda").most_shares == most
     for given in ([], ["args.sequence_parallel_size=2"]):
         found = estimate_memory.needs_of([SFT], given, 4, "cuda")
         assert (found.ranks, found.shares) == (4, 1 + len(given))

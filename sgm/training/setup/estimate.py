@@ -14,6 +14,7 @@ from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.modules.diffusionmodules.image_condition import sampled_frames
 from sgm.modules.encoders.modules import text_is_local
 from sgm.modules.ops.frozen import frozen_parameters
+from sgm.parallel.apply import most_shares
 from sgm.training.distill.engine import DistillationEngine
 from sgm.training.memory import MemoryNeeds
 from sgm.training.options import TrainArgs
@@ -62,6 +63,7 @@ def memory_needs(
         dtype=plan.dtype,
         ranks=replicas,
         shares=config.args.sequence_parallel_size,
+        most_shares=1 if config.args.cuda_graphs or config.args.distill else most_shares(network),
         stage=plan.stage,
         offload=plan.offload,
         moment_bytes=plan.optimizer.moment_bytes,
