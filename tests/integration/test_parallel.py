@@ -21,6 +21,7 @@ from sgm.parallel.team import Layout, ParallelError, choose_layout
 from tests.sampling_tiny import configuration, main, start, write_release, write_yaml
 from tests.training_tiny import configuration as training_configuration
 from tests.training_tiny import run_ranks, write_clips
+from tools.bench import parallel as parallel_bench
 
 SHARES = ("--set", "args.sequence_parallel_size=2")
 
@@ -117,3 +118,9 @@ def test_what_cannot_be_shared_is_said(config, tmp_path, capsys):
     )
     assert train_video.main([str(training), "--dry-run", *cp_size]) == 2
     assert "cp_size asks for 2 processes a clip, which in training" in capsys.readouterr().err
+
+
+def test_the_benchmark_is_for_several_processes(capsys):
+    with pytest.raises(SystemExit):
+        parallel_bench.parse([])
+    assert "start several by `python -m sgm.launch`" in capsys.readouterr().err

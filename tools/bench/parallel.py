@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -56,7 +57,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     what.add_argument("--forward", action="store_true", help="the transformer for one sample in place of them")
     parser.add_argument("--rank", type=int, default=128, help="of the adapter that --training trains; 0: all weights")
     parser.add_argument("--checkpointing", nargs="+", default=list(MODES), choices=MODES, help="of --training")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        parser.error("one process has none to share with: start several by `python -m sgm.launch`, as --help shows")
+    return options
 
 
 @dataclass
