@@ -10,6 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,14 +50,14 @@ class Download:
     _stop: threading.Event = field(default_factory=threading.Event)
 
     def run(self, files: Sequence[HubFile]) -> None:
-        """Bring those that are not there.
+        """Bring those that are not there; what an earlier command brought is compared with the list, too.
 
         Raises:
             HubError: a file cannot be had, or is not what the hub's list says. What has come stays.
             SaveError: it cannot be written.
         """
         pool = ThreadPoolExecutor(AT_ONCE, "download")
-        tasks = [pool.submit(self._fetch, file) for file in files if not self.is_there(file)]
+        tasks = [pool.submit(self._fetch, file) for file in files]
         try:
             done, _ = wait(tasks, return_when=FIRST_EXCEPTION)
             self._stop.set()
@@ -67,7 +68,7 @@ class Download:
             pool.shutdown(cancel_futures=True)
 
     def is_there(self, file: HubFile) -> bool:
-        """Only what was compared with its checksum has its name; the size tells of later accidents."""
+        """Under its name and with its size; another commit's may have both."""
         path = self.folder / file.path
         return path.is_file() and path.stat().st_size == file.size
 
@@ -86,6 +87,11 @@ class Download:
 
     def _fetch(self, file: HubFile) -> None:
         path, part = self.folder / file.path, self._part(file)
+        if self.is_there(file):
+            with suppress(_DamagedError):
+                self._check(file, path)
+                return
+            self.say(f"{file.path} is here from another commit, or damaged; it is fetched anew.")
         with saving(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         for last in (False, True):

@@ -165,6 +165,20 @@ def test_pointers_in_place_of_weights_are_named(hub, tmp_path):
     assert VAE not in fetched(tmp_path)
 
 
+def test_a_file_of_another_commit_with_the_same_size_is_fetched_again(hub, tmp_path, pipeline):
+    hub.broken[SHARD] = 10**6
+    with pytest.raises(HubError, match="breaks off"):
+        get_release(Wish(NAME), print)
+    earlier = tmp_path / "weights" / f"{NAME}.download" / VAE
+    content = (pipeline / VAE).read_bytes()
+    earlier.parent.mkdir(exist_ok=True)
+    earlier.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    hub.broken.clear()
+    said: list[str] = []
+    get_release(Wish(NAME, keep=True), said.append)
+    assert earlier.read_bytes() == content and any("fetched anew" in line for line in said)
+
+
 def test_a_file_that_lost_its_end_later_is_fetched_again(hub, tmp_path, pipeline):
     hub.wrong["model_index.json"] = 10**6
     with pytest.raises(HubError):
