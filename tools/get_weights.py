@@ -1,7 +1,7 @@
 """A released model by its name on the hub: fetched, checked, converted to SAT's layout, with an infer.yaml beside.
 
 python tools/get_weights.py zai-org/CogVideoX-2b
-bash inference.sh --model zai-org/CogVideoX-2b --prompt "A fox in the snow"     # does the same at first use
+bash inference.sh --model NAME --prompt TEXT     # does the same at first use
 """
 
 from __future__ import annotations

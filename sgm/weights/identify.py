@@ -15,7 +15,7 @@ _LAYER = re.compile(r"(?:^|\.)transformer\.layers\.(\d+)\.")
 _ENDS = ("mixins.patch_embed.proj.weight", "mixins.final_layer.linear.weight", "mixins.patch_embed.text_proj.weight")
 # Of what is no transformer in SAT's layout: a pattern of its names, and what to say of it.
 _OTHER_KINDS = {
-    r"\.lora_(A|down|B|up)\.": "a LoRA of another trainer; when sampling, name it in args.lora (--lora)",
+    r"\.lora_(A|down|B|up)\.": "a LoRA of another trainer; to sample with it, name it in args.lora",
     r"^transformer_blocks\.": "a diffusers transformer; convert it with tools/convert_weight_hf2sat.py",
     r"^(encoder\.down|decoder\.up)\.": "a 3D VAE, not a transformer",
     r"^(encoder\.block\.|shared\.weight)": "a T5 text encoder, not a transformer",

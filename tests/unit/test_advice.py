@@ -54,6 +54,7 @@ PRINTED_BY = {
     "sgm/hub/": ("tools/get_weights.py",),
     "sgm/publish/card": ("sample_video.py",),
     "sgm/publish/": ("tools/publish.py",),
+    "sgm/serve/": ("sgm/serve/__main__.py",),
     "sgm/weights/release": ("sample_video.py", *CONVERTERS),  # adapters: training takes none
     "sgm/weights/": ("sample_video.py", "train_video.py"),
     "sgm/util": (
@@ -181,11 +182,10 @@ def parse(script: str, words: list[str]) -> str | None:
 
 @functools.cache
 def options_of(script: str) -> frozenset[str]:
-    """Of a program outside of `sgm/`; none where it is no program."""
+    """Of a program outside of `sgm/`, or a module that is one; none where it is no program."""
     said = io.StringIO()
-    module = (
-        None if script.startswith("sgm/") else importlib.import_module(script.removesuffix(".py").replace("/", "."))
-    )
+    is_program = not script.startswith("sgm/") or script.endswith("/serve/__main__.py")
+    module = importlib.import_module(script.removesuffix(".py").replace("/", ".")) if is_program else None
     if not hasattr(module, "main"):
         return frozenset()
     with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
@@ -241,7 +241,7 @@ def test_a_wrong_command_is_seen():
 
 # --- options and keys ---------------------------------------------------------------------------------------------------
 
-OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*\w")
+OPTION = re.compile(r"(?<![\w(-])--[a-z][\w-]*\w")
 SETTING = re.compile(r"(--set )?\b((?:args|accelerate|deepspeed|data|model)\.[\w.]+)=([^\s,;)`'\"]+)")
 KEY = re.compile(r"(?<![\w.])(args|accelerate)\.([a-z]\w*)")
 RECORDS = {"args": (SampleArgs, TrainArgs), "accelerate": (AccelerateArgs,)}

@@ -1,4 +1,6 @@
-"""Table and picture of what `quality.py --curve` printed: `python tools/bench/quality_curve.py LOG... --out curve.png`.
+"""Table and picture of what `quality.py --curve` printed.
+
+    python tools/bench/quality_curve.py 1.log 2.log 3.log --out curve.png
 
 Several logs (of several seeds) count together. A point for each setting: part of the exact run's layers against the
 PSNR of the decoded clips, mean and least. `--without SEED:PROMPT` leaves a clip out, of the log at that place (from 1).

@@ -1,9 +1,9 @@
 """How well clips that begin with a picture keep to it, and to the motion that their prompts name.
 
-    python tools/demo/make_dataset.py unseen --count 64 --two 0 --pictures ...
-    python sample_video.py configs/demo_i2v_infer.yaml --input-file unseen/prompts.txt --output-dir samples
-    python tools/demo/score_pictures.py unseen --samples samples
-    python tools/demo/score_pictures.py unseen               the drawn clips: what the scorer makes of the truth
+    python tools/demo/make_dataset.py UNSEEN --count 64 --two 0 --pictures
+    python sample_video.py configs/demo_i2v_infer.yaml --input-file UNSEEN/prompts.txt --output-dir SAMPLES
+    python tools/demo/score_pictures.py UNSEEN --samples SAMPLES
+    python tools/demo/score_pictures.py UNSEEN               the drawn clips: what the scorer makes of the truth
 
 Of each clip: the first frame's PSNR to the picture; the motion, by `tools/demo/measure.py`; colour and shape of each
 shape, and the background, as the last frame alone shows them. A sample's JSON names its picture, and the data set's
