@@ -68,7 +68,7 @@ def choose_layout(
     Args:
         guided: the sampler asks for both branches.
         cfg_parallel: each branch by processes of its own; None: where it helps.
-        sequence: processes that share the tokens; None: where it helps.
+        sequence: processes that share the tokens; 1: never; None: where it helps.
         together: least number of processes a clip, where neither of the two is asked for (`cp_size`).
         most_shares: most processes that can share the tokens, see `sgm.parallel.apply.most_shares`; None: any number.
     Raises:
@@ -76,7 +76,9 @@ def choose_layout(
     """
     if cfg_parallel and not guided:
         raise ParallelError("args.cfg_parallel shares out the branches of guidance, and here is one; leave it out.")
-    if cfg_parallel or sequence:
+    if sequence == 1:
+        most_shares = together = 1
+    if cfg_parallel or (sequence or 1) > 1:
         guidance = BRANCHES if cfg_parallel else 1
         clip = guidance * (sequence or 1)
         if world % clip:

@@ -90,6 +90,8 @@ def test_processes_divide_as_asked_or_as_the_videos_need_them():
     assert choose_layout(8, 1, guided=False, most_shares=4) == Layout(2, 1, 4)
     assert choose_layout(4, 1, guided=True, most_shares=1) == Layout(2, 2, 1)
     assert choose_layout(3, 1, guided=True, most_shares=1) == Layout(3)
+    assert choose_layout(4, 1, guided=True, sequence=1) == Layout(2, 2, 1)
+    assert choose_layout(4, 1, guided=True, cfg_parallel=False, sequence=1, together=2) == Layout(4)
     assert shares_of(30, 4) == [8, 8, 7, 7] and shares_of(17_776, 16) == [1111] * 16
     for wrong in ({"sequence": 3}, {"sequence": 4, "cfg_parallel": True}):
         with pytest.raises(ParallelError, match="start a multiple, as in NPROC="):
