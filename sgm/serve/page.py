@@ -23,7 +23,7 @@ from sgm.serve import views
 from sgm.serve.answers import ApiError
 from sgm.serve.desk import Desk, same_again
 from sgm.serve.jobs import FAST, FEW_STEPS, FULL, Job, ModelFacts
-from sgm.serve.records import RecordError, read_fields
+from sgm.serve.records import RecordError, left_out, read_fields
 from sgm.serve.uploads import Upload
 
 TICK_SECONDS = 1.0
@@ -202,6 +202,8 @@ class Page:
 
     def _filled(self, fields: Mapping[str, Sequence[str]], start: str | None) -> list[Any]:
         """A value for each component of the form."""
+        if told := left_out(fields, start is not None):
+            gr.Warning(told, title="Not quite the same")
         values: dict[str, Any] = {name: (fields.get(name) or [""])[0] for name in self.fields}
         adapter, _, scale = (fields.get("lora") or [f"{NO_ADAPTER}:1"])[0].partition(":")
         values |= {"adapter": adapter, "scale": float(scale or 1), "refine": values["refine"] == "true"}

@@ -33,6 +33,8 @@ def read_fields(path: Path, offer: Offer) -> dict[str, Sequence[str]]:
 
 def fields_of_record(record: Mapping[str, Any], offer: Offer) -> dict[str, Sequence[str]]:
     """See `read_fields`. Raises KeyError, TypeError, ValueError: entries are missing, or others."""
+    if record.get("extend"):
+        raise RecordError("the clip goes on with another one (extend), which this server does not do.")
     height, width = record["size"]
     frames = STRIDES.pixel_frames(int(record["latent_frames"]))
     mode, adapters = _mode_and_adapters(record, offer)
@@ -51,6 +53,18 @@ def fields_of_record(record: Mapping[str, Any], offer: Offer) -> dict[str, Seque
     if mode != FEW_STEPS:
         numbers["steps"] = record["num_steps"]
     return fields | {name: [f"{float(value):g}"] for name, value in numbers.items() if value is not None}
+
+
+def left_out(fields: Mapping[str, Sequence[str]], started: bool) -> str:
+    """What a form with one adapter and one start cannot show of a request; "" where it shows all of it.
+
+    Args:
+        started: whether the file that the clip began with is there.
+    """
+    adapters = fields.get("lora") or []
+    told = [f"Of the adapters {', '.join(adapters)} the form takes the first alone."] if len(adapters) > 1 else []
+    told += ["The clip began with a video: choose it, too."] if fields.get("strength") and not started else []
+    return " ".join(told)
 
 
 def _mode_and_adapters(record: Mapping[str, Any], offer: Offer) -> tuple[str, list[str]]:

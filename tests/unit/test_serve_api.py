@@ -20,7 +20,7 @@ from sgm.serve.guard import Keys, KeysError
 from sgm.serve.limits import Limits
 from sgm.serve.maker import Maker
 from sgm.serve.parameters import Offer, OfferedAdapter, clip_request
-from sgm.serve.records import RecordError, read_fields
+from sgm.serve.records import RecordError, left_out, read_fields
 from sgm.serve.run import _usual_name
 from sgm.serve.store import JobStore
 from tests.serve_tiny import FACTS, PICTURES, paint, request
@@ -331,6 +331,12 @@ def test_same_again_from_a_request_and_from_a_record(tmp_path):
     file.write_text(json.dumps({**record, "lora": ["/adapters/moon"]}))
     with pytest.raises(RecordError, match="does not offer"):
         read_fields(file, OFFER)
+    file.write_text(json.dumps({**record, "extend": 8}))
+    with pytest.raises(RecordError, match="goes on with another one"):
+        read_fields(file, OFFER)
+    assert "star:0.5, moon:1 the form takes the first" in left_out({"lora": ["star:0.5", "moon:1"]}, True)
+    assert "choose it, too" in left_out({"strength": ["0.5"]}, False)
+    assert not left_out({"strength": ["0.5"], "lora": ["star:1"]}, True)
     for text in ("[]", "{}", "{", '{"prompt": 1}'):
         file.write_text(text)
         with pytest.raises(RecordError, match="no record of a clip"):
