@@ -221,6 +221,8 @@ class TextToVideo:
         Raises:
             What a call would.
         """
+        if every < 1:
+            raise ConfigError(f"every is {every}; it must be 1 or more: a preview after each so many steps.")
         listening = threading.Event()
         listening.set()
         heard: queue.Queue[Preview | Video | BaseException] = queue.Queue(maxsize=1)

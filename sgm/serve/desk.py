@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 
-from sgm.files import remove, write_failed
+from sgm.files import SaveError, remove, replacing, saving, sync_folder
 from sgm.serve.answers import ApiError
 from sgm.serve.jobs import EXPIRED, ID, QUEUED, RUNNING, ClipRequest, Job
 from sgm.serve.limits import Limits
@@ -77,10 +77,13 @@ class Desk:
     def _keep(self, job_id: str, upload: Upload) -> None:
         folder = self.store.files(job_id).folder
         try:
-            folder.mkdir()
-            (folder / upload.name).write_bytes(upload.data)
-        except OSError as error:
-            raise ApiError(507, str(write_failed(folder, error)), None, "no_room") from error
+            with saving(folder):
+                folder.mkdir()
+            with replacing(folder / upload.name) as temporary:  # on the disk, as the job will be
+                temporary.write_bytes(upload.data)
+            sync_folder(self.store.folder)
+        except SaveError as error:
+            raise ApiError(507, str(error), None, "no_room") from error
 
     def _discard(self, job_id: str) -> None:
         with suppress(OSError):

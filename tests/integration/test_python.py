@@ -176,6 +176,8 @@ def test_a_stream_ends_with_the_video_or_where_nobody_listens(model):
     assert isinstance(last, Video) and digest(last) == digest(model("a dog", seed=1, steps=5))
     with pytest.raises(PromptError, match="prompt 0 is blank"):
         list(model.stream("  "))
+    with pytest.raises(ConfigError, match="every is 0"):
+        next(model.stream("a dog", every=0))
     stream = model.stream("a dog", steps=40)
     next(stream)
     with pytest.raises(SamplingError, match=r"let that one end, or close\(\)"):

@@ -125,6 +125,7 @@ def test_a_file_is_what_its_content_says(client, desk):
         response = client.post("/v1/videos", data={"prompt": "a", "model": "pictures"}, files=files)
         assert "no whole PNG" in refused(response, 400)
     assert [path.name for path in desk.store.folder.iterdir() if path.is_dir()] == [job.id]
+    assert [path.name for path in desk.store.files(job.id).folder.iterdir()] == ["start.png"]
     jpeg, picture = io.BytesIO(), Image.new("RGB", (8, 8))
     picture.save(jpeg, "MPO", save_all=True, append_images=[picture])  # as telephones write JPEG
     files = {"input_reference": jpeg.getvalue()}
