@@ -10,10 +10,12 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from sgm import distributed
 from sgm.modules.autoencoding.strides import STRIDES
 from sgm.training import evaluate
 from sgm.training.eval_prompts import eval_prompts
 from sgm.training.evaluate import Evaluation
+from sgm.training.watch.run_log import RunLog
 
 
 class Numbers(Dataset):
@@ -106,3 +108,15 @@ def test_ranks_share_what_one_would_do(ranks):
         evaluation(batches=2).run(engine, 1, None)
         shared.append(engine.seen)
     assert [seen for turn in zip(*shared, strict=True) for seen in turn] == alone.seen
+
+
+def test_of_processes_that_share_a_clip_one_writes_what_people_look_at(tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "own_rank", lambda: (1, 2))
+    monkeypatch.setattr(evaluate, "own_rank", distributed.own_rank)
+    distributed.share_clips(distributed.ClipGroup(2))
+    try:
+        assert distributed.data_parallel_rank() == 0
+        evaluate.Files(tmp_path, 1, 8, RunLog(None, 1, None)).text(["a caption"])
+    finally:
+        distributed.share_clips(distributed.ClipGroup())
+    assert not list(tmp_path.iterdir())
