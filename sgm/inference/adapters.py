@@ -18,10 +18,10 @@ from sgm.weights.release import Checkpoint, locate, read_transformer
 FEW_STEPS = "few_steps"  # entry of a header
 
 
-def with_adapters(config: RunConfig[SampleArgs]) -> RunConfig[SampleArgs]:
+def with_adapters(config: RunConfig[SampleArgs], *, fetch: bool = True) -> RunConfig[SampleArgs]:
     """Under `few_steps` the student is the first of the adapters, unless `args.lora` names it: then its scale counts.
 
-    What only decodes latents has no use for a student.
+    What only decodes latents has no use for a student. With `fetch`, what is named as in the hub is brought here.
 
     Raises:
         ConfigError: two entries of `args.lora` are one adapter, which would count twice.
@@ -29,7 +29,7 @@ def with_adapters(config: RunConfig[SampleArgs]) -> RunConfig[SampleArgs]:
     args = config.args
     if args.decode_latents:
         return replace(config, args=replace(args, few_steps=False))
-    args = replace(args, lora=[_here(text) for text in args.lora])
+    args = replace(args, lora=[_here(text) if fetch else text for text in args.lora])
     named: dict[tuple[Path, ...], str] = {}
     for text in args.lora:
         files = adapter_files(text)

@@ -26,7 +26,7 @@ def checked(config: RunConfig[SampleArgs], *, paths: bool = True) -> RunConfig[S
     from sgm.models.diffusion import SATVideoDiffusionEngine
 
     config = replace(config, model=check_model_section(config.model, SATVideoDiffusionEngine))
-    config = with_adapters(with_found_paths(config))
+    config = with_adapters(with_found_paths(config), fetch=paths)
     if paths:
         check_paths(*_paths_to_check(config), small_decoder=config.args.decoder == "small")
     return config

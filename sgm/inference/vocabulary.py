@@ -24,6 +24,7 @@ from sgm.config import ConfigError, merge_yaml
 from sgm.inference.adapters import adapter_files
 from sgm.inference.options import SampleArgs
 from sgm.inference.prompts import Prompt, find_prompt_file
+from sgm.places import CONFIGS
 
 _WORD = re.compile(r"[^\W\d_]+(?:['\u2019-][^\W\d_]+)*")
 _SHOWN = 12  # words in a note
@@ -176,4 +177,6 @@ def words_note(args: SampleArgs, config_files: Sequence[Path], prompts: Sequence
     taught = [text for text in args.lora if adapter_files(text) != own]
     if args.vocabulary is None or taught or args.refine:
         return None
-    return Vocabulary.read(find_prompt_file(args.vocabulary, config_files)).note([prompt.text for prompt in prompts])
+    # Beside the YAML files, or in configs/, from where a shipped file's name for it holds.
+    file = find_prompt_file(args.vocabulary, [CONFIGS / "any.yaml", *config_files])
+    return Vocabulary.read(file).note([prompt.text for prompt in prompts])

@@ -230,20 +230,18 @@ def test_weights_of_another_kind_are_one_error(sections, config, capsys, picture
 def test_the_python_of_the_docs_gives_what_the_command_gives(config, picture, tmp_path, monkeypatch):
     text = (REPO / "docs" / "family.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    file = config("5b_i2v", sampling_fps=8, only_save_latents=True)
+    file = config("5b_i2v", sampling_fps=8)
     for shown, here in {
         "configs/cogvideox_5b_i2v_infer.yaml": str(file),
         "fox.png": str(picture),
-        "cuda": "cpu",
     }.items():
         assert code.count(shown) == 1
         code = code.replace(shown, here)
     monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
-    exec(code, names)
-    assert iio.imread(tmp_path / "fox.mp4").shape == (1, 16, 32, 3)
+    exec(code, {})
     assert main(file, "--prompt", f"It turns its head@@{picture}") == 0
-    assert read_latents(next((tmp_path / "out").rglob("latents.safetensors")))[0].equal(names["latents"][0])
+    made = [iio.imread(file) for file in (tmp_path / "fox.mp4", next((tmp_path / "out").rglob("*.mp4")))]
+    assert made[0].shape[1:] == (16, 32, 3) and (made[0] == made[1]).all()
 
 
 def test_a_picture_is_encoded_whole_where_frames_are_decoded_in_tiles(config, picture, monkeypatch):

@@ -83,7 +83,7 @@ def test_command(words, packages):
         _installation(rest[rest.index("install") :])
         return
     if rest[:2] == ["-m", "sgm.launch"]:
-        rest = rest[next(k for k, word in enumerate(rest) if word.endswith(".py")) :]
+        rest = rest[next(k for k, word in enumerate(rest) if k > 1 and (word.endswith(".py") or word == "-m")) :]
     if rest[:1] == ["-m"]:
         (script, *arguments) = rest[rest.index("sgm") :] if "sgm" in rest else rest[1:]
     else:
