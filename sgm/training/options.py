@@ -13,6 +13,8 @@ from sgm.training.distill.options import DistillArgs
 from sgm.training.optimizers.schedule import STYLES, ScheduleError, ScheduleSettings
 from sgm.typed import ConfigError, PathText, option
 
+AUTO = "auto"  # of a switch: where it goes with the rest
+
 # (lowest, recommended, highest) rates with Adam; a run outside is warned. See `sensible_rates`.
 PUBLISHED_WIDTH = 1920  # of CogVideoX-2B, for which these are meant
 FULL_RATES = (1e-7, 1e-5, 1e-4)
@@ -133,10 +135,12 @@ class TrainArgs:
         "keep the inputs of layers that are run again in CPU memory until the backward pass: the same numbers, less "
         "memory. Needs checkpoint_activations",
     )
-    stream_frozen: bool = option(
+    stream_frozen: bool | str = option(
         False,
         "keep frozen weights of the transformer's blocks in CPU memory; they come to the GPU block by block: the same "
-        "numbers, less memory. Needs checkpoint_activations; without effect where all weights learn",
+        "numbers, less memory. Needs checkpoint_activations; without effect where all weights learn; auto: where it "
+        "goes with the rest",
+        choices=(False, True, AUTO),
     )
     vae_low_memory: bool = option(False, "encode clips a few frames at a time: the same result, less memory, slower")
     model_parallel_size: int = option(1, "processes that share each layer (tensor parallelism)", at_least=1)

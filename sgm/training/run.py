@@ -50,7 +50,13 @@ from sgm.training.setup.clips import check_clips
 from sgm.training.setup.data import cache_request, clip_sets, left_out, training_loader
 from sgm.training.setup.deepspeed import DeepSpeedPlan, plan_deepspeed
 from sgm.training.setup.estimate import memory_needs, planned_needs
-from sgm.training.setup.model import arrange_first_stage, checkpointing_mode, load_engine, training_kernels
+from sgm.training.setup.model import (
+    arrange_first_stage,
+    checkpointing_mode,
+    load_engine,
+    stream_obstacles,
+    training_kernels,
+)
 from sgm.training.setup.places import check_places, with_found_places
 from sgm.training.setup.run_folder import (
     check_writable,
@@ -164,7 +170,7 @@ def _load(
     types = plan.dtype + (", products in bf16" if engine.kernels.cpu_bf16 else "")
     say(f"training {count(groups):,} of {sum(p.numel() for p in engine.parameters()):,} values; {info.world_size} "
         f"process{'es' if info.world_size > 1 else ''}, {types}, ZeRO {plan.stage}")  # fmt: skip
-    say("\n".join([*_frozen_lines(engine, args), *needs.report(free_memory(info.device))]))
+    say("\n".join([*_frozen_lines(engine, args, plan), *needs.report(free_memory(info.device))]))
     return _Loaded(earlier, cache, folder, engine, groups, needs)
 
 
@@ -331,10 +337,12 @@ def _activation_note(config: RunConfig[TrainArgs]) -> list[str]:
     return [f"checkpoint_activations is {outer} in args and {inner} in transformer_args: {mode} holds"]
 
 
-def _frozen_lines(engine: SATVideoDiffusionEngine, args: TrainArgs) -> list[str]:
+def _frozen_lines(engine: SATVideoDiffusionEngine, args: TrainArgs, plan: DeepSpeedPlan) -> list[str]:
     """Where the frozen weights of blocks lie, if that was asked for."""
     if not args.stream_frozen:
         return []
+    if engine.frozen is None and (obstacles := stream_obstacles(args, plan, engine)):
+        return [f"note: frozen weights stay on the device (args.stream_frozen: auto): {' and '.join(obstacles)}"]
     if engine.frozen is None:
         return ["note: args.stream_frozen has no effect: all weights of the blocks learn"]
     kind = "pinned " if engine.frozen.pinned else ""

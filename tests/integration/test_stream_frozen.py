@@ -12,7 +12,7 @@ import torch
 from sgm.config import ConfigError, load_run_config
 from sgm.training.options import TrainArgs
 from sgm.training.run import train
-from sgm.training.setup.model import checked_engine, streams_frozen, training_model_section
+from sgm.training.setup.model import checked_engine, stream_obstacles, streams_frozen, training_model_section
 from tests.integration.test_training_runs import records
 from tests.training_tiny import configuration, write_clips, write_release, write_yaml
 
@@ -92,6 +92,12 @@ def test_what_does_not_go_with_it_is_refused(parts):
     )
     assert "deepspeed.zero_optimization.stage: 3" in refused(zero_3)
     assert "args.model_parallel_size above 1" in refused(model_parallel_size=2)
+    wished = dataclasses.replace(config.args, checkpoint_activations=True, stream_frozen="auto")
+    engine = checked_engine(training_model_section(config.model, wished), wished, zero_2)
+    assert streams_frozen(wished, zero_2, engine)
+    assert not streams_frozen(wished, zero_3, engine) and stream_obstacles(wished, zero_3, engine) == [
+        "deepspeed.zero_optimization.stage: 3"
+    ]
     assert "where more than LoRA learns" in refused(
         prefixes=("model.diffusion_model.final_layer",), prior_data=[str(parts.release)]
     )

@@ -25,7 +25,7 @@ from sgm.parallel.apply import check_shares
 from sgm.training.distill.checks import check_distill
 from sgm.training.distill.engine import DistillationEngine
 from sgm.training.memory import room_to_pin
-from sgm.training.options import TrainArgs
+from sgm.training.options import AUTO, TrainArgs
 from sgm.training.prior import BaseNetwork
 from sgm.training.setup.deepspeed import DeepSpeedPlan
 from sgm.util import instantiate_from_config
@@ -149,12 +149,20 @@ def streams_frozen(args: TrainArgs, plan: DeepSpeedPlan, engine: SATVideoDiffusi
     Raises:
         ConfigError: it does not go with the rest of a configuration.
     """
+    obstacles = stream_obstacles(args, plan, engine)
+    if args.stream_frozen != AUTO:
+        _refuse_with("args.stream_frozen", dict.fromkeys(obstacles, True))
+    return bool(args.stream_frozen) and not obstacles and bool(streamed_parameters(engine))
+
+
+def stream_obstacles(args: TrainArgs, plan: DeepSpeedPlan, engine: SATVideoDiffusionEngine) -> list[str]:
+    """What keeps frozen weights of blocks from being streamed; nothing where there are none, or nobody asks."""
     if not args.stream_frozen:
-        return False
+        return []
     engine.freeze_untrained()
     network = engine.network
     if not streamed_parameters(engine):
-        return False
+        return []
     whole = "all" not in engine.not_trainable_prefixes or engine.also_trainable_prefixes or network.further_configs
     obstacles = {
         "checkpoint_activations: false": not network.transformer.checkpoint_activations,
@@ -163,8 +171,7 @@ def streams_frozen(args: TrainArgs, plan: DeepSpeedPlan, engine: SATVideoDiffusi
         "args.model_parallel_size above 1": args.model_parallel_size > 1,
         "args.prior_data or args.distill where more than LoRA learns": (args.prior_data or args.distill) and whole,
     }
-    _refuse_with("args.stream_frozen", obstacles)
-    return True
+    return [name for name, there in obstacles.items() if there]
 
 
 def streamed_parameters(engine: SATVideoDiffusionEngine) -> list[torch.Tensor]:
