@@ -20,7 +20,7 @@ from sgm.cache.shards import CacheError
 from sgm.cache.store import CacheStore, FileStamp, Seen, frame_key, text_key, video_key
 from sgm.data.clips import CLIP_FAULTS, ClipSettings, load_frames, to_unit_range
 from sgm.data.scan import reason_of
-from sgm.data.workers import leave_signals_to_parent
+from sgm.data.workers import leave_signals_to_parent, meet_in_short_folder
 from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
 from sgm.modules.encoders.modules import FrozenT5Embedder
 from sgm.modules.ops.choice import Kernels
@@ -228,6 +228,8 @@ def _examined(
 ) -> Iterator[Examined]:
     """Videos as workers finish them, one after the other."""
     videos = _Videos([clip.path for clip in clips], settings, known)
+    if workers:
+        meet_in_short_folder()
     loader: DataLoader[Examined] = DataLoader(
         videos,
         batch_size=None,

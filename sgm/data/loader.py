@@ -13,7 +13,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 from sgm.data.buckets import BucketSampler
 from sgm.data.collate import collate
 from sgm.data.sampler import ClipSampler, SamplerState
-from sgm.data.workers import leave_signals_to_parent
+from sgm.data.workers import leave_signals_to_parent, meet_in_short_folder
 
 Batch = dict[str, Any]
 
@@ -126,6 +126,8 @@ def read_in_processes(
     dataset: Dataset, sampler: ClipSampler, batch_size: int, workers: int, ahead: int, pin: bool
 ) -> Batches:
     """Batches by torch's worker processes; see `ReadBatches`."""
+    if workers:
+        meet_in_short_folder()
     return DataLoader(
         dataset,
         batch_size=batch_size,

@@ -1,10 +1,32 @@
-"""In a worker process: which signals it answers to."""
+"""Worker processes: where they meet, and which signals they answer to."""
 
 from __future__ import annotations
 
+import multiprocessing.util
 import os
 import signal
+import tempfile
 import threading
+
+_SOCKET = len("/pymp-12345678/listener-12345678")  # what multiprocessing puts behind the folder of temporary files
+_LONGEST = 100  # bytes of a socket's path; macOS has room for 103
+
+
+def meet_in_short_folder() -> None:
+    """Let this process and its workers exchange tensors although the path of $TMPDIR may be long.
+
+    They do it by sockets in the folder of temporary files. Where its path is too long for one, Python 3.11 raises in a
+    thread of the worker, and whoever waits for a batch waits for ever; later releases choose /tmp by themselves, too
+    (cpython issue 132124). Without effect where the folder is in use already.
+    """
+    if len(os.fsencode(tempfile.gettempdir())) + _SOCKET <= _LONGEST:
+        return
+    before = tempfile.tempdir
+    tempfile.tempdir = "/tmp"
+    try:
+        multiprocessing.util.get_temp_dir()  # made now, known to the workers, removed at the end
+    finally:
+        tempfile.tempdir = before
 
 
 def leave_signals_to_parent(worker_id: int) -> None:

@@ -10,7 +10,8 @@ import sqlite3
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import uvicorn
@@ -54,10 +55,11 @@ def serve(options: argparse.Namespace, check: Callable[[], None]) -> int:
     )
     folder = options.output_dir.resolve()
     require_writable(folder)
-    with _listening(options.host, options.port) as listener, try_lock(folder / "server.lock") as alone:
-        if not alone:
+    with ExitStack() as stack:
+        listener = stack.enter_context(_listening(options.host, options.port))
+        if not stack.enter_context(try_lock(folder / "server.lock")):
             raise ServeError(f"another server is at work in {folder}; choose another --output-dir.")
-        _keep_files_in(folder)
+        stack.enter_context(_files_kept_in(folder))
         store = JobStore(folder)
         store.sweep()
         supervisor = Supervisor(_order(options, folder, adapters), store, options.workers)
@@ -121,14 +123,23 @@ def _listening(host: str, port: int) -> socket.socket:
         raise ServeError(f"cannot listen at {host}, port {port}: {reason}. Choose another --port (0: any).") from error
 
 
-def _keep_files_in(folder: Path) -> None:
+@contextmanager
+def _files_kept_in(folder: Path) -> Iterator[None]:
     """What libraries write on the way (bodies of requests, uploads of the page) stays below the output folder, too."""
     temporary = folder / "temporary"
     if temporary.exists():
         remove(temporary)  # what was under way when an earlier server ended
     temporary.mkdir()
+    before = tempfile.tempdir, {name: os.environ.get(name) for name in ("TMPDIR", "GRADIO_TEMP_DIR")}
     tempfile.tempdir = str(temporary)
-    os.environ["TMPDIR"] = os.environ["GRADIO_TEMP_DIR"] = str(temporary)
+    os.environ.update(dict.fromkeys(before[1], str(temporary)))
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before[0]
+        for name, value in before[1].items():
+            os.environ.pop(name)
+            os.environ.update({} if value is None else {name: value})
 
 
 def _hosts(options: argparse.Namespace) -> Iterable[str] | None:

@@ -34,6 +34,7 @@ PAGES = [
     REPO / "CONTRIBUTING.md",
     REPO / "demo" / "README.md",
     REPO / "demo" / "student" / "README.md",
+    REPO / "demo" / "i2v" / "README.md",
     *sorted((REPO / "docs").glob("*.md")),
 ]
 TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)

@@ -170,12 +170,18 @@ def test_a_dying_rank_ends_the_job(config, tmp_path):
 
 
 def test_sigterm_to_the_whole_job_saves_and_leaves(config, tmp_path):
-    """Schedulers send it to every process: to the workers and their decoders, too."""
-    log = tmp_path / "log.txt"
+    """Schedulers send it to every process: to the workers and their decoders, too. They give long folders as well."""
+    log, scratch = tmp_path / "log.txt", tmp_path / ("scratch" * 14)
+    scratch.mkdir()
     path = config(train_iters=9000, num_workers=1, save_interval=2)
     with log.open("w") as out:
         job = subprocess.Popen(
-            command(path), env=environment(), stdout=out, stderr=out, cwd=REPO, start_new_session=True
+            command(path),
+            env=environment(TMPDIR=str(scratch)),
+            stdout=out,
+            stderr=out,
+            cwd=REPO,
+            start_new_session=True,
         )
     try:
         wait_for("/2\n", job, log)

@@ -286,7 +286,7 @@ def test_the_comparing_tool(
 
 def test_a_diffusers_adapter_is_no_transformer(adapter: Path, tmp_path: Path) -> None:
     export_lora(ToHf(tmp_path / "lora", adapter))
-    with pytest.raises(ValueError, match="a LoRA of another trainer; when sampling, name it in args.lora"):
+    with pytest.raises(ValueError, match="a LoRA of another trainer; to sample with it, name it in args.lora"):
         read_transformer(tmp_path / "lora" / "pytorch_lora_weights.safetensors")
 
 
