@@ -19,6 +19,7 @@ from sgm.data.decoder import DecodeProcess
 from sgm.data.frames import ClipError, ClipShape, check_settings, frame_indices
 from sgm.data.sources import ListedClip, is_image
 from sgm.data.video_io import DECODE_TIMEOUT, VideoError, VideoInfo, probe, read_frames
+from sgm.data.workers import empty_to_hand_over
 from sgm.errors import SgmError
 from sgm.files import LFS_MAGIC, LFS_POINTER
 
@@ -236,7 +237,7 @@ def load_frames(video: str | Path, settings: ClipSettings) -> Tensor:
 
 def to_unit_range(frames: Tensor) -> Tensor:
     """uint8 to float32 in [-1, 1]."""
-    out = torch.empty_like(frames, dtype=torch.float32)
+    out = empty_to_hand_over(frames.shape, torch.float32)
     for source, target in zip(frames, out, strict=True):  # one at a time stays in the processor's cache
         torch.sub(source, 127.5, out=target).div_(127.5)
     return out

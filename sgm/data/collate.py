@@ -23,7 +23,11 @@ def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     kind = "mp4" if "mp4" in items[0] else "moments"
     names = [item.get("path", f"clip {i}") for i, item in enumerate(items)]
     require_one_shape([tuple(item[kind].shape) for item in items], names, "" if kind == "mp4" else "encoded ")
-    return default_collate(list(items))
+    if len(items) > 1:
+        return default_collate(list(items))
+    (item,) = items  # its frames as they lie: a copy would be as large again
+    rest = default_collate([{name: value for name, value in item.items() if name != kind}])
+    return {name: item[kind][None] if name == kind else rest[name] for name in item}
 
 
 def require_one_shape(shapes: Sequence[tuple[int, ...]], names: Sequence[str], frames: str = "") -> None:

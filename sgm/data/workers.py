@@ -1,12 +1,18 @@
-"""Worker processes: where they meet, and which signals they answer to."""
+"""Worker processes: where they meet, what they hand over, and which signals they answer to."""
 
 from __future__ import annotations
 
+import math
 import multiprocessing.util
 import os
 import signal
 import tempfile
 import threading
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.data import get_worker_info
 
 _SOCKET = len("/pymp-12345678/listener-12345678")  # what multiprocessing puts behind the folder of temporary files
 _LONGEST = 100  # bytes of a socket's path; macOS has room for 103
@@ -45,3 +51,11 @@ def _exit_on_sigterm_from(parent: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)
+
+
+def empty_to_hand_over(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A contiguous tensor without values; in a worker it lies in memory that its parent gets without a copy."""
+    if get_worker_info() is None:
+        return torch.empty(tuple(shape), dtype=dtype)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)  # as torch's own collate does
+    return torch.empty(0, dtype=dtype).set_(storage).view(*shape)
