@@ -104,3 +104,15 @@ def write_kind(release: Path, kind: str) -> dict[str, Any]:
     model = kind_section(release, kind)
     training_tiny.write_release(release, model["network_config"])
     return model
+
+
+def write_short(section: dict[str, Any], folder: Path, **args: Any) -> Path:
+    """`folder`/c.yaml: sampling with a section of `write_kind`, whose network gets positions for 9 frames of 16x32."""
+    model = copy.deepcopy(section)
+    model["network_config"]["params"]["num_frames"] = 9
+    release = Path(model["first_stage_config"]["params"]["ckpt_path"]).parents[1]
+    given = {
+        "load": str(release / "transformer"), "force_inference": True, "device": "cpu",
+        "sampling_image_size": [16, 32], "output_dir": str(folder / "out"), **args,
+    }  # fmt: skip
+    return training_tiny.write_yaml(folder / "c.yaml", {"args": given, "model": model})

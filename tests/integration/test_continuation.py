@@ -16,9 +16,9 @@ from sgm.inference.fit import SamplingError
 from sgm.inference.noise import SampleId
 from sgm.inference.options import SampleArgs
 from sgm.inference.pipeline import Pipeline
-from tests.family_tiny import kind_section, write_kind
+from tests.family_tiny import kind_section, write_kind, write_short
 from tests.sampling_tiny import main
-from tests.training_tiny import write_clips, write_yaml
+from tests.training_tiny import write_clips
 
 KINDS = ("2b", "1.5_5b")
 LATENTS = {"1.5_5b": 4, "1.5_5b_i2v": 4}  # of 9 frames, as 3 of the others
@@ -42,15 +42,8 @@ def config(sections, tmp_path):
     """Writes a sampling configuration of two steps for a kind, whose network has positions for 9 frames."""
 
     def write(kind: str, **args: Any) -> Path:
-        model = json.loads(json.dumps(sections[kind]))
-        model["network_config"]["params"]["num_frames"] = 9
-        release = Path(model["first_stage_config"]["params"]["ckpt_path"]).parents[1]
-        given = {
-            "load": str(release / "transformer"), "force_inference": True, "device": "cpu", "num_steps": 2,
-            "sampling_num_frames": LATENTS.get(kind, 3), "sampling_image_size": [16, 32],
-            "output_dir": str(tmp_path / "out"), **args,
-        }  # fmt: skip
-        return write_yaml(tmp_path / "c.yaml", {"args": given, "model": model})
+        asked = {"num_steps": 2, "sampling_num_frames": LATENTS.get(kind, 3), **args}
+        return write_short(sections[kind], tmp_path, **asked)
 
     return write
 
