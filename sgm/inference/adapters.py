@@ -18,10 +18,20 @@ from sgm.weights.release import Checkpoint, locate, read_transformer
 FEW_STEPS = "few_steps"  # entry of a header
 
 
-def with_adapters(config: RunConfig[SampleArgs], *, fetch: bool = True) -> RunConfig[SampleArgs]:
+def with_fetched(config: RunConfig[SampleArgs]) -> RunConfig[SampleArgs]:
+    """`config` with local files of the adapters that it names as in the hub; they are fetched at first use.
+
+    Raises:
+        HubError, SaveError: one is not to be had.
+    """
+    args = config.args
+    return config if args.decode_latents else replace(config, args=replace(args, lora=[*map(_here, args.lora)]))
+
+
+def with_adapters(config: RunConfig[SampleArgs]) -> RunConfig[SampleArgs]:
     """Under `few_steps` the student is the first of the adapters, unless `args.lora` names it: then its scale counts.
 
-    What only decodes latents has no use for a student. With `fetch`, what is named as in the hub is brought here.
+    What only decodes latents has no use for a student.
 
     Raises:
         ConfigError: two entries of `args.lora` are one adapter, which would count twice.
@@ -29,7 +39,6 @@ def with_adapters(config: RunConfig[SampleArgs], *, fetch: bool = True) -> RunCo
     args = config.args
     if args.decode_latents:
         return replace(config, args=replace(args, few_steps=False))
-    args = replace(args, lora=[_here(text) if fetch else text for text in args.lora])
     named: dict[tuple[Path, ...], str] = {}
     for text in args.lora:
         files = adapter_files(text)
@@ -39,7 +48,6 @@ def with_adapters(config: RunConfig[SampleArgs], *, fetch: bool = True) -> RunCo
                 "whole scale: --lora PATH:SCALE."
             )
         named[files] = text
-    config = replace(config, args=args)
     if not args.few_steps or args.student is None or adapter_files(args.student) in named:
         return config
     return replace(config, args=replace(args, lora=[args.student, *args.lora]))

@@ -106,7 +106,7 @@ class Pipeline:
     """
 
     def __init__(self, config: RunConfig[SampleArgs], device: torch.device, *, with_text_encoder: bool = True):
-        config, self.notes = with_few_steps(with_adapters(config, fetch=False))  # what is to be said of it
+        config, self.notes = with_few_steps(with_adapters(config))  # what is to be said of it
         self.device = device
         self.placement = Placement(config.args.placement, device)
         model = for_inference(config.model)
@@ -139,7 +139,7 @@ class Pipeline:
             SamplingError: its options do not fit the model, or each other.
         """
         check_same_model(self.config, config)
-        config, self.notes = with_few_steps(with_adapters(config, fetch=False))
+        config, self.notes = with_few_steps(with_adapters(config))
         self.engine.sampler = instantiate_from_config(config.model["sampler_config"])
         self._take(config, held)
         if self.args.lora != self._adapters:

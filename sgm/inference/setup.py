@@ -10,7 +10,7 @@ import torch
 
 from sgm.config import ConfigError, RunConfig, check_model_section
 from sgm.distributed import DistInfo, init_distributed
-from sgm.inference.adapters import with_adapters
+from sgm.inference.adapters import with_adapters, with_fetched
 from sgm.inference.options import SampleArgs
 from sgm.weights.preflight import check_paths, with_found_paths
 
@@ -26,7 +26,8 @@ def checked(config: RunConfig[SampleArgs], *, paths: bool = True) -> RunConfig[S
     from sgm.models.diffusion import SATVideoDiffusionEngine
 
     config = replace(config, model=check_model_section(config.model, SATVideoDiffusionEngine))
-    config = with_adapters(with_found_paths(config), fetch=paths)
+    config = with_found_paths(config)
+    config = with_adapters(with_fetched(config) if paths else config)
     if paths:
         check_paths(*_paths_to_check(config), small_decoder=config.args.decoder == "small")
     return config

@@ -13,7 +13,7 @@ from sgm.convert.to_hf import ToHf, export_lora
 from sgm.hub import download, release
 from sgm.hub.adapter import choose_file
 from sgm.hub.client import HubError, _file
-from sgm.inference.adapters import read_adapter, with_adapters
+from sgm.inference.adapters import read_adapter, with_adapters, with_fetched
 from sgm.inference.grid import axes_of
 from sgm.inference.options import SampleArgs
 from sgm.inference.pipeline import Pipeline
@@ -89,16 +89,20 @@ def hub(tmp_path, monkeypatch):
 FILE = "pytorch_lora_weights.safetensors"
 
 
+def fetched(asked):
+    return with_adapters(with_fetched(asked))
+
+
 def test_an_adapter_of_the_hub_is_fetched_once(hub, tmp_path, monkeypatch):
     """Whole, though its first answer breaks off; whoever names it again asks nobody."""
     hub.broken[FILE] = 1
     folder = tmp_path / "weights" / "adapters" / "someone" / "style"
     for name in ("someone/style:0.5", f"someone/style/{FILE}:0.5"):
-        assert with_adapters(config(lora=[name])).args.lora[1:] == [f"{folder / FILE}:0.5"]  # behind the student
+        assert fetched(config(lora=[name])).args.lora[1:] == [f"{folder / FILE}:0.5"]  # behind the student
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert "few_steps" in read_adapter(str(folder)).lora
     with pytest.raises(HubError, match="HF_HUB_OFFLINE .*hf download someone/other --local-dir FOLDER"):
-        with_adapters(config(lora=["someone/other"]))
+        fetched(config(lora=["someone/other"]))
 
 
 def test_the_settings_beside_an_adapter_come_with_it_and_before_it(hub, tmp_path):
@@ -108,7 +112,7 @@ def test_the_settings_beside_an_adapter_come_with_it_and_before_it(hub, tmp_path
     (tmp_path / "repository" / FILE).rename(folder / FILE)
     (tmp_path / "repository" / "adapter_config.json").write_text('{"lora_alpha": 1}')
     (folder / "adapter_config.json").write_text('{"lora_alpha": 2}')
-    (found,) = with_adapters(config(lora=["someone/style/checkpoint-2/" + FILE])).args.lora[1:]
+    (found,) = fetched(config(lora=["someone/style/checkpoint-2/" + FILE])).args.lora[1:]
     assert json.loads((Path(found).parent / "adapter_config.json").read_text()) == {"lora_alpha": 2}
     assert [path for path, _ in hub.asked] == ["checkpoint-2/adapter_config.json", f"checkpoint-2/{FILE}"]
 
@@ -120,7 +124,7 @@ def test_a_list_of_the_hub_names_nothing_outside():
 
 
 def test_factors_of_a_comparison_leave_the_student_as_it_is():
-    asked = with_adapters(config(lora=["other:2"], prompts=["a"]))
+    asked = fetched(config(lora=["other:2"], prompts=["a"]))
     student, _ = asked.args.lora
     (_, axis) = axes_of(["lora=0,0.5,third"], asked)
     assert [value.asked["lora"] for value in axis.values] == [[student], [student, "other:1"], [student, "third"]]
@@ -128,11 +132,11 @@ def test_factors_of_a_comparison_leave_the_student_as_it_is():
 
 def test_an_adapter_that_the_hub_does_not_have(hub, tmp_path):
     with pytest.raises(HubError, match="has no someone/other"):
-        with_adapters(config(lora=["someone/other"]))
+        fetched(config(lora=["someone/other"]))
     with pytest.raises(HubError, match=f"has no file a.safetensors; its files: .*{FILE}"):
-        with_adapters(config(lora=["someone/style/a.safetensors"]))
+        fetched(config(lora=["someone/style/a.safetensors"]))
     Path("ckpts").mkdir()
-    assert with_adapters(config(lora=["ckpts/other"])).args.lora[1:] == ["ckpts/other"]  # a part is here: a path
+    assert fetched(config(lora=["ckpts/other"])).args.lora[1:] == ["ckpts/other"]  # a part is here: a path
     files = ["README.md", "a.safetensors", "b.safetensors"]
     with pytest.raises(HubError, match="2 .safetensors files; name one: --lora x/y/a.safetensors; --lora x/y/b"):
         choose_file("x/y", files)
@@ -147,7 +151,5 @@ def test_the_hub_s_own_cache_is_looked_at_first(hub, tmp_path):
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text("0" * 40)
     (snapshot / FILE).symlink_to(STUDENT / "lora.safetensors")
-    assert with_adapters(config(lora=["someone/style:0.5"])).args.lora == [
-        f"{snapshot / FILE}:0.5"
-    ]  # the student itself
+    assert fetched(config(lora=["someone/style:0.5"])).args.lora == [f"{snapshot / FILE}:0.5"]  # the student itself
     assert not hub.asked
