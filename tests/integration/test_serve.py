@@ -215,9 +215,10 @@ def test_a_clip_and_its_record_fill_the_form(server, browser, tmp_path):
     browser.wait("!!document.querySelector('#record input[type=file]')")
     browser.choose_files("#record input[type=file]", tmp_path / "clip.json")
     browser.wait("document.querySelector('#prompt textarea').value === 'first'")
-    assert browser.evaluate("document.querySelector('#seed textarea, #seed input').value") == "3"
+    browser.wait("document.querySelector('#seed textarea, #seed input').value === '3'")
     browser.choose_files("#start input[type=file]", tmp_path / "clip.mp4")
-    browser.wait("document.querySelector('#start').innerText.includes('clip')")
+    shown = "document.querySelector('#start').innerText"  # names a file that is still on its way, too
+    browser.wait(f"{shown}.includes('clip') && !{shown}.includes('Uploading')")
     browser.click("#make")
     wait_for(lambda: len([v for v in client.videos.list() if v.prompt == "first" and v.status == "completed"]) == 2)
     second = client.videos.list(limit=1).data[0]
