@@ -8,10 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from PIL import Image
 from torch import nn
 
 from sgm.config import AccelerateArgs, ConfigError, load_run_config, merge_yaml
@@ -24,7 +26,7 @@ from sgm.modules.ops.modulation import split_modulation
 from sgm.util import instantiate_from_config
 from tests.dit_tiny import TEXT_LENGTH, TEXT_WIDTH, tiny_config
 from tests.family_tiny import kind_section
-from tools.bench import cpu, models, training
+from tools.bench import cost, cpu, measure, models, training
 from tools.bench.flops import conv_flops
 from tools.bench.measure import Ceilings
 
@@ -246,6 +248,69 @@ def test_benchmarks_take_rotary_models_at_the_size_they_were_trained_at(kind, tm
     assert json.loads(capsys.readouterr().out)["finite"]
     shipped = str(REPO / "configs" / "cogvideox1.5_5b_infer.yaml")
     assert models.Clip.of(shipped) == (22, 96, 170) and models.Clip.of(shipped, 42, (480, 720)) == (42, 60, 90)
+
+
+def test_cost_of_clips_by_length_and_size(tmp_path, capsys, monkeypatch):
+    """A line for each clip, also where it is too long or does not fit; a picture of those that were measured."""
+    configs = [tmp_path / "small_infer.yaml", tmp_path / "long_infer.yaml"]
+    for config, kind in zip(configs, ("2b", "1.5_5b"), strict=True):
+        section = kind_section(tmp_path, kind)
+        section["network_config"]["params"]["num_frames"] = 9
+        config.write_text(yaml.safe_dump({"model": section}))
+    once, layers = measure._time_once, []
+
+    def out_of_memory_at_the_largest(run, device):
+        ms, result = once(run, device)
+        if result.shape[-1] == 8 and result.shape[1] == 4:  # latents of 9x32x64 in patches of two frames
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return ms, result
+
+    monkeypatch.setattr(measure, "_time_once", out_of_memory_at_the_largest)
+    shown = cost.first_layer_alone
+    monkeypatch.setattr(cost, "first_layer_alone", lambda network: layers.append(network) or shown(network))
+    arguments = ["--dtype", "fp32", "--seconds", "0", "--clips", "1x16x32", "9x16x32", "9x32x64", "17x32x64"]
+    assert cost.main([*arguments, "--config", *map(str, configs)]) == 0
+    printed = capsys.readouterr().out
+    lines = [json.loads(line) for line in printed.splitlines()][1:]
+    assert [line["model"] for line in lines] == ["small"] * 4 + ["long"] * 4 + ["VAE decode"] * 4
+    assert [line.get("latent_frames") for line in lines[:8]] == [1, 3, 3, 5, 2, 4, 4, 6]
+    assert [line["tokens"] for line in lines[:8]] == [12 + n for n in (2, 6, 24, 40, 2, 4, 16, 24)]
+    assert "5 latent frames" in lines[3]["skipped"] and lines[6]["failed"] == "out of memory"
+    measured = [line for line in lines if "seconds" in line]
+    assert len(measured) == 10 and all(line["finite"] and line["runs"] == 1 for line in measured)
+    for line in measured:
+        calls = 1 if line["model"] == "VAE decode" else 50
+        assert line["seconds"] == pytest.approx(calls * line["ms"] / 1e3, rel=2e-3)
+    assert all(len(network.transformer.layers) == network.num_layers for network in layers)
+
+    log = tmp_path / "cost.jsonl"
+    log.write_text(printed)
+    assert cost.main(["--plot", str(tmp_path / "cost.png"), str(log)]) == 0
+    alone = np.asarray(Image.open(tmp_path / "cost.png")).astype(int)
+    with_memory = [line | {"peak_gib": 1.0 + k} for k, line in enumerate(measured)]
+    log.write_text("".join(json.dumps(line) + "\n" for line in with_memory))
+    assert cost.main(["--plot", str(tmp_path / "cost.png"), str(log)]) == 0
+    both = np.asarray(Image.open(tmp_path / "cost.png")).astype(int)
+    assert both.shape == (2 * alone.shape[0], *alone.shape[1:]) and (both[: len(alone)] == alone).all()
+    for color in ((31, 78, 140), (192, 57, 43), (128, 128, 128)):
+        for panel in (both[60:480], both[600:1020]):
+            assert (np.abs(panel - color).sum(-1) < 30).sum() > 100
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--clips", "48x480x720"], "frames must be 1, 9, 17, 25"),
+        (["--clips", "49x480x724"], "multiples of 16 pixels"),
+        (["--clips", "49x480"], "frames x height x width"),
+        (["--plot", "cost.png"], "results to draw"),
+        (["--plot", "cost.png", "none.jsonl"], "there is no file none.jsonl"),
+    ],
+)
+def test_cost_says_what_it_takes(arguments, said, capsys):
+    with pytest.raises(SystemExit):
+        cost.main(arguments)
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("rank", [0, 4])

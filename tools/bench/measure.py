@@ -43,9 +43,15 @@ def emit(**facts: Any) -> None:
 
 
 @torch.no_grad()
-def time_runs(run: Callable[[], Any], device: torch.device, seconds: float, least: int = 2) -> Timing:
-    """Warm up once, then run until `seconds` are spent, `least` times at least."""
-    result = run()
+def time_runs(
+    run: Callable[[], Any],
+    device: torch.device,
+    seconds: float,
+    least: int = 2,
+    warm_up: Callable[[], Any] | None = None,
+) -> Timing:
+    """Warm up once, by `warm_up` if given, then run until `seconds` are spent, `least` times at least."""
+    result = (warm_up or run)()
     _finish(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

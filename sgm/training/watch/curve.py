@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from PIL.ImageDraw import ImageDraw
 
 WIDTH, HEIGHT = 960, 540
@@ -64,13 +65,20 @@ def draw_losses(metrics: Path, image: Path) -> bool:
 
 
 def draw_curves(path: Path, title: str, curves: Sequence[Curve], across_is: str = "iteration") -> None:
-    """A chart with both axes, a legend and all curves."""
-    from PIL import Image, ImageDraw
-
+    """Write the PNG of `chart`."""
     from sgm.files import replacing
 
+    with replacing(path) as temporary:
+        chart(title, curves, across_is).save(temporary)
+
+
+def chart(title: str, curves: Sequence[Curve], across_is: str, logarithmic: bool | None = False) -> Image:
+    """A chart with both axes, a legend and all curves; `logarithmic` is the lower axis, None: if its values differ
+    enough, as on the left axis."""
+    from PIL import Image, ImageDraw
+
     every = [point for curve in curves for point in curve.points]
-    across = _Axis.of([x for x, _ in every], LEFT, WIDTH - RIGHT, logarithmic=False)
+    across = _Axis.of([x for x, _ in every], LEFT, WIDTH - RIGHT, logarithmic)
     up = _Axis.of([y for _, y in every], HEIGHT - BOTTOM, TOP, logarithmic=None)
     picture = Image.new("RGB", (WIDTH, HEIGHT), "white")
     draw = ImageDraw.Draw(picture)
@@ -83,8 +91,7 @@ def draw_curves(path: Path, title: str, curves: Sequence[Curve], across_is: str 
             for x, y in places:
                 draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=curve.color)
         draw.text((WIDTH - RIGHT - 150 * (len(curves) - k), 18), curve.name, fill=curve.color, font_size=16)
-    with replacing(path) as temporary:
-        picture.save(temporary)
+    return picture
 
 
 @dataclass(frozen=True)
