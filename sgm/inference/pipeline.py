@@ -446,13 +446,16 @@ class Pipeline:
         z = self._unscaled(latents)
         share = SharedChunks(self.team) if self.shares_decoding else None
         pieces: list[Tensor] = []
+        extremes: list[float] = []
         with self._checks.first(), torch.no_grad(), self.placement.use(small or stage.decoder):
             z = z.to(small.dtype if small else self.engine.dtype)
             for pixels in small.decode_chunks(z) if small else stage.decode_chunks(z, share):
-                check_finite(pixels, "pixels", self.args.dtype)
+                extremes += map(float, torch.aminmax(pixels))
                 piece = to_uint8(pixels)[0]
                 pieces.append(piece if share else piece.cpu())
-            self._checks.wait()
+            with (self.team if share else Team()).together():  # before, others wait for what this process sends
+                self._checks.wait()
+                check_finite(torch.tensor(extremes), "pixels", self.args.dtype)
         if share is not None:
             pieces = share.collect(pieces, stage.piece_shapes(z), self.device)
         return np.concatenate([piece.cpu().numpy() for piece in pieces])

@@ -111,7 +111,8 @@ class Runner:
 
     def _run_prompt(self, wanted: Wanted, conditioning: EncodedPrompt) -> None:
         for sampled in self.generation.samples(wanted, conditioning):
-            self._finish(sampled)
+            with self.team.together():
+                self._finish(sampled)
 
     # --- files ----------------------------------------------------------------------------------------------------
 
@@ -163,16 +164,20 @@ class Runner:
 
     def _decode_saved(self, saved: Sequence[Path]) -> None:
         for file in saved:
-            latents, facts = read_latents(file)
-            if not self.team.is_first:
-                self._decode_along(latents)
-                continue
-            times, files = StageTimes(), SampleFiles(file.parent)
-            by = {"decoder": self.args.decoder, "small_decoder_weights": self.pipeline.small_decoder_weights}
-            facts |= {**by, "decoded_from": file.name, "file_bytes": {file.name: file.stat().st_size}}
-            if facts.get("extend") is not None:  # the clip is not in front of what is decoded here
-                facts |= {"extend": None, "first_new_frame": None}
-            with files.replaced_together(self.unfinished) as new:
-                self._write_frames(new, latents, times)
-                self._write_record(new, facts, times)
-            self.progress.line(f"  {files.video}")
+            with self.team.together():
+                self._decode_file(file)
+
+    def _decode_file(self, file: Path) -> None:
+        latents, facts = read_latents(file)
+        if not self.team.is_first:
+            self._decode_along(latents)
+            return
+        times, files = StageTimes(), SampleFiles(file.parent)
+        by = {"decoder": self.args.decoder, "small_decoder_weights": self.pipeline.small_decoder_weights}
+        facts |= {**by, "decoded_from": file.name, "file_bytes": {file.name: file.stat().st_size}}
+        if facts.get("extend") is not None:  # the clip is not in front of what is decoded here
+            facts |= {"extend": None, "first_new_frame": None}
+        with files.replaced_together(self.unfinished) as new:
+            self._write_frames(new, latents, times)
+            self._write_record(new, facts, times)
+        self.progress.line(f"  {files.video}")
