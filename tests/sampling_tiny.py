@@ -38,10 +38,12 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 
-def start(*arguments: Any, ranks: int = 1, **options: Any) -> subprocess.Popen[str]:
-    """The command as a process of its own, or several as inference.sh starts them."""
+def start(
+    *arguments: Any, ranks: int = 1, script: Path = REPO / "sample_video.py", **options: Any
+) -> subprocess.Popen[str]:
+    """The command, or a `script` around it, as a process of its own, or several as inference.sh starts them."""
     launcher = [str(REPO / "sgm" / "launch.py"), "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    line = [sys.executable, *launcher, str(REPO / "sample_video.py"), *map(str, arguments)]
+    line = [sys.executable, *launcher, str(script), *map(str, arguments)]
     return subprocess.Popen(
         line, cwd=REPO, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
     )

@@ -79,7 +79,7 @@ def layout_of(config: RunConfig[SampleArgs], pipeline: Pipeline, world: int) -> 
     args = config.args
     stage = pipeline.engine.first_stage_model
     together = stage.cp_size if isinstance(stage, VideoAutoencoderInferenceWrapper) else 1
-    asked = args.cfg_parallel or (args.sequence_parallel_size or together) > 1
+    asked = args.cfg_parallel or max(args.sequence_parallel_size or 1, together) > 1
     if world == 1 and not asked:
         return Layout()
     if args.decode_latents:

@@ -6,7 +6,8 @@ neighbours exchange the most.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from typing import TypeVar
@@ -69,24 +70,31 @@ def choose_layout(
         guided: the sampler asks for both branches.
         cfg_parallel: each branch by processes of its own; None: where it helps.
         sequence: processes that share the tokens; 1: never; None: where it helps.
-        together: least number of processes a clip, where neither of the two is asked for (`cp_size`).
+        together: least number of processes a clip (`cp_size`).
         most_shares: most processes that can share the tokens, see `sgm.parallel.apply.most_shares`; None: any number.
     Raises:
-        ParallelError: the number of processes is no multiple of what was asked for, or there is no second branch.
+        ParallelError: the number of processes is no multiple of what was asked for, there is no second branch, or
+            `together` asks for more processes a clip than the others allow.
     """
     if cfg_parallel and not guided:
         raise ParallelError("args.cfg_parallel shares out the branches of guidance, and here is one; leave it out.")
-    if sequence == 1:
-        most_shares = together = 1
-    if cfg_parallel or (sequence or 1) > 1:
-        guidance = BRANCHES if cfg_parallel else 1
-        clip = guidance * (sequence or 1)
+    guidance = BRANCHES if cfg_parallel else 1
+    clip = guidance * (sequence or 1)
+    most = BRANCHES if sequence == 1 and guided and cfg_parallel is None else clip
+    if together > most and (cfg_parallel or sequence):
+        raise ParallelError(
+            f"cp_size in first_stage_config.params asks for {together} processes a clip, and args.cfg_parallel and "
+            f"args.sequence_parallel_size allow {most}: set it to 1, or leave them out."
+        )
+    if clip > 1:
         if world % clip:
             raise ParallelError(
                 f"args.cfg_parallel and args.sequence_parallel_size ask for {clip} processes a clip, and this run has "
                 f"{world}: start a multiple, as in NPROC={clip} bash inference.sh, or leave them out."
             )
         return Layout(world // clip, guidance, sequence or 1)
+    if sequence == 1:
+        most_shares = 1
     if world % max(1, together):
         raise ParallelError(
             f"cp_size in first_stage_config.params asks for {together} processes a clip, and this run has {world}: "
@@ -156,6 +164,22 @@ class Team:
         held = [make() if self.is_first else None]
         dist.broadcast_object_list(held, self.global_rank(0), group=self.clip)
         return held[0]  # type: ignore[return-value]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """No member leaves the block before all have come to its end; each raises the `SgmError` of one."""
+        met: SgmError | None = None
+        try:
+            yield
+        except SgmError as error:
+            met = error
+        if self.size > 1:
+            told: list[tuple[type[SgmError], str] | None] = [None] * self.size
+            dist.all_gather_object(told, met and (type(met), str(met)), group=self.clip)
+            for kind, text in filter(None, told):
+                met = met or kind.__new__(kind, text)  # some make their text of other arguments
+        if met is not None:
+            raise met
 
 
 def form_team(layout: Layout, parts: int = 1) -> Team:

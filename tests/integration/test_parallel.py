@@ -18,7 +18,7 @@ from sgm.inference.run import layout_of
 from sgm.inference.writer import read_latents
 from sgm.parallel.exchange import shares_of
 from sgm.parallel.team import Layout, ParallelError, choose_layout
-from tests.sampling_tiny import configuration, main, start, write_release, write_yaml
+from tests.sampling_tiny import REPO, configuration, main, start, write_release, write_yaml
 from tests.training_tiny import configuration as training_configuration
 from tests.training_tiny import run_ranks, write_clips
 from tools.bench import parallel as parallel_bench
@@ -43,13 +43,22 @@ def test_samples_gradients_and_frames_are_those_of_one_process(found):
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parallel")
-    found = configuration(write_release(folder), sampling_num_frames=3)
-    found["model"]["network_config"]["params"]["num_frames"] = 9
+    found = configuration(write_release(folder), sampling_num_frames=5)
+    found["model"]["network_config"]["params"]["num_frames"] = 17
     return write_yaml(folder / "c.yaml", found)
 
 
+RANK_1_WITH_OTHER_VAE = f"""
+import os, sys
+sys.path.insert(0, {str(REPO)!r})
+import sample_video
+*words, other = sys.argv[1:]
+sys.exit(sample_video.main(words + ["--set", other] * (os.environ["RANK"] == "1")))
+"""
+
+
 def test_two_processes_and_one_prompt_make_it_together(config, tmp_path):
-    clip = write_clips(tmp_path / "clips", 1, 9) / "videos" / "0.mp4"  # which they encode together, too
+    clip = write_clips(tmp_path / "clips", 1, 17) / "videos" / "0.mp4"  # which they encode together, too
     wish = [config, "--prompt", "a fox", "--video", clip, "--strength", 0.9, "--output-dir"]
     assert main(*wish, tmp_path / "alone", "--only-save-latents") == 0
     with start(*wish, tmp_path / "both", ranks=2) as process:
@@ -57,10 +66,17 @@ def test_two_processes_and_one_prompt_make_it_together(config, tmp_path):
     assert process.returncode == 0, err
     assert "2 processes make a clip together: the two branches of guidance" in err and err.count("write:") == 1
     (video,) = (tmp_path / "both").rglob("*.mp4")
-    assert probe(video).frames == 9
-    with start(*wish, tmp_path / "saved", "--only-save-latents", *SHARES, ranks=2) as process:
+    assert probe(video).frames == 17
+    decoder = torch.load(config.parent / "vae" / "3d-vae.pt", weights_only=True)
+    decoder["state_dict"]["decoder.conv_out.conv.weight"].fill_(3e38)  # finite, the pixels are not
+    torch.save(decoder, tmp_path / "vae.pt")
+    (script := tmp_path / "rank_1.py").write_text(RANK_1_WITH_OTHER_VAE)
+    other = f"model.first_stage_config.params.ckpt_path={tmp_path / 'vae.pt'}"
+    with start(*wish, tmp_path / "saved", "--prompt", "a hare", *SHARES, other, ranks=2, script=script) as process:
         out, err = process.communicate(timeout=240)
-    assert process.returncode == 0 and "2 shares of the tokens" in err, err
+    assert process.returncode == 2 and "2 shares of the tokens" in err, err
+    assert err.count("error: ") == err.count("the pixels contain NaN") == 1 and "Traceback" not in err, err
+    assert err.count("there is no video, but its latents") == 1, err
     (saved,), (alone,) = (list((tmp_path / name).rglob("*.safetensors")) for name in ("saved", "alone"))
     torch.testing.assert_close(read_latents(saved)[0], read_latents(alone)[0], rtol=0, atol=1e-5)
 
@@ -91,7 +107,7 @@ def test_processes_divide_as_asked_or_as_the_videos_need_them():
     assert choose_layout(4, 1, guided=True, most_shares=1) == Layout(2, 2, 1)
     assert choose_layout(3, 1, guided=True, most_shares=1) == Layout(3)
     assert choose_layout(4, 1, guided=True, sequence=1) == Layout(2, 2, 1)
-    assert choose_layout(4, 1, guided=True, cfg_parallel=False, sequence=1, together=2) == Layout(4)
+    assert choose_layout(4, 2, guided=True, sequence=1, together=2) == Layout(2, 2, 1)
     assert shares_of(30, 4) == [8, 8, 7, 7] and shares_of(17_776, 16) == [1111] * 16
     for wrong in ({"sequence": 3}, {"sequence": 4, "cfg_parallel": True}):
         with pytest.raises(ParallelError, match="start a multiple, as in NPROC="):
@@ -99,6 +115,13 @@ def test_processes_divide_as_asked_or_as_the_videos_need_them():
     assert choose_layout(8, 9, guided=True, together=2) == Layout(4, 2, 1)
     with pytest.raises(ParallelError, match="here is one"):
         choose_layout(2, 1, guided=False, cfg_parallel=True)
+    for allowed in (
+        {"cfg_parallel": False, "sequence": 1},
+        {"sequence": 1, "together": 4},
+        {"sequence": 2, "together": 4},
+    ):
+        with pytest.raises(ParallelError, match="allow [12]: set it to 1"):
+            choose_layout(4, 1, **{"guided": True, "together": 2, **allowed})
 
 
 def test_more_processes_than_can_share_a_clip_do_not_end_a_run_that_asked_for_nothing(config):
@@ -112,9 +135,11 @@ def test_more_processes_than_can_share_a_clip_do_not_end_a_run_that_asked_for_no
 
 def test_what_cannot_be_shared_is_said(config, tmp_path, capsys):
     cp_size = ("--set", "model.first_stage_config.params.cp_size=2")
-    for wish, said in ((SHARES, "ask for 2 processes a clip"), (cp_size, "cp_size in first_stage_config.params asks")):
+    alone = (*cp_size, "--set", "args.sequence_parallel_size=1", "--set", "args.cfg_parallel=false")
+    of_stage = "cp_size in first_stage_config.params asks"
+    for wish, said in ((SHARES, "ask for 2 processes a clip"), (cp_size, of_stage), (alone, of_stage)):
         assert main(config, "--prompt", "x", *wish) == 2
-        assert said in (err := capsys.readouterr().err) and "this run has 1" in err
+        assert said in (err := capsys.readouterr().err) and ("this run has 1" in err or "allow 1" in err)
     training = write_yaml(
         tmp_path / "t.yaml", training_configuration(config.parent, write_clips(tmp_path / "clips", 1), None)
     )
