@@ -23,6 +23,7 @@ from sgm.places import INSTALLED, PROJECT
 from sgm.secrets import hidden
 
 BAD_INPUT, MOSTLY_SKIPPED, INTERRUPTED, TERMINATED = 2, 3, 130, 143
+_LEFT_BEHIND = ("Connection closed by peer", "Connection reset by peer")  # what gloo makes of another rank's end
 SAID = "COGVIDEOX_SAID"  # environment: the file of what the ranks have said
 
 
@@ -76,7 +77,8 @@ class Interrupts:
 
 
 def exit_code(run: Callable[[], int | None], interrupted: str = "interrupted") -> int:
-    """Run a command and give its exit code: what it returns (None is 0), 2 for bad input, 130 after Ctrl-C.
+    """Run a command and give its exit code: what it returns (None is 0), 2 for bad input, 130 after Ctrl-C, 143 where
+    another rank has left.
 
     An `SgmError` says what to do and is printed alone, and so is what to do about a package that is not installed; any
     other error is a bug and keeps its traceback.
@@ -102,6 +104,12 @@ def exit_code(run: Callable[[], int | None], interrupted: str = "interrupted") -
         Interrupts.let_go()
         _say_once(f"error: {_how_to_install(error.name)}", sys.stderr)
         return BAD_INPUT
+    except RuntimeError as error:
+        if not any(end in str(error) for end in _LEFT_BEHIND):
+            raise
+        Interrupts.let_go()
+        _say_once("error: another process of this run is not there any more", sys.stderr, only_first=True)
+        return TERMINATED
 
 
 OPTIONAL = {  # package -> script that installs it, and where it is listed
