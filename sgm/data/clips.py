@@ -221,7 +221,8 @@ def load_clip(clip: ListedClip, settings: ClipSettings) -> tuple[Tensor, str]:
         VideoError, ClipError, CaptionError: the clip cannot be had.
     """
     caption = caption_of(clip, settings.missing_caption, settings.caption_lines).text
-    return to_unit_range(load_frames(clip.path, settings)), caption
+    frames = load_frames(clip.path, settings)
+    return to_unit_range(frames, empty_to_hand_over(frames.shape, torch.float32)), caption
 
 
 def load_frames(video: str | Path, settings: ClipSettings) -> Tensor:
@@ -235,9 +236,9 @@ def load_frames(video: str | Path, settings: ClipSettings) -> Tensor:
     return read_frames(video, plan.indices, timeout, None, plan.size, settings.interlaced == "deinterlace")
 
 
-def to_unit_range(frames: Tensor) -> Tensor:
-    """uint8 to float32 in [-1, 1]."""
-    out = empty_to_hand_over(frames.shape, torch.float32)
+def to_unit_range(frames: Tensor, out: Tensor | None = None) -> Tensor:
+    """uint8 to float32 in [-1, 1], on the same device; written into `out` where that is given."""
+    out = torch.empty_like(frames, dtype=torch.float32) if out is None else out
     for source, target in zip(frames, out, strict=True):  # one at a time stays in the processor's cache
         torch.sub(source, 127.5, out=target).div_(127.5)
     return out

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from sgm.data.clips import CaptionError, caption_of, caption_path
+from sgm.data.clips import CaptionError, caption_of, caption_path, to_unit_range
 from sgm.data.collate import CollateError, collate
 from sgm.data.dataset import SFTDataset
 from sgm.data.loader import create_loader
@@ -83,6 +83,14 @@ def test_the_range_is_minus_one_to_one(tmp_path):
     dataset = SFTDataset(tmp_path, **SMALL)
     assert dataset[0]["mp4"].min() == pytest.approx(-1, abs=0.02)
     assert dataset[1]["mp4"].max() == pytest.approx(1, abs=0.02)
+
+
+def test_pixels_come_into_range_where_they_lie():
+    """The cache and pictures bring bytes to a GPU first; `meta` stands for it here."""
+    frames = torch.tensor([0, 255, 51], dtype=torch.uint8).expand(2, 4, 3)
+    assert to_unit_range(frames)[1, 3].tolist() == pytest.approx([-1.0, 1.0, -0.6])
+    moved = to_unit_range(frames.to("meta"))
+    assert (moved.device.type, moved.dtype, moved.shape) == ("meta", torch.float32, frames.shape)
 
 
 def test_torch_s_own_loader_takes_the_items(template):
