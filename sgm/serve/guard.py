@@ -6,6 +6,7 @@ import base64
 import binascii
 import hashlib
 import hmac
+import ipaddress
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,6 +22,7 @@ ENVIRONMENT = "COGVIDEOX_API_KEYS"
 OPEN = ("/health",)  # for who watches over the process
 SHORTEST_KEY = 16
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+UNFRAMED = (b"content-security-policy", b"frame-ancestors 'self'")  # in no page of another site
 
 
 class KeysError(SgmError):
@@ -82,13 +84,20 @@ def _hostname(address: str) -> str:
         return ""
 
 
+def _is_address(name: str) -> bool:
+    try:
+        return bool(ipaddress.ip_address(name))
+    except ValueError:
+        return False
+
+
 class Guard:
     """ASGI middleware.
 
     Args:
         keys: whom to let in.
-        hosts: names under which this server may be called; None for any. A page of another site that a browser on this
-            machine shows is refused: it calls by a name of its own, or says where it comes from.
+        hosts: names under which this server may be called, besides addresses; None for any. A page of another site is
+            refused: its browser says where it comes from (`Origin`), or calls by a name that its owner has led here.
         most_bytes: of a request's body.
         answers: HTTP status -> how many, counted here.
     """
@@ -96,7 +105,7 @@ class Guard:
     def __init__(self, app: ASGIApp, keys: Keys, hosts: Iterable[str] | None, most_bytes: int, answers: dict[int, int]):
         self.app = app
         self.keys = keys
-        self.hosts = None if hosts is None else {host.lower().strip("[]") for host in hosts}
+        self.hosts = None if hosts is None else {_hostname(host) for host in hosts} - {""}
         self.most_bytes = most_bytes
         self.answers = answers
 
@@ -112,6 +121,7 @@ class Guard:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
+                message["headers"] = [*message.get("headers", ()), UNFRAMED]
                 status = message["status"]
                 self.answers[status] = self.answers.get(status, 0) + 1
             await send(message)
@@ -126,8 +136,7 @@ class Guard:
 
     def _check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
-        if self.hosts is not None:
-            self._check_host(headers, self.hosts)
+        self._check_site(headers)
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > self.most_bytes:
             raise self._too_large()
@@ -144,17 +153,17 @@ class Guard:
                 )
             scope["client_name"] = owner
 
-    @staticmethod
-    def _check_host(headers: Headers, hosts: set[str]) -> None:
-        host = headers.get("host", "")
-        origin = headers.get("origin")
-        for address in (host, origin.partition("://")[2] if origin else host):
-            if _hostname(address) not in hosts:
-                raise ApiError(
-                    403, f"This server is not called {address!r} (--allow-host {address}).", None, "unknown_host"
-                )
-        if origin and origin.partition("://")[2] != host:
-            raise ApiError(403, "Pages of other sites may not call this server.", None, "cross_origin")
+    def _check_site(self, headers: Headers) -> None:
+        """Whether a browser that calls shows our page, and calls us by a name of ours."""
+        host, origin = headers.get("host", ""), headers.get("origin")
+        name = _hostname(host)
+        if self.hosts is not None and name not in self.hosts and not _is_address(name):
+            raise ApiError(403, f"This server is not called {host!r} (--allow-host {name}).", None, "unknown_host")
+        if origin is not None and origin.partition("://")[2] != host:
+            message = (
+                f"Pages of other sites ({origin}) may not call this server, which is called {host!r} here; a proxy"
+            )
+            raise ApiError(403, f"{message} must pass on the Host that was asked for.", None, "cross_origin")
 
     def _limited(self, receive: Receive) -> Receive:
         taken = 0

@@ -86,7 +86,7 @@ def _check_numbers(options: argparse.Namespace) -> None:
 
 
 def _run(options: argparse.Namespace, desk: Desk, keys: Keys, listener: socket.socket) -> None:
-    app = application(desk, keys, _hosts(options))
+    app = application(desk, keys, _hosts(options, keys))
     if not options.no_page:
         from sgm.serve.page import with_page
 
@@ -142,11 +142,11 @@ def _files_kept_in(folder: Path) -> Iterator[None]:
             os.environ.update({} if value is None else {name: value})
 
 
-def _hosts(options: argparse.Namespace) -> Iterable[str] | None:
-    """Names under which browsers may call. At an address that others see nobody knows them all."""
-    if options.allow_host or options.host in LOOPBACK:
-        return [*LOOPBACK, options.host, *options.allow_host]
-    return None
+def _hosts(options: argparse.Namespace, keys: Keys) -> Iterable[str] | None:
+    """Names by which this server is called, besides addresses; None for any, where a name alone opens nothing."""
+    if keys and not options.allow_host:
+        return None
+    return ["localhost", options.host, socket.gethostname(), *options.allow_host]
 
 
 def _order(options: argparse.Namespace, folder: Path, adapters: Mapping[str, OfferedAdapter]) -> Order:

@@ -7,13 +7,14 @@ import importlib.util
 import io
 import json
 import re
+import socket
 from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from sgm.serve.__main__ import main
+from sgm.serve.__main__ import main, parse
 from sgm.serve.app import application
 from sgm.serve.desk import Desk, Forecast, same_again
 from sgm.serve.guard import Keys, KeysError
@@ -21,7 +22,7 @@ from sgm.serve.limits import Limits
 from sgm.serve.maker import Maker
 from sgm.serve.parameters import Offer, OfferedAdapter, clip_request
 from sgm.serve.records import RecordError, left_out, read_fields
-from sgm.serve.run import _usual_name
+from sgm.serve.run import _hosts, _usual_name
 from sgm.serve.store import JobStore
 from tests.serve_tiny import FACTS, PICTURES, paint, request
 
@@ -237,14 +238,53 @@ def test_keys(desk, tmp_path, monkeypatch, capfd):
 
 
 def test_pages_of_other_sites_may_not_call(desk):
-    client = client_of(desk, hosts=["127.0.0.1", "localhost"])
+    client = client_of(desk, hosts=["localhost", "gpubox", "::1"])
     assert client.get("/v1/videos").status_code == 200
-    assert client.get("/v1/videos", headers={"origin": "http://127.0.0.1"}).status_code == 200
-    evil = [{"host": "evil.example"}, {"host": "[::1"}]
-    evil += [{"origin": o} for o in ("http://evil.example", "http://127.0.0.1:81", "http://[::1", "null")]
+    for address in ("127.0.0.1", "127.0.0.1:80", "gpubox:7860", "192.0.2.7", "[::1]:7860"):
+        for origin in (f"http://{address}", f"https://{address}"):
+            assert client.get("/v1/videos", headers={"host": address, "origin": origin}).status_code == 200
+    evil = [
+        {"host": "evil.example"},
+        {"host": "[::1"},
+        {"host": ""},
+        {"host": "evil.example", "origin": "http://evil.example"},
+    ]
+    evil += [{"origin": o} for o in FOREIGN]
     for headers in evil:
         assert refused(client.post("/v1/videos", data={"prompt": "a"}, headers=headers), 403)
     assert desk.store.counts()["queued"] == 0
+    assert "--allow-host lab.example)" in refused(client.get("/v1/videos", headers={"host": "lab.example:80"}), 403)
+
+
+FOREIGN = ("http://evil.example", "http://127.0.0.1:81", "http://gpubox", "http://[::1", "null", "")
+
+
+def test_a_browser_s_password_serves_no_other_site(desk):
+    """It sends what it was told once along with forms of other sites, too. A name is no matter where keys are asked."""
+    client = client_of(desk, Keys([KEY]), base_url="http://videos.example.org")
+    password = {"authorization": f"Basic {base64.b64encode(f':{KEY}'.encode()).decode()}"}
+    own = client.post("/v1/videos", data={"prompt": "a"}, headers={**password, "origin": "https://videos.example.org"})
+    assert own.status_code == 200
+    assert own.headers["content-security-policy"] == "frame-ancestors 'self'"  # nor may they show the page as theirs
+    for origin in FOREIGN:
+        said = refused(client.post("/v1/videos", data={"prompt": "b"}, headers={**password, "origin": origin}), 403)
+        assert "other sites" in said
+    assert desk.store.counts()["queued"] == 1
+
+
+@pytest.mark.parametrize(
+    "options, keys, expected",
+    [
+        ([], NO_KEYS, {"localhost", "127.0.0.1"}),
+        (["--host", "0.0.0.0"], NO_KEYS, {"localhost", "0.0.0.0"}),
+        (["--host", "gpubox"], NO_KEYS, {"localhost", "gpubox"}),
+        (["--host", "0.0.0.0", "--allow-host", "gpubox"], Keys([KEY]), {"localhost", "0.0.0.0", "gpubox"}),
+        (["--host", "0.0.0.0"], Keys([KEY]), None),
+    ],
+)
+def test_names_of_a_server_are_known_or_keys_are_asked(options, keys, expected):
+    names = _hosts(parse(options), keys)
+    assert names == expected if expected is None else set(names) == expected | {socket.gethostname()}
 
 
 def test_metrics_and_health(client, desk):
