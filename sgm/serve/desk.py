@@ -53,6 +53,7 @@ class Desk:
         """
         request = clip_request(fields, upload, self.offer, self.limits)
         fingerprint = _fingerprint(client, fields, upload)
+        key = None if key is None else f"{client} {key}"  # another client's is another one
         origin = Origin(fingerprint, key, repeats, time.time() if arrived is None else arrived)
         job_id = new_id()
         try:

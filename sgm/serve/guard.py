@@ -160,10 +160,13 @@ class Guard:
         if self.hosts is not None and name not in self.hosts and not _is_address(name):
             raise ApiError(403, f"This server is not called {host!r} (--allow-host {name}).", None, "unknown_host")
         if origin is not None and origin.partition("://")[2] != host:
-            message = (
-                f"Pages of other sites ({origin}) may not call this server, which is called {host!r} here; a proxy"
+            raise ApiError(
+                403,
+                f"Pages of other sites ({origin}) may not call this server, which is called {host!r} here. A proxy must "
+                "pass on the Host that it was asked for.",
+                None,
+                "cross_origin",
             )
-            raise ApiError(403, f"{message} must pass on the Host that was asked for.", None, "cross_origin")
 
     def _limited(self, receive: Receive) -> Receive:
         taken = 0

@@ -69,7 +69,7 @@ class Origin:
 
     Attributes:
         fingerprint: equal for equal requests of one client.
-        key: the client's own `Idempotency-Key`.
+        key: the client's name and its `Idempotency-Key`.
         repeats: how often the client has sent this request before, as it says (`x-stainless-retry-count`).
         arrived: when its first byte came.
     """
@@ -185,7 +185,8 @@ class JobStore:
         """Forget a job and its files; one that is being made stops at its next step. False where there is none."""
         with self._transaction() as db:
             changed = db.execute(
-                f"UPDATE jobs SET state = ? WHERE id = ? AND state IN ({_marks(SHOWN)})", (DELETED, job_id, *SHOWN)
+                f"UPDATE jobs SET state = ?, idempotency_key = NULL WHERE id = ? AND state IN ({_marks(SHOWN)})",
+                (DELETED, job_id, *SHOWN),
             ).rowcount
             if not changed:
                 return False
@@ -209,7 +210,8 @@ class JobStore:
         with self._transaction() as db:
             where = f"WHERE finished_at < ? AND state IN ({_marks((COMPLETED, FAILED))})"
             jobs = [job.id for job in self._select(db, where, before, COMPLETED, FAILED)]
-            db.executemany("UPDATE jobs SET state = ? WHERE id = ?", [(EXPIRED, job) for job in jobs])
+            gone = "UPDATE jobs SET state = ?, idempotency_key = NULL WHERE id = ?"
+            db.executemany(gone, [(EXPIRED, job) for job in jobs])
         for job in jobs:
             remove(self.files(job).folder)
         return jobs

@@ -26,7 +26,8 @@ from sgm.serve.run import _hosts, _usual_name
 from sgm.serve.store import JobStore
 from tests.serve_tiny import FACTS, PICTURES, paint, request
 
-NO_KEYS, KEY = Keys(), "a-key-of-sixteen"
+NO_KEYS, KEY, OTHER_KEY = Keys(), "a-key-of-sixteen", "another-client-s-key"
+REPEAT = {"x-stainless-retry-count": "1"}
 OFFER = Offer({"tiny": FACTS, "pictures": PICTURES}, {"star": OfferedAdapter("/adapters/star", 0.8)})
 
 
@@ -165,6 +166,22 @@ def test_a_create_that_is_sent_again_makes_one_clip(client, desk):
     full = client.post("/v1/videos", data={"prompt": "b"})
     assert "3 videos wait" in refused(full, 429) and full.headers["retry-after"]
     assert desk.store.counts()["queued"] == 3
+
+
+def test_idempotency_keys_are_each_client_s_own(desk):
+    client = client_of(desk, Keys([KEY, OTHER_KEY]))
+
+    def sent(key, prompt="a"):
+        headers = {"authorization": f"Bearer {key}", "idempotency-key": "k"}
+        return client.post("/v1/videos", data={"prompt": prompt}, headers=headers)
+
+    first, other = sent(KEY), sent(OTHER_KEY, "b")
+    assert other.status_code == 200 and other.json()["prompt"] == "b"
+    assert (sent(KEY).json()["id"], sent(OTHER_KEY, "b").json()["id"]) == (first.json()["id"], other.json()["id"])
+    assert "another request" in refused(sent(OTHER_KEY), 422)
+    same = [client.post("/v1/videos", data={"prompt": "c"}, headers={"authorization": f"Bearer {key}", **REPEAT})
+            for key in (KEY, OTHER_KEY)]  # fmt: skip
+    assert desk.store.counts()["queued"] == 3 and "3 videos wait" in refused(same[1], 429)
 
 
 def test_lists_page_by_page(client):

@@ -75,6 +75,12 @@ def test_an_idempotency_key_is_exact(store):
     assert create(store, origin=origin(key="k")) == (first, False)
     with pytest.raises(KeyReusedError, match="another request"):
         create(store, "a circle", origin("g", key="k"))
+    store.claim("w")
+    store.delete(first.id)  # its files go with its next step
+    again, new = create(store, origin=origin(key="k"))
+    assert new and store.claim("w").id == again.id and store.finish(again.id, "w")
+    assert store.expire(time.time() + 1) == [again.id]
+    assert create(store, origin=origin(key="k"))[1]
 
 
 def test_a_full_queue_takes_nothing_but_repeats(store):
