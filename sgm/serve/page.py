@@ -7,8 +7,6 @@ page that is opened later shows it.
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,10 +17,12 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 import gradio as gr
 from fastapi import FastAPI
 
+from sgm.inference.options import STRENGTH
 from sgm.serve import views
 from sgm.serve.answers import ApiError
 from sgm.serve.desk import Desk, same_again
 from sgm.serve.jobs import FAST, FEW_STEPS, FULL, Job, ModelFacts
+from sgm.serve.parameters import STRENGTHS
 from sgm.serve.records import RecordError, left_out, read_fields
 from sgm.serve.uploads import Upload
 
@@ -30,7 +30,6 @@ TICK_SECONDS = 1.0
 GALLERY = 48  # clips that are shown
 MODES = {FULL: "Full quality", FAST: "Fast", FEW_STEPS: "Few steps"}
 NO_ADAPTER = "none"
-STRENGTH = 0.8  # of sampling, where none is given
 TITLE = "CogVideoX"
 
 
@@ -113,14 +112,14 @@ class Page:
                 )
         with gr.Row(visible=bool(offer.adapters)):
             fields["adapter"] = gr.Dropdown([NO_ADAPTER, *offer.adapters], value=NO_ADAPTER, label="Adapter")
-            fields["scale"] = gr.Slider(0, 2, value=1, step=0.05, label="Its scale")
+            fields["scale"] = gr.Number(value=1, step=0.05, label="Its scale")
         with gr.Accordion("More", open=False):
             fields["negative_prompt"] = gr.Textbox(
                 label="Negative prompt", lines=2, placeholder="What to steer away from"
             )
             fields["guidance_scale"] = gr.Textbox(label="Guidance scale", placeholder="as configured", max_lines=1)
             fields["strength"] = gr.Slider(
-                0.05, 1, value=STRENGTH, step=0.05, label="Strength: how much of a start video goes"
+                *STRENGTHS, value=STRENGTH, step=0.01, label="Strength: how much of a start video goes"
             )
             again_from = gr.File(label="Same again: the JSON of a clip", elem_id="record", file_types=[".json"])
         return make, again_from
@@ -182,12 +181,12 @@ class Page:
         return self._filled(same_again(job.request), self._copy(job, start) if start else None)
 
     def _copy(self, job: Job, name: str) -> str | None:
-        """Of the file that a job began with, where Gradio may read; None where it is gone."""
-        try:
-            return shutil.copy(self.desk.store.files(job.id).folder / name, tempfile.mkdtemp())
-        except OSError:
-            gr.Warning("The file that the clip began with is gone; choose it again.")
-            return None
+        """Of the file that a job began with, in Gradio's cache, which is emptied; None where it is gone."""
+        file = self.desk.store.files(job.id).folder / name
+        if file.is_file():
+            return str(self.start.move_resource_to_block_cache(file))
+        gr.Warning("The file that the clip began with is gone; choose it again.")
+        return None
 
     def _from_record(self, file: str | None) -> list[Any]:
         try:

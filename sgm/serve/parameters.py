@@ -16,6 +16,8 @@ from sgm.serve.uploads import Upload
 
 LONGEST_PROMPT = 10_000  # characters; the text encoder reads far fewer
 SEEDS = 1 << 31
+SCALES = (-10, 10)  # of an adapter
+STRENGTHS = (0.01, 1)
 FIELDS = (
     "prompt", "model", "seconds", "size", "input_reference", "seed", "steps", "negative_prompt", "guidance_scale",
     "strength", "lora", "refine", "mode",
@@ -127,7 +129,7 @@ def clip_request(
         fps=facts.fps,
         steps=fields.whole("steps", 1, limits.steps),
         guidance_scale=fields.number("guidance_scale", 0, 100),
-        strength=fields.number("strength", 0.01, 1),
+        strength=fields.number("strength", *STRENGTHS),
         image=upload.name if upload and upload.kind == "image" else None,
         video=upload.name if upload and upload.kind == "video" else None,
         lora=tuple(_adapter(text, offer.adapters) for text in fields.texts("lora") if text),
@@ -218,7 +220,7 @@ def _adapter(text: str, adapters: Mapping[str, OfferedAdapter]) -> str:
     if name not in adapters:
         has = ", ".join(adapters) or "none"
         raise ApiError(400, f"The adapter {name!r} does not exist; this server has {has}.", "lora", "adapter_not_found")
-    value = Fields({"lora": [scale]}).number("lora", -10, 10)
+    value = Fields({"lora": [scale]}).number("lora", *SCALES)
     return f"{name}:{adapters[name].scale if value is None else value:g}"
 
 

@@ -26,7 +26,7 @@ from sgm.serve.app import application
 from sgm.serve.desk import Desk
 from sgm.serve.guard import ENVIRONMENT, LOOPBACK, Keys
 from sgm.serve.limits import Limits
-from sgm.serve.parameters import Offer, OfferedAdapter, split_scale
+from sgm.serve.parameters import SCALES, Offer, OfferedAdapter, split_scale
 from sgm.serve.store import JobStore
 from sgm.serve.supervisor import Order, Supervisor
 from sgm.typed import ConfigError
@@ -199,5 +199,7 @@ def _adapters(texts: Sequence[str]) -> dict[str, OfferedAdapter]:
             raise ConfigError(
                 f"--lora {text}: each adapter needs a name of its own, without a colon: NAME=PATH[:SCALE]."
             )
+        if not SCALES[0] <= scale <= SCALES[1]:
+            raise ConfigError(f"--lora {text}: its scale must be from {SCALES[0]} to {SCALES[1]}.")
         found[name] = OfferedAdapter(found_path(path), scale)
     return found

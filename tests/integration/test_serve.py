@@ -21,6 +21,7 @@ import pytest
 
 from sgm.data.video_io import probe
 from sgm.places import PROJECT
+from sgm.serve.parameters import SCALES, STRENGTHS
 from tests.browser import Browser, find_browser
 from tests.sampling_tiny import REPO, configuration, environment, write_release, write_yaml
 from tests.serve_tiny import Server, is_alive, wait_for
@@ -228,6 +229,17 @@ def test_a_clip_and_its_record_fill_the_form(server, browser, tmp_path):
     browser.click(f"#gallery [data-job={second.id}]")
     browser.click("#again")
     browser.wait("/start\\s*.mp4/.test(document.querySelector('#start').innerText)")
+    browser.type("#prompt textarea", "another")
+    browser.click("#again")
+    browser.wait("document.querySelector('#prompt textarea').value === 'first'")
+    assert len(list((server.folder / "temporary").rglob("start.mp4"))) == 1  # the one that the form holds, for a day
+
+
+def test_the_form_takes_every_number_that_the_api_takes(server):
+    props = [part["props"] for part in httpx.get(f"{server.address}/config").json()["components"]]
+    for name, (low, high) in {"Its scale": SCALES, "Strength": STRENGTHS}.items():
+        (field,) = (p for p in props if str(p.get("label")).startswith(name))
+        assert field.get("minimum") in (None, low) and field.get("maximum") in (None, high), name
 
 
 def test_the_page_reads_no_files_of_the_machine(server):

@@ -360,6 +360,8 @@ def test_times_grow_with_the_steps_that_are_asked_for(desk):
     [
         (["--workers", "0"], "--workers is 0; it must be above 0"),
         (["--keep-days", "-1"], "--keep-days is -1"),
+        (["--lora", "a=b:11"], "--lora a=b:11: its scale must be from -10 to 10"),
+        (["--lora", "a=b:nan"], "from -10 to 10"),
         (["--port", "99999"], "cannot listen at 127.0.0.1, port 99999"),
         (["--model", "a=configs/demo_infer.yaml", "--name", "b"], "write --model NAME=FILE"),
     ],
