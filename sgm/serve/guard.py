@@ -162,8 +162,8 @@ class Guard:
         if origin is not None and origin.partition("://")[2] != host:
             raise ApiError(
                 403,
-                f"Pages of other sites ({origin}) may not call this server, which is called {host!r} here. A proxy must "
-                "pass on the Host that it was asked for.",
+                f"Pages of other sites ({origin}) may not call this server, which is called {host!r} here. A proxy "
+                "must pass on the Host that it was asked for.",
                 None,
                 "cross_origin",
             )
