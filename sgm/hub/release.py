@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import sys
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from sgm.cli import print_line
 from sgm.convert.hf_folder import DIFFUSION_STEM, ENCODER_STEM, TOKENIZER_FILES
@@ -24,12 +25,14 @@ from sgm.lock import try_lock
 from sgm.modules.encoders.t5_files import VOCABULARIES
 from sgm.places import INSTALLED, PROJECT, shown
 from sgm.progress import Tally
+from sgm.weights.checksums import read_json
 
 T = TypeVar("T")
 _NAMES = ("CogVideoX-2b", "CogVideoX-5b", "CogVideoX-5b-I2V", "CogVideoX1.5-5B", "CogVideoX1.5-5B-I2V")
 MODELS = tuple(f"zai-org/{name}" for name in _NAMES)
 WEIGHTS = (Path() if INSTALLED else PROJECT) / "weights"  # a folder for each owner, in it one for each model
-ORIGIN = "hub.json"  # in a release: which commit it was made of
+ORIGIN = "hub.json"  # in a release: which commit it was made of; before that, beside the files that have come
+_KEPT = "download_kept"  # in it: whether these files stay
 _ATTEMPTS = 3  # to ask what there is
 
 
@@ -67,6 +70,13 @@ class Wish:
         """Where files lie until they are converted."""
         return self.target.with_name(f"{self.target.name}.download")
 
+    @property
+    def has_leftover(self) -> bool:
+        """Whether downloads that nobody wants to keep lie beside the release that was made of them."""
+        if not (self.target / RUN_FILE).is_file() or not os.access(self.downloads, os.W_OK):
+            return False
+        return (self.downloads / ORIGIN).is_file() or not _origin(self.target).get(_KEPT, True)
+
 
 def say_on_stderr(text: str) -> None:
     print_line(text, sys.stderr)
@@ -83,7 +93,8 @@ def run_file_of(name: str, *, may_download: bool = True, say: Callable[[str], No
     if not file.is_file() and (folder.is_dir() or not may_download):
         get = f"; it comes by: python tools/get_weights.py {shlex.quote(name)}"
         raise HubError(f"there is no {shown(file)}{'' if folder.is_dir() else get}.")
-    return file if file.is_file() else get_release(Wish(name), say)
+    is_settled = file.is_file() and (folder.is_dir() or not may_download or not Wish(name).has_leftover)
+    return file if is_settled else get_release(Wish(name), say)
 
 
 def get_release(wish: Wish, say: Callable[[str], None] = say_on_stderr) -> Path:
@@ -101,16 +112,29 @@ def get_release(wish: Wish, say: Callable[[str], None] = say_on_stderr) -> Path:
         if not file.is_file():
             _refuse_other_content(wish.target)
             try:
-                commit, files = _download(wish, say)
+                _download(wish, say)
             except UnreachableError as error:
                 raise HubError(f"{error} {_by_hand(wish)}") from error
             say("converting ...")
             for line in convert(ToSat(source=wish.downloads, output=wish.target)):
                 say(line)
-            _note_origin(wish, commit, files)
-            if not wish.keep:
-                remove(wish.downloads)
+        if wish.has_leftover:
+            _settle(wish)
     return file
+
+
+def _settle(wish: Wish) -> None:
+    """Note in the release what it was made of, then remove the downloads; also behind a command that was killed."""
+    record = _origin(wish.downloads) or _origin(wish.target)
+    record[_KEPT] = record[_KEPT] or wish.keep
+    write_json(wish.target / ORIGIN, record)
+    with saving(wish.downloads):
+        remove(wish.downloads / ORIGIN if record[_KEPT] else wish.downloads)
+
+
+def _origin(folder: Path) -> dict[str, Any]:
+    """Its `hub.json`; empty where there is none. Raises WeightsError: it cannot be read."""
+    return read_json(folder / ORIGIN) if (folder / ORIGIN).is_file() else {}
 
 
 @contextmanager
@@ -142,11 +166,6 @@ def _by_hand(wish: Wish) -> str:
         f"Without network: `hf download {name} --local-dir {folder}` on a machine that has one, bring that folder "
         f"here, then: python tools/convert_weight_hf2sat.py --input_path {folder} --output_path {output}"
     )
-
-
-def _note_origin(wish: Wish, commit: str, files: Sequence[HubFile]) -> None:
-    listed = {file.path: file.digest for file in files}
-    write_json(wish.target / ORIGIN, {"repository": wish.repository, "commit": commit, "files": listed})
 
 
 # --- what is fetched -------------------------------------------------------------------------------------------------
@@ -189,7 +208,8 @@ def _weights(named: dict[str, HubFile], stem: str) -> list[str]:
     return [index, *(f"{stem}-{k + 1:05d}-of-{count:05d}.safetensors" for k in range(count))]
 
 
-def _download(wish: Wish, say: Callable[[str], None]) -> tuple[str, list[HubFile]]:
+def _download(wish: Wish, say: Callable[[str], None]) -> None:
+    """All files, and then a note of what they are."""
     hub = Hub.from_environment()
     try:
         commit = patiently(lambda: hub.commit(wish.repository, wish.revision))
@@ -205,7 +225,9 @@ def _download(wish: Wish, say: Callable[[str], None]) -> tuple[str, list[HubFile
     say(f"{wish.name}: {readable(missing)} of {readable(total)} are fetched, then converted in {place}")
     _require_space(wish, missing + total)
     fetch(work, files)
-    return commit, files
+    listed = {file.path: file.digest for file in files}
+    record = {"repository": wish.repository, "commit": commit, _KEPT: wish.keep, "files": listed}
+    write_json(wish.downloads / ORIGIN, record)
 
 
 def fetch(work: Download, files: Sequence[HubFile]) -> None:

@@ -143,6 +143,45 @@ def test_a_killed_command_is_gone_on_with(hub, pipeline, tmp_path):
     assert resumed == {path: f"bytes={size}-" for path, size in parts.items() if 0 < size < whole[path]}
 
 
+@pytest.mark.parametrize("killed_in", ["convert", "remove"])
+def test_downloads_that_a_killed_command_left_go_with_the_next_one(hub, pipeline, tmp_path, monkeypatch, killed_in):
+    """Ended behind the conversion, or in the middle of the cleaning up."""
+    whole, downloads = getattr(release, killed_in), tmp_path / "weights" / f"{NAME}.download"
+
+    def killed(*arguments):
+        whole(arguments[0] / "vae" if killed_in == "remove" else arguments[0])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(release, killed_in, killed)
+        with pytest.raises(KeyboardInterrupt):
+            get_release(Wish(NAME), lambda _: None)
+    hub.asked.clear()
+    assert run_file_of(NAME, may_download=False).is_file() and downloads.is_dir()
+    file = run_file_of(NAME)
+    assert file.is_file() and not downloads.exists() and not hub.asked
+    assert json.loads((file.parent / "hub.json").read_text())["commit"] == COMMIT
+
+
+def test_downloads_that_are_to_be_kept_stay(hub, pipeline, tmp_path, monkeypatch):
+    """Those that a command was asked for, also behind one that was killed and not asked for it; and those of others."""
+
+    def killed(order):
+        converted(order)
+        raise KeyboardInterrupt
+
+    converted = release.convert
+    monkeypatch.setattr(release, "convert", killed)
+    with pytest.raises(KeyboardInterrupt):
+        get_release(Wish(NAME), lambda _: None)
+    file = get_release(Wish(NAME, keep=True), print)
+    record = json.loads((file.parent / "hub.json").read_text())
+    assert record["files"].keys() == fetched(tmp_path).keys() and run_file_of(NAME) == file and fetched(tmp_path)
+    del record["download_kept"]  # as earlier versions wrote it
+    (file.parent / "hub.json").write_text(json.dumps(record))
+    assert run_file_of(NAME) == file and fetched(tmp_path).keys() == record["files"].keys()
+
+
 def test_damage_on_the_way_is_found_and_fetched_once_more(hub, tmp_path):
     hub.wrong.update({VAE: 1, "vae/config.json": 1})  # SHA-256, and git's SHA-1
     said: list[str] = []
