@@ -34,7 +34,7 @@ def is_hub_name(text: str) -> bool:
 
 
 def adapter_from_hub(name: str, say: Callable[[str], None] = say_on_stderr) -> Path:
-    """The local file of an adapter in the hub: one that is here, or in the hub's own cache; else it is downloaded.
+    """The local file of an adapter in the hub, which is downloaded at first use.
 
     Raises:
         HubError: it is not to be had, the repository has no adapter, or several and `name` does not say which.
@@ -45,7 +45,7 @@ def adapter_from_hub(name: str, say: Callable[[str], None] = say_on_stderr) -> P
         raise HubError(f"{name!r} is no adapter's name: write OWNER/NAME, or OWNER/NAME/FILE.")
     repository, file = match["repository"], match["file"]
     folder = (release.WEIGHTS / _FOLDER / repository).absolute()
-    if here := _fetched(folder, file) or _cached(repository, file):
+    if here := _fetched(folder, file):
         return here
     with alone(folder, repository, say):
         return _fetched(folder, file) or _download(repository, file, folder, say)
@@ -55,16 +55,6 @@ def _fetched(folder: Path, file: str | None) -> Path | None:
     origin = folder / ORIGIN
     named = file or (json.loads(origin.read_text(encoding="utf-8")).get("adapter") if origin.is_file() else None)
     return folder / named if named and (folder / named).is_file() else None
-
-
-def _cached(repository: str, file: str | None) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
-
-    for candidate in [file] if file else USUAL:
-        found = try_to_load_from_cache(repository, candidate)
-        if isinstance(found, str):
-            return Path(found)
-    return None
 
 
 def _download(repository: str, file: str | None, folder: Path, say: Callable[[str], None]) -> Path:

@@ -50,17 +50,12 @@ class HubFile:
 
     Attributes:
         size: bytes.
-        digest: SHA-256 of a large file, or git's SHA-1 (of `blob SIZE`, a zero byte and the content), in hex digits.
+        digest: see `sgm.weights.checksums.new_digest`.
     """
 
     path: str
     size: int
     digest: str
-
-    @property
-    def is_large(self) -> bool:
-        """Whether it is kept beside the repository (LFS), where that holds a pointer."""
-        return len(self.digest) == 64
 
 
 @dataclass(frozen=True)

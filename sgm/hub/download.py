@@ -5,17 +5,18 @@ A file grows as `NAME.part-DIGEST`; whoever breaks off leaves that, and the next
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
+from glob import escape
 from pathlib import Path
 
 from sgm.files import LFS_MAGIC, readable, saving, sync_folder
 from sgm.hub.client import Hub, HubError, HubFile, UnreachableError
+from sgm.weights.checksums import new_digest
 
 AT_ONCE = 4  # files
 ATTEMPTS = 6  # without a byte between them
@@ -108,6 +109,8 @@ class Download:
         with saving(path):
             os.replace(part, path)
             sync_folder(path.parent)
+            for stale in path.parent.glob(f"{escape(path.name)}.part-*"):  # of another commit
+                stale.unlink()
 
     def _fill(self, file: HubFile, part: Path) -> None:
         """Until `part` has all bytes, however often the connection breaks on the way."""
@@ -168,7 +171,7 @@ class Download:
             )
 
     def _check(self, file: HubFile, part: Path) -> None:
-        digest = hashlib.sha256() if file.is_large else hashlib.sha1(f"blob {file.size}\0".encode())
+        digest = new_digest(file.digest, file.size)
         with part.open("rb") as content:
             while block := content.read(_BLOCK):
                 if self._stop.is_set():

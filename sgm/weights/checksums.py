@@ -3,6 +3,7 @@
     .pt            CRC-32 of every record, as zip archives have it; PyTorch writes it and never looks at it
     .safetensors   those written here: CRC-32 of the header and of every tensor, in the header's `crc32`
     SHA256SUMS     as `sha256sum` writes it, in the file's folder or up to three above
+    blobs/DIGEST   the hub's checksum of a file, by which the Hugging Face library's cache calls it
 
 A file that says nothing is read as it is.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -127,12 +129,23 @@ def _record(file: IO[bytes], info: zipfile.ZipInfo) -> Stretch:
 
 
 def listed_sum(path: Path) -> tuple[str, Path] | None:
-    """(SHA-256 of `path` in hex digits, the SHA256SUMS that lists it), if one does. Raises WeightsError."""
-    path = path.absolute()
+    """(checksum of `path`, see `new_digest`; what says so: the SHA256SUMS that lists it, or its own name in the hub's
+    cache), if there is one. Raises WeightsError.
+    """
+    blob, path = path.resolve(), path.absolute()
+    if blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", blob.name):
+        return blob.name, blob
     for folder in path.parents[:_LEVELS]:
         if (sums := folder / SUMS).is_file() and (found := read_sums(sums).get(path.relative_to(folder).as_posix())):
             return found, sums
     return None
+
+
+def new_digest(like: str, size: int) -> hashlib._Hash:
+    """To be fed with a file of `size` bytes, for a checksum `like` that one: SHA-256 (64 hex digits), or git's SHA-1
+    (40: of `blob SIZE`, a zero byte and the content), which the hub has for small files.
+    """
+    return hashlib.sha1(f"blob {size}\0".encode()) if len(like) == 40 else hashlib.sha256()
 
 
 def read_sums(sums: Path) -> dict[str, str]:
@@ -257,14 +270,17 @@ def compare_crcs(file: OpenFile, stretches: Sequence[Stretch]) -> None:
             raise DamagedError(file.path, f"{name} has another checksum than the file states for it")
 
 
-def compare_sum(path: Path, listed: str, sums: Path) -> None:
-    """Raises WeightsError where SHA-256 is another than `sums` says."""
+def compare_sum(path: Path, listed: str, source: Path) -> None:
+    """Raises WeightsError where the checksum is another than `source` says, see `listed_sum`."""
     with reading(path), path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = new_digest(listed, os.fstat(file.fileno()).st_size)
+        found = hashlib.file_digest(file, lambda: digest).hexdigest()
     if found != listed:
+        way = f"{AGAIN}; if it was changed on purpose, delete its line there"
+        if source.name == listed:
+            way = f"delete {source}, and it is fetched again"
         raise WeightsError(
-            f"{path} is not what {sums} lists: its SHA-256 is another. It is damaged or was replaced: {AGAIN}; "
-            "if it was changed on purpose, delete its line there."
+            f"{path} is not what {source} lists: its checksum is another. It is damaged or was replaced: {way}."
         )
 
 

@@ -79,7 +79,6 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setattr(release, "WEIGHTS", tmp_path / "weights")
     monkeypatch.setattr(download, "PAUSE", 0.01)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     with hub_server(tmp_path / "repository", "someone/style") as server:
         monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
@@ -89,6 +88,15 @@ def hub(tmp_path, monkeypatch):
 FILE = "pytorch_lora_weights.safetensors"
 
 
+def _in_the_library_s_cache(cache, monkeypatch):
+    """What lies there is not used: it is another file, and its settings are missing."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    repository = cache / "models--someone--style"
+    for folder, name, content in (("refs", "main", "0" * 40), (f"snapshots/{'0' * 40}", FILE, "damaged")):
+        (repository / folder).mkdir(parents=True)
+        (repository / folder / name).write_text(content)
+
+
 def fetched(asked):
     return with_adapters(with_fetched(asked))
 
@@ -96,6 +104,7 @@ def fetched(asked):
 def test_an_adapter_of_the_hub_is_fetched_once(hub, tmp_path, monkeypatch):
     """Whole, though its first answer breaks off; whoever names it again asks nobody."""
     hub.broken[FILE] = 1
+    _in_the_library_s_cache(tmp_path / "cache", monkeypatch)
     folder = tmp_path / "weights" / "adapters" / "someone" / "style"
     for name in ("someone/style:0.5", f"someone/style/{FILE}:0.5"):
         assert fetched(config(lora=[name])).args.lora[1:] == [f"{folder / FILE}:0.5"]  # behind the student
@@ -142,14 +151,3 @@ def test_an_adapter_that_the_hub_does_not_have(hub, tmp_path):
         choose_file("x/y", files)
     assert choose_file("x/y", files[:2]) == "a.safetensors"
     assert choose_file("x/y", [*files, FILE]) == FILE
-
-
-def test_the_hub_s_own_cache_is_looked_at_first(hub, tmp_path):
-    cached = tmp_path / "cache" / "models--someone--style"
-    snapshot = cached / "snapshots" / ("0" * 40)
-    snapshot.mkdir(parents=True)
-    (cached / "refs").mkdir()
-    (cached / "refs" / "main").write_text("0" * 40)
-    (snapshot / FILE).symlink_to(STUDENT / "lora.safetensors")
-    assert fetched(config(lora=["someone/style:0.5"])).args.lora == [f"{snapshot / FILE}:0.5"]  # the student itself
-    assert not hub.asked

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -321,8 +322,14 @@ def test_hub_without_network_or_cache(tmp_path, monkeypatch):
 def hub_cache(release, folder) -> None:
     """As the hub's library leaves someone/t5 behind."""
     repo = folder / "models--someone--t5"
-    shutil.copytree(release, repo / "snapshots" / "abc123")
-    (repo / "refs").mkdir()
+    for place in ("blobs", "refs", "snapshots/abc123"):
+        (repo / place).mkdir(parents=True)
+    for file in release.iterdir():
+        content, is_large = file.read_bytes(), file.suffix == ".safetensors"
+        git = hashlib.sha1(f"blob {len(content)}\0".encode() + content)
+        blob = repo / "blobs" / (hashlib.sha256(content) if is_large else git).hexdigest()
+        blob.write_bytes(content)
+        (repo / "snapshots" / "abc123" / file.name).symlink_to(blob)
     (repo / "refs" / "main").write_text("abc123")
 
 
@@ -346,6 +353,13 @@ def test_hub_cache_is_used_without_network(release, embedder, tmp_path, monkeypa
     hub_cache(release, tmp_path)
     found = FrozenT5Embedder("someone/t5", max_length=12, cache_dir=str(tmp_path))
     assert same_weights(found, embedder)
+    for name in ("config.json", "spiece.model", "model.safetensors"):  # each damaged where it still can be read
+        blob = next(tmp_path.rglob(f"snapshots/*/{name}")).resolve()
+        whole = blob.read_bytes()
+        blob.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]) if name == "model.safetensors" else whole + b"\n")
+        with pytest.raises(WeightsError, match=f"{name} is not what .*blobs/{blob.name} lists.*: delete .*{blob.name}"):
+            FrozenT5Embedder("someone/t5", max_length=12, cache_dir=str(tmp_path))
+        blob.write_bytes(whole)
 
 
 @pytest.mark.parametrize(
