@@ -147,13 +147,19 @@ def _window_problems(engine: SATVideoDiffusionEngine, args: SampleArgs) -> list[
     if engine.noised_image_input and windows:
         advice = "its videos begin with a picture; go on with such a video, --video FILE --extend N"
         return [f"args.window_frames and args.window_overlap do not go with this model: {advice}"]
-    if engine.noised_image_input or not (windows or args.extend):
+    if not (windows or args.extend):
         return []
-    if frames % patch or overlap % patch or not 0 < overlap < frames:
-        parts = f", both multiples of {patch}" if patch > 1 else ""
-        asked = f"windows of {frames} latent frames (args.window_frames) with {overlap} in common (args.window_overlap)"
-        return [f"{asked}: the second number must be the smaller one{parts}"]
-    return []
+    if frames % patch == 0 and overlap % patch == 0 and 0 < overlap < frames:
+        return []
+    name = "args.sampling_num_frames" if args.window_frames is None else "args.window_frames"
+    parts = f"a multiple of {patch}" if patch > 1 else ""
+    if args.window_overlap is None:
+        least = f"{parts}{', ' if parts else ''}{max(3, 2 * patch)} at least"
+        return [
+            f"{name} is {frames} latent frames, the first of them from the end of what is there; it must be {least}"
+        ]
+    asked = f"windows of {frames} latent frames ({name}) with {overlap} in common (args.window_overlap)"
+    return [f"{asked}: the second number must be the smaller one{', each ' + parts if parts else ''}"]
 
 
 def follows_picture(engine: SATVideoDiffusionEngine) -> bool:
