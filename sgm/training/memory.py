@@ -45,6 +45,7 @@ class MemoryNeeds:
         micro_batch: clips at a time.
         ranks: that hold the same weights. shares: of them, those that share a clip's tokens.
         most_shares: that could; None: any number.
+        refused: options that are not advised: the rest of the configuration does not go with them.
         stage: ZeRO stage; `offload`: masters and optimizer state in CPU memory.
         moment_bytes: of a trained value's moments in the optimizer. ema: it also has an average, in float32.
         checkpointing: activations are recomputed: False, True, "selective" (all but attention) or "products" (all but
@@ -80,6 +81,7 @@ class MemoryNeeds:
     in_block: int = 0
     streams: bool = False
     offloads_inputs: bool = False
+    refused: frozenset[str] = frozenset()
 
     # --- what stays ---------------------------------------------------------------------------------------------------
 
@@ -215,7 +217,7 @@ class MemoryNeeds:
             found = {how: needs for how, needs in found.items() if not how.startswith("LoRA")}
         if self.streams or self.shares > 1:
             found = {how: needs for how, needs in found.items() if needs.stage < 3}
-        return found
+        return {how: needs for how, needs in found.items() if not any(option in how for option in self.refused)}
 
     def switches(self) -> list[tuple[str, int]]:
         """What would lower the need, with the bytes it saves here, largest first."""

@@ -226,13 +226,28 @@ def test_overlays_change_what_they_say():
     assert config.model["not_trainable_prefixes"] == ["all"] and plan.optimizer.lr == 1e-3
 
 
-@pytest.mark.parametrize("given", [[], ["deepspeed.zero_optimization.stage=0"], ["deepspeed.optimizer.type=AdamW"]])
-@pytest.mark.parametrize("file", ["demo_sft", "cogvideox_2b_sft"])
-def test_what_is_said_to_help_can_be_given_and_helps(file, given):
-    config = [REPO / "configs" / f"{file}.yaml"]
-    base = estimate_memory.needs_of(config, given, 1, "cuda")
+SINGLY = ([], ["deepspeed.zero_optimization.stage=0"], ["deepspeed.optimizer.type=AdamW"])
+NO_PRIOR = ["args.prior_data=[]", "args.train_data_weights=null"]
+GRAPHS = [*NO_PRIOR, "args.cuda_graphs=true", "args.checkpoint_activations=false"]
+GRAPHS += ["model.network_config.params.transformer_args.checkpoint_activations=false"]
+HEAD = ["model.also_trainable_prefixes=[model.diffusion_model.mixins.final_layer]"]  # beside an adapter
+
+
+@pytest.mark.parametrize(
+    "files, given, gpus",
+    [
+        *(([file], given, 1) for file in ("demo_sft", "cogvideox_2b_sft") for given in SINGLY),
+        (["demo_sft"], [], 4),  # with prior preservation
+        (["demo_lora"], HEAD, 4),
+        (["demo_lora", "distill"], ["args.load=demo/transformer"], 4),
+        (["demo_lora"], GRAPHS, 4),
+    ],
+)
+def test_what_is_said_to_help_can_be_given_and_helps(files, given, gpus):
+    config = [REPO / "configs" / f"{file}.yaml" for file in files]
+    base = estimate_memory.needs_of(config, given, gpus, "cuda")
     advised = [how for how, needs in base.variants().items() if needs.total < base.total and how.startswith("--set")]
-    assert len(advised) > 2
+    assert len(advised) >= 2
     for how in advised:
         overrides = shlex.split(how.replace("FOLDER", "/tmp/cache"))[1::2]
-        assert estimate_memory.needs_of(config, [*given, *overrides], 1, "cuda").total < base.total, how
+        assert estimate_memory.needs_of(config, [*given, *overrides], gpus, "cuda").total < base.total, how

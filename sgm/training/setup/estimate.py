@@ -27,6 +27,7 @@ from sgm.training.setup.model import (
     loaded_autoencoder,
     streams_frozen,
     training_model_section,
+    trains_more_than_lora,
 )
 
 T5_XXL_VALUES = 4_762_310_656
@@ -72,11 +73,26 @@ def memory_needs(
         picture_encoder=_values(autoencoder.encoder) if (autoencoder and engine.noised_image_input) else 0,
         bucket=_bucket_values(plan, trained),
         checkpointing=network.transformer.checkpoint_activations,
-        in_blocks=0 if config.args.cuda_graphs or config.args.model_parallel_size > 1 else sum(frozen),
+        in_blocks=sum(frozen),
         in_block=max(frozen),
         streams=streams_frozen(config.args, plan, engine),
         offloads_inputs=config.args.offload_activations,
+        refused=_refused(config.args, engine),
     )
+
+
+def _refused(args: TrainArgs, engine: SATVideoDiffusionEngine) -> frozenset[str]:
+    """What the checks in `setup.model`, and those of `args`, would refuse beside the rest of a configuration."""
+    has_base = args.prior_data or args.distill  # a second network in each step
+    by_reason = {
+        "zero_optimization.stage=3": has_base or args.cuda_graphs or engine.network.further_configs,
+        "args.checkpoint_activations": args.cuda_graphs,
+        "args.cache_dir": args.distill,
+        "args.stream_frozen": args.cuda_graphs
+        or args.model_parallel_size > 1
+        or (has_base and trains_more_than_lora(engine)),
+    }
+    return frozenset(option for option, reason in by_reason.items() if reason)
 
 
 def planned_needs(config: RunConfig[TrainArgs], plan: DeepSpeedPlan, replicas: int) -> MemoryNeeds:

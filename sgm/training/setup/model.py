@@ -160,18 +160,23 @@ def stream_obstacles(args: TrainArgs, plan: DeepSpeedPlan, engine: SATVideoDiffu
     if not args.stream_frozen:
         return []
     engine.freeze_untrained()
-    network = engine.network
     if not streamed_parameters(engine):
         return []
-    whole = "all" not in engine.not_trainable_prefixes or engine.also_trainable_prefixes or network.further_configs
     obstacles = {
-        "checkpoint_activations: false": not network.transformer.checkpoint_activations,
+        "checkpoint_activations: false": not engine.network.transformer.checkpoint_activations,
         "args.cuda_graphs": args.cuda_graphs,
         "deepspeed.zero_optimization.stage: 3": plan.stage == 3,
         "args.model_parallel_size above 1": args.model_parallel_size > 1,
-        "args.prior_data or args.distill where more than LoRA learns": (args.prior_data or args.distill) and whole,
+        "args.prior_data or args.distill where more than LoRA learns": (args.prior_data or args.distill)
+        and trains_more_than_lora(engine),
     }
     return [name for name, there in obstacles.items() if there]
+
+
+def trains_more_than_lora(engine: SATVideoDiffusionEngine) -> bool:
+    """Whether weights learn that are no adapter's; also of an engine that has none yet."""
+    more = engine.also_trainable_prefixes or engine.network.further_configs
+    return "all" not in engine.not_trainable_prefixes or bool(more)
 
 
 def streamed_parameters(engine: SATVideoDiffusionEngine) -> list[torch.Tensor]:
