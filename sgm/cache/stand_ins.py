@@ -75,11 +75,11 @@ class CachedFirstStage(FirstStage):
         """Moments x (b, 2c, t, h, w) to latents (b, c, t, h, w), a draw from the posterior."""
         return self.regularization.latents(x.contiguous())
 
-    def encode_image(self, x: Tensor) -> Tensor:
-        """See `FirstStage`. Raises NotCachedError: there is no `image_config`."""
+    def moments(self, x: Tensor) -> Tensor:
+        """Those of pictures. Raises NotCachedError: there is no `image_config`."""
         if self.image_stage is None:
             raise NotCachedError("pictures cannot be encoded: this run on cached clips is of a text-to-video model")
-        return self.image_stage.encode(x)
+        return self.image_stage.moments(x)
 
     def use_ops(self, ops: VaeOps) -> None:
         if self.image_stage is not None:

@@ -14,11 +14,12 @@ from sgm.config import RunConfig
 from sgm.data.images import Picture
 from sgm.inference.noise import SampleId
 from sgm.inference.options import SampleArgs
-from sgm.inference.pipeline import EncodedPrompt, Part, Pipeline
+from sgm.inference.pipeline import Part, Pipeline
 from sgm.inference.progress import Progress, StageTimes
 from sgm.inference.prompts import Prompt
 from sgm.inference.refine import Endpoint, refine_prompt
 from sgm.inference.requests import Measurements, Requests, Wanted
+from sgm.inference.stages import EncodedPrompt
 from sgm.inference.vocabulary import words_note
 
 SHOWN_CHARACTERS = 200  # of the end of a prompt that is not read
@@ -150,7 +151,7 @@ class Generation:
         """Its moments."""
         self.load("first_stage")
         with self.progress.stage("encode image", self.load_times, picture.path.name):
-            return self.pipeline.encode_picture(picture)
+            return self.pipeline.visual.encode_picture(picture)
 
     def _sample_if_it_fits(
         self, prompt: Prompt, conditioning: EncodedPrompt, batch: Sequence[int], times: StageTimes

@@ -70,7 +70,7 @@ def _length_lines(length: Length, source: SourceClip | None) -> list[str]:
 
 def _sizes(pipeline: Pipeline, prompts: Sequence[Prompt]) -> str:
     """Width and height of the videos; each prompt's picture may have its own."""
-    sizes = dict.fromkeys(pipeline.size(prompt.picture) for prompt in prompts) or [pipeline.size()]
+    sizes = dict.fromkeys(pipeline.visual.size(prompt.picture) for prompt in prompts) or [pipeline.visual.size()]
     return " and ".join(f"{width}x{height}" for height, width in list(sizes)[:3]) + " ..." * (len(sizes) > 3)
 
 
@@ -78,7 +78,7 @@ def _prompt_lines(pipeline: Pipeline, prompt: Prompt) -> list[str]:
     text = prompt.text if len(prompt.text) <= 100 else prompt.text[:100] + "..."
     lines, picture = [f"prompt {prompt.index}: {text}"], prompt.picture
     if picture is not None:
-        height, width = pipeline.size(picture)
+        height, width = pipeline.visual.size(picture)
         way = "scaled" if follows_picture(pipeline.engine) else "scaled and cropped"
         lines.append(f"  begins with {picture.path}, {picture.width}x{picture.height}, {way} to {width}x{height}")
     return lines

@@ -180,7 +180,7 @@ class Requests:
         picture, request = prompt.picture, replace(self._of_every_prompt, prompt=prompt.text)
         if picture is None:
             return request
-        return replace(request, size=self.pipeline.size(picture), image_sha256=picture.sha256)
+        return replace(request, size=self.pipeline.visual.size(picture), image_sha256=picture.sha256)
 
     @cached_property
     def _of_every_prompt(self) -> Request:
@@ -197,7 +197,7 @@ class Requests:
             num_steps=args.num_steps or sampler.num_steps or self.pipeline.num_steps,
             guidance=Guidance(type(guider).__name__, guider.scale if isinstance(guider, Scaled) else None),
             latent_frames=length.total,
-            size=self.pipeline.size(),
+            size=self.pipeline.visual.size(),
             fps=args.sampling_fps,
             dtype=args.dtype,
             approximate=self.config.accelerate.approximate(),

@@ -18,10 +18,10 @@ from sgm.data.video_out import write_contact_sheet, write_video
 from sgm.errors import SgmError
 from sgm.files import SaveError, advising, unfinished_names, write_json
 from sgm.inference.generation import Generation, Sampled, out_of_memory_advice
-from sgm.inference.pipeline import EncodedPrompt
 from sgm.inference.progress import Bar, StageTimes
 from sgm.inference.prompts import Prompt, ask, gather
 from sgm.inference.requests import Wanted
+from sgm.inference.stages import EncodedPrompt
 from sgm.inference.writer import SampleFiles, find_latents, read_latents, write_latents
 
 ANOTHER_FOLDER = "Choose another --output-dir; --skip-done goes on with a run that was stopped."

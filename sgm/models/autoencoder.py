@@ -265,7 +265,7 @@ class VideoAutoencoder(FirstStage):
     def _run_encoder(self, x: Tensor) -> Tensor:
         run = ClipPass(slice_bytes=self._slice_bytes(x), ops=self.ops)
         tiling, factor = self.memory.tiling, self.strides.space
-        if tiling is None:
+        if tiling is None or x.shape[2] == 1:  # one frame needs no tiles, which would make it approximate
             shared = self.share is not None and not torch.is_grad_enabled() and self.share.takes(self.encoder, x)
             return self.share.encode(self.encoder, x, run) if shared and self.share else self.encoder(x, run)
         size = self.strides.latent_size(x.shape[3], x.shape[4])

@@ -266,8 +266,9 @@ class SATVideoDiffusionEngine(nn.Module):
         A draw from the posterior, with `noise` (b, c, 1, h/8, w/8) where it is given.
         """
         with self._first_stage_precision(x.device):
-            x = x.to(self.dtype)
-            z = self.first_stage.encode_image(x) if noise is None else self.autoencoder.encode(x, noise=noise)
+            moments = self.first_stage.moments(x.to(self.dtype))
+            draw = torch.randn_like if noise is None else noise.to
+            z = self.first_stage.regularization.latents(moments, draw)
         return self.image_latents(z, frames)
 
     def image_latents(self, z: Tensor, frames: int) -> Tensor:

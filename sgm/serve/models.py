@@ -129,7 +129,7 @@ def _facts(name: str, model: TextToVideo) -> ModelFacts:
     return ModelFacts(
         name=name,
         fps=args.sampling_fps,
-        size=pipeline.size(),
+        size=pipeline.visual.size(),
         size_step=strides.size_step,
         num_frames=strides.pixel_frames(pipeline.visual.length.decoded),
         frame_step=2 * strides.time,  # clips have an odd number of latent frames

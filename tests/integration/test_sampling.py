@@ -105,7 +105,8 @@ def test_noise_depends_on_seed_prompt_and_sample_only(config, tmp_path):
 
 def test_few_prompts_are_held_encoded_and_their_number_changes_nothing(config, tmp_path, monkeypatch):
     """However many there are; the text encoder comes back for the next ones, and the negative is held once."""
-    from sgm.inference.pipeline import EncodedPrompt, Pipeline
+    from sgm.inference.pipeline import Pipeline
+    from sgm.inference.stages import EncodedPrompt
 
     sample, held, loaded = Pipeline.sample, [], []
     load = Pipeline.load

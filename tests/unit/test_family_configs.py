@@ -73,7 +73,7 @@ def test_the_original_s_files_are_taken_unchanged(tmp_path, name):
     assert list(config.notes) == named
     pipeline = Pipeline(config, torch.device("cpu"), with_text_encoder=False)
     trained = {"cogvideox1.5_5b": (768, 1360), "cogvideox1.5_5b_i2v": (768, 1360)}.get(name, (480, 720))
-    assert pipeline.size() == trained and pipeline.visual.pictures.wanted == ("i2v" in name)
+    assert pipeline.visual.size() == trained and pipeline.visual.pictures.wanted == ("i2v" in name)
     frames = pipeline.engine.strides.pixel_frames(pipeline.visual.length.decoded)
     assert frames == (81 if version == "head" else 49) and pipeline.visual.remarks([]) == []
     assert pipeline.engine.image_scale == (1.0 if version == "head" else pipeline.engine.scale_factor)

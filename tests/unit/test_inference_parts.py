@@ -277,8 +277,9 @@ def test_a_request_names_weights_by_whole_paths(tmp_path, monkeypatch):
     pipeline = SimpleNamespace(
         engine=engine,
         num_steps=50,
-        size=lambda: (480, 720),
-        visual=SimpleNamespace(source=None, reads_picture=False, length=Length(13, 13, (Window(0, 13),))),
+        visual=SimpleNamespace(
+            source=None, reads_picture=False, length=Length(13, 13, (Window(0, 13),)), size=lambda: (480, 720)
+        ),
         small_decoder_weights=None,
     )
     requests = Requests(SimpleNamespace(args=args, accelerate=AccelerateArgs()), pipeline)

@@ -58,7 +58,7 @@ def test_a_rehearsal_brings_neither_compiler_nor_sympy():
         launched = []
         for module in (triton_block, triton_vae):
             module.launch = lambda kernel, *_, **__: launched.append(kernel)
-        shape = pipeline.latent_shape(pipeline.size())
+        shape = pipeline.latent_shape
         run_block(pipeline.engine, shape)
         run_decoder(pipeline.engine.autoencoder, shape, pipeline.engine.dtype)
         print(len(set(map(id, launched))), {"sympy", "torch._dynamo"} & set(sys.modules))

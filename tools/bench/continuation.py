@@ -128,7 +128,7 @@ def _averaged(model: TextToVideo, caption: str, frames: int) -> np.ndarray:
     conditions = [{n: v.to(pipeline.device) for n, v in part.items()} for part in (prompt.cond, prompt.uncond)]
     pipeline.engine.branches = Averaged(WINDOW, WINDOW // 2)
     try:
-        shape = (frames, *pipeline.latent_shape(pipeline.size())[1:])
+        shape = (frames, *pipeline.latent_shape[1:])
         with pipeline.placement.use(pipeline.engine.model):
             latents = pipeline.engine.sample(*conditions, shape=shape, num_steps=pipeline.engine.sampler.num_steps)
         return pipeline.decode(latents[0].cpu())

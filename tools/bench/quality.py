@@ -34,8 +34,9 @@ from sgm.config import AccelerateArgs, ConfigError, RunConfig, load_run_config, 
 from sgm.distributed import shutdown
 from sgm.inference.noise import SampleId
 from sgm.inference.options import SampleArgs
-from sgm.inference.pipeline import EncodedPrompt, Pipeline
+from sgm.inference.pipeline import Pipeline
 from sgm.inference.prompts import gather
+from sgm.inference.stages import EncodedPrompt
 from sgm.modules.autoencoding.strides import STRIDES
 from sgm.typed import build_args
 from sgm.weights.preflight import with_found_paths

@@ -126,7 +126,7 @@ def bench_ours(options: argparse.Namespace, device: torch.device, variant: str, 
         with clock.stage("text"):
             encoded = pipeline.encode([prompt.text])[0]
             if prompt.picture is not None:
-                encoded = replace(encoded, image=pipeline.encode_picture(prompt.picture))
+                encoded = replace(encoded, image=pipeline.visual.encode_picture(prompt.picture))
         with clock.stage("steps"):
             latents = pipeline.sample(encoded, [SampleId(0, 0, 0)])[0]
         with clock.stage("decode"):

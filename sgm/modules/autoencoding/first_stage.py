@@ -26,9 +26,9 @@ class FirstStage(nn.Module, ABC):
     def encode(self, x: Tensor) -> Tensor:
         """Latents (b, c, t, h/8, w/8), not scaled, of pixels (b, 3, f, h, w) in [-1, 1]: a draw from the posterior."""
 
-    def encode_image(self, x: Tensor) -> Tensor:
-        """`encode` for pictures: latents (b, c, 1, h/8, w/8) of pixels (b, 3, 1, h, w)."""
-        return self.encode(x)
+    @abstractmethod
+    def moments(self, x: Tensor) -> Tensor:
+        """Mean and log variance (b, 2c, t, h/8, w/8) of the posterior of pixels (b, 3, f, h, w)."""
 
     @abstractmethod
     def decode(self, z: Tensor) -> Tensor:
