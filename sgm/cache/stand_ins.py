@@ -85,12 +85,6 @@ class CachedFirstStage(FirstStage):
         if self.image_stage is not None:
             self.image_stage.use_ops(ops)
 
-    def decode(self, z: Tensor) -> Tensor:
-        """Raises NotCachedError: there is no decoder."""
-        raise NotCachedError(
-            "a run on cached clips has no decoder: set args.only_log_video_latents: True, or leave out args.cache_dir"
-        )
-
 
 class CachedTextEmbedder(AbstractEmbModel):
     """Stands for a frozen encoder whose embeddings lie in the batch; its input keys are the captions and those.

@@ -105,9 +105,9 @@ class Pictures:
         if isinstance(name, Picture):
             return replace(prompt, text=text, picture=name)
         if not name:
+            instead = f", or give --image FILE. From text alone: {self.other}" if self.other else ""
             raise PromptError(
-                f"no picture is named, and this model makes videos from one: write TEXT{MARK}IMAGE, or give --image "
-                f"FILE. From text alone: {self.other}."
+                f"no picture is named, and this model makes videos from one: write TEXT{MARK}IMAGE{instead}."
             )
         path = _first_there(os.path.expanduser(name), [Path(), *([file.parent] if file else [])])
         if path not in known:

@@ -279,16 +279,6 @@ class SATVideoDiffusionEngine(nn.Module):
         """Of sampled latents (b, t, c, h, w) those that are decoded: all but the first where patches need t even."""
         return drop_first(z, self.network.patch.t)
 
-    @torch.no_grad()
-    def decode_first_stage(self, z: Tensor) -> Tensor:
-        """Scaled latents (b, c, t, h, w), t odd, to pixels (b, 3, 4t-3, 8h, 8w) in about [-1, 1] (not clamped).
-
-        In chunks, as the original samples. (What it logs during training it decodes in one go: group normalisation sees
-        other spans then, and gives other frames.)
-        """
-        with self._first_stage_precision(z.device):
-            return self.first_stage.decode((z / self.scale_factor).to(self.dtype))
-
     def _first_stage_precision(self, device: torch.device) -> torch.autocast:
         enabled = self.first_stage_autocast and self.dtype != torch.float32
         return torch.autocast(device.type, dtype=self.dtype, enabled=enabled)

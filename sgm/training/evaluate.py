@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,11 +22,13 @@ from sgm.data.loader import clip_count, known_shapes
 from sgm.data.video_out import to_uint8, write_video
 from sgm.distributed import data_parallel_rank, data_parallel_world_size, own_rank, preserve_rng
 from sgm.files import atomic_write, write_text
-from sgm.models.autoencoder import VideoAutoencoder
-from sgm.models.diffusion import Cond, SATVideoDiffusionEngine
+from sgm.inference.noise import SampleId
+from sgm.inference.options import SampleArgs
+from sgm.inference.prompts import Prompt
+from sgm.inference.stages import EncodedPrompt, Stages
+from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.modules.diffusionmodules.image_condition import repeat_first
 from sgm.training.checkpoints.state import seed_all
-from sgm.training.eval_prompts import EvalPrompt
 from sgm.training.first_frame import first_frame
 from sgm.training.setup.engine import TrainingEngine
 from sgm.training.step import batch_latents, engine_inputs
@@ -61,7 +63,7 @@ class Evaluation:
     latents_only: bool
     log_video: bool
     fps: int
-    prompts: Sequence[EvalPrompt] = ()
+    prompts: Sequence[Prompt] = ()
 
     def run(self, ds_engine: TrainingEngine, iteration: int, log: RunLog) -> tuple[float, list[float | None]]:
         """Mean loss over all ranks, and by part of the timesteps (None: none fell there). Collective."""
@@ -117,63 +119,60 @@ class Evaluation:
         if not self.log_video:
             return
         latents = batch_latents(engine, first, device)
-        frames, channels, height, width = repeat_first(latents, engine.network.patch.t).shape[1:]
+        stages = ValidationStages(engine, device, repeat_first(latents, engine.network.patch.t).shape[1:])
         if not self.latents_only:
-            files.clip("inputs", 0, first[engine.input_key])
-            files.clip("reconstructions", 0, decode(engine, latents))
-        for k, start in enumerate(self._starts(engine, first, device, engine.strides.pixel_size(height, width))):
+            files.clip("inputs", 0, to_uint8(rearrange(first[engine.input_key], "b f c h w -> b c f h w"))[0].numpy())
+            files.clip("reconstructions", 0, stages.decode(latents[0]))
+        self._sample(stages, [self._of_clip(stages, first), *self._of_prompts(stages)], files)
+
+    def _of_clip(self, stages: Stages, clip: Mapping[str, Any]) -> EncodedPrompt:
+        """What a sample is made from that is like the only clip of a batch."""
+        engine, conditions = stages.engine, stages.engine.condition_batch(clip)
+        starts = engine.noised_image_input
+        image = stages.moments(first_frame(engine, clip, stages.device), "first frame") if starts else None
+        return EncodedPrompt(*conditions, image=image)
+
+    def _of_prompts(self, stages: Stages) -> list[EncodedPrompt]:
+        encoded = stages.encode([prompt.text for prompt in self.prompts])
+        pictures = [None if p.picture is None else stages.visual.encode_picture(p.picture) for p in self.prompts]
+        return [replace(prompt, image=picture) for prompt, picture in zip(encoded, pictures)]
+
+    def _sample(self, stages: Stages, prompts: Sequence[EncodedPrompt], files: Files) -> None:
+        for k, prompt in enumerate(prompts):
             torch.manual_seed(self.seed + k)
-            image = None if start.picture is None else engine.encode_image(start.picture.to(device), frames)
-            shape = (frames, channels, *((height, width) if image is None else image.shape[-2:]))
-            samples = engine.sample(start.cond, start.uncond, batch_size=1, shape=shape, image=image)
+            latents = stages.sample(prompt, [SampleId(self.seed, k, 0)])
             if self.latents_only:
-                files.latents(k, samples)
+                files.latents(k, latents)
             else:
-                files.clip("samples", k, decode(engine, engine.drop_first(samples)))
-
-    def _starts(
-        self, engine: SATVideoDiffusionEngine, first: dict[str, Any], device: torch.device, size: tuple[int, int]
-    ) -> Iterator[_Start]:
-        """Of the first clip, then of each prompt."""
-        yield _Start(
-            *engine.condition_batch(first), first_frame(engine, first, device) if engine.noised_image_input else None
-        )
-        for prompt in self.prompts:
-            yield _Start(*engine.condition([prompt.text]), prompt.pixels(engine, size))
+                files.clip("samples", k, stages.decode(stages.engine.drop_first(latents)[0]))
 
 
-class _Start(NamedTuple):
-    """What a sample is made from: conditions, those to steer away from, and a picture (1, 3, 1, h, w)."""
+class ValidationStages(Stages):
+    """Those of a model in training, as `seed_mode: upstream` samples.
 
-    cond: Cond
-    uncond: Cond
-    picture: Tensor | None
-
-
-def decode(engine: SATVideoDiffusionEngine, z: Tensor) -> Tensor:
-    """Latents (b, t, c, h, w) to pixels (b, f, 3, h, w) on the CPU, in chunks and with little memory.
-
-    (The original decodes in one go here, which needs more memory than training; see `decode_first_stage`.) An even t
-    loses its last frame.
+    Args:
+        shape: (t, c, h, w) of a sample.
     """
-    odd = z.shape[1] - (z.shape[1] + 1) % 2
-    with low_memory(engine.first_stage_model):
-        pixels = engine.decode_first_stage(rearrange(z[:, :odd], "b t c h w -> b c t h w"))
-    return rearrange(pixels, "b c f h w -> b f c h w").cpu()
 
+    def __init__(self, engine: SATVideoDiffusionEngine, device: torch.device, shape: Sequence[int]):
+        super().__init__(engine, device)
+        frames, _, *size = shape
+        pixels = engine.strides.pixel_size(*size)
+        self.take(SampleArgs(sampling_num_frames=frames, sampling_image_size=[*pixels], seed_mode="upstream"))
 
-@contextmanager
-def low_memory(stage: object) -> Iterator[None]:
-    """A VAE works in small pieces inside the block; what else stands for the first stage is left alone."""
-    if not isinstance(stage, VideoAutoencoder):
-        yield
-        return
-    before = stage.memory
-    stage.set_low_memory(True, cache_on_cpu=True)
-    try:
-        yield
-    finally:
-        stage.memory = before
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """See `Stages`. In small pieces; of an even number of latent frames, which training takes, without the last.
+
+        (The original decodes in one go here, which needs more memory than training, and gives other frames: group
+        normalisation sees other spans then.)
+        """
+        stage = self.engine.autoencoder
+        before = stage.memory
+        stage.set_low_memory(True, cache_on_cpu=True)
+        try:
+            return super().decode(latents[: len(latents) - (len(latents) + 1) % 2])
+        finally:
+            stage.memory = before
 
 
 @dataclass(frozen=True)
@@ -211,15 +210,13 @@ class Files:
             with self._or_warn(path):
                 atomic_write(path, lambda file: torch.save(latents.cpu(), file))
 
-    def clip(self, kind: str, number: int, pixels: Tensor) -> None:
-        """Pixels (1, f, 3, h, w) in [-1, 1] as an mp4."""
+    def clip(self, kind: str, number: int, frames: np.ndarray) -> None:
+        """Frames, uint8 (f, h, w, 3), as an mp4."""
         path = self.folder / "video" / f"{kind}_gs-{self.iteration:06d}" / f"{number:06d}.mp4"
-        if not self._writes:
-            return
-        frames: np.ndarray = to_uint8(rearrange(pixels, "b f c h w -> b c f h w"))[0].cpu().numpy()
-        with self._or_warn(path):
-            write_video(path, frames, self.fps)
-            self.log.video(f"{kind}/{number}", path, frames, self.fps, self.iteration)
+        if self._writes:
+            with self._or_warn(path):
+                write_video(path, frames, self.fps)
+                self.log.video(f"{kind}/{number}", path, frames, self.fps, self.iteration)
 
 
 def evaluation_batches(datasets: Sequence[Dataset], batch_size: int, wanted: int, strict: bool) -> int:

@@ -210,7 +210,7 @@ def sample_both(converted: Converted, sampler: str, steps: int, injected: bool) 
     draw.set_state(state)
     other = theirs(latents=noise, generator=draw, **common, **given)[0]
     theirs.vae_scaling_factor_image = theirs.vae.config.scaling_factor
-    pixels = engine.decode_first_stage(engine.drop_first(ours).transpose(1, 2))
+    pixels = engine.autoencoder.decode(engine.drop_first(ours).transpose(1, 2) / engine.scale_factor)
     return {
         "latents": ours, "their latents": other,
         "pixels": ((pixels + 1) / 2).clamp(0, 1),

@@ -50,4 +50,4 @@ def test_sample_needs_a_start(engine):
 
 def test_absent_parts_are_named(engine):
     with pytest.raises(ValueError, match="first_stage_config"):
-        engine.decode_first_stage(torch.zeros(1, 16, 1, 2, 2))
+        engine.encode_image(torch.zeros(1, 3, 1, 16, 16), frames=1)

@@ -11,7 +11,6 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from sgm import distributed
-from sgm.modules.autoencoding.strides import STRIDES
 from sgm.training import evaluate
 from sgm.training.eval_prompts import eval_prompts
 from sgm.training.evaluate import Evaluation
@@ -86,16 +85,12 @@ def test_clips_are_taken_in_turn_with_the_same_draws_each_time(ranks):
     assert evaluation(seed=6).run(engine, 3, None)[0] != mean
 
 
-@pytest.mark.parametrize("frames_a_patch", [1, 2])
-def test_a_picture_that_goes_away_is_still_there_for_later_evaluations(tmp_path, frames_a_patch):
+def test_a_picture_that_goes_away_is_still_there_for_later_evaluations(tmp_path):
     file = tmp_path / "red.png"
     Image.new("RGB", (40, 24), "red").save(file)
     (prompt,) = eval_prompts([f"a square@@{file}"], from_picture=True)
     file.unlink()
-    engine = SimpleNamespace(network=SimpleNamespace(patch=SimpleNamespace(t=frames_a_patch)), strides=STRIDES)
-    pixels = prompt.pixels(engine, (16, 32))
-    assert prompt.text == "a square" and pixels.shape == (1, 3, 1, 16, 32)
-    assert pixels[0, :, 0, 8, 8].tolist() == pytest.approx([1, -1, -1])
+    assert prompt.text == "a square" and prompt.picture.image().getpixel((8, 8)) == (255, 0, 0)
 
 
 def test_ranks_share_what_one_would_do(ranks):

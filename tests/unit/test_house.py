@@ -18,7 +18,8 @@ FLOORS = (
     {"models"},
     {"data", "convert", "parallel"},
     {"cache", "hub"},
-    {"inference", "training", "publish"},
+    {"inference"},
+    {"training", "publish"},
     {"sample_video", "train_video", "serve"},
     {"__main__"},
 )

@@ -31,9 +31,5 @@ class FirstStage(nn.Module, ABC):
         """Mean and log variance (b, 2c, t, h/8, w/8) of the posterior of pixels (b, 3, f, h, w)."""
 
     @abstractmethod
-    def decode(self, z: Tensor) -> Tensor:
-        """Pixels (b, 3, f, h, w), near [-1, 1], of latents (b, c, t, h/8, w/8), t odd."""
-
-    @abstractmethod
     def use_ops(self, ops: VaeOps) -> None:
         """Run with this implementation of the operations."""

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from sgm.data.loader import clip_count
+from sgm.inference.stages import EncodedPrompt
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.training.distill.engine import DistillationEngine
 from sgm.training.distill.prompts import COND, TEXT, together
-from sgm.training.evaluate import Evaluation, Files, decode
+from sgm.training.evaluate import Evaluation, Files, ValidationStages
 
 
 @dataclass
@@ -33,11 +34,6 @@ class PromptEvaluation(Evaluation):
         count = min(max(self.samples, len(self.prompts)), sum(map(clip_count, self.datasets)))
         chosen = together([self._clip(k) for k in range(count)])
         files.text(chosen[TEXT])
-        for k in range(count):
-            torch.manual_seed(self.seed + k)
-            cond = {name: value[k : k + 1].to(device) for name, value in chosen[COND].items()}
-            sample = engine.sample(cond, shape=engine.shape)
-            if self.latents_only:
-                files.latents(k, sample)
-            else:
-                files.clip("samples", k, decode(engine, engine.drop_first(sample)))
+        conditions = [{name: value[k : k + 1] for name, value in chosen[COND].items()} for k in range(count)]
+        prompts = [EncodedPrompt(cond, engine.unconditional) for cond in conditions]
+        self._sample(ValidationStages(engine, device, engine.shape), prompts, files)
