@@ -85,6 +85,13 @@ class Asked(TypedDict, total=False):
 OPTIONS = {"steps": "num_steps", "size": "sampling_image_size", "num_frames": "sampling_num_frames"}  # named otherwise
 
 
+def _texts(names: str | Sequence[str]) -> list[str]:
+    return [names] if isinstance(names, str) else [str(name) for name in names]
+
+
+FORMS: dict[str, Callable[[Any], Any]] = {"size": list, "image": str, "video": str, "lora": _texts}  # as `args:` has it
+
+
 class TextToVideo:
     """A model on one device, whose parts are loaded when they are first needed and stay.
 
@@ -271,15 +278,8 @@ class TextToVideo:
         if blank or not prompts:
             raise PromptError(f"prompt {blank[0]} is blank; write some text." if blank else "there is no prompt.")
         config = self._laid_over(asked.get("configs") or (), asked.get("overrides") or {})
-        others = ("configs", "overrides")
-        given = {OPTIONS.get(name, name): v for name, v in asked.items() if name not in others and v is not None}
-        for name in ("image", "video"):
-            if name in given:
-                given[name] = str(given[name])
-        if "lora" in given:
-            given["lora"] = _texts(given["lora"])
-        if "sampling_image_size" in given:
-            given["sampling_image_size"] = list(given["sampling_image_size"])
+        own = {name: v for name, v in asked.items() if name not in ("configs", "overrides") and v is not None}
+        given = {OPTIONS.get(name, name): FORMS[name](v) if name in FORMS else v for name, v in own.items()}
         problems: list[str] = []
         values = asdict(config.args) | given | {"prompts": list(prompts), "batch_size": samples, "skip_done": False}
         args = build_args(SampleArgs, values, problems, [])
@@ -412,10 +412,6 @@ def _released(model: str | None) -> list[str]:
     from sgm.hub.release import run_file_of
 
     return [str(run_file_of(model))]
-
-
-def _texts(names: str | Sequence[str]) -> list[str]:
-    return [names] if isinstance(names, str) else [str(name) for name in names]
 
 
 def _set_texts(overrides: Mapping[str, object]) -> list[str]:

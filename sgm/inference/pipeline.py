@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -90,17 +90,15 @@ class Pipeline(Stages):
         with torch.device("meta"):
             engine = SATVideoDiffusionEngine(**model, dtype=config.args.dtype)
         super().__init__(engine.eval().requires_grad_(False), device)
-        self.fp8 = config.accelerate.fp8
-        if self.fp8:
+        if config.accelerate.fp8:
             check_fp8(device)
         self.facts = WeightFacts()
-        self._first_stage: dict[str, Any] = model.get("first_stage_config") or {}
         self._decoder_compiles = False
         self._small_decoder: SmallDecoder | None = None
         self._loaded: set[Part] = set()
         self._adapters: list[str] | None = None  # that the network has; None: no base is there yet, or in between
         self._checks = Checks()  # of what was loaded; nothing that came of it leaves here before they are done
-        self._take(config)
+        self._arrange(config)
 
     def ask(self, config: RunConfig[SampleArgs], held: InMemory = NOTHING) -> None:
         """Take another configuration; what is loaded stays, but for adapters that it does not name.
@@ -114,11 +112,11 @@ class Pipeline(Stages):
         check_same_model(self.config, config)
         config, self.notes = with_few_steps(with_adapters(config))
         self.engine.sampler = instantiate_from_config(config.model["sampler_config"])
-        self._take(config, held)
+        self._arrange(config, held)
         if self.args.lora != self._adapters:
             self._loaded.discard("network")
 
-    def _take(self, config: RunConfig[SampleArgs], held: InMemory = NOTHING) -> None:
+    def _arrange(self, config: RunConfig[SampleArgs], held: InMemory = NOTHING) -> None:
         """Let kernels, sampler, guider and the rooms for pictures and clips be as `config` has them."""
         self.config, args, fast = config, config.args, config.accelerate
         self.engine.use_kernels(choose_kernels(fast.kernels, fast.attention, self.device, fast.cpu_bf16))
@@ -187,11 +185,12 @@ class Pipeline(Stages):
 
     def _compile_decoder(self) -> None:
         """Begin to, once, by means of a second one without values."""
-        if not self._fuses_on_gpu or self._decoder_compiles or not self._first_stage or self.args.decoder == "small":
+        section = self.config.model.get("first_stage_config")
+        if not self._fuses_on_gpu or self._decoder_compiles or not section or self.args.decoder == "small":
             return
         self._decoder_compiles = True
         with torch.device("meta"):
-            stage: VideoAutoencoder = instantiate_from_config(self._first_stage)
+            stage: VideoAutoencoder = instantiate_from_config(section)
         stage.to(self.engine.dtype).eval().use_ops(self.engine.kernels.vae)
         shape = (self.visual.length.decoded, *self.latent_shape[1:])
         compile_ahead(partial(run_decoder, stage, shape, self.engine.dtype))
@@ -229,7 +228,7 @@ class Pipeline(Stages):
             self.facts.notes += loaded.notes
         elif self.args.lora == self._adapters:
             return loaded
-        elif self.fp8:
+        elif self.config.accelerate.fp8:
             raise SamplingError("the adapters of a network in 8-bit floats (accelerate.fp8) cannot be changed.")
         else:
             self._adapters, told = None, len(loaded.notes)
@@ -237,7 +236,7 @@ class Pipeline(Stages):
             replace_adapters(network, loaded, self.args.load, adapters, read=read_adapter, merge=self.args.merge_lora)
             self.facts.notes += loaded.notes[told:]
         self._adapters = list(self.args.lora)
-        if self.fp8:
+        if self.config.accelerate.fp8:
             quantize_network(network)
         return loaded
 
