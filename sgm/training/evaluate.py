@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -184,39 +183,33 @@ class Files:
     fps: int
     log: RunLog
 
-    @property
-    def _writes(self) -> bool:
-        return own_rank()[0] == 0
-
-    @contextmanager
-    def _or_warn(self, path: Path) -> Iterator[None]:
-        inner = path.relative_to(self.folder)
+    def _write(self, inner: Path, write: Callable[[Path], object]) -> None:
+        """`write` a file of the folder; what cannot be written is told."""
+        if own_rank()[0] != 0:
+            return
         with self.log.or_warn(self.folder / inner.parts[0]):
             for parent in reversed(inner.parents[:-1]):  # not the run's folder: its disk may be gone
                 (self.folder / parent).mkdir(exist_ok=True)
-            yield
+            write(self.folder / inner)
 
     def text(self, captions: Sequence[str]) -> None:
-        path = self.folder / "video_texts" / f"{self.iteration:08d}"
-        if self._writes:
-            with self._or_warn(path):
-                write_text(path, "".join(f"{text}\n" for text in captions))
+        content = "".join(f"{text}\n" for text in captions)
+        self._write(Path("video_texts", f"{self.iteration:08d}"), lambda path: write_text(path, content))
 
     def latents(self, number: int, latents: Tensor) -> None:
         """Sampled latents (1, t, c, h, w)."""
         name = f"latent_{number:06d}.pt" if number else "latent.pt"
-        path = self.folder / "video" / "latents" / f"latents_gs-{self.iteration:06d}" / name
-        if self._writes:
-            with self._or_warn(path):
-                atomic_write(path, lambda file: torch.save(latents.cpu(), file))
+        place = Path("video", "latents", f"latents_gs-{self.iteration:06d}", name)
+        self._write(place, lambda path: atomic_write(path, lambda file: torch.save(latents, file)))
 
     def clip(self, kind: str, number: int, frames: np.ndarray) -> None:
         """Frames, uint8 (f, h, w, 3), as an mp4."""
-        path = self.folder / "video" / f"{kind}_gs-{self.iteration:06d}" / f"{number:06d}.mp4"
-        if self._writes:
-            with self._or_warn(path):
-                write_video(path, frames, self.fps)
-                self.log.video(f"{kind}/{number}", path, frames, self.fps, self.iteration)
+
+        def write(path: Path) -> None:
+            write_video(path, frames, self.fps)
+            self.log.video(f"{kind}/{number}", path, frames, self.fps, self.iteration)
+
+        self._write(Path("video", f"{kind}_gs-{self.iteration:06d}", f"{number:06d}.mp4"), write)
 
 
 def evaluation_batches(datasets: Sequence[Dataset], batch_size: int, wanted: int, strict: bool) -> int:
