@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -215,20 +218,19 @@ def run_ranks(worker: Path, *arguments: Any, ranks: int, groups: int = 1) -> lis
     PORTS: one for each of the process groups that they make, one after the other.
     """
     ports = ",".join(str(free_port()) for _ in range(groups))
-    started = [
-        subprocess.Popen(
-            [sys.executable, str(worker), str(rank), ports, *map(str, arguments)],
-            env=environment(MASTER_ADDR="127.0.0.1"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    with tempfile.TemporaryDirectory() as folder:
+        words = (str(REPO / "tests" / "forked_ranks.py"), folder, str(ranks), str(worker), ports, *map(str, arguments))
+        started = subprocess.Popen(
+            [sys.executable, *words], env=environment(MASTER_ADDR="127.0.0.1"), start_new_session=True
         )
-        for rank in range(ranks)
-    ]  # fmt: skip
-    try:
-        outputs = [process.communicate(timeout=240) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    lines = [[line for line in out.splitlines() if line.startswith("RESULT ")] for out, _ in outputs]
-    assert all(lines), "\n".join(err[-3000:] for _, err in outputs)
+        try:
+            started.wait(timeout=240)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(started.pid, signal.SIGKILL)
+        said = [[(Path(folder) / f"{rank}.{name}").read_text() for name in ("out", "err")] for rank in range(ranks)]
+    lines = [[line for line in out.splitlines() if line.startswith("RESULT ")] for out, _ in said]
+    assert all(lines), "\n".join(err[-3000:] for _, err in said)
     return [json.loads(line[0].removeprefix("RESULT ")) for line in lines]
 
 
