@@ -1,4 +1,4 @@
-"""Run by test_parallel_training.py, once a process: RANK PORTS FOLDER. One to four processes run train_video.py on the
+"""Run by test_parallel_training.py, once a process: RANK PORTS FOLDER. One to eight processes run train_video.py on the
 same clips, in all ways in which they share them; who has no part in a run waits. Prints JSON: each run's exit code.
 """
 
@@ -50,9 +50,12 @@ GROUPS: list[tuple[int, list[tuple[str, int, tuple[str, ...]]]]] = [
         ("resumed", 2, (*until(3), stage(1))),
     ]),
     (3, [("full by 3", 3, (*ONE_STEP, *LOOK, stage(2), mode("true"))), ("resumed", 3, (*until(4), stage(2)))]),
-    (4, [
-        ("prior of 2 by 2", 2, (*ONE_STEP, mode("true"))),
-        ("full by 2, split in 2", 2, (*ONE_STEP, "args.model_parallel_size=2")),
+    (8, [
+        ("full by 8", 8, (*ONE_STEP, stage(2))),
+        ("prior of 2 by 4", 4, (*ONE_STEP, stage(2), mode("true"))),
+        ("prior of 2 by 2, split in 2", 2, (*ONE_STEP, stage(2), "args.model_parallel_size=2")),
+        ("lora of 8", 1, ONE_STEP),
+        ("lora of 8, ZeRO 2", 1, (*ONE_STEP, stage(2))),
     ]),
     (1, [("resumed", 1, until(5))]),
 ]  # fmt: skip
@@ -79,7 +82,7 @@ def main(rank: int, ports: list[str], folder: Path) -> None:
             found[f"{number} {name}"] = train_video.main(command(folder, name, size, settings))
             shutdown()
         (folder / f"done-{number}-{rank}").touch()
-        while not all((folder / f"done-{number}-{other}").exists() for other in range(4)):
+        while not all((folder / f"done-{number}-{other}").exists() for other in range(8)):
             time.sleep(0.02)
     print("RESULT " + json.dumps(found), flush=True)
 

@@ -1,4 +1,4 @@
-"""Run by test_parallel.py, once a process: RANK PORTS. Four processes, then three, make the same clips together in all
+"""Run by test_parallel.py, once a process: RANK PORTS. Eight processes, then three, make the same clips together in all
 ways in which they divide; each compares with what it makes alone. Prints JSON: the largest differences.
 """
 
@@ -27,14 +27,14 @@ from tests.dit_tiny import TEXT_LENGTH, TEXT_WIDTH, tiny_config
 from tests.training_tiny import model_section
 
 LAYOUTS = {
-    4: [Layout(2, 1, 2), Layout(1, 2, 2), Layout(1, 1, 4)],
+    8: [Layout(2, 1, 4), Layout(2, 2, 2), Layout(1, 2, 4), Layout(1, 1, 8)],
     3: [Layout(1, 1, 3)],
 }
-# Five heads over two, three and four processes; 12 + 45 tokens, and 12 + 2 x 18 in patches of two frames.
+# Ten heads over two to eight processes; 12 + 45 tokens, and 12 + 2 x 18 in patches of two frames.
 NETWORKS = {
-    "sine": tiny_config(num_attention_heads=5, hidden_size=80, latent_width=10, latent_height=6),
+    "sine": tiny_config(num_attention_heads=10, hidden_size=160, latent_width=10, latent_height=6),
     "rotary": tiny_config(
-        rotary=True, num_attention_heads=5, hidden_size=80, latent_width=12, latent_height=6, patch_size=[2, 2, 2],
+        rotary=True, num_attention_heads=10, hidden_size=160, latent_width=12, latent_height=6, patch_size=[2, 2, 2],
         lora={"r": 2},
     ),
 }  # fmt: skip
@@ -68,12 +68,12 @@ def sample(engine: SATVideoDiffusionEngine, kind: str, data: int) -> Tensor:
 
 
 def gradients(engine: SATVideoDiffusionEngine, kind: str, data: int) -> dict[str, Tensor]:
+    """In float64: in float32 those of one process alone are 1e-6 of the largest from what they should be."""
     engine.network.transformer.checkpoint_activations = True
-    engine.train().zero_grad()
-    x = torch.randn(1, *SHAPES[kind], generator=torch.Generator().manual_seed(data))
-    out = engine.network(x, torch.tensor([500.0]), text(data))
+    engine.double().train().zero_grad()
+    x = torch.randn(1, *SHAPES[kind], generator=torch.Generator().manual_seed(data)).double()
+    out = engine.network(x, torch.tensor([500.0]).double(), text(data).double())
     (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
-    engine.eval()
     return {n: p.grad.clone() for n, p in engine.named_parameters() if p.grad is not None}
 
 
@@ -96,6 +96,10 @@ def of_network(kind: str, team: Team) -> dict[str, float]:
     return sizes
 
 
+def as_bytes(piece: Tensor) -> Tensor:
+    return (piece[0].permute(1, 2, 3, 0) * 127).to(torch.uint8)
+
+
 def of_stage(team: Team) -> dict[str, Any]:
     torch.manual_seed(0)
     section = model_section(Path("nowhere"))["first_stage_config"]
@@ -105,13 +109,11 @@ def of_stage(team: Team) -> dict[str, Any]:
     found = {}
     for t in (1, 3, 9):
         z = torch.randn(1, 16, t, 2, 3, generator=torch.Generator().manual_seed(t + team.data_rank))
-        as_bytes = [(piece[0].permute(1, 2, 3, 0) * 127).to(torch.uint8) for piece in stage.decode_chunks(z)]
-        share = SharedChunks(team)
-        own = [(piece[0].permute(1, 2, 3, 0) * 127).to(torch.uint8) for piece in stage.decode_chunks(z, share)]
-        all_of_them = share.collect(own, stage.piece_shapes(z), z.device)
-        found[f"decoded {t}"] = float(not torch.equal(torch.cat(all_of_them), torch.cat(as_bytes)))
-        whole = list(stage.decode_chunks(z))
-        exact = zip(stage.decode_chunks(z, share), [p for k, p in enumerate(whole) if share.owns(k)], strict=True)
+        share, whole = SharedChunks(team), list(stage.decode_chunks(z))
+        own = list(stage.decode_chunks(z, share))
+        all_of_them = share.collect([as_bytes(piece) for piece in own], stage.piece_shapes(z), z.device)
+        found[f"decoded {t}"] = float(not torch.equal(torch.cat(all_of_them), torch.cat([*map(as_bytes, whole)])))
+        exact = zip(own, [p for k, p in enumerate(whole) if share.owns(k)], strict=True)
         found[f"exact {t}"] = max([float((a - b).abs().max()) for a, b in exact], default=0.0)
         x = torch.rand(1, 3, 4 * t - 3, 16, 24, generator=torch.Generator().manual_seed(t + team.data_rank)) * 2 - 1
         alone = stage.moments(x)
@@ -132,7 +134,8 @@ def main(rank: int, ports: list[int]) -> None:
             team, name = form_team(layout), f"{layout.data}x{layout.guidance}x{layout.sequence}"
             for kind in NETWORKS:
                 found[f"{name} {kind}"] = of_network(kind, team)
-            found[f"{name} stage"] = of_stage(team)
+            if layout.guidance == 1:  # decoding and encoding know all processes of a clip alike
+                found[f"{name} stage"] = of_stage(team)
         shutdown()
     print("RESULT " + json.dumps(found), flush=True)
 

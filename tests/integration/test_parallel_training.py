@@ -31,9 +31,9 @@ RATE = 100.0  # of the runs that take one step
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Configurations of a network of six heads; 12 + 4 tokens a clip, which three do not divide."""
+    """Configurations of a network of ten heads; 12 + 4 tokens a clip. Neither divides by three; by eight, tokens do."""
     made = tmp_path_factory.mktemp("parallel_training")
-    sizes = {"hidden_size": 96, "num_attention_heads": 6}
+    sizes = {"hidden_size": 160, "num_attention_heads": 10}
     plain = network_section()
     release = write_release(made, {**plain, "params": plain["params"] | sizes})
     clips = write_clips(made / "clips", 4)
@@ -51,7 +51,7 @@ def folder(tmp_path_factory):
 def runs(folder):
     """The folder of each run, by name."""
     worker = Path(__file__).with_name("parallel_training_worker.py")
-    codes = run_ranks(worker, folder, ranks=4, groups=len(RUNS))
+    codes = run_ranks(worker, folder, ranks=8, groups=len(RUNS))
     assert all(code == 0 for found in codes for code in found.values()), codes
     return {name: next((folder / name).glob("tiny-*")) for _, name, *_ in RUNS}
 
@@ -69,7 +69,9 @@ ALONE = {
     "lora by 2": "lora",
     "full by 2": "full",
     "full by 3": "full",
-    "prior of 2 by 2": "prior of 2",
+    "full by 8": "full",
+    "prior of 2 by 4": "prior of 2",
+    "lora of 8, ZeRO 2": "lora of 8",
 }
 
 
@@ -88,14 +90,15 @@ def test_a_step_on_a_shared_clip_is_that_of_one_process(runs, shared):
 
 def test_shares_of_a_clip_go_with_parts_of_a_weight(runs):
     for key in ("loss", "grad_norm"):
-        assert told(runs["full by 2, split in 2"], key) == pytest.approx(told(runs["full"], key), rel=1e-6)
+        found, wanted = (told(runs[name], key) for name in ("prior of 2 by 2, split in 2", "prior of 2"))
+        assert found == pytest.approx(wanted, rel=1e-6)
 
 
 def test_validation_is_that_of_one_process(runs):
     assert told(runs["full by 3"], "loss", "valid") == pytest.approx(told(runs["full"], "loss", "valid"), rel=1e-5)
     found, wanted = (next(runs[name].rglob("latent.pt")) for name in ("full by 3", "full"))
     found, wanted = (torch.load(file, weights_only=True) for file in (found, wanted))
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert float((found - wanted).abs().max()) <= 1e-4 * float(wanted.abs().max())
 
 
 def test_a_run_goes_on_with_other_numbers_of_processes_a_clip(runs):
