@@ -17,6 +17,8 @@ from sgm.serve.desk import Desk
 from sgm.serve.guard import Guard, Keys
 from sgm.serve.rest import machine_routes, video_routes
 
+METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
+
 
 def application(desk: Desk, keys: Keys, hosts: Iterable[str] | None) -> FastAPI:
     """The API over a desk, without the page.
@@ -28,6 +30,8 @@ def application(desk: Desk, keys: Keys, hosts: Iterable[str] | None) -> FastAPI:
     app = FastAPI(title="CogVideoX in SAT style", version=__version__, docs_url=None, redoc_url=None)
     app.include_router(video_routes(desk))
     app.include_router(machine_routes(desk))
+    for path in ("/v1/{rest:path}", "/videos{rest:path}", "/models{rest:path}"):  # else the page would answer
+        app.add_api_route(path, _not_there, methods=METHODS, include_in_schema=False, response_model=None)
     app.add_exception_handler(ApiError, _refused)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _invalid)
@@ -36,6 +40,10 @@ def application(desk: Desk, keys: Keys, hosts: Iterable[str] | None) -> FastAPI:
         Guard, keys=keys, hosts=hosts, most_bytes=desk.limits.upload_bytes + (1 << 20), answers=desk.answers
     )
     return app
+
+
+def _not_there(rest: str) -> Response:
+    raise HTTPException(404)
 
 
 def _refused(_: Request, error: Exception) -> Response:
@@ -47,7 +55,8 @@ def _http_error(request: Request, error: Exception) -> Response:
     """A path or a method that is not there, which a wrong `base_url` leads to."""
     assert isinstance(error, HTTPException)
     phrase = HTTPStatus(error.status_code).phrase
-    message = f"{phrase}: {request.method} {request.url.path}. This server has /v1/videos and /v1/models."
+    asked = f"{request.method} {request.url.path}"
+    message = f"{phrase}: {asked}. This server has /v1/videos and /v1/models; a client's base_url ends in /v1."
     return error_response(error.status_code, message, None, phrase.lower().replace(" ", "_"))
 
 

@@ -155,10 +155,12 @@ class Forecast:
 
 
 def _left(job: Job, whole: float | None, now: float) -> float | None:
-    """Of this job alone, which takes `whole` seconds; by its own steps once it has taken some."""
-    if job.state == RUNNING and job.step and job.started_at is not None:
-        return (now - job.started_at) / job.step * (job.steps - job.step)
-    return whole
+    """Of this job alone, which takes `whole` seconds; by its own steps once it has taken some, but for the last."""
+    if job.state != RUNNING or not job.step or job.started_at is None:
+        return whole
+    if job.step == job.steps:  # it is decoded
+        return None if whole is None else max(0.0, whole - (now - job.started_at))
+    return (now - job.started_at) / job.step * (job.steps - job.step)
 
 
 def _fingerprint(client: str, fields: Mapping[str, Sequence[str]], upload: Upload | None) -> str:

@@ -62,7 +62,9 @@ def serve(options: argparse.Namespace, check: Callable[[], None]) -> int:
         stack.enter_context(_files_kept_in(folder))
         store = JobStore(folder)
         store.sweep()
-        supervisor = Supervisor(_order(options, folder, adapters), store, options.workers)
+        order = _order(options, folder, adapters)
+        print_line(f"starting with {', '.join(order.models)} ...", sys.stderr)
+        supervisor = Supervisor(order, store, options.workers)
         try:
             ready = supervisor.start(lambda note: print_line(note, sys.stderr))
             check()

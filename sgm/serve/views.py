@@ -24,7 +24,8 @@ CSS = """
 .cv-error { color: var(--error-text-color, #b00020); white-space: pre-wrap; }
 .cv-player pre { max-height: 20rem; overflow: auto; font-size: .75rem; }
 .cv-queue { display: grid; grid-template-columns: minmax(0, 1fr) auto auto; gap: .3rem 1rem; font-size: .9rem; }
-.cv-gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(120px, 1fr)); gap: .5rem; }
+.cv-gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(120px, 1fr)); gap: .5rem;
+  align-items: start; }
 .cv-gallery button { text-align: left; font-size: .75rem; font-weight: 400; line-height: 1.2; padding: 0;
   border: 2px solid transparent; border-radius: 8px; background: none; color: inherit; cursor: pointer;
   overflow: hidden; }
@@ -116,7 +117,7 @@ def _how_far(job: Job, forecast: Forecast) -> str:
     time_left = "" if left is None else f", {duration(left)} left"
     if job.state == RUNNING:
         steps = f"step {job.step} of {job.steps}" if job.step else "starting"
-        return f"{steps}{time_left}"
+        return f"{'decoding' if job.step and job.step == job.steps else steps}{time_left}"
     return f"place {forecast.positions.get(job.id, 1)} in the queue{time_left}"
 
 

@@ -242,6 +242,17 @@ def test_the_form_takes_every_number_that_the_api_takes(server):
         assert field.get("minimum") in (None, low) and field.get("maximum") in (None, high), name
 
 
+def test_what_the_api_does_not_have_is_said_by_it_and_not_by_the_page(server):
+    for method, path in (
+        ("POST", "/v1/videos/video_0/remix"),
+        ("GET", "/v1/files"),
+        ("POST", "/videos"),
+        ("GET", "/models"),
+    ):
+        answer = httpx.request(method, f"{server.address}{path}")
+        assert answer.status_code == 404 and "base_url ends in /v1" in answer.json()["error"]["message"]
+
+
 def test_the_page_reads_no_files_of_the_machine(server):
     for path in (server.folder / "jobs.sqlite3", PROJECT / "README.md", Path("/etc/hosts")):
         assert httpx.get(f"{server.address}/gradio_api/file={path}").status_code in (403, 404)

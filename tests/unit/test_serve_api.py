@@ -24,6 +24,7 @@ from sgm.serve.parameters import Offer, OfferedAdapter, clip_request
 from sgm.serve.records import RecordError, left_out, read_fields
 from sgm.serve.run import _hosts, _usual_name
 from sgm.serve.store import JobStore
+from sgm.serve.views import queue
 from tests.serve_tiny import FACTS, PICTURES, paint, request
 
 NO_KEYS, KEY, OTHER_KEY = Keys(), "a-key-of-sixteen", "another-client-s-key"
@@ -205,8 +206,7 @@ def test_deleted_expired_and_unknown_are_not_found(client, desk):
     desk.store._connection.execute("UPDATE jobs SET finished_at = finished_at - 90000")
     desk.expire()
     assert "kept for 1 days" in refused(client.get(f"/v1/videos/{old}"), 404)
-    assert "/v1/videos" in refused(client.post("/v1/videos/remix"), 405)
-    assert "/v1/videos" in refused(client.get("/videos"), 404)
+    assert "/v1/videos" in refused(client.put("/v1/videos"), 404)
 
 
 @pytest.mark.parametrize("path", ["../jobs.sqlite3", "%2e%2e%2fjobs.sqlite3", "video_..%2f..", "..%5c..", "%00"])
@@ -342,6 +342,11 @@ def test_times_follow_from_what_was_measured(desk):
     assert forecast.positions == {ids[1]: 0, ids[2]: 1}
     assert forecast.seconds[ids[1]] == pytest.approx(8) and forecast.seconds[ids[2]] == pytest.approx(18)
     assert Forecast(jobs, done, 2, (jobs[0].started_at or 0) + 2).seconds[ids[2]] == pytest.approx(14)
+    desk.store.step(ids[1], "w", 3, 3)  # its steps are done, and it is decoded: as long as others took
+    jobs = desk.store.waiting()
+    left = [Forecast(jobs, known, 1, (jobs[0].started_at or 0) + 7) for known in (done, [])]
+    assert [forecast.seconds[ids[1]] for forecast in left] == [pytest.approx(3), None]
+    assert "decoding, 3 s left" in queue(jobs, left[0]) and "decoding<" in queue(jobs, left[1])
 
 
 def test_times_grow_with_the_steps_that_are_asked_for(desk):
