@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from collections.abc import Callable, Iterable
@@ -13,7 +12,7 @@ from sgm.files import require_space, write_json
 from sgm.hub import release
 from sgm.hub.client import Hub, HubError, UnreachableError
 from sgm.hub.download import Download
-from sgm.hub.release import ORIGIN, alone, fetch, patiently, say_on_stderr
+from sgm.hub.release import ORIGIN, alone, fetch, origin_of, patiently, say_on_stderr
 from sgm.places import shown
 from sgm.weights.release import newest_run
 
@@ -52,8 +51,7 @@ def adapter_from_hub(name: str, say: Callable[[str], None] = say_on_stderr) -> P
 
 
 def _fetched(folder: Path, file: str | None) -> Path | None:
-    origin = folder / ORIGIN
-    named = file or (json.loads(origin.read_text(encoding="utf-8")).get("adapter") if origin.is_file() else None)
+    named = file or origin_of(folder).get("adapter")
     return folder / named if named and (folder / named).is_file() else None
 
 

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from sgm.cli import print_line
 from sgm.convert.hf_folder import DIFFUSION_STEM, ENCODER_STEM, TOKENIZER_FILES
 from sgm.convert.to_sat import RUN_FILE, ToSat, convert
-from sgm.files import SaveError, readable, remove, require_space, saving, write_json
+from sgm.files import advising, readable, remove, require_space, saving, write_json
 from sgm.hub import download
 from sgm.hub.client import Hub, HubError, HubFile, UnreachableError
 from sgm.hub.download import Download
@@ -75,7 +75,7 @@ class Wish:
         """Whether downloads that nobody wants to keep lie beside the release that was made of them."""
         if not (self.target / RUN_FILE).is_file() or not os.access(self.downloads, os.W_OK):
             return False
-        return (self.downloads / ORIGIN).is_file() or not _origin(self.target).get(_KEPT, True)
+        return (self.downloads / ORIGIN).is_file() or not origin_of(self.target).get(_KEPT, True)
 
 
 def say_on_stderr(text: str) -> None:
@@ -125,14 +125,14 @@ def get_release(wish: Wish, say: Callable[[str], None] = say_on_stderr) -> Path:
 
 def _settle(wish: Wish) -> None:
     """Note in the release what it was made of, then remove the downloads; also behind a command that was killed."""
-    record = _origin(wish.downloads) or _origin(wish.target)
+    record = origin_of(wish.downloads) or origin_of(wish.target)
     record[_KEPT] = record[_KEPT] or wish.keep
     write_json(wish.target / ORIGIN, record)
     with saving(wish.downloads):
         remove(wish.downloads / ORIGIN if record[_KEPT] else wish.downloads)
 
 
-def _origin(folder: Path) -> dict[str, Any]:
+def origin_of(folder: Path) -> dict[str, Any]:
     """Its `hub.json`; empty where there is none. Raises WeightsError: it cannot be read."""
     return read_json(folder / ORIGIN) if (folder / ORIGIN).is_file() else {}
 
@@ -223,7 +223,8 @@ def _download(wish: Wish, say: Callable[[str], None]) -> None:
     missing, total = work.missing_bytes(files), sum(file.size for file in files)
     place = shown(wish.target.parent)
     say(f"{wish.name}: {readable(missing)} of {readable(total)} are fetched, then converted in {place}")
-    _require_space(wish, missing + total)
+    with advising("What is fetched and what is made of it are there together for a while."):
+        require_space(wish.target.parent, missing + total)
     fetch(work, files)
     listed = {file.path: file.digest for file in files}
     record = {"repository": wish.repository, "commit": commit, _KEPT: wish.keep, "files": listed}
@@ -241,13 +242,6 @@ def fetch(work: Download, files: Sequence[HubFile]) -> None:
 
         work.advance = advance
         work.run(files)
-
-
-def _require_space(wish: Wish, needed: int) -> None:
-    try:
-        require_space(wish.target.parent, needed)
-    except SaveError as error:
-        raise SaveError(f"{error} What is fetched and what is made of it are there together for a while.") from error
 
 
 def patiently(ask: Callable[[], T]) -> T:

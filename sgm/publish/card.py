@@ -148,13 +148,10 @@ class Card:
         )
 
     def _table(self) -> str:
-        own = [("rank, alpha", f"{self.adapter.rank}, {self.adapter.alpha:g} in training; in the file {_SCALE_ONE}")]
-        own.append(("adapts", _adapted(self.adapter)))
+        ranks = f"{self.adapter.rank}, {self.adapter.alpha:g} in training; in the file alpha = rank, factor 1"
+        own = [("rank, alpha", ranks), ("adapts", _adapted(self.adapter))]
         rows = "\n".join(f"| {what} | {how_much} |" for what, how_much in [*own, *self.training.facts])
         return f"## Training\n\n| | |\n|---|---|\n{rows}"
-
-
-_SCALE_ONE = "alpha = rank, factor 1"
 
 
 def _adapted(adapter: StoredAdapter) -> str:

@@ -34,19 +34,9 @@ class ApiError(Exception):
         self.status, self.message, self.param, self.code, self.headers = status, message, param, code, headers
 
     def response(self) -> JSONResponse:
-        return error_response(self.status, self.message, self.param, self.code, self.headers)
-
-
-def error_response(
-    status: int,
-    message: str,
-    param: str | None = None,
-    code: str | None = None,
-    headers: Mapping[str, str] | None = None,
-) -> JSONResponse:
-    kind = "server_error" if status >= 500 else _KINDS.get(status, "invalid_request_error")
-    content = {"error": {"message": message, "type": kind, "param": param, "code": code}}
-    return JSONResponse(content, status, dict(headers or {}))
+        kind = "server_error" if self.status >= 500 else _KINDS.get(self.status, "invalid_request_error")
+        content = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return JSONResponse({"error": content}, self.status, dict(self.headers or {}))
 
 
 def video_response(job: Job, keep_seconds: float | None) -> JSONResponse:

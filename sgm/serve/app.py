@@ -12,10 +12,10 @@ from starlette.responses import Response
 
 from sgm import __version__
 from sgm.errors import SgmError
-from sgm.serve.answers import ApiError, error_response
+from sgm.serve.answers import ApiError
 from sgm.serve.desk import Desk
 from sgm.serve.guard import Guard, Keys
-from sgm.serve.rest import machine_routes, video_routes
+from sgm.serve.rest import routes
 
 METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 
@@ -28,8 +28,7 @@ def application(desk: Desk, keys: Keys, hosts: Iterable[str] | None) -> FastAPI:
     """
     # What its pages of documentation show comes from elsewhere; the description itself is at /openapi.json.
     app = FastAPI(title="CogVideoX in SAT style", version=__version__, docs_url=None, redoc_url=None)
-    app.include_router(video_routes(desk))
-    app.include_router(machine_routes(desk))
+    app.include_router(routes(desk))
     for path in ("/v1/{rest:path}", "/videos{rest:path}", "/models{rest:path}"):  # else the page would answer
         app.add_api_route(path, _not_there, methods=METHODS, include_in_schema=False, response_model=None)
     app.add_exception_handler(ApiError, _refused)
@@ -57,18 +56,17 @@ def _http_error(request: Request, error: Exception) -> Response:
     phrase = HTTPStatus(error.status_code).phrase
     asked = f"{request.method} {request.url.path}"
     message = f"{phrase}: {asked}. This server has /v1/videos and /v1/models; a client's base_url ends in /v1."
-    return error_response(error.status_code, message, None, phrase.lower().replace(" ", "_"))
+    return ApiError(error.status_code, message, None, phrase.lower().replace(" ", "_")).response()
 
 
 def _invalid(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     name = str(first["loc"][-1])
-    return error_response(400, f"{name}: {first['msg']}.", name, "invalid_value")
+    return ApiError(400, f"{name}: {first['msg']}.", name, "invalid_value").response()
 
 
 def _bug(_: Request, error: Exception) -> Response:
     """Its traceback goes to the log."""
-    if isinstance(error, SgmError):
-        return error_response(500, str(error), None, "server_error")
-    return error_response(500, f"{type(error).__name__}: the server's log says more.", None, "server_error")
+    message = str(error) if isinstance(error, SgmError) else f"{type(error).__name__}: the server's log says more."
+    return ApiError(500, message, None, "server_error").response()

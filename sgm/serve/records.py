@@ -24,15 +24,14 @@ def read_fields(path: Path, offer: Offer) -> dict[str, Sequence[str]]:
         RecordError: it is none, or an adapter of it is not offered.
     """
     try:
-        return fields_of_record(json.loads(path.read_text(encoding="utf-8")), offer)
+        return _fields(json.loads(path.read_text(encoding="utf-8")), offer)
     except RecordError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RecordError(f"{path.name} is no record of a clip ({type(error).__name__}: {error}).") from error
 
 
-def fields_of_record(record: Mapping[str, Any], offer: Offer) -> dict[str, Sequence[str]]:
-    """See `read_fields`. Raises KeyError, TypeError, ValueError: entries are missing, or others."""
+def _fields(record: Mapping[str, Any], offer: Offer) -> dict[str, Sequence[str]]:
     if record.get("extend"):
         raise RecordError("the clip goes on with another one (extend), which this server does not do.")
     height, width = record["size"]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
 from starlette.concurrency import run_in_threadpool
@@ -15,7 +14,7 @@ from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, R
 
 from sgm.serve.answers import ApiError, video_page, video_response
 from sgm.serve.desk import Desk
-from sgm.serve.jobs import COMPLETED, FAILED, Job
+from sgm.serve.jobs import COMPLETED, FAILED
 from sgm.serve.metrics import metrics
 from sgm.serve.uploads import Upload
 
@@ -23,24 +22,25 @@ MOST_LISTED = 100
 REFERENCE = "input_reference"
 
 
-def video_routes(desk: Desk) -> APIRouter:
-    """`/v1/...`"""
-    router = APIRouter(prefix="/v1")
-    add = router.add_api_route
-    creating = _Creating(desk)
-    add("/videos", creating.create, methods=["POST"], summary="Ask for a video", response_model=None)
-    add("/videos", _listing(desk), methods=["GET"], summary="The videos, newest first", response_model=None)
-    add("/videos/{video_id}", _retrieving(desk), methods=["GET"], summary="How far a video is", response_model=None)
-    add("/videos/{video_id}", _deleting(desk), methods=["DELETE"],
-        summary="Delete a video; one that is being made stops", response_model=None)  # fmt: skip
-    add("/videos/{video_id}/content", _content(desk), methods=["GET"],
-        summary="Its file: video, thumbnail or spritesheet", response_model=None)  # fmt: skip
-    add("/models", _models(desk), methods=["GET"], summary="The models by name", response_model=None)
-    add("/models/{name}", _model(desk), methods=["GET"], summary="One model", response_model=None)
+def routes(desk: Desk) -> APIRouter:
+    """`/v1/...`, `/health` and `/metrics`."""
+    router, api = APIRouter(), _Api(desk)
+    for method, path, answer, summary in (
+        ("POST", "/v1/videos", api.create, "Ask for a video"),
+        ("GET", "/v1/videos", api.videos, "The videos, newest first"),
+        ("GET", "/v1/videos/{video_id}", api.retrieve, "How far a video is"),
+        ("DELETE", "/v1/videos/{video_id}", api.delete, "Delete a video; one that is being made stops"),
+        ("GET", "/v1/videos/{video_id}/content", api.content, "Its file: video, thumbnail or spritesheet"),
+        ("GET", "/v1/models", api.models, "The models by name"),
+        ("GET", "/v1/models/{name}", api.model, "One model"),
+        ("GET", "/health", api.health, "Whether videos can be made"),
+        ("GET", "/metrics", api.metrics, "Counts for Prometheus"),
+    ):
+        router.add_api_route(path, answer, methods=[method], summary=summary, response_model=None)
     return router
 
 
-class _Creating:
+class _Api:
     def __init__(self, desk: Desk):
         self.desk = desk
 
@@ -64,90 +64,53 @@ class _Creating:
             await run_in_threadpool(self.desk.store.answered, job.id)
         return video_response(job, self.desk.limits.keep_seconds)
 
-
-def _listing(desk: Desk) -> Callable[..., Response]:
     def videos(
-        limit: Annotated[int, Query(ge=1, le=MOST_LISTED)] = 20, after: str | None = None, order: str = "desc"
+        self,
+        limit: Annotated[int, Query(ge=1, le=MOST_LISTED)] = 20,
+        after: str | None = None,
+        order: Literal["asc", "desc"] = "desc",
     ) -> Response:
-        if order not in ("asc", "desc"):
-            raise ApiError(400, f"order is {order!r}; it must be asc or desc.", "order")
-        jobs, more = desk.store.page(limit, desk.job(after) if after else None, order == "asc")
-        return JSONResponse(video_page(jobs, more, desk.limits.keep_seconds))
+        jobs, more = self.desk.store.page(limit, self.desk.job(after) if after else None, order == "asc")
+        return JSONResponse(video_page(jobs, more, self.desk.limits.keep_seconds))
 
-    return videos
+    def retrieve(self, video_id: str) -> Response:
+        return video_response(self.desk.job(video_id), self.desk.limits.keep_seconds)
 
-
-def _retrieving(desk: Desk) -> Callable[..., Response]:
-    def retrieve(video_id: str) -> Response:
-        return video_response(desk.job(video_id), desk.limits.keep_seconds)
-
-    return retrieve
-
-
-def _deleting(desk: Desk) -> Callable[..., Response]:
-    def delete(video_id: str) -> Response:
-        desk.store.delete(desk.job(video_id).id)
+    def delete(self, video_id: str) -> Response:
+        self.desk.store.delete(self.desk.job(video_id).id)
         return JSONResponse({"id": video_id, "object": "video.deleted", "deleted": True})
 
-    return delete
-
-
-def _content(desk: Desk) -> Callable[..., Response]:
-    def content(video_id: str, variant: str = "video") -> Response:
-        job = desk.job(video_id)
-        variants = desk.store.files(job.id).variants()
+    def content(self, video_id: str, variant: str = "video") -> Response:
+        job = self.desk.job(video_id)
+        variants = self.desk.store.files(job.id).variants()
         if variant not in variants:
             raise ApiError(400, f"variant is {variant!r}; there are {', '.join(variants)}.", "variant")
         path, kind = variants[variant]
+        if job.state == FAILED:
+            raise ApiError(404, f"The video {job.id!r} failed: {job.error}", "video_id", "video_failed")
         if not (job.state == COMPLETED or (variant == "preview" and path.is_file())):
-            raise _not_ready(job)
+            message = f"The video {job.id!r} is {job.state}; ask for its status first."
+            raise ApiError(404, message, "video_id", "video_not_ready")
         return FileResponse(path, media_type=kind, filename=f"{job.id}{path.suffix}")
 
-    return content
+    def models(self) -> Response:
+        return JSONResponse({"object": "list", "data": [_model_object(name) for name in self.desk.offer.models]})
 
-
-def _not_ready(job: Job) -> ApiError:
-    if job.state == FAILED:
-        return ApiError(404, f"The video {job.id!r} failed: {job.error}", "video_id", "video_failed")
-    return ApiError(
-        404, f"The video {job.id!r} is {job.state}; ask for its status first.", "video_id", "video_not_ready"
-    )
-
-
-def _models(desk: Desk) -> Callable[..., Response]:
-    def models() -> Response:
-        return JSONResponse({"object": "list", "data": [_model_object(name) for name in desk.offer.models]})
-
-    return models
-
-
-def _model(desk: Desk) -> Callable[..., Response]:
-    def model(name: str) -> Response:
-        if name not in desk.offer.models:
+    def model(self, name: str) -> Response:
+        if name not in self.desk.offer.models:
             raise ApiError(404, f"The model {name!r} does not exist.", "model", "model_not_found")
         return JSONResponse(_model_object(name))
 
-    return model
+    def health(self) -> Response:
+        alive = self.desk.alive()
+        return JSONResponse({"status": "ok" if alive else "no worker", "workers": alive}, 200 if alive else 503)
+
+    def metrics(self) -> Response:
+        return PlainTextResponse(metrics(self.desk), media_type="text/plain; version=0.0.4")
 
 
 def _model_object(name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": 0, "owned_by": "cogvideox-sat"}
-
-
-def machine_routes(desk: Desk) -> APIRouter:
-    """`/health` and `/metrics`."""
-    router = APIRouter()
-
-    def health() -> Response:
-        alive = desk.alive()
-        return JSONResponse({"status": "ok" if alive else "no worker", "workers": alive}, 200 if alive else 503)
-
-    def prometheus() -> Response:
-        return PlainTextResponse(metrics(desk), media_type="text/plain; version=0.0.4")
-
-    router.add_api_route("/health", health, summary="Whether videos can be made", response_model=None)
-    router.add_api_route("/metrics", prometheus, summary="Counts for Prometheus", response_model=None)
-    return router
 
 
 async def _read_fields(request: Request) -> tuple[dict[str, list[str]], Upload | None]:
