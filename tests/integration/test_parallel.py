@@ -22,6 +22,7 @@ from tests.sampling_tiny import REPO, configuration, main, start, write_release,
 from tests.training_tiny import configuration as training_configuration
 from tests.training_tiny import run_ranks, write_clips
 from tools.bench import parallel as parallel_bench
+from tools.bench import scaling
 
 SHARES = ("--set", "args.sequence_parallel_size=2")
 
@@ -145,6 +146,15 @@ def test_what_cannot_be_shared_is_said(config, tmp_path, capsys):
     )
     assert train_video.main([str(training), "--dry-run", *cp_size]) == 2
     assert "cp_size asks for 2 processes a clip, which in training" in capsys.readouterr().err
+
+
+def test_what_is_predicted_for_more_processes_agrees_with_what_two_have_shown():
+    found = {(line["part"], line["processes"], line["guidance"]): line for line in scaling.rows() if line["clips"] == 1}
+    names = ("ms", "sent_mib", "waiting", "peak_gib")
+    for part, shown in (("guided call", (246, 3971, 0.04, 10.9)), ("decode", (364, 8038, 0.038, 18.0))):
+        assert [found[part, 2, 1][name] for name in names] == pytest.approx(shown, rel=0.02)
+    assert found["guided call", 4, 2]["ms"] == pytest.approx(434 / 4 + 14.5, rel=0.01)
+    assert scaling.Shapes.of(scaling.CONFIG).share(4) > 0.25  # of 30 heads one has eight
 
 
 def test_the_benchmark_is_for_several_processes(capsys):

@@ -2,11 +2,14 @@
 
     python -m sgm.launch --standalone --nproc_per_node=2 tools/bench/parallel.py --attention cudnn
     ... --training      a training step of a LoRA adapter (--rank 0: of all weights), for each way of checkpointing
+    ... --zero          the same, nothing run again, by DeepSpeed's ZeRO 2: a clip for each process, and one for all
     ... --forward       the transformer for one sample
+    ... --all           everything that docs/several_gpus.md foretells
 
 Without either: a guided call of the transformer in each way in which the processes divide it, decoding, encoding. Of
-each, what one process sends, the share of the time in which it waits for others, and the most memory that it takes.
-Weights and inputs are random: only times mean anything. The first process prints JSON lines, then a table.
+each, what one process sends, the share of the time in which it waits for others, the most memory that it takes, and
+what `tools/bench/scaling.py` foretells of H200s. Weights and inputs are random: only times mean anything. The first
+process prints JSON lines, then a table.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +32,22 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sgm.config import merge_yaml
-from sgm.distributed import DistInfo, init_distributed, shutdown, wait_for_all
+from sgm.distributed import DistInfo, ensure_groups, init_distributed, shutdown, wait_for_all
 from sgm.models.diffusion import SATVideoDiffusionEngine
+from sgm.models.network import DiffusionTransformer
 from sgm.modules.ops.choice import ATTENTIONS, choose_kernels
 from sgm.parallel.apply import share_encoding, share_network, share_tokens
 from sgm.parallel.decoding import SharedChunks
-from sgm.parallel.team import BRANCHES, Layout, Team, form_team
-from tools.bench import models
+from sgm.parallel.team import Layout, Team, form_team
+from sgm.training.optimizers.groups import parameter_groups
+from sgm.training.setup.deepspeed import plan_deepspeed
+from sgm.training.setup.start import start_engine
+from tools.bench import models, scaling
 from tools.bench.measure import emit, time_runs
 from tools.bench.traffic import Traffic
-from tools.bench.training import CHECKPOINTING, training_step
+from tools.bench.training import CHECKPOINTING, loss_of, training_step
 
+LARGE = (21, 768, 1360)  # latent frames, pixels: of --forward in --all
 MODES = {str(mode).lower(): mode for mode in CHECKPOINTING}
 
 
@@ -54,7 +63,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=5, help="of each figure on several processes")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--training", action="store_true", help="a training step in place of sampling's parts")
+    what.add_argument("--zero", action="store_true", help="training steps by ZeRO 2 in place of them")
     what.add_argument("--forward", action="store_true", help="the transformer for one sample in place of them")
+    what.add_argument("--all", action="store_true", help="all of these, one after another")
     parser.add_argument("--rank", type=int, default=128, help="of the adapter that --training trains; 0: all weights")
     parser.add_argument("--checkpointing", nargs="+", default=list(MODES), choices=MODES, help="of --training")
     options = parser.parse_args(arguments)
@@ -86,47 +97,37 @@ class Report:
             torch.cuda.empty_cache()
         wait_for_all()
 
-    def several(self, part: str, layout: Layout, figures: dict[str, float | None]) -> None:
+    def several(
+        self,
+        part: str,
+        layout: Layout,
+        figures: dict[str, float | None],
+        predict: Callable[[float], scaling.Predicted] | None = None,
+    ) -> None:
+        """What all processes did together, beside what is predicted from the time of one."""
         ways = {"guidance": layout.guidance, "sequence": layout.sequence} if part not in ("decode", "encode") else {}
         alone, ms = self.alone.get(part), figures["ms"]
-        self._add(
-            part=part, processes=layout.world, **ways, **figures, times_faster=alone / ms if alone and ms else None
-        )
+        faster = {"times_faster": layout.data * alone / ms if alone and ms else None}
+        predicted = predict(alone)._asdict() if alone and predict else {}
+        foretold = {f"predicted_{name}": value for name, value in predicted.items()}
+        self._add(part=part, processes=layout.world, clips=layout.data, **ways, **figures, **faster, **foretold)
+
+    def whole_clips(self) -> None:
+        """Lines for all steps of a clip with its decode, from those of both that are there."""
+        made = {line["processes"]: line for line in self.rows if line["part"] == "decode"}
+        for call in [line for line in self.rows if line["part"] == "guided call"]:
+            facts = {name: call[name] for name in ("processes", "guidance", "sequence") if name in call}
+            for name in ("ms", "predicted_ms"):
+                if (one := call.get(name)) and (decode := made[call["processes"]].get(name)):
+                    facts[name] = scaling.STEPS * one + decode
+            if "ms" in facts:
+                self.alone.setdefault(scaling.WHOLE, facts["ms"])
+                self._add(part=scaling.WHOLE, **facts, times_faster=self.alone[scaling.WHOLE] / facts["ms"])
 
     def _add(self, **facts: Any) -> None:
         if self.prints:
             self.rows.append(facts)
             emit(**facts)
-
-    def table(self) -> str:
-        """All figures as markdown."""
-        lines = [
-            "| part | processes | time | times faster | sent by each | waiting | memory |",
-            "|---|---|---|---|---|---|---|",
-        ]
-        for row in self.rows:
-            ways = [f"{row[name]} {what}" for name, what in _WAYS.items() if row.get(name, 1) > 1]
-            cells = [
-                row["part"], f"{row['processes']}{f' ({chr(44).join(ways)})' if ways else ''}",
-                "does not fit" if row["ms"] is None else f"{row['ms']:.1f} ms",
-                _cell(row.get("times_faster"), "{:.2f}"), _cell(row.get("sent_mib"), "{:.0f} MiB"),
-                _cell(row.get("waiting"), "{:.1%}"), _cell(row.get("peak_gib"), "{:.1f} GiB"),
-            ]  # fmt: skip
-            lines.append(f"| {' | '.join(cells)} |")
-        return "\n".join(lines)
-
-
-_WAYS = {"guidance": "branches", "sequence": "shares"}
-
-
-def _cell(value: float | None, form: str) -> str:
-    return "-" if value is None else form.format(value)
-
-
-def layouts(world: int) -> list[Layout]:
-    """All ways in which `world` processes make one clip."""
-    found = [Layout(1, 1, world)]
-    return [Layout(1, BRANCHES, world // BRANCHES), *found] if world % BRANCHES == 0 else found
 
 
 def engine_of(options: argparse.Namespace, device: torch.device) -> SATVideoDiffusionEngine:
@@ -180,15 +181,29 @@ def together(run: Callable[[], Any], options: argparse.Namespace, device: torch.
 def main(arguments: list[str]) -> int:
     options, info = parse(arguments), init_distributed()
     report = Report(info.rank == 0)
-    if options.training:
-        bench_training(options, info, report)
-    else:
-        with torch.no_grad():
-            (bench_forward if options.forward else bench_sampling)(options, info, report)
-    if report.prints:
-        print(f"\n{report.table()}", flush=True)
+    try:
+        for bench, its_options in work_of(options):
+            with torch.set_grad_enabled(bench in (bench_training, bench_zero)):
+                bench(its_options, info, report)
+    finally:
+        if report.prints:
+            print(f"\n{scaling.table(report.rows)}", flush=True)
     shutdown()
     return 0
+
+
+def work_of(options: argparse.Namespace) -> list[tuple[Callable[..., None], argparse.Namespace]]:
+    """What is asked for, with the options of each."""
+
+    def with_(**changes: Any) -> argparse.Namespace:
+        return argparse.Namespace(**{**vars(options), **changes})
+
+    if options.all:
+        large = with_(size=options.size or LARGE[1:], frames=LARGE[0] if options.size is None else options.frames)
+        steps = [(bench_training, with_(checkpointing=["false"])), (bench_zero, options), (bench_zero, with_(rank=0))]
+        return [(bench_sampling, options), *steps, (bench_forward, large)]
+    chosen = {bench_training: options.training, bench_zero: options.zero, bench_forward: options.forward}
+    return [(next((bench for bench, wanted in chosen.items() if wanted), bench_sampling), options)]
 
 
 def bench_sampling(options: argparse.Namespace, info: DistInfo, report: Report) -> None:
@@ -206,14 +221,18 @@ def bench_sampling(options: argparse.Namespace, info: DistInfo, report: Report) 
     frames, size = stage.strides.pixel_frames(clip.frames), stage.strides.pixel_size(clip.height, clip.width)
     x = torch.rand(1, 3, frames, *size, device=device, dtype=z.dtype)
     report.one("encode", lambda: stage.moments(x), device, options.seconds)
-    for layout in layouts(info.world_size):
+    shapes = scaling.Shapes.of(options.config, options.frames, options.size)
+    for layout in scaling.layouts(info.world_size):
         team = form_team(layout)
         engine = engine_of(options, device)
         share_network(engine, team)
-        report.several("guided call", layout, together(guided_call(engine, options, device), options, device))
-    report.several("decode", layout, together(lambda: _decode(stage, z, team), options, device))
+        figures = together(guided_call(engine, options, device), options, device)
+        report.several("guided call", layout, figures, partial(scaling.sampling, shapes, layout, 2))
+    figures = together(lambda: _decode(stage, z, team), options, device)
+    report.several("decode", layout, figures, partial(scaling.decoding, clip, layout.world))
     share_encoding(stage, team)
     report.several("encode", layout, together(lambda: stage.moments(x), options, device))
+    report.whole_clips()
 
 
 def bench_forward(options: argparse.Namespace, info: DistInfo, report: Report) -> None:
@@ -222,16 +241,16 @@ def bench_forward(options: argparse.Namespace, info: DistInfo, report: Report) -
     inputs = inputs_of(network, options, info.device, 1)
     report.one("forward", lambda: network(*inputs), info.device, options.seconds)
     share_tokens(network, team)
-    report.several("forward", team.layout, together(lambda: network(*inputs), options, info.device))
+    shapes = scaling.Shapes.of(options.config, options.frames, options.size)
+    figures = together(lambda: network(*inputs), options, info.device)
+    report.several("forward", team.layout, figures, partial(scaling.sampling, shapes, team.layout, 1))
 
 
 def bench_training(options: argparse.Namespace, info: DistInfo, report: Report) -> None:
     """A step on one clip, for each way of checkpointing: whole, and in shares of its tokens."""
     team = form_team(Layout(1, 1, info.world_size))
-    network = models.our_trained_network(options.config, options.dtype, info.device, options.rank)
-    network.use_ops(choose_kernels(options.kernels, options.attention, info.device).block)
-    inputs = inputs_of(network, options, info.device, 1)
-    like = inputs[0][:, :, : network.out_channels]
+    network, inputs, like = training_of(options, info.device)
+    shapes = scaling.Shapes.of(options.config, options.frames, options.size)
     step = training_step(network, lambda: network(*inputs), like)
     shared = training_step(network, lambda: network(*inputs), like, mean_over_processes)
     for alone in (True, False):
@@ -243,8 +262,52 @@ def bench_training(options: argparse.Namespace, info: DistInfo, report: Report) 
             if alone:
                 report.one(part, step, info.device, options.seconds)
             else:
-                report.several(part, team.layout, together(shared, options, info.device))
+                figures = together(shared, options, info.device)
+                predict = partial(scaling.training, shapes, team.layout, options.rank, False)
+                report.several(part, team.layout, figures, predict if name == "false" else None)
             network.zero_grad(set_to_none=True)
+
+
+def bench_zero(options: argparse.Namespace, info: DistInfo, report: Report) -> None:
+    """A step by DeepSpeed's ZeRO 2: on a clip for each process, then on one in shares of its tokens."""
+    network, inputs, like = training_of(options, info.device)
+    shapes = scaling.Shapes.of(options.config, options.frames, options.size)
+    part = f"training step, ZeRO 2, {f'adapter of rank {options.rank}' if options.rank else 'all weights'}"
+    report.one(part, training_step(network, lambda: network(*inputs), like), info.device, options.seconds)
+    network.zero_grad(set_to_none=True)
+    ensure_groups()
+    import deepspeed
+
+    section = merge_yaml(["configs/cogvideox_2b_sft.yaml"])["deepspeed"]
+    section |= {"fp16": {"enabled": options.dtype == "fp16"}, "bf16": {"enabled": options.dtype == "bf16"}}
+    plan = plan_deepspeed(section, device_type=info.device.type, data_parallel_size=info.world_size)
+    engine = start_engine(network, parameter_groups(network), plan, info.device.type)
+
+    def gather(*given: Any, **how: Any) -> Any:
+        return dist.all_gather_into_tensor(*given, **how)
+
+    deepspeed.comm.comm.cdb.all_gather_function = gather  # it holds PyTorch's, for which `Traffic` puts another
+
+    def step() -> None:
+        engine.backward(loss_of(engine(*inputs), like))
+        engine.step()
+
+    for layout in (Layout(info.world_size), Layout(1, 1, info.world_size)):
+        share_tokens(network, form_team(layout))
+        figures = together(step, options, info.device)
+        report.several(part, layout, figures, partial(scaling.training, shapes, layout, options.rank, True))
+    engine.destroy()
+
+
+def training_of(
+    options: argparse.Namespace, device: torch.device
+) -> tuple[DiffusionTransformer, tuple[Tensor, ...], Tensor]:
+    """A network that learns, its inputs for one clip, and what its result is like."""
+    network = models.our_trained_network(options.config, options.dtype, device, options.rank)
+    network.use_ops(choose_kernels(options.kernels, options.attention, device).block)
+    network.transformer.checkpoint_activations = False
+    inputs = inputs_of(network, options, device, 1)
+    return network, inputs, inputs[0][:, :, : network.out_channels]
 
 
 def mean_over_processes(gradients: Sequence[Tensor]) -> None:

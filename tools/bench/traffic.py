@@ -15,13 +15,16 @@ PLAIN_SEND = dist.isend  # before anything stands in its place
 
 
 class Traffic:
-    """Bytes that this process sends, and milliseconds that it waits for others, by being called in their place."""
+    """Bytes that this process sends, and milliseconds that it waits for others, by being called in their place.
 
-    CALLS = ("all_gather", "all_reduce", "broadcast", "recv", "isend", "batch_isend_irecv")
+    Collectives count as rings send them: an all-reduce of x over n processes 2 x (n - 1) / n, a gathering x (n - 1).
+    """
+
+    CALLS = ("all_gather", "all_gather_into_tensor", "all_reduce", "broadcast", "recv", "isend", "batch_isend_irecv")
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.bytes = 0
+        self.bytes = 0.0
         self._spans: list[tuple[Any, Any]] = []
 
     @contextmanager
@@ -36,10 +39,12 @@ class Traffic:
                 setattr(dist, name, call)
 
     def _counted(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(first: Any, *rest: Any, **options: Any) -> Any:
-            self.bytes += sum(tensor.nbytes for tensor in _sent(name, first, rest))
+        def counted(*given: Any, **options: Any) -> Any:
+            named = [options[name] for name in ("tensor", "output_tensor", "input_tensor") if name in options]
+            first, *rest = [*given, *named]
+            self.bytes += _sent(name, first, rest, dist.get_world_size(options.get("group")))
             with self._timed():
-                result = call(first, *rest, **options)
+                result = call(*given, **options)
             if name == "batch_isend_irecv":
                 return [Wait(work, self._timed) for work in result]
             return result
@@ -78,10 +83,12 @@ class Wait:
             self.work.wait()
 
 
-def _sent(name: str, first: Any, rest: tuple[Any, ...]) -> list[Any]:
-    """Tensors that this process sends in a call."""
+def _sent(name: str, first: Any, rest: list[Any], size: int) -> float:
+    """Bytes that this process sends in a call of a group of `size`."""
     if name == "batch_isend_irecv":
-        return [message.tensor for message in first if message.op is PLAIN_SEND]
-    if name == "all_gather":
-        return [*rest[:1]]
-    return [first] if name in ("isend", "all_reduce") else []
+        return sum(message.tensor.nbytes for message in first if message.op is PLAIN_SEND)
+    if name.startswith("all_gather"):
+        return rest[0].nbytes * (size - 1)
+    if name == "all_reduce":
+        return first.nbytes * 2 * (size - 1) / size
+    return first.nbytes if name == "isend" else 0
