@@ -45,3 +45,17 @@ def family_golden() -> Path:
     if not (folder / "t2v_5b.safetensors").is_file():
         pytest.skip(f"the family's reference set is not at {folder} (beside COGVIDEOX_GOLDEN)")
     return folder
+
+
+@pytest.fixture(scope="module")
+def sat_release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny release in SAT's layout to convert, alone in its folder."""
+    from tests.convert_tiny import make_release
+
+    return make_release(tmp_path_factory.mktemp("convert") / "sat")
+
+
+@pytest.fixture(scope="module")
+def sat_yaml(sat_release: Path) -> Path:
+    """Its configuration."""
+    return sat_release / "infer.yaml"

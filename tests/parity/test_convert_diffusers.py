@@ -24,20 +24,10 @@ SCALE, STEPS, GUIDANCE = 1.15258426, 5, 6.0
 
 
 @pytest.fixture(scope="module")
-def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_release(tmp_path_factory.mktemp("convert") / "sat")
-
-
-@pytest.fixture(scope="module")
-def yaml(release: Path) -> Path:
-    return release / "infer.yaml"
-
-
-@pytest.fixture(scope="module")
-def pipeline_folder(release: Path, yaml: Path) -> Path:
-    out = release.parent / "hf"
-    request = ToHf(out, release / "transformer", release / "vae" / "3d-vae.pt", str(release / "t5"),
-                   dtype=torch.float32, config=yaml, shard_bytes=1 << 20)  # fmt: skip
+def pipeline_folder(sat_release: Path, sat_yaml: Path) -> Path:
+    out = sat_release.parent / "hf"
+    request = ToHf(out, sat_release / "transformer", sat_release / "vae" / "3d-vae.pt", str(sat_release / "t5"),
+                   dtype=torch.float32, config=sat_yaml, shard_bytes=1 << 20)  # fmt: skip
     convert(request)
     return out
 
@@ -60,16 +50,16 @@ def ours(network: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     return network(**inputs)
 
 
-def test_transformer(release: Path, pipeline: Any) -> None:
+def test_transformer(sat_release: Path, pipeline: Any) -> None:
     inputs = random_inputs()
-    expected = ours(network_of(release / "transformer"), inputs)
+    expected = ours(network_of(sat_release / "transformer"), inputs)
     assert expected.std() > 0.1
     torch.testing.assert_close(theirs(pipeline.transformer, inputs), expected, rtol=0, atol=5e-6)
 
 
 @torch.no_grad()
-def test_first_stage(release: Path, pipeline: Any) -> None:
-    stage = instantiate_from_config(model_section(release)["first_stage_config"]).eval()
+def test_first_stage(sat_release: Path, pipeline: Any) -> None:
+    stage = instantiate_from_config(model_section(sat_release)["first_stage_config"]).eval()
     x = torch.rand(1, 3, 9, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     z = stage.moments(x)[:, :16]
     moments = pipeline.vae.encode(x).latent_dist.mean
@@ -79,8 +69,8 @@ def test_first_stage(release: Path, pipeline: Any) -> None:
 
 
 @torch.no_grad()
-def test_text_encoder_and_tokenizer(release: Path, pipeline: Any) -> None:
-    conditioner = instantiate_from_config(model_section(release)["conditioner_config"]).eval()
+def test_text_encoder_and_tokenizer(sat_release: Path, pipeline: Any) -> None:
+    conditioner = instantiate_from_config(model_section(sat_release)["conditioner_config"]).eval()
     prompt = "a red ball rolls over 3 green fields, slowly, and then it stops"
     expected = conditioner.embedders[0]([prompt])
     found, _ = pipeline.encode_prompt(prompt, do_classifier_free_guidance=False, max_sequence_length=TEXT_LENGTH)
@@ -182,9 +172,9 @@ def their_sample(pipeline: Any, draw: Draw) -> Tensor:
     ).frames  # fmt: skip
 
 
-def test_a_whole_sample(release: Path, pipeline: Any) -> None:
+def test_a_whole_sample(sat_release: Path, pipeline: Any) -> None:
     """Our sampler and the pipeline with our schedule, from the same noise and embeddings."""
-    expected = our_sample(network_of(release / "transformer"), Draw.make())
+    expected = our_sample(network_of(sat_release / "transformer"), Draw.make())
     assert expected.std() > 0.3
     torch.testing.assert_close(their_sample(pipeline, Draw.make()), expected, rtol=0, atol=1e-4)
 
@@ -193,9 +183,9 @@ def test_a_whole_sample(release: Path, pipeline: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def adapter(release: Path) -> Path:
+def adapter(sat_release: Path) -> Path:
     """An adapter on all linears, of a short fine-tuning (alpha 2), alone in SAT's layout, as training saves it."""
-    network = network_of(release / "transformer")
+    network = network_of(sat_release / "transformer")
     torch.manual_seed(6)
     settings = {"r": 4, "lora_alpha": 2, "targets": ["attention", "mlp", "adaln"]}
     network.attach_lora({"target": "sgm.modules.transformer.lora.LoraMixin", "params": settings})
@@ -206,7 +196,7 @@ def adapter(release: Path) -> Path:
         optimizer.zero_grad()
         (network(**inputs) - inputs["x"]).square().mean().backward()
         optimizer.step()
-    folder = release.parent / "adapter"
+    folder = sat_release.parent / "adapter"
     (folder / "7").mkdir(parents=True)
     module = {NETWORK_PREFIX + n: p.detach() for n, p in trained.items()}
     save_pt(folder / "7" / "mp_rank_00_model_states.pt", {"module": module, "lora": {"rank": 4, "alpha": 2.0}})
@@ -215,10 +205,10 @@ def adapter(release: Path) -> Path:
 
 
 @torch.no_grad()
-def adapted(release: Path, adapter: Path) -> nn.Module:
+def adapted(sat_release: Path, adapter: Path) -> nn.Module:
     from sgm.models.adapters import apply_adapter
 
-    network = network_of(release / "transformer")
+    network = network_of(sat_release / "transformer")
     stored = read_transformer(adapter)
     apply_adapter(network, stored.network, facts=stored.lora)
     return network
@@ -226,19 +216,19 @@ def adapted(release: Path, adapter: Path) -> nn.Module:
 
 @pytest.mark.parametrize("fold_scale", [False, True])
 def test_exported_adapter_in_the_pipeline(
-    release: Path, pipeline: Any, adapter: Path, tmp_path: Path, fold_scale: bool
+    sat_release: Path, pipeline: Any, adapter: Path, tmp_path: Path, fold_scale: bool
 ) -> None:
     pytest.importorskip("peft")
     export_lora(ToHf(tmp_path / "lora", adapter), fold_scale)
     inputs = random_inputs()
-    base, expected = ours(network_of(release / "transformer"), inputs), ours(adapted(release, adapter), inputs)
+    base, expected = ours(network_of(sat_release / "transformer"), inputs), ours(adapted(sat_release, adapter), inputs)
     assert (expected - base).abs().max() > 0.05
     pipeline.load_lora_weights(tmp_path / "lora")
     try:
         torch.testing.assert_close(theirs(pipeline.transformer, inputs), expected, rtol=0, atol=5e-6)
         if not fold_scale:
-            sample = our_sample(adapted(release, adapter), Draw.make())
-            assert (sample - our_sample(network_of(release / "transformer"), Draw.make())).abs().max() > 0.05
+            sample = our_sample(adapted(sat_release, adapter), Draw.make())
+            assert (sample - our_sample(network_of(sat_release / "transformer"), Draw.make())).abs().max() > 0.05
             torch.testing.assert_close(their_sample(pipeline, Draw.make()), sample, rtol=0, atol=1e-4)
             pipeline.fuse_lora()
             torch.testing.assert_close(theirs(pipeline.transformer, inputs), expected, rtol=0, atol=5e-6)
@@ -249,7 +239,7 @@ def test_exported_adapter_in_the_pipeline(
 
 @pytest.mark.parametrize("way", ["file", "entries", "entries of the pipeline"])
 def test_every_way_of_diffusers_heeds_an_exported_alpha(
-    release: Path, pipeline: Any, adapter: Path, tmp_path: Path, way: str
+    sat_release: Path, pipeline: Any, adapter: Path, tmp_path: Path, way: str
 ) -> None:
     """Also those that see no header: the factor is in the matrices."""
     pytest.importorskip("peft")
@@ -259,19 +249,19 @@ def test_every_way_of_diffusers_heeds_an_exported_alpha(
     load(file if way == "file" else load_file(file))
     try:
         inputs = random_inputs()
-        expected = ours(adapted(release, adapter), inputs)
+        expected = ours(adapted(sat_release, adapter), inputs)
         torch.testing.assert_close(theirs(pipeline.transformer, inputs), expected, rtol=0, atol=5e-6)
     finally:
         pipeline.unload_lora_weights()
 
 
 def test_the_comparing_tool(
-    release: Path, yaml: Path, pipeline_folder: Path, adapter: Path, tmp_path: Path, capsys: Any
+    sat_release: Path, sat_yaml: Path, pipeline_folder: Path, adapter: Path, tmp_path: Path, capsys: Any
 ) -> None:
     pytest.importorskip("peft")
     from tools import compare_diffusers
 
-    common = [str(yaml), "--hf", str(pipeline_folder), "--load", str(release / "transformer")]
+    common = [str(sat_yaml), "--hf", str(pipeline_folder), "--load", str(sat_release / "transformer")]
     export_lora(ToHf(tmp_path / "lora", adapter))
     assert compare_diffusers.main([*common, "--lora", str(adapter), "--hf_lora", str(tmp_path / "lora")]) == 0
     printed = capsys.readouterr().out
@@ -290,7 +280,7 @@ def test_a_diffusers_adapter_is_no_transformer(adapter: Path, tmp_path: Path) ->
         read_transformer(tmp_path / "lora" / "pytorch_lora_weights.safetensors")
 
 
-def test_merged_adapters(release: Path, yaml: Path, adapter: Path, tmp_path: Path) -> None:
+def test_merged_adapters(sat_release: Path, sat_yaml: Path, adapter: Path, tmp_path: Path) -> None:
     """One in the checkpoint itself (upstream's LoRA file) and one given beside: both are folded in by their scale."""
 
     def wrap(module: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -298,15 +288,15 @@ def test_merged_adapters(release: Path, yaml: Path, adapter: Path, tmp_path: Pat
         split = {next((n.replace(k, f"{k}original.") for k in linears if k in n), n): t for n, t in module.items()}
         return split | adapter_matrices(rank=2, seed=9)
 
-    checkpoint = rewrite(release / "transformer", tmp_path / "own.pt", wrap)
-    convert(ToHf(tmp_path / "hf", checkpoint, dtype=torch.float32, config=yaml, partial=True,
+    checkpoint = rewrite(sat_release / "transformer", tmp_path / "own.pt", wrap)
+    convert(ToHf(tmp_path / "hf", checkpoint, dtype=torch.float32, config=sat_yaml, partial=True,
                  adapters=[Adapter(str(adapter), 0.5)]))  # fmt: skip
     assert not (tmp_path / "hf" / "model_index.json").exists()
     model = diffusers.CogVideoXTransformer3DModel.from_pretrained(tmp_path / "hf" / "transformer")
     model.norm_out.norm.eps = 1e-6
     from sgm.models.adapters import apply_adapter
 
-    network = network_of(release / "transformer")
+    network = network_of(sat_release / "transformer")
     plain = {n.removeprefix("model.diffusion_model."): t for n, t in adapter_matrices(rank=2, seed=9).items()}
     apply_adapter(network, plain, merge=True)
     stored = read_transformer(adapter)

@@ -35,7 +35,7 @@ from sgm.weights.files import tensors_of
 from sgm.weights.release import NETWORK_PREFIX, read_transformer
 from sgm.weights.save import save_pt
 from sgm.weights.tensor_parallel import partition_state
-from tests.convert_tiny import VAE_PARAMS, adapter_matrices, make_release, model_section, rewrite
+from tests.convert_tiny import VAE_PARAMS, adapter_matrices, model_section, rewrite
 from tests.dit_tiny import tiny_config, tiny_network
 from tools.describe_weights import inspect
 
@@ -51,19 +51,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_release(tmp_path_factory.mktemp("convert") / "sat")
-
-
-@pytest.fixture(scope="module")
-def yaml(release: Path) -> Path:
-    return release / "infer.yaml"
-
-
-@pytest.fixture(scope="module")
-def hf(release: Path, yaml: Path) -> Path:
-    convert(whole(release, release.parent / "hf", config=yaml, shard_bytes=500_000))
-    return release.parent / "hf"
+def hf(sat_release: Path, sat_yaml: Path) -> Path:
+    convert(whole(sat_release, sat_release.parent / "hf", config=sat_yaml, shard_bytes=500_000))
+    return sat_release.parent / "hf"
 
 
 def yaml_of(file: Path, model: dict[str, Any]) -> Path:
@@ -74,9 +64,9 @@ def yaml_of(file: Path, model: dict[str, Any]) -> Path:
     return file
 
 
-def whole(release: Path, out: Path, **options: Any) -> ToHf:
+def whole(sat_release: Path, out: Path, **options: Any) -> ToHf:
     options = {"dtype": torch.float32} | options
-    return ToHf(out, release / "transformer", release / "vae" / "3d-vae.pt", str(release / "t5"), **options)
+    return ToHf(out, sat_release / "transformer", sat_release / "vae" / "3d-vae.pt", str(sat_release / "t5"), **options)
 
 
 def component(folder: Path) -> dict[str, Tensor]:
@@ -92,15 +82,15 @@ def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 # --- there and back --------------------------------------------------------------------------------------------------
 
 
-def test_round_trip_of_a_whole_release_is_bit_exact_and_runs(release: Path, hf: Path, tmp_path: Path) -> None:
+def test_round_trip_of_a_whole_release_is_bit_exact_and_runs(sat_release: Path, hf: Path, tmp_path: Path) -> None:
     lines = convert_back(ToSat(hf, tmp_path / "back"))
     back = tmp_path / "back"
-    same(read_transformer(back / "transformer").network, read_transformer(release / "transformer").network)
+    same(read_transformer(back / "transformer").network, read_transformer(sat_release / "transformer").network)
     vae = Path("vae", "3d-vae.pt")
-    same(read_checkpoint(back / vae)["state_dict"], read_checkpoint(release / vae)["state_dict"])
-    same(component(back / "t5-v1_1-xxl"), component(release / "t5"))
+    same(read_checkpoint(back / vae)["state_dict"], read_checkpoint(sat_release / vae)["state_dict"])
+    same(component(back / "t5-v1_1-xxl"), component(sat_release / "t5"))
     for name in ("spiece.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
-        assert (back / "t5-v1_1-xxl" / name).read_bytes() == (release / "t5" / name).read_bytes()
+        assert (back / "t5-v1_1-xxl" / name).read_bytes() == (sat_release / "t5" / name).read_bytes()
     assert any("infer.yaml" in line for line in lines)
     import sample_video
 
@@ -120,10 +110,10 @@ def test_files_of_a_pipeline(hf: Path) -> None:
     assert not [p for p in hf.parent.iterdir() if p.name.startswith(".partial-")]
 
 
-def test_scales_of_a_configuration_go_along_both_ways(release: Path, tmp_path: Path) -> None:
+def test_scales_of_a_configuration_go_along_both_ways(sat_release: Path, tmp_path: Path) -> None:
     schedule = {"params": {"discretization_config": {"params": {"shift_scale": 2.5}}}}
-    model = model_section(release) | {"scale_factor": 0.5, "sampler_config": schedule}
-    convert(whole(release, tmp_path / "hf", config=yaml_of(tmp_path / "c.yaml", model), scheduler="ddim"))
+    model = model_section(sat_release) | {"scale_factor": 0.5, "sampler_config": schedule}
+    convert(whole(sat_release, tmp_path / "hf", config=yaml_of(tmp_path / "c.yaml", model), scheduler="ddim"))
     scheduler = json.loads((tmp_path / "hf" / "scheduler" / "scheduler_config.json").read_text())
     assert scheduler["snr_shift_scale"] == 2.5 and scheduler["_class_name"] == "CogVideoXDDIMScheduler"
     assert json.loads((tmp_path / "hf" / "vae" / "config.json").read_text())["scaling_factor"] == 0.5
@@ -285,11 +275,11 @@ def transformer_of(checkpoint: Path, out: Path, **options: Any) -> dict[str, Ten
     return component(out / "transformer")
 
 
-def test_tensor_parallel_parts_and_averaged_weights(release: Path, hf: Path, tmp_path: Path) -> None:
-    whole_state = {NETWORK_PREFIX + n: t for n, t in read_transformer(release / "transformer").network.items()}
+def test_tensor_parallel_parts_and_averaged_weights(sat_release: Path, hf: Path, tmp_path: Path) -> None:
+    whole_state = {NETWORK_PREFIX + n: t for n, t in read_transformer(sat_release / "transformer").network.items()}
     folder = tmp_path / "run" / "5-ema"
     folder.mkdir(parents=True)
-    (folder.parent / "training_config.yaml").write_bytes((release / "infer.yaml").read_bytes())
+    (folder.parent / "training_config.yaml").write_bytes((sat_release / "infer.yaml").read_bytes())
     for rank in range(2):
         part = partition_state(whole_state, rank, 2)
         if rank == 1:
@@ -311,18 +301,18 @@ def test_tensor_parallel_parts_and_averaged_weights(release: Path, hf: Path, tmp
     same(transformer_of(folder, tmp_path / "b", allow_drift=True), expected)
 
 
-def test_a_run_is_described_without_its_date(release: Path, tmp_path: Path) -> None:
-    shutil.copytree(release / "transformer", tmp_path / "fox-01-31-12-00")
+def test_a_run_is_described_without_its_date(sat_release: Path, tmp_path: Path) -> None:
+    shutil.copytree(sat_release / "transformer", tmp_path / "fox-01-31-12-00")
     (report,) = inspect(tmp_path / "fox", with_hash=False)
     assert "fox-01-31-12-00" in report.lines()[0]
     with pytest.raises(ValueError, match="nor a training run of that name"):
         inspect(tmp_path / "hen")
 
 
-def test_whole_engine_save_gives_all_parts(release: Path, hf: Path, yaml: Path, tmp_path: Path) -> None:
+def test_whole_engine_save_gives_all_parts(sat_release: Path, hf: Path, sat_yaml: Path, tmp_path: Path) -> None:
     """A fine-tuning save with text encoder, VAE and position table in it; only T5's small files come from elsewhere."""
-    vae = read_checkpoint(release / "vae" / "3d-vae.pt")["state_dict"]
-    text = component(release / "t5")
+    vae = read_checkpoint(sat_release / "vae" / "3d-vae.pt")["state_dict"]
+    text = component(sat_release / "t5")
     text["encoder.embed_tokens.weight"] = text["shared.weight"]
 
     def add(module: dict[str, Tensor]) -> None:
@@ -332,11 +322,11 @@ def test_whole_engine_save_gives_all_parts(release: Path, hf: Path, yaml: Path, 
         module.update({f"first_stage_model.{n}": t for n, t in vae.items()})
         module.update({f"conditioner.embedders.0.transformer.{n}": t for n, t in text.items()})
 
-    checkpoint = rewrite(release / "transformer", tmp_path / "7" / "mp_rank_00_model_states.pt", add)
+    checkpoint = rewrite(sat_release / "transformer", tmp_path / "7" / "mp_rank_00_model_states.pt", add)
     small = tmp_path / "t5"
     small.mkdir()
     for name in ("config.json", "spiece.model"):
-        (small / name).write_bytes((release / "t5" / name).read_bytes())
+        (small / name).write_bytes((sat_release / "t5" / name).read_bytes())
     lines = convert(ToHf(tmp_path / "hf", checkpoint, text_encoder=str(small), dtype=torch.float32))
     for name in ("transformer", "vae", "text_encoder"):
         same(component(tmp_path / "hf" / name), component(hf / name))
@@ -347,7 +337,7 @@ def test_whole_engine_save_gives_all_parts(release: Path, hf: Path, yaml: Path, 
     assert (tmp_path / "hf" / "model_index.json").is_file()
 
 
-def test_single_components_and_pickled_files(release: Path, hf: Path, tmp_path: Path) -> None:
+def test_single_components_and_pickled_files(sat_release: Path, hf: Path, tmp_path: Path) -> None:
     """A transformer's or VAE's own folder, also with a `.bin` file, as older repositories have."""
     for name in ("transformer", "vae"):
         old = tmp_path / f"old-{name}"
@@ -359,19 +349,19 @@ def test_single_components_and_pickled_files(release: Path, hf: Path, tmp_path: 
         convert_back(ToSat(old, tmp_path / name, partial=True))
     same(
         read_transformer(tmp_path / "transformer" / "transformer").network,
-        read_transformer(release / "transformer").network,
+        read_transformer(sat_release / "transformer").network,
     )
     vae = Path("vae", "3d-vae.pt")
-    same(read_checkpoint(tmp_path / "vae" / vae)["state_dict"], read_checkpoint(release / vae)["state_dict"])
+    same(read_checkpoint(tmp_path / "vae" / vae)["state_dict"], read_checkpoint(sat_release / vae)["state_dict"])
 
 
-def test_default_type_is_half_and_bfloat16_stays(release: Path, tmp_path: Path) -> None:
-    convert(whole(release, tmp_path / "half", dtype=None))
+def test_default_type_is_half_and_bfloat16_stays(sat_release: Path, tmp_path: Path) -> None:
+    convert(whole(sat_release, tmp_path / "half", dtype=None))
     kinds = {
         t.dtype for part in ("transformer", "vae", "text_encoder") for t in component(tmp_path / "half" / part).values()
     }
     assert kinds == {torch.float16}
-    bf16 = rewrite(release / "transformer", tmp_path / "b.pt", lambda m: {n: t.bfloat16() for n, t in m.items()})
+    bf16 = rewrite(sat_release / "transformer", tmp_path / "b.pt", lambda m: {n: t.bfloat16() for n, t in m.items()})
     convert(ToHf(tmp_path / "bf", bf16, partial=True))
     assert {t.dtype for t in component(tmp_path / "bf" / "transformer").values()} == {torch.bfloat16}
     for dtype, expected in (
@@ -417,21 +407,21 @@ def test_commands_of_the_page(hf: Path, tmp_path: Path, monkeypatch: pytest.Monk
     same(component(tmp_path / "hf" / "transformer"), {n: t.half() for n, t in component(hf / "transformer").items()})
 
 
-def test_tensors_of_a_checkpoint_are_all_accounted_for(release: Path, tmp_path: Path) -> None:
+def test_tensors_of_a_checkpoint_are_all_accounted_for(sat_release: Path, tmp_path: Path) -> None:
     """An unknown name is refused, it never vanishes."""
     odd = rewrite(
-        release / "transformer",
+        sat_release / "transformer",
         tmp_path / "o.pt",
         lambda m: m.update({NETWORK_PREFIX + "extra.weight": torch.zeros(1)}),
     )
     with pytest.raises(ValueError, match="extra.weight"):
         transformer_of(odd, tmp_path / "x")
-    vae = tensors_of(read_checkpoint(release / "vae" / "3d-vae.pt")["state_dict"])
+    vae = tensors_of(read_checkpoint(sat_release / "vae" / "3d-vae.pt")["state_dict"])
     save_pt(tmp_path / "v.pt", {"state_dict": vae | {"loss.logvar": torch.zeros(1)}})
     (tmp_path / "infer.yaml").unlink()
     with pytest.raises(ConvertError, match="no tensor says the model's scale_factor"):
         convert(ToHf(tmp_path / "v", vae=tmp_path / "v.pt", partial=True))
-    (tmp_path / "run.yaml").write_bytes((release / "infer.yaml").read_bytes())
+    (tmp_path / "run.yaml").write_bytes((sat_release / "infer.yaml").read_bytes())
     lines = convert(ToHf(tmp_path / "v", vae=tmp_path / "v.pt", partial=True))
     assert any("left out: 1 entries of the training loss" in line for line in lines)
     save_pt(tmp_path / "v.pt", {"state_dict": vae | {"decoder.odd.weight": torch.zeros(1)}})

@@ -15,26 +15,18 @@ from sgm.convert.to_sat import convert as convert_back
 from sgm.modules.diffusionmodules.few_steps import FewSteps
 from sgm.weights.release import NETWORK_PREFIX, Adapter, read_transformer
 from sgm.weights.save import save_pt, save_safetensors
-from tests.convert_tiny import adapter_matrices, make_release
+from tests.convert_tiny import adapter_matrices
 from tests.dit_tiny import merged_state
 
 FEW_STEPS = {"steps": 4, "timesteps": [999, 749, 499, 249], "sampler": "renoise", "guidance": False}
 
 
 @pytest.fixture(scope="module")
-def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_release(tmp_path_factory.mktemp("convert") / "sat")
-
-
-@pytest.fixture(scope="module")
-def yaml(release: Path) -> Path:
-    return release / "infer.yaml"
-
-
-@pytest.fixture(scope="module")
-def hf(release: Path, yaml: Path) -> Path:
-    convert(ToHf(release.parent / "hf", release / "transformer", partial=True, config=yaml, dtype=torch.float32))
-    return release.parent / "hf"
+def hf(sat_release: Path, sat_yaml: Path) -> Path:
+    convert(
+        ToHf(sat_release.parent / "hf", sat_release / "transformer", partial=True, config=sat_yaml, dtype=torch.float32)
+    )
+    return sat_release.parent / "hf"
 
 
 def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -56,29 +48,29 @@ def test_adapters_of_42_layers_there_and_back(rank: int, tmp_path: Path) -> None
     assert (back.lora["rank"], back.lora["alpha"]) == (rank, 1.0)
 
 
-def test_adapter_folded_in_on_the_way_back(hf: Path, release: Path, tmp_path: Path) -> None:
+def test_adapter_folded_in_on_the_way_back(hf: Path, sat_release: Path, tmp_path: Path) -> None:
     save_pt(tmp_path / "a.pt", {"module": adapter_matrices(), "lora": {"rank": 4, "alpha": 2.0}})
     convert_back(ToSat(hf, tmp_path / "sat", partial=True, adapters=[Adapter(str(tmp_path / "a.pt"), 0.5)]))
     matrices = {n.removeprefix(NETWORK_PREFIX): t for n, t in adapter_matrices().items()}
-    expected = merged_state(read_transformer(release / "transformer").network | matrices, 0.5, alpha=2.0)
+    expected = merged_state(read_transformer(sat_release / "transformer").network | matrices, 0.5, alpha=2.0)
     found = read_transformer(tmp_path / "sat" / "transformer").network
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=0, atol=1e-6)
 
 
-def test_what_was_distilled_for_few_steps_stays_so(release: Path, yaml: Path, tmp_path: Path) -> None:
+def test_what_was_distilled_for_few_steps_stays_so(sat_release: Path, sat_yaml: Path, tmp_path: Path) -> None:
     """Whole weights, and a student that is folded into others, to diffusers and back."""
-    content = torch.load(release / "transformer" / "1000" / "mp_rank_00_model_states.pt", weights_only=True)
+    content = torch.load(sat_release / "transformer" / "1000" / "mp_rank_00_model_states.pt", weights_only=True)
     save_pt(tmp_path / "whole.pt", content | {"lora": {"few_steps": FEW_STEPS}})
     student = {"rank": 4, "alpha": 2.0, "few_steps": json.dumps(FEW_STEPS)}
     save_pt(tmp_path / "student.pt", {"module": adapter_matrices(), "lora": student})
     for name, source, adapters in (
         ("whole", tmp_path / "whole.pt", []),
-        ("folded", release / "transformer", [Adapter(str(tmp_path / "student.pt"))]),
+        ("folded", sat_release / "transformer", [Adapter(str(tmp_path / "student.pt"))]),
     ):
         lines = convert(
-            ToHf(tmp_path / name, source, partial=True, config=yaml, adapters=adapters, shard_bytes=1 << 20)
+            ToHf(tmp_path / name, source, partial=True, config=sat_yaml, adapters=adapters, shard_bytes=1 << 20)
         )
         assert any("stays in the header; diffusers does not heed it" in line for line in lines)
         convert_back(ToSat(tmp_path / name, tmp_path / f"{name}-sat", partial=True))
@@ -88,7 +80,7 @@ def test_what_was_distilled_for_few_steps_stays_so(release: Path, yaml: Path, tm
     save_pt(tmp_path / "other.pt", {"module": adapter_matrices(), "lora": other})
     folded = [Adapter(str(tmp_path / "other.pt"))]
     with pytest.raises(ValueError, match="distilled in different ways"):
-        convert(ToHf(tmp_path / "x", tmp_path / "whole.pt", partial=True, config=yaml, adapters=folded))
+        convert(ToHf(tmp_path / "x", tmp_path / "whole.pt", partial=True, config=sat_yaml, adapters=folded))
 
 
 def test_adapter_there_and_back_is_bit_exact(tmp_path: Path) -> None:

@@ -23,21 +23,16 @@ from sgm.modules.encoders.modules import FrozenT5Embedder
 from sgm.modules.encoders.tokenizer import T5Tokenizer
 from sgm.weights.release import NETWORK_PREFIX
 from sgm.weights.save import save_pt, save_safetensors
-from tests.convert_tiny import adapter_matrices, make_release, rewrite
+from tests.convert_tiny import adapter_matrices, rewrite
 from tools import convert_weight_hf2sat, convert_weight_sat2hf, inspect_weights
 
 REPO = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_release(tmp_path_factory.mktemp("convert") / "sat")
-
-
-@pytest.fixture(scope="module")
-def hf(release: Path) -> Path:
-    out = release.parent / "hf"
-    arguments = [*whole(release), "--output_path", str(out), "--fp32", "--max_shard_size", "1MB"]
+def hf(sat_release: Path) -> Path:
+    out = sat_release.parent / "hf"
+    arguments = [*whole(sat_release), "--output_path", str(out), "--fp32", "--max_shard_size", "1MB"]
     assert convert_weight_sat2hf.main(arguments) == 0
     return out
 
@@ -47,9 +42,9 @@ def copy(hf: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(hf, tmp_path / "copy"))
 
 
-def whole(release: Path) -> list[str]:
-    return ["--transformer_ckpt_path", str(release / "transformer"), "--vae_ckpt_path", str(release / "vae/3d-vae.pt"),
-            "--text_encoder_path", str(release / "t5")]  # fmt: skip
+def whole(sat_release: Path) -> list[str]:
+    return ["--transformer_ckpt_path", str(sat_release / "transformer"), "--vae_ckpt_path", str(sat_release / "vae/3d-vae.pt"),
+            "--text_encoder_path", str(sat_release / "t5")]  # fmt: skip
 
 
 def refused(main: Callable[[list[str]], int], arguments: list[str], capsys: Any, *words: str) -> None:
@@ -84,8 +79,8 @@ def test_a_tokenizer_json_alone_goes_along(copy: Path, tmp_path: Path) -> None:
     assert made.encode("a small ﬁsh") == before.encode("a small ﬁsh")
 
 
-def test_what_a_pipeline_lacks_is_named(release: Path, tmp_path: Path, capsys: Any) -> None:
-    refused(convert_weight_sat2hf.main, [*whole(release)[:2], "--output_path", str(tmp_path / "o")], capsys,
+def test_what_a_pipeline_lacks_is_named(sat_release: Path, tmp_path: Path, capsys: Any) -> None:
+    refused(convert_weight_sat2hf.main, [*whole(sat_release)[:2], "--output_path", str(tmp_path / "o")], capsys,
             "--vae_ckpt_path", "--text_encoder_path", "--partial")  # fmt: skip
 
 
@@ -108,16 +103,16 @@ def test_the_demo_s_vae_is_none_of_diffusers_and_partial_leaves_it_out(tmp_path:
     assert (config["sample_width"], config["max_text_seq_length"]) == (24, 64)
 
 
-def test_wrong_family(release: Path, hf: Path, tmp_path: Path, capsys: Any) -> None:
+def test_wrong_family(sat_release: Path, hf: Path, tmp_path: Path, capsys: Any) -> None:
     out = ["--output_path", str(tmp_path / "o"), "--partial"]
     to_hf, to_sat = convert_weight_sat2hf.main, convert_weight_hf2sat.main
-    vae = str(release / "vae" / "3d-vae.pt")
+    vae = str(sat_release / "vae" / "3d-vae.pt")
     refused(to_hf, ["--transformer_ckpt_path", vae, *out], capsys, "3D VAE, not a transformer")
     refused(to_hf, ["--transformer_ckpt_path", str(hf), *out], capsys, "diffusers", "convert_weight_hf2sat.py")
-    checkpoint = str(release / "transformer" / "1000" / "mp_rank_00_model_states.pt")
+    checkpoint = str(sat_release / "transformer" / "1000" / "mp_rank_00_model_states.pt")
     refused(to_hf, ["--vae_ckpt_path", checkpoint, *out], capsys, "holds no CogVideoX autoencoder")
     refused(to_hf, ["--transformer_ckpt_path", str(tmp_path / "none"), *out], capsys, "no transformer weights")
-    refused(to_sat, ["--input_path", str(release / "transformer"), *out], capsys, "SAT checkpoint already")
+    refused(to_sat, ["--input_path", str(sat_release / "transformer"), *out], capsys, "SAT checkpoint already")
     refused(to_sat, ["--input_path", vae, *out], capsys, "is no folder")
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -160,8 +155,8 @@ def test_missing_and_truncated_shards(copy: Path, tmp_path: Path, capsys: Any) -
     refused(convert_weight_hf2sat.main, arguments, capsys, "outside its folder")
 
 
-def test_truncated_and_unsafe_checkpoints(release: Path, tmp_path: Path, capsys: Any) -> None:
-    whole_file = (release / "transformer" / "1000" / "mp_rank_00_model_states.pt").read_bytes()
+def test_truncated_and_unsafe_checkpoints(sat_release: Path, tmp_path: Path, capsys: Any) -> None:
+    whole_file = (sat_release / "transformer" / "1000" / "mp_rank_00_model_states.pt").read_bytes()
     file = tmp_path / "w.pt"
     arguments = ["--transformer_ckpt_path", str(file), "--output_path", str(tmp_path / "o"), "--partial"]
     for content in (whole_file[: len(whole_file) // 2], b"", os.urandom(5000)):
@@ -177,33 +172,33 @@ class Hostile:
         return os.system, ("touch run",)
 
 
-def test_incomplete_transformer_lists_what_is_missing(release: Path, tmp_path: Path, capsys: Any) -> None:
+def test_incomplete_transformer_lists_what_is_missing(sat_release: Path, tmp_path: Path, capsys: Any) -> None:
     gone = NETWORK_PREFIX + "transformer.layers.1.mlp.dense_h_to_4h.bias"
     file = rewrite(
-        release / "transformer", tmp_path / "in" / "w.pt", lambda m: {n: t for n, t in m.items() if n != gone}
+        sat_release / "transformer", tmp_path / "in" / "w.pt", lambda m: {n: t for n, t in m.items() if n != gone}
     )
     refused(convert_weight_sat2hf.main, ["--transformer_ckpt_path", str(file), "--output_path", str(tmp_path / "o"), "--partial"],
             capsys, "missing (1): transformer.layers.1.mlp.dense_h_to_4h.bias")  # fmt: skip
 
 
-def test_values_beyond_half_precision(release: Path, tmp_path: Path, capsys: Any) -> None:
+def test_values_beyond_half_precision(sat_release: Path, tmp_path: Path, capsys: Any) -> None:
     name = NETWORK_PREFIX + "time_embed.0.weight"
 
     def enlarge(module: dict[str, torch.Tensor]) -> None:
         module[name] = module[name].clone()
         module[name][0, 0] = 70000.0
 
-    file = rewrite(release / "transformer", tmp_path / "in" / "w.pt", enlarge)
+    file = rewrite(sat_release / "transformer", tmp_path / "in" / "w.pt", enlarge)
     arguments = ["--transformer_ckpt_path", str(file), "--output_path", str(tmp_path / "o"), "--partial"]
     refused(convert_weight_sat2hf.main, arguments, capsys, "time_embedding.linear_1.weight", "70000", "65504", "--bf16")
     assert convert_weight_sat2hf.main([*arguments, "--bf16"]) == 0
 
 
-def test_adapters_that_do_not_fit(release: Path, tmp_path: Path, capsys: Any) -> None:
+def test_adapters_that_do_not_fit(sat_release: Path, tmp_path: Path, capsys: Any) -> None:
     inputs = tmp_path / "in"
     inputs.mkdir()
     out = ["--output_path", str(tmp_path / "o"), "--partial"]
-    base = ["--transformer_ckpt_path", str(release / "transformer"), *out]
+    base = ["--transformer_ckpt_path", str(sat_release / "transformer"), *out]
     to_hf = convert_weight_sat2hf.main
 
     def adapter(name: str, matrices: dict[str, torch.Tensor], **facts: Any) -> str:
@@ -244,9 +239,9 @@ def test_adapters_that_do_not_fit(release: Path, tmp_path: Path, capsys: Any) ->
     )
 
 
-def test_existing_output_is_kept_unless_overwrite(release: Path, tmp_path: Path, capsys: Any) -> None:
+def test_existing_output_is_kept_unless_overwrite(sat_release: Path, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "o"
-    arguments = ["--transformer_ckpt_path", str(release / "transformer"), "--output_path", str(out), "--partial"]
+    arguments = ["--transformer_ckpt_path", str(sat_release / "transformer"), "--output_path", str(out), "--partial"]
     out.mkdir()
     assert convert_weight_sat2hf.main(arguments) == 0  # an empty folder is no one's
     (out / "mine.txt").write_text("mine")
@@ -256,16 +251,16 @@ def test_existing_output_is_kept_unless_overwrite(release: Path, tmp_path: Path,
     assert not (out / "mine.txt").exists() and sorted(tmp_path.iterdir()) == [out]
 
 
-def test_output_must_not_hold_the_input(release: Path, capsys: Any) -> None:
-    arguments = [*whole(release), "--output_path", str(release), "--overwrite"]
+def test_output_must_not_hold_the_input(sat_release: Path, capsys: Any) -> None:
+    arguments = [*whole(sat_release), "--output_path", str(sat_release), "--overwrite"]
     refused(convert_weight_sat2hf.main, arguments, capsys, "lies in the output folder")
-    assert (release / "transformer" / "latest").is_file()
+    assert (sat_release / "transformer" / "latest").is_file()
 
 
 def test_full_disk_before_and_while_writing(
-    release: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+    sat_release: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = [*whole(release), "--output_path", str(tmp_path / "o")]
+    arguments = [*whole(sat_release), "--output_path", str(tmp_path / "o")]
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1 << 20))
     refused(convert_weight_sat2hf.main, arguments, capsys, "not enough room", "1.0 MiB are free")
@@ -283,9 +278,9 @@ def test_full_disk_before_and_while_writing(
     assert len(synced) == 8
 
 
-def test_unwritable_place(release: Path, tmp_path: Path, capsys: Any) -> None:
+def test_unwritable_place(sat_release: Path, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "file").write_text("")
-    arguments = [*whole(release), "--output_path", str(tmp_path / "file" / "o")]
+    arguments = [*whole(sat_release), "--output_path", str(tmp_path / "file" / "o")]
     capsys.readouterr()
     assert convert_weight_sat2hf.main(arguments) == 2
     assert "cannot write" in capsys.readouterr().err
@@ -346,8 +341,8 @@ def test_two_commands_do_not_write_one_folder(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "o").iterdir()) == ["1", "2"]
 
 
-def test_bad_sizes_and_configurations(release: Path, tmp_path: Path, capsys: Any) -> None:
-    arguments = [*whole(release), "--output_path", str(tmp_path / "o")]
+def test_bad_sizes_and_configurations(sat_release: Path, tmp_path: Path, capsys: Any) -> None:
+    arguments = [*whole(sat_release), "--output_path", str(tmp_path / "o")]
     for text in ("many", "0", "-1GB", "GB"):
         refused(convert_weight_sat2hf.main, [*arguments, f"--max_shard_size={text}"], capsys, "no size", text)
     (tmp_path / "c.yaml").write_text("args: {}\n")
@@ -387,11 +382,11 @@ def inspected(capsys: Any, *arguments: str, status: int = 0) -> str:
     return printed.err if status else printed.out
 
 
-def test_inspection_of_every_layout(release: Path, hf: Path, tmp_path: Path, capsys: Any) -> None:
+def test_inspection_of_every_layout(sat_release: Path, hf: Path, tmp_path: Path, capsys: Any) -> None:
     import hashlib
 
-    text = inspected(capsys, str(release / "transformer"))
-    file = release / "transformer" / "1000" / "mp_rank_00_model_states.pt"
+    text = inspected(capsys, str(sat_release / "transformer"))
+    file = sat_release / "transformer" / "1000" / "mp_rank_00_model_states.pt"
     assert (
         "CogVideoX transformer of width 192 with 2 layers (sine positions) in SAT's layout" in text
         and "iteration 1000" in text
@@ -415,7 +410,9 @@ def test_inspection_of_every_layout(release: Path, hf: Path, tmp_path: Path, cap
     save_safetensors(tmp_path / "p.safetensors", peft, {"lora_adapter_metadata": '{"transformer.lora_alpha": 8}'})
     assert "rank 4, alpha 8 (stated in the file), on" in inspected(capsys, str(tmp_path / "p.safetensors"))
     odd = rewrite(
-        release / "transformer", tmp_path / "o.pt", lambda m: m.update({NETWORK_PREFIX + "odd.weight": torch.zeros(1)})
+        sat_release / "transformer",
+        tmp_path / "o.pt",
+        lambda m: m.update({NETWORK_PREFIX + "odd.weight": torch.zeros(1)}),
     )
     assert "does not belong (1): odd.weight" in inspected(capsys, str(odd))
     save_safetensors(tmp_path / "x.safetensors", {"some.tensor": torch.zeros(2, dtype=torch.int8)})
