@@ -21,8 +21,8 @@ from sgm.parallel.team import Layout, ParallelError, choose_layout
 from tests.sampling_tiny import REPO, configuration, main, start, write_release, write_yaml
 from tests.training_tiny import configuration as training_configuration
 from tests.training_tiny import run_ranks, write_clips
+from tools.bench import models, scaling
 from tools.bench import parallel as parallel_bench
-from tools.bench import scaling
 
 SHARES = ("--set", "args.sequence_parallel_size=2")
 
@@ -155,6 +155,13 @@ def test_what_is_predicted_for_more_processes_agrees_with_what_two_have_shown():
         assert [found[part, 2, 1][name] for name in names] == pytest.approx(shown, rel=0.02)
     assert found["guided call", 4, 2]["ms"] == pytest.approx(434 / 4 + 14.5, rel=0.01)
     assert scaling.Shapes.of(scaling.CONFIG).share(4) > 0.25  # of 30 heads one has eight
+
+
+def test_the_benchmark_s_network_has_positions_for_clips_longer_than_trained_ones():
+    network = models.our_network("configs/demo_infer.yaml", "fp32", torch.device("cpu"), frames=21)
+    with torch.no_grad():
+        clip = models.Clip(21, 4, 6)
+        assert network(*models.network_inputs(network, clip, torch.device("cpu"))).shape == (2, 21, 16, 4, 6)
 
 
 def test_the_benchmark_is_for_several_processes(capsys):

@@ -42,9 +42,13 @@ class Clip(NamedTuple):
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def our_network(config: str, dtype: str, device: torch.device, lora_rank: int = 0) -> nn.Module:
-    """The `network_config` of a YAML file, in eval mode; with an adapter where `lora_rank` is given."""
+def our_network(config: str, dtype: str, device: torch.device, lora_rank: int = 0, frames: int = 1) -> nn.Module:
+    """The `network_config` of a YAML file, in eval mode; with an adapter where `lora_rank` is given.
+
+    A table of positions that ends before `frames` latent frames is made longer.
+    """
     node = copy.deepcopy(merge_yaml([config])["model"]["network_config"])
+    node["params"]["num_frames"] = max(node["params"]["num_frames"], STRIDES.pixel_frames(frames))
     if lora_rank:
         lora = {"target": "sat.model.finetune.lora2.LoraMixin", "params": {"r": lora_rank}}
         node["params"]["modules"]["lora_config"] = lora
@@ -57,9 +61,9 @@ def our_network(config: str, dtype: str, device: torch.device, lora_rank: int = 
     return network.eval().requires_grad_(False)
 
 
-def our_trained_network(config: str, dtype: str, device: torch.device, rank: int) -> nn.Module:
+def our_trained_network(config: str, dtype: str, device: torch.device, rank: int, frames: int = 1) -> nn.Module:
     """`our_network` in training mode: all of it learns, or a LoRA adapter of `rank` > 0 on it."""
-    network = our_network(config, dtype, device, rank).train()
+    network = our_network(config, dtype, device, rank, frames).train()
     fixed = network.computed_state()
     for name, parameter in network.named_parameters():
         parameter.requires_grad_("matrix_" in name if rank else name not in fixed)

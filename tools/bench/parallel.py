@@ -135,7 +135,7 @@ def engine_of(options: argparse.Namespace, device: torch.device) -> SATVideoDiff
     parts = {name: section[name] for name in ("network_config", "denoiser_config", "sampler_config")}
     with torch.device("meta"):
         engine = SATVideoDiffusionEngine(**parts, dtype=options.dtype)
-    engine.model.diffusion_model = models.our_network(options.config, options.dtype, device)
+    engine.model.diffusion_model = models.our_network(options.config, options.dtype, device, frames=options.frames)
     engine.use_kernels(choose_kernels(options.kernels, options.attention, device))
     return engine.eval()
 
@@ -303,7 +303,7 @@ def training_of(
     options: argparse.Namespace, device: torch.device
 ) -> tuple[DiffusionTransformer, tuple[Tensor, ...], Tensor]:
     """A network that learns, its inputs for one clip, and what its result is like."""
-    network = models.our_trained_network(options.config, options.dtype, device, options.rank)
+    network = models.our_trained_network(options.config, options.dtype, device, options.rank, options.frames)
     network.use_ops(choose_kernels(options.kernels, options.attention, device).block)
     network.transformer.checkpoint_activations = False
     inputs = inputs_of(network, options, device, 1)
