@@ -41,7 +41,6 @@ def run(options: argparse.Namespace) -> int:
     from sgm.config import load_run_config
     from sgm.training.options import TrainArgs
     from sgm.training.run import device_type, rank_zero_printer
-    from sgm.training.setup.data import cache_request
     from sgm.training.setup.places import with_found_places
     from sgm.util import allow_target
     from sgm.weights.preflight import check_paths
@@ -57,8 +56,7 @@ def run(options: argparse.Namespace) -> int:
     check_paths(config.model, None)
     info = distributed.init_distributed(device_type(config.args.device))
     dtype = options.dtype or _training_dtype(config.deepspeed or {})
-    request = cache_request(config, dtype, options.batch_size)
-    ready = ready_cache(request, info, rank_zero_printer(info.rank))
+    ready = ready_cache(config, dtype, info, rank_zero_printer(info.rank), options.batch_size)
     if info.rank == 0:
         _tell(ready)
     return 0

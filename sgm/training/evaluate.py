@@ -15,24 +15,42 @@ from einops import rearrange
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from sgm.config import ConfigError
 from sgm.data.buckets import batches_by_shape
 from sgm.data.collate import collate
+from sgm.data.images import HeldPicture, ImageError
 from sgm.data.loader import clip_count, known_shapes
 from sgm.data.video_out import to_uint8, write_video
 from sgm.distributed import data_parallel_rank, data_parallel_world_size, own_rank, preserve_rng
 from sgm.files import atomic_write, write_text
 from sgm.inference.noise import SampleId
 from sgm.inference.options import SampleArgs
-from sgm.inference.prompts import Prompt
+from sgm.inference.prompts import Pictures, Prompt, PromptError
 from sgm.inference.stages import EncodedPrompt, Stages
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.modules.diffusionmodules.image_condition import repeat_first
 from sgm.training.checkpoints.state import seed_all
-from sgm.training.first_frame import first_frame
+from sgm.training.distill.engine import DistillationEngine
+from sgm.training.distill.prompts import COND, TEXT, together
 from sgm.training.setup.engine import TrainingEngine
-from sgm.training.step import batch_latents, engine_inputs
-from sgm.training.watch.bins import BINS, bin_means, bin_sums
+from sgm.training.step import BINS, batch_latents, bin_means, bin_sums, engine_inputs, first_frame
 from sgm.training.watch.run_log import RunLog
+
+
+def eval_prompts(lines: Sequence[str], from_picture: bool) -> list[Prompt]:
+    """`args.eval_prompts`: `TEXT`, or `TEXT@@FILE` for a model that starts `from_picture`.
+
+    Pictures are kept in memory, since their files may go while training runs.
+
+    Raises:
+        ConfigError: names each line that does not fit the model.
+    """
+    try:
+        prompts = Pictures(from_picture).attach([Prompt(k, line) for k, line in enumerate(lines)])
+        return [replace(p, picture=p.picture and HeldPicture.holding(p.picture.image())) for p in prompts]
+    except (PromptError, ImageError) as error:
+        raise ConfigError(f"args.eval_prompts: {error}") from error
+
 
 _SEED_STRIDE = 1_000_003  # between the seeds of evaluation batches
 
@@ -231,3 +249,26 @@ def mixed_batches(datasets: Sequence[Dataset], batch_size: int) -> list[list[int
         return None
     flat = [shape for of_one in shapes for shape in of_one]
     return batches_by_shape(flat, batch_size) if len(set(flat)) > 1 else None
+
+
+@dataclass
+class PromptEvaluation(Evaluation):
+    """`datasets`: prompts. Sampled are the first `samples` of them, or as many as `prompts` has, if that is more."""
+
+    samples: int = 2
+
+    def _clips(self) -> Iterator[dict[str, Any]]:
+        for k in range(self.batches):
+            first = self._number(k) * self.batch_size
+            yield together([self._clip(first + i) for i in range(self.batch_size)])
+
+    def _log(self, engine: SATVideoDiffusionEngine, batch: dict[str, Any], device: torch.device, files: Files) -> None:
+        if not self.log_video or not isinstance(engine, DistillationEngine):
+            files.text(batch[TEXT])
+            return
+        count = min(max(self.samples, len(self.prompts)), sum(map(clip_count, self.datasets)))
+        chosen = together([self._clip(k) for k in range(count)])
+        files.text(chosen[TEXT])
+        conditions = [{name: value[k : k + 1] for name, value in chosen[COND].items()} for k in range(count)]
+        prompts = [EncodedPrompt(cond, engine.unconditional) for cond in conditions]
+        self._sample(ValidationStages(engine, device, engine.shape), prompts, files)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sgm.training.optimizers.log_codes import BYTES_A_MOMENT
+from sgm.training.optimizers.adam8bit import BYTES_A_MOMENT
 
 GIB = 2**30
 SMALL_BUCKET = 40_000_000  # elements

@@ -30,24 +30,27 @@ from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
 from sgm.parallel.apply import share_network, share_tokens
 from sgm.parallel.team import Team
 from sgm.parallel.training import training_team
-from sgm.training.checkpoints.load import Earlier, load_state
-from sgm.training.checkpoints.same_run import CONFIG_FILE
-from sgm.training.checkpoints.saver import Saver, resume
+from sgm.training.checkpoints.folder import check_writable, hold, new_run_folder
+from sgm.training.checkpoints.load import (
+    CONFIG_FILE,
+    Earlier,
+    find_checkpoint,
+    keep_clips_per_step,
+    load_state,
+    require_longer,
+)
 from sgm.training.checkpoints.state import seed_all
 from sgm.training.distill.engine import DistillationEngine
-from sgm.training.distill.evaluation import PromptEvaluation
-from sgm.training.distill.run import check_size, prompt_sets
-from sgm.training.eval_prompts import eval_prompts
-from sgm.training.evaluate import Evaluation, evaluation_batches
-from sgm.training.faults import SkipGuard, TrainingStopped, out_of_memory_advice
+from sgm.training.evaluate import Evaluation, PromptEvaluation, eval_prompts, evaluation_batches
+from sgm.training.faults import TrainingStopped, out_of_memory_advice
 from sgm.training.memory import MemoryNeeds, free_memory, gib
-from sgm.training.optimizers.groups import count, parameter_groups
 from sgm.training.optimizers.schedule import LearningRate
+from sgm.training.optimizers.spec import count, parameter_groups
 from sgm.training.options import TrainArgs, training_advice
 from sgm.training.prior import BaseNetwork
 from sgm.training.sampling_file import write_sampling_file
 from sgm.training.setup.clips import check_clips
-from sgm.training.setup.data import cache_request, clip_sets, left_out, training_loader
+from sgm.training.setup.data import clip_sets, left_out, prompt_sets, training_loader
 from sgm.training.setup.deepspeed import DeepSpeedPlan, plan_deepspeed
 from sgm.training.setup.estimate import memory_needs, planned_needs
 from sgm.training.setup.model import (
@@ -58,14 +61,6 @@ from sgm.training.setup.model import (
     training_kernels,
 )
 from sgm.training.setup.places import check_places, with_found_places
-from sgm.training.setup.run_folder import (
-    check_writable,
-    find_checkpoint,
-    hold,
-    keep_clips_per_step,
-    new_run_folder,
-    require_longer,
-)
 from sgm.training.setup.start import rehearse_start, start_engine
 from sgm.training.trainer import Trainer
 from sgm.training.watch.boards import Board, TensorBoard, WeightsAndBiases
@@ -92,7 +87,7 @@ def train(config: RunConfig[TrainArgs], *, dry_run: bool = False) -> int:
     distributed.ensure_groups(args.model_parallel_size)
     team = training_team(args.sequence_parallel_size)
     plan = plan_deepspeed(config.deepspeed, device_type=kind, data_parallel_size=distributed.data_parallel_world_size())
-    advice = (check_size if args.distill else check_clips)(config, plan.dtype)
+    advice = check_clips(config, plan.dtype)
     say = rank_zero_printer(info.rank)
     advice += training_advice(args, config.model, plan.optimizer.lr)
     for note in (*config.notes, *plan.notes, *_team_note(team), *_activation_note(config), *advice):
@@ -153,9 +148,10 @@ def _load(
 ) -> _Loaded:
     """Where to write, the cache, the engine with its weights; what must be closed goes onto `stack`."""
     args = config.args
-    request = cache_request(config, plan.dtype)
-    cache = ready_cache(request, info, say) if request else None
-    folder = earlier.folder.parent if earlier else new_run_folder(args)
+    cache = ready_cache(config, plan.dtype, info, say) if args.cache_dir else None
+    folder = earlier.folder.parent if earlier else None
+    if args.save and not folder:
+        folder = new_run_folder(args.save, args.experiment_name)
     if folder:
         hold(folder, stack)
     seed_all(args.seed)  # the same on all ranks, for what is initialised at random
@@ -193,29 +189,18 @@ def _start(
         require_longer(parts.earlier, config.args.train_iters)
     args = config.args
 
-    ranks = distributed.data_parallel_world_size()
     ds_engine = start_engine(engine, parts.groups, plan, info.device.type)
     arrange_first_stage(engine, plan)
     schedule = LearningRate(args.schedule(plan.optimizer.lr), ds_engine.basic_optimizer.param_groups)
     out = sys.stdout if info.rank == 0 else None
     log = stack.enter_context(RunLog(folder, args.train_iters, out, show_phases=plan.time_phases))
-    trainer = Trainer(
-        ds_engine,
-        loader,
-        schedule,
-        args,
-        log,
-        SkipGuard(args.max_skipped_steps),
-        saver=Saver(folder, config, plan.clips_per_step(ranks)) if folder else None,
-        evaluation=_evaluation(config, plan, clips.valid, folder),
-        dtype=plan.dtype,
-        clipping=plan.clipping,
-        clock=phases_of_step(PhaseClock(True, info.device), engine),
-    )
+    clock = phases_of_step(PhaseClock(True, info.device), engine)
+    evaluation = _evaluation(config, plan, clips.valid, folder)
+    trainer = Trainer(ds_engine, loader, schedule, config, plan, log, clock, folder, evaluation)
     seed_all(args.seed + distributed.data_parallel_rank())
     if parts.earlier:
-        resume(trainer, parts.earlier.folder)
-        say("\n".join(_resumed(trainer, parts.earlier, plan, ranks)))
+        trainer.resume(parts.earlier.folder)
+        say("\n".join(_resumed(trainer, parts.earlier)))
     if info.rank == 0:
         log.boards = _boards(config, folder, trainer.iteration)
     if folder and info.rank == 0:
@@ -298,7 +283,7 @@ def rank_zero_printer(rank: int) -> Say:
     return print_line if rank == 0 else lambda line: None
 
 
-def _resumed(trainer: Trainer, earlier: Earlier, plan: DeepSpeedPlan, ranks: int) -> list[str]:
+def _resumed(trainer: Trainer, earlier: Earlier) -> list[str]:
     """Where a run goes on, and all that is not as it was."""
     end, before, schedule = trainer.args.train_iters, earlier.then.get("args.train_iters"), trainer.schedule
     lines = [f"resumed {earlier.folder} at iteration {trainer.iteration} of {end}"]
@@ -308,6 +293,7 @@ def _resumed(trainer: Trainer, earlier: Earlier, plan: DeepSpeedPlan, ranks: int
             f"note: the run's end moves from iteration {before} to {end}: the learning rate goes on with "
             f"{schedule.current:.3g} and falls until step {schedule.settings.total_steps}"
         )
+    plan, ranks = trainer.plan, distributed.data_parallel_world_size()
     record, share = earlier.record, distributed.clip_world_size() * distributed.model_parallel_world_size()
     then = _set_up(record.world_size, record.clip_processes, record.zero_stage, earlier.clips_per_step)
     now = _set_up(dist.get_world_size(), share, plan.stage, plan.clips_per_step(ranks))

@@ -6,27 +6,99 @@ Axes: b batch, f pixel frames, t latent frames, c channels, h w height and width
 from __future__ import annotations
 
 import math
+import random
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor
 
+from sgm.cache.dataset import FIRST_FRAME
+from sgm.data.clips import to_unit_range
 from sgm.distributed import model_parallel_rank, model_parallel_world_size, same_for_clip
 from sgm.models.diffusion import SATVideoDiffusionEngine
+from sgm.modules.diffusionmodules.denoiser import append_dims
 from sgm.modules.diffusionmodules.image_condition import image_latents, repeat_first
 from sgm.training.checkpoints.partitions import load_scaler_state, scaler_state
 from sgm.training.distill.engine import DistillationEngine
 from sgm.training.faults import OVERFLOW
-from sgm.training.first_frame import OWN_DRAWS, ImageDraws, noised_first_latent, shared_images
 from sgm.training.setup.engine import TrainingEngine
-from sgm.training.watch.bins import BINS, bin_sums
 from sgm.training.watch.timing import PhaseClock
 from sgm.weights.staging import Download
+
+LOG_SIGMA = (-3.0, 0.5)  # mean and spread of the noise level's logarithm, in pixels from -1 to 1
+
+
+def draw_log_sigma(count: int) -> Tensor:
+    """(count,) float32 on the CPU, normal with `LOG_SIGMA`."""
+    mean, spread = LOG_SIGMA
+    return torch.normal(mean, spread, size=(count,), device="cpu")
+
+
+@dataclass(frozen=True)
+class ImageDraws:
+    """Where a step's random numbers for its pictures come from: as in the original torch's own generators, but for the
+    dropout Python's, so that what torch draws afterwards is the same with and without it.
+
+    Attributes:
+        log_sigma: from b to the logarithms (b,) of the noise's spread, one a sample.
+        noise: from pictures (b, 3, 1, h, w) to normal values like them.
+        share: a number from 0 to 1, which below the dropout takes the pictures of the whole batch away.
+    """
+
+    log_sigma: Callable[[int], Tensor] = draw_log_sigma
+    noise: Callable[[Tensor], Tensor] = torch.randn_like
+    share: Callable[[], float] = random.random
+
+    def noised(self, image: Tensor) -> Tensor:
+        """Pictures with noise, not clamped. As in the original, the level is found in float32 on the CPU."""
+        sigma = self.log_sigma(len(image)).exp().to(image.device, image.dtype, non_blocking=True)
+        return image + self.noise(image) * append_dims(sigma, image.ndim)
+
+    def kept(self, images: Tensor, dropout: float) -> Tensor:
+        """Latents of a batch's pictures, or with probability `dropout` zeros; the same on all processes of a clip."""
+        return same_for_clip(torch.zeros_like(images) if self.share() < dropout else images)
+
+
+OWN_DRAWS = ImageDraws()
+
+
+def first_frame(engine: SATVideoDiffusionEngine, batch: Mapping[str, Any], device: torch.device) -> Tensor:
+    """First frames (b, 3, 1, h, w) in [-1, 1], in the engine's type, of a batch of clips or of cached ones."""
+    if FIRST_FRAME in batch:
+        pixels = to_unit_range(batch[FIRST_FRAME].to(device, non_blocking=True))
+    else:
+        pixels = batch[engine.input_key][:, 0].to(device, non_blocking=True)
+    return pixels.to(engine.dtype).unsqueeze(2)
+
+
+BINS = 10
+BIN_NAMES = tuple(f"{100 * k:03d}-{100 * k + 99:03d}" for k in range(BINS))  # in thousandths of the schedule
+
+
+def bin_sums(logs: Mapping[str, Tensor], device: torch.device) -> Tensor:
+    """(2, BINS) float64: sum of losses and number of samples by timestep, of what is finite.
+
+    `logs`: `sample_loss` (b,) and `timestep_share` (b,) in [0, 1]; where they are absent all is 0.
+    """
+    sums = torch.zeros(2, BINS, dtype=torch.float64, device=device)
+    if "sample_loss" not in logs:
+        return sums
+    loss = logs["sample_loss"].double()
+    finite = torch.isfinite(loss)
+    place = (logs["timestep_share"] * BINS).long().clamp_(0, BINS - 1)
+    members = torch.nn.functional.one_hot(place, BINS).double() * finite[:, None]
+    return torch.stack([torch.where(finite, loss, 0.0) @ members, members.sum(0)])
+
+
+def bin_means(sums: Sequence[float], counts: Sequence[float]) -> list[float | None]:
+    """Mean loss of each bin; None for an empty one."""
+    return [total / count if count else None for total, count in zip(sums, counts)]
+
 
 _BAD = 1  # place of the number of bad losses among what ranks share
 
@@ -74,22 +146,14 @@ def engine_inputs(
     """
     if isinstance(engine, DistillationEngine):
         return engine.start_noise(batch, device), batch
-    first = noised_first_latent(engine, batch, device, draws) if engine.noised_image_input else None
+    first = None
+    if engine.noised_image_input:
+        first = engine.encode_image(draws.noised(first_frame(engine, batch, device)), frames=1)
     z = repeat_first(batch_latents(engine, batch, device), engine.network.patch.t)
     if first is None:
         return z, batch
-    first = shared_images(first, engine.noised_image_dropout, draws)
+    first = draws.kept(first, engine.noised_image_dropout)
     return z, {**batch, "concat_images": image_latents(first, z.shape[1], engine.noised_image_all_concat)}
-
-
-def batch_loss(
-    ds_engine: TrainingEngine, batch: Mapping[str, Any], clock: PhaseClock
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of a batch, scalar, and what the engine logs. DeepSpeed's own forward prepares the backward pass."""
-    with clock.phase("vae"):
-        z, batch = engine_inputs(ds_engine.module, batch, ds_engine.device)
-    with clock.phase("forward"):
-        return ds_engine(z, batch)
 
 
 def training_step(
@@ -116,7 +180,10 @@ def training_step(
         with clock.phase("data"):
             batch = next(batches)
         waited += time.perf_counter() - asked
-        loss, logs = batch_loss(ds_engine, batch, clock)
+        with clock.phase("vae"):
+            z, batch = engine_inputs(ds_engine.module, batch, ds_engine.device)
+        with clock.phase("forward"):  # DeepSpeed's own, which prepares the backward pass
+            loss, logs = ds_engine(z, batch)
         sums = _sum_over_ranks(loss, stop_requested, bin_sums(logs, loss.device))
         underway.append(Download(sums))
         # A gradient that is NaN throughout makes DeepSpeed drop what has been accumulated, in every ZeRO stage. The
@@ -127,20 +194,22 @@ def training_step(
         with clock.phase("optimizer"):
             norm = _finish_unwrapped(ds_engine, clipping)
             ds_engine.step()
-    shared = _read(underway)
-    if norm is None:
-        norm = _reported_norm(ds_engine)
+    total, bad, stop, *bins = (sum(column) for column in zip(*(sums.read().tolist() for sums in underway)))
+    if norm is None and (reported := ds_engine.get_global_grad_norm()) is not None:
+        norm = float(reported)
     applied = ds_engine.was_step_applied() and norm is not None and math.isfinite(norm)
-    if shared.bad:
+    if bad:
         load_scaler_state(ds_engine, scaler)
-    reason = "" if applied else _reason(shared.bad, scaler is not None)
-    return StepOutcome(shared.loss, norm if applied else None, applied, reason, shared.stop, shared.by_timestep, waited)
-
-
-def _reason(bad_loss: bool, scaled: bool) -> str:
-    if bad_loss:
-        return "the loss is not finite"
-    return OVERFLOW if scaled else "the gradient is not finite"
+    reason = "the loss is not finite" if bad else OVERFLOW if scaler is not None else "the gradient is not finite"
+    return StepOutcome(
+        loss=math.nan if bad else total / dist.get_world_size() / len(underway),
+        grad_norm=norm if applied else None,
+        applied=applied,
+        reason="" if applied else reason,
+        stop=stop > 0,
+        by_timestep=(bins[:BINS], bins[BINS:]),
+        data_wait=waited,
+    )
 
 
 def _sum_over_ranks(loss: Tensor, stop: bool, bins: Tensor) -> Tensor:
@@ -152,28 +221,6 @@ def _sum_over_ranks(loss: Tensor, stop: bool, bins: Tensor) -> Tensor:
     sums = torch.cat([own, bins.flatten()])
     dist.all_reduce(sums)
     return sums
-
-
-class _Shared(NamedTuple):
-    """Of all ranks' micro-batches: the mean loss, NaN if any is not finite (`bad`); whether any rank wants to stop; sum
-    of losses and number of samples by timestep."""
-
-    loss: float
-    bad: bool
-    stop: bool
-    by_timestep: tuple[list[float], list[float]]
-
-
-def _read(shared: list[Download]) -> _Shared:
-    """From what `_sum_over_ranks` gave for each micro-batch."""
-    total, bad, wants_stop, *rest = (sum(column) for column in zip(*(sums.read().tolist() for sums in shared)))
-    mean = math.nan if bad else total / dist.get_world_size() / len(shared)
-    return _Shared(mean, bad > 0, wants_stop > 0, (rest[:BINS], rest[BINS:]))
-
-
-def _reported_norm(ds_engine: TrainingEngine) -> float | None:
-    norm = ds_engine.get_global_grad_norm()
-    return None if norm is None else float(norm)
 
 
 def _finish_unwrapped(ds_engine: TrainingEngine, clipping: float) -> float | None:

@@ -29,7 +29,7 @@ from sgm.training.checkpoints.partitions import load_ema_state, load_optimizer_s
 from sgm.training.checkpoints.save import save_checkpoint
 from sgm.training.checkpoints.state import CheckpointError, restore_rng
 from sgm.training.optimizers.ema_adam import FusedEmaAdam
-from sgm.training.optimizers.groups import parameter_groups
+from sgm.training.optimizers.spec import parameter_groups
 from sgm.training.setup.deepspeed import plan_deepspeed
 from sgm.training.setup.start import start_engine
 from sgm.util import instantiate_from_config

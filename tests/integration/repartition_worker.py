@@ -26,9 +26,9 @@ from sgm.training.checkpoints.partitions import (
     masters,
     optimizer_state,
     refresh_weights,
+    repartitioned,
 )
-from sgm.training.checkpoints.repartition import repartitioned
-from sgm.training.optimizers.log_codes import decode
+from sgm.training.optimizers.adam8bit import decode
 from tests.integration.zero_worker import averaged_weights, batches, build, steps, weights
 
 STEPS = 2

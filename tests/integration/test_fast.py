@@ -12,7 +12,7 @@ import torch
 
 from sgm.config import ConfigError, load_run_config
 from sgm.inference.options import SampleArgs
-from sgm.training.setup.model import refuse_approximations
+from sgm.training.setup.model import training_kernels
 from tests.sampling_tiny import REPO, configuration, main, write_release, write_yaml
 from tools.bench import quality
 from tools.demo.captions import caption
@@ -71,7 +71,7 @@ def test_refusals(config, tmp_path, capsys):
     assert "did you mean `step_cache`" in capsys.readouterr().err
     fast = load_run_config([config, FAST], SampleArgs).accelerate
     with pytest.raises(ConfigError, match="reuse_error.*for sampling"):
-        refuse_approximations(fast)
+        training_kernels(fast, torch.device("cpu"))
 
 
 def quality_totals(capsys, *arguments: object) -> dict[str, dict]:

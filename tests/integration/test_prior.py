@@ -18,7 +18,7 @@ from sgm.training.prior import BaseNetwork
 from sgm.training.run import train
 from sgm.training.setup.deepspeed import plan_deepspeed
 from sgm.training.setup.estimate import planned_needs
-from sgm.training.setup.model import check_prior, load_engine
+from sgm.training.setup.model import check_switches, checked_engine, load_engine, training_model_section
 from sgm.weights.release import read_transformer
 from tests.integration.test_training_runs import records
 from tests.training_tiny import configuration, write_clips, write_release, write_yaml
@@ -140,9 +140,11 @@ def test_a_loss_that_takes_no_other_target_is_refused(parts, tmp_path):
         def __call__(self, network, denoiser, conditioner, z, batch, idx=None, noise=None):
             return z.flatten(1).mean(1)
 
-    args = config_of(parts, tmp_path, None).args
+    config = config_of(parts, tmp_path, None)
+    engine = checked_engine(training_model_section(config.model, config.args), config.args, PLAN)
+    engine.loss_fn = OwnLoss()
     with pytest.raises(ConfigError, match="args.prior_data does not go with the loss_fn_config OwnLoss"):
-        check_prior(args, PLAN, OwnLoss())
+        check_switches(config.args, PLAN, engine)
 
 
 def test_a_folder_is_new_or_known(parts, tmp_path):

@@ -248,7 +248,7 @@ def test_training_and_caches_take_no_notice(release):
     """A configuration of training may name it (the demo's do): a cache or a run from before stays what it is."""
     from sgm.cache.identity import cache_identity
     from sgm.data.clips import ClipSettings
-    from sgm.training.checkpoints.same_run import Change
+    from sgm.training.checkpoints.load import Change
 
     model = model_section(release)
     settings = ClipSettings(video_size=(16, 32), fps=8, max_num_frames=5)

@@ -16,7 +16,7 @@ import sample_video
 from sgm.config import load_run_config
 from sgm.data.report import DatasetError
 from sgm.training import trainer
-from sgm.training.checkpoints import saver
+from sgm.training import trainer as saver
 from sgm.training.checkpoints.state import CheckpointError
 from sgm.training.faults import TrainingStopped
 from sgm.training.options import TrainArgs

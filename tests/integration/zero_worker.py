@@ -26,8 +26,8 @@ from sgm.training.checkpoints.partitions import (
     optimizer_state,
 )
 from sgm.training.optimizers.flat_gradients import FlatGradients
-from sgm.training.optimizers.groups import parameter_groups
 from sgm.training.optimizers.schedule import LearningRate, ScheduleSettings
+from sgm.training.optimizers.spec import parameter_groups
 from sgm.training.setup.deepspeed import plan_deepspeed
 from sgm.training.setup.start import start_engine
 from sgm.training.step import training_step

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from sgm.models.diffusion import SATVideoDiffusionEngine
-from sgm.training.first_frame import ImageDraws
-from sgm.training.step import engine_inputs
+from sgm.training.step import ImageDraws, engine_inputs
 from tests.family_tiny import KINDS, cases_of, engine_of, facts
 
 PREFIX = "model.diffusion_model."

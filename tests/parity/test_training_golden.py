@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.training.optimizers.ema_adam import FusedEmaAdam
-from sgm.training.optimizers.groups import parameter_groups
+from sgm.training.optimizers.spec import parameter_groups
 from sgm.training.step import batch_latents
 from sgm.weights import assign_state
 from tests.dit_tiny import load_tiny, tiny_config

@@ -9,9 +9,8 @@ import torch
 from torch import nn
 
 from sgm.training.optimizers import adam8bit
-from sgm.training.optimizers.adam8bit import AdamW8bit
+from sgm.training.optimizers.adam8bit import BLOCK, STEP, AdamW8bit, decode, empty_codes, encode
 from sgm.training.optimizers.ema_adam import FusedEmaAdam, OptimizerError
-from sgm.training.optimizers.log_codes import BLOCK, STEP, decode, empty_codes, encode
 from sgm.training.optimizers.spec import OptimizerSpec
 
 CPU = torch.device("cpu")

@@ -18,10 +18,8 @@ import pytest
 import torch
 
 from sgm.training.checkpoints.folder import RunRecord, new_run
-from sgm.training.checkpoints.load import find_resume, load_state
-from sgm.training.checkpoints.partitions import OptimizerStateError, layout_differences, optimizer_state
-from sgm.training.checkpoints.repartition import repartitioned
-from sgm.training.checkpoints.same_run import identity
+from sgm.training.checkpoints.load import find_resume, identity, load_state
+from sgm.training.checkpoints.partitions import OptimizerStateError, layout_differences, optimizer_state, repartitioned
 from sgm.training.checkpoints.save import save_checkpoint
 from sgm.training.checkpoints.state import CheckpointError, capture_rng, restore_rng
 from sgm.weights import WeightsError

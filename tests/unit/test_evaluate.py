@@ -12,8 +12,7 @@ from torch.utils.data import Dataset
 
 from sgm import distributed
 from sgm.training import evaluate
-from sgm.training.eval_prompts import eval_prompts
-from sgm.training.evaluate import Evaluation
+from sgm.training.evaluate import Evaluation, eval_prompts
 from sgm.training.watch.run_log import RunLog
 
 

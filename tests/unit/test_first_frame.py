@@ -10,9 +10,9 @@ import torch
 
 from sgm.cache.dataset import FIRST_FRAME
 from sgm.modules.diffusionmodules.loss import VideoDiffusionLoss
-from sgm.training import first_frame
+from sgm.training import step as first_frame
 from sgm.training.checkpoints.state import capture_rng, restore_rng
-from sgm.training.first_frame import OWN_DRAWS, ImageDraws, draw_log_sigma, shared_images
+from sgm.training.step import OWN_DRAWS, ImageDraws, draw_log_sigma
 from tests.training_tiny import model_section
 
 CPU = torch.device("cpu")
@@ -62,7 +62,7 @@ def test_a_model_parallel_group_shares_pictures_and_dropout(monkeypatch):
 
     monkeypatch.setattr(first_frame, "same_for_clip", broadcast)
     ranks = [ImageDraws(share=lambda share=share: share) for share in (0.01, 0.9)]
-    got = [shared_images(torch.full((2, 1, 1, 1, 1), float(k + 1)), 0.05, draws) for k, draws in enumerate(ranks)]
+    got = [draws.kept(torch.full((2, 1, 1, 1, 1), float(k + 1)), 0.05) for k, draws in enumerate(ranks)]
     assert torch.equal(got[0], got[1]) and not got[0].any() and sent[1].any()
 
 

@@ -4,6 +4,7 @@ takes its place that runs the work again."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
 from sgm.modules.ops.graphs import NetworkGraphs
 from sgm.training.options import TrainArgs
 from sgm.training.setup.deepspeed import plan_deepspeed
-from sgm.training.setup.model import check_graphs
+from sgm.training.setup.model import check_switches
 from tests.dit_tiny import random_inputs, tiny_network
 
 
@@ -112,6 +113,7 @@ def test_what_runs_code_between_kernels_is_refused():
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
     }  # fmt: skip
     plan = plan_deepspeed(section, device_type="cuda")
+    network = SimpleNamespace(transformer=SimpleNamespace(checkpoint_activations="selective"))
+    engine = SimpleNamespace(network=network, loss_fn=None)
     with pytest.raises(ConfigError, match="checkpoint_activations and deepspeed.zero_optimization.stage: 3"):
-        check_graphs(TrainArgs(mode="pretrain", train_data=["clips"], cuda_graphs=True), plan, "selective")
-    check_graphs(TrainArgs(mode="pretrain", train_data=["clips"]), plan, "selective")
+        check_switches(TrainArgs(mode="pretrain", train_data=["clips"], cuda_graphs=True), plan, engine)

@@ -16,12 +16,11 @@ import torch
 from PIL import Image
 
 from sgm.files import SaveError
-from sgm.training.step import StepOutcome
+from sgm.training.step import BINS, StepOutcome, bin_means, bin_sums
 from sgm.training.watch import run_log
-from sgm.training.watch.bins import BINS, bin_means, bin_sums
 from sgm.training.watch.boards import TensorBoard, WatchError, WeightsAndBiases
 from sgm.training.watch.curve import draw_losses, read_records
-from sgm.training.watch.run_log import AVERAGE_STEPS, RunLog, Standing, duration
+from sgm.training.watch.run_log import AVERAGE_STEPS, RunLog, duration
 
 
 class Terminal(io.StringIO):
@@ -58,7 +57,7 @@ def run_of(losses, folder, out, **more) -> RunLog:
         for k, loss in enumerate(losses, 1):
             log.step(outcome(loss, k % BINS), 1e-3)
             if k % 2 == 0:
-                log.train(Standing(k, 1e-3, 8.0, 3 * k, {"forward": 1.0}, {"peak_bytes": 2**30, "rss_bytes": 2**31}))
+                log.train(k, 1e-3, 8.0, 3 * k, {"forward": 1.0}, {"peak_bytes": 2**30, "rss_bytes": 2**31})
         log.valid(len(losses), 0.5, [0.5] * BINS)
     return log
 
@@ -115,7 +114,7 @@ def test_resumed_runs_average_goes_on_and_cut_lines_hurt_nobody(tmp_path):
         log.begin(2, 6)
         assert log.average == pytest.approx(before)
         log.step(outcome(2.0), 1e-3)
-        log.train(Standing(3, 1e-3, None, 9))
+        log.train(3, 1e-3, None, 9, {}, {})
     assert [r["iteration"] for r in read_records(tmp_path / "metrics.jsonl", "train")] == [2, 3]
 
 
@@ -123,7 +122,7 @@ def test_what_is_not_finite_is_left_out(tmp_path):
     with RunLog(tmp_path, 2, io.StringIO()) as log:
         log.begin(0, 0)
         log.step(outcome(math.nan, applied=False), 0.0)
-        log.train(Standing(1, 0.0, None, 1))
+        log.train(1, 0.0, None, 1, {}, {})
     (line,) = [json.loads(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert line["loss"] is None and line["loss_average"] is None and line["skipped"] == 1
 
@@ -135,7 +134,7 @@ def test_the_picture_is_drawn_anew_once_a_minute(tmp_path, monkeypatch):
     log = RunLog(tmp_path, 9, io.StringIO())
     log.begin(0, 0)
     for k, now[0] in enumerate((30.0, 60.0, 60.5, 120.0, 121.0), 1):
-        log.train(Standing(k, 1e-3, None, k))
+        log.train(k, 1e-3, None, k, {}, {})
     assert drawn == [60.5, 121.0]
     log.valid(5, 0.5, [None] * BINS)
     assert drawn == [60.5, 121.0, 121.0]
@@ -153,7 +152,7 @@ def test_a_folder_that_disappears_and_comes_back(tmp_path):
         log.begin(0, 0)
         for k in range(1, 10):
             log.step(outcome(1.0), 1e-3)
-            log.train(Standing(k, 1e-3, None, k))
+            log.train(k, 1e-3, None, k, {}, {})
             log.draw()
             if k in (3, 6):
                 folder.rename(away) if k == 3 else away.rename(folder)

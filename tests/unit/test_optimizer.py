@@ -9,10 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from sgm.training.optimizers.averaging import ema_decay
-from sgm.training.optimizers.ema_adam import FusedEmaAdam, OptimizerError
-from sgm.training.optimizers.groups import parameter_groups
-from sgm.training.optimizers.spec import OptimizerSpec
+from sgm.training.optimizers.ema_adam import FusedEmaAdam, OptimizerError, ema_decay
+from sgm.training.optimizers.spec import OptimizerSpec, parameter_groups
 from sgm.util import get_obj_from_str
 from tests.conftest import REPO
 

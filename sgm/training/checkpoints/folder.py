@@ -18,17 +18,22 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from sgm.distributed import from_first
 from sgm.files import (
     PARTIAL,
     REPLACED,
+    SaveError,
     exchange,
     remove,
     remove_leftovers,
     replaced,
+    require_writable,
     restore_replaced,
     write_text,
 )
@@ -146,6 +151,40 @@ def new_run(wanted: Path) -> Path:
             run = wanted.with_name(f"{wanted.name}-{number}")
         else:
             return run
+
+
+def new_run_folder(save: str, name: str) -> Path:
+    """save/NAME-MM-DD-HH-MM, new, chosen by rank 0."""
+    runs = Path(save).expanduser()
+    return from_first(lambda: new_run(runs / f"{name}-{datetime.now():%m-%d-%H-%M}"))
+
+
+def check_writable(save: str) -> None:
+    """Raises CheckpointError, on every rank."""
+
+    def problem() -> str | None:
+        try:
+            require_writable(Path(save).expanduser())
+        except SaveError as error:
+            return str(error)
+        return None
+
+    reason = from_first(problem)
+    if reason:
+        raise CheckpointError(f"{reason} Set args.save to another folder.")
+
+
+def hold(folder: Path, stack: ExitStack) -> None:
+    """Keep other commands from training into the same folder until `stack` is left.
+
+    Raises:
+        CheckpointError: on every rank; another command does so already.
+    """
+    if not from_first(lambda: stack.enter_context(try_lock(folder / LOCK))):
+        raise CheckpointError(
+            f"another command is still training into {folder}; end it or wait for it. To go on from another run, give "
+            "its folder to --resume."
+        )
 
 
 def state_file(checkpoint: Path, rank: int) -> Path:

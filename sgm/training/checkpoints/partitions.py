@@ -8,9 +8,10 @@ hold pickled classes.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, starmap
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,9 @@ from torch import Tensor
 
 from sgm.distributed import replica_rank
 from sgm.errors import SgmError
-from sgm.training.setup.engine import TrainingEngine, Zero3
+from sgm.training.checkpoints.state import TrainState
+from sgm.training.optimizers.adam8bit import decode, encoded_again
+from sgm.training.setup.engine import TrainingEngine
 
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
@@ -30,7 +33,7 @@ class OptimizerStateError(SgmError):
 
 def masters(ds_engine: TrainingEngine) -> list[Tensor]:
     """The float32 tensors that this rank's optimizer updates, in a fixed order."""
-    if isinstance(ds_engine.optimizer, Zero3):
+    if ds_engine.zero_optimization_stage() == 3:
         return list(ds_engine.optimizer.fp32_partitioned_groups_flat)
     return [p for group in ds_engine.basic_optimizer.param_groups for p in group["params"]]
 
@@ -43,7 +46,7 @@ def refresh_weights(ds_engine: TrainingEngine) -> None:
         return
     if hasattr(wrapper, "update_lp_params"):  # ZeRO 1 and 2, and bfloat16 without ZeRO
         wrapper.update_lp_params()
-    elif isinstance(wrapper, Zero3):
+    elif ds_engine.zero_optimization_stage() == 3:
         wrapper._partition_all_parameters()
         for i in range(len(wrapper.fp16_groups)):
             wrapper._reassign_or_swap_out_partitioned_parameters(i)
@@ -73,13 +76,13 @@ def optimizer_state(ds_engine: TrainingEngine) -> dict[str, Any]:
     """
     optimizer = ds_engine.basic_optimizer
     own = masters(ds_engine)
-    if isinstance(ds_engine.optimizer, Zero3):
+    if ds_engine.zero_optimization_stage() == 3:
         for master, weights in zip(own, ds_engine.optimizer.fp16_groups):
             _clear_padding([master, *optimizer.state.get(master, {}).values()], weights)
     return {
         "layout": layout(ds_engine),
         "masters": [m.detach() for m in own],
-        "states": [{k: _detached(v) for k, v in optimizer.state.get(m, {}).items() if k != "shadow"} for m in own],
+        "states": [_plain_state(optimizer.state.get(m, {})) for m in own],
         "counters": {name: int(getattr(ds_engine, name)) for name in COUNTERS},
     }
 
@@ -150,7 +153,7 @@ def pieces(ds_engine: TrainingEngine) -> list[Piece]:
         for p in group:
             # where in the master the parameter's first value is or would be, and which places its values may fill
             first, window = at, range(at, at + p.numel())
-            if isinstance(wrapper, Zero3):
+            if ds_engine.zero_optimization_stage() == 3:
                 window = range(at, at + p.partition_numel())
                 first -= len(window) * replica_rank()
             elif flats:  # ZeRO 1 and 2, and bfloat16 without ZeRO, cut each group's flat tensor into equal parts
@@ -185,8 +188,8 @@ def layout_differences(ds_engine: TrainingEngine, state: Mapping[str, Any]) -> l
     return [f"{n} (stored {stored[n]}, now {now[n]})" for n in counted if now[n] != stored[n]]
 
 
-def _detached(value: object) -> object:
-    return value.detach() if isinstance(value, Tensor) else value
+def _plain_state(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v.detach() if isinstance(v, Tensor) else v for k, v in state.items() if k != "shadow"}
 
 
 def _placed(value: object, master: Tensor, group: Mapping[str, Any]) -> object:
@@ -276,3 +279,94 @@ def _exchange(ds_engine: TrainingEngine, shadows: Sequence[Tensor]) -> None:
         master.data.copy_(shadow)
         shadow.copy_(kept)
     refresh_weights(ds_engine)
+
+
+Columns = dict[str, Tensor]  # name -> (n,), one value of each for every value of a master
+_MASTER, _SHADOW, _CODES, _TOPS = "master", "shadow", "_codes", "_tops"
+
+
+def repartitioned(
+    ds_engine: TrainingEngine, stored: Iterator[TrainState]
+) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
+    """This rank's (masters and moments, averaged weights) as `partitions` load them, from all earlier ranks' states.
+
+    Args:
+        stored: in order; no more are asked for once every value is there.
+    Raises:
+        OptimizerStateError: another optimizer, values that none of the states has, or a kind of state that cannot be
+            cut up.
+    """
+    now = layout(ds_engine)
+    missing = sum(piece.size for piece in pieces(ds_engine))
+    columns: list[Columns] = [{} for _ in now["sizes"]]
+    whole: list[dict[str, Any]] = [{} for _ in now["sizes"]]  # values that count for a master as a whole: steps
+    while missing and (state := next(stored, None)):
+        missing -= _take(state, now, columns, whole)
+    if missing:
+        raise OptimizerStateError(f"the stored optimizer state lacks {missing:,} values that this run trains.")
+    kept = [_as_kept(held, master) for held, master in zip(columns, masters(ds_engine))]
+    shadows = {str(k): values.pop(_SHADOW) for k, values in enumerate(kept) if _SHADOW in values}
+    own = [values.pop(_MASTER) for values in kept]
+    states = [values | single for values, single in zip(kept, whole)]
+    return {"layout": now, "masters": own, "states": states}, shadows or None
+
+
+def _take(state: TrainState, now: dict[str, Any], columns: list[Columns], whole: list[dict[str, Any]]) -> int:
+    """Copy what `state` has of the pieces that `now` has; how many values of each column that is."""
+    there = state.optimizer["layout"]
+    if there["optimizer"] != now["optimizer"] or "pieces" not in there:
+        which = "" if "pieces" in there else ", by a version whose states cannot be cut up anew"
+        raise OptimizerStateError(
+            f"the stored optimizer state is of {there['optimizer']} on {there['data_parallel_size']} data-parallel "
+            f"processes with ZeRO {there['zero_stage']}{which}: resume with the same."
+        )
+    taken, held = 0, [_columns(state, k) for k in range(len(there["sizes"]))]
+    places = defaultdict(list)
+    for piece in starmap(Piece, there["pieces"]):
+        places[piece.name].append(piece)
+    for to in starmap(Piece, now["pieces"]):
+        for source in places[to.name]:
+            begin, end = max(to.begin, source.begin), min(to.begin + to.size, source.begin + source.size)
+            if begin >= end:
+                continue
+            taken += end - begin
+            values, single = held[source.master]
+            for name, column in values.items():
+                into = columns[to.master].setdefault(name, column.new_zeros(now["sizes"][to.master]))
+                at, origin = to.start + begin - to.begin, source.start + begin - source.begin
+                into[at : at + end - begin] = column[origin : origin + end - begin]
+            if any(whole[to.master].setdefault(name, value) != value for name, value in single.items()):
+                raise OptimizerStateError(f"{to.name} took another number of steps than its neighbours: {single}.")
+    return taken
+
+
+def _columns(state: TrainState, k: int) -> tuple[Columns, dict[str, Any]]:
+    """Of a stored master: what there is for each of its values, and what is one for all of them."""
+    master = state.optimizer["masters"][k].view(-1)
+    found, single, size = {_MASTER: master}, {}, len(master)
+    if state.ema:
+        found[_SHADOW] = state.ema[str(k)].view(-1)
+    values = state.optimizer["states"][k]
+    for name, value in values.items():
+        moment = name.removesuffix(_CODES)
+        if moment != name:
+            found[name] = decode(value, values[moment + _TOPS]).view(-1)[:size]
+        elif not isinstance(value, Tensor) or value.dim() == 0:
+            single[name] = value
+        elif value.numel() == size:
+            found[name] = value.reshape(-1)
+        elif not name.endswith(_TOPS):
+            raise OptimizerStateError(f"{state.optimizer['layout']['optimizer']}'s {name} cannot be cut up anew.")
+    return found, single
+
+
+def _as_kept(columns: Columns, master: Tensor) -> dict[str, Tensor]:
+    """A master, its average and its moments as the optimizer keeps them."""
+    kept: dict[str, Tensor] = {}
+    for name, values in columns.items():
+        moment = name.removesuffix(_CODES)
+        if moment == name:
+            kept[name] = values.view_as(master)
+        else:
+            kept[name], kept[moment + _TOPS] = encoded_again(values, signed=moment == "m")
+    return kept

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from sgm import distributed
 from sgm.config import RunConfig
@@ -35,8 +35,8 @@ from sgm.training.checkpoints.folder import (
     staging_folder,
     state_file,
 )
+from sgm.training.checkpoints.load import CONFIG_FILE, SECTIONS, identity
 from sgm.training.checkpoints.partitions import ema_weights
-from sgm.training.checkpoints.same_run import CONFIG_FILE, SECTIONS, identity
 from sgm.training.checkpoints.state import CheckpointError, TrainState
 from sgm.training.checkpoints.weights import (
     EARLIER_ONES,
@@ -86,7 +86,8 @@ def save_checkpoint(
         CheckpointError: on every rank alike; also where weights or state hold NaN or infinity. Earlier checkpoints are
             intact then.
     """
-    job = _Save.of(Path(folder), engine, state, config, lora_only)
+    facts = lora_facts(engine.module, config.args.load)
+    job = _Save(Path(folder), engine, state, config, facts, lora_only, *own_rank())
     with job.together():
         if job.rank == 0:
             if not job.run.is_dir():  # deleted, or its disk is gone: then what it lies in is gone, too
@@ -98,24 +99,24 @@ def save_checkpoint(
     with job.together():
         if not job.staging.is_dir():
             raise CheckpointError(f"{job.run} is not the same folder on all machines; args.save must be a shared one.")
-        tensors = checkpoint_tensors(job.module, lora_only=lora_only, save_frozen=save_frozen)
-        merged = merged_tensors(job.module) if full_merged else None
+        tensors = checkpoint_tensors(engine.module, lora_only=lora_only, save_frozen=save_frozen)
+        merged = merged_tensors(engine.module) if full_merged else None
         require_finite(state.as_dict(), "the training state", EARLIER_ONES)
-        needed = job.size(tensors, merged, state)
+        needed = job.size(tensors, merged)
     total = sum(gather(needed))
     with job.together():
         if job.rank == 0:
             require_space(job.run, total)
     with job.together():
-        job.write_weights("main", tensors, state)
+        job.write_weights("main", tensors)
     if lora_only:
         job.write_adapter(tensors)
     if merged is not None:
         with job.together():
-            job.write_weights(MERGED, merged, state, with_lora=False)
+            job.write_weights(MERGED, merged, with_lora=False)
     if state.ema is not None:
         with job.together(), ema_weights(engine):
-            job.write_weights("ema", tensors, state)
+            job.write_weights("ema", tensors)
     with job.together():
         save_pt(state_file(job.staging / "main", job.rank), state.as_dict())
     with job.together():
@@ -129,33 +130,22 @@ class _Save:
     """One save, as seen by one process."""
 
     run: Path
-    module: nn.Module
-    iteration: int
-    config_hash: str
+    engine: TrainingEngine
+    state: TrainState
+    config: RunConfig[Any]
     lora: dict[str, Any]
     lora_only: bool
     rank: int
     world_size: int
-    zero_stage: int
-
-    @classmethod
-    def of(cls, run: Path, engine: TrainingEngine, state: TrainState, config: RunConfig[Any], lora_only: bool) -> _Save:
-        rank, world_size = own_rank()
-        return cls(
-            run=run,
-            module=engine.module,
-            iteration=state.iteration,
-            config_hash=config.hash(SECTIONS),
-            lora=lora_facts(engine.module, config.args.load),
-            lora_only=lora_only,
-            rank=rank,
-            world_size=world_size,
-            zero_stage=int(engine.zero_optimization_stage()),
-        )
 
     @property
     def staging(self) -> Path:
-        return staging_folder(self.run, self.iteration)
+        return staging_folder(self.run, self.state.iteration)
+
+    @property
+    def stage(self) -> int:
+        """Of ZeRO."""
+        return int(self.engine.zero_optimization_stage())
 
     @property
     def writes(self) -> bool:
@@ -186,14 +176,15 @@ class _Save:
             gather(None)  # nobody goes on before that
             raise CheckpointError(failures[0]) from failure
 
-    def size(self, tensors: Tensors, merged: Tensors | None, state: TrainState) -> int:
+    def size(self, tensors: Tensors, merged: Tensors | None) -> int:
         """Bytes that this process is going to write, but for small files."""
-        weights = size_of(dict(tensors)) * (2 if state.ema is not None else 1) + size_of(dict(merged or {}))
+        weights = size_of(dict(tensors)) * (2 if self.state.ema is not None else 1) + size_of(dict(merged or {}))
         adapter = size_of(dict(tensors)) if self.lora_only else 0
-        return (weights + adapter if self.writes else 0) + size_of(state.as_dict())
+        return (weights + adapter if self.writes else 0) + size_of(self.state.as_dict())
 
-    def write_weights(self, part: str, tensors: Tensors, state: TrainState, with_lora: bool = True) -> None:
+    def write_weights(self, part: str, tensors: Tensors, with_lora: bool = True) -> None:
         """`part`/mp_rank_XX_model_states.pt of this process's tensor-parallel part."""
+        state = self.state
         path = self.staging / part / f"mp_rank_{distributed.model_parallel_rank():02d}_model_states.pt"
         facts: dict[str, Any] = {
             "iteration": state.iteration,
@@ -203,7 +194,7 @@ class _Save:
             "skipped_steps": state.skipped_steps,
             "dp_world_size": distributed.replica_count(),
             "mp_world_size": distributed.model_parallel_world_size(),
-            "config_hash": self.config_hash,
+            "config_hash": self.config.hash(SECTIONS),
         }
         if said := {name: fact for name, fact in self.lora.items() if with_lora or name == FEW_STEPS}:
             facts["lora"] = said
@@ -212,40 +203,41 @@ class _Save:
             path.parent.mkdir(exist_ok=True)
             save_pt(path, {"module": OrderedDict(whole), **facts})
 
-        write_together(tensors, write if self.writes else None, collective=self.zero_stage == 3)
+        write_together(tensors, write if self.writes else None, collective=self.stage == 3)
 
     def write_adapter(self, tensors: Tensors) -> None:
         """lora.safetensors: the whole adapter, put together from the tensor-parallel parts."""
         own: dict[str, Tensor] = {}
         with self.together():
             collect = (lambda whole: own.update({n: t.on_cpu() for n, t in whole.items()})) if self.writes else None
-            write_together(tensors, collect, collective=self.zero_stage == 3)
+            write_together(tensors, collect, collective=self.stage == 3)
         parts = [own]
         if distributed.model_parallel_world_size() > 1:
             found = gather((distributed.model_parallel_rank(), own))
             parts = [part for _, part in sorted((p for p in found if p[1]), key=lambda p: p[0])]
         with self.together():
             if self.rank == 0:
-                facts = {"format": "pt", "iteration": str(self.iteration), **as_metadata(self.lora)}
+                facts = {"format": "pt", "iteration": str(self.state.iteration), **as_metadata(self.lora)}
                 save_safetensors(self.staging / "main" / "lora.safetensors", merge_partitions(parts), facts)
 
     def finish(self, keep_last: int | None, clips_per_step: int, keys: dict[str, Any]) -> None:
         """All files are there: record them, let the checkpoint take its place, delete old ones."""
         main = self.staging / "main"
         RunRecord(
-            iteration=self.iteration,
+            iteration=self.state.iteration,
             saved_at=time.time(),
-            config_hash=self.config_hash,
+            config_hash=self.config.hash(SECTIONS),
             world_size=self.world_size,
             model_parallel_size=distributed.model_parallel_world_size(),
-            zero_stage=self.zero_stage,
+            zero_stage=self.stage,
             lora_only=self.lora_only,
             files=files_in(main),
             clips_per_step=clips_per_step,
             identity=keys,
             sequence_parallel_size=distributed.clip_world_size(),
         ).write(main)
-        publish(self.run, self.staging, self.iteration)
-        announce(self.run, self.iteration, type(self.module).__name__, distributed.model_parallel_world_size())
+        iteration, parts = self.state.iteration, distributed.model_parallel_world_size()
+        publish(self.run, self.staging, iteration)
+        announce(self.run, iteration, type(self.engine.module).__name__, parts)
         if keep_last is not None:
-            prune(self.run, keep_last, self.iteration)
+            prune(self.run, keep_last, iteration)

@@ -6,7 +6,7 @@ import random
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -127,15 +127,7 @@ def restore_rng(state: Mapping[str, Any]) -> None:
         raise CheckpointError("the stored random state has a tensor-parallel part, but this run has no tracker for it.")
 
 
-class RngTracker(Protocol):
-    """DeepSpeed's generators by name."""
-
-    def get_states(self) -> dict[str, Tensor]: ...
-
-    def set_states(self, states: dict[str, Tensor]) -> None: ...
-
-
-def _rng_tracker() -> RngTracker | None:
+def _rng_tracker() -> Any:
     """DeepSpeed's tracker of tensor-parallel generators, which SAT's dropout uses; None where it was not imported."""
     module = sys.modules.get("deepspeed.runtime.activation_checkpointing.checkpointing")
     return module.get_cuda_rng_tracker() if module is not None else None

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from sgm.config import ConfigError
 from sgm.models.diffusion import Cond, SATVideoDiffusionEngine
 from sgm.modules.diffusionmodules.denoiser import DiscreteDenoiser, Network
+from sgm.modules.diffusionmodules.denoiser_scaling import VideoScaling
 from sgm.modules.diffusionmodules.few_steps import FewSteps
 from sgm.modules.diffusionmodules.guiders import guide, join_conditions
 from sgm.modules.diffusionmodules.loss import add_noise, snr_weight, weighted_error
@@ -22,11 +24,13 @@ from sgm.modules.ops.graphs import NetworkGraphs
 from sgm.modules.ops.offload import ActivationOffload
 from sgm.training.distill.objective import compared_timesteps, guidance_tables, matching_loss
 from sgm.training.distill.options import DistillArgs
+from sgm.training.options import TrainArgs
 from sgm.training.prior import BaseNetwork
 from sgm.util import instantiate_from_config
 
 if TYPE_CHECKING:
     from sgm.models.network import DiffusionTransformer  # brings SAT, and with it seconds
+
 
 Wrapped = TypeVar("Wrapped", bound=nn.Module)
 COND = "cond"  # entry of a batch: conditions of its prompts
@@ -156,3 +160,34 @@ def _denoiser(engine: SATVideoDiffusionEngine) -> DiscreteDenoiser:
     if not isinstance(engine.denoiser, DiscreteDenoiser):
         raise TypeError(f"{type(engine.denoiser).__name__} has no table of timesteps")  # refused before
     return engine.denoiser
+
+
+def check_distill(args: TrainArgs, zero_stage: int, engine: SATVideoDiffusionEngine) -> None:
+    """Whether `args.distill` goes with the rest of a configuration.
+
+    Raises:
+        ConfigError: the network cannot be run several times within a step, or parts say too little.
+    """
+    if not args.distill:
+        return
+    if zero_stage == 3:
+        raise ConfigError(
+            "args.distill does not go with deepspeed.zero_optimization.stage: 3; use 0, 1 or 2: "
+            "--set deepspeed.zero_optimization.stage=2"
+        )
+    if engine.noised_image_input:
+        raise ConfigError(
+            "args.distill: models that start from a picture are not distilled here; take a text-to-video one"
+        )
+    if not engine.has_sampler:
+        raise ConfigError("args.distill needs model.sampler_config: the teacher is the model sampled as it says")
+    if not (isinstance(engine.denoiser, DiscreteDenoiser) and isinstance(engine.denoiser.scaling, VideoScaling)):
+        raise ConfigError(
+            "args.distill needs model.denoiser_config DiscreteDenoiser with VideoScaling, as in "
+            "configs/cogvideox_2b_infer.yaml"
+        )
+    try:
+        engine.sampler.schedule(args.distill.steps)
+    except ValueError as error:
+        raise ConfigError(f"args.distill.steps is {args.distill.steps}: {error}") from error
+    guidance_tables(engine.sampler, len(engine.denoiser.sigmas), args.distill)

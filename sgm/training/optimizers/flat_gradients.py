@@ -8,11 +8,11 @@ are DeepSpeed's; the norm differs by rounding.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-
-from sgm.training.setup.engine import Zero12
 
 # Of DeepSpeed's wrapper, where nothing beside the plain ZeRO 1 is asked for.
 PLAIN_SETTINGS = {
@@ -36,7 +36,7 @@ class FlatGradients:
     `wrapper`: one for which `fits_one_buffer` holds.
     """
 
-    def __init__(self, wrapper: Zero12):
+    def __init__(self, wrapper: Any):
         self._wrapper = wrapper
         self._group = wrapper.dp_process_group
         self._buffer = torch.zeros_like(torch.cat(wrapper.bit16_groups_flat))  # padding stays zero
@@ -104,8 +104,8 @@ class FlatGradients:
         torch._foreach_mul_(partitions, 1.0 / scale)
 
 
-def fits_one_buffer(wrapper: Zero12) -> bool:
-    """Whether `wrapper` is that of ZeRO 1, of plain settings, on gradients that fill at most one bucket."""
+def fits_one_buffer(wrapper: Any) -> bool:
+    """Whether DeepSpeed's wrapper for ZeRO 1 and 2 is for 1, of plain settings, on gradients that fill one bucket."""
     plain = all(getattr(wrapper, name) == value for name, value in PLAIN_SETTINGS.items())
     if not plain or not wrapper.bit16_groups:
         return False

@@ -22,13 +22,22 @@ if TYPE_CHECKING:
 def check_clips(config: RunConfig[TrainArgs], dtype: str) -> list[str]:
     """Whether the `data:` section's clips are possible and the network has positions for them; loads nothing.
 
+    A distillation needs no such section; if there is one, it makes clips of that size.
+
     Returns:
         Warnings of what the published models of this kind were not made for.
 
     Raises:
         ConfigError: wrong settings, too many frames, a side that the network cannot cut into patches, or one of more
-            than `LARGEST_STRETCH` times the network's own.
+            than `LARGEST_STRETCH` times the network's own; for a distillation several sizes.
     """
+    if config.args.distill and not config.data:
+        return []
+    if config.args.distill and ((config.data or {}).get("params") or {}).get("buckets"):
+        raise ConfigError(
+            "args.distill makes clips of one size: leave out data.params.buckets (--set data.params.buckets=null) and "
+            "name max_num_frames and video_size"
+        )
     if not config.data:
         raise ConfigError("training needs a `data:` section (target: data_video.SFTDataset and its params)")
     section = DataSection.parse(config.data)

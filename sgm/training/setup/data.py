@@ -13,35 +13,16 @@ from torch.utils.data import Dataset, Subset
 
 from sgm.cache.batches import CachedBatches, in_lengths
 from sgm.cache.dataset import CachedClips
-from sgm.cache.ready import CacheRequest, ReadyCache
+from sgm.cache.ready import ReadyCache
 from sgm.config import ConfigError, RunConfig
 from sgm.data.dataset import SFTDataset
 from sgm.data.loader import ClipLoader, clip_count, create_loader
 from sgm.data.report import first_reasons
 from sgm.data.section import DataSection
 from sgm.distributed import data_parallel_rank, data_parallel_world_size, wait_for_all
-from sgm.training.distill.prompts import PromptBatches
+from sgm.training.distill.engine import DistillationEngine
+from sgm.training.distill.prompts import PromptBatches, embed, read_prompts
 from sgm.training.options import TrainArgs, split_shares
-
-
-def cache_request(config: RunConfig[TrainArgs], dtype: str, batch_size: int | None = None) -> CacheRequest | None:
-    """The cache that a run wants, if it wants one; `dtype` of its encoders, `batch_size` of its VAE."""
-    args = config.args
-    if not args.cache_dir:
-        return None
-    return CacheRequest(
-        folder=args.cache_dir,
-        model=config.model,
-        data=config.data,
-        clips=args.data_folders,
-        storage=args.cache_dtype,
-        dtype=dtype,
-        fill=args.cache_fill,
-        workers=args.num_workers,
-        batch_size=batch_size,
-        low_memory=args.vae_low_memory,
-        accelerate=config.accelerate,
-    )
 
 
 class ClipSets(NamedTuple):
@@ -76,6 +57,25 @@ def clip_sets(config: RunConfig[TrainArgs], reports: Path, cache: ReadyCache | N
         return ClipSets(train + prior, build(args.valid_data, "valid_data"))
     train, valid = split_validation(train, args.split, args.seed)
     return ClipSets(train + prior, valid)
+
+
+def prompt_sets(args: TrainArgs, engine: DistillationEngine) -> ClipSets:
+    """The prompts of a run, embedded; the engine's text encoder is given up for it.
+
+    `valid`: `args.eval_prompts`, or else those that are trained on; empty where no evaluation is asked for.
+
+    Raises:
+        ConfigError: see `read_prompts`.
+    """
+    sets = []
+    for texts in [*read_prompts(args), *([args.eval_prompts] if args.eval_prompts else [])]:
+        found, engine.unconditional = embed(engine, texts)
+        sets.append(found)
+    engine.conditioner = None
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    train, valid = (sets[:-1], sets[-1:]) if args.eval_prompts else (sets, sets)
+    return ClipSets([*train], [*valid] if args.eval_interval or args.epochs else [])
 
 
 def build_datasets(data: Mapping[str, Any] | None, folders: Sequence[str], reports: Path, name: str) -> list[Dataset]:

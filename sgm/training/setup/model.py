@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,14 +16,13 @@ from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.models.loading import LoadedNetwork, load_first_stage, load_network, load_text_encoder
 from sgm.modules.diffusionmodules.image_condition import sampled_frames
-from sgm.modules.diffusionmodules.loss import Loss, VideoDiffusionLoss
+from sgm.modules.diffusionmodules.loss import VideoDiffusionLoss
 from sgm.modules.ops.choice import Kernels, choose_kernels
 from sgm.modules.ops.frozen import frozen_parameters
 from sgm.modules.ops.offload import ActivationOffload
 from sgm.modules.ops.recompute import MODES, stronger_mode
 from sgm.parallel.apply import check_shares
-from sgm.training.distill.checks import check_distill
-from sgm.training.distill.engine import DistillationEngine
+from sgm.training.distill.engine import DistillationEngine, check_distill
 from sgm.training.memory import room_to_pin
 from sgm.training.options import AUTO, TrainArgs
 from sgm.training.prior import BaseNetwork
@@ -65,80 +64,41 @@ def checkpointing_mode(model: Mapping[str, Any], args: TrainArgs) -> bool | str:
     return stronger_mode(inner, args.checkpoint_activations)
 
 
-def refuse_approximations(accelerate: AccelerateArgs) -> None:
-    """Switches that make sampling faster and less exact have no place in training. Raises ConfigError: naming them."""
-    on = accelerate.approximate()
-    if on:
-        raise ConfigError(f"accelerate: {', '.join(on)} are for sampling; leave them out of a training configuration")
-
-
-def check_graphs(args: TrainArgs, plan: DeepSpeedPlan, checkpointing: bool | str) -> None:
-    """Whether `args.cuda_graphs` goes with the rest of a configuration.
-
-    Raises:
-        ConfigError: something else runs code between the network's kernels.
-    """
-    obstacles = {
-        "checkpoint_activations": checkpointing,
-        "deepspeed.zero_optimization.stage: 3": plan.stage == 3,
-        "args.model_parallel_size above 1": args.model_parallel_size > 1,
-        "args.sequence_parallel_size above 1": args.sequence_parallel_size > 1,
-    }
-    if args.cuda_graphs:
-        _refuse_with("args.cuda_graphs", obstacles)
-
-
-def check_sharing(args: TrainArgs, plan: DeepSpeedPlan, engine: SATVideoDiffusionEngine) -> None:
-    """Whether `args.sequence_parallel_size` goes with the rest of a configuration.
+def check_switches(args: TrainArgs, plan: DeepSpeedPlan, engine: SATVideoDiffusionEngine) -> None:
+    """Whether each switch of `args`, and each mixin beyond a release's own, goes with the rest of a configuration.
 
     Raises:
         ConfigError, ParallelError: it does not.
     """
-    if args.sequence_parallel_size > 1:
-        _refuse_with("args.sequence_parallel_size above 1", {"deepspeed.zero_optimization.stage: 3": plan.stage == 3})
-    stage, size = engine.first_stage_model, args.sequence_parallel_size
+    recomputed, size = engine.network.transformer.checkpoint_activations, args.sequence_parallel_size
+    graphs = {"args.cuda_graphs": args.cuda_graphs}
+    zero3 = {"deepspeed.zero_optimization.stage: 3": plan.stage == 3}
+    split = {"args.model_parallel_size above 1": args.model_parallel_size > 1}
+    shared = {"args.sequence_parallel_size above 1": size > 1}
+    loss = {f"the loss_fn_config {type(engine.loss_fn).__name__}": not isinstance(engine.loss_fn, VideoDiffusionLoss)}
+    if args.cuda_graphs:  # nothing else may run code between the network's kernels
+        _refuse_with("args.cuda_graphs", {"checkpoint_activations": recomputed} | zero3 | split | shared)
+    if args.offload_activations:  # else layers keep all that they calculate
+        _refuse_with("args.offload_activations", {"checkpoint_activations: false": not recomputed})
+    for name in engine.network.further_configs:
+        _refuse_with(f"modules.{name}_config", graphs | zero3 | split)
+    if args.prior_data:  # the network runs a second time within a step, and the loss takes another target
+        _refuse_with("args.prior_data", graphs | zero3 | loss)
+    streams_frozen(args, plan, engine)
+    if args.add_image_channels and not engine.noised_image_input:
+        raise ConfigError(
+            "args.add_image_channels is for models that begin with a picture: set in_channels of the network to twice "
+            "its out_channels, as configs/image_to_video.yaml does, or leave it out"
+        )
+    if size > 1:
+        _refuse_with("args.sequence_parallel_size above 1", zero3)
+    stage = engine.first_stage_model
     if isinstance(stage, VideoAutoencoderInferenceWrapper) and stage.cp_size > size:
         raise ConfigError(
             f"first_stage_config.params.cp_size asks for {stage.cp_size} processes a clip, which in training "
             f"args.sequence_parallel_size gives, and it is {size}: set it to {stage.cp_size}, too, or cp_size to 1"
         )
     check_shares(engine.network, size)
-
-
-def check_offload(args: TrainArgs, checkpointing: bool | str) -> None:
-    """Raises ConfigError: `args.offload_activations` has nothing to do, since layers keep all that they calculate."""
-    if args.offload_activations:
-        _refuse_with("args.offload_activations", {"checkpoint_activations: false": not checkpointing})
-
-
-def check_mixins(args: TrainArgs, plan: DeepSpeedPlan, names: Sequence[str]) -> None:
-    """Whether the mixins that `modules` has beyond a release's own go with the rest of a configuration.
-
-    Raises:
-        ConfigError: they do not.
-    """
-    obstacles = {
-        "args.cuda_graphs": args.cuda_graphs,
-        "deepspeed.zero_optimization.stage: 3": plan.stage == 3,
-        "args.model_parallel_size above 1": args.model_parallel_size > 1,
-    }
-    if names:
-        _refuse_with(f"modules.{names[0]}_config", obstacles)
-
-
-def check_prior(args: TrainArgs, plan: DeepSpeedPlan, loss_fn: Loss | None) -> None:
-    """Whether `args.prior_data` goes with the rest of a configuration.
-
-    Raises:
-        ConfigError: the network cannot be run a second time within a step, or the loss takes no other target.
-    """
-    obstacles = {
-        "args.cuda_graphs": args.cuda_graphs,
-        "deepspeed.zero_optimization.stage: 3": plan.stage == 3,
-        f"the loss_fn_config {type(loss_fn).__name__}": not isinstance(loss_fn, VideoDiffusionLoss),
-    }
-    if args.prior_data:
-        _refuse_with("args.prior_data", obstacles)
 
 
 def streams_frozen(args: TrainArgs, plan: DeepSpeedPlan, engine: SATVideoDiffusionEngine) -> bool:
@@ -206,13 +166,7 @@ def checked_engine(model: dict[str, Any], args: TrainArgs, plan: DeepSpeedPlan) 
     """
     engine = meta_engine(model, plan.dtype, DistillationEngine if args.distill else SATVideoDiffusionEngine)
     check_distill(args, plan.stage, engine)
-    check_graphs(args, plan, engine.network.transformer.checkpoint_activations)
-    check_offload(args, engine.network.transformer.checkpoint_activations)
-    check_mixins(args, plan, list(engine.network.further_configs))
-    check_prior(args, plan, engine.loss_fn)
-    streams_frozen(args, plan, engine)
-    check_image_channels(args, engine)
-    check_sharing(args, plan, engine)
+    check_switches(args, plan, engine)
     for part, there in {"conditioner": engine.conditioner, "loss_fn": engine.loss_fn}.items():
         if there is None and f"{part}_config" not in model and not (args.distill and part == "loss_fn"):
             raise ConfigError(f"model.{part}_config is missing, which training needs")
@@ -231,18 +185,10 @@ def clip_size(config: RunConfig[TrainArgs], engine: SATVideoDiffusionEngine) -> 
 
 
 def training_kernels(fast: AccelerateArgs, device: torch.device) -> Kernels:
-    """Raises ConfigError, KernelError: what cannot be trained with, or does not run on `device`."""
-    refuse_approximations(fast)
+    """Raises ConfigError, KernelError: what is for sampling alone, being less exact, or does not run on `device`."""
+    if on := fast.approximate():
+        raise ConfigError(f"accelerate: {', '.join(on)} are for sampling; leave them out of a training configuration")
     return choose_kernels(fast.kernels, fast.attention, device, fast.cpu_bf16)
-
-
-def check_image_channels(args: TrainArgs, engine: SATVideoDiffusionEngine) -> None:
-    """Raises ConfigError: channels for a picture are asked for, and the network has none."""
-    if args.add_image_channels and not engine.noised_image_input:
-        raise ConfigError(
-            "args.add_image_channels is for models that begin with a picture: set in_channels of the network to twice "
-            "its out_channels, as configs/image_to_video.yaml does, or leave it out"
-        )
 
 
 def freeze_untrained(engine: SATVideoDiffusionEngine) -> None:

@@ -13,7 +13,7 @@ from sgm.config import ConfigError, RunConfig
 from sgm.data.sources import exists
 from sgm.placeholders import placeholders_in
 from sgm.places import INSTALLED, PROJECT, found_path, lies_in_demo, shown
-from sgm.training.eval_prompts import eval_prompts
+from sgm.training.evaluate import eval_prompts
 from sgm.training.options import TrainArgs
 from sgm.weights.preflight import check_paths, with_found_paths
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 from contextlib import nullcontext
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.modules.autoencoding.coders import ContextParallelDecoder3D, ContextParallelEncoder3D
 from sgm.training.optimizers.flat_gradients import FlatGradients, fits_one_buffer
 from sgm.training.setup.deepspeed import DeepSpeedPlan
-from sgm.training.setup.engine import TrainingEngine, Zero12
+from sgm.training.setup.engine import TrainingEngine
 from sgm.weights import DTYPES
 
 
@@ -40,6 +39,8 @@ def start_engine(
     frozen = model.frozen if isinstance(model, SATVideoDiffusionEngine) else None
     with quiet_libraries():
         import deepspeed
+        from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+        from sat import mpu
 
         if plan.stage == 3:
             _gather_first_stage_whole(model)
@@ -50,7 +51,7 @@ def start_engine(
                     model_parameters=None if own is not None else groups,
                     optimizer=own,
                     config=copy.deepcopy(plan.config),
-                    mpu=_sat_groups() if split else None,
+                    mpu=mpu if split else None,
                     dist_init_required=False,
                 )[0]
         except torch.OutOfMemoryError:
@@ -61,8 +62,11 @@ def start_engine(
             ) from error
     ds_engine.basic_optimizer.state.clear()
     wrapper = ds_engine.optimizer
-    if isinstance(wrapper, Zero12) and not split:
-        _look_for_bad_gradients_once(wrapper)
+    if isinstance(wrapper, DeepSpeedZeroOptimizer) and not split:
+        # They test each gradient for inf and NaN, a dozen kernels a tensor, then take the norm and test that. The norm
+        # tells it all, unless part of it is on the CPU or another process of a model-parallel group.
+        if wrapper.compute_grad_norm and not wrapper.cpu_offload:
+            wrapper.check_overflow = lambda partition_gradients=True: None  # would set `overflow`
         if fits_one_buffer(wrapper):
             FlatGradients(wrapper).take_over()
     scaler: Any = getattr(wrapper, "loss_scaler", None)
@@ -89,19 +93,6 @@ def _keep_compiler_out() -> None:
             plain.__dynamo_disable = plain
 
 
-def _look_for_bad_gradients_once(wrapper: Zero12) -> None:
-    """ZeRO 1 and 2 test each gradient for inf and NaN, a dozen kernels a tensor, then take the norm and test that.
-
-    The norm tells it all, unless part of it is on the CPU or another process of a model-parallel group.
-    """
-    if wrapper.compute_grad_norm and not wrapper.cpu_offload:
-        wrapper.check_overflow = _no_overflow_check
-
-
-def _no_overflow_check(partition_gradients: bool = True) -> None:
-    """Takes the place of DeepSpeed's search, which would set the wrapper's `overflow`."""
-
-
 def _gather_first_stage_whole(model: nn.Module) -> None:
     """ZeRO 3 gathers a module's weights when it is called; the first stage's convolutions read each other's."""
     from deepspeed.utils import set_z3_leaf_modules
@@ -110,9 +101,3 @@ def _gather_first_stage_whole(model: nn.Module) -> None:
     coders = {type(part) for part in model.modules() if isinstance(part, kinds)}
     if coders:  # with a cache something else stands there
         set_z3_leaf_modules(model, list(coders))
-
-
-def _sat_groups() -> ModuleType:
-    from sat import mpu
-
-    return mpu

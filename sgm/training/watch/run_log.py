@@ -17,8 +17,7 @@ import numpy as np
 from sgm.cli import print_line
 from sgm.errors import SgmError
 from sgm.files import write_failed
-from sgm.training.step import StepOutcome
-from sgm.training.watch.bins import BIN_NAMES, BINS, bin_means
+from sgm.training.step import BIN_NAMES, BINS, StepOutcome, bin_means
 from sgm.training.watch.boards import Board
 from sgm.training.watch.curve import draw_losses, read_records
 
@@ -63,24 +62,6 @@ class Interval:
             "data_wait": self.waited / steps,
             "loss_by_timestep": bin_means(self.bin_sums, self.bin_counts),
         }
-
-
-@dataclass(frozen=True)
-class Standing:
-    """Where a run stands at a progress line.
-
-    Attributes:
-        lr: learning rate of the last step. scale: loss scale; None where the loss is not scaled.
-        samples: clips used so far by all ranks.
-        phases: seconds by phase since the last line. memory: bytes by name, see `timing.memory_facts`.
-    """
-
-    iteration: int
-    lr: float
-    scale: float | None
-    samples: int
-    phases: Mapping[str, float] = field(default_factory=dict)
-    memory: Mapping[str, int] = field(default_factory=dict)
 
 
 class RunLog:
@@ -189,33 +170,46 @@ class RunLog:
                 stamped = {"kind": kind, "time": round(time.time(), 3), **_jsonable(values)}
                 _append(self._folder / METRICS, json.dumps(stamped))
 
-    def train(self, at: Standing) -> None:
-        """Progress line over the iterations since the last one."""
+    def train(
+        self,
+        iteration: int,
+        lr: float,
+        scale: float | None,
+        samples: int,
+        phases: Mapping[str, float],
+        memory: Mapping[str, int],
+    ) -> None:
+        """Progress line over the iterations since the last one.
+
+        Args:
+            lr: learning rate of the last step. scale: loss scale; None where the loss is not scaled.
+            samples: clips used so far by all ranks.
+            phases: seconds by phase since the last line. memory: bytes by name, see `timing.memory_facts`.
+        """
         means, skipped, steps = self.interval.means(), self.interval.skipped, max(1, self.interval.iterations)
-        rate = (at.samples - self._samples) / max(1e-9, means["seconds_per_step"] * steps)
-        self._samples, self.interval = at.samples, Interval()
-        phases = {name: seconds / steps for name, seconds in at.phases.items()}
-        self.line(self._progress(at, means, skipped))
+        rate = (samples - self._samples) / max(1e-9, means["seconds_per_step"] * steps)
+        self._samples, self.interval = samples, Interval()
+        phases = {name: seconds / steps for name, seconds in phases.items()}
+        values = {"lr": lr, "loss_scale": scale, "samples": samples, "samples_per_second": rate}
+        values |= {"skipped": skipped, "loss_average": self.average, **means, "phases": phases, **memory}
+        self.line(self._progress(iteration, values))
         if phases and self.show_phases:
             self.line("  seconds a step: " + ", ".join(f"{name} {seconds:.3f}" for name, seconds in phases.items()))
-        values = {"lr": at.lr, "loss_scale": at.scale, "samples": at.samples, "samples_per_second": rate}
-        values |= {"skipped": skipped, "loss_average": self.average, **means, "phases": phases, **at.memory}
-        self.record("train", iteration=at.iteration, **values)
-        self._report(_train_scalars(values), at.iteration)
+        self.record("train", iteration=iteration, **values)
+        self._report(_train_scalars(values), iteration)
         if time.monotonic() - self._drawn > DRAW_SECONDS:
             self.draw()
 
-    def _progress(self, at: Standing, means: Mapping[str, Any], skipped: int) -> str:
-        left = (self.total - at.iteration) * means["seconds_per_step"]
-        text = f"iteration {at.iteration:>{len(str(self.total))}}/{self.total} | loss {_shown(means['loss'], '.4f')}"
-        text += f" (average {_shown(self.average, '.4f')}) | lr {at.lr:.3g}"
-        text += f" | grad norm {_shown(means['grad_norm'], '.3g')} | {means['seconds_per_step']:.2f} s/step"
-        text += f", {means['data_wait']:.2f} s of it waiting for data" if means["data_wait"] >= 0.005 else ""
-        text += f" | ETA {duration(left)}"
-        text += f" | loss scale {at.scale:g}" if at.scale is not None else ""
-        text += f" | {skipped} skipped" if skipped else ""
-        peak = at.memory.get("peak_bytes")
-        return text + (f" | peak {peak / 2**30:.2f} GiB" if peak is not None else "")
+    def _progress(self, iteration: int, values: Mapping[str, Any]) -> str:
+        seconds, wait, scale = values["seconds_per_step"], values["data_wait"], values["loss_scale"]
+        text = f"iteration {iteration:>{len(str(self.total))}}/{self.total} | loss {_shown(values['loss'], '.4f')}"
+        text += f" (average {_shown(self.average, '.4f')}) | lr {values['lr']:.3g}"
+        text += f" | grad norm {_shown(values['grad_norm'], '.3g')} | {seconds:.2f} s/step"
+        text += f", {wait:.2f} s of it waiting for data" if wait >= 0.005 else ""
+        text += f" | ETA {duration((self.total - iteration) * seconds)}"
+        text += f" | loss scale {scale:g}" if scale is not None else ""
+        text += f" | {values['skipped']} skipped" if values["skipped"] else ""
+        return text + (f" | peak {values['peak_bytes'] / 2**30:.2f} GiB" if "peak_bytes" in values else "")
 
     # --- evaluation -----------------------------------------------------------------------------------------------
 
