@@ -36,7 +36,7 @@ TARGET_ALIASES: dict[str, str] = {
     **{f"dit_video_concat.{name}": path for name, path in _MIXINS.items()},
     "diffusion_video.SATVideoDiffusionEngine": "sgm.models.diffusion.SATVideoDiffusionEngine",
     "data_video.SFTDataset": "sgm.data.dataset.SFTDataset",
-    "data_video.VideoDataset": "sgm.data.shards.VideoDataset",
+    "data_video.VideoDataset": "sgm.data.dataset.VideoDataset",
     "sat.ops.FusedEmaAdam": "sgm.training.optimizers.ema_adam.FusedEmaAdam",
     "sat.model.finetune.lora2.LoraMixin": f"{_TRANSFORMER}.lora.LoraMixin",
     "vae_modules.autoencoder.VideoAutoencoderInferenceWrapper": f"{_VAE}.VideoAutoencoderInferenceWrapper",

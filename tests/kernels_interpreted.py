@@ -14,18 +14,9 @@ from torch import Tensor, nn
 
 from sgm.inference import rehearsal
 from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
-from sgm.modules.ops import (
-    block_ops,
-    fp8,
-    fused_block,
-    fused_vae,
-    triton_block,
-    triton_block_backward,
-    triton_vae,
-    vae,
-)
+from sgm.modules.ops import block_ops, fp8, fused_block, fused_vae, triton_block, triton_vae, vae
+from sgm.modules.ops.block_ops import RotaryTable, split_modulation
 from sgm.modules.ops.choice import choose_kernels
-from sgm.modules.ops.modulation import RotaryTable, split_modulation
 from sgm.modules.ops.vae import AffineField, FrameMap, Modulation
 from tests.dit_tiny import random_inputs, tiny_network
 from tests.unit.test_autoencoder import TINY, configs
@@ -271,7 +262,7 @@ def same_gradients(run, inputs: list[Tensor], norms: list[nn.Module], dtype: tor
 @pytest.mark.parametrize("size", SEQUENCES)
 @pytest.mark.parametrize("affine", [True, False])
 def test_gradients_of_residual_and_norm(size, affine, dtype, monkeypatch):
-    monkeypatch.setattr(triton_block_backward, "_PROGRAMS", 3)  # few: each goes through several runs of rows
+    monkeypatch.setattr(triton_block, "_PROGRAMS", 3)  # few: each goes through several runs of rows
     b, length, n, heads, width = size
     d = heads * width
     hidden, update = torch.randn(2, b, n, d).to(dtype)
@@ -298,8 +289,8 @@ def test_gradients_of_residual_and_norm(size, affine, dtype, monkeypatch):
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("size", HEADS)
 def test_gradients_of_split_heads(size, dtype, monkeypatch):
-    monkeypatch.setattr(triton_block_backward, "_PROGRAMS", 2)
-    monkeypatch.setattr(triton_block_backward, "_HEAD_TILE", 128)
+    monkeypatch.setattr(triton_block, "_PROGRAMS", 2)
+    monkeypatch.setattr(triton_block, "_HEAD_TILE", 128)
     b, length, n, heads, width = size
     qkv = torch.randn(b, n, 3 * heads * width).to(dtype)
     norms = random_norm(width, 1e-6, dtype), random_norm(width, 1e-2, dtype)

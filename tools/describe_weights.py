@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sgm.convert import vae_keys, vae_sizes
+from sgm.convert import vae_keys
 from sgm.convert.dit_keys import NETWORK_PREFIX, NOT_IN_HF, POSITIONS, RULES, sat_plan
 from sgm.convert.dit_sizes import sizes_of_sat
 from sgm.convert.lazy import Deferred, all_deferred, some_of, types_of
 from sgm.convert.lora_files import adapter_of
-from sgm.convert.lora_names import factors_of, is_foreign
+from sgm.convert.lora_keys import factors_of, is_foreign
 from sgm.convert.lora_settings import LoraSettings, stated_settings
 from sgm.convert.sat_source import FIRST_STAGE, TEXT_ENCODER
 from sgm.files import readable
@@ -280,16 +280,16 @@ def _hf_vae(state: dict[str, Deferred]) -> Found:
 
 def _vae(state: Mapping[str, Deferred], what: str) -> Found:
     try:
-        params = vae_sizes.params_of(state, "it")
-        decoder = vae_sizes.decoder_widths(state, params)
-        wanted = vae_sizes.sat_shapes(params, decoder)
+        params = vae_keys.params_of(state, "it")
+        decoder = vae_keys.decoder_widths(state, params)
+        wanted = vae_keys.sat_shapes(params, decoder)
     except ValueError as error:
         return _found(what, state, facts=[str(error)])
     report = compare_keys(wanted, state)
     part = _found(what, state, foreign=report.unexpected, missing=report.missing)
     part.facts = [(f"{params['z_channels']} latent channels, width {params['ch']} x {params['ch_mult']}, "
                   f"{params['num_res_blocks']} blocks a level")]  # fmt: skip
-    if decoder != vae_sizes.encoder_widths(params):
+    if decoder != vae_keys.encoder_widths(params):
         part.facts.append(f"its decoder's levels are {decoder} channels wide: diffusers cannot hold it")
     return part
 

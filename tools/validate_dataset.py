@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> int:
 
 def run(options: argparse.Namespace) -> int:
     from sgm.config import merge_yaml
-    from sgm.data.section import ClipSource, DataSection
+    from sgm.data.dataset import ClipSource, DataSection
     from sgm.data.sources import Listing, passed_over_line
     from sgm.files import write_text
     from sgm.places import found_path

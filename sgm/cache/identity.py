@@ -9,7 +9,7 @@ from typing import Any
 
 from sgm.config import ConfigError
 from sgm.data.clips import ClipSettings
-from sgm.data.section import ClipSource, DataSection
+from sgm.data.dataset import ClipSource, DataSection
 from sgm.modules.encoders import t5_files
 from sgm.modules.encoders.modules import T5_XXL, FrozenT5Embedder
 from sgm.util import get_obj_from_str, split_config

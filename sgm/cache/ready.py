@@ -13,12 +13,11 @@ import torch.distributed as dist
 from sgm.cache.dataset import CachedClips
 from sgm.cache.fill import FillSettings, fill
 from sgm.cache.identity import cache_identity, cached_source, starts_from_picture
-from sgm.cache.scan import CacheScan, scan_cached
 from sgm.cache.shards import CacheError
-from sgm.cache.store import CacheStore
+from sgm.cache.store import CacheScan, CacheStore, scan_cached
 from sgm.config import RunConfig
 from sgm.data.clips import ClipSettings
-from sgm.data.section import ClipSource
+from sgm.data.dataset import ClipSource
 from sgm.distributed import DistInfo, from_first, wait_for_all
 from sgm.modules.ops.choice import choose_kernels
 

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from sgm.convert.lazy import ConvertError, Deferred, cast, changed, deferred
-from sgm.convert.lora_keys import lora_hf_to_sat, lora_sat_to_hf
-from sgm.convert.lora_names import Factors, factors_of, is_foreign
+from sgm.convert.lora_keys import Factors, factors_of, is_foreign, lora_hf_to_sat, lora_sat_to_hf
 from sgm.convert.lora_settings import METADATA, LoraSettings, read_settings
 from sgm.convert.sat_source import SatWeights, open_sat
 from sgm.files import refuse_lfs_pointer

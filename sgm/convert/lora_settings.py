@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sgm.convert.lazy import ConvertError
-from sgm.convert.lora_names import Factors
+from sgm.convert.lora_keys import Factors
 from sgm.modules.transformer.lora_state import lora_scaling
 from sgm.weights.checksums import read_header, read_json
 from sgm.weights.files import WeightsError

@@ -9,16 +9,14 @@ from pathlib import Path
 import torch
 
 from sgm.convert import hf_folder as hf
-from sgm.convert import vae_keys, vae_sizes
-from sgm.convert.beside import Described, described_beside
-from sgm.convert.component import FEW_STEPS, Component, one_few_steps, text_encoder
+from sgm.convert import vae_keys
 from sgm.convert.dit_keys import NOT_IN_HF, POSITIONS, hf_plan
-from sgm.convert.dit_sizes import Sizes, sizes_of_sat
+from sgm.convert.dit_sizes import Sizes, read_sine_table, sizes_of_sat
+from sgm.convert.hf_folder import FEW_STEPS, Component, one_few_steps, text_encoder
 from sgm.convert.lazy import ConvertError, Deferred, all_deferred, cast, reshaped, summed_bytes
 from sgm.convert.lora_files import adapter_in, merged, open_adapter, write_peft
 from sgm.convert.output import SHARD_BYTES, whole_folder
-from sgm.convert.sat_source import SatWeights, open_sat, open_vae
-from sgm.convert.sine_table import read_sine_table
+from sgm.convert.sat_source import Described, SatWeights, described_beside, open_sat, open_vae
 from sgm.files import write_json
 from sgm.modules.encoders import t5_files
 from sgm.modules.transformer.lora_state import replaced_parts
@@ -151,9 +149,9 @@ def _components(
     vae, notes = None, []
     try:
         vae = _vae(request, weights, sizes, described)
-    except vae_sizes.UnequalWidthsError as error:
+    except vae_keys.UnequalWidthsError as error:
         if not request.partial:
-            raise vae_sizes.UnequalWidthsError(
+            raise vae_keys.UnequalWidthsError(
                 f"{error} With --partial the transformer and the text encoder are converted without it."
             ) from error
         if transformer is None and request.text_encoder is None:
@@ -241,8 +239,8 @@ def _vae(
         source, left_out = weights.source, len(weights.first_stage) - len(state)
     else:
         return None
-    params = vae_sizes.params_of(state, source)
-    vae_sizes.check(state, params, source)
+    params = vae_keys.params_of(state, source)
+    vae_keys.check(state, params, source)
     factor = _scale("scale_factor", described, sizes)
     config = vae_keys.hf_config(params, factor)
     kind = sizes or (described.sizes if described else None)

@@ -10,17 +10,20 @@ from typing import Any
 
 import torch
 
+from sgm.config import merge_yaml
 from sgm.convert import hf_folder as hf
-from sgm.convert import vae_keys, vae_sizes
-from sgm.convert.component import FEW_STEPS, Component, one_few_steps, text_encoder
+from sgm.convert import vae_keys
 from sgm.convert.dit_keys import NETWORK_PREFIX, sat_plan
 from sgm.convert.dit_sizes import Sizes, sizes_of_hf
+from sgm.convert.hf_folder import FEW_STEPS, Component, one_few_steps, text_encoder
 from sgm.convert.lazy import ConvertError, Deferred, all_deferred, cast, reshaped, summed_bytes
 from sgm.convert.lora_files import merged, open_adapter, sat_matrices
 from sgm.convert.output import SHARD_BYTES, whole_folder
-from sgm.convert.run_file import run_file
 from sgm.files import write_text
+from sgm.modules.autoencoding.strides import STRIDES
+from sgm.modules.diffusionmodules.image_condition import sampled_frames
 from sgm.modules.encoders import t5_files
+from sgm.places import CONFIGS
 from sgm.weights.checksums import read_json
 from sgm.weights.release import Adapter, locate
 from sgm.weights.save import save_pt
@@ -175,8 +178,8 @@ def _vae(request: ToSat, folder: Path) -> tuple[Component, float]:
     hf.expect_class(folder, config, "AutoencoderKLCogVideoX")
     vae_keys.refuse_foreign(config)
     plan = vae_keys.hf_to_sat(hf.read_component(folder, hf.DIFFUSION_STEM))
-    params = vae_sizes.params_of(plan, str(folder))
-    vae_sizes.check(plan, params, str(folder))
+    params = vae_keys.params_of(plan, str(folder))
+    vae_keys.check(plan, params, str(folder))
     factor = float(config.get("scaling_factor", 1.15258426))
     return Component("vae", _cast_all(plan, request.dtype), params, [f"scale factor {factor}"]), factor
 
@@ -225,3 +228,43 @@ def _how_to_run(output: Path, sizes: Sizes) -> str:
     if sizes.takes_image:
         return f"to sample: python sample_video.py {file} --prompt TEXT --image PICTURE"
     return f"to sample: python sample_video.py {file}"
+
+
+def run_file(
+    release: Path, sizes: Sizes, vae_params: Mapping[str, Any], factor: float, shift_scale: float, dtype: torch.dtype
+) -> str:
+    """Text of a YAML file for `sample_video.py`.
+
+    Args:
+        release: folder that the converter writes; the paths in the file are absolute.
+        vae_params: `params` of the first stage's encoder and decoder.
+        factor: scale factor of latents.
+        shift_scale: shift of the noise schedule.
+        dtype: of the transformer's weights; the run has it, too.
+    """
+    from omegaconf import OmegaConf
+
+    release = release.expanduser().absolute()
+    content = merge_yaml([CONFIGS / f"{sizes.nearest.config}_infer.yaml"])
+    args, model = content["args"], content["model"]
+    args |= {"load": str(release / "transformer"), "fp16": dtype == torch.float16, "bf16": dtype == torch.bfloat16}
+    frames = sampled_frames(STRIDES.latent_frames(sizes.frames), sizes.patch[0])
+    args |= {"sampling_num_frames": frames, "latent_channels": sizes.out_channels}
+    args["input_file"] = str(CONFIGS / "test.txt")
+    args |= {"image2video": True} if sizes.takes_image else {}
+    if not sizes.is_published:
+        args.pop("sampling_image_size", None)
+    model["scale_factor"] = factor
+    network, given = model["network_config"]["params"], sizes.sat_params()
+    given["modules"] = network["modules"] | given["modules"]
+    model["network_config"]["params"] = {n: v for n, v in network.items() if n != "ofs_embed_dim"} | given
+    stage = model["first_stage_config"]["params"]
+    stage["ckpt_path"] = str(release / "vae" / "3d-vae.pt")
+    for part in ("encoder_config", "decoder_config"):
+        stage[part]["params"] |= vae_params
+    embedder = model["conditioner_config"]["params"]["emb_models"][0]["params"]
+    embedder |= {"model_dir": str(release / "t5-v1_1-xxl"), "max_length": sizes.text_length}
+    sigma_sampler = model["loss_fn_config"]["params"]["sigma_sampler_config"]
+    for node in (model["denoiser_config"], sigma_sampler, model["sampler_config"]):
+        node["params"]["discretization_config"]["params"] = {"shift_scale": shift_scale}
+    return f"# {sizes.name}, written by tools/convert_weight_hf2sat.py\n" + OmegaConf.to_yaml(OmegaConf.create(content))

@@ -1,28 +1,31 @@
-"""Captioned clips for training as torch data sets. Batches of them: `sgm.data.loader`."""
+"""Captioned clips for training as torch data sets, and the `data:` section that asks for one."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from sgm.config import ConfigError
 from sgm.data.buckets import parse_buckets
 from sgm.data.clips import CLIP_FAULTS, CaptionError, ClipSettings, load_clip, picture_size
 from sgm.data.frames import frame_indices  # noqa: F401  # the name that others use
 from sgm.data.packed import PackedShapes, PackedStrings
-from sgm.data.report import DatasetError, Report, UsableClip, append_broken
-from sgm.data.scan import LEVELS, list_source, scan
+from sgm.data.report import LEVELS, DatasetError, Report, UsableClip, append_broken, list_source, scan
 from sgm.data.sources import ListedClip, Listing, base_of
 from sgm.data.video_io import DECODE_TIMEOUT
+from sgm.typed import Misfit, coerce, listing
+from sgm.util import Role, get_obj_from_str, split_config
 
 VALIDATION = (*LEVELS, "report", "none")
 logger = logging.getLogger(__name__)
@@ -181,3 +184,138 @@ class SFTDataset(Dataset):
         logger.warning("clip left out: %s", fault)
         if self.report_path:
             append_broken(self.report_path, path, str(fault))
+
+
+class VideoDataset(SFTDataset):
+    """Captioned videos in `.tar` shards, read in place; parameters are the original's.
+
+    The original streams shards through a shuffle buffer; here every clip has a place, so the order is that of the run's
+    sampler. As there a clip starts at a random frame, another one each time (drawn from Python's `random`, which each
+    worker seeds from the run's seed).
+
+    Args:
+        data_dir, path: a shard, or a folder with shards below it (`path` is the original's name).
+        image_size: [height, width] in pixels.
+        num_frames: frames of a clip, 4k + 1. fps: its rate. skip_frms_num: frames left out at both ends.
+        include_dirs: folders below the path to take, comma-separated; None takes all.
+        txt_key: extension of the captions, or their name in `NAME.json`.
+        nshards, seed, shuffle_buffer, meta_names: of the original's streaming; without effect.
+        sampling, validate, report, file_order, missing_caption, decode_timeout, buckets, max_crop, caption_lines,
+            interlaced: see `SFTDataset`.
+    """
+
+    def __init__(
+        self,
+        data_dir: str | Path = "",
+        image_size: Sequence[int] = (480, 720),
+        num_frames: int = 49,
+        fps: float = 8,
+        skip_frms_num: float = 0.0,
+        include_dirs: str | None = None,
+        txt_key: str = "caption",
+        path: str | Path | None = None,
+        nshards: int | None = None,
+        seed: int = 1,
+        shuffle_buffer: int = 1000,
+        meta_names: Sequence[str] | None = None,
+        sampling: str = "random",
+        missing_caption: str = "skip",
+        decode_timeout: float = DECODE_TIMEOUT,
+        file_order: str = "sorted",
+        validate: str = "probe",
+        report: str | Path | None = None,
+        buckets: Sequence[Sequence[int]] = (),
+        max_crop: float = 0.25,
+        caption_lines: str = "first",
+        interlaced: str = "deinterlace",
+    ):
+        self.include_dirs = [name.strip("/ ") for name in include_dirs.split(",")] if include_dirs else None
+        super().__init__(
+            path or data_dir, image_size, fps, num_frames, skip_frms_num, sampling, missing_caption, decode_timeout,
+            file_order, validate, report, buckets, max_crop, False, txt_key, caption_lines, interlaced,
+        )  # fmt: skip
+
+    def _list_all(self, source: Path) -> Listing:
+        clips = super()._list_all(source)
+        if self.include_dirs is None:
+            return clips
+        folders = [str(source / name) + "/" for name in self.include_dirs]
+        kept = Listing(clip for clip in clips if clip.path.startswith(tuple(folders)))
+        if not kept:
+            raise DatasetError(f"{source}: no clip below {', '.join(self.include_dirs)} (include_dirs)")
+        return kept
+
+
+# What the classes call otherwise than `ClipSettings` does.
+SETTING_OF = {"skip_frms_num": "skip_frames", "image_size": "video_size", "num_frames": "max_num_frames"}
+
+FROM_THE_RUN = ("data_dir", "report")
+DATASET = Annotated[Mapping[str, Any], Role(Dataset, ("sgm.data.",), FROM_THE_RUN)]
+
+
+@dataclass(frozen=True)
+class DataSection:
+    """A `data:` section whose parameters its class takes."""
+
+    target: str
+    cls: type
+    params: dict[str, Any]
+
+    @classmethod
+    def parse(cls, data: Mapping[str, Any]) -> DataSection:
+        """Raises ConfigError: no data set, or parameters that it does not take."""
+        try:
+            node = coerce(data, DATASET, "data")
+        except Misfit as error:
+            raise ConfigError(listing(error.problems, "the data section")) from error
+        target, params = split_config(node)
+        return cls(target, get_obj_from_str(target), params)
+
+    def names_of(self, *settings: str) -> list[str]:
+        """What the class calls these fields of `ClipSettings`."""
+        names = {SETTING_OF[name]: name for name in SETTING_OF if name in inspect.signature(self.cls).parameters}
+        return [names.get(setting, setting) for setting in settings]
+
+    def settings(self) -> ClipSettings | None:
+        """How clips are taken; None where the class is none of ours.
+
+        Raises:
+            ConfigError: wrong settings.
+        """
+        if not issubclass(self.cls, SFTDataset):
+            return None
+        renamed = {SETTING_OF.get(name, name): value for name, value in self.params.items()}
+        given = {field.name: renamed[field.name] for field in fields(ClipSettings) if field.name in renamed}
+        try:
+            if "video_size" in given:
+                given["video_size"] = picture_size(given["video_size"])
+            given["buckets"] = parse_buckets(given.get("buckets") or ())
+            return ClipSettings(**given)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        except TypeError as error:
+            raise ConfigError(f"data.params: a value of another kind than expected ({error})") from error
+
+
+@dataclass(frozen=True)
+class ClipSource:
+    """How clips are taken from videos, and how a source's clips are listed."""
+
+    settings: ClipSettings
+    list_all: Callable[[Path], Listing]
+
+    @classmethod
+    def of(cls, section: DataSection) -> ClipSource:
+        """What an `SFTDataset` of this section would do.
+
+        Raises:
+            ConfigError: a section of another class, or wrong settings.
+        """
+        settings = section.settings()
+        if section.cls is not SFTDataset or settings is None:
+            hint = "; it reads shards too (set txt_key)" if settings else ""
+            raise ConfigError(
+                f"only clips of data_video.SFTDataset can be checked and cached{hint}; data.target is {section.target}"
+            )
+        listing = {name: section.params[name] for name in ("images", "txt_key") if name in section.params}
+        return cls(settings, partial(list_source, order=section.params.get("file_order", "sorted"), **listing))

@@ -1,4 +1,4 @@
-"""The picture that a video begins with: found, read, and brought to the size that the model takes.
+"""Pictures, read as a viewer shows them, and the one that a video begins with, at the size that the model takes.
 
 Both ways of the original are here to the number. Models of one frame a patch (1.0) have one size: the picture is scaled
 to cover it (bicubic, antialiased, on real numbers) and cut at the centre. Models with patches of several frames (1.5)
@@ -11,19 +11,64 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from sgm.data.pictures import PictureError, open_picture, upright_rgb
-from sgm.data.video_io import resized_size
 from sgm.errors import SgmError
 from sgm.files import refuse_lfs_pointer
+
+DEEP_GRAYS = ("I;16", "I;16B", "I;16L", "I;16N", "I")  # Pillow's modes of gray pictures with 16 bits
+
+
+class PictureError(SgmError):
+    """Not a picture that can be read; the message says why, not which."""
+
+
+def open_picture(file: BinaryIO) -> Image.Image:
+    """A picture in RGB with 8 bits, read whole and turned upright as its camera noted; of an animation the first one.
+
+    Of 16 bits the upper 8 are taken, in gray as in colour. Alpha is dropped, as in the original: what shows is the
+    colour that transparent parts have.
+
+    Raises:
+        PictureError: no picture, cut short or damaged, of a kind without fixed range, or too large to be one.
+    """
+    try:
+        with warnings.catch_warnings():
+            # half of what Pillow refuses: a good camera's
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            warnings.simplefilter(
+                "ignore", UserWarning
+            )  # of broken EXIF, without which the pixels are good all the same
+            with Image.open(file) as image:
+                return upright_rgb(image)
+    except UnidentifiedImageError as error:  # whose own text shows no name, but an object in memory
+        raise PictureError("no readable picture (of no known format, as PNG, JPEG and WebP are)") from error
+    except Image.DecompressionBombError as error:
+        raise PictureError(f"no readable picture ({2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels at most)") from error
+    except (OSError, ValueError, SyntaxError, RuntimeError) as error:  # the last from AVIF's decoder
+        if getattr(error, "errno", None) is not None:  # of the drive; Pillow's own OSErrors have no number
+            raise
+        raise PictureError(f"no readable picture ({error})") from error
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """`image` in RGB with 8 bits, as `open_picture` gives it. Raises ValueError: pixels without a fixed range."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("its pixels are real numbers, whose range is not said; save it as PNG")
+    if image.mode in DEEP_GRAYS:  # convert() would cut them at 255
+        upper = np.clip(np.asarray(image).astype(np.int64), 0, 65535) >> 8
+        image = Image.fromarray(upper.astype(np.uint8))
+    return image.convert("RGB")
 
 
 class ImageError(SgmError):
@@ -121,6 +166,13 @@ def size_of_short_side(height: int, width: int, short: int, step: int) -> tuple[
     """
     longer = (2 * short * max(height, width) + step * min(height, width)) // (2 * step * min(height, width)) * step
     return (short, longer) if height < width else (longer, short)
+
+
+def resized_size(height: int, width: int, target_height: int, target_width: int) -> tuple[int, int]:
+    """(height, width) after scaling by one factor until the target is just covered; fractions are dropped."""
+    if width / height > target_width / target_height:
+        return target_height, int(width * target_height / height)
+    return int(height * target_width / width), target_width
 
 
 def resized(image: Image.Image, size: tuple[int, int]) -> Tensor:

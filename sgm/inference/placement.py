@@ -12,8 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from sgm.weights.staging import StagedCopy
-from sgm.weights.streaming import TwoBuffers
+from sgm.weights.streaming import StagedCopy, TwoBuffers
 
 
 class Resident:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from sgm.models.autoencoder import VideoAutoencoder
 from sgm.models.diffusion import SATVideoDiffusionEngine
-from sgm.modules.ops.modulation import split_modulation
+from sgm.modules.ops.block_ops import split_modulation
 from sgm.modules.transformer.block import dit_block
 from sgm.weights.meta import MetaRules, Rules
 

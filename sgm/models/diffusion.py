@@ -29,7 +29,7 @@ from sgm.modules.encoders.modules import FrozenT5Embedder
 from sgm.modules.ops.choice import Kernels
 from sgm.modules.ops.frozen import FrozenStream
 from sgm.modules.ops.graphs import NetworkGraphs
-from sgm.modules.ops.offload import ActivationOffload
+from sgm.modules.ops.recompute import ActivationOffload
 from sgm.modules.transformer.lora_state import further_mixin
 from sgm.typed import NotNegative, Positive, Share
 from sgm.util import Config, Role, check_params, get_obj_from_str, instantiate_from_config

@@ -13,8 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sgm.modules.ops.block_ops import Attention
-from sgm.modules.ops.modulation import RotaryTable
+from sgm.modules.ops.block_ops import Attention, RotaryTable
 from sgm.modules.transformer.block import NetworkInputs
 from sgm.parallel.exchange import ByHeads, ByTokens, Division, Gather, by_heads, by_tokens, shares_of, spans_of
 

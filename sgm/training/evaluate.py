@@ -17,9 +17,8 @@ from torch.utils.data import Dataset
 
 from sgm.config import ConfigError
 from sgm.data.buckets import batches_by_shape
-from sgm.data.collate import collate
 from sgm.data.images import HeldPicture, ImageError
-from sgm.data.loader import clip_count, known_shapes
+from sgm.data.loader import clip_count, collate, known_shapes
 from sgm.data.video_out import to_uint8, write_video
 from sgm.distributed import data_parallel_rank, data_parallel_world_size, own_rank, preserve_rng
 from sgm.files import atomic_write, write_text

@@ -28,7 +28,7 @@ from sgm.training.distill.engine import DistillationEngine
 from sgm.training.faults import OVERFLOW
 from sgm.training.setup.engine import TrainingEngine
 from sgm.training.watch.timing import PhaseClock
-from sgm.weights.staging import Download
+from sgm.weights.streaming import Download
 
 LOG_SIGMA = (-3.0, 0.5)  # mean and spread of the noise level's logarithm, in pixels from -1 to 1
 

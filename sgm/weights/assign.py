@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sgm.weights.files import WeightsError
 from sgm.weights.finite import require_finite
-from sgm.weights.staging import StagedCopy
+from sgm.weights.streaming import StagedCopy
 
 _SHOWN = 6  # names listed a heading before "... and N more"
 

@@ -14,14 +14,12 @@ import pytest
 import torch
 
 from sgm.cache import fill as filling
-from sgm.cache.batches import CachedBatches
-from sgm.cache.dataset import CachedClips
+from sgm.cache.dataset import CachedBatches, CachedClips
 from sgm.cache.fill import FillSettings, fill
 from sgm.cache.identity import cache_identity, cached_source
-from sgm.cache.scan import CacheScan, scan_cached
 from sgm.cache.shards import CacheError
 from sgm.cache.stand_ins import CachedFirstStage
-from sgm.cache.store import CacheStore
+from sgm.cache.store import CacheScan, CacheStore, scan_cached
 from sgm.config import load_run_config
 from sgm.data.clips import load_frames
 from sgm.data.decoder import thread_decoder

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sgm.convert import dit_keys, dit_sizes, lora_keys
 from sgm.convert.lora_files import scaled_matrices
-from sgm.convert.lora_names import factors_of
+from sgm.convert.lora_keys import factors_of
 from tests.dit_tiny import random_inputs, tiny_config, tiny_network
 
 diffusers = pytest.importorskip("diffusers")

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sgm.convert.vae_keys import KeyMapError, hf_config, hf_to_sat, refuse_foreign, sat_to_hf
-from sgm.convert.vae_sizes import params_of
+from sgm.convert.vae_keys import KeyMapError, hf_config, hf_to_sat, params_of, refuse_foreign, sat_to_hf
 from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
 
 diffusers = pytest.importorskip("diffusers")

@@ -10,17 +10,13 @@ import pytest
 import torch
 from torch.utils.data import ConcatDataset, Subset
 
-from sgm.cache.batches import CachedBatches, in_lengths
-from sgm.cache.dataset import EMBEDDING, MOMENTS, CachedClips
-from sgm.cache.scan import scan_cached
+from sgm.cache.dataset import EMBEDDING, MOMENTS, CachedBatches, CachedClips, in_lengths
 from sgm.cache.shards import CacheError
-from sgm.cache.store import CacheStore, FileStamp, Seen, text_key
+from sgm.cache.store import CacheStore, FileStamp, Seen, scan_cached, text_key
 from sgm.data.clips import ClipSettings
-from sgm.data.collate import collate
-from sgm.data.loader import create_loader
-from sgm.data.report import DatasetError, Report
-from sgm.data.scan import list_source
-from sgm.data.section import ClipSource
+from sgm.data.dataset import ClipSource
+from sgm.data.loader import collate, create_loader
+from sgm.data.report import DatasetError, Report, list_source
 
 SETTINGS = ClipSettings((64, 64), skip_frames=0)
 SOURCE = ClipSource(SETTINGS, list_source)

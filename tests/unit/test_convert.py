@@ -19,13 +19,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sgm.config import check_model_section, load_run_config, merge_yaml
-from sgm.convert import vae_sizes
+from sgm.convert import vae_keys
 from sgm.convert.dit_sizes import hf_config, sizes_of_hf, sizes_of_params, sizes_of_sat
 from sgm.convert.lazy import ConvertError, all_deferred
 from sgm.convert.output import parse_size, write_shards
-from sgm.convert.run_file import run_file
 from sgm.convert.to_hf import ToHf, convert
-from sgm.convert.to_sat import ToSat
+from sgm.convert.to_sat import ToSat, run_file
 from sgm.convert.to_sat import convert as convert_back
 from sgm.inference.options import SampleArgs
 from sgm.models.diffusion import SATVideoDiffusionEngine
@@ -245,26 +244,26 @@ def test_vae_sizes_and_names() -> None:
     section = model_section(Path("x"))["first_stage_config"]
     with torch.device("meta"):
         state = instantiate_from_config(section).state_dict()
-    assert vae_sizes.params_of(state, "vae") == VAE_PARAMS
-    assert vae_sizes.sat_shapes(VAE_PARAMS) == {name: tuple(t.shape) for name, t in state.items()}
+    assert vae_keys.params_of(state, "vae") == VAE_PARAMS
+    assert vae_keys.sat_shapes(VAE_PARAMS) == {name: tuple(t.shape) for name, t in state.items()}
 
 
 def test_a_decoder_of_other_width_is_told_from_a_fault_of_the_file() -> None:
     state = {
-        name: torch.empty(shape, device="meta") for name, shape in vae_sizes.sat_shapes(VAE_PARAMS, [64] * 4).items()
+        name: torch.empty(shape, device="meta") for name, shape in vae_keys.sat_shapes(VAE_PARAMS, [64] * 4).items()
     }
-    params = vae_sizes.params_of(state, "vae")
-    assert params == VAE_PARAMS and vae_sizes.decoder_widths(state, params) == [64] * 4
+    params = vae_keys.params_of(state, "vae")
+    assert params == VAE_PARAMS and vae_keys.decoder_widths(state, params) == [64] * 4
     with pytest.raises(
-        vae_sizes.UnequalWidthsError, match=r"encoder are \[32, 64, 64, 128\].*decoder \[64, 64, 64, 64\]"
+        vae_keys.UnequalWidthsError, match=r"encoder are \[32, 64, 64, 128\].*decoder \[64, 64, 64, 64\]"
     ):
-        vae_sizes.check(state, params, "vae")
-    same_width = {name: torch.empty(shape, device="meta") for name, shape in vae_sizes.sat_shapes(VAE_PARAMS).items()}
+        vae_keys.check(state, params, "vae")
+    same_width = {name: torch.empty(shape, device="meta") for name, shape in vae_keys.sat_shapes(VAE_PARAMS).items()}
     for side in ("decoder.up.0", "encoder.down.1"):
         name = f"{side}.block.0.conv2.conv.weight"
         with pytest.raises(ValueError, match=f"not a whole CogVideoX autoencoder: {name} is") as found:
-            vae_sizes.check(same_width | {name: torch.empty(40, 40, 3, 3, 3, device="meta")}, params, "vae")
-        assert not isinstance(found.value, vae_sizes.UnequalWidthsError)
+            vae_keys.check(same_width | {name: torch.empty(40, 40, 3, 3, 3, device="meta")}, params, "vae")
+        assert not isinstance(found.value, vae_keys.UnequalWidthsError)
 
 
 # --- kinds of checkpoints --------------------------------------------------------------------------------------------

@@ -15,12 +15,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from sgm.data.clips import CaptionError, caption_of, caption_path, to_unit_range
-from sgm.data.collate import CollateError, collate
 from sgm.data.dataset import SFTDataset
-from sgm.data.loader import create_loader
+from sgm.data.loader import CollateError, collate, create_loader
 from sgm.data.packed import PackedStrings
-from sgm.data.report import DatasetError, Report, append_broken
-from sgm.data.scan import per_thread
+from sgm.data.report import DatasetError, Report, append_broken, per_thread
 from sgm.data.sources import VIDEO_SUFFIXES, ListedClip, list_clips, list_files
 
 SMALL = {"video_size": [16, 32], "max_num_frames": 9, "skip_frms_num": 0}

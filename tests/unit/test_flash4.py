@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sgm.modules.ops import attention as plain
+from sgm.modules.ops import block_ops as plain
 from sgm.modules.ops import flash4
 from sgm.modules.ops.choice import KernelError, choose_kernels
 from sgm.modules.ops.recompute import run_layer

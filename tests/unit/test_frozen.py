@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sgm.modules.ops.frozen import FrozenStream, frozen_parameters, next_block
-from sgm.modules.ops.offload import ActivationOffload, Stored
+from sgm.modules.ops.recompute import ActivationOffload, Stored
 from sgm.weights.streaming import Streams, set_aside
 from tests.dit_tiny import random_inputs, tiny_network
 from tests.unit.test_placement import LateStreams, places

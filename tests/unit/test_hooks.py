@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from sgm import util
 from sgm.errors import SgmError
 from sgm.modules.ops import cpu_bf16
-from sgm.modules.ops.block_ops import BlockOps
-from sgm.modules.ops.modulation import head_norm_rotate, split_modulation
+from sgm.modules.ops.block_ops import BlockOps, head_norm_rotate, split_modulation
 from sgm.modules.transformer.hooks import HookError
 from sgm.modules.transformer.lora_state import further_mixin
 from sgm.modules.transformer.quantize import quantize_network

@@ -21,8 +21,8 @@ from sgm.inference.options import SampleArgs
 from sgm.modules.autoencoding.blocks import ResnetBlock3D, Upsample3D
 from sgm.modules.autoencoding.causal_conv import CausalConv3d, ClipPass
 from sgm.modules.ops import block_ops, vae
+from sgm.modules.ops.block_ops import split_modulation
 from sgm.modules.ops.choice import KernelError, choose_kernels
-from sgm.modules.ops.modulation import split_modulation
 from sgm.util import instantiate_from_config
 from tests.dit_tiny import TEXT_LENGTH, TEXT_WIDTH, tiny_config
 from tests.family_tiny import kind_section

@@ -11,8 +11,7 @@ import torch
 from PIL import Image, ImageOps, features
 from safetensors.torch import load_file
 
-from sgm.data.images import ImageError, Picture, cropped, resized, size_of_short_side
-from sgm.data.pictures import PictureError, open_picture
+from sgm.data.images import ImageError, Picture, PictureError, cropped, open_picture, resized, size_of_short_side
 from sgm.inference.prompts import Pictures, Prompt, PromptError, gather
 
 PIXELS = np.random.default_rng(3).integers(0, 256, (24, 36, 3), dtype=np.uint8)

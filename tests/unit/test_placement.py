@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sgm.inference.placement import BlockStreamer, Placement, Resident
-from sgm.weights.staging import StagedCopy
-from sgm.weights.streaming import Streams
+from sgm.weights.streaming import StagedCopy, Streams
 from tests.dit_tiny import load_tiny, random_inputs, tiny_network
 
 CPU = torch.device("cpu")

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from sgm.modules.ops.modulation import RotaryTable, rotate
+from sgm.modules.ops.block_ops import RotaryTable, rotate
 from sgm.modules.transformer.block import TokenGrid
 from sgm.modules.transformer.patch_embed import PatchSize, unpatchify
 from sgm.modules.transformer.positions import (

@@ -339,7 +339,7 @@ def sampling(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     import torch
 
     from sgm.convert.dit_sizes import sizes_of_params
-    from sgm.convert.run_file import run_file
+    from sgm.convert.to_sat import run_file
     from tests.convert_tiny import VAE_PARAMS, model_section
     from tests.dit_tiny import tiny_config
     from tools.random_release import write_random_release

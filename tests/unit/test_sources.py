@@ -16,11 +16,9 @@ from PIL import Image
 
 from sgm.cache.store import FileStamp, video_key
 from sgm.config import ConfigError
-from sgm.data.dataset import SFTDataset
+from sgm.data.dataset import ClipSource, DataSection, SFTDataset, VideoDataset
 from sgm.data.loader import create_loader
 from sgm.data.report import DatasetError
-from sgm.data.section import ClipSource, DataSection
-from sgm.data.shards import VideoDataset
 from sgm.data.sources import Place, SourceError, list_clips, read_manifest
 from sgm.util import get_obj_from_str
 

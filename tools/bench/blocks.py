@@ -8,10 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sgm.modules.ops.attention import AttentionError
-from sgm.modules.ops.block_ops import BlockOps
+from sgm.modules.ops.block_ops import AttentionError, BlockOps, split_modulation
 from sgm.modules.ops.choice import ATTENTIONS, attention_by
-from sgm.modules.ops.modulation import split_modulation
 from tools.bench.measure import Ceilings, emit, relative_error, time_runs
 from tools.bench.models import Clip, token_count
 

@@ -27,15 +27,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import torch
 
-from sgm.cache.batches import CachedBatches
-from sgm.cache.dataset import EMBEDDING, MOMENTS, CachedClips
-from sgm.cache.scan import scan_cached
-from sgm.cache.shard_writer import ShardWriter
-from sgm.cache.store import CacheStore, FileStamp, Seen, text_key
+from sgm.cache.dataset import EMBEDDING, MOMENTS, CachedBatches, CachedClips
+from sgm.cache.fill import ShardWriter
+from sgm.cache.store import CacheStore, FileStamp, Seen, scan_cached, text_key
 from sgm.data.clips import ClipSettings
+from sgm.data.dataset import ClipSource
 from sgm.data.loader import ClipLoader, create_loader
-from sgm.data.scan import list_source
-from sgm.data.section import ClipSource
+from sgm.data.report import list_source
 from sgm.weights import DTYPES
 from tools.bench.measure import emit
 

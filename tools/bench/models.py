@@ -16,8 +16,7 @@ from sgm.models.small_decoder import facts_of
 from sgm.modules.autoencoding.small_decoder import SmallDecoder, SmallDecoderSizes
 from sgm.modules.autoencoding.strides import STRIDES
 from sgm.modules.diffusionmodules.image_condition import OFS, sampled_frames
-from sgm.modules.encoders.t5 import T5Encoder
-from sgm.modules.encoders.t5_config import T5Config
+from sgm.modules.encoders.t5 import T5Config, T5Encoder
 from sgm.places import found_path
 from sgm.util import instantiate_from_config
 

@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from sgm.files import SaveError, write_json
 from sgm.modules.encoders.modules import FrozenT5Embedder
-from sgm.modules.encoders.t5_config import T5Config
+from sgm.modules.encoders.t5 import T5Config
 from sgm.modules.encoders.tokenizer import EXTRA_IDS
 from sgm.weights import WeightsError
 from tools.demo.attributes import BACKGROUNDS, COLOURS, PATTERNS, SIZES, SPEEDS, ClipSpec, ObjectSpec

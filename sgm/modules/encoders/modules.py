@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from sgm.errors import SgmError
 from sgm.modules.conditioner import AbstractEmbModel, GeneralConditioner
 from sgm.modules.encoders import t5_files
-from sgm.modules.encoders.t5 import DECODER, SHARED, TIED, T5Encoder
-from sgm.modules.encoders.t5_config import read_config
+from sgm.modules.encoders.t5 import DECODER, SHARED, TIED, T5Encoder, read_config
 from sgm.modules.encoders.tokenizer import UNKNOWN_SHARE, T5Tokenizer
 from sgm.typed import PathText, Range
 from sgm.util import get_obj_from_str

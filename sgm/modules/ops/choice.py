@@ -11,9 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sgm.errors import SgmError
 from sgm.modules.ops import block_ops, cpu_bf16, vae
-from sgm.modules.ops.attention import AttentionError
-from sgm.modules.ops.attention import attention as plain_attention
-from sgm.modules.ops.block_ops import BlockOps
+from sgm.modules.ops.block_ops import AttentionError, BlockOps
+from sgm.modules.ops.block_ops import attention as plain_attention
 from sgm.modules.ops.triton_support import INTERPRETED, has_triton
 from sgm.modules.ops.vae import VaeOps
 

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sgm.modules.ops import vae
-from sgm.modules.ops.attention import attention as any_attention
-from sgm.modules.ops.linear import apply_linear
+from sgm.modules.ops.block_ops import apply_linear
+from sgm.modules.ops.block_ops import attention as any_attention
 
 HALF = torch.bfloat16
 LARGEST_SCORES = 2**26
@@ -39,7 +39,7 @@ def linear_gelu(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """`sgm.modules.ops.attention.attention` as two products: PyTorch's is no faster in bfloat16 than in float32.
+    """`sgm.modules.ops.block_ops.attention` as two products: PyTorch's is no faster in bfloat16 than in float32.
 
     A vector taken from all keys changes no softmax; taking their mean halves what rounding the scores to bfloat16 costs
     (Zhang et al. 2024, arXiv:2410.02367, section 4.2).

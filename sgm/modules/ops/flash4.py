@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgm.modules.ops.attention import AttentionError, attention
+from sgm.modules.ops.block_ops import AttentionError, attention
 
 CAPABILITIES = (9, 10)
 # What was measured together: flash-attn-4 leaves its compiler's version open, and 4.8.1 warns at every kernel.
@@ -41,7 +41,7 @@ def demand_flash4(device: torch.device) -> None:
 
 
 def flash4_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """`sgm.modules.ops.attention.attention` of (b, h, n, hd); PyTorch's own where it is not float16 or bfloat16."""
+    """`sgm.modules.ops.block_ops.attention` of (b, h, n, hd); PyTorch's own where it is not float16 or bfloat16."""
     if query.dtype not in _HALVES:
         return attention(query, key, value)
     mixed, _ = _flash4(*(x.transpose(1, 2) for x in (query, key, value)))

@@ -15,13 +15,13 @@ from torch.autograd.function import once_differentiable
 from sgm.modules.ops import vae
 from sgm.modules.ops.triton_support import runs_kernels
 from sgm.modules.ops.triton_vae import (
+    field_gradients,
     launch_add_residual,
     launch_apply_field,
     launch_group_moments,
     launch_join_phases,
     launch_norm_field,
 )
-from sgm.modules.ops.triton_vae_grad import field_gradients
 from sgm.modules.ops.vae import SAME_FRAMES, AffineField, Conv, FrameMap, Modulation
 
 _KINDS = (torch.float16, torch.bfloat16, torch.float32)

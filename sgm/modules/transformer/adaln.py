@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from sgm.distributed import model_parallel_world_size
 from sgm.modules.children import ModuleList
-from sgm.modules.ops.block_ops import PLAIN, BlockOps
-from sgm.modules.ops.modulation import head_norm_rotate, split_modulation
+from sgm.modules.ops.block_ops import PLAIN, BlockOps, head_norm_rotate, split_modulation
 from sgm.modules.transformer.block import NetworkInputs, dit_block, feed_forward, joint_attention
 from sgm.modules.transformer.hooks import HookError
 from sgm.modules.transformer.sat_base import (

@@ -14,10 +14,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from sgm.modules.ops.block_ops import PLAIN, BlockOps
-from sgm.modules.ops.modulation import BlockModulation, RotaryTable
-from sgm.modules.ops.offload import ActivationOffload
-from sgm.modules.ops.recompute import run_layer
+from sgm.modules.ops.block_ops import PLAIN, BlockModulation, BlockOps, RotaryTable
+from sgm.modules.ops.recompute import ActivationOffload, run_layer
 from sgm.modules.transformer.sat_base import (
     MLP,
     BaseTransformer,

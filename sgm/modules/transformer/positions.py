@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from sgm.modules.ops.modulation import RotaryTable
+from sgm.modules.ops.block_ops import RotaryTable
 from sgm.modules.transformer.block import NetworkInputs, TokenGrid
 from sgm.modules.transformer.sat_base import BaseMixin
 from sgm.typed import Positive, Range, Size

@@ -21,7 +21,7 @@ from sgm.modules.diffusionmodules.guiders import guide, join_conditions
 from sgm.modules.diffusionmodules.loss import add_noise, snr_weight, weighted_error
 from sgm.modules.diffusionmodules.wrappers import NetworkWrapper, OpenAIWrapper
 from sgm.modules.ops.graphs import NetworkGraphs
-from sgm.modules.ops.offload import ActivationOffload
+from sgm.modules.ops.recompute import ActivationOffload
 from sgm.training.distill.objective import compared_timesteps, guidance_tables, matching_loss
 from sgm.training.distill.options import DistillArgs
 from sgm.training.options import TrainArgs

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from sgm.config import ConfigError, RunConfig
 from sgm.data.buckets import Bucket
-from sgm.data.section import DataSection
+from sgm.data.dataset import DataSection
 from sgm.modules.autoencoding.strides import STRIDES
 from sgm.modules.diffusionmodules.image_condition import sampled_frames
 from sgm.modules.transformer.positions import LARGEST_STRETCH

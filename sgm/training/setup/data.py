@@ -11,14 +11,12 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import Dataset, Subset
 
-from sgm.cache.batches import CachedBatches, in_lengths
-from sgm.cache.dataset import CachedClips
+from sgm.cache.dataset import CachedBatches, CachedClips, in_lengths
 from sgm.cache.ready import ReadyCache
 from sgm.config import ConfigError, RunConfig
-from sgm.data.dataset import SFTDataset
+from sgm.data.dataset import DataSection, SFTDataset
 from sgm.data.loader import ClipLoader, clip_count, create_loader
 from sgm.data.report import first_reasons
-from sgm.data.section import DataSection
 from sgm.distributed import data_parallel_rank, data_parallel_world_size, wait_for_all
 from sgm.training.distill.engine import DistillationEngine
 from sgm.training.distill.prompts import PromptBatches, embed, read_prompts

@@ -11,7 +11,7 @@ import torch
 
 from sgm.cache.stand_ins import CachedFirstStage, cached_model_section
 from sgm.config import AccelerateArgs, ConfigError, RunConfig
-from sgm.data.section import SETTING_OF
+from sgm.data.dataset import SETTING_OF
 from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.models.loading import LoadedNetwork, load_first_stage, load_network, load_text_encoder
@@ -19,8 +19,7 @@ from sgm.modules.diffusionmodules.image_condition import sampled_frames
 from sgm.modules.diffusionmodules.loss import VideoDiffusionLoss
 from sgm.modules.ops.choice import Kernels, choose_kernels
 from sgm.modules.ops.frozen import frozen_parameters
-from sgm.modules.ops.offload import ActivationOffload
-from sgm.modules.ops.recompute import MODES, stronger_mode
+from sgm.modules.ops.recompute import MODES, ActivationOffload, stronger_mode
 from sgm.parallel.apply import check_shares
 from sgm.training.distill.engine import DistillationEngine, check_distill
 from sgm.training.memory import room_to_pin
