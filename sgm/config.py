@@ -190,7 +190,6 @@ def load_run_config(
     """Merge, type-check and resolve.
 
     Args:
-        files: YAML files, later ones win.
         args_type: dataclass of `option` fields that the `args:` section fills; names in its `IDLE` are accepted, too.
         overrides: `a.b=c` texts of `--set`; the value is read as YAML, but `{your_path}` as text.
         flags: named command-line flags, `args` names to values; None values are left out.

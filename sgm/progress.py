@@ -11,7 +11,6 @@ class Tally:
     """Says how much is done, how fast, and how long the rest will take.
 
     Args:
-        title: what is at work; every line begins with it.
         what: the things that are counted, in the plural.
         every: seconds between two lines, at least.
     """

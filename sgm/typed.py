@@ -91,10 +91,7 @@ class Record:
 
     def fit(self, value: Any, place: str) -> Any:
         """The mapping. Raises Misfit."""
-        problems: list[str] = []
-        build_args(self.kind, value, problems, [], place)
-        if problems:
-            raise Misfit(*problems)
+        _coerce_record(value, self.kind, place)
         return value
 
 

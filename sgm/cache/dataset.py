@@ -25,8 +25,8 @@ from torch.utils.data import ConcatDataset, Dataset, Subset, default_collate
 from sgm.cache.shards import Entry, ShardReader
 from sgm.cache.store import CacheScan, CacheStore, frame_key, text_key
 from sgm.data.clips import ClipSettings
+from sgm.data.dataset import Packed, PackedShapes, PackedStrings
 from sgm.data.loader import require_one_shape
-from sgm.data.packed import Packed, PackedShapes, PackedStrings
 from sgm.data.report import DatasetError, Report, UsableClip
 from sgm.data.sampler import ClipSampler
 from sgm.modules.autoencoding.strides import STRIDES

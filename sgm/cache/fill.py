@@ -20,15 +20,15 @@ from torch.utils.data import DataLoader, Dataset
 from sgm.cache.shards import CacheError
 from sgm.cache.store import CacheStore, FileStamp, ScannedClip, Seen, frame_key, text_key, video_key
 from sgm.data.clips import CLIP_FAULTS, ClipSettings, load_frames, to_unit_range
+from sgm.data.loader import leave_signals_to_parent, meet_in_short_folder
 from sgm.data.report import reason_of
-from sgm.data.workers import leave_signals_to_parent, meet_in_short_folder
 from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
 from sgm.modules.encoders.modules import FrozenT5Embedder
 from sgm.modules.ops.choice import Kernels
 from sgm.progress import Tally
 from sgm.util import instantiate_from_config
 from sgm.weights import DTYPES
-from sgm.weights.finite import is_finite
+from sgm.weights.save import is_finite
 from sgm.weights.streaming import Download
 
 SHARD_BYTES = 256 << 20
@@ -101,13 +101,11 @@ class FillSettings:
     """How a cache is filled.
 
     Attributes:
-        device: of the encoders.
         workers: decoding processes of this rank; 0 decodes here.
         batch_size: clips of one shape through the VAE at a time; None: as many as one clip of 49x480x720 has pixels, on
             a CPU one (several gain nothing there, and their memory is fetched from the system again and again).
         low_memory: the VAE takes a few frames at a time (the same result).
         rank, ranks: this process's share of the work.
-        kernels: of the VAE.
     """
 
     device: torch.device

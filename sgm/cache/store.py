@@ -31,8 +31,7 @@ from sgm.data.sources import Place
 from sgm.files import SaveError, refuse_lfs_pointer, write_failed, write_json
 from sgm.weights import DTYPES
 from sgm.weights.checksums import read_json
-from sgm.weights.finite import is_finite
-from sgm.weights.save import save_safetensors
+from sgm.weights.save import is_finite, save_safetensors
 
 FORMAT = 1
 KINDS = ("video", "text", "frame")
@@ -73,15 +72,11 @@ class CacheStore:
     """The folder, opened for one configuration. Several threads may add to it.
 
     Args:
-        folder: made if absent.
         identity: everything that determines the values, name -> plain value. Values of None (a weight file that is not
             at hand) are not compared.
         storage: "fp16", "bf16" or "fp32", for a new cache; an old one keeps its own.
         encoded_as: type of the encoders' arithmetic, for a new cache; an old one keeps its own.
         first_frames: a clip counts as held only where its first frame is, too.
-
-    Attributes:
-        uncompared: names of `identity` whose values are None.
 
     Raises:
         CacheError: the folder was filled under another identity, or holds something else or damaged files.

@@ -35,8 +35,6 @@ class Rule:
     """One module of SAT and its counterparts; {i} is the layer.
 
     Attributes:
-        sat: module name.
-        hf: module names.
         takes: for each of `hf`, the parts of SAT's rows that it holds; `parts` of equal size in all.
     """
 

@@ -141,10 +141,8 @@ class Sizes:
         patch: (frames, rows, columns) of a token.
         linear_patches: SAT embeds patches by a linear layer (its later code), not a convolution.
         rotary: q and k are rotated; otherwise a sine table is added.
-        learned_positions: a trained table is added, too.
         ofs_width: width of the ofs embedding (1.5 image-to-video), None without.
         frames, height, width_latent: pixel frames of the longest clip, latent rows and columns of training.
-        text_length: text tokens.
         spacing, time_spacing: divisors of positions in the picture and along time.
         assumed: what the source does not say and was taken from the published model, in words.
     """

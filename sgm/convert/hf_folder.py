@@ -157,7 +157,6 @@ def one_few_steps(stated: Iterable[Any], source: str) -> str:
 
     Args:
         stated: what each says, as JSON or as its content.
-        source: the base's file, for messages.
     Raises:
         ConvertError: two were distilled in different ways.
         FewStepsError: one cannot be read.
@@ -175,7 +174,6 @@ def text_encoder(files: T5Files, state: Mapping[str, Deferred], source: str, wid
     """The T5 whose configuration and tokenizer lie in `files`, of the tensors `state`.
 
     Args:
-        source: where these come from, for messages.
         width: of the text embeddings that the transformer takes, if there is one.
     Raises:
         ConvertError: tensors that are not its encoder's, or another width.

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from sgm.errors import SgmError
 from sgm.weights.assign import compare_keys
-from sgm.weights.finite import is_finite
-from sgm.weights.save import Deferred, deferred
+from sgm.weights.save import Deferred, deferred, is_finite
 
 
 class ConvertError(SgmError):

@@ -77,8 +77,6 @@ def is_foreign(names: Iterable[str]) -> bool:
 def factors_of(state: Mapping[str, Tensor], source: str) -> dict[str, Factors]:
     """Every adapted linear by diffusers' name without prefix, such as `transformer_blocks.3.attn1.to_q`.
 
-    Args:
-        source: the file, for messages.
     Raises:
         TransformerKeyError: entries that are no LoRA of this transformer, said by kind; a matrix without its other; or
             matrices that do not belong together.

@@ -30,7 +30,6 @@ class LoraSettings:
 
     Attributes:
         fields: those fields; `r`, `lora_alpha`, `rank_pattern`, `alpha_pattern`, `use_rslora` and others.
-        source: the file, for messages.
         given_alpha: an alpha that counts in place of everything the file says.
     """
 

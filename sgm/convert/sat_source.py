@@ -32,10 +32,8 @@ class SatWeights:
 
     Attributes:
         file: the first, and only one but for tensor-parallel parts.
-        source: the file, for messages.
         network: the transformer's base weights, without prefix.
         lora: adapter matrices (small, mapped), without prefix.
-        facts: what the file says of the adapter.
         text_encoder, first_stage: those parts' entries, without prefix.
     """
 

@@ -31,11 +31,9 @@ class ToHf:
     """What to convert, from where, and how.
 
     Attributes:
-        output: folder to write.
         transformer: SAT checkpoint: file, iteration folder or release folder.
         vae: `3d-vae.pt`; None takes the one in the transformer's checkpoint, if it carries one.
         text_encoder: folder or hub id of the T5; its weights may be missing if the checkpoint carries them.
-        cache_dir: the hub's cache.
         dtype: of all weights; None means the transformer's own half precision, or where it has none float16 for 2B
             and bfloat16 for the others.
         adapters: LoRA files to fold in, beside the checkpoint's own.
@@ -43,11 +41,8 @@ class ToHf:
         config: YAML that says what no tensor does: clip size, text length, scale factor, the schedule's shift. None
             looks beside the weights.
         scheduler: "dpm" (the counterpart of SAT's sampler) or "ddim".
-        shard_bytes: largest weight file.
         partial: write the components that there are, without a pipeline around them; a VAE that diffusers cannot hold
             is left out.
-        allow_drift: see `open_sat`.
-        overwrite: replace an existing output folder.
     """
 
     output: Path
@@ -108,9 +103,6 @@ def convert(request: ToHf) -> list[str]:
 
 def export_lora(request: ToHf, fold_scale: bool = True) -> list[str]:
     """Write the adapter of `request.transformer` alone, as `pytorch_lora_weights.safetensors`; returns the report.
-
-    Args:
-        fold_scale: see `write_peft`.
 
     Raises:
         ConvertError: no checkpoint given, or one without adapter.

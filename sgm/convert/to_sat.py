@@ -41,15 +41,11 @@ class ToSat:
 
     Attributes:
         source: pipeline folder, a transformer's own folder, or (for `import_lora`) an adapter.
-        output: folder to write.
         dtype: of all weights; None keeps the files'.
-        adapters: LoRA files to fold in.
         lora_alpha: for `import_lora`: alpha of the training; None believes the file.
         sat_alpha: for `import_lora`: make the matrices right for readers that take this alpha; None states the file's.
         linear_patches: write the patch embedding as SAT's later code has it, for one-frame patches.
-        partial: convert the components that there are.
         shard_bytes: largest weight file of the text encoder.
-        overwrite: replace an existing output folder.
     """
 
     source: Path
@@ -238,8 +234,6 @@ def run_file(
     Args:
         release: folder that the converter writes; the paths in the file are absolute.
         vae_params: `params` of the first stage's encoder and decoder.
-        factor: scale factor of latents.
-        shift_scale: shift of the noise schedule.
         dtype: of the transformer's weights; the run has it, too.
     """
     from omegaconf import OmegaConf

@@ -103,8 +103,6 @@ class BucketSampler(ClipSampler):
 
     Args:
         shapes: shape of every clip, one sequence a source.
-        batch_size: clips in a batch of one rank.
-        seed, rank, world_size, weights: see `ClipSampler`.
     """
 
     def __init__(

@@ -17,10 +17,9 @@ from torch import Tensor
 from sgm.data.buckets import Bucket, choose_bucket
 from sgm.data.decoder import DecodeProcess
 from sgm.data.frames import ClipError, ClipShape, check_settings, frame_indices
+from sgm.data.loader import empty_to_hand_over
 from sgm.data.sources import ListedClip, is_image
-from sgm.data.video_io import DECODE_TIMEOUT, VideoError, VideoInfo, probe, read_frames
-from sgm.data.workers import empty_to_hand_over
-from sgm.errors import SgmError
+from sgm.data.video_io import DECODE_TIMEOUT, FileFault, VideoError, VideoInfo, probe, read_frames
 from sgm.files import LFS_MAGIC, LFS_POINTER
 
 MISSING_CAPTION = ("skip", "error", "empty")
@@ -28,16 +27,8 @@ CAPTION_LINES = ("first", "all")
 INTERLACED = ("deinterlace", "skip", "keep")
 
 
-class CaptionError(SgmError):
-    """A clip without a usable caption. `path` is the caption file, `reason` what is wrong with it."""
-
-    def __init__(self, path: str | Path, reason: str):
-        super().__init__(f"{path}: {reason}")
-        self.path = Path(path)
-        self.reason = reason
-
-    def __reduce__(self) -> tuple[type, tuple[Path, str]]:
-        return type(self), (self.path, self.reason)
+class CaptionError(FileFault):
+    """A clip without a usable caption. `path` is the caption file."""
 
 
 CLIP_FAULTS = (VideoError, ClipError, CaptionError)  # what is wrong with one clip and no reason to stop a run

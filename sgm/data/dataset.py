@@ -6,11 +6,12 @@ import inspect
 import json
 import logging
 import os
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar, overload
 
 import numpy as np
 import torch
@@ -20,12 +21,64 @@ from sgm.config import ConfigError
 from sgm.data.buckets import parse_buckets
 from sgm.data.clips import CLIP_FAULTS, CaptionError, ClipSettings, load_clip, picture_size
 from sgm.data.frames import frame_indices  # noqa: F401  # the name that others use
-from sgm.data.packed import PackedShapes, PackedStrings
 from sgm.data.report import LEVELS, DatasetError, Report, UsableClip, append_broken, list_source, scan
 from sgm.data.sources import ListedClip, Listing, base_of
 from sgm.data.video_io import DECODE_TIMEOUT
 from sgm.typed import Misfit, coerce, listing
 from sgm.util import Role, get_obj_from_str, split_config
+
+T = TypeVar("T")
+
+
+class Packed(Sequence[T]):
+    """A sequence whose items are made when they are asked for."""
+
+    @abstractmethod
+    def item(self, index: int) -> T:
+        """The item at `index` from 0 to below the length."""
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[T]: ...
+    def __getitem__(self, index: int | slice) -> T | list[T]:
+        if isinstance(index, slice):
+            return [self.item(k) for k in range(len(self))[index]]
+        return self.item(range(len(self))[index])  # checks the range, counts negative ones from the end
+
+
+class PackedShapes(Packed[tuple[int, ...]]):
+    """Shapes of one length."""
+
+    def __init__(self, shapes: Sequence[tuple[int, ...]]):
+        self._values = np.array(shapes, np.int32)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def item(self, index: int) -> tuple[int, ...]:
+        return tuple(self._values[index].tolist())
+
+    def equal(self, index: int) -> np.ndarray:
+        """For each clip whether it has the shape of clip `index`."""
+        return (self._values == self._values[index]).all(1)
+
+
+class PackedStrings(Packed[str]):
+    """Strings, also such that are no valid UTF-8 (file names)."""
+
+    def __init__(self, strings: Sequence[str]):
+        encoded = [os.fsencode(string) for string in strings]
+        self._bytes = np.frombuffer(b"".join(encoded), np.uint8)
+        self._ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def item(self, index: int) -> str:
+        start, end = self._ends[index], self._ends[index + 1]
+        return os.fsdecode(self._bytes[start:end].tobytes())
+
 
 VALIDATION = (*LEVELS, "report", "none")
 logger = logging.getLogger(__name__)

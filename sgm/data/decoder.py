@@ -83,9 +83,7 @@ class DecodeProcess:
         """Frames as uint8 (h, w, 3), one after the other as they are decoded.
 
         Args:
-            indices: ascending, without repeats.
             timeout: seconds until the last frame is taken.
-            deinterlace: make whole pictures of interlaced ones.
 
         It is to be read to its end or closed; else the process could not be asked again.
 

@@ -156,8 +156,6 @@ def scan(data_dir: str | Path, clips: Listing, settings: ClipSettings, level: st
     """Check the clips of a data set.
 
     Args:
-        data_dir: the source, for the report.
-        settings: what a clip must satisfy.
         level: "probe" opens each video, decodes one frame and chooses its frames; "captions" reads the captions only.
 
     Raises:

@@ -47,8 +47,6 @@ class ClipSampler(Sampler[int]):
 
     Args:
         sizes: clips in each source; numbers count through the sources, as in torch's ConcatDataset.
-        seed: of all shuffling.
-        rank, world_size: of data parallelism.
         order: "shuffle"; "sequential" (sources one after the other, or in turn when weighted); "upstream": the
             original's endless draws with repetition, which depend on the position only (`upstream_index`).
         weights: share of each source, any positive numbers; by default its size.

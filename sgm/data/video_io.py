@@ -103,20 +103,22 @@ CROP_MODES = ("center", "random")
 Rng = np.random.Generator | np.random.RandomState
 
 
-class VideoError(SgmError):
-    """A file that cannot be read as a video. `path` and `reason` hold the message's two parts.
+class FileFault(SgmError):
+    """What is wrong with a clip's file. `path` and `reason` hold the message's two parts.
 
     With `passing` the fault may be of the moment (see `DecoderLostError`, or the drive's), and the file a good one.
     """
 
     def __init__(self, path: str | Path, reason: str, passing: bool = False):
         super().__init__(f"{path}: {reason}")
-        self.path = Path(path)
-        self.reason = reason
-        self.passing = passing
+        self.path, self.reason, self.passing = Path(path), reason, passing
 
     def __reduce__(self) -> tuple[type, tuple[Path, str, bool]]:
         return type(self), (self.path, self.reason, self.passing)
+
+
+class VideoError(FileFault):
+    """A file that cannot be read as a video."""
 
 
 @dataclass(frozen=True)
@@ -180,9 +182,7 @@ def read_frames(
 
     Args:
         indices: frame numbers from 0, in any order, repeats allowed.
-        timeout, decoder: as for `probe`.
         size: (height, width) to which each is brought by `resize_crop` as it comes; by default the video's.
-        deinterlace: make whole pictures of interlaced ones.
 
     Raises:
         VideoError: as for `probe`, or an index outside the video, or pictures of several sizes without `size`.

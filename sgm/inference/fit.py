@@ -14,8 +14,8 @@ from sgm.inference.source_clip import SourceClip
 from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.modules.diffusionmodules.image_condition import clip_frames
-from sgm.weights.finite import is_finite
 from sgm.weights.preflight import HOW_TO_GET_SMALL_DECODER
+from sgm.weights.save import is_finite
 
 # Of a side, in relation to training's: a smaller picture is given a part of the trained positions, a larger one some
 # that training never had. A third more or less still leaves more than half of the trained picture.

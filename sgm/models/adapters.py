@@ -45,7 +45,6 @@ def apply_adapter(
     Args:
         lora: whole (unsplit) matrices under the network's names, as `split_lora` returns them.
         facts: see `lora_spec_of`; where it is silent about alpha, the network's `lora_config` decides, then SAT's 1.
-        scale: further factor on the adapter.
         merge: fold it into the weights instead of attaching it; several adapters can be merged one after the other, a
             DoRA first, whose norms are of the base's rows. What can only be folded (`LoraSpec.only_folded`) is.
     Raises:

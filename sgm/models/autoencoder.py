@@ -86,7 +86,6 @@ class VideoAutoencoder(FirstStage):
     """Encoder, posterior and decoder, with gradients.
 
     Args:
-        encoder_config, decoder_config: `{"target", "params"}` of the two coders.
         loss_config: built and held as `loss` for a trainer; default torch.nn.Identity.
         regularizer_config: from moments to latents; default a sampled diagonal Gaussian.
     """
@@ -127,32 +126,24 @@ class VideoAutoencoder(FirstStage):
     def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """A training pass in one go: x (b, 3, f, h, w) -> latents, reconstruction like x, {"kl_loss": scalar}."""
         with self._grad_mode(x):
-            z, log = self.regularization(self.moments(x), _noise_source(noise, None))
+            z, log = self.regularization(self.moments(x), _noise_source(noise))
         return z, self.decode(z, chunked=False), log
 
-    def encode(
-        self,
-        x: Tensor,
-        *,
-        noise: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        allow_any_length: bool = False,
-    ) -> Tensor:
+    def encode(self, x: Tensor, *, noise: Tensor | None = None, allow_any_length: bool = False) -> Tensor:
         """Latents of a clip or an image, drawn from the posterior.
 
         Args:
             x: (b, 3, f, h, w) in [-1, 1]; f = 1 or 4k + 1, h and w multiples of 8.
-            noise, generator: at most one: the posterior's noise itself, or what draws it. None: `randn_like(mean)`.
+            noise: the posterior's; None: `randn_like(mean)`.
             allow_any_length: accept other f too, which give ceil(f / 4) latent frames. Wherever a level meets an even
                 number of frames it pools all of them in pairs, frame 0 included: another function than for 4k + 1.
         Returns:
             z (b, c, t, h/8, w/8) with t = (f - 1) / 4 + 1, in the model's dtype, not scaled by `scale_factor`.
         Raises:
-            ValueError: wrong shape or length, or noise and a generator.
+            ValueError: wrong shape or length.
         """
-        draw = _noise_source(noise, generator)
         with self._grad_mode(x):
-            return self.regularization.latents(self.moments(x, allow_any_length=allow_any_length), draw)
+            return self.regularization.latents(self.moments(x, allow_any_length=allow_any_length), _noise_source(noise))
 
     def moments(self, x: Tensor, *, allow_any_length: bool = False) -> Tensor:
         """Mean and log variance of the posterior, (b, 2c, t, h/8, w/8), for `encode`'s x."""
@@ -365,7 +356,6 @@ class VideoAutoencoderInferenceWrapper(VideoAutoencoder):
     `ckpt_path` where one is given.
 
     Args:
-        ckpt_path: weight file, see `load_file`.
         small_decoder: file of a small decoder that may stand in for this one's (`sgm.models.small_decoder`); a run
             that wants it (`args.decoder`) loads it.
         ignore_keys: prefixes of names in it to leave out.
@@ -411,20 +401,13 @@ class VideoAutoencoderInferenceWrapper(VideoAutoencoder):
         return super().train(False)
 
 
-def _noise_source(noise: Tensor | None, generator: torch.Generator | None) -> Callable[[Tensor], Tensor]:
+def _noise_source(noise: Tensor | None) -> Callable[[Tensor], Tensor]:
     """From the posterior's mean to its noise."""
-    if noise is not None and generator is not None:
-        raise ValueError("encode takes one source of noise, got noise and generator.")
-    if noise is not None:
-        return lambda mean: _checked_noise(noise, mean)
-    if generator is not None:
-        return lambda mean: torch.randn(mean.shape, generator=generator, device=generator.device, dtype=mean.dtype).to(
-            mean.device
-        )
-    return torch.randn_like
 
+    def given(mean: Tensor) -> Tensor:
+        assert noise is not None
+        if noise.shape != mean.shape:
+            raise ValueError(f"noise has shape {tuple(noise.shape)}, the latents have {tuple(mean.shape)}.")
+        return noise.to(device=mean.device, dtype=mean.dtype)
 
-def _checked_noise(noise: Tensor, mean: Tensor) -> Tensor:
-    if noise.shape != mean.shape:
-        raise ValueError(f"noise has shape {tuple(noise.shape)}, the latents have {tuple(mean.shape)}.")
-    return noise.to(device=mean.device, dtype=mean.dtype)
+    return torch.randn_like if noise is None else given

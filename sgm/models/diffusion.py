@@ -27,13 +27,13 @@ from sgm.modules.diffusionmodules.shortcuts import ShortcutRun
 from sgm.modules.diffusionmodules.wrappers import NetworkWrapper, OpenAIWrapper
 from sgm.modules.encoders.modules import FrozenT5Embedder
 from sgm.modules.ops.choice import Kernels
-from sgm.modules.ops.frozen import FrozenStream
 from sgm.modules.ops.graphs import NetworkGraphs
 from sgm.modules.ops.recompute import ActivationOffload
 from sgm.modules.transformer.lora_state import further_mixin
 from sgm.typed import NotNegative, Positive, Share
 from sgm.util import Config, Role, check_params, get_obj_from_str, instantiate_from_config
 from sgm.weights import DTYPES
+from sgm.weights.streaming import FrozenStream
 
 if TYPE_CHECKING:
     from sgm.models.network import DiffusionTransformer  # at run time its `target:` brings it, and SAT with it
@@ -368,7 +368,6 @@ class SATVideoDiffusionEngine(nn.Module):
             clip: clean latents (b, t, c, h, w), scaled, to which noise is added, as much as training had at the first
                 timestep of a run of the sampler's `strength`.
             noise_sampler: replaces `torch.randn_like` inside stochastic samplers.
-            callback: called by the sampler after each step.
             shortcuts: leaves out network calls (approximate); counts those that remain.
         """
         device = next(iter(cond.values())).device

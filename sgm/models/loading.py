@@ -24,9 +24,9 @@ from sgm.places import CONFIGS
 from sgm.weights import WeightsError, assign_state, weights_fingerprint
 from sgm.weights.checksums import verifying
 from sgm.weights.files import while_files_change
-from sgm.weights.finite import require_finite
 from sgm.weights.identify import fitting_configs, what_is
 from sgm.weights.release import Adapter, Checkpoint, read_transformer
+from sgm.weights.save import require_finite
 from sgm.weights.tensor_parallel import partition_state
 
 if TYPE_CHECKING:

@@ -96,13 +96,10 @@ class DiffusionTransformer(BaseModel):
     The parameters are the keys of `network_config.params` in the original's YAML files.
 
     Args:
-        transformer_args: see `TransformerArgs`.
         num_frames: pixel frames of the longest clip, 4k + 1.
-        time_compressed_rate: pixel frames per latent frame.
         latent_width, latent_height: latent size of the training resolution.
         patch_size: p (2B, 5B as released) or [pt, ph, pw] (later releases), see `PatchSize`.
         in_channels, out_channels: latent channels; `in_channels` includes a conditioning image's.
-        hidden_size, num_layers, num_attention_heads: width, depth, heads.
         elementwise_affine: norms have weights (all published models).
         time_embed_dim: width e of the time embedding; None means `hidden_size`.
         modules: configs of the mixins `pos_embed_config`, `patch_embed_config`, `adaln_layer_config`,

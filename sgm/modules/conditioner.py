@@ -84,7 +84,6 @@ class GeneralConditioner(nn.Module):
         """Conditions of a batch.
 
         Args:
-            batch: holds every embedder's input entries.
             force_zero_embeddings: input keys whose embedding is replaced by zeros of the same shape.
         Returns:
             `vector` (b, d), `crossattn` (b, l, d), `concat` (b, [t,] c, h, w): those that some embedder makes.
@@ -117,7 +116,6 @@ class GeneralConditioner(nn.Module):
         An embedder runs once where its second result is known from the first: zeros, or an embedding of the same.
 
         Args:
-            batch_c: the wanted batch.
             batch_uc: the batch to steer away from (negative prompts); None takes `batch_c`.
             force_uc_zero_embeddings: input keys whose unconditional embedding is zeros (CogVideoX: ["txt"]).
         """

@@ -66,9 +66,6 @@ class Evaluation:
         seed: of noise, timesteps and dropout.
         folder: run folder for what is logged; None logs nothing.
         latents_only: write sampled latents instead of decoded videos.
-        log_video: sample at all.
-        fps: of written videos.
-        prompts: sampled beside the first clip's caption.
     """
 
     datasets: Sequence[Dataset]

@@ -25,10 +25,8 @@ class SkipGuard:
 
     Attributes:
         limit: so many in a row end the run.
-        total: all so far.
         in_a_row: since the last applied step.
         search: those before the first applied one, in which float16 looks for its loss scale.
-        reason: of the last one.
     """
 
     limit: int
@@ -65,12 +63,10 @@ class SkipGuard:
         self.in_a_row += 1
         if self.in_a_row < self.limit:
             return
-        cure = {
-            "fp16": "lower the learning rate, or train in bfloat16 (--set deepspeed.fp16.enabled=false "
-            "--set deepspeed.bf16.enabled=true)",
-            "bf16": "lower the learning rate or deepspeed.gradient_clipping, and check the weights that were loaded",
-            "fp32": "lower the learning rate or deepspeed.gradient_clipping, and check the weights that were loaded",
-        }[dtype]
+        cure = "lower the learning rate or deepspeed.gradient_clipping, and check the weights that were loaded"
+        if dtype == "fp16":
+            bf16 = "--set deepspeed.fp16.enabled=false --set deepspeed.bf16.enabled=true"
+            cure = f"lower the learning rate, or train in bfloat16 ({bf16})"
         raise TrainingStopped(
             f"{self.in_a_row} steps in a row were skipped up to iteration {iteration} ({reason}): nothing is learnt "
             f"any more. Checkpoints from before are intact. To go on, {cure}; args.max_skipped_steps sets this limit."

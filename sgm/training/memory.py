@@ -40,9 +40,7 @@ class MemoryNeeds:
         encoder_values: of `frozen`, those of VAE and text encoder, which a run from a cache does not load, but for the
             `picture_encoder` of a model that starts from a picture, which has `picture_values` in its widest map.
         tokens: sequence length of one clip, text included.
-        width, layers: of the transformer.
         vae_values: values of the widest feature map while one clip is encoded; 0 where no VAE runs.
-        micro_batch: clips at a time.
         ranks: that hold the same weights. shares: of them, those that share a clip's tokens.
         most_shares: that could; None: any number.
         refused: options that are not advised: the rest of the configuration does not go with them.

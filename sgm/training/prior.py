@@ -25,8 +25,6 @@ class BaseNetwork:
 
     Args:
         model: takes (x, t, cond); what learns in it requires gradients.
-    Attributes:
-        copied: the copy, where there is one.
     """
 
     def __init__(self, model: nn.Module):

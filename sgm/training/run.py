@@ -1,10 +1,11 @@
-"""One training run, from a checked configuration to its exit code."""
+"""One training run, from a checked configuration to its exit code, and the files sampled on its way."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -26,10 +27,14 @@ from sgm.data.loader import clip_count
 from sgm.distributed import DistInfo, from_first
 from sgm.files import SaveError, write_text
 from sgm.models.diffusion import SATVideoDiffusionEngine
+from sgm.modules.autoencoding.strides import STRIDES
+from sgm.modules.diffusionmodules.image_condition import sampled_frames
 from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
+from sgm.modules.transformer.patch_embed import PatchSize
 from sgm.parallel.apply import share_network, share_tokens
 from sgm.parallel.team import Team
 from sgm.parallel.training import training_team
+from sgm.places import CONFIGS, INSTALLED, PROJECT, shown
 from sgm.training.checkpoints.folder import check_writable, hold, new_run_folder
 from sgm.training.checkpoints.load import (
     CONFIG_FILE,
@@ -46,12 +51,12 @@ from sgm.training.faults import TrainingStopped, out_of_memory_advice
 from sgm.training.memory import MemoryNeeds, free_memory, gib
 from sgm.training.optimizers.schedule import LearningRate
 from sgm.training.optimizers.spec import count, parameter_groups
-from sgm.training.options import TrainArgs, training_advice
+from sgm.training.options import TrainArgs, training_advice, trains_adapter
 from sgm.training.prior import BaseNetwork
-from sgm.training.sampling_file import write_sampling_file
 from sgm.training.setup.clips import check_clips
 from sgm.training.setup.data import clip_sets, left_out, prompt_sets, training_loader
 from sgm.training.setup.deepspeed import DeepSpeedPlan, plan_deepspeed
+from sgm.training.setup.engine import rehearse_start, start_engine
 from sgm.training.setup.estimate import memory_needs, planned_needs
 from sgm.training.setup.model import (
     arrange_first_stage,
@@ -61,11 +66,12 @@ from sgm.training.setup.model import (
     training_kernels,
 )
 from sgm.training.setup.places import check_places, with_found_places
-from sgm.training.setup.start import rehearse_start, start_engine
 from sgm.training.trainer import Trainer
 from sgm.training.watch.boards import Board, TensorBoard, WeightsAndBiases
 from sgm.training.watch.run_log import RunLog
 from sgm.training.watch.timing import PhaseClock, phases_of_step
+from sgm.util import allowed_packages
+from sgm.weights.preflight import with_paths
 
 Say = Callable[[str], None]
 
@@ -363,3 +369,38 @@ def exit_quietly(code: int) -> None:
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         os._exit(code)
     sys.exit(code)
+
+
+FILE = "infer.yaml"
+
+
+def write_sampling_file(folder: Path, config: RunConfig[TrainArgs], dtype: str) -> str | None:
+    """Write the file; returns the command that samples with it, None where the model section has no sampler.
+
+    Raises:
+        SaveError: it cannot be written.
+    """
+    from omegaconf import OmegaConf
+
+    args, data = config.args, (config.data or {}).get("params") or {}
+    adapter_alone = args.lora_only and trains_adapter(config.model)
+    if "sampler_config" not in config.model or (adapter_alone and not args.load):
+        return None
+    run = str(folder.absolute())
+    network = config.model["network_config"]["params"]
+    frames = STRIDES.latent_frames(network["num_frames"])
+    sampled = sampled_frames(frames - (frames + 1) % 2, PatchSize.parse(network["patch_size"]).t)
+    sampling: dict[str, Any] = {
+        "mode": "inference", "load": str(Path(args.load or "").absolute()) if adapter_alone else run,
+        "lora": [run] if adapter_alone else [], "fp16": dtype == "fp16", "bf16": dtype == "bf16",
+        "force_inference": args.force_train, "input_file": str(CONFIGS / "test.txt"),
+        "sampling_num_frames": sampled, "sampling_fps": max(1, round(data.get("fps", 8))),
+        "sampling_image_size": data.get("video_size"),
+    }  # fmt: skip
+    model = with_paths(config.model, lambda path: str(Path(path).absolute()) if Path(path).exists() else path)
+    write_text(folder / FILE, OmegaConf.to_yaml(OmegaConf.create({"args": sampling, "model": model})))
+    program = ["cogvideox-sat", "sample"] if INSTALLED else ["bash", shown(PROJECT / "inference.sh")]
+    picture = "@@picture.png" if starts_from_picture(config.model) else ""
+    allowed = [word for package in allowed_packages() for word in ("--allow-target", package)]
+    prompt = f"a caption like those of the clips{picture}"
+    return shlex.join([*program, shown(folder / FILE), *allowed, "--prompt", prompt])

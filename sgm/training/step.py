@@ -110,8 +110,6 @@ class StepOutcome:
     Attributes:
         loss: mean over ranks and micro-batches; NaN where one was not finite.
         grad_norm: norm of the whole gradient before clipping, unscaled; None where it is not finite.
-        applied: the weights were updated.
-        reason: why not.
         stop: some rank asks to end the run.
         by_timestep: for each of `BINS` equal parts of the timesteps, the sum of losses and the number of samples.
         data_wait: seconds that this rank waited for its micro-batches.

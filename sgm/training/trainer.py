@@ -35,7 +35,7 @@ from sgm.training.setup.engine import TrainingEngine
 from sgm.training.step import StepOutcome, training_step
 from sgm.training.watch.run_log import RunLog
 from sgm.training.watch.timing import PhaseClock, memory_facts
-from sgm.weights.finite import require_finite
+from sgm.weights.save import require_finite
 
 
 @dataclass

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sgm.weights.files import WeightsError
-from sgm.weights.finite import require_finite
+from sgm.weights.save import require_finite
 from sgm.weights.streaming import StagedCopy
 
 _SHOWN = 6  # names listed a heading before "... and N more"
@@ -56,7 +56,6 @@ def assign_state(
 
     Args:
         state: names to tensors; entries whose name starts with one of `ignore_prefixes` are left out.
-        source: the file, for messages.
         device: where the tensors go; None keeps the module's device (for meta modules: the tensor's own).
         dtype: floating-point type to convert to; None keeps the module's type (for meta modules: the tensor's own).
         may_lack: names that the file may leave out; they keep what the module holds.

@@ -28,15 +28,11 @@ class Published:
     """A published model: what its tensors show, and what none of them says.
 
     Attributes:
-        width, layers: of the trunk.
         patch_frames: latent frames of a token.
         takes_image: image to video, with twice as many latent channels in as out.
         rotary: q and k are rotated; otherwise a sine table is added.
-        text_length: text tokens.
         frames, size: pixel frames and (height, width) that it was trained on.
         grid: latent rows and columns that positions are made for.
-        scale_factor: on the first stage's latents.
-        shift_scale: of the noise schedule.
     """
 
     name: str
@@ -109,7 +105,6 @@ class TransformerShape:
     """Sizes of a CogVideoX transformer.
 
     Attributes:
-        hidden_size, num_layers: width and depth.
         patch: channels and size of its tokens; None where the file does not say.
     """
 

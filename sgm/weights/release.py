@@ -47,7 +47,6 @@ class Checkpoint:
         files: one file a tensor-parallel rank, in rank order.
         network: the transformer's entries without `model.diffusion_model.`.
         others: entries of text encoder and VAE, with their engine names.
-        iteration: from the folder's name or the file, if any.
         lora: what the file says of its adapter ({"rank", "alpha", ...}), empty if it says nothing.
         notes: what is to be said of it where it is used.
     """

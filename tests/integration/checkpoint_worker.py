@@ -31,7 +31,7 @@ from sgm.training.checkpoints.state import CheckpointError, restore_rng
 from sgm.training.optimizers.ema_adam import FusedEmaAdam
 from sgm.training.optimizers.spec import parameter_groups
 from sgm.training.setup.deepspeed import plan_deepspeed
-from sgm.training.setup.start import start_engine
+from sgm.training.setup.engine import start_engine
 from sgm.util import instantiate_from_config
 from sgm.weights.release import read_transformer
 from tests.checkpoint_tiny import configuration, leftovers, load_module, state_of

@@ -29,7 +29,7 @@ from sgm.training.optimizers.flat_gradients import FlatGradients
 from sgm.training.optimizers.schedule import LearningRate, ScheduleSettings
 from sgm.training.optimizers.spec import parameter_groups
 from sgm.training.setup.deepspeed import plan_deepspeed
-from sgm.training.setup.start import start_engine
+from sgm.training.setup.engine import start_engine
 from sgm.training.step import training_step
 
 ACCUMULATION = 2

@@ -10,7 +10,8 @@ from torch import nn
 from sgm.config import AccelerateArgs
 from sgm.modules.autoencoding.causal_conv import CausalConv3d
 from sgm.modules.ops import block_ops, cpu_bf16, vae
-from sgm.modules.ops.choice import KernelError, choose_kernels
+from sgm.modules.ops.choice import choose_kernels
+from sgm.typed import build_args
 from sgm.util import instantiate_from_config
 from tests.dit_tiny import TEXT_LENGTH, TEXT_WIDTH, tiny_config
 
@@ -116,5 +117,6 @@ def test_auto_asks_the_cpu(monkeypatch, able):
 def test_the_switch_is_exact_and_checked():
     assert AccelerateArgs(cpu_bf16="auto").approximate() == {}
     assert "cpu_bf16" in {field.name for field in dataclasses.fields(AccelerateArgs)}
-    with pytest.raises(KernelError, match="accelerate.cpu_bf16 is 'yes'; choose one of False, True, auto"):
-        choose_kernels("plain", "default", CPU, "yes")
+    problems: list[str] = []
+    assert build_args(AccelerateArgs, {"cpu_bf16": "yes"}, problems, [], "accelerate") is None
+    assert "accelerate.cpu_bf16: 'yes' is not one of False, True, 'auto'" in problems[0]

@@ -15,9 +15,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from sgm.data.clips import CaptionError, caption_of, caption_path, to_unit_range
-from sgm.data.dataset import SFTDataset
+from sgm.data.dataset import PackedStrings, SFTDataset
 from sgm.data.loader import CollateError, collate, create_loader
-from sgm.data.packed import PackedStrings
 from sgm.data.report import DatasetError, Report, append_broken, per_thread
 from sgm.data.sources import VIDEO_SUFFIXES, ListedClip, list_clips, list_files
 

@@ -12,9 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sgm.modules.ops.frozen import FrozenStream, frozen_parameters, next_block
 from sgm.modules.ops.recompute import ActivationOffload, Stored
-from sgm.weights.streaming import Streams, set_aside
+from sgm.weights.streaming import FrozenStream, Streams, frozen_parameters, next_block, set_aside
 from tests.dit_tiny import random_inputs, tiny_network
 from tests.unit.test_placement import LateStreams, places
 

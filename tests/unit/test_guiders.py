@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sgm.modules.diffusionmodules.guiders import DynamicCFG, IdentityGuider, VanillaCFG, guide, join_conditions
+from sgm.util import TargetError, instantiate_from_config
 
 SIGMA = torch.zeros(1)
 
@@ -64,10 +65,12 @@ def test_dynamic_scale_stays_in_its_swing():
 
 
 def test_dynamic_refuses_what_it_cannot_compute():
-    with pytest.raises(ValueError, match="exp must be an integer, not 2.5"):
-        DynamicCFG(scale=6, exp=2.5, num_steps=50)
-    with pytest.raises(ValueError, match="num_steps"):
-        DynamicCFG(scale=6, exp=5, num_steps=0)
+    for values, fault in (
+        ({"exp": 2.5, "num_steps": 50}, "exp: expected a whole number"),
+        ({"exp": 5, "num_steps": 0}, "num_steps: must be at least 1"),
+    ):
+        with pytest.raises(TargetError, match=fault):
+            instantiate_from_config({"target": f"{DynamicCFG.__module__}.DynamicCFG", "params": {"scale": 6, **values}})
     with pytest.raises(ValueError, match="step_index"):
         DynamicCFG(scale=6, exp=5, num_steps=50)(halves(0, 1), SIGMA)
 

@@ -143,7 +143,7 @@ def test_a_step_does_without_pytorchs_compiler():
     code = (
         "import sys, torch\n"
         "from sgm.training.optimizers.ema_adam import FusedEmaAdam\n"
-        "from sgm.training.setup.start import _keep_compiler_out\n"
+        "from sgm.training.setup.engine import _keep_compiler_out\n"
         "_keep_compiler_out()\n"
         "p = torch.nn.Parameter(torch.ones(3))\n"
         "p.grad = torch.ones(3)\n"

@@ -16,6 +16,7 @@ from sgm.modules.diffusionmodules.discretizer import (
     shift_snr,
     trailing_timesteps,
 )
+from sgm.util import TargetError, instantiate_from_config
 
 ROOT = "sgm.modules.diffusionmodules"
 ZERO_SNR = {"target": f"{ROOT}.discretizer.ZeroSNRDDPMDiscretization", "params": {"shift_scale": 3.0}}
@@ -78,8 +79,9 @@ def test_steps_out_of_range(n):
 
 
 def test_bad_parameters():
-    with pytest.raises(ScheduleError, match="shift_scale must be above 0, not 0"):
-        ZeroSNRDDPMDiscretization(shift_scale=0)
+    with pytest.raises(TargetError, match="shift_scale: must be above 0"):
+        target = f"{ZeroSNRDDPMDiscretization.__module__}.ZeroSNRDDPMDiscretization"
+        instantiate_from_config({"target": target, "params": {"shift_scale": 0}})
     with pytest.raises(ScheduleError, match="linear_start <= linear_end"):
         LegacyDDPMDiscretization(linear_start=0.5, linear_end=0.1)
 

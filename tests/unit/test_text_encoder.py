@@ -23,6 +23,7 @@ from sgm.modules.encoders.modules import FrozenT5Embedder, NonFiniteEmbeddingErr
 from sgm.modules.encoders.t5 import read_config
 from sgm.modules.encoders.t5_files import EncoderFilesError, wanted_files
 from sgm.modules.encoders.tokenizer import T5Tokenizer
+from sgm.util import TargetError, instantiate_from_config
 from sgm.weights import WeightsError
 from tools.random_release import train_sentencepiece
 
@@ -488,8 +489,9 @@ def test_frozen_by_default_trainable_on_request(release):
 
 
 def test_bad_length(release):
-    with pytest.raises(ValueError, match="max_length must be at least 1"):
-        FrozenT5Embedder(str(release), max_length=0)
+    params = {"model_dir": str(release), "max_length": 0}
+    with pytest.raises(TargetError, match="max_length: must be at least 1"):
+        instantiate_from_config({"target": f"{FrozenT5Embedder.__module__}.FrozenT5Embedder", "params": params})
 
 
 def test_no_warnings(release, caplog):

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from sgm.modules.ops.choice import Kernels, attention_by
-from sgm.modules.ops.frozen import FrozenStream
 from sgm.modules.ops.recompute import ActivationOffload
+from sgm.weights.streaming import FrozenStream
 from tools.bench import models
 from tools.bench.flops import block_flops
 from tools.bench.measure import Ceilings, emit, largest_error, time_runs

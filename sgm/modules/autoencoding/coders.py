@@ -33,7 +33,6 @@ class ContextParallelEncoder3D(nn.Module):
 
     Args:
         ch, ch_mult: width of level i is ch * ch_mult[i]; each level but the last halves height and width.
-        num_res_blocks: residual blocks a level.
         z_channels, double_z: the result has 2 * z_channels channels (mean and log variance), or z_channels.
         temporal_compress_times: the first log2 of it levels halve time.
         attn_resolutions: must be empty (these autoencoders have no attention).

@@ -15,7 +15,6 @@ class FirstStage(nn.Module, ABC):
     """From a clip to latents and back. Axes: b batch, f pixel frames, t latent frames, c channels, h w pixels.
 
     Attributes:
-        regularization: from the encoder's moments to latents.
         strides: how sizes of pixels and latents belong together.
     """
 

@@ -32,8 +32,6 @@ class SmallDecoderSizes:
 
     Attributes:
         widths, blocks: channels of each level, and its residual blocks.
-        z_channels: of the latents.
-        strides: of the VAE.
     Raises:
         ValueError: levels that do not make up the strides.
     """
@@ -102,7 +100,6 @@ class SmallDecoder(nn.Module):
 
         Args:
             cache: what the run before left, and where this one leaves the like; None: the clip is whole.
-            starts: this run begins the clip.
         Raises:
             ValueError: latents of another shape.
         """

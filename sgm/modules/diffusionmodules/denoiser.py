@@ -27,7 +27,6 @@ class Denoiser(nn.Module):
 
     Args:
         weighting_config: target of a loss weight, which the video loss does not use.
-        scaling_config: target of the coefficients.
     """
 
     def __init__(
@@ -74,9 +73,6 @@ class DiscreteDenoiser(Denoiser):
     """A denoiser that snaps sigma to the nearest entry of a table of `num_idx` values, those seen in training.
 
     Args:
-        num_idx: table length.
-        discretization_config: target of the schedule that fills the table.
-        do_append_zero: append a 0 to the table.
         quantize_c_noise: tell the network the index of the nearest table entry instead of c_noise itself.
         flip: order the table least noisy first, so that its index is the training timestep.
     Raises:

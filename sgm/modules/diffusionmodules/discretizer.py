@@ -64,8 +64,6 @@ class Discretization(ABC):
     """Maps a number of steps to that many schedule values, noisiest first."""
 
     def __init__(self, linear_start: float, linear_end: float, num_timesteps: int) -> None:
-        if num_timesteps < 1:
-            raise ScheduleError(f"num_timesteps must be at least 1, not {num_timesteps}.")
         if not 0 < linear_start <= linear_end < 1:
             raise ScheduleError(f"betas need 0 < linear_start <= linear_end < 1, not {linear_start} and {linear_end}.")
         self.num_timesteps = num_timesteps
@@ -86,7 +84,6 @@ class Discretization(ABC):
             do_append_zero: put a 0 behind the n values (before `flip`).
             device: where the values go; they are computed on the CPU, also under `torch.device("meta")`.
             flip: reverse the order, least noisy first (so that index = training timestep when n = num_timesteps).
-            return_idx: also give the training timesteps.
         Returns:
             float32 (n,) or (n + 1,); with `return_idx` a pair of that and the int64 (n,) timesteps on the CPU, which
             are always ascending (least noisy first) and never extended.
@@ -144,8 +141,6 @@ class ZeroSNRDDPMDiscretization(Discretization):
         keep_start: bool = False,
         post_shift: bool = False,
     ) -> None:
-        if not shift_scale > 0:
-            raise ScheduleError(f"shift_scale must be above 0, not {shift_scale} (3.0 for CogVideoX-2B, 1.0 for 5B).")
         if keep_start and not post_shift:
             linear_start = shift_snr(linear_start, shift_scale)
         super().__init__(linear_start, linear_end, num_timesteps)

@@ -23,8 +23,6 @@ class FewSteps:
 
     Attributes:
         steps: passes of the network; `timesteps`: their training timesteps, falling.
-        sampler: one of `SAMPLERS`.
-        guidance: whether it still wants the configuration's guidance.
     """
 
     steps: int

@@ -147,12 +147,8 @@ class DynamicCFG(VanillaCFG):
     """
 
     def __init__(self, scale: Scale, exp: Annotated[int, Range(0, 64)], num_steps: Timesteps) -> None:
-        if not float(exp).is_integer():
-            raise ValueError(f"DynamicCFG takes powers of negative numbers: exp must be an integer, not {exp}.")
-        if num_steps < 1:
-            raise ValueError(f"DynamicCFG: num_steps must be at least 1, not {num_steps}.")
         super().__init__(scale)
-        self.exp = int(exp)
+        self.exp = exp
         self.num_steps = num_steps
 
     def scale_at(self, step_index: float, scale: float | None = None) -> float:

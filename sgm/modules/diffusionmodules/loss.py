@@ -66,10 +66,7 @@ class Loss(ABC):
         """(b,) float32.
 
         Args:
-            network, denoiser: see `Denoiser.forward`.
-            conditioner: batch -> conditions.
             z: clean latents (b, ...), scaled, in any floating type.
-            batch: what the data set gives.
             idx: (b,) int64 timesteps instead of random ones.
             noise: (b, ...) like z instead of random noise.
         """
@@ -82,8 +79,6 @@ class VideoDiffusionLoss(Loss):
     and the offset (CPU). All but the first are made equal for all processes of a clip.
 
     Args:
-        sigma_sampler_config: target of the timestep sampler.
-        type: "l2" or "l1".
         offset_noise_level: > 0 adds that much of one common normal value to all noise of a sample.
         block_scale, block_size, fixed_frames: known to the original, which makes nothing of them; only their defaults
             are accepted.
@@ -91,7 +86,7 @@ class VideoDiffusionLoss(Loss):
         batch2model_keys: entries of the batch that are handed to the network. (Its `concat_images` become the condition
             `concat`, whatever stands here.)
     Raises:
-        ValueError: unknown type, or a value for a parameter that has no effect.
+        ValueError: a value for a parameter that has no effect.
     """
 
     def __init__(
@@ -105,8 +100,6 @@ class VideoDiffusionLoss(Loss):
         fixed_frames: int = 0,
         batch2model_keys: str | Sequence[str] | None = None,
     ) -> None:
-        if type not in ("l2", "l1"):
-            raise ValueError(f"loss type {type!r} is not known; choose 'l2' or 'l1'.")
         idle = {"block_scale": block_scale, "block_size": block_size, "fixed_frames": fixed_frames or None}
         given = [f"{name}={value}" for name, value in idle.items() if value is not None]
         if given:

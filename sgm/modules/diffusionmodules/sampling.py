@@ -137,10 +137,8 @@ class VideoDDIMSampler:
     """Deterministic DDIM, and the schedule, guidance and video options that the other samplers inherit.
 
     Args:
-        discretization_config: target of a schedule of signal rates.
         num_steps: steps of a run; a call may ask for another number.
         guider_config: target of a guider; None for no guidance.
-        verbose: show a progress bar.
         device: taken from the original's YAML files; the schedule is a handful of numbers, and sampling runs where the
             start noise lies.
         fixed_frames: that many leading latent frames are kept: the caller puts them, clean, into the start value.
@@ -278,7 +276,6 @@ class VideoDDIMSampler:
                 that it discards), so that a run can be repeated with recorded or per-sample noise.
             callback: called after each step as (step index, steps in all, x, estimate).
             fixed_frames: replaces the configured number; None keeps that.
-            scale_emb, ofs: handed to the denoiser where given.
         Returns:
             Clean latents (b, t, c, h, w), float32.
         Raises:

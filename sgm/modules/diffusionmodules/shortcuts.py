@@ -48,7 +48,6 @@ class SkipRule:
         threshold: a step is skipped where the estimate is expected to have changed by less than this part since the
             last whole step. 0 skips none; infinity leaves all to `max_skips`.
         keep_first, keep_last: so many steps at either end are never skipped.
-        max_skips: most skipped steps in a row.
     """
 
     threshold: float

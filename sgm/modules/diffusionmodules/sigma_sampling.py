@@ -58,9 +58,6 @@ class DiscreteSampling:
     """Uniformly drawn timesteps and their table entries.
 
     Args:
-        discretization_config: target of the schedule that fills the table.
-        num_idx: table length.
-        do_append_zero: append a 0 to the table.
         flip: order the table least noisy first, so that its index is the timestep.
         uniform_sampling: every data-parallel rank draws from its own interval of timesteps (see `rank_range`), which
             evens out the levels of a large batch. With one rank it is the full range.
@@ -105,29 +102,15 @@ class DiscreteSampling:
         return rank_range(rank, world_size, self.num_idx, self.group_num)
 
     def __call__(
-        self,
-        n_samples: int,
-        rand: Tensor | None = None,
-        return_idx: bool = False,
-        *,
-        rank: int | None = None,
-        world_size: int | None = None,
-        generator: torch.Generator | None = None,
+        self, n_samples: int, rand: Tensor | None = None, return_idx: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Draw on the CPU, with one `torch.randint`.
+        """(b,) float32 table entries, with `return_idx` also their (b,) int64 timesteps.
 
-        Args:
-            n_samples: b.
-            rand: (b,) int64 timesteps to take instead of drawing.
-            return_idx: also give the timesteps.
-            rank, world_size: data-parallel place, for uniform_sampling; None asks `sgm.distributed`.
-            generator: CPU generator; None for the global one.
-        Returns:
-            (b,) float32 table entries, with `return_idx` also the (b,) int64 timesteps.
+        These are `rand` where it is given, else drawn on the CPU with one `torch.randint`.
         """
         if rand is None:
-            span = self.index_range(rank, world_size)
-            rand = torch.randint(span.low, span.high, (n_samples,), generator=generator, device="cpu")
+            span = self.index_range()
+            rand = torch.randint(span.low, span.high, (n_samples,), device="cpu")
         sigma = self.idx_to_sigma(rand)
         return (sigma, rand) if return_idx else sigma
 
@@ -139,9 +122,7 @@ class EDMSampling:
         self.p_mean = p_mean
         self.p_std = p_std
 
-    def __call__(
-        self, n_samples: int, rand: Tensor | None = None, *, generator: torch.Generator | None = None
-    ) -> Tensor:
+    def __call__(self, n_samples: int, rand: Tensor | None = None) -> Tensor:
         """(b,) float32 sigma; `rand` (b,) standard normal values to take instead of drawing."""
-        normal = torch.randn(n_samples, generator=generator, device="cpu") if rand is None else rand
+        normal = torch.randn(n_samples, device="cpu") if rand is None else rand
         return (self.p_mean + self.p_std * normal).exp()

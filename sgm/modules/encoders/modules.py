@@ -22,7 +22,7 @@ from sgm.modules.encoders.tokenizer import UNKNOWN_SHARE, T5Tokenizer
 from sgm.typed import PathText, Range
 from sgm.util import get_obj_from_str
 from sgm.weights import assign_state
-from sgm.weights.finite import is_finite
+from sgm.weights.save import is_finite
 
 __all__ = ["FrozenT5Embedder", "GeneralConditioner", "NonFiniteEmbeddingError", "TokenizedPrompts", "text_is_local"]
 
@@ -61,7 +61,6 @@ class FrozenT5Embedder(AbstractEmbModel):
             or one with the subfolders text_encoder/ and tokenizer/; or a hub id.
         device: where the weights are loaded to; None for the CPU. Sampling and training move the module as they need.
         max_length: tokens a caption, with the end-of-sequence token (226 for CogVideoX).
-        freeze: no gradients, always in eval mode.
         cache_dir: the hub's cache folder; None for its default.
     Raises:
         EncoderFilesError: files are missing.
@@ -80,8 +79,6 @@ class FrozenT5Embedder(AbstractEmbModel):
         cache_dir: PathText | None = None,
     ) -> None:
         super().__init__()
-        if max_length < 1:
-            raise ValueError(f"max_length must be at least 1 (226 for CogVideoX), not {max_length}.")
         self.max_length = max_length
         self.files = t5_files.resolve(str(model_dir), cache_dir)
         self.tokenizer = T5Tokenizer(self.files.vocabulary)

@@ -76,7 +76,8 @@ def split_heads(
     if norms or rotary is not None:
         values = (_norm_values(norms[0]), _norm_values(norms[1])) if norms else None
         if _wants_grad(qkv, *(norm.weight for norm in norms)):
-            return recorded_split_heads(qkv, head_width, values, rotary, text_length)
+            query_values, key_values = values or ((), ())
+            return _SplitHeads.apply(qkv, head_width, rotary, text_length, *query_values, *key_values)
         launch_head_norm_rotate(qkv, head_width, values, rotary, text_length)
     query, key, value = qkv.unflatten(-1, (3, -1, head_width)).unbind(2)
     return query, key, value
@@ -112,8 +113,14 @@ def _wants_grad(*tensors: Tensor | None) -> bool:
 
 
 def _residual_norm_for(*tensors: Tensor | None) -> Callable[..., tuple[Tensor, Tensor]]:
-    """`launch_residual_norm`, with gradients where one of its tensors wants any."""
-    return recorded_residual_norm if _wants_grad(*tensors) else launch_residual_norm
+    """`launch_residual_norm`, with gradients where one of its tensors wants any (an absent half is None then)."""
+
+    def recorded(
+        hidden: Tensor, text_length: int, residual: Residual | None, norm: ModulatedNorm | None
+    ) -> tuple[Tensor, Tensor]:
+        return _ResidualNorm.apply(hidden, text_length, *(residual or (None, None, None)), *(norm or ()))
+
+    return recorded if _wants_grad(*tensors) else launch_residual_norm
 
 
 def _modulated(norm: nn.LayerNorm, text: Modulation, video: Modulation) -> ModulatedNorm:
@@ -136,25 +143,6 @@ def _is_plain_norm(norm: nn.Module, x: Tensor) -> TypeGuard[nn.LayerNorm]:
 
 
 Gradients = tuple[Tensor | None, ...]  # one an argument of `forward`
-
-
-def recorded_residual_norm(
-    hidden: Tensor, text_length: int, residual: Residual | None, norm: ModulatedNorm | None
-) -> tuple[Tensor, Tensor]:
-    """`launch_residual_norm` with gradients; the result of an absent half is None."""
-    return _ResidualNorm.apply(hidden, text_length, *(residual or (None, None, None)), *(norm or ()))
-
-
-def recorded_split_heads(
-    qkv: Tensor,
-    head_width: int,
-    norms: tuple[NormValues, NormValues] | None,
-    rotary: RotaryTable | None,
-    text_length: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Leaves `qkv` as it is; the value is a view of it."""
-    query, key = norms or ((), ())
-    return _SplitHeads.apply(qkv, head_width, rotary, text_length, *query, *key)
 
 
 class _ResidualNorm(torch.autograd.Function):
@@ -189,7 +177,8 @@ class _ResidualNorm(torch.autograd.Function):
         to_hidden, to_update, sums = launch_residual_norm_backward(
             grad_summed, grad_normed, grad_summed if summed is None else summed, residual, norm, ctx.text_length
         )
-        to_gates = _gate_gradients(sums, residual[1:]) if residual else (None, None)
+        gates = zip(sums[:, 2], residual[1:]) if residual else ()
+        to_gates = [_vector_gradient(part, gate) for part, gate in gates] or (None, None)
         to_norm = _norm_gradients(sums, weight, bias, vectors) if norm else ()
         return to_hidden, None, to_update, *to_gates, *to_norm
 
@@ -244,10 +233,6 @@ def _norm_gradients(
     if weight is None or bias is None:
         return [None, None, None, *to_vectors]
     return [(to_weight[0] + to_weight[1]).to(weight.dtype), (to_bias[0] + to_bias[1]).to(bias.dtype), None, *to_vectors]
-
-
-def _gate_gradients(sums: Tensor, gates: Sequence[Tensor]) -> list[Tensor]:
-    return [_vector_gradient(part, gate) for part, gate in zip(sums[:, 2], gates)]
 
 
 def _vector_gradient(total: Tensor, vector: Tensor) -> Tensor:

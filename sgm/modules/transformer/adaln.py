@@ -45,11 +45,8 @@ class AdaLNMixin(BaseMixin):
 
     Args:
         hidden_size: model width d.
-        num_layers: number of blocks.
         time_embed_dim: width e of the time embedding; every layer maps e -> 12 d.
-        hidden_size_head: width of an attention head.
         qk_ln: normalise q and k per head before the product (Dehghani et al. 2023, arXiv:2302.05442, 2.1).
-        elementwise_affine: whether those norms have weights.
     """
 
     ops: BlockOps = PLAIN  # implementation of the blocks' operations

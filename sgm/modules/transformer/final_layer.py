@@ -25,8 +25,6 @@ class FinalLayerMixin(BaseMixin):
         hidden_size: model width d.
         time_embed_dim: width e of the time embedding.
         patch_size: p or [pt, ph, pw], see `PatchSize`.
-        out_channels: channels of the predicted latents.
-        elementwise_affine: whether the norm has weights.
     """
 
     def __init__(

@@ -56,11 +56,6 @@ class Watched:
         return f"the hook {self.hook!r} of mixin {self.mixin!r}"
 
 
-def further_mixins(mixins: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Those beyond a release's own."""
-    return {name: mixin for name, mixin in mixins.items() if name not in OWN_MIXINS}
-
-
 def collect_hooks(
     model: nn.Module, mixins: Mapping[str, nn.Module]
 ) -> tuple[dict[str, Hook], dict[str, str], list[Watched]]:
@@ -72,7 +67,7 @@ def collect_hooks(
         HookError: a further mixin that has no effect, or a hook that would not be called; or layers are split over
             processes, each of which holds some of the heads.
     """
-    added = further_mixins(mixins)
+    added = {name: mixin for name, mixin in mixins.items() if name not in OWN_MIXINS}
     if added and model_parallel_world_size() > 1:
         raise HookError(f"mixin {next(iter(added))!r} does not go with a model_parallel_size above 1.")
     for name, mixin in added.items():

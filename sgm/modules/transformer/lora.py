@@ -59,10 +59,7 @@ class LoraLinear(AdaptedLinear):
     parallel weight's rows and A a row-parallel weight's columns; the other matrix is whole on every process.
 
     Args:
-        original: the linear to wrap.
         parts: number of equal blocks of output rows with a pair of matrices each.
-        rank: r of every pair.
-        scaling: factor on the adapter's output.
         dropout: probability of dropping an input of the adapter in training.
     """
 
@@ -141,8 +138,6 @@ class LoraMixin(SatLoraMixin):
     """SAT's LoRA mixin with the same arguments and tensors, and right also under tensor parallelism.
 
     Args:
-        layer_num: number of layers of the network.
-        r: rank.
         lora_alpha: numerator of the scaling.
         lora_dropout: dropout in front of A, in training.
         layer_range: layers to adapt; None means all.
@@ -151,7 +146,7 @@ class LoraMixin(SatLoraMixin):
         targets: which linears, of "attention", "mlp", "adaln".
         rank_stabilised: scale by alpha / sqrt(r).
     Raises:
-        LoraError: unknown target, rank below 1, layers that do not exist, or qlora.
+        LoraError: unknown target, layers that do not exist, or qlora.
     """
 
     def __init__(
@@ -166,18 +161,14 @@ class LoraMixin(SatLoraMixin):
         targets: str | Sequence[str] = ("attention",),
         rank_stabilised: bool = False,
     ):
-        self._check(layer_num, r, layer_range, qlora, targets)
+        self._check(layer_num, layer_range, qlora, targets)
         super().__init__(layer_num, r, lora_alpha, lora_dropout, layer_range and list(layer_range), qlora, False)
         self.targets = (targets,) if isinstance(targets, str) else tuple(targets)
         self.rank_stabilised = rank_stabilised
         self.scaling = lora_scaling(r, lora_alpha, rank_stabilised)
 
     @staticmethod
-    def _check(
-        layer_num: int, r: int, layer_range: Sequence[int] | None, qlora: bool, targets: str | Sequence[str]
-    ) -> None:
-        if r < 1:
-            raise LoraError(f"LoRA rank r is {r}; it must be at least 1.")
+    def _check(layer_num: int, layer_range: Sequence[int] | None, qlora: bool, targets: str | Sequence[str]) -> None:
         if qlora:
             raise LoraError("qlora: true is not available; leave it out.")
         unknown = [name for name in ([targets] if isinstance(targets, str) else targets) if name not in TARGETS]
@@ -229,6 +220,7 @@ def set_lora_scale(module: nn.Module, scale: float) -> None:
             layer.scaling = layer.lora_alpha / layer.r * scale
 
 
+@torch.no_grad()
 def merge_lora(module: nn.Module) -> None:
     """Fold the adapters inside `module` into its weights, W + scaling * concat_i(B_i A_i), computed in float32.
 
@@ -236,7 +228,9 @@ def merge_lora(module: nn.Module) -> None:
     """
     for layer in lora_layers(module).values():
         factor = layer.scaling * getattr(layer, "adapter_scale", 1.0)
-        add_delta(weight_of(layer.original), lora_delta(list(layer.matrix_A), list(layer.matrix_B), factor))
+        weight = weight_of(layer.original)
+        delta = lora_delta(list(layer.matrix_A), list(layer.matrix_B), factor)
+        weight.copy_(weight.float() + delta.to(weight.device))
     remove_lora(module)
 
 
@@ -246,9 +240,3 @@ def remove_lora(module: nn.Module) -> None:
         module.set_submodule(name, layer.original)
     if isinstance(module, BaseModel) and "lora" in module.mixins:
         module.del_mixin("lora")
-
-
-@torch.no_grad()
-def add_delta(weight: Tensor, delta: Tensor) -> None:
-    """Add float32 to a weight, in its place and type."""
-    weight.copy_(weight.float() + delta.to(weight.device))

@@ -84,10 +84,8 @@ class LoraSpec:
     """What an adapter's tensors say of it, and alpha, which they do not.
 
     Attributes:
-        rank: r.
         alpha: numerator of the scaling; 1, SAT's default, unless known otherwise.
         targets: kinds of linears, of "attention", "mlp", "adaln".
-        layers: adapted layers.
         rank_stabilised: scaling by alpha / sqrt(r).
         only_folded: why it can only be folded into the weights, in a few words; "" where it can be beside them.
     """

@@ -66,9 +66,7 @@ class ImagePatchEmbeddingMixin(BaseMixin):
 
     Args:
         in_channels: channels of the latents (with the image's, for image-to-video).
-        hidden_size: model width.
         patch_size: p or [pt, ph, pw], see `PatchSize`.
-        bias: whether the patch projection has one.
         text_hidden_size: width of the text embeddings; None leaves text out.
     """
 

@@ -23,7 +23,6 @@ T = TypeVar("T")
 MAX_PERIOD = 10000.0
 LARGEST_STRETCH = 2.0  # tokens along an axis in relation to the configured ones, for training on other sizes
 TABLES_KEPT = 8  # grids whose tables stay in memory
-OTHER_SIZES = ("extend", "interpolate")
 OtherSizes = Literal["extend", "interpolate"]
 Divisor = Annotated[float, Range(1e-6, 1e6)]
 TextLength = Annotated[int, Range(0, 65536)]
@@ -99,8 +98,6 @@ class PositionMixin(BaseMixin):
         self, height: int, width: int, compressed_num_frames: int, text_length: int, other_sizes: OtherSizes = "extend"
     ):
         super().__init__()
-        if other_sizes not in OTHER_SIZES:
-            raise ValueError(f"other_sizes is {other_sizes!r}; choose one of {', '.join(OTHER_SIZES)}")
         self.other_sizes = other_sizes
         self.divisors: Spacing = (1.0, 1.0, 1.0)
         self.grid = TokenGrid(compressed_num_frames, height, width)
@@ -173,12 +170,10 @@ class Basic3DPositionEmbeddingMixin(PositionMixin):
     hand. Other heights and widths get a table computed for them, see `other_sizes`.
 
     Args:
-        height, width: configured token rows and columns.
         compressed_num_frames: configured (and largest) number of frames, in patches.
         hidden_size: model width d; must be a multiple of 16.
         text_length: number of text tokens in front; their rows are zero.
         height_interpolation, width_interpolation, time_interpolation: divisors of the positions.
-        other_sizes: see `PositionMixin`.
     """
 
     def __init__(
@@ -225,15 +220,12 @@ class Rotary3DPositionEmbeddingMixin(PositionMixin):
 
     Args:
         height, width, compressed_num_frames, text_length: see `Basic3DPositionEmbeddingMixin`.
-        hidden_size: model width, for the learned table.
         hidden_size_head: width of an attention head; must be a multiple of 16.
-        theta: base of the frequencies.
         rot_v: not available; v is never rotated.
         learnable_pos_embed: add a trainable table (5B image-to-video), which fixes height and width.
         persistent: keep the tables in the state dict as `freqs_sin` and `freqs_cos`, in the model's type (the form of
             the first release); otherwise they are computed in float32 for each grid.
         height_interpolation, width_interpolation, time_interpolation: without effect, as in the original.
-        other_sizes: see `PositionMixin`.
     """
 
     rotates = True

@@ -59,7 +59,6 @@ class RunRecord:
         saved_at: seconds since 1970.
         config_hash: of what the run learns.
         world_size, model_parallel_size, zero_stage: set-up that the resume state belongs to.
-        lora_only: the weights are the adapter alone.
         files: path inside the iteration's folder -> bytes.
         clips_per_step: of all processes and micro-batches; 0: of a version that did not write it.
         identity: every key of the run with its value, see `same_run.identity`; empty as above.

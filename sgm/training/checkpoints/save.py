@@ -50,8 +50,7 @@ from sgm.training.checkpoints.weights import (
 )
 from sgm.training.setup.engine import TrainingEngine
 from sgm.weights import WeightsError
-from sgm.weights.finite import require_finite
-from sgm.weights.save import save_pt, save_safetensors, size_of
+from sgm.weights.save import require_finite, save_pt, save_safetensors, size_of
 from sgm.weights.tensor_parallel import merge_partitions
 
 

@@ -26,8 +26,6 @@ class TrainState:
     Attributes:
         iteration: optimizer steps taken or skipped.
         consumed_samples: clips used so far by all ranks together.
-        sampler: position in the training data.
-        schedule: learning-rate schedule.
         scaler: loss scale and its counters; None where the loss is not scaled.
         skipped_steps: steps without an update (NaN, overflow) among `iteration`.
         optimizer: this rank's partition of masters and moments.

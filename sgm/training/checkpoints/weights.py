@@ -20,9 +20,8 @@ from sgm.modules.transformer.lora import AdaptedLinear, lora_layers, weight_of
 from sgm.modules.transformer.lora_state import MATRIX, further_mixin, lora_delta
 from sgm.training.checkpoints.state import CheckpointError
 from sgm.weights import WeightsError, weights_fingerprint
-from sgm.weights.finite import require_finite
 from sgm.weights.release import NETWORK_PREFIX, locate
-from sgm.weights.save import Deferred
+from sgm.weights.save import Deferred, require_finite
 
 logger = logging.getLogger(__name__)
 

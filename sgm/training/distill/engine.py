@@ -42,9 +42,7 @@ class DistillationEngine(SATVideoDiffusionEngine):
     Where adapters learn, the three share the base's weights; else each has its own.
 
     Attributes:
-        critic: called as `model`.
         teacher: the same, without gradients.
-        few_steps: how the student is sampled.
         unconditional: conditions (1, ...) that the teacher's guidance steers away from.
     """
 
@@ -58,13 +56,13 @@ class DistillationEngine(SATVideoDiffusionEngine):
         From here on `sampler` is the student's.
 
         Args:
-            shape: (t, c, h, w) of a sample.
             sampler_config: of the model section, the teacher's.
         """
         self.shape = shape
         self.teacher = BaseNetwork(self.model)
         self.add_critic(settings.critic_rate)
-        self._table = _denoiser(self).sigmas
+        assert isinstance(self.denoiser, DiscreteDenoiser)  # see `check_distill`
+        self._table = self.denoiser.sigmas
         self._guidance = guidance_tables(self.sampler, len(self._table), settings)
         schedule = self.sampler.schedule(settings.steps)
         self.few_steps = FewSteps(settings.steps, schedule.timesteps, settings.sampler)
@@ -154,12 +152,6 @@ def _second(model: Wrapped, rate: float) -> Wrapped:
         if parameter.requires_grad:
             vars(parameter)["lr_scale"] = rate  # for `parameter_groups`
     return second
-
-
-def _denoiser(engine: SATVideoDiffusionEngine) -> DiscreteDenoiser:
-    if not isinstance(engine.denoiser, DiscreteDenoiser):
-        raise TypeError(f"{type(engine.denoiser).__name__} has no table of timesteps")  # refused before
-    return engine.denoiser
 
 
 def check_distill(args: TrainArgs, zero_stage: int, engine: SATVideoDiffusionEngine) -> None:

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from sgm.config import ConfigError
 from sgm.data.clips import CaptionError, caption_of
 from sgm.data.sampler import ClipSampler
-from sgm.data.sources import exists, list_clips
+from sgm.data.sources import list_clips
 from sgm.files import read_lines
 from sgm.models.diffusion import Cond, SATVideoDiffusionEngine
 from sgm.training.distill.engine import COND
@@ -29,22 +29,15 @@ def read_prompts(args: TrainArgs) -> list[list[str]]:
     """The prompts of each file of `args.distill.prompts`, or else the captions of each folder of `args.train_data`.
 
     Raises:
-        ConfigError: no such file, or nothing in it.
+        ConfigError: nothing in one of them, or a clip without caption. (`check_places` has looked for them.)
     """
     if args.distill is not None and args.distill.prompts:
-        return [_of_file(Path(path).expanduser()) for path in args.distill.prompts]
+        files = [Path(path).expanduser() for path in args.distill.prompts]
+        return [_some(read_lines(file, ConfigError), file) for file in files]
     return [_captions(Path(folder).expanduser()) for folder in args.train_data]
 
 
-def _of_file(path: Path) -> list[str]:
-    if not path.is_file():
-        raise ConfigError(f"args.distill.prompts: no file {path}; name a text file with a prompt a line")
-    return _some(read_lines(path, ConfigError), path)
-
-
 def _captions(folder: Path) -> list[str]:
-    if not exists(folder):
-        raise ConfigError(f"args.train_data: no folder {folder}, nor a manifest or shard, whose captions could be read")
     texts = []
     for clip in list_clips(folder):
         try:

@@ -26,7 +26,6 @@ class ScheduleSettings:
     """What the learning rate does over a run.
 
     Attributes:
-        base_lr: rate at the end of warm-up.
         total_steps: optimizer steps over which it decays (N).
         warmup: share of `total_steps` spent rising linearly from 0.
         style: "linear" to 0, "cosine" to `decay_ratio * base_lr`, or "constant"; "exponential" and "None" are

@@ -25,10 +25,8 @@ class OptimizerSpec:
     """A checked `optimizer:` section.
 
     Attributes:
-        name: as written.
         target: the class; None where DeepSpeed itself must build it.
         params: constructor arguments without `lr`.
-        lr: learning rate at the end of warm-up.
         notes: what was understood differently from the letter.
     """
 

@@ -51,13 +51,11 @@ class DeepSpeedPlan:
     """What the `deepspeed:` section asks for.
 
     Attributes:
-        config: the mapping handed to `deepspeed.initialize`.
         dtype: "fp32", "fp16" or "bf16": type of the model's weights.
         offload: optimizer state and masters lie in CPU memory.
         micro_batch: clips a rank takes at a time; `accumulation` of these make an optimizer step.
         clipping: largest norm of the gradient; 0 for none. Applied by DeepSpeed, or by `sgm.training.step` where the
             gradient is not wrapped (float32 without ZeRO).
-        notes: what was translated, or has no effect.
         time_phases: `wall_clock_breakdown` was asked for; the run times its phases itself (`watch.timing`).
     """
 

@@ -13,7 +13,6 @@ from sgm.config import RunConfig
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.modules.diffusionmodules.image_condition import sampled_frames
 from sgm.modules.encoders.modules import text_is_local
-from sgm.modules.ops.frozen import frozen_parameters
 from sgm.parallel.apply import most_shares
 from sgm.training.distill.engine import DistillationEngine
 from sgm.training.memory import MemoryNeeds
@@ -29,6 +28,7 @@ from sgm.training.setup.model import (
     training_model_section,
     trains_more_than_lora,
 )
+from sgm.weights.streaming import frozen_parameters
 
 T5_XXL_VALUES = 4_762_310_656
 

@@ -18,7 +18,6 @@ from sgm.models.loading import LoadedNetwork, load_first_stage, load_network, lo
 from sgm.modules.diffusionmodules.image_condition import sampled_frames
 from sgm.modules.diffusionmodules.loss import VideoDiffusionLoss
 from sgm.modules.ops.choice import Kernels, choose_kernels
-from sgm.modules.ops.frozen import frozen_parameters
 from sgm.modules.ops.recompute import MODES, ActivationOffload, stronger_mode
 from sgm.parallel.apply import check_shares
 from sgm.training.distill.engine import DistillationEngine, check_distill
@@ -27,7 +26,7 @@ from sgm.training.options import AUTO, TrainArgs
 from sgm.training.prior import BaseNetwork
 from sgm.training.setup.deepspeed import DeepSpeedPlan
 from sgm.util import instantiate_from_config
-from sgm.weights.streaming import set_aside
+from sgm.weights.streaming import frozen_parameters, set_aside
 
 
 def training_model_section(model: Mapping[str, Any], args: TrainArgs) -> dict[str, Any]:

@@ -35,7 +35,6 @@ class TensorBoard:
     """Event files for `tensorboard --logdir FOLDER`; clips appear as a strip of their frames.
 
     Args:
-        folder: of the event files.
         iteration: a resumed run's; what an earlier process wrote beyond it is hidden.
     """
 
@@ -91,8 +90,6 @@ class WeightsAndBiases:
 
     Args:
         folder: the run's folder, which names it; wandb keeps its files there.
-        project: name of the project.
-        config: the resolved configuration.
     Raises:
         WatchError: not logged in, or wandb cannot start.
     """

@@ -71,7 +71,6 @@ class RunLog:
 
     Args:
         folder: run folder for `metrics.jsonl` and `loss.png`; None writes no file.
-        total: iterations of the whole run.
         out: where lines go; None for no lines, files or boards (other ranks).
         boards: what else is told; closed at the end.
         show_phases: print the seconds by phase as well (they are recorded in any case).
