@@ -18,7 +18,7 @@ from sgm.data.report import DatasetError, per_thread, reason_of
 from sgm.data.sources import ListedClip, Listing, is_image, passed_over_line
 from sgm.data.video_io import VideoInfo, probe
 from sgm.files import atomic_write
-from sgm.modules.encoders.tokenizer import UNKNOWN_SHARE
+from sgm.modules.encoders.modules import UNKNOWN_SHARE
 
 THUMBNAIL = 160  # pixels, the longer side
 SHEET_FRAMES = 4  # of each clip
@@ -89,7 +89,7 @@ class TokenCounter:
 
     def __init__(self, model_dir: str, max_length: int):
         from sgm.modules.encoders import t5_files
-        from sgm.modules.encoders.tokenizer import T5Tokenizer
+        from sgm.modules.encoders.modules import T5Tokenizer
 
         self.max_length = max_length
         self._tokenizer = T5Tokenizer(t5_files.resolve(model_dir).vocabulary)

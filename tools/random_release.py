@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from sgm.files import atomic_write, write_text
+from sgm.modules.encoders.modules import EXTRA_IDS
 from sgm.modules.encoders.t5 import T5Config, T5Encoder
-from sgm.modules.encoders.tokenizer import EXTRA_IDS
 from sgm.places import CONFIGS
 from sgm.util import instantiate_from_config
 from sgm.weights.files import WeightsError

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sgm.cache.dataset import EMBEDDING, MOMENTS
-from sgm.cache.identity import TEXT_KEY, encoder_params, starts_from_picture
+from sgm.cache.ready import TEXT_KEY, encoder_params, starts_from_picture
 from sgm.errors import SgmError
 from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
 from sgm.modules.autoencoding.first_stage import FirstStage

@@ -16,10 +16,10 @@ from sgm.files import (
     replaced,
     require_space,
     restore_replaced,
+    try_lock,
     write_failed,
     write_json,
 )
-from sgm.lock import try_lock
 from sgm.weights.save import save_safetensors
 
 SHARD_BYTES = 5 << 30

@@ -17,11 +17,10 @@ from typing import Any, TypeVar
 from sgm.cli import print_line
 from sgm.convert.hf_folder import DIFFUSION_STEM, ENCODER_STEM, TOKENIZER_FILES
 from sgm.convert.to_sat import RUN_FILE, ToSat, convert
-from sgm.files import advising, readable, remove, require_space, saving, write_json
+from sgm.files import advising, readable, remove, require_space, saving, try_lock, write_json
 from sgm.hub import download
 from sgm.hub.client import Hub, HubError, HubFile, UnreachableError
 from sgm.hub.download import Download
-from sgm.lock import try_lock
 from sgm.modules.encoders.t5_files import VOCABULARIES
 from sgm.places import INSTALLED, PROJECT, shown
 from sgm.progress import Tally

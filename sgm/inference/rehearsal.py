@@ -22,7 +22,7 @@ from sgm.models.autoencoder import VideoAutoencoder
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.modules.ops.block_ops import split_modulation
 from sgm.modules.transformer.block import dit_block
-from sgm.weights.meta import MetaRules, Rules
+from sgm.weights.assign import MetaRules, Rules
 
 THREADS = 4  # a third of the work is Python, which the run itself needs, too
 FRAMES = 5  # latent frames that show the decoder's first chunk and its later ones

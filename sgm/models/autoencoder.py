@@ -17,8 +17,14 @@ from typing import Annotated, Protocol
 import torch
 from torch import Tensor, nn
 
-from sgm.modules.autoencoding.causal_cache import CausalCache, cache_on
-from sgm.modules.autoencoding.causal_conv import CPU_SLICE_BYTES, DECODE_SLICE_BYTES, SLICE_BYTES, ClipPass
+from sgm.modules.autoencoding.causal_conv import (
+    CPU_SLICE_BYTES,
+    DECODE_SLICE_BYTES,
+    SLICE_BYTES,
+    CausalCache,
+    ClipPass,
+    cache_on,
+)
 from sgm.modules.autoencoding.coders import (
     ContextParallelDecoder3D,
     ContextParallelEncoder3D,

@@ -40,8 +40,8 @@ from sgm.modules.transformer.sat_base import BaseMixin, BaseModel
 from sgm.typed import Layers, Range, Record, Size, Slots
 from sgm.util import Config, Role, TargetError, get_obj_from_str, instantiate_from_config, split_config
 from sgm.weights import DTYPES
+from sgm.weights.assign import without_values
 from sgm.weights.identify import PUBLISHED
-from sgm.weights.meta import without_values
 
 logger = logging.getLogger(__name__)
 MIXINS = ("pos_embed", "patch_embed", "adaln_layer", "final_layer")

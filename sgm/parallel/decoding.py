@@ -13,8 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sgm.modules.autoencoding.causal_cache import CausalCache
-from sgm.modules.autoencoding.causal_conv import CausalConv3d, empty, layout_of
+from sgm.modules.autoencoding.causal_conv import CausalCache, CausalConv3d, empty, layout_of
 from sgm.modules.ops.vae import Activation
 from sgm.parallel.team import Team
 

@@ -18,9 +18,8 @@ import uvicorn
 
 from sgm.cli import print_line
 from sgm.errors import SgmError
-from sgm.files import remove, require_writable
+from sgm.files import remove, require_writable, try_lock
 from sgm.inference.options import SampleArgs
-from sgm.lock import try_lock
 from sgm.places import CONFIGS, found_path
 from sgm.serve.app import application
 from sgm.serve.desk import Desk

@@ -18,7 +18,7 @@ from typing import Any, TextIO
 
 from sgm.cli import BAD_INPUT
 from sgm.errors import SgmError
-from sgm.lock import try_lock
+from sgm.files import try_lock
 from sgm.serve.maker import Maker
 from sgm.serve.store import JobStore
 

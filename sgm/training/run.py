@@ -19,8 +19,7 @@ import torch.distributed as dist
 from torch.utils.data import Dataset
 
 from sgm import distributed
-from sgm.cache.identity import starts_from_picture
-from sgm.cache.ready import ReadyCache, ready_cache
+from sgm.cache.ready import ReadyCache, ready_cache, starts_from_picture
 from sgm.cli import MOSTLY_SKIPPED, flush_output, print_line
 from sgm.config import ConfigError, RunConfig, check_model_section
 from sgm.data.loader import clip_count
@@ -67,8 +66,7 @@ from sgm.training.setup.model import (
 )
 from sgm.training.setup.places import check_places, with_found_places
 from sgm.training.trainer import Trainer
-from sgm.training.watch.boards import Board, TensorBoard, WeightsAndBiases
-from sgm.training.watch.run_log import RunLog
+from sgm.training.watch.run_log import Board, RunLog, TensorBoard, WeightsAndBiases
 from sgm.training.watch.timing import PhaseClock, phases_of_step
 from sgm.util import allowed_packages
 from sgm.weights.preflight import with_paths

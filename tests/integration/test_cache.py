@@ -16,7 +16,7 @@ import torch
 from sgm.cache import fill as filling
 from sgm.cache.dataset import CachedBatches, CachedClips
 from sgm.cache.fill import FillSettings, fill
-from sgm.cache.identity import cache_identity, cached_source
+from sgm.cache.ready import cache_identity, cached_source
 from sgm.cache.shards import CacheError
 from sgm.cache.stand_ins import CachedFirstStage
 from sgm.cache.store import CacheScan, CacheStore, scan_cached

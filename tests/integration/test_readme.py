@@ -23,8 +23,7 @@ from sgm import util
 from sgm.config import AccelerateArgs, ConfigError, check_model_section, load_run_config, merge_yaml
 from sgm.hub.release import MODELS
 from sgm.inference.options import SampleArgs
-from sgm.training.distill.options import DistillArgs
-from sgm.training.options import TrainArgs
+from sgm.training.options import DistillArgs, TrainArgs
 from sgm.util import get_obj_from_str
 from tests.sampling_tiny import REPO, main
 

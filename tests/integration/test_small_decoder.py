@@ -246,7 +246,7 @@ def test_the_plan_tells_of_it(config, trained, capsys):
 
 def test_training_and_caches_take_no_notice(release):
     """A configuration of training may name it (the demo's do): a cache or a run from before stays what it is."""
-    from sgm.cache.identity import cache_identity
+    from sgm.cache.ready import cache_identity
     from sgm.data.clips import ClipSettings
     from sgm.training.checkpoints.load import Change
 

@@ -11,9 +11,8 @@ import pytest
 import torch
 import transformers
 
-from sgm.modules.encoders.modules import FrozenT5Embedder
+from sgm.modules.encoders.modules import FrozenT5Embedder, T5Tokenizer
 from sgm.modules.encoders.t5 import T5Config, T5Encoder
-from sgm.modules.encoders.tokenizer import T5Tokenizer
 from tests.convert_tiny import make_release
 from tests.sampling_tiny import REPO
 from tools.random_release import config_json

@@ -12,8 +12,7 @@ from torch import nn
 
 from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
 from sgm.modules.autoencoding.blocks import Downsample3D, SpatialNorm3D, Upsample3D
-from sgm.modules.autoencoding.causal_cache import CausalCache
-from sgm.modules.autoencoding.causal_conv import CausalConv3d, ClipPass
+from sgm.modules.autoencoding.causal_conv import CausalCache, CausalConv3d, ClipPass
 from sgm.weights import assign_state
 
 TOLERANCE = 5e-5  # max abs; wrong chunking, normalisation or frame rules land at 0.6 and above

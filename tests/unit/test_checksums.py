@@ -22,9 +22,9 @@ from sgm.data.video_io import probe, read_image
 from sgm.errors import SgmError
 from sgm.inference.prompts import read_prompt_file
 from sgm.inference.writer import read_latents, write_latents
+from sgm.modules.encoders.modules import T5Tokenizer
 from sgm.modules.encoders.t5 import read_config
 from sgm.modules.encoders.t5_files import files_in
-from sgm.modules.encoders.tokenizer import T5Tokenizer
 from sgm.weights import WeightsError, checksums, read_checkpoint
 from sgm.weights.checksums import read_header, verifying
 from sgm.weights.preflight import check_paths

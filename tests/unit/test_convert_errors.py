@@ -19,8 +19,7 @@ import torch
 from sgm.convert.lazy import ConvertError
 from sgm.convert.output import push_to_hub, whole_folder
 from sgm.files import SaveError
-from sgm.modules.encoders.modules import FrozenT5Embedder
-from sgm.modules.encoders.tokenizer import T5Tokenizer
+from sgm.modules.encoders.modules import FrozenT5Embedder, T5Tokenizer
 from sgm.weights.release import NETWORK_PREFIX
 from sgm.weights.save import save_pt, save_safetensors
 from tests.convert_tiny import adapter_matrices, rewrite

@@ -15,9 +15,8 @@ from sgm.inference.options import SampleArgs
 from sgm.modules.diffusionmodules.few_steps import FewSteps, FewStepsError
 from sgm.modules.diffusionmodules.sampling import RenoisingSampler, VideoDDIMSampler
 from sgm.training.distill import prompts
-from sgm.training.distill.objective import compared_timesteps, guidance_tables, matching_loss
-from sgm.training.distill.options import DistillArgs
-from sgm.training.options import SAMPLING_ARGS, TrainArgs
+from sgm.training.distill.engine import compared_timesteps, guidance_tables, matching_loss
+from sgm.training.options import SAMPLING_ARGS, DistillArgs, TrainArgs
 from tests.sampling_tiny import REPO
 from tests.training_tiny import DISCRETIZATION
 

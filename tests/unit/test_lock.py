@@ -12,13 +12,13 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from sgm.lock import try_lock
+from sgm.files import try_lock
 
 REPO = Path(__file__).resolve().parents[2]
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from sgm.lock import try_lock
+from sgm.files import try_lock
 with try_lock(Path(sys.argv[1])) as alone:
     child = os.fork() if len(sys.argv) > 2 else None
     os.write(1, f"{alone} {child}\\n".encode())  # in one piece, whoever else writes

@@ -18,9 +18,8 @@ from PIL import Image
 from sgm.files import SaveError
 from sgm.training.step import BINS, StepOutcome, bin_means, bin_sums
 from sgm.training.watch import run_log
-from sgm.training.watch.boards import TensorBoard, WatchError, WeightsAndBiases
 from sgm.training.watch.curve import draw_losses, read_records
-from sgm.training.watch.run_log import AVERAGE_STEPS, RunLog, duration
+from sgm.training.watch.run_log import AVERAGE_STEPS, RunLog, TensorBoard, WatchError, WeightsAndBiases, duration
 
 
 class Terminal(io.StringIO):

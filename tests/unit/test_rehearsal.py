@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sgm.inference.rehearsal import SHAPES
-from sgm.weights.meta import MetaRules
+from sgm.weights.assign import MetaRules
 from tests.conftest import REPO
 
 LAST = torch.channels_last_3d

@@ -57,7 +57,7 @@ def test_half_precision_is_near(decoder, dtype):
 
 
 def test_what_is_kept_between_pieces_does_not_grow(decoder):
-    from sgm.modules.autoencoding.causal_cache import CausalCache
+    from sgm.modules.autoencoding.causal_conv import CausalCache
 
     cache, sizes = CausalCache(), []
     for k in range(4):

@@ -19,10 +19,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sgm.modules.encoders import t5_files
-from sgm.modules.encoders.modules import FrozenT5Embedder, NonFiniteEmbeddingError, text_is_local
+from sgm.modules.encoders.modules import FrozenT5Embedder, NonFiniteEmbeddingError, T5Tokenizer, text_is_local
 from sgm.modules.encoders.t5 import read_config
 from sgm.modules.encoders.t5_files import EncoderFilesError, wanted_files
-from sgm.modules.encoders.tokenizer import T5Tokenizer
 from sgm.util import TargetError, instantiate_from_config
 from sgm.weights import WeightsError
 from tools.random_release import train_sentencepiece

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from sgm.models import autoencoder
 from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
 from sgm.modules.autoencoding.blocks import Upsample3D
-from sgm.modules.autoencoding.causal_cache import CausalCache, HostCache, HostLink, Transfer, cache_on
-from sgm.modules.autoencoding.causal_conv import ClipPass
+from sgm.modules.autoencoding.causal_conv import CausalCache, ClipPass, HostCache, HostLink, Transfer, cache_on
 from sgm.modules.ops.vae import LazyFrames, frame_spans
 from tests.live_bytes import LiveBytes
 from tests.unit.test_autoencoder import RELEASE, TINY, configs, latents

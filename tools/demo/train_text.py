@@ -35,9 +35,8 @@ from torch.utils.data import DataLoader, Dataset
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from sgm.files import SaveError, write_json
-from sgm.modules.encoders.modules import FrozenT5Embedder
+from sgm.modules.encoders.modules import EXTRA_IDS, FrozenT5Embedder
 from sgm.modules.encoders.t5 import T5Config
-from sgm.modules.encoders.tokenizer import EXTRA_IDS
 from sgm.weights import WeightsError
 from tools.demo.attributes import BACKGROUNDS, COLOURS, PATTERNS, SIZES, SPEEDS, ClipSpec, ObjectSpec
 from tools.demo.captions import Said, parse

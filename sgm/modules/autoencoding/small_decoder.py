@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from sgm.modules.autoencoding.causal_cache import CausalCache
+from sgm.modules.autoencoding.causal_conv import CausalCache
 from sgm.modules.autoencoding.strides import STRIDES, Strides
 from sgm.modules.children import ModuleList
 

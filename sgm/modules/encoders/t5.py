@@ -16,8 +16,8 @@ from torch.nn.functional import relu, scaled_dot_product_attention
 
 from sgm.typed import ConfigError, Range, build_args, listing, option
 from sgm.weights import WeightsError
+from sgm.weights.assign import without_values
 from sgm.weights.checksums import read_json
-from sgm.weights.meta import without_values
 
 _SIZE = {"rules": [Range(1)]}
 

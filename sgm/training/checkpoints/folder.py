@@ -35,9 +35,9 @@ from sgm.files import (
     replaced,
     require_writable,
     restore_replaced,
+    try_lock,
     write_text,
 )
-from sgm.lock import try_lock
 from sgm.training.checkpoints.state import CheckpointError
 
 logger = logging.getLogger(__name__)

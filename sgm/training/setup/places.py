@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from sgm.cache.identity import starts_from_picture
+from sgm.cache.ready import starts_from_picture
 from sgm.config import ConfigError, RunConfig
 from sgm.data.sources import exists
 from sgm.placeholders import placeholders_in
