@@ -1,29 +1,36 @@
-"""SAT's release layout into a diffusers pipeline folder."""
+"""SAT's release layout into a diffusers pipeline folder.
+
+What no tensor says of a model comes from the YAML file that lies beside the weights, or a shipped one that names them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from sgm.config import merge_yaml
 from sgm.convert import hf_folder as hf
 from sgm.convert import vae_keys
 from sgm.convert.dit_keys import NOT_IN_HF, POSITIONS, hf_plan
-from sgm.convert.dit_sizes import Sizes, read_sine_table, sizes_of_sat
+from sgm.convert.dit_sizes import Sizes, read_sine_table, sizes_of_params, sizes_of_sat
 from sgm.convert.hf_folder import FEW_STEPS, Component, one_few_steps, text_encoder
 from sgm.convert.lazy import ConvertError, Deferred, all_deferred, cast, reshaped, summed_bytes
 from sgm.convert.lora_files import adapter_in, merged, open_adapter, write_peft
 from sgm.convert.output import SHARD_BYTES, whole_folder
-from sgm.convert.sat_source import Described, SatWeights, described_beside, open_sat, open_vae
+from sgm.convert.sat_source import SatWeights, open_sat, open_vae
+from sgm.errors import SgmError
 from sgm.files import write_json
 from sgm.modules.encoders import t5_files
 from sgm.modules.transformer.lora_state import replaced_parts
+from sgm.places import CONFIGS, found_path
 from sgm.weights.identify import PUBLISHED
 from sgm.weights.release import Adapter
 
 _PATCH_HF = "patch_embed.proj.weight"
+ABOVE = 3  # folders: of an iteration; of its run, or a release's transformer/; of the release
 
 
 @dataclass(frozen=True)
@@ -281,3 +288,66 @@ def _write_pipeline(folder: Path, sizes: Sizes, shift_scale: float, scheduler: s
     (folder / "scheduler").mkdir()
     config = hf.scheduler_config(shift_scale, scheduler)
     write_json(folder / "scheduler" / "scheduler_config.json", config, indent=2)
+
+
+@dataclass(frozen=True)
+class Described:
+    """Sizes of a network, factor on latents and shift of the noise schedule; None where `path` does not say."""
+
+    path: Path
+    sizes: Sizes
+    scale_factor: float | None
+    shift_scale: float | None
+
+    @classmethod
+    def read(cls, path: Path) -> Described:
+        """The `model:` section of a YAML file.
+
+        Raises:
+            ConvertError: it describes no network.
+        """
+        try:
+            model = merge_yaml([path])["model"]
+            sizes = sizes_of_params(model["network_config"]["params"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ConvertError(f"{path} has no model.network_config.params that describe a network.") from error
+        schedule = ((model.get("sampler_config") or {}).get("params") or {}).get("discretization_config")
+        shift = (schedule.get("params") or {}).get("shift_scale", 1.0) if schedule else None  # SAT's default is 1
+        return cls(path, sizes, model.get("scale_factor"), shift)
+
+
+def described_beside(weights: Path, state: Mapping[str, Deferred]) -> Described | None:
+    """What YAML files say of the network whose tensors `state` (SAT's names; may be empty) lie in the file `weights`.
+
+    Raises:
+        ConvertError: two of them differ.
+    """
+    found = list(_fitting(weights.resolve(), state))
+    for name in ("sizes", "scale_factor", "shift_scale"):
+        said = {value: d.path for d in found if (value := getattr(d, name)) is not None}
+        if len(said) > 1:
+            raise ConvertError(f"{' and '.join(map(str, said.values()))} say different things of {weights}: name the "
+                               "right one with --config.")  # fmt: skip
+    return max(found, key=lambda d: (d.scale_factor is not None) + (d.shift_scale is not None), default=None)
+
+
+def _fitting(weights: Path, state: Mapping[str, Deferred]) -> Iterator[Described]:
+    for path in _candidates(weights):
+        try:
+            described = Described.read(path)
+            sizes = described.sizes.in_form_of(state)
+            if state:
+                sizes.check(state, str(weights))
+        except SgmError:  # not a model's, or another model's
+            continue
+        yield replace(described, sizes=sizes)
+
+
+def _candidates(weights: Path) -> Iterator[Path]:
+    folders = weights.parents[:ABOVE]
+    for folder in folders:
+        yield from sorted(folder.glob("*.yaml"))
+    for path in sorted(CONFIGS.glob("*.yaml")):
+        load = (merge_yaml([path]).get("args") or {}).get("load")
+        if load and Path(found_path(load)).resolve() in (weights, *folders):
+            yield path

@@ -205,8 +205,6 @@ def test_interpolation_keeps_a_longer_axis_within_the_trained_range() -> None:
     small = TokenGrid(1, height - 1, width - 1)
     assert torch.equal(interpolate(small), extend(small))
     assert (interpolate.stretch(grid), interpolate.stretch(small)) == (2.0, pytest.approx((width - 1) / width, rel=0.2))
-    with pytest.raises(ValueError, match="extend, interpolate"):
-        sine_mixin(other_sizes="bend")
 
 
 def test_tables_of_several_grids_are_kept() -> None:

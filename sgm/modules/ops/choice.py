@@ -22,6 +22,8 @@ BACKENDS: dict[str, list[SDPBackend]] = {
     "flash": [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
 }
 ATTENTIONS = ("default", *BACKENDS, "flash4")
+KERNELS = ("auto", "plain", "triton")
+CPU_BF16 = (False, True, "auto")
 
 
 class KernelError(SgmError):
@@ -51,8 +53,15 @@ def choose_kernels(kernels: str, attention: str, device: torch.device, products:
         products: matrix products and convolutions in bfloat16 on a CPU: True, or "auto": where it has instructions
             for them. Changes nothing on other devices.
     Raises:
-        KernelError: "triton" without Triton or without a GPU, or "flash4" where it does not run.
+        KernelError: "triton" without Triton or without a GPU, "flash4" where it does not run, or an unknown name.
     """
+    for name, value, choices in (
+        ("kernels", kernels, KERNELS),
+        ("attention", attention, ATTENTIONS),
+        ("cpu_bf16", products, CPU_BF16),
+    ):
+        if value not in choices:
+            raise KernelError(f"accelerate.{name} is {value!r}; choose one of {', '.join(map(str, choices))}.")
     on_gpu = device.type == "cuda" or INTERPRETED
     if kernels == "triton" and not (on_gpu and has_triton()):
         missing = "Triton is not installed" if on_gpu else f"the device is {device.type}, which Triton does not serve"
