@@ -27,7 +27,7 @@ _MIXINS = {
     "Basic3DPositionEmbeddingMixin": f"{_TRANSFORMER}.positions.Basic3DPositionEmbeddingMixin",
     "Rotary3DPositionEmbeddingMixin": f"{_TRANSFORMER}.positions.Rotary3DPositionEmbeddingMixin",
     "AdaLNMixin": f"{_TRANSFORMER}.adaln.AdaLNMixin",
-    "FinalLayerMixin": f"{_TRANSFORMER}.final_layer.FinalLayerMixin",
+    "FinalLayerMixin": f"{_TRANSFORMER}.adaln.FinalLayerMixin",
     "DiffusionTransformer": "sgm.models.network.DiffusionTransformer",
 }
 

@@ -18,9 +18,8 @@ from sgm.convert import vae_keys
 from sgm.convert.dit_keys import NETWORK_PREFIX, NOT_IN_HF, POSITIONS, RULES, sat_plan
 from sgm.convert.dit_sizes import sizes_of_sat
 from sgm.convert.lazy import Deferred, all_deferred, some_of, types_of
-from sgm.convert.lora_files import adapter_of
+from sgm.convert.lora_files import LoraSettings, adapter_of, stated_settings
 from sgm.convert.lora_keys import factors_of, is_foreign
-from sgm.convert.lora_settings import LoraSettings, stated_settings
 from sgm.convert.sat_source import FIRST_STAGE, TEXT_ENCODER
 from sgm.files import readable
 from sgm.modules.encoders.t5 import DECODER, SHARED, TIED

@@ -28,9 +28,8 @@ from sgm.modules.autoencoding.strides import STRIDES
 from sgm.modules.diffusionmodules.image_condition import OFS
 from sgm.modules.diffusionmodules.util import timestep_embedding
 from sgm.modules.ops.block_ops import BlockOps
-from sgm.modules.transformer.adaln import AdaLNMixin
+from sgm.modules.transformer.adaln import AdaLNMixin, FinalLayerMixin
 from sgm.modules.transformer.block import DiTTransformer, NetworkInputs
-from sgm.modules.transformer.final_layer import FinalLayerMixin
 from sgm.modules.transformer.hooks import collect_hooks, require_called
 from sgm.modules.transformer.lora import LoraMixin, SatLoraMixin
 from sgm.modules.transformer.lora_state import OWN_MIXINS

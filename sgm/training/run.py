@@ -52,8 +52,7 @@ from sgm.training.optimizers.schedule import LearningRate
 from sgm.training.optimizers.spec import count, parameter_groups
 from sgm.training.options import TrainArgs, training_advice, trains_adapter
 from sgm.training.prior import BaseNetwork
-from sgm.training.setup.clips import check_clips
-from sgm.training.setup.data import clip_sets, left_out, prompt_sets, training_loader
+from sgm.training.setup.data import check_clips, clip_sets, left_out, prompt_sets, training_loader
 from sgm.training.setup.deepspeed import DeepSpeedPlan, plan_deepspeed
 from sgm.training.setup.engine import rehearse_start, start_engine
 from sgm.training.setup.estimate import memory_needs, planned_needs

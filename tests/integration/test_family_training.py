@@ -16,7 +16,7 @@ from sgm import TextToVideo
 from sgm.config import ConfigError, load_run_config
 from sgm.training.options import TrainArgs
 from sgm.training.run import train
-from sgm.training.setup.clips import check_clips
+from sgm.training.setup.data import check_clips
 from sgm.weights.release import read_transformer
 from tests.family_tiny import kind_section
 from tests.training_tiny import configuration, write_clips, write_release, write_yaml

@@ -15,7 +15,7 @@ from sgm.inference.options import SampleArgs
 from sgm.inference.pipeline import Pipeline
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.training.options import TrainArgs
-from sgm.training.setup.clips import check_clips
+from sgm.training.setup.data import check_clips
 from sgm.training.setup.deepspeed import plan_deepspeed
 from tests.training_tiny import REPO
 from tests.upstream_family import MODELS, upstream_inference, upstream_model, upstream_sft
