@@ -364,7 +364,7 @@ class VideoAutoencoderInferenceWrapper(VideoAutoencoder):
     Args:
         small_decoder: file of a small decoder that may stand in for this one's (`sgm.models.small_decoder`); a run
             that wants it (`args.decoder`) loads it.
-        ignore_keys: prefixes of names in it to leave out.
+        ignore_keys: prefixes of names in `ckpt_path` to leave out.
         cp_size: processes that share a clip in sampling (`sgm.parallel`); 0 and 1 leave that to the run.
     Raises:
         WeightsError: the file does not exist, cannot be read or does not fit.
