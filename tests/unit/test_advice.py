@@ -46,7 +46,6 @@ PRINTED_BY = {
     "sgm/training/": ("train_video.py",),
     "sgm/cache/": ("train_video.py", "tools/precompute_cache.py"),
     "sgm/convert/to_hf": CONVERTERS[:1],
-    "sgm/convert/beside": CONVERTERS[:1],
     "sgm/convert/to_sat": CONVERTERS[1:],
     "sgm/convert/": CONVERTERS,
     "tools/examine_clips": ("tools/validate_dataset.py",),
