@@ -207,7 +207,7 @@ def test_optimizer_and_schedule_keys(prepared):
     assert [g["weight_decay"] for g in optimizer.param_groups] == [0.5, 0.0]
     assert (asked.base_lr, asked.total_steps, asked.warmup, asked.style) == (0.02, 40, 0.5, "cosine")
     assert (asked.decay_ratio, asked.hold_steps, asked.hold_rate) == (0.2, 7, 0.3)
-    assert (run.guard.limit, run.clipping, run.ds_engine.gradient_accumulation_steps()) == (9, 0.7, 3)
+    assert (run.guard.limit, run.plan.clipping, run.ds_engine.gradient_accumulation_steps()) == (9, 0.7, 3)
     assert prepared(mode="pretrain", auto_warmup_steps=7).schedule.settings.hold_steps == 0
 
 
