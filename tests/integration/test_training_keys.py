@@ -19,11 +19,12 @@ from sgm.config import ConfigError, load_run_config
 from sgm.training import trainer as trainer_module
 from sgm.training.checkpoints.load import load_state
 from sgm.training.checkpoints.state import CheckpointError
-from sgm.training.faults import SkipGuard, TrainingStopped
+from sgm.training.faults import TrainingStopped
 from sgm.training.options import TrainArgs
 from sgm.training.run import train
 from sgm.training.step import StepOutcome
 from sgm.training.trainer import Trainer
+from sgm.training.watch.timing import PhaseClock
 from sgm.util import TargetError
 from sgm.weights import WeightsError
 from tests.training_tiny import configuration, write_clips, write_release, write_yaml
@@ -259,7 +260,7 @@ def test_full_memory_names_the_switches_that_help(parts, tmp_path, monkeypatch):
 
 
 class Recorder(SimpleNamespace):
-    """Stands for log, saver and evaluation; `calls` lists what happened."""
+    """Stands for log and evaluation; `calls` lists what happened."""
 
     def __getattr__(self, name):
         return lambda *values, **named: self.calls.append((name, values, named)) or (0.5, None)
@@ -268,15 +269,19 @@ class Recorder(SimpleNamespace):
 def test_intervals(monkeypatch):
     monkeypatch.setattr(trainer_module, "training_step", lambda *_: StepOutcome(1.0, 1.0, True))
     log = Recorder(calls=[], interval=Recorder(calls=[]), aside=nullcontext)
-    saver, evaluation = Recorder(calls=[]), Recorder(calls=[])
+    saved, evaluation = list[int](), Recorder(calls=[])
+    monkeypatch.setattr(Trainer, "_state", lambda self: self.iteration)
+    monkeypatch.setattr(trainer_module, "save_checkpoint", lambda folder, engine, state, **_: saved.append(state))
     engine = SimpleNamespace(train=lambda: None, device=torch.device("cpu"), fp16_enabled=lambda: False)
     loader = SimpleNamespace(consumed=0)
     args = TrainArgs(
         train_data=["x"], load="x", train_iters=9, log_interval=2, save_interval=3, eval_interval=4, exit_interval=7
     )
     schedule = SimpleNamespace(current=0.1, step=lambda: None)
-    run = Trainer(engine, loader, schedule, args, log, SkipGuard(3), saver=saver, evaluation=evaluation)
+    config = SimpleNamespace(args=args, model={})
+    plan = SimpleNamespace(clipping=0.0, dtype="fp32", clips_per_step=lambda replicas: replicas)
+    run = Trainer(engine, loader, schedule, config, plan, log, PhaseClock(), Path("run"), evaluation)
     assert run.fit() == 0
-    assert [values[0].iteration for name, values, _ in log.calls if name == "train"] == [2, 4, 6]
+    assert [values[0] for name, values, _ in log.calls if name == "train"] == [2, 4, 6]
     assert [values[1] for _, values, _ in evaluation.calls] == [4]
-    assert len(saver.calls) == 3 and run._saved == run.iteration == 7  # 3, 6, and where it stopped
+    assert saved == [3, 6, 7] and run.iteration == 7  # the last one where it stopped
