@@ -39,9 +39,9 @@ from sgm.modules.ops.choice import ATTENTIONS, choose_kernels
 from sgm.parallel.apply import share_encoding, share_network, share_tokens
 from sgm.parallel.decoding import SharedChunks
 from sgm.parallel.team import Layout, Team, form_team
-from sgm.training.optimizers.groups import parameter_groups
+from sgm.training.optimizers.spec import parameter_groups
 from sgm.training.setup.deepspeed import plan_deepspeed
-from sgm.training.setup.start import start_engine
+from sgm.training.setup.engine import start_engine
 from tools.bench import models, scaling
 from tools.bench.measure import emit, time_runs
 from tools.bench.traffic import Traffic

@@ -95,7 +95,9 @@ def score_clips(
     generator = torch.Generator(device).manual_seed(seed)
     scores = []
     for x in batches_of(specs, device):
-        z = vae.encode(x, generator=generator)
+        posterior = DiagonalGaussian.from_moments(vae.moments(x))
+        like_it = {"device": device, "dtype": posterior.mean.dtype}
+        z = posterior.sample(torch.randn(posterior.mean.shape, generator=generator, **like_it))
         noise = torch.randn(z.shape, generator=generator, device=device)
         disturbed = z + DISTURBANCE * deviation[:, None, None, None] * noise
         source, made, worse = (_levels(y) for y in (x, vae.decode(z), vae.decode(disturbed)))
