@@ -111,19 +111,22 @@ class Runner:
 
     def _run_prompt(self, wanted: Wanted, conditioning: EncodedPrompt) -> None:
         for sampled in self.generation.samples(wanted, conditioning):
+            files = self.requests.files(sampled.prompt, sampled.number)
+            with self.team.together():  # before any of them waits for another one's chunks
+                if self.team.is_first:
+                    files.make_folder()
             with self.team.together():
-                self._finish(sampled)
+                self._finish(sampled, files)
 
     # --- files ----------------------------------------------------------------------------------------------------
 
-    def _finish(self, sampled: Sampled) -> None:
+    def _finish(self, sampled: Sampled, files: SampleFiles) -> None:
         """Decode and write one sample; its record comes last and marks it as done."""
         latents, times = sampled.latents, sampled.times
         if not self.team.is_first:
             if not self.args.only_save_latents:
                 self._decode_along(latents)
             return
-        files = self.requests.files(sampled.prompt, sampled.number)
         record = self.requests.record(sampled.prompt, sampled.number, latents)
         with files.replaced_together(self.unfinished) as new:
             if self.args.only_save_latents:
@@ -165,10 +168,11 @@ class Runner:
     def _decode_saved(self, saved: Sequence[Path]) -> None:
         for file in saved:
             with self.team.together():
-                self._decode_file(file)
+                latents, facts = read_latents(file)
+            with self.team.together():
+                self._decode_file(file, latents, facts)
 
-    def _decode_file(self, file: Path) -> None:
-        latents, facts = read_latents(file)
+    def _decode_file(self, file: Path, latents: Tensor, facts: dict[str, Any]) -> None:
         if not self.team.is_first:
             self._decode_along(latents)
             return

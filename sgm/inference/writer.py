@@ -63,6 +63,11 @@ class SampleFiles:
         """Bytes of the files that are there, but for the record."""
         return {p.name.removeprefix(self.prefix): p.stat().st_size for p in self.all[:-1] if p.is_file()}
 
+    def make_folder(self) -> None:
+        """Unless it is there. Raises SaveError."""
+        with saving(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+
     def discard(self) -> None:
         """Delete what is there."""
         for path in self.all:
@@ -80,8 +85,7 @@ class SampleFiles:
         """
         new = replace(self, prefix=prefix)
         try:
-            with saving(self.folder):
-                self.folder.mkdir(parents=True, exist_ok=True)
+            self.make_folder()
             yield new
             with saving(self.folder):
                 remove_leftovers(self.folder, "[0-9]*-[0l]*")  # of earlier versions

@@ -62,9 +62,12 @@ def test_two_processes_and_one_prompt_make_it_together(config, tmp_path):
     clip = write_clips(tmp_path / "clips", 1, 17) / "videos" / "0.mp4"  # which they encode together, too
     wish = [config, "--prompt", "a fox", "--video", clip, "--strength", 0.9, "--output-dir"]
     assert main(*wish, tmp_path / "alone", "--only-save-latents") == 0
-    with start(*wish, tmp_path / "both", ranks=2) as process:
+    (tmp_path / "both").mkdir()
+    (tmp_path / "both" / "1_a_hare").touch()  # in the place of a folder, so that only the first process meets an error
+    both = [*wish, tmp_path / "both", "--prompt", "a hare", "--set", "args.cfg_parallel=true"]
+    with start(*both, ranks=2) as process:
         out, err = process.communicate(timeout=240)
-    assert process.returncode == 0, err
+    assert process.returncode == 2 and err.count("error: ") == err.count("1_a_hare") == 1, err
     assert "2 processes make a clip together: the two branches of guidance" in err and err.count("write:") == 1
     (video,) = (tmp_path / "both").rglob("*.mp4")
     assert probe(video).frames == 17
