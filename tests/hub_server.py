@@ -58,91 +58,93 @@ class HubServer:
         return [entry for entry in self.tree() if entry["path"] not in self.hidden]
 
 
-def _handler(server: HubServer, place: str) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+class _Answers(BaseHTTPRequestHandler):
+    """Of `hub` at one of its two addresses, `place`."""
 
-        def log_message(self, *_: object) -> None:
-            pass
+    hub: HubServer
+    place: str
+    protocol_version = "HTTP/1.1"
 
-        def do_GET(self) -> None:
-            server.tokens[place].add(self.headers.get("Authorization"))
-            if place == "hub" and server.token and self.headers.get("Authorization") != f"Bearer {server.token}":
-                return self.answer(401, b'{"error": "Invalid credentials"}')
-            if server.failing:
-                server.failing -= 1
-                return self.answer(503, b"later", {"Retry-After": "0"})
-            address = urlsplit(self.path)
-            path, api = unquote(address.path), f"/api/models/{server.name}"
-            if path == f"{api}/revision/main":
-                return self.json({"id": server.name, "sha": COMMIT})
-            if path == f"{api}/tree/{COMMIT}":
-                return self.tree("cursor=2" in address.query)
-            if match := re.fullmatch(rf"/{server.name}/resolve/{COMMIT}/(.+)", path):
-                return self.file(match[1])
-            if place == "elsewhere":
-                return self.content(path[1:])
-            return self.answer(404, b'{"error": "Repository not found"}')
+    def log_message(self, *_: object) -> None:
+        pass
 
-        def tree(self, second: bool) -> None:
-            entries, link = server.listed(), {}
-            half = len(entries) // 2
-            if not second:
-                link = {
-                    "Link": f'<{server.endpoint}/api/models/{server.name}/tree/{COMMIT}?recursive=true&cursor=2>; rel="next"'
-                }
-            self.json(entries[half:] if second else entries[:half], link)
+    def do_GET(self) -> None:
+        self.hub.tokens[self.place].add(self.headers.get("Authorization"))
+        if self.place == "hub" and self.hub.token and self.headers.get("Authorization") != f"Bearer {self.hub.token}":
+            return self.answer(401, b'{"error": "Invalid credentials"}')
+        if self.hub.failing:
+            self.hub.failing -= 1
+            return self.answer(503, b"later", {"Retry-After": "0"})
+        address = urlsplit(self.path)
+        path, api = unquote(address.path), f"/api/models/{self.hub.name}"
+        if path == f"{api}/revision/main":
+            return self.json({"id": self.hub.name, "sha": COMMIT})
+        if path == f"{api}/tree/{COMMIT}":
+            return self.tree("cursor=2" in address.query)
+        if match := re.fullmatch(rf"/{self.hub.name}/resolve/{COMMIT}/(.+)", path):
+            return self.file(match[1])
+        if self.place == "elsewhere":
+            return self.content(path[1:])
+        return self.answer(404, b'{"error": "Repository not found"}')
 
-        def file(self, path: str) -> None:
-            if path in server.hidden or not (server.folder / path).is_file():
-                return self.answer(404, b"Entry not found")
-            if (server.folder / path).stat().st_size > LARGE:
-                return self.answer(302, b"", {"Location": f"{server.elsewhere}/{path}"})
-            return self.content(path)
+    def tree(self, second: bool) -> None:
+        entries, link = self.hub.listed(), {}
+        half = len(entries) // 2
+        if not second:
+            link = {
+                "Link": f'<{self.hub.endpoint}/api/models/{self.hub.name}/tree/{COMMIT}?recursive=true&cursor=2>; rel="next"'
+            }
+        self.json(entries[half:] if second else entries[:half], link)
 
-        def content(self, path: str) -> None:
-            server.asked.append((path, self.headers.get("Range", "")))
-            content = (server.folder / path).read_bytes()
-            if path in server.pointers:
-                content = POINTER.format(hashlib.sha256(content).hexdigest(), len(content)).encode()
-            if server.wrong[path] > 0:
-                server.wrong[path] -= 1
-                content = bytes([content[0] ^ 1]) + content[1:]
-            wish = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-            start = int(wish[1]) if wish and server.ranges else 0
-            headers = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"} if start else {}
-            self.send_response(206 if start else 200)
-            for name, value in {**headers, "Content-Length": str(len(content) - start)}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            body = content[start:]
-            if server.broken[path] > 0:
-                server.broken[path] -= 1
-                body = body[: len(body) // 2]
-                self.close_connection = True
-            with suppress(ConnectionError):  # who asked was killed
-                for begin in range(0, len(body), 1 << 16):
-                    self.wfile.write(body[begin : begin + (1 << 16)])
-                    server.pause.wait(server.seconds)
+    def file(self, path: str) -> None:
+        if path in self.hub.hidden or not (self.hub.folder / path).is_file():
+            return self.answer(404, b"Entry not found")
+        if (self.hub.folder / path).stat().st_size > LARGE:
+            return self.answer(302, b"", {"Location": f"{self.hub.elsewhere}/{path}"})
+        return self.content(path)
 
-        def json(self, content: object, headers: dict[str, str] | None = None) -> None:
-            self.answer(200, json.dumps(content).encode(), headers)
+    def content(self, path: str) -> None:
+        self.hub.asked.append((path, self.headers.get("Range", "")))
+        content = (self.hub.folder / path).read_bytes()
+        if path in self.hub.pointers:
+            content = POINTER.format(hashlib.sha256(content).hexdigest(), len(content)).encode()
+        if self.hub.wrong[path] > 0:
+            self.hub.wrong[path] -= 1
+            content = bytes([content[0] ^ 1]) + content[1:]
+        wish = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        start = int(wish[1]) if wish and self.hub.ranges else 0
+        headers = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"} if start else {}
+        self.send_response(206 if start else 200)
+        for name, value in {**headers, "Content-Length": str(len(content) - start)}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        body = content[start:]
+        if self.hub.broken[path] > 0:
+            self.hub.broken[path] -= 1
+            body = body[: len(body) // 2]
+            self.close_connection = True
+        with suppress(ConnectionError):  # who asked was killed
+            for begin in range(0, len(body), 1 << 16):
+                self.wfile.write(body[begin : begin + (1 << 16)])
+                self.hub.pause.wait(self.hub.seconds)
 
-        def answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
-            self.send_response(status)
-            for name, value in {**(headers or {}), "Content-Length": str(len(body))}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(body)
+    def json(self, content: object, headers: dict[str, str] | None = None) -> None:
+        self.answer(200, json.dumps(content).encode(), headers)
 
-    return Handler
+    def answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in {**(headers or {}), "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
 
 
 @contextmanager
 def hub_server(folder: Path, name: str) -> Iterator[HubServer]:
     """The server at work, on two free ports of this machine."""
     server = HubServer(folder, name)
-    listeners = [ThreadingHTTPServer(("127.0.0.1", 0), _handler(server, place)) for place in ("hub", "elsewhere")]
+    kinds = [type("Answers", (_Answers,), {"hub": server, "place": place}) for place in ("hub", "elsewhere")]
+    listeners = [ThreadingHTTPServer(("127.0.0.1", 0), kind) for kind in kinds]
     server.endpoint, server.elsewhere = (f"http://127.0.0.1:{listener.server_port}" for listener in listeners)
     for listener in listeners:
         listener.daemon_threads = True

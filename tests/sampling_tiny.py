@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import sample_video
 from tests.training_tiny import HEIGHT, REPO, WIDTH, model_section, write_release, write_yaml
@@ -47,3 +51,21 @@ def start(
     return subprocess.Popen(
         line, cwd=REPO, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
     )
+
+
+def records(out: Path) -> dict[str, dict[str, Any]]:
+    """Of each sample by its folder."""
+    return {str(p.parent.relative_to(out)): json.loads(p.read_text()) for p in sorted(out.rglob("*.json"))}
+
+
+def network_file(release: Path) -> Path:
+    """The transformer's."""
+    return release / "transformer" / "1000" / "mp_rank_00_model_states.pt"
+
+
+def changed(release: Path, target: Path, change: Callable[[Any], Any]) -> Path:
+    """A copy of the transformer's file with `change` applied to its content."""
+    content = torch.load(network_file(release), weights_only=True)
+    content = change(content) or content
+    torch.save(content, target)
+    return target
