@@ -11,6 +11,7 @@ from sgm.config import AccelerateArgs
 from sgm.modules.autoencoding.causal_conv import CausalConv3d
 from sgm.modules.ops import block_ops, cpu_bf16, vae
 from sgm.modules.ops.choice import choose_kernels
+from sgm.modules.transformer.adaln import HeadNorm
 from sgm.typed import build_args
 from sgm.util import instantiate_from_config
 from tests.dit_tiny import TEXT_LENGTH, TEXT_WIDTH, tiny_config
@@ -52,6 +53,18 @@ def test_network_and_its_gradients_stay_close():
     for name, slope in slopes.items():
         assert got_slopes[name].dtype == torch.float32
         assert slope.norm() < 1e-7 or relative(got_slopes[name], slope) < 5e-2, name
+
+
+def test_gradients_of_head_norms_count_every_token():
+    torch.manual_seed(0)
+    layer, norms, x = nn.Linear(16, 48), [HeadNorm(8), HeadNorm(8)], torch.randn(1, 4000, 16)
+    slopes = []
+    for linear in (block_ops.PLAIN.linear, cpu_bf16.linear):
+        query, key, _ = block_ops.split_heads(linear(layer, x), 8, *norms, None, 10)
+        loss = query.float().sum() + key.float().square().sum()
+        slopes.append(torch.autograd.grad(loss, [norms[0].bias, norms[1].weight]))
+    for expected, got in zip(*slopes):
+        assert got.dtype == torch.float32 and relative(got, expected) < 1e-2
 
 
 @pytest.mark.parametrize("grad", [False, True])

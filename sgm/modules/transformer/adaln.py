@@ -37,9 +37,15 @@ class HeadNorm(nn.LayerNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight is None or model_parallel_world_size() == 1:
+        if not self.elementwise_affine:
             return super().forward(x)
-        weight, bias = copy_to_model_parallel_region(self.weight), copy_to_model_parallel_region(self.bias)
+        weight, bias = self.weight, self.bias
+        if model_parallel_world_size() > 1:
+            weight, bias = copy_to_model_parallel_region(weight), copy_to_model_parallel_region(bias)
+        if self.weight.requires_grad and x.device.type == "cpu" and x.dtype.itemsize == 2:
+            # PyTorch sums their gradients in x's type there, and in bfloat16 256 + 1 is 256
+            y = F.layer_norm(x.float(), self.normalized_shape, weight.float(), bias.float(), self.eps)
+            return y.to(x.dtype)
         return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
