@@ -135,13 +135,14 @@ class Guard:
             await error.response()(scope, receive, counting)
 
     def _check(self, scope: Scope) -> None:
-        headers = Headers(scope=scope)
-        self._check_site(headers)
+        headers, is_open = Headers(scope=scope), scope["path"] in OPEN
+        if not is_open:
+            self._check_site(headers)
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > self.most_bytes:
             raise self._too_large()
         scope["client_name"] = ""
-        if self.keys and scope["path"] not in OPEN:
+        if self.keys and not is_open:
             owner = self.keys.owner(headers.get("authorization", ""))
             if owner is None:
                 raise ApiError(

@@ -270,6 +270,7 @@ def test_pages_of_other_sites_may_not_call(desk):
     for headers in evil:
         assert refused(client.post("/v1/videos", data={"prompt": "a"}, headers=headers), 403)
     assert desk.store.counts()["queued"] == 0
+    assert client.get("/health", headers={"host": "server"}).status_code == 200  # probes call by names of their own
     assert "--allow-host lab.example)" in refused(client.get("/v1/videos", headers={"host": "lab.example:80"}), 403)
 
 
