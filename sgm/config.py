@@ -57,6 +57,10 @@ IDLE_MODEL_KEYS = ("augmentation_dropout", "lora_train", "use_pd", "lr_scale", "
 
 EXACT = ("kernels", "attention", "cpu_bf16")  # switches of `accelerate:` with the same result within rounding
 
+# Fast mode of earlier versions, by values that turned it off, and how its options began: saved configurations have all.
+_PATTERNS = {"step_cache": False, "guidance_every": 1, "guidance_least": 0}
+_PATTERN_OPTIONS = ("step_cache_", "guidance_keep_")
+
 
 @dataclass(frozen=True)
 class AccelerateArgs:
@@ -89,32 +93,8 @@ class AccelerateArgs:
     )
     reuse_keep_first: int = option(3, "so many first steps always ask the network", at_least=3)
     reuse_keep_last: int = option(1, "so many last steps always ask the network", at_least=0)
-    step_cache: bool = option(
-        False, "fast mode in a pattern: sampling steps that repeat the last clean estimate, without the network"
-    )
-    step_cache_max_skips: int = option(1, "most such steps in a row", at_least=1)
-    step_cache_threshold: float | None = option(
-        None,
-        "a step is only skipped where the estimate is expected to have changed by less than this part; 0 skips none, "
-        "none is a fixed pattern: as many skips in a row as step_cache_max_skips says",
-        at_least=0,
-    )
-    step_cache_keep_first: int = option(4, "so many first steps are never skipped", at_least=1)
-    step_cache_keep_last: int = option(4, "so many last steps are never skipped", at_least=0)
-    step_cache_order: int = option(
-        0, "without effect: steps repeat, which errs less than extrapolation", choices=(0, 1)
-    )
     guidance_interval: list[float] = option(
         [0.0, 1.0], "part of the run, from 0 (noise) to 1, that is guided; outside it one call a step does"
-    )
-    guidance_every: int = option(
-        1, "the unconditional branch is asked at every k-th call; in between its last difference counts", at_least=1
-    )
-    guidance_least: float = option(
-        0.0, "the last difference also counts where |scale - 1| is below this: where guidance hardly acts", at_least=0
-    )
-    guidance_keep_first: int = option(
-        0, "at so many first steps the unconditional branch is always asked: they decide what is where", at_least=0
     )
     fp8: bool = option(False, "the blocks' linear layers in 8-bit floats (GPUs from capability 8.9 on; CPU: simulated)")
 
@@ -124,27 +104,12 @@ class AccelerateArgs:
             raise ConfigError(
                 f"accelerate.guidance_interval is {interval}; it must be [start, end] with 0 <= start < end <= 1"
             )
-        if self.reuse_error and (self.step_cache or self.reuses_guidance):
-            raise ConfigError(
-                "accelerate.reuse_error decides by itself which steps ask the network: leave out step_cache, "
-                "guidance_every and guidance_least, or set accelerate.reuse_error=0"
-            )
-
-    @property
-    def reuses_guidance(self) -> bool:
-        """Whether some steps use the last difference of the two branches again."""
-        return self.guidance_every > 1 or self.guidance_least > 0
 
     def approximate(self) -> dict[str, Any]:
-        """The switches that change results, where they are on; an option of another switch with that one only."""
+        """The switches that change results, where they are on; the options of `reuse_error` with it only."""
         defaults = dataclasses.asdict(AccelerateArgs())
-        values = {name: v for name, v in dataclasses.asdict(self).items() if name not in (*EXACT, "step_cache_order")}
-        if not self.reuses_guidance:
-            del values["guidance_keep_first"]
-        whole = tuple(kind for kind, on in (("reuse", self.reuse_error), ("step_cache", self.step_cache)) if on)
-        named = {name: v for name, v in values.items() if name.startswith(whole)}
-        other = {n: v for n, v in values.items() if not n.startswith(("reuse", "step_cache")) and v != defaults[n]}
-        return named | other
+        given = {n: v for n, v in dataclasses.asdict(self).items() if n not in EXACT}
+        return {n: v for n, v in given.items() if (self.reuse_error if n.startswith("reuse") else v != defaults[n])}
 
 
 @dataclass(frozen=True)
@@ -205,7 +170,9 @@ def load_run_config(
     given.update({k: v for k, v in (flags or {}).items() if v is not None})
     flagged = {("args", k) for k, v in (flags or {}).items() if v is not None}
     args = build_args(args_type, given, problems, notes, idle=UPSTREAM_ARGS | getattr(args_type, "IDLE", frozenset()))
-    accelerate = build_args(AccelerateArgs, sections["accelerate"] or {}, problems, notes, "accelerate")
+    accelerate = build_args(
+        AccelerateArgs, _without_patterns(sections["accelerate"] or {}, problems, notes), problems, notes, "accelerate"
+    )
     model = sections["model"] or {}
     _mend_log_keys(model, notes)
     notes += [f"{place} has no effect (nor in the original)" for place in _idle_places(model)]
@@ -355,6 +322,20 @@ def _mend_log_keys(model: dict[str, Any], notes: list[str]) -> None:
     if mended != keys:
         notes.append(f"model.log_keys {keys} has a stray quote; read as {mended}")
         model["log_keys"] = mended
+
+
+def _without_patterns(given: dict[str, Any], problems: list[str], notes: list[str]) -> dict[str, Any]:
+    """The `accelerate:` section without the switches of earlier versions, which must be off."""
+    gone = [name for name in given if name in _PATTERNS or name.startswith(_PATTERN_OPTIONS)]
+    names = f"accelerate: {', '.join(gone)}"
+    if any(given[name] != _PATTERNS.get(name, given[name]) for name in gone):
+        problems.append(
+            f"{names}: fast mode in a pattern has gone, as measured errors do better: leave out these keys, and set "
+            "accelerate.reuse_error (--set accelerate.reuse_error=0.5 is what configs/fast.yaml has)"
+        )
+    elif gone:
+        notes.append(f"{names}: of earlier versions, without effect")
+    return {name: value for name, value in given.items() if name not in gone}
 
 
 def _take_clips_for_pixels(model: dict[str, Any], data: Mapping[str, Any], notes: list[str]) -> None:

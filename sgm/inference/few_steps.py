@@ -14,8 +14,6 @@ from sgm.weights.checksums import small_parts_alone
 from sgm.weights.files import WeightsNotFoundError
 from sgm.weights.release import Adapter, read_parts
 
-SHORTCUTS = ("reuse", "step_cache", "guidance")  # beginnings of names in the accelerate section
-
 
 def with_few_steps(config: RunConfig[SampleArgs]) -> tuple[RunConfig[SampleArgs], list[str]]:
     """`config` with the sampler that an adapter or the transformer was distilled for, and what is to be said of it.
@@ -67,7 +65,7 @@ def _stated(args: SampleArgs) -> dict[str, FewSteps]:
 
 
 def _refuse_shortcuts(name: str, few_steps: FewSteps, accelerate: AccelerateArgs) -> None:
-    on = [option for option in accelerate.approximate() if option.startswith(SHORTCUTS)]
+    on = [option for option in accelerate.approximate() if option != "fp8"]
     if on:
         raise FewStepsError(
             f"accelerate: {', '.join(on)} spare a part of many steps that are alike, and {name} was distilled "

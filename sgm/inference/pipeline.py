@@ -141,10 +141,10 @@ class Pipeline(Stages):
         Raises:
             ParallelError: the network, or an approximation, cannot be shared.
         """
-        if team.size > 1 and self.shortcuts is not None and self.shortcuts.measures:
+        if team.size > 1 and self.config.accelerate.reuse_error:
             raise ParallelError(
-                "accelerate.reuse_error and step_cache_threshold let each process decide by what it measures: leave "
-                "them out (configs/fast.yaml), or args.cfg_parallel and args.sequence_parallel_size."
+                "accelerate.reuse_error lets each process decide by what it measures: leave it out "
+                "(configs/fast.yaml), or args.cfg_parallel and args.sequence_parallel_size."
             )
         share_network(self.engine, team)
         self.team = team
@@ -153,7 +153,7 @@ class Pipeline(Stages):
     def max_batch(self) -> int:
         """Samples that run together. Where errors are measured each decides for itself, so that its company changes
         nothing; with the single random stream they follow each other as in the original."""
-        alone = self.args.seed_mode == "upstream" or (self.shortcuts is not None and self.shortcuts.measures)
+        alone = self.args.seed_mode == "upstream" or self.config.accelerate.reuse_error
         return 1 if alone else self.args.max_batch
 
     # --- loading --------------------------------------------------------------------------------------------------

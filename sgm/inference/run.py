@@ -88,7 +88,7 @@ def layout_of(config: RunConfig[SampleArgs], pipeline: Pipeline, world: int) -> 
         clips = world
     else:
         clips = len(listed(args.prompts, args.input_file, config.files)[0])
-    if not asked and pipeline.shortcuts is not None and pipeline.shortcuts.measures:
+    if not asked and config.accelerate.reuse_error:
         return Layout(world)  # what is measured must not differ between processes that wait for each other
     guided = not args.decode_latents and not isinstance(pipeline.engine.sampler.guider, IdentityGuider)
     asked_for = args.cfg_parallel, args.sequence_parallel_size

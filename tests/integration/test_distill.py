@@ -131,7 +131,7 @@ def test_what_fights_a_student_is_said(parts, student, tmp_path, capsys):
     assert "at timesteps [999, 499]; this configuration's discretization_config gives [899, 449]" in "".join(
         capsys.readouterr()
     )
-    for override in ("reuse_error=0.5", "step_cache=true", "guidance_every=2", "guidance_interval=[0.0,0.5]"):
+    for override in ("reuse_error=0.5", "guidance_interval=[0.0,0.5]"):
         assert main(config, *options, "--set", f"accelerate.{override}") == 2
         refused = capsys.readouterr().err
         assert override.split("=")[0] in refused and f"{student} was distilled for 2 steps" in refused

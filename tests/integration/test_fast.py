@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from sgm.config import ConfigError, load_run_config
+from sgm.config import AccelerateArgs, ConfigError, load_run_config
 from sgm.inference.options import SampleArgs
 from sgm.training.setup.model import training_kernels
 from tests.sampling_tiny import REPO, configuration, main, write_release, write_yaml
@@ -67,8 +67,12 @@ def test_refusals(config, tmp_path, capsys):
     assert "reuse_error never skips" in capsys.readouterr().err
     assert main(config, "--set", "accelerate.guidance_interval=[0.9,0.1]", "--prompt", "x") == 2
     assert "0 <= start < end <= 1" in capsys.readouterr().err
-    assert main(config, "--set", "accelerate.step_cach=true", "--prompt", "x") == 2
-    assert "did you mean `step_cache`" in capsys.readouterr().err
+    assert main(config, *sets("accelerate.step_cache=true", "accelerate.guidance_every=1"), "--prompt", "x") == 2
+    assert "step_cache, guidance_every: fast mode in a pattern has gone" in (said := capsys.readouterr().err)
+    assert "--set accelerate.reuse_error=0.5" in said and "unknown key" not in said
+    off = ["accelerate.step_cache=false", "accelerate.step_cache_order=1", "accelerate.guidance_least=0.0"]  # as saved
+    kept = load_run_config([config], SampleArgs, overrides=off)
+    assert kept.accelerate == AccelerateArgs() and "without effect" in "".join(kept.notes)
     fast = load_run_config([config, FAST], SampleArgs).accelerate
     with pytest.raises(ConfigError, match="reuse_error.*for sampling"):
         training_kernels(fast, torch.device("cpu"))
@@ -88,13 +92,13 @@ def prompts(tmp_path) -> list[object]:
 
 def test_the_bench_prints_each_switch_and_all_together(config, prompts, tmp_path, capsys):
     fast = tmp_path / "fast.yaml"
-    fast.write_text("accelerate: {step_cache: true, guidance_every: 2}\n")
+    fast.write_text("accelerate: {reuse_error: 3, fp8: true}\n")
     totals = quality_totals(capsys, config, "--fast", fast, *prompts, *sets("args.num_steps=14"),
-                            "--variant", "guidance_every=2;fp8=true")  # fmt: skip
-    assert list(totals) == ["exact", "step_cache", "guidance", "fast", "guidance_every=2;fp8=true"]
-    assert totals["exact"]["psnr_mean"] == 99 and totals["exact"]["blocks"] == 1
-    assert totals["step_cache"]["blocks"] == pytest.approx((14 - 3) / 14, abs=1e-4)
-    assert totals["fast"]["blocks"] < totals["step_cache"]["blocks"]
+                            "--variant", "guidance_interval=[0,0.5];fp8=true")  # fmt: skip
+    assert list(totals) == ["exact", "reuse", "fp8", "fast", "guidance_interval=[0,0.5];fp8=true"]
+    assert totals["exact"]["psnr_mean"] == 99 and totals["exact"]["blocks"] == totals["fp8"]["blocks"] == 1
+    assert totals["fast"]["blocks"] < 1 and totals["reuse"]["blocks"] < 1
+    assert totals["guidance_interval=[0,0.5];fp8=true"]["blocks"] == 0.75
     assert all(0 < line["psnr_mean"] <= 99 and line["prompt_score"] is None for line in totals.values())
 
 

@@ -75,45 +75,12 @@ def network_batches(engine: SATVideoDiffusionEngine, run: Any) -> list[int]:
 
 def test_nothing_is_asked_for_by_default():
     assert shortcuts_of(AccelerateArgs()) is None and AccelerateArgs().approximate() == {}
-    assert AccelerateArgs(reuse_keep_last=2, step_cache_max_skips=2).approximate() == {}  # of switches that are off
+    assert AccelerateArgs(reuse_keep_last=2).approximate() == {}  # of a switch that is off
     assert AccelerateArgs(reuse_error=0.2).approximate() == {
         "reuse_error": 0.2, "reuse_keep_first": 3, "reuse_keep_last": 1
     }  # fmt: skip
-    assert AccelerateArgs(guidance_every=2, fp8=True).approximate() == {"guidance_every": 2, "fp8": True}
-    assert AccelerateArgs(step_cache=True).approximate()["step_cache_max_skips"] == 1
-
-
-def test_threshold_zero_makes_every_call_and_the_same_bits(engine):
-    exact, _ = sample(engine)
-    got, run = sample(engine, step_cache=True, step_cache_threshold=0, step_cache_keep_first=1)
-    assert torch.equal(got, exact)
-    assert (run.calls.whole, run.calls.usual) == (2 * STEPS, 2 * STEPS)
-
-
-# --- the step cache --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("skips", "computed"), [(1, [0, 1, 3, 5, 7]), (2, [0, 1, 4, 7])])
-def test_fixed_pattern(engine, skips, computed):
-    switches = {"step_cache_keep_first": 2, "step_cache_keep_last": 1, "step_cache_max_skips": skips}
-    exact, _ = sample(engine)
-    got, run = sample(engine, step_cache=True, **switches)
-    assert run.calls.whole == 2 * len(computed) and run.calls.usual == 2 * STEPS
-    assert bool(got.isfinite().all()) and not torch.equal(got, exact)
-    batches = network_batches(engine, lambda: sample(engine, step_cache=True, **switches))
-    assert batches == [2] * len(computed)
-    old, _ = sample(engine, step_cache=True, step_cache_order=1, **switches)  # a key of earlier versions
-    assert torch.equal(old, got)
-
-
-def test_thresholds_lie_between_none_and_all(engine):
-    made = []
-    for threshold in (0.0, 0.05, 0.3, 1e9):
-        _, run = sample(engine, step_cache=True, step_cache_threshold=threshold, step_cache_keep_first=1,
-                        step_cache_keep_last=1, step_cache_max_skips=9)  # fmt: skip
-        made.append(run.calls.whole)
-    # the first step, pure noise, leaves no difference of the branches, so the second one is asked whole as well
-    assert made == sorted(made, reverse=True) and made[0] == 2 * STEPS and made[-1] == 6
+    changed = {"guidance_interval": [0.0, 0.5], "fp8": True}
+    assert AccelerateArgs(**changed).approximate() == changed
 
 
 def advanced(x: Tensor, denoised: Tensor, previous: Tensor | None, step: Any, noise: Noise) -> Tensor:
@@ -125,15 +92,6 @@ def advanced(x: Tensor, denoised: Tensor, previous: Tensor | None, step: Any, no
         drawn = noise(x)
     estimate = extrapolate_2m(denoised, previous, step.a_prev, step.a, step.a_next)
     return dpmpp_sde_step(x, estimate, drawn, step.a, step.a_next)
-
-
-def test_one_run_leaves_nothing_to_the_next(engine):
-    shortcuts = shortcuts_of(AccelerateArgs(step_cache=True, step_cache_keep_last=1, guidance_every=2))
-    run = ShortcutRun(shortcuts)
-    first, again = sample_with(engine, run, seed=5), None
-    sample_with(engine, run, seed=6)
-    again = sample_with(engine, run, seed=5)
-    assert torch.equal(first, again) and run.calls.usual == 2 * STEPS
 
 
 # --- reuse by measured errors ----------------------------------------------------------------------------------------
@@ -194,9 +152,7 @@ def linear_case(steps: int = 12) -> tuple[VPSDEDPMPP2MSampler, Any]:
     return sampler, denoise
 
 
-@pytest.mark.parametrize("switches", [{"step_cache": True, "step_cache_max_skips": 2, "step_cache_keep_last": 1},
-                                      {"reuse_error": 0.5}])  # fmt: skip
-def test_what_was_missing_is_made_good_at_the_next_answer(switches):
+def test_what_was_missing_is_made_good_at_the_next_answer():
     sampler, denoise = linear_case()
     cond, uncond = {"crossattn": torch.ones(1, 1)}, {"crossattn": torch.zeros(1, 1)}
     x = torch.randn(1, 1, 2, 2, 2, generator=torch.Generator().manual_seed(0))
@@ -213,7 +169,7 @@ def test_what_was_missing_is_made_good_at_the_next_answer(switches):
         return samples, whole
 
     expected, _ = path(denoise)
-    run = ShortcutRun(shortcuts_of(AccelerateArgs(**switches)))
+    run = ShortcutRun(shortcuts_of(AccelerateArgs(reuse_error=0.5)))
     got, whole = path(run.around(counted, 1, sampler.guidance_scales(), sampler.linear_steps()))
     assert sum(whole) == run.calls.whole < run.calls.usual
     apart = [float((a - b).abs().max()) for a, b in zip(got, expected, strict=True)]
@@ -274,31 +230,6 @@ def test_guidance_interval_equals_a_loop_by_hand(engine):
     torch.testing.assert_close(got, x, rtol=1e-4, atol=1e-5)
 
 
-def test_guidance_at_every_second_call_and_where_it_acts(engine):
-    assert network_batches(engine, lambda: sample(engine, guidance_every=3)) == [2, 2, 1, 1, 2, 1, 1, 2]
-    scales = engine.sampler.guidance_scales()
-    expected = [2 if k < 2 or abs(scale - 1) >= 2 else 1 for k, scale in enumerate(scales)]
-    assert set(expected) == {1, 2}
-    assert network_batches(engine, lambda: sample(engine, guidance_least=2.0)) == expected
-    assert network_batches(engine, lambda: sample(engine, guidance_interval=[0.5, 1.0], guidance_every=2)) == [
-        1
-    ] * 4 + [2, 1, 2, 1]
-
-
-def test_the_first_steps_keep_their_guidance(engine):
-    def batches(**switches: object) -> list[int]:
-        return network_batches(engine, lambda: sample(engine, **switches))
-
-    assert batches(guidance_every=3, guidance_keep_first=4) == [2, 2, 2, 2, 1, 1, 2, 1]
-    scales = engine.sampler.guidance_scales()
-    expected = [2 if k < 5 or abs(scale - 1) >= 2 else 1 for k, scale in enumerate(scales)]
-    assert batches(guidance_least=2.0, guidance_keep_first=5) == expected != batches(guidance_least=2.0)
-    late = batches(guidance_interval=[0.5, 1.0], guidance_every=2, guidance_keep_first=6)
-    assert late == [1] * 4 + [2, 2, 1, 2]  # outside the interval there is none to keep
-    assert shortcuts_of(AccelerateArgs(guidance_keep_first=4)) is None  # alone it says nothing
-    assert AccelerateArgs(guidance_keep_first=4).approximate() == {}
-
-
 def test_reused_difference_under_constant_guidance():
     """With a denoiser whose branches differ by a constant in predicted noise, reuse is exact."""
     sampler = VPSDEDPMPP2MSampler(
@@ -317,26 +248,26 @@ def test_reused_difference_under_constant_guidance():
 
     cond, uncond = {"crossattn": torch.ones(2, 1)}, {"crossattn": torch.zeros(2, 1)}
     x = torch.randn(2, 1, 2, 2, 2, generator=torch.Generator().manual_seed(0))
-    run = ShortcutRun(shortcuts_of(AccelerateArgs(guidance_every=6)))
+    run = ShortcutRun(shortcuts_of(AccelerateArgs(reuse_error=1e-4, reuse_keep_last=0)))
     exact = sampler(denoise, x, cond, uncond, noise_sampler=Noise())
     around = run.around(denoise, 2, sampler.guidance_scales(), sampler.linear_steps())
     fast = sampler(around, x, cond, uncond, noise_sampler=Noise())
     torch.testing.assert_close(fast, exact, rtol=1e-4, atol=1e-4)
-    # at the first step, pure noise, there is no such difference yet
-    assert (run.calls.whole, run.calls.usual) == (8, 12)
+    # both branches at the first three steps, of which the first one, pure noise, leaves no such difference
+    assert (run.calls.whole, run.calls.usual) == (9, 12)
     assert sampler.guidance_scales() == (4.0,) * 6 and sampler.guidance_scales(scale=2.0) == (2.0,) * 6
 
 
-def test_all_switches_together_and_a_run_without_guidance(engine):
-    switches = {"step_cache": True, "step_cache_keep_first": 2, "step_cache_keep_last": 1, "guidance_every": 2}
-    got, run = sample(engine, guidance_interval=[0.3, 0.9], **switches)
-    # asked: 0 1 (alone), 2 (guided for the first time, so in a pair and never skipped), 4 (alone), 6 (with the other
-    # branch), 7 (alone); skipped: 3 5
-    assert bool(got.isfinite().all()) and run.calls.whole == 8
+def test_an_interval_with_measured_errors_and_a_run_without_guidance(engine):
+    def batches(error: float) -> list[int]:
+        interval = [0.25, 0.75]
+        return network_batches(engine, lambda: sample(engine, guidance_interval=interval, reuse_error=error))
+
+    assert batches(1e-12) == [1, 1, 2, 2, 2, 2, 1, 1] and sum(batches(8.0)) < 12
     text = torch.randn(1, 12, 32, generator=torch.Generator().manual_seed(1))
     plain = {"noise": torch.randn(SHAPE, generator=torch.Generator().manual_seed(1)), "scale": 1.0}
     exact = engine.sample({"crossattn": text}, noise_sampler=Noise(), **plain)
-    run = ShortcutRun(shortcuts_of(AccelerateArgs(guidance_every=2, guidance_interval=[0.2, 0.9])))
+    run = ShortcutRun(shortcuts_of(AccelerateArgs(guidance_interval=[0.2, 0.9])))
     assert torch.equal(engine.sample({"crossattn": text}, noise_sampler=Noise(), shortcuts=run, **plain), exact)
     assert run.calls.whole == run.calls.usual == STEPS
 
@@ -350,28 +281,14 @@ def test_intervals_that_cannot_be(interval):
         AccelerateArgs(guidance_interval=interval)
 
 
-@pytest.mark.parametrize("other", [{"step_cache": True}, {"guidance_every": 2}, {"guidance_least": 0.3}])
-def test_measured_errors_and_patterns_exclude_each_other(other):
-    with pytest.raises(ConfigError, match="reuse_error decides by itself"):
-        AccelerateArgs(reuse_error=0.2, **other)
-
-
 def test_shortcuts_that_could_never_be_taken(engine):
     reuse = shortcuts_of(AccelerateArgs(reuse_error=0.2))
     check_shortcuts(reuse, engine.sampler, 5)
     with pytest.raises(SamplingError, match=r"reuse_keep_last = 4 steps, and the run has 4"):
         check_shortcuts(reuse, engine.sampler, 4)
-    shortcuts = shortcuts_of(AccelerateArgs(step_cache=True))
-    check_shortcuts(shortcuts, engine.sampler, 9)
-    with pytest.raises(SamplingError, match=r"keep_last = 8 steps, and the run has 8"):
-        check_shortcuts(shortcuts, engine.sampler, 8)
-    guided = shortcuts_of(AccelerateArgs(guidance_every=2, guidance_keep_first=6))
-    check_shortcuts(guided, engine.sampler, 7)
-    with pytest.raises(SamplingError, match=r"guidance_keep_first=6 keeps every step's guidance, and the run has 6"):
-        check_shortcuts(guided, engine.sampler, 6)
     unguided = VPSDEDPMPP2MSampler(
         {"target": "sgm.modules.diffusionmodules.discretizer.ZeroSNRDDPMDiscretization"}, num_steps=6
     )
-    with pytest.raises(SamplingError, match="need a guider"):
-        check_shortcuts(shortcuts_of(AccelerateArgs(guidance_every=2)), unguided, 6)
+    with pytest.raises(SamplingError, match="needs a guider"):
+        check_shortcuts(shortcuts_of(AccelerateArgs(guidance_interval=[0.0, 0.5])), unguided, 6)
     assert IdentityGuider().scale_at(3) == 1 and VanillaCFG(5.0).scale_at(3) == 5

@@ -48,7 +48,7 @@ from tools.demo.score import compare
 from tools.demo.shapes import sample_spec
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-KINDS = ("reuse", "step_cache", "guidance", "fp8")  # how the names of switches begin
+KINDS = ("reuse", "guidance", "fp8")  # how the names of switches begin
 OUR_CURVE = (0.08, 0.12, 0.18, 0.26, 0.4)  # reuse_error
 THEIR_CURVE = ("warmup=32,skips=1", "warmup=16,skips=1", "warmup=8,skips=1", "warmup=16,skips=2", "warmup=8,skips=2",
                "warmup=8,skips=3")  # fmt: skip
@@ -201,7 +201,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("configs", nargs="*", default=[str(CONFIGS / "demo_infer.yaml")], help="what is exact; default: the demo")
     add("--fast", default=str(CONFIGS / "fast.yaml"), help="YAML whose accelerate section is compared")
-    add("--variant", action="append", default=[], help='a further one: "guidance_every=2;fp8=true"')
+    add("--variant", action="append", default=[], help='a further one: "reuse_error=0.2;fp8=true"')
     add("--cache-dit", action="append", default=[], metavar="SETTINGS", help='beside it: "warmup=16,skips=2"')
     add("--curve", action="store_true", help="reuse_error and cache-dit from likeness to speed, in place of --fast")
     add("--only-variants", action="store_true", help="those of --variant alone, not the fast configuration's")

@@ -17,18 +17,15 @@ b samples; a guided call has a batch of 2b, unconditional half first.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sgm.modules.diffusionmodules.guiders import BATCHED_CONDITIONS
-from sgm.modules.diffusionmodules.sampling import LinearStep
-
-DenoiserFn = Callable[..., Tensor]
+from sgm.modules.diffusionmodules.sampling import DenoiserFn, LinearStep
 
 # Weights of errors, as measured on the demo model: 1 in the middle of a run; before that they decide what is where,
 # and the more so the less of it is seen; after it, few steps are left to correct them.
@@ -37,84 +34,29 @@ LATE, LATE_POWER = 8.0, 1.2  # (8 / steps left)^1.2
 ACTS = 0.1  # |scale - 1| from which on guidance counts at the steps that are always asked
 
 
-# --- rules ------------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
-class SkipRule:
-    """Which steps of a run are skipped in a pattern.
+class Shortcuts:
+    """The approximations of a run.
+
+    An answer is asked for when the errors of the steps since the last one, weighted and added up, would exceed `error`:
+    each sample's own, from how its answers have changed.
 
     Attributes:
-        threshold: a step is skipped where the estimate is expected to have changed by less than this part since the
-            last whole step. 0 skips none; infinity leaves all to `max_skips`.
-        keep_first, keep_last: so many steps at either end are never skipped.
-    """
-
-    threshold: float
-    keep_first: int = 4
-    keep_last: int = 4
-    max_skips: int = 1
-
-    def allows(self, step: int, steps: int, skipped: int) -> bool:
-        """Whether step `step` of `steps` may be skipped after `skipped` skips in a row."""
-        return self.keep_first <= step < steps - self.keep_last and skipped < self.max_skips and self.threshold > 0
-
-
-@dataclass(frozen=True)
-class GuidanceRule:
-    """When the unconditional branch is asked, in a pattern.
-
-    Attributes:
+        error: root mean square in units of the latents (the estimate itself has about 0.8); 0: all is asked.
+        keep_first, keep_last: so many steps at either end are always asked; three are needed to measure a change.
         start, end: part of the run, from 0 (noise) to 1, that is guided at all (Kynkaanniemi et al. 2024,
             arXiv:2404.07724); outside it the conditional answer stands alone.
-        every: inside that part the branch is asked at every k-th conditional call; in between the last difference of
-            the two answers is used again.
-        least: the difference is also used again where the guider multiplies it by less than this (|scale - 1|).
-        keep_first: at so many first steps of the run, which decide what is where, the branch is asked all the same.
     """
 
+    error: float = 0.0
+    keep_first: int = 3
+    keep_last: int = 1
     start: float = 0.0
     end: float = 1.0
-    every: int = 1
-    least: float = 0.0
-    keep_first: int = 0
 
     def guides(self, step: int, steps: int) -> bool:
         """Whether step `step` of `steps` is guided: its middle lies in the part."""
         return self.start <= (step + 0.5) / steps <= self.end
-
-
-@dataclass(frozen=True)
-class ReuseRule:
-    """What is asked by the error that it would otherwise make: each sample's own, from how its answers have changed.
-
-    An answer is asked for when the errors of the steps since the last one, weighted and added up, would exceed `error`.
-
-    Attributes:
-        error: root mean square in units of the latents (the estimate itself has about 0.8).
-        keep_first, keep_last: so many steps at either end are always asked; three are needed to measure a change.
-    """
-
-    error: float
-    keep_first: int = 3
-    keep_last: int = 1
-
-    def keeps(self, step: int, steps: int) -> bool:
-        return step < self.keep_first or step >= steps - self.keep_last
-
-
-@dataclass(frozen=True)
-class Shortcuts:
-    """The approximations of a run: `skip` and `guidance` in patterns, or `reuse` by measured errors."""
-
-    skip: SkipRule | None = None
-    guidance: GuidanceRule = GuidanceRule()
-    reuse: ReuseRule | None = None
-
-    @property
-    def measures(self) -> bool:
-        """Whether what is asked depends on the samples."""
-        return self.reuse is not None or (self.skip is not None and self.skip.threshold != math.inf)
 
 
 def error_weight(signal: float, steps_left: int) -> float:
@@ -187,14 +129,6 @@ class DenoiserCall:
         return DenoiserCall(self.x[which], self.signal[which], conditions, extras)
 
 
-class Ask(Enum):
-    """What of a step is asked of the network."""
-
-    NOTHING = 0
-    CONDITIONAL = 1
-    BOTH = 2
-
-
 # --- a run ------------------------------------------------------------------------------------------------------------
 
 
@@ -206,15 +140,13 @@ class ShortcutRun:
         self._start(0, (), ())
 
     def _start(self, samples: int, scales: Sequence[float], steps: Sequence[LinearStep]) -> None:
-        guides = self.shortcuts.guidance.guides
+        guides = self.shortcuts.guides
         self.samples = samples
         self.steps = tuple(steps)
         self.calls = CallCount()
         # what the guider multiplies the difference of the branches with, beyond the conditional answer
         self.excess = tuple(s - 1 if guides(k, len(scales)) else 0.0 for k, s in enumerate(scales))
         self._step = 0
-        self._skipped = 0  # steps in a row
-        self._since_pair = 0  # conditional calls since both branches were asked
         self._estimate = KeptAnswer()
         self._difference = KeptAnswer()
         self._owed_x: Tensor | None = None  # what x lacks, and the estimate that the sampler had at the step before
@@ -245,20 +177,18 @@ class ShortcutRun:
 
     def _answer(self, denoiser: DenoiserFn, call: DenoiserCall, guided: bool) -> Tensor:
         """The estimates of both branches (2b, ...), or of the conditional one (b, ...)."""
-        ask = self._ask_by_error(guided) if self.shortcuts.reuse else self._ask_by_pattern(guided)
-        self._skipped = self._skipped + 1 if ask is Ask.NOTHING else 0
-        if ask is Ask.BOTH:
+        passes = self._passes(guided)
+        if passes == 2:
             uncond, cond = self._call(denoiser, call).float().chunk(2)
             self._keep_estimate(cond)
             self._keep_difference(uncond, cond)
             return self._settle(torch.cat([uncond, cond]))
-        if ask is Ask.CONDITIONAL:
+        if passes == 1:
             asked = call.half(slice(self.samples, None)) if guided else call
             cond = self._call(denoiser, asked).float()
-            self._since_pair += 1
             self._keep_estimate(cond)
         else:
-            assert self._estimate.value is not None  # the rules skip no step before one was asked
+            assert self._estimate.value is not None  # a step is asked before one is skipped
             cond = self._estimate.value
         return self._settle(torch.cat([self._unconditional(cond), cond]) if guided else cond)
 
@@ -275,46 +205,26 @@ class ShortcutRun:
 
     # --- which questions are asked ------------------------------------------------------------------------------------
 
-    def _ask_by_pattern(self, guided: bool) -> Ask:
-        both = guided and self._pattern_asks_both()
-        if self._pattern_skips() and not (both and self._difference.value is None):
-            return Ask.NOTHING
-        return Ask.BOTH if both else Ask.CONDITIONAL
+    def _passes(self, guided: bool) -> int:
+        """What is asked of the network: 2 for both branches, 1 for the conditional one, 0 for nothing."""
+        rule, step, steps = self.shortcuts, self._step, len(self.steps)
+        if not rule.error:
+            return 2 if guided and rule.guides(step, steps) else 1
+        excess = abs(self.excess[step]) if guided else 0.0
+        both = self._exceeds(self._difference, excess * (self._noise_over_signal(step) or 1.0))
+        if step < rule.keep_first or step >= steps - rule.keep_last:
+            return 2 if both or excess > ACTS else 1
+        return 2 if both else int(self._exceeds(self._estimate, 1.0))
 
-    def _pattern_asks_both(self) -> bool:
-        rule = self.shortcuts.guidance
-        if not rule.guides(self._step, len(self.steps)):
-            return False
-        due = self._since_pair + 1 >= rule.every and abs(self.excess[self._step]) >= rule.least
-        return due or self._step < rule.keep_first or self._difference.value is None
-
-    def _pattern_skips(self) -> bool:
-        rule, kept = self.shortcuts.skip, self._estimate
-        if rule is None or kept.value is None or not rule.allows(self._step, len(self.steps), self._skipped):
-            return False
-        size = float(kept.value.square().mean()) ** 0.5
-        return rule.threshold == math.inf or kept.expected_error(self._step) < rule.threshold * size
-
-    def _ask_by_error(self, guided: bool) -> Ask:
-        rule = self.shortcuts.reuse
-        assert rule is not None
-        excess = abs(self.excess[self._step]) if guided else 0.0
-        both = self._exceeds(self._difference, rule.error, excess * (self._noise_over_signal(self._step) or 1.0))
-        if rule.keeps(self._step, len(self.steps)):
-            return Ask.BOTH if both or excess > ACTS else Ask.CONDITIONAL
-        if both:
-            return Ask.BOTH
-        return Ask.CONDITIONAL if self._exceeds(self._estimate, rule.error, 1.0) else Ask.NOTHING
-
-    def _exceeds(self, kept: KeptAnswer, most: float, factor: float) -> bool:
+    def _exceeds(self, kept: KeptAnswer, factor: float) -> bool:
         """Whether the kept answer would err too much by now; else this step's error is added to what it has spent."""
         if not factor:
             return False
         weight = factor * error_weight(self.steps[self._step].signal, len(self.steps) - self._step)
         spent = kept.spent + weight * kept.expected_error(self._step)
-        if spent <= most:
+        if spent <= self.shortcuts.error:
             kept.spent = spent
-        return spent > most
+        return spent > self.shortcuts.error
 
     # --- what is kept, and what is made good --------------------------------------------------------------------------
 
@@ -324,7 +234,6 @@ class ShortcutRun:
     def _keep_difference(self, uncond: Tensor, cond: Tensor) -> None:
         """Keep the difference of the branches as one of predicted noise (but for its sign): with
         eps = (x - a D) / sigma that is D's times a / sigma. At a = 0 there is none."""
-        self._since_pair = 0
         if self.steps[self._step].signal > 0:
             weights = [e * self._noise_over_signal(k) for k, e in enumerate(self.excess)]
             self._renew(self._difference, (cond - uncond) / self._noise_over_signal(self._step), weights)
