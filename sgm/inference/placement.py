@@ -16,16 +16,16 @@ from sgm.weights.streaming import StagedCopy, TwoBuffers
 
 
 class Resident:
-    """Moves one module between its host tensors and a device (a copy, also where the device is the CPU)."""
+    """Moves tensors between the host and a device (a copy, also where the device is the CPU)."""
 
-    def __init__(self, module: nn.Module, device: torch.device, stage: StagedCopy | None = None):
-        self.module = module
+    def __init__(self, tensors: Sequence[Tensor], device: torch.device, stage: StagedCopy | None = None):
+        self.tensors = tensors
         self.device = device
         self._stage = stage or StagedCopy(device)
         self._moved: list[tuple[Tensor, Tensor]] = []
 
     def enter(self) -> None:
-        for tensor in _tensors(self.module):
+        for tensor in self.tensors:
             host = tensor.data
             tensor.data = torch.empty_like(host, device=self.device)
             self._moved.append((tensor, host))
@@ -54,22 +54,17 @@ class BlockStreamer:
         pin: bool,
         stage: StagedCopy | None = None,
     ):
-        self.device = device
-        self._stage = stage or StagedCopy(device)
+        stage = stage or StagedCopy(device)
         parts = [_unique(t for part in block for t in _tensors(part)) for block in blocks]
         streamed = {id(t) for block in parts for t in block}
-        self.rest = [t for t in _tensors(module) if id(t) not in streamed]
-        self.ring = TwoBuffers(parts, device, pin, self._stage)
+        self.rest = Resident([t for t in _tensors(module) if id(t) not in streamed], device, stage)
+        self.ring = TwoBuffers(parts, device, pin, stage)
         self.triggers = [block[0] for block in blocks]
-        self._rest_host: list[Tensor] = []
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def enter(self) -> None:
         self.ring.open()
-        self._rest_host = [t.data for t in self.rest]
-        for tensor, host in zip(self.rest, self._rest_host):
-            tensor.data = torch.empty_like(host, device=self.device)
-            self._stage.copy(tensor.data, host)
+        self.rest.enter()
         for k, trigger in enumerate(self.triggers):
             following = (k + 1) % len(self.triggers)
             self._hooks.append(trigger.register_forward_pre_hook(lambda *_, at=(k, following): self.ring.use(*at)))
@@ -78,10 +73,8 @@ class BlockStreamer:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        for tensor, host in zip(self.rest, self._rest_host):
-            tensor.data = host
+        self.rest.leave()
         self.ring.close()
-        self._rest_host = []
 
 
 class Placement:
@@ -109,11 +102,10 @@ class Placement:
             return
         mover = self._movers.get(id(part))
         if mover is None:
-            stream = self.kind == "lean" and len(blocks) > 1
-            if stream:
+            if self.kind == "lean" and len(blocks) > 1:
                 mover = BlockStreamer(part, blocks, self.device, pin, self._stage)
             else:
-                mover = Resident(part, self.device, self._stage)
+                mover = Resident(_tensors(part), self.device, self._stage)
             self._movers[id(part)] = mover
         try:
             mover.enter()
