@@ -51,13 +51,19 @@ def for_inference(model: dict[str, Any]) -> dict[str, Any]:
 
 
 def join_processes(wanted: str | None) -> tuple[DistInfo, torch.device]:
-    """This process's place among those of the run, and its device, for `args.device`.
+    """This process's place among those of the run, and its device, made the current one, for `args.device`.
 
     Raises:
         ConfigError: there is no such device here.
     """
-    info = init_distributed(_device_type(wanted, several=int(os.environ.get("WORLD_SIZE", "1")) > 1))
-    return info, _rank_device(wanted, info)
+    device = None if wanted is None else _parse_device(wanted)
+    info = init_distributed(device.type if device else None)
+    if device is None or device.type == "cpu" or device.index is None:
+        return info, info.device
+    if device.index >= torch.cuda.device_count():
+        raise ConfigError(f"args.device is {wanted!r}, but this machine shows {torch.cuda.device_count()} GPU(s).")
+    torch.cuda.set_device(device)
+    return info, device
 
 
 def without_fp16_on_cpu(config: RunConfig[SampleArgs], device: torch.device) -> RunConfig[SampleArgs]:
@@ -68,32 +74,16 @@ def without_fp16_on_cpu(config: RunConfig[SampleArgs], device: torch.device) -> 
     return replace(config, args=replace(config.args, fp16=False), notes=(*config.notes, note))
 
 
-def _device_type(device: str | None, several: bool) -> str | None:
-    if device is None:
-        return None
-    kind = _parse_device(device).type
-    if kind not in ("cpu", "cuda"):
-        raise ConfigError(f"args.device is {device!r}; choose cpu, cuda or cuda:N.")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"args.device is {device!r}, but PyTorch sees no GPU; use --device cpu.")
-    if several and kind == "cuda" and _parse_device(device).index is not None:
-        raise ConfigError(f"args.device is {device!r}, but each of several processes takes its own GPU: use cuda.")
-    return kind
-
-
-def _parse_device(device: str) -> torch.device:
+def _parse_device(name: str) -> torch.device:
+    unknown = ConfigError(f"args.device is {name!r}; choose cpu, cuda or cuda:N.")
     try:
-        return torch.device(device)
+        device = torch.device(name)
     except RuntimeError as error:
-        raise ConfigError(f"args.device is {device!r}; choose cpu, cuda or cuda:N.") from error
-
-
-def _rank_device(wanted: str | None, info: DistInfo) -> torch.device:
-    """The process's device, made the current one: kernels are launched on that."""
-    device = _parse_device(wanted) if wanted is not None else info.device
-    if device.type != "cuda" or device.index is None:
-        return info.device
-    if device.index >= torch.cuda.device_count():
-        raise ConfigError(f"args.device is {wanted!r}, but this machine shows {torch.cuda.device_count()} GPU(s).")
-    torch.cuda.set_device(device)
+        raise unknown from error
+    if device.type not in ("cpu", "cuda"):
+        raise unknown
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"args.device is {name!r}, but PyTorch sees no GPU; use --device cpu.")
+    if device.type == "cuda" and device.index is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(f"args.device is {name!r}, but each of several processes takes its own GPU: use cuda.")
     return device
