@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from sgm.config import ConfigError, RunConfig
 from sgm.distributed import own_rank, shutdown
+from sgm.inference.generation import Generation
 from sgm.inference.grid import Axis, axes_of, count_of, make_grid
 from sgm.inference.model import TextToVideo
 from sgm.inference.options import SampleArgs
@@ -17,7 +18,6 @@ from sgm.inference.progress import Progress
 from sgm.inference.prompts import gather, listed
 from sgm.inference.runner import Runner
 from sgm.inference.setup import checked, join_processes, without_fp16_on_cpu
-from sgm.inference.vocabulary import words_note
 from sgm.inference.writer import find_latents
 from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
 from sgm.modules.diffusionmodules.guiders import IdentityGuider
@@ -95,21 +95,16 @@ def layout_of(config: RunConfig[SampleArgs], pipeline: Pipeline, world: int) -> 
     return choose_layout(world, clips, guided, *asked_for, together, most_shares(pipeline.engine.network))
 
 
-def _say_all(lines: Iterable[str], progress: Progress) -> None:
-    for line in lines:
-        progress.line(line)
-
-
 def _print_plan(config: RunConfig[SampleArgs], progress: Progress, rank: int) -> None:
     args = config.args
     # On all ranks: it makes process groups.
     pipeline = Pipeline(config, progress.device, with_text_encoder=text_is_local(config.model))
     asks = args.decode_latents or (args.input_type == "cli" and not args.prompts)
     prompts = [] if asks else gather(args.prompts, args.input_file, config.files, pipeline.visual.pictures)[0]
-    remarks = [] if args.decode_latents else pipeline.visual.remarks(prompts)
-    note = words_note(args, config.files, prompts)
-    lines = [*pipeline.notes, *(f"warning: {line}" for line in remarks), *([f"note: {note}"] if note else [])]
-    _say_all(lines, progress)
+    for note in pipeline.notes:
+        progress.line(note)
+    if not args.decode_latents:
+        Generation(config, pipeline, progress).fitting(prompts)
     layout = layout_of(config, pipeline, own_rank()[1])
     if layout.world > 1:
         progress.line(f"note: {layout}")
