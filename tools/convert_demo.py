@@ -13,6 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+LONG_WORDS = 165  # about 226 tokens of T5, what the text encoder reads
+
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -34,8 +36,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
+def is_long(caption: str) -> bool:
+    """Whether a caption is probably longer than the text encoder reads."""
+    return len(caption.split()) > LONG_WORDS
+
+
 def run(options: argparse.Namespace) -> int:
-    from sgm.inference.refine import Endpoint, RefineError, is_long, refine
+    from sgm.inference.refine import Endpoint, RefineError, refine
     from tools.refine_file import refine_file
 
     endpoint = Endpoint.from_environment(options.model, timeout=options.timeout, attempts=options.attempts)

@@ -24,7 +24,6 @@ from sgm.inference.prompts import Prompt
 
 DEFAULT_URL = "https://api.openai.com/v1"
 DEFAULT_MODEL = "gpt-4o"
-LONG_WORDS = 165  # about 226 tokens of T5, what the text encoder reads
 _MOST_BYTES = 1 << 20
 _LONGEST_WAIT = 60.0
 _PASSING_STATUS = (408, 409, 425, 429)
@@ -116,7 +115,7 @@ def refine(prompt: str, endpoint: Endpoint, sleep: Callable[[float], None] = tim
         RefineError: refused by the server, or the last attempt failed, too.
     """
     failure = _Passing("no attempt was made")
-    for attempt in range(max(1, endpoint.attempts)):
+    for attempt in range(endpoint.attempts):
         if attempt:
             wait = endpoint.pause * 2 ** (attempt - 1)
             sleep(min(_LONGEST_WAIT, max(wait, failure.wait or 0.0)))
@@ -259,8 +258,3 @@ def clean(text: str) -> str:
         if len(text) > 1 and text[0] == opening and text[-1] == closing:
             text = text[1:-1].strip()
     return text
-
-
-def is_long(caption: str) -> bool:
-    """Whether a caption is probably longer than the text encoder reads."""
-    return len(caption.split()) > LONG_WORDS

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from sgm.inference.prompts import PromptError
-from sgm.inference.refine import SYSTEM_PROMPT, Endpoint, RefineError, clean, is_long, refine
+from sgm.inference.refine import SYSTEM_PROMPT, Endpoint, RefineError, clean, refine
 from tools import convert_demo
 from tools.refine_file import refine_file
 
@@ -117,8 +117,8 @@ def test_clean(text: str, caption: str) -> None:
 
 
 def test_parts_of_text_and_length() -> None:
-    assert is_long("word " * 170) and not is_long("word " * 120)
-    assert "226 tokens" in SYSTEM_PROMPT and not is_long(" ".join(["w"] * 130))
+    assert convert_demo.is_long("word " * 170) and not convert_demo.is_long("word " * 120)
+    assert "226 tokens" in SYSTEM_PROMPT and not convert_demo.is_long(" ".join(["w"] * 130))
 
 
 def slow(handler: Any) -> None:
