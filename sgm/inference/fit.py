@@ -68,8 +68,7 @@ def check_same_model(loaded: RunConfig[SampleArgs], asked: RunConfig[SampleArgs]
     fast = loaded.accelerate, asked.accelerate
     pairs |= {f"accelerate.{name}": (getattr(fast[0], name), getattr(fast[1], name)) for name in FIXED_ACCELERATE}
     sections = [{k: v for k, v in c.model.items() if k != "sampler_config"} for c in (loaded, asked)]
-    pairs |= {f"model.{name}": (v, sections[1].get(name)) for name, v in sections[0].items()}
-    pairs |= {f"model.{name}": (None, v) for name, v in sections[1].items() if name not in sections[0]}
+    pairs |= {f"model.{name}": (sections[0].get(name), sections[1].get(name)) for name in sections[0] | sections[1]}
     other = [place for place, (own, wanted) in pairs.items() if own != wanted]
     if other:
         raise SamplingError(

@@ -70,14 +70,15 @@ class Generation:
 
     def load_what_samples_need(self) -> None:
         """A bad file shows before an hour of sampling."""
+        visual = self.pipeline.visual
         self.load("network")
-        if self.pipeline.visual.is_given:
+        if visual.pictures.wanted or visual.source is not None:
             self.load("first_stage")
         if not self.args.only_save_latents:
             self.load(self.pipeline.decoder_part)
-        if self.pipeline.visual.source is not None:
-            with self.progress.stage("encode video", self.load_times, self.pipeline.visual.source.path.name):
-                self.pipeline.visual.encode_source()
+        if visual.source is not None:
+            with self.progress.stage("encode video", self.load_times, visual.source.path.name):
+                visual.encode_source()
         if self.args.negative_prompt:
             self._warn_of_cut("the negative prompt", self.pipeline.cut_off(self.args.negative_prompt))
 

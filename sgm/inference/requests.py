@@ -236,13 +236,9 @@ class Requests:
                 text_encoder=facts.text_encoder,
             ),
             config_files=[str(file) for file in self.config.files],
-            config_hash=self._config_hash,
+            config_hash=self.config.hash(("model", "args")),
         )
         return hidden_in(asdict(self.of(prompt)) | asdict(result))
-
-    @cached_property
-    def _config_hash(self) -> str:
-        return self.config.hash(("model", "args"))
 
     def files(self, prompt: Prompt, sample: int) -> SampleFiles:
         return SampleFiles(Path(self.args.output_dir) / prompt.folder / str(sample))

@@ -99,11 +99,6 @@ class VisualInput:
         """Whether the network reads one, of each prompt or the clip's last frame."""
         return self.pictures.wanted or (self.extends and self.engine.noised_image_input)
 
-    @property
-    def is_given(self) -> bool:
-        """Whether something is encoded."""
-        return self.pictures.wanted or self.source is not None
-
     def size(self, picture: Picture | None = None) -> tuple[int, int]:
         """(height, width) in pixels of a video, or of one that begins with a picture."""
         return video_size(self.engine, self.args, picture or (self.source if self.reads_picture else None))
