@@ -169,6 +169,7 @@ class Runner:
         for file in saved:
             with self.team.together():
                 latents, facts = read_latents(file)
+                self.generation.load(self.pipeline.decoder_part)
             with self.team.together():
                 self._decode_file(file, latents, facts)
 

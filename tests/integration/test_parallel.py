@@ -82,6 +82,11 @@ def test_two_processes_and_one_prompt_make_it_together(config, tmp_path):
     assert err.count("error: ") == err.count("the pixels contain NaN") == 1 and "Traceback" not in err, err
     assert err.count("there is no video, but its latents") == 1, err
     (saved,), (alone,) = (list((tmp_path / name).rglob("*.safetensors")) for name in ("saved", "alone"))
+    torch.save({}, tmp_path / "vae.pt")
+    decode = [config, "--decode-latents", saved, *SHARES, other]
+    with start(*decode, ranks=2, script=script) as process:
+        out, err = process.communicate(timeout=240)
+    assert process.returncode == 2 and err.count("error: ") == err.count("vae.pt") == 1, err
     torch.testing.assert_close(read_latents(saved)[0], read_latents(alone)[0], rtol=0, atol=1e-5)
 
 
