@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sgm.config import RunConfig
 from sgm.inference.fit import follows_picture
 from sgm.inference.length import Length
@@ -87,7 +85,8 @@ def _prompt_lines(pipeline: Pipeline, prompt: Prompt) -> list[str]:
 def memory_lines(pipeline: Pipeline) -> list[str]:
     """Bytes of each part's weights, and how many of them a placement holds on the device at a time."""
     children = dict(pipeline.engine.named_children())
-    sizes = {title: _bytes_of(children[name]) for name, title in _PARTS.items() if name in children}
+    parts = {title: children[name].parameters() for name, title in _PARTS.items() if name in children}
+    sizes = {title: sum(weight.nbytes for weight in weights) for title, weights in parts.items()}
     if pipeline.args.decoder == "small":
         del sizes["VAE"]
         sizes["small decoder"] = _size_of_file(pipeline.engine.autoencoder.small_decoder)
@@ -108,14 +107,7 @@ def _size_of_file(path: str | None) -> int:
     return Path(path).expanduser().stat().st_size if path and Path(path).expanduser().exists() else 0
 
 
-def _bytes_of(module: torch.nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in module.parameters())
-
-
 def report(config: RunConfig[SampleArgs], pipeline: Pipeline, prompts: Sequence[Prompt]) -> str:
     """The resolved configuration, then the plan as YAML comments, so that the whole is a configuration file again."""
-    plan = [
-        *describe(pipeline, prompts),
-        *weight_lines(config.model, config.args.load),
-    ]
+    plan = [*describe(pipeline, prompts), *weight_lines(config.model, config.args.load)]
     return config.as_yaml() + "\n" + "\n".join(f"# {line}" for line in plan)

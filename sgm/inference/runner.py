@@ -133,7 +133,7 @@ class Runner:
                 write_latents(new.latents, latents, record)
             else:
                 self._write_frames_or_latents(new, files.latents, latents, times, record)
-            self._write_record(new, record, times)
+            write_json(new.record, self.generation.measured(record, times, new.sizes()))
         self.progress.line(f"  {files.latents if self.args.only_save_latents else files.video}")
 
     def _decode_along(self, latents: Tensor) -> None:
@@ -162,9 +162,6 @@ class Runner:
             write_video(files.video, frames, self.args.sampling_fps)
             write_contact_sheet(files.sheet, frames)
 
-    def _write_record(self, files: SampleFiles, facts: Mapping[str, Any], times: StageTimes) -> None:
-        write_json(files.record, self.generation.measured(facts, times, files.sizes()))
-
     def _decode_saved(self, saved: Sequence[Path]) -> None:
         for file in saved:
             with self.team.together():
@@ -184,5 +181,5 @@ class Runner:
             facts |= {"extend": None, "first_new_frame": None}
         with files.replaced_together(self.unfinished) as new:
             self._write_frames(new, latents, times)
-            self._write_record(new, facts, times)
+            write_json(new.record, self.generation.measured(facts, times, new.sizes()))
         self.progress.line(f"  {files.video}")

@@ -123,22 +123,18 @@ class VisualInput:
 
     def _remark(self) -> str | None:
         """What to say of a clip that is longer than the videos, or has another rate."""
-        if self.source is None:
+        source, fps = self.source, self.args.sampling_fps
+        if source is None:
             return None
-        if self.extends:
-            return self._other_rate(self.source)
-        needed = self.engine.strides.pixel_frames(self.length.decoded)
-        if self.source.frames == needed:
-            return None
-        return f"{self.source.path} has {self.source.frames} frames, of which the first {needed} are taken"
-
-    def _other_rate(self, source: SourceClip) -> str | None:
-        wanted = self.args.sampling_fps if source.fps is None else max(1, round(source.fps))
-        if wanted == self.args.sampling_fps:
+        if not self.extends:
+            needed = self.engine.strides.pixel_frames(self.length.decoded)
+            said = f"{source.path} has {source.frames} frames, of which the first {needed} are taken"
+            return None if source.frames == needed else said
+        if source.fps is None or (wanted := max(1, round(source.fps))) == fps:
             return None
         return (
-            f"{source.path} has {source.fps:.4g} frames a second, and the video gets {self.args.sampling_fps}: give "
-            f"--set args.sampling_fps={wanted}"
+            f"{source.path} has {source.fps:.4g} frames a second, and the video gets {fps}: give --set "
+            f"args.sampling_fps={wanted}"
         )
 
     # --- pictures -------------------------------------------------------------------------------------------------

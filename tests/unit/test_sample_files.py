@@ -192,7 +192,7 @@ def test_ranks_share_saved_latents_out(tmp_path, monkeypatch):
     config = SimpleNamespace(args=SampleArgs(decode_latents=str(tmp_path), output_dir=str(tmp_path / "out")))
     for rank in range(2):
         monkeypatch.setattr(Runner, "_write_frames", lambda *_: None)
-        monkeypatch.setattr(Runner, "_write_record", lambda _, files, facts, times, rank=rank: decoded.append((rank, facts["k"])))  # fmt: skip
+        monkeypatch.setattr(Generation, "measured", lambda _, facts, *__, rank=rank: decoded.append((rank, facts["k"])))
         pipeline = SimpleNamespace(team=Team(Layout(2), data_rank=rank), small_decoder_weights=None)
         Runner(Generation(config, pipeline, Progress(False, torch.device("cpu")))).run()
     assert decoded == [(0, 0), (0, 2), (1, 1)]
