@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from sgm.modules.autoencoding.strides import STRIDES
 from sgm.places import CONFIGS
-from sgm.typed import ConfigError, PathText, option
+from sgm.typed import ConfigError, PathText, Range, option
 
 SHIPPED_CONFIG = CONFIGS / "cogvideox_2b_infer.yaml"  # that runs where none is named
 DEMO_CONFIG = CONFIGS / "demo_infer.yaml"  # as long as that is unedited
@@ -50,7 +51,7 @@ class SampleArgs:
     video: PathText | None = option(
         None, "the clip that text-to-video models make their videos from: its first frames, noised", metavar="FILE"
     )
-    strength: float | None = option(
+    strength: Annotated[float, Range(above=0, most=1)] | None = option(
         None,
         f"share of the steps that are taken from there ({STRENGTH}): near 0 the clip stays, 1 leaves nothing of it",
         metavar="S",
@@ -133,8 +134,6 @@ class SampleArgs:
             problems.append(
                 "args.vae_tiling is of the full decoder, the small one needs no tiles; leave one of them out"
             )
-        if self.strength is not None and not 0 < self.strength <= 1:
-            problems.append(f"args.strength is {self.strength:g}; it must be above 0, and 1 at most")
         if self.strength is not None and not self.video:
             problems.append("args.strength is of a clip to start from: name it, --video FILE, or leave --strength out")
         if self.extend is not None and not self.video:

@@ -117,7 +117,7 @@ def test_what_does_not_fit_is_one_error(config, clip, tmp_path, capsys):
     (tmp_path / "text.mp4").write_text("no video")
     for kind, words, said in (
         ("2b", ["--video", clip, "--strength", "0.2"], "a strength of 0.2 is less than one of 4 steps: give at least 0.25"),
-        ("2b", ["--video", clip, "--strength", "1.5"], "args.strength is 1.5; it must be above 0, and 1 at most"),
+        ("2b", ["--video", clip, "--strength", "1.5"], "args.strength: must be above 0 and at most 1, got 1.5"),
         ("2b", ["--video", tmp_path / "none.mp4"], "none.mp4 does not exist"),
         ("2b", ["--video", tmp_path / "text.mp4"], "text.mp4"),
         ("2b", ["--video", clip, "--num-frames", "5"], "has 10 frames, and videos of 17 are asked for; --num-frames 3"),
