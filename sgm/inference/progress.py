@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, Self
 
 import torch
+from tqdm import tqdm
 
 from sgm.inference.placement import peak_memory
 from sgm.progress import Tally
@@ -52,22 +53,16 @@ class Progress:
 
     def line(self, text: str) -> None:
         if self.shown:
-            from tqdm import tqdm
-
             tqdm.write(text, file=sys.stderr)
 
     def warn(self, text: str) -> None:
         """A line that must be seen, whichever process it comes from."""
-        from tqdm import tqdm
-
         tqdm.write(f"warning: {text}", file=sys.stderr)
 
     def bar(self, total: int, title: str, unit: str) -> Bar:
         """A bar on a terminal, a line now and then elsewhere."""
         if self.shown and not sys.stderr.isatty():
             return Tally(title, f"{unit}s", total, self.line, LINE_SECONDS)
-        from tqdm import tqdm
-
         return tqdm(total=total, desc=title, unit=unit, disable=not self.shown, file=sys.stderr, dynamic_ncols=True,
                     leave=False)  # fmt: skip
 

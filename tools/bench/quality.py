@@ -103,7 +103,7 @@ def sample_clips(pipeline: Pipeline, prompts: Sequence[EncodedPrompt], decoder: 
             cached.start()
         with counted(cached.blocks if cached else pipeline.engine.network.transformer.layers) as layers:
             start = time.perf_counter()
-            latents = pipeline.sample(prompt, [SampleId(seed, index, 0)], _silent)[0]
+            latents = pipeline.sample(prompt, [SampleId(seed, index, 0)])[0]
             seconds = time.perf_counter() - start
         yield Clip(latents, decoder.decode(latents), seconds, sum(layers))
 
@@ -122,11 +122,6 @@ def counted(layers: Iterable[torch.nn.Module]) -> Iterator[list[int]]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-@contextmanager
-def _silent(total: int) -> Iterator[Any]:
-    yield lambda *_: None
 
 
 def psnr(frames: np.ndarray, expected: np.ndarray) -> float:
