@@ -193,7 +193,10 @@ def test_ranks_share_saved_latents_out(tmp_path, monkeypatch):
     for rank in range(2):
         monkeypatch.setattr(Runner, "_write_frames", lambda *_: None)
         monkeypatch.setattr(Generation, "measured", lambda _, facts, *__, rank=rank: decoded.append((rank, facts["k"])))
-        pipeline = SimpleNamespace(team=Team(Layout(2), data_rank=rank), small_decoder_weights=None)
+        team = Team(Layout(2), data_rank=rank)
+        pipeline = SimpleNamespace(
+            team=team, small_decoder_weights=None, decoder_part="first_stage", is_loaded=lambda part: True
+        )
         Runner(Generation(config, pipeline, Progress(False, torch.device("cpu")))).run()
     assert decoded == [(0, 0), (0, 2), (1, 1)]
 
