@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from sgm.models.adapters import apply_adapter
-from sgm.modules.transformer.lora import LoraLinear, LoraMixin, lora_layers, merge_lora, set_lora_scale
+from sgm.modules.transformer.lora import LoraLinear, lora_layers, merge_lora, set_lora_scale
 from sgm.modules.transformer.lora_state import LoraError, lora_delta, lora_spec_of, split_lora
+from sgm.util import TargetError, instantiate_from_config
 from tests.dit_tiny import load_tiny, merged_state, random_inputs, tiny_network, tiny_state
 
 ALL = ["attention", "mlp", "adaln"]
@@ -250,12 +251,12 @@ def test_adapters_that_do_not_fit() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"r": 0}, "rank r is 0"),
+        ({"r": 0}, "r: must be at least 1"),
         ({"qlora": True}, "qlora"),
         ({"targets": ["attention", "norms"]}, "norms are unknown; choose from attention, mlp, adaln"),
         ({"layer_range": [0, 2]}, r"layers \[2\]; the network has 0 to 1"),
     ],
 )
 def test_options_that_cannot_be(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(LoraError, match=message):
-        LoraMixin(2, **options)
+    with pytest.raises((LoraError, TargetError), match=message):
+        instantiate_from_config({"target": "sat.model.finetune.lora2.LoraMixin", "params": options}, layer_num=2)

@@ -9,6 +9,7 @@ from sgm.modules.diffusionmodules.denoiser import DiscreteDenoiser
 from sgm.modules.diffusionmodules.loss import VideoDiffusionLoss, add_noise, snr_weight, weighted_error
 from sgm.modules.diffusionmodules.sigma_sampling import DiscreteSampling, EDMSampling, rank_range, uniform_groups
 from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
+from sgm.util import instantiate_from_config
 
 ROOT = "sgm.modules.diffusionmodules"
 ZERO_SNR = {"target": f"{ROOT}.discretizer.ZeroSNRDDPMDiscretization", "params": {"shift_scale": 3.0}}
@@ -26,7 +27,8 @@ DENOISER = DiscreteDenoiser(
 
 
 def build(**params) -> VideoDiffusionLoss:
-    return VideoDiffusionLoss(SAMPLER, **params)
+    target = f"{ROOT}.loss.VideoDiffusionLoss"
+    return instantiate_from_config({"target": target, "params": {"sigma_sampler_config": SAMPLER, **params}})
 
 
 def no_condition(batch):
@@ -138,7 +140,7 @@ def test_batch_entries_for_the_network():
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"type": "lpips"}, "'lpips' is not known; choose 'l2' or 'l1'"),
+        ({"type": "lpips"}, "type: 'lpips' is not one of 'l2', 'l1'"),
         ({"fixed_frames": 1}, "fixed_frames=1 would have no effect"),
         ({"block_scale": 0.1, "block_size": 2}, "block_scale=0.1, block_size=2 would"),
     ],
