@@ -61,9 +61,10 @@ def _is_news(record: logging.LogRecord) -> bool:
 def verdict(codes: Mapping[int, int]) -> tuple[list[str], int]:
     """(what is to be said, exit code of the launch) where ranks ended with these codes, in the order of their ends.
 
-    A code below 0 is that of a signal. The launcher itself ends the other ranks after a failure, with SIGTERM.
+    A code below 0 is that of a signal. The launcher itself ends the other ranks after a failure, with SIGTERM, if they
+    have not gone before for want of the failed one; of these ends none is the launch's unless there is no other.
     """
-    first, *_ = codes.values()
+    first, *_ = sorted(codes.values(), key=lambda code: code in (TERMINATED, -signal.SIGTERM))
     lines = [
         f"rank {rank} {_end(code)}"
         for k, (rank, code) in enumerate(codes.items())

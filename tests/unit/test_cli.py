@@ -133,6 +133,7 @@ def test_ranks_say_the_same_once(tmp_path, monkeypatch, capsys):
         ({3: 1, 0: -15, 1: 130}, ["rank 3 ended with code 1"], 1),
         ({0: 1, 1: 2}, ["rank 0 ended with code 1"], 2),  # its peer's end was rank 0's trouble
         ({1: -9, 0: 1}, ["rank 1 was ended by SIGKILL", "rank 0 ended with code 1"], 137),
+        ({0: 143, 1: -9}, ["rank 1 was ended by SIGKILL"], 137),  # rank 0 missed rank 1, and was seen first
         ({1: -15, 0: -15}, ["rank 1 was ended by SIGTERM"], 143),
         ({0: -50}, ["rank 0 was ended by signal 50"], 178),
     ],
