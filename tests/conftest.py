@@ -48,6 +48,22 @@ def family_golden() -> Path:
 
 
 @pytest.fixture(scope="module")
+def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights of a tiny model to sample with, in the release's layout."""
+    from tests.training_tiny import write_release
+
+    return write_release(tmp_path_factory.mktemp("release"))
+
+
+@pytest.fixture
+def config(release: Path, tmp_path: Path) -> Path:
+    """Its configuration for sampling; what is made goes into `out` beside it."""
+    from tests.sampling_tiny import configuration, write_yaml
+
+    return write_yaml(tmp_path / "c.yaml", configuration(release, output_dir=str(tmp_path / "out")))
+
+
+@pytest.fixture(scope="module")
 def sat_release(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny release in SAT's layout to convert, alone in its folder."""
     from tests.convert_tiny import make_release

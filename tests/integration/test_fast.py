@@ -13,18 +13,13 @@ import torch
 from sgm.config import AccelerateArgs, ConfigError, load_run_config
 from sgm.inference.options import SampleArgs
 from sgm.training.setup.model import training_kernels
-from tests.sampling_tiny import REPO, configuration, main, write_release, write_yaml
+from tests.sampling_tiny import REPO, configuration, main, write_yaml
 from tools.bench import quality
 from tools.demo.captions import caption
 from tools.demo.shapes import render_clip, sample_spec
 
 FAST = REPO / "configs" / "fast.yaml"
 REUSE = "accelerate.reuse_error=3"  # on the random network of these tests, whose answers change much
-
-
-@pytest.fixture(scope="module")
-def release(tmp_path_factory) -> Path:
-    return write_release(tmp_path_factory.mktemp("release"))
 
 
 @pytest.fixture

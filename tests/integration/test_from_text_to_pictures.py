@@ -22,16 +22,11 @@ from sgm.util import instantiate_from_config
 from sgm.weights import WeightsError
 from sgm.weights.release import Adapter, read_transformer
 from tests.sampling_tiny import REPO
-from tests.training_tiny import configuration, write_clips, write_release, write_yaml
+from tests.training_tiny import configuration, write_clips, write_yaml
 from tools.demo.bundle_adapter import main as bundle_adapter
 
 OVERLAY = REPO / "configs" / "image_to_video.yaml"
 RATE = 0.01
-
-
-@pytest.fixture(scope="module")
-def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_release(tmp_path_factory.mktemp("release"))
 
 
 @pytest.fixture(scope="module")

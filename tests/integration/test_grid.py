@@ -11,12 +11,7 @@ import torch
 from PIL import Image
 
 from tests.browser import Browser, find_browser
-from tests.sampling_tiny import configuration, main, write_release, write_yaml
-
-
-@pytest.fixture(scope="module")
-def release(tmp_path_factory) -> Path:
-    return write_release(tmp_path_factory.mktemp("release"))
+from tests.sampling_tiny import configuration, main, write_yaml
 
 
 @pytest.fixture

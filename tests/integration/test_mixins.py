@@ -23,15 +23,10 @@ from sgm.training.options import TrainArgs
 from sgm.training.run import train
 from sgm.weights.release import read_transformer
 from tests.sampling_tiny import REPO
-from tests.training_tiny import configuration, write_clips, write_release, write_yaml
+from tests.training_tiny import configuration, write_clips, write_yaml
 
 PAGE = (REPO / "docs" / "extending.md").read_text()
 PREFIX = REPO / "configs" / "prefix_tuning.yaml"
-
-
-@pytest.fixture(scope="module")
-def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_release(tmp_path_factory.mktemp("release"))
 
 
 @pytest.fixture(scope="module")

@@ -26,16 +26,11 @@ from sgm.inference.prompts import PromptError
 from sgm.inference.writer import OutputError
 from sgm.weights import WeightsError
 from tests.family_tiny import write_kind
-from tests.sampling_tiny import REPO, configuration, main, write_release, write_yaml
+from tests.sampling_tiny import REPO, configuration, main, write_yaml
 from tests.training_tiny import write_clips
 
 ROOM = {"model.network_config.params.num_frames": 9}  # positions for three latent frames
 FEW_STEPS = REPO / "configs" / "few_steps.yaml"
-
-
-@pytest.fixture(scope="module")
-def release(tmp_path_factory) -> Path:
-    return write_release(tmp_path_factory.mktemp("release"))
 
 
 @pytest.fixture(scope="module")

@@ -19,27 +19,14 @@ from sgm.data.video_io import probe
 from tests.sampling_tiny import (
     REPO,
     changed,
-    configuration,
     environment,
     main,
     network_file,
     records,
     start,
-    write_release,
-    write_yaml,
 )
 
 ROOM = ["--set", "model.network_config.params.num_frames=9"]  # positions for three latent frames
-
-
-@pytest.fixture(scope="module")
-def release(tmp_path_factory) -> Path:
-    return write_release(tmp_path_factory.mktemp("release"))
-
-
-@pytest.fixture
-def config(release, tmp_path) -> Path:
-    return write_yaml(tmp_path / "c.yaml", configuration(release, output_dir=str(tmp_path / "out")))
 
 
 # --- results -----------------------------------------------------------------------------------------------------

@@ -14,26 +14,13 @@ from sgm.weights import checksums
 from tests.sampling_tiny import (
     REPO,
     changed,
-    configuration,
     main,
     network_file,
     records,
-    write_release,
-    write_yaml,
 )
 
 MODEL_DIR = "model.conditioner_config.params.emb_models.0.params.model_dir"
 VAE = "model.first_stage_config.params.ckpt_path"
-
-
-@pytest.fixture(scope="module")
-def release(tmp_path_factory) -> Path:
-    return write_release(tmp_path_factory.mktemp("release"))
-
-
-@pytest.fixture
-def config(release, tmp_path) -> Path:
-    return write_yaml(tmp_path / "c.yaml", configuration(release, output_dir=str(tmp_path / "out")))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 from sgm.data.video_io import probe
 from sgm.inference.writer import write_latents
 from sgm.weights import read_checkpoint
-from tests.sampling_tiny import REPO, configuration, main, model_section, write_release, write_yaml
+from tests.sampling_tiny import REPO, configuration, main, model_section, write_yaml
 from tools import train_decoder
 
 SIZES = ["--widths", "8,8,4", "--blocks", "1,1,1", "--device", "cpu"]
@@ -21,11 +21,6 @@ ROOM = ["--set", "model.network_config.params.num_frames=13"]  # positions for f
 
 def learn(*arguments) -> int:
     return train_decoder.main([str(a) for a in arguments])
-
-
-@pytest.fixture(scope="module")
-def release(tmp_path_factory) -> Path:
-    return write_release(tmp_path_factory.mktemp("release"))
 
 
 @pytest.fixture(scope="module")

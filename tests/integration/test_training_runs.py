@@ -25,14 +25,9 @@ from sgm.training.step import StepOutcome
 from sgm.training.watch.timing import PHASES
 from sgm.weights import WeightsError, read_checkpoint
 from sgm.weights.release import read_transformer
-from tests.training_tiny import configuration, write_clips, write_release, write_yaml
+from tests.training_tiny import configuration, write_clips, write_yaml
 
 EVERYWHERE = {"targets": ["attention", "mlp", "adaln"]}
-
-
-@pytest.fixture(scope="module")
-def release(tmp_path_factory) -> Path:
-    return write_release(tmp_path_factory.mktemp("release"))
 
 
 @pytest.fixture(scope="module")
