@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from sgm.inference.adapters import adapter_files
 from sgm.inference.grid_page import Cell, Table, write_page, write_picture
 from sgm.inference.model import TextToVideo
 from sgm.inference.options import SampleArgs
-from sgm.inference.prompts import find_prompt_file, listed, read_prompt_file, safe_name
+from sgm.inference.prompts import gather, listed, safe_name
 from sgm.inference.runner import ANOTHER_FOLDER
 from sgm.inference.video import Video
 from sgm.weights.release import Adapter
@@ -45,8 +45,8 @@ class Axis:
     values: Sequence[Value]
 
 
-def axes_of(texts: Sequence[str], config: RunConfig[SampleArgs]) -> list[Axis]:
-    """The axes of `--grid`, that of the prompts first.
+def comparison_of(texts: Sequence[str], config: RunConfig[SampleArgs]) -> tuple[RunConfig[SampleArgs], list[Axis]]:
+    """The run's configuration with the prompts of `--grid`, and its axes, that of the prompts first.
 
     Raises:
         ConfigError: an axis that there is not, or values that it does not take, or a run that makes no single clips.
@@ -65,9 +65,12 @@ def axes_of(texts: Sequence[str], config: RunConfig[SampleArgs]) -> list[Axis]:
     unknown = [name for name in given if name not in (*_NUMBERS, "lora", "prompts")]
     if unknown:
         raise ConfigError(f"--grid has no axis {unknown[0]!r}; there are {', '.join((*_NUMBERS, 'lora', 'prompts'))}.")
-    prompts = Axis("prompts", [Value(text, {}, text) for text in _prompts(given.pop("prompts", None), config)])
-    axes = [prompts, *(_axis(name, values, config.args) for name, values in given.items())]
     args = config.args
+    if file := given.pop("prompts", None):
+        args = replace(args, prompts=[], input_file=file)
+    prompts = listed(args.prompts, args.input_file, config.files)[0]
+    axes = [Axis("prompts", [Value(prompt.text, {}, prompt.text) for prompt in prompts])]
+    axes += [_axis(name, values, args) for name, values in given.items()]
     wrong = {"batch_size above 1": args.batch_size > 1, "refine": args.refine, "skip_done": args.skip_done,
              "only_save_latents": args.only_save_latents, "decode_latents": args.decode_latents}  # fmt: skip
     if found := [name for name, on in wrong.items() if on]:
@@ -75,19 +78,12 @@ def axes_of(texts: Sequence[str], config: RunConfig[SampleArgs]) -> list[Axis]:
     count = count_of(axes)
     if count > MOST:
         raise ConfigError(f"--grid asks for {count} clips; {MOST} at most fit a page. Leave out some values.")
-    return axes
+    return replace(config, args=args), axes
 
 
 def count_of(axes: Sequence[Axis]) -> int:
     """Clips of all combinations."""
     return math.prod(len(axis.values) for axis in axes)
-
-
-def _prompts(file: str | None, config: RunConfig[SampleArgs]) -> list[str]:
-    args, files = config.args, config.files
-    if file is not None:
-        return [prompt.text for prompt in read_prompt_file(find_prompt_file(file, files))[0]]
-    return [prompt.text for prompt in listed(args.prompts, args.input_file, files)[0]]
 
 
 # Of the axes whose values are numbers: the word before one, what a call is asked for, and their type.
@@ -136,12 +132,26 @@ def make_grid(model: TextToVideo, axes: Sequence[Axis], check: Callable[[], None
         SamplingError, ...: what is asked for cannot be.
     """
     folder = Path(model.config.args.output_dir) / FOLDER
+    axes = [_with_pictures(axes[0], model), *axes[1:]]
+    first = axes[0].values[0]
+    for value in (value for axis in axes for value in axis.values):  # before an hour of sampling
+        model.check(value.prompt or first.prompt, **{**first.asked, **value.asked})
     with advising(ANOTHER_FOLDER.partition(";")[0] + "."), unfinished_names(folder):
         cells = list(_cells(model, axes, folder, check, say))
         tables = list(_tables(axes, cells))
         write_picture(folder / "grid.png", tables)
         write_page(folder / "index.html", tables)
     return folder / "index.html"
+
+
+def _with_pictures(prompts: Axis, model: TextToVideo) -> Axis:
+    """The axis of the prompts with the pictures that they name. Raises PromptError, as `gather`."""
+    args, pictures = model.config.args, model.pipeline.visual.pictures
+    values = []
+    for value, prompt in zip(prompts.values, gather(args.prompts, args.input_file, model.config.files, pictures)[0]):
+        picture = {"image": str(prompt.picture.path)} if prompt.picture else {}
+        values.append(Value(value.label, picture, prompt.text))
+    return Axis(prompts.name, values)
 
 
 def _cells(

@@ -99,6 +99,7 @@ class TextToVideo:
 
     Attributes:
         pipeline: the parts, for those who want tensors.
+        noted: what was said of it, which is not said again.
     """
 
     def __init__(self, config: RunConfig[SampleArgs], device: torch.device, *, with_text_encoder: bool = True):
@@ -108,7 +109,7 @@ class TextToVideo:
         self._asked = config
         self._overrides: list[str] = []
         self._flags: dict[str, Any] = {}
-        self._noted: set[str] = set()
+        self.noted: set[str] = set()
         self._lock = threading.Lock()
         self._owner: int | None = None
         self._listener: int | None = None  # the thread that holds a preview of a stream
@@ -170,9 +171,9 @@ class TextToVideo:
                     self.pipeline.ask(config, held)
                     self._asked = config
                 for note in self.pipeline.notes:
-                    if note not in self._noted:
+                    if note not in self.noted:
                         progress.line(note)
-                self._noted |= {*self.pipeline.notes}
+                self.noted |= {*self.pipeline.notes}
                 yield Generation(config, self.pipeline, progress)
             except torch.OutOfMemoryError as error:
                 raise SamplingError(out_of_memory_advice(config.args)) from error
@@ -219,6 +220,13 @@ class TextToVideo:
         config = self._config_of(prompts, samples or 1, {**asked, **_names(held)})
         made = list(self._videos(config, held, on_step))
         return made[0] if isinstance(prompt, str) and samples is None else made
+
+    def check(self, prompt: str, **asked: Unpack[Asked]) -> None:
+        """Raise what a call would, as far as it shows before weights are read."""
+        held = _in_memory(asked)
+        config = self._config_of([prompt], 1, {**asked, **_names(held)})
+        with self.generation(config, _CallProgress(self, None), held) as generation:
+            generation.fitting(self.pipeline.visual.pictures.attach([Prompt(0, prompt.strip())]))
 
     def stream(self, prompt: str, *, every: int = 1, **asked: Unpack[Asked]) -> Iterator[Preview | Video]:
         """Previews after each step (every `every`-th and the last), and at the end the video.
@@ -298,7 +306,7 @@ class TextToVideo:
         return without_fp16_on_cpu(checked(config), self.pipeline.device)
 
     def _videos(self, config: RunConfig[SampleArgs], held: InMemory, on_step: OnStep | None) -> Iterator[Video]:
-        progress = _CallProgress(self.shown, self.pipeline, on_step)
+        progress = _CallProgress(self, on_step)
         with self.generation(config, progress, held) as generation, _own_stream(config.args):
             prompts = [Prompt(k, text.strip()) for k, text in enumerate(config.args.prompts)]
             fitting = generation.fitting(self.pipeline.visual.pictures.attach(prompts))
@@ -326,16 +334,18 @@ class _NobodyListens(Exception):
 class _CallProgress(Progress):
     """What a call says of itself: to its `on_step`, and as Python's warnings."""
 
-    def __init__(self, shown: bool, pipeline: Pipeline, on_step: OnStep | None):
-        super().__init__(shown, pipeline.device)
-        self.pipeline, self.on_step = pipeline, on_step
+    def __init__(self, model: TextToVideo, on_step: OnStep | None):
+        super().__init__(model.shown, model.pipeline.device)
+        self.pipeline, self.on_step = model.pipeline, on_step
+        self.noted = model.noted
         self.prompt = 0
         self.warned: list[str] = []
 
     def line(self, text: str) -> None:
         if text.startswith("warning: "):
             self.warn(text.removeprefix("warning: "))
-        else:
+        elif text not in self.noted:
+            self.noted.update([text] if text.startswith("note: ") else [])
             super().line(text)
 
     def warn(self, text: str) -> None:

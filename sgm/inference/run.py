@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from sgm.config import ConfigError, RunConfig
 from sgm.distributed import own_rank, shutdown
 from sgm.inference.generation import Generation
-from sgm.inference.grid import Axis, axes_of, count_of, make_grid
+from sgm.inference.grid import Axis, comparison_of, count_of, make_grid
 from sgm.inference.model import TextToVideo
 from sgm.inference.options import SampleArgs
 from sgm.inference.pipeline import Pipeline
@@ -43,10 +43,7 @@ def sample(
         progress = Progress(info.rank == 0, device, check)
         for note in config.notes:
             progress.line(f"note: {note}")
-        axes = axes_of(grid, config) if grid else []
-        if axes:
-            prompts = [value.prompt for value in axes[0].values]
-            config = replace(config, args=replace(config.args, prompts=prompts))
+        config, axes = comparison_of(grid, config) if grid else (config, [])
         if dry_run:
             _print_plan(config, progress, info.rank)
             if axes and info.rank == 0:
@@ -71,7 +68,9 @@ def _compare(model: TextToVideo, axes: Sequence[Axis], progress: Progress, world
     if world > 1:
         raise ConfigError("--grid is made by one process; start it without NPROC (--nproc).")
     model.shown = True
-    progress.line(f"  {make_grid(model, axes, progress.check, progress.line)}")
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda text, *_: progress.warn(str(text))
+        progress.line(f"  {make_grid(model, axes, progress.check, progress.line)}")
 
 
 def layout_of(config: RunConfig[SampleArgs], pipeline: Pipeline, world: int) -> Layout:

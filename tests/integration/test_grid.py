@@ -58,11 +58,12 @@ def test_clips_of_all_combinations_are_shown_in_rows_and_columns(config, adapter
     assert alone["latents_sha256"] == made["003_seed_2_lora_0"]["latents_sha256"], "as the command makes it"
 
 
-def test_prompts_are_an_axis_and_further_axes_make_tables(config, tmp_path, capsys):
+def test_prompts_are_an_axis_and_further_axes_make_tables(config, tmp_path, capsys, recwarn):
     (tmp_path / "p.txt").write_text("a dog\na cat\n", encoding="utf-8")
     axes = [f"prompts={tmp_path / 'p.txt'}", "steps=2,3", "guidance=1.5,6", "seeds=7"]
     assert main(config, "--grid", *axes, "--dry-run") == 0 and "# grid: 8 clips" in capsys.readouterr().out
-    assert main(config, "--num-frames", 1, "--grid", *axes) == 0
+    assert main(config, "--num-frames", 1, "--image-size", 16, 16, "--grid", *axes) == 0
+    assert capsys.readouterr().err.count("warning: ") == 1 and not recwarn, "told once, and not as Python's warnings"
     page = (tmp_path / "out" / "grid" / "index.html").read_text()
     assert re.findall("<h2>(.*?)</h2>", page) == ["seed 7, a dog", "seed 7, a cat"]
     assert re.findall(r"<th>(.*?)</th>", page) == ["guidance 1.5", "guidance 6", "steps 2", "steps 3"] * 2
@@ -100,6 +101,7 @@ def test_the_page_plays_all_clips_together(config, tmp_path):
         (["--grid", "seeds=1,2", "--batch-size", "2"], "leave out args.batch_size above 1"),
         (["--grid", "seeds=1,2", "--skip-done"], "leave out args.skip_done"),
         (["--grid", "lora=/absent.pt"], "/absent.pt does not exist"),
+        (["--grid", "seeds=1,2", "steps=2,0"], "args.num_steps: must be at least 2, got 0"),
     ],
 )
 def test_what_is_no_comparison_is_one_error(config, tmp_path, capsys, words, told):
