@@ -34,6 +34,7 @@ from sgm.models.small_decoder import decoder_fingerprint, save_small_decoder, va
 from sgm.modules.autoencoding.strides import STRIDES
 from sgm.modules.diffusionmodules.few_steps import FewSteps
 from sgm.modules.diffusionmodules.image_condition import clip_frames
+from sgm.modules.diffusionmodules.sampling import NEGLIGIBLE, VideoDDIMSampler
 from sgm.modules.ops.choice import ATTENTIONS
 from sgm.util import instantiate_from_config
 from tools.bench import models
@@ -69,10 +70,16 @@ class Clock:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def report(self, variant: str, steps: int, passes_of_50: int) -> None:
-        whole = sum(self.seconds.values()) + self.seconds["steps"] * (passes_of_50 / steps - 1)
+    def report(self, variant: str, steps: int, usual: float = 1.0) -> None:
+        """`usual`: the network's passes in a run of `STEPS` over those of this run."""
+        whole = sum(self.seconds.values()) + self.seconds["steps"] * (usual - 1)
         emit(variant=variant, steps=steps, **{f"{name}_s": value for name, value in self.seconds.items()},
-             seconds=whole, computed=steps != passes_of_50, peak_gib=self.peak_gib)  # fmt: skip
+             seconds=whole, computed=usual != 1, peak_gib=self.peak_gib)  # fmt: skip
+
+
+def passes(sampler: VideoDDIMSampler, steps: int) -> int:
+    """How often a run asks the network: for both branches where guidance acts."""
+    return sum(1 if abs(scale - 1) < NEGLIGIBLE else 2 for scale in sampler.guidance_scales(steps))
 
 
 def write_weights(config: str, out: Path, dtype: str, device: torch.device) -> None:
@@ -131,7 +138,9 @@ def bench_ours(options: argparse.Namespace, device: torch.device, variant: str, 
             latents = pipeline.sample(encoded, [SampleId(0, 0, 0)])[0]
         with clock.stage("decode"):
             pipeline.decode(latents)
-    clock.report(variant, pipeline.num_steps, pipeline.num_steps if student else STEPS)
+    sampler = pipeline.engine.sampler
+    usual = 1.0 if student else passes(sampler, STEPS) / passes(sampler, options.steps)
+    clock.report(variant, pipeline.num_steps, usual)
 
 
 def bench_diffusers(options: argparse.Namespace, device: torch.device) -> None:
@@ -164,7 +173,7 @@ def bench_diffusers(options: argparse.Namespace, device: torch.device) -> None:
             pipeline(num_inference_steps=steps, **given, output_type="pt")
     decode = clock.seconds.pop("whole") - clock.seconds["steps"]
     clock.seconds["decode"] = decode
-    clock.report("diffusers", options.steps, STEPS)
+    clock.report("diffusers", options.steps, STEPS / options.steps)
 
 
 def release() -> None:

@@ -100,12 +100,16 @@ class IdentityGuider(Guider):
     def __call__(
         self, denoised: Tensor, sigma: Tensor, *, step_index: float | None = None, scale: float | Tensor | None = None
     ) -> Tensor:
-        if scale is not None and not (isinstance(scale, int | float) and scale == 1):
-            raise ValueError(f"scale={scale} needs a guider: set sampler_config.params.guider_config to VanillaCFG.")
+        self._demand_none(scale)
         return denoised
 
     def scale_at(self, step_index: float, scale: float | None = None) -> float:
+        self._demand_none(scale)
         return 1.0
+
+    def _demand_none(self, scale: float | Tensor | None) -> None:
+        if scale is not None and not (isinstance(scale, int | float) and scale == 1):
+            raise ValueError(f"scale={scale} needs a guider: set sampler_config.params.guider_config to VanillaCFG.")
 
 
 class VanillaCFG(Guider):
