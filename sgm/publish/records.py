@@ -15,6 +15,7 @@ from sgm.config import merge_yaml
 from sgm.convert.dit_sizes import Sizes, sizes_of_params
 from sgm.convert.lazy import ConvertError
 from sgm.data.clips import CaptionError, ListedClip, caption_of
+from sgm.inference.prompts import MARK
 from sgm.weights.release import newest_run
 
 CONFIG, METRICS = "training_config.yaml", "metrics.jsonl"
@@ -99,7 +100,7 @@ def read_training(run: Path, iteration: int | None) -> Training:
         sizes=sizes,
         captions=captions,
         facts=[*_amounts(config, len(clips), iteration), *_course(run, iteration)],
-        samples=_samples(run),
+        samples=_samples(run, args),
         fps=data.get("fps"),
         size=(int(size[0]), int(size[1])) if size else None,
         frames=data.get("max_num_frames"),
@@ -163,13 +164,15 @@ def _course(run: Path, iteration: int | None) -> list[tuple[str, str]]:
     return [*facts, ("time", f"{seconds / 60:.3g} minutes")]
 
 
-def _samples(run: Path) -> list[Sample]:
-    """Clips of the newest evaluation, with the prompts that lie beside."""
+def _samples(run: Path, args: Mapping[str, Any]) -> list[Sample]:
+    """Clips of the newest evaluation, with their prompts."""
     folders = sorted((run / "video").glob("samples_gs-*"))
     if not folders:
         return []
     texts = run / "video_texts" / f"{int(folders[-1].name.rpartition('-')[2]):08d}"
     prompts = texts.read_text(encoding="utf-8").splitlines() if texts.is_file() else []
+    if not args.get("distill"):  # behind the first one's stand captions of its batch, of which nothing is sampled
+        prompts = [*(prompts[:1] or [""]), *(text.split(MARK)[0].strip() for text in args.get("eval_prompts") or [])]
     files = sorted(folders[-1].glob("*.mp4"))
     return [Sample(file, prompts[k] if k < len(prompts) else "") for k, file in enumerate(files)]
 

@@ -116,9 +116,10 @@ def make_run(folder: Path, *configs: str, **args: Any) -> Path:
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in steps))
     video = run / "video" / "samples_gs-000500"
     video.mkdir(parents=True)
-    (video / "000000.mp4").write_bytes(b"a clip")
-    (run / "video_texts").mkdir()
-    (run / "video_texts" / "00000500").write_text("DISNEY a cat sails.\n")
+    for k in range(1 + len(args.get("eval_prompts", []))):
+        (video / f"00000{k}.mp4").write_bytes(b"a clip")
+    (run / "video_texts").mkdir()  # the captions of a batch of two, of which the first one is sampled
+    (run / "video_texts" / "00000500").write_text("DISNEY a cat sails.\nDISNEY a dog swims.\n")
     return run
 
 
@@ -127,7 +128,7 @@ def front_matter(card: str) -> dict[str, Any]:
 
 
 def test_a_run_s_adapter_with_its_card(tmp_path: Path, capsys: Any, hub: Hub) -> None:
-    run = make_run(tmp_path, "cogvideox_2b_sft.yaml")
+    run = make_run(tmp_path, "cogvideox_2b_sft.yaml", eval_prompts=["a fox@@home/fox.png"])
     named = str(run).removesuffix("-11-24-16-30")
     assert publish.main([named, "--repo", "someone/mice", "--private"]) == 0
     printed = capsys.readouterr().out
@@ -140,7 +141,9 @@ def test_a_run_s_adapter_with_its_card(tmp_path: Path, capsys: Any, hub: Hub) ->
     header = front_matter(card)
     assert header["base_model"] == "zai-org/CogVideoX-2b" and header["pipeline_tag"] == "text-to-video"
     assert header["instance_prompt"] == "DISNEY"
-    assert header["widget"] == [{"text": "DISNEY a cat sails.", "output": {"url": "samples/0.mp4"}}]
+    assert header["widget"] == [
+        {"text": text, "output": {"url": f"samples/{k}.mp4"}} for k, text in enumerate(["DISNEY a cat sails.", "a fox"])
+    ]
     for said in (
         *CAPTIONS, "python sample_video.py configs/cogvideox_2b_infer.yaml --lora someone/mice", "CogVideoXPipeline",
         'pipe.load_lora_weights("someone/mice")', "torch.float16", "CogVideo LoraSelect", "| steps | 500 |",
