@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from sgm.config import ConfigError, RunConfig
 from sgm.distributed import own_rank, shutdown
@@ -67,9 +68,16 @@ def sample(
 def _compare(model: TextToVideo, axes: Sequence[Axis], progress: Progress, world: int) -> None:
     if world > 1:
         raise ConfigError("--grid is made by one process; start it without NPROC (--nproc).")
-    model.shown = True
+    model.shown, told = True, set[str]()
+
+    def tell(message: Warning | str, *_: Any, **__: Any) -> None:
+        if (text := str(message)) not in told:
+            progress.warn(text)
+        told.add(text)
+
     with warnings.catch_warnings():
-        warnings.showwarning = lambda text, *_: progress.warn(str(text))
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = tell
         progress.line(f"  {make_grid(model, axes, progress.check, progress.line)}")
 
 

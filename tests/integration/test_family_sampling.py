@@ -77,12 +77,13 @@ def test_every_kind_samples(config, picture, tmp_path, kind):
 
 def test_a_comparison_s_pictures_lie_beside_its_prompts_and_are_read_first(config, picture, tmp_path, capsys):
     (tmp_path / "fox.png").write_bytes(picture.read_bytes())
-    asked = config("5b_i2v"), "--grid", f"prompts={tmp_path / 'p.txt'}", "seeds=1,2"
+    asked = config("1.5_5b_i2v", sampling_image_size=[16, 32]), "--grid", f"prompts={tmp_path / 'p.txt'}", "seeds=1,2"
     (tmp_path / "p.txt").write_text("a fox@@fox.png\na dog@@gone.png\n")
     assert main(*asked, "--dry-run") == main(*asked) == 2 and not (tmp_path / "out").exists()
     assert capsys.readouterr().err.count(f"{tmp_path / 'p.txt'}, line 2: gone.png does not exist") == 2
     (tmp_path / "p.txt").write_text(f"a fox@@fox.png\n\na dog@@{picture}\n")
     assert main(*asked) == 0
+    assert capsys.readouterr().err.count("this model was trained at") == 1, "once of all clips"
     made = [(r["prompt"], r["image"], r["seed"]) for r in records_of_samples(tmp_path / "out")]
     pairs = ("a fox", str(tmp_path / "fox.png")), ("a dog", str(picture))
     assert made == [(*pair, seed) for pair in pairs for seed in (1, 2)]
