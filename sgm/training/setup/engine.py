@@ -74,6 +74,8 @@ def start_engine(
         from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
         from sat import mpu
 
+        if own is not None:
+            _keep_muon_plain()
         if plan.stage == 3:
             _gather_first_stage_whole(model)
         try:
@@ -123,6 +125,17 @@ def _keep_compiler_out() -> None:
         plain = getattr(method, "__wrapped__", None)
         if plain is not None:
             plain.__dynamo_disable = plain
+
+
+def _keep_muon_plain() -> None:
+    """ZeRO loads DeepSpeed's Muon to see that it is not used; to compile its kernels, that imports the compiler."""
+    from deepspeed.runtime import compiler
+
+    wrapping, compiler.compile = compiler.compile, lambda: compiler.dummy_decorator
+    try:
+        import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+    finally:
+        compiler.compile = wrapping
 
 
 def _gather_first_stage_whole(model: nn.Module) -> None:
