@@ -15,6 +15,8 @@ import platform
 import shlex
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
 from typing import IO, Any, NoReturn
 
@@ -25,6 +27,7 @@ from sgm.secrets import hidden
 BAD_INPUT, MOSTLY_SKIPPED, INTERRUPTED, TERMINATED = 2, 3, 130, 143
 _LEFT_BEHIND = ("Connection closed by peer", "Connection reset by peer")  # what gloo makes of another rank's end
 SAID = "COGVIDEOX_SAID"  # environment: the file of what the ranks have said
+LAUNCHER = "COGVIDEOX_LAUNCHER"  # environment: process id of the launcher, for its ranks alone
 
 
 class Parser(argparse.ArgumentParser):
@@ -86,6 +89,8 @@ def exit_code(run: Callable[[], int | None], interrupted: str = "interrupted") -
     Args:
         interrupted: what is said after Ctrl-C: what was kept, and how to go on.
     """
+    if os.environ.pop(LAUNCHER, None) == str(os.getppid()):
+        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     try:
         code = run() or 0
         Interrupts.let_go()
@@ -110,6 +115,15 @@ def exit_code(run: Callable[[], int | None], interrupted: str = "interrupted") -
         Interrupts.let_go()
         _say_once("error: another process of this run is not there any more", sys.stderr, only_first=True)
         return TERMINATED
+
+
+def _end_with_parent(launcher: int) -> None:
+    """End this rank when its launcher was killed, as that would: by SIGTERM, and by SIGKILL if it stays."""
+    while os.getppid() == launcher:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30")))
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 OPTIONAL = {  # package -> script that installs it, and where it is listed

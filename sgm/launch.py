@@ -4,7 +4,7 @@
 
 The options are torchrun's. What the ranks say of an error is not said again, and the exit code is theirs: 2 for bad
 input, 3 after a training that skipped most of its steps, 130 after Ctrl-C, 143 after SIGTERM. (torchrun alone ends
-with its own traceback and 1, whatever happened.)
+with its own traceback and 1, whatever happened.) Ranks whose launcher is killed end by themselves.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if __name__ == "__main__":
     # Python puts a script's own folder first, where `config`, `data` and others would stand before packages.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from sgm.cli import BAD_INPUT, INTERRUPTED, MOSTLY_SKIPPED, SAID, TERMINATED, exit_code
+from sgm.cli import BAD_INPUT, INTERRUPTED, LAUNCHER, MOSTLY_SKIPPED, SAID, TERMINATED, exit_code
 
 SPOKEN_FOR = (BAD_INPUT, MOSTLY_SKIPPED, INTERRUPTED, TERMINATED)  # codes of a rank that has said why it left
 # What torchrun logs of ends that are told here, or by the ranks.
@@ -42,6 +42,7 @@ def _launch(arguments: list[str]) -> int:
 
     for name in ("multiprocessing", "agent.server"):
         logging.getLogger(f"torch.distributed.elastic.{name}.api").addFilter(_is_news)
+    os.environ[LAUNCHER] = str(os.getpid())
     try:
         torchrun(arguments)
     except ChildFailedError as error:

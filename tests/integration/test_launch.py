@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,24 @@ def test_a_signal_to_the_launcher_ends_all_quietly(tmp_path, number):
         if job.poll() is None:
             job.kill()
     assert job.returncode == 128 + number and (out, err.split("\n")) == ("", ["", "stopped; kept", ""])
+
+
+def test_ranks_whose_launcher_is_killed_end_as_if_it_had_ended_them(tmp_path, monkeypatch):
+    """With their last words; one that does not hear of it, as within a collective, is killed later."""
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "1")
+    deaf = "import signal; rank and signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])"
+    body = f"{deaf}; open(os.path.join({str(tmp_path)!r}, 'on%d' % os.getpid()), 'w').close(); time.sleep(60)"
+    with start(program(tmp_path, body), 2) as job:
+        while len(found := list(tmp_path.glob("on*"))) < 2:
+            assert job.poll() is None, job.communicate()
+            time.sleep(0.1)
+        job.kill()
+        try:
+            assert job.communicate(timeout=30) == ("", "\nstopped; kept\n")  # all have closed it
+        finally:
+            for file in found:
+                with suppress(ProcessLookupError):
+                    os.kill(int(file.name.removeprefix("on")), signal.SIGKILL)
 
 
 def test_a_dry_run_of_two_ranks_prints_one_plan():
