@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from sgm.config import ConfigError
 from sgm.data.video_out import write_contact_sheet, write_video
 from sgm.errors import SgmError
-from sgm.files import SaveError, advising, unfinished_names, write_json
+from sgm.files import SaveError, advising, saving, unfinished_names, write_json
 from sgm.inference.generation import Generation, Sampled, out_of_memory_advice
 from sgm.inference.progress import Bar, StageTimes
 from sgm.inference.prompts import Prompt, ask, gather
@@ -128,11 +128,12 @@ class Runner:
                 self._decode_along(latents)
             return
         record = self.requests.record(sampled.prompt, sampled.number, latents)
-        with files.replaced_together(self.unfinished) as new:
+        kept = nullcontext() if self.args.only_save_latents else self._kept(files.latents, latents, record)
+        with kept, files.replaced_together(self.unfinished) as new:
             if self.args.only_save_latents:
                 write_latents(new.latents, latents, record)
             else:
-                self._write_frames_or_latents(new, files.latents, latents, times, record)
+                self._write_frames(new, latents, times)
             write_json(new.record, self.generation.measured(record, times, new.sizes()))
         self.progress.line(f"  {files.latents if self.args.only_save_latents else files.video}")
 
@@ -142,19 +143,25 @@ class Runner:
             self.generation.load("first_stage")
             self.pipeline.decode(latents)
 
-    def _write_frames_or_latents(
-        self, new: SampleFiles, place: Path, latents: Tensor, times: StageTimes, record: Mapping[str, Any]
-    ) -> None:
-        """Where there is no video, keep at `place` what sampling has made, if it can be kept."""
+    @contextmanager
+    def _kept(self, place: Path, latents: Tensor, record: Mapping[str, Any]) -> Iterator[None]:
+        """What sampling has made lies at `place`, if it can, until the block has made a video of it.
+
+        So it is there whatever ends the block: a kill, too, and another process of the team that leaves.
+        """
+        written = False
+        with suppress(SaveError):
+            write_latents(place, latents, record)
+            written = True
         try:
-            self._write_frames(new, latents, times)
-        except (SgmError, torch.OutOfMemoryError):
-            new.discard()  # room for the latents
-            with suppress(SaveError):
-                write_latents(place, latents, record)
+            yield
+        except Exception:
+            if written:
                 alone = ", without the clip that is extended" if self.args.extend is not None else ""
                 self.progress.warn(f"there is no video, but its latents: {place} (--decode-latents reads them{alone})")
             raise
+        with saving(place):
+            place.unlink(missing_ok=True)
 
     def _write_frames(self, files: SampleFiles, latents: Tensor, times: StageTimes) -> None:
         frames = self.generation.decode(latents, times)

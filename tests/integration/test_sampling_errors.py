@@ -225,6 +225,8 @@ def test_a_decoder_that_fails_loses_no_latents(config, release, tmp_path, capsys
     assert main(config, "--decode-latents", tmp_path / "out") == 0
     (facts,) = records(tmp_path / "out").values()
     assert facts["prompt"] == "x" and facts["decoded_from"] == "latents.safetensors"
+    assert main(config, "--prompt", "x") == 0
+    assert len(list((tmp_path / "out").rglob("*.mp4"))) == 1 and not list((tmp_path / "out").rglob("*.safetensors"))
 
 
 def test_what_the_originals_files_carry_without_use_is_accepted_and_named_once(config, tmp_path, capsys):
