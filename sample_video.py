@@ -39,12 +39,18 @@ def main(arguments: list[str], prog: str | None = None, listen: bool = False) ->
 
     Args:
         prog: how the command is called in its help; by default as the script is.
-        listen: this is the process's own program, which Ctrl-C and SIGTERM stop without a half-written file.
+        listen: this is the process's own program, which Ctrl-C and SIGTERM stop without a half-written file, and which
+            an error ends without waiting for other ranks.
     """
     options = parse(arguments, prog)
     interrupts = Interrupts().listen() if listen else Interrupts()
     kept = "stopped; finished videos are kept (--skip-done goes on from there)"
-    return exit_code(lambda: run(options, interrupts.check), kept)
+    code = exit_code(lambda: run(options, interrupts.check), kept)
+    if listen and code and "sgm.distributed" in sys.modules:  # else nothing was begun
+        from sgm.distributed import leave
+
+        leave(code)
+    return code
 
 
 def run(options: argparse.Namespace, check: Callable[[], None]) -> int:

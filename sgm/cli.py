@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import os
 import platform
+import re
 import shlex
 import signal
 import sys
@@ -25,6 +26,7 @@ from sgm.places import INSTALLED, PROJECT
 from sgm.secrets import hidden
 
 BAD_INPUT, MOSTLY_SKIPPED, INTERRUPTED, TERMINATED = 2, 3, 130, 143
+PATIENCE = 5.0  # seconds, with a launcher that is to see first which rank fell
 _LEFT_BEHIND = ("Connection closed by peer", "Connection reset by peer")  # what gloo makes of another rank's end
 SAID = "COGVIDEOX_SAID"  # environment: the file of what the ranks have said
 LAUNCHER = "COGVIDEOX_LAUNCHER"  # environment: process id of the launcher, for its ranks alone
@@ -113,6 +115,7 @@ def exit_code(run: Callable[[], int | None], interrupted: str = "interrupted") -
         if not any(end in str(error) for end in _LEFT_BEHIND):
             raise
         Interrupts.let_go()
+        time.sleep(PATIENCE)  # the launcher, which knows the process, ends this one before
         _say_once("error: another process of this run is not there any more", sys.stderr, only_first=True)
         return TERMINATED
 
@@ -151,7 +154,7 @@ def report(error: Exception) -> None:
 
 
 def _say_once(text: str, out: IO[str], only_first: bool = False) -> None:
-    """Print `text` unless another rank has; with `only_first`, unless another rank has said anything.
+    """Print `text` unless another rank has said the same of itself; with `only_first`, unless one has said anything.
 
     A rank that the launcher ends because another one failed has nothing to add to that one's error.
     """
@@ -159,7 +162,7 @@ def _say_once(text: str, out: IO[str], only_first: bool = False) -> None:
     if not shared:
         print_line(text, out)
         return
-    mark = hashlib.sha256(text.encode()).hexdigest()
+    mark = hashlib.sha256(re.sub(r"\brank \d+", "rank", text).encode()).hexdigest()
     try:
         handle = open(shared, "a+", encoding="ascii")  # noqa: SIM115  # below
     except OSError:  # the launcher is gone

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sgm.config import RunConfig
 from sgm.data.images import Picture
+from sgm.distributed import own_rank
 from sgm.inference.noise import SampleId
 from sgm.inference.options import SampleArgs
 from sgm.inference.pipeline import Part, Pipeline
@@ -196,4 +197,6 @@ def out_of_memory_advice(args: SampleArgs) -> str:
         advice += [f"shorter windows (--window-frames {args.window_frames - 4})"]
     advice += [f"fewer latent frames (--num-frames {fewer})"] if args.sampling_num_frames > 1 else []
     advice += ["a smaller --image-size"]
-    return f"the GPU ran out of memory with --placement {args.placement}. Try " + "; ".join(advice) + "."
+    rank, ranks = own_rank()
+    gpu = f"the GPU of rank {rank}" if ranks > 1 else "the GPU"
+    return f"{gpu} ran out of memory with --placement {args.placement}. Try " + "; ".join(advice) + "."

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sgm.config import ConfigError, RunConfig
-from sgm.distributed import own_rank, shutdown
+from sgm.distributed import DistInfo, own_rank, shutdown
 from sgm.inference.generation import Generation
 from sgm.inference.grid import Axis, comparison_of, count_of, make_grid
 from sgm.inference.model import TextToVideo
@@ -39,30 +39,33 @@ def sample(
     """
     config = checked(config, paths=not dry_run)
     info, device = join_processes(config.args.device)
-    try:
-        config = without_fp16_on_cpu(config, device)
-        progress = Progress(info.rank == 0, device, check)
-        for note in config.notes:
-            progress.line(f"note: {note}")
-        config, axes = comparison_of(grid, config) if grid else (config, [])
-        if dry_run:
-            _print_plan(config, progress, info.rank)
-            if axes and info.rank == 0:
-                print(f"# grid: {count_of(axes)} clips", flush=True)
-            return 0
-        model = TextToVideo(config, device, with_text_encoder=config.args.decode_latents is None)
-        if axes:
-            _compare(model, axes, progress, info.world_size)
-            return 0
-        layout = layout_of(config, model.pipeline, info.world_size)
-        if layout.clip > 1:
-            progress.line(f"note: {layout}")
-        model.pipeline.join(form_team(layout))
-        with model.generation(config, progress) as generation:
-            Runner(generation).run()  # teams do not wait for one another
-    finally:
-        shutdown()
+    config = without_fp16_on_cpu(config, device)
+    _sample(config, Progress(info.rank == 0, device, check), info, dry_run, grid)
+    shutdown()  # not after an error: the other ranks may wait for this one, and NCCL would wait for them
     return 0
+
+
+def _sample(
+    config: RunConfig[SampleArgs], progress: Progress, info: DistInfo, dry_run: bool, grid: Sequence[str]
+) -> None:
+    for note in config.notes:
+        progress.line(f"note: {note}")
+    config, axes = comparison_of(grid, config) if grid else (config, [])
+    if dry_run:
+        _print_plan(config, progress, info.rank)
+        if axes and info.rank == 0:
+            print(f"# grid: {count_of(axes)} clips", flush=True)
+        return
+    model = TextToVideo(config, progress.device, with_text_encoder=config.args.decode_latents is None)
+    if axes:
+        _compare(model, axes, progress, info.world_size)
+        return
+    layout = layout_of(config, model.pipeline, info.world_size)
+    if layout.clip > 1:
+        progress.line(f"note: {layout}")
+    model.pipeline.join(form_team(layout))
+    with model.generation(config, progress) as generation:
+        Runner(generation).run()  # teams do not wait for one another
 
 
 def _compare(model: TextToVideo, axes: Sequence[Axis], progress: Progress, world: int) -> None:

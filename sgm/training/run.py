@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -363,9 +362,7 @@ def exit_quietly(code: int) -> None:
         if first or not code:
             return
         sys.exit(0)  # the first rank says it for all: the launcher ends the others of one that fails
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        os._exit(code)
-    sys.exit(code)
+    distributed.leave(code)
 
 
 FILE = "infer.yaml"

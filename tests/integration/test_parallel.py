@@ -90,6 +90,43 @@ def test_two_processes_and_one_prompt_make_it_together(config, tmp_path):
     torch.testing.assert_close(read_latents(saved)[0], read_latents(alone)[0], rtol=0, atol=1e-5)
 
 
+LEAVES_A_DECODE = f"""
+import os, signal, sys
+sys.path.insert(0, {str(REPO)!r})
+import torch, sample_video
+from sgm.models.autoencoder import VideoAutoencoder
+
+rank, how, *words = sys.argv[1:]
+decode_chunks = VideoAutoencoder.decode_chunks
+
+def leave(*arguments):
+    for chunk in decode_chunks(*arguments):
+        if os.environ["RANK"] == rank:
+            if how == "memory":
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield chunk
+
+VideoAutoencoder.decode_chunks = leave
+sys.exit(sample_video.main(words, listen=True))
+"""
+
+
+@pytest.mark.parametrize(
+    ("rank", "how", "code", "said"),
+    [(1, "memory", 2, "the GPU of rank 1 ran out of memory"), (0, "kill", 137, "rank 0 was ended by SIGKILL")],
+    ids=["memory", "kill"],
+)
+def test_a_process_that_leaves_a_shared_decode_loses_no_latents(config, tmp_path, rank, how, code, said):
+    (script := tmp_path / "leaves.py").write_text(LEAVES_A_DECODE)
+    wish = [rank, how, config, "--prompt", "x", *SHARES, "--output-dir", tmp_path / "out"]
+    with start(*wish, ranks=2, script=script) as process:
+        out, err = process.communicate(timeout=240)
+    assert process.returncode == code and err.count("error: ") == err.count(said) == 1 and "Traceback" not in err, err
+    (saved,) = (p for p in (tmp_path / "out").rglob("*") if p.is_file() and ".partial-run" not in p.name)
+    assert read_latents(saved)[1]["prompt"] == "x" and read_latents(saved)[0].shape[0] == 5
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads /proc for the ranks' process ids")
 def test_a_process_that_dies_ends_those_that_wait_for_it(config, tmp_path):
     with start(config, "--prompt", "x", "--steps", 900, "--output-dir", tmp_path, ranks=2) as job:
