@@ -33,7 +33,15 @@ LAUNCHER = "COGVIDEOX_LAUNCHER"  # environment: process id of the launcher, for 
 
 
 class Parser(argparse.ArgumentParser):
-    """Options and file names in any order; ranks that are given the same command line say the same once."""
+    """Options and file names in any order; ranks that are given the same command line say the same once.
+
+    Attributes:
+        instead: what to write in place of an option that there is not, by its name with underscores.
+    """
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.instead: dict[str, str] = {}
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """With options between the file names, too: `a.yaml --seed 7 b.yaml`."""
@@ -44,6 +52,9 @@ class Parser(argparse.ArgumentParser):
         _say_once(self.format_help().rstrip("\n"), sys.stdout)
 
     def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments: "):
+            names = [word.partition("=")[0][2:].replace("-", "_") for word in message.split() if word.startswith("--")]
+            message += "".join(f"; write {self.instead[name]}" for name in names if name in self.instead)
         _say_once(f"{self.format_usage()}{self.prog}: error: {message}", sys.stderr)
         sys.exit(BAD_INPUT)
 

@@ -47,7 +47,7 @@ def run_parser(prog: str | None, description: str | None, default: Path) -> Pars
 
 
 def add_flags(
-    parser: argparse.ArgumentParser,
+    parser: Parser,
     record: type[DataclassInstance],
     names: Iterable[str],
     called: Mapping[str, str] = NO_FLAGS,
@@ -60,8 +60,10 @@ def add_flags(
     """
     fields = {field.name: field for field in dataclasses.fields(record)}
     kinds = typing.get_type_hints(record)
+    parser.instead |= {name: f"--set args.{name}=VALUE" for name in fields}
     for name in names:
         flag = called.get(name, f"--{name.replace('_', '-')}")
+        parser.instead[name] = flag
         parser.add_argument(flag, dest=name, **_settings(kinds[name], fields[name].metadata))
 
 

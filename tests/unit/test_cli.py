@@ -42,7 +42,12 @@ def test_help_and_unknown_options(program, capsys):
     assert "CONFIG.yaml" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="^2$"):
         program.parse(["a.yaml", "--sede", "7"])
-    assert "error: unrecognized arguments: --sede 7" in capsys.readouterr().err
+    assert "error: unrecognized arguments: --sede 7\n" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="^2$"):  # the original's, and a key without an option
+        program.parse(["a.yaml", "--save_interval=7", "--cache_dir", "x", "--sampling-num-frames", "3"])
+    said = capsys.readouterr().err
+    own = "--num-frames" if program is sample_video else "--set args.save_interval=VALUE; write --cache-dir"
+    assert f"; write {own}" in said
 
 
 @pytest.mark.parametrize(("program", "record"), [(sample_video, SampleArgs), (train_video, TrainArgs)])
