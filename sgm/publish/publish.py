@@ -56,7 +56,8 @@ def publish(asked: Publication) -> list[str]:
     source = asked.source.expanduser()
     adapter = open_adapter(source, asked.alpha)
     run = run_folder(source)
-    training = Training(source.stem) if run is None else read_training(run, _iteration(source))
+    name = source.stem if source.is_file() else source.name
+    training = Training(name) if run is None else read_training(run, _iteration(source))
     output = asked.output or _default_output(run)
     samples = (samples_in(asked.samples) if asked.samples else training.samples)[:_CLIPS]
     trigger = ", ".join(training.common_words) if asked.trigger is None else asked.trigger

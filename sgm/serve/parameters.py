@@ -127,7 +127,7 @@ def clip_request(
         size=size,
         num_frames=frames,
         fps=facts.fps,
-        steps=fields.whole("steps", 1, limits.steps),
+        steps=fields.whole("steps", 2, limits.steps),
         guidance_scale=fields.number("guidance_scale", 0, 100),
         strength=fields.number("strength", *STRENGTHS),
         image=upload.name if upload and upload.kind == "image" else None,

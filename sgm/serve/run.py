@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import re
 import socket
 import sqlite3
 import sys
@@ -195,7 +196,7 @@ def _adapters(texts: Sequence[str]) -> dict[str, OfferedAdapter]:
     for text in texts:
         name, equals, rest = text.partition("=")
         path, scale = split_scale(rest if equals else text)
-        name = name if equals else Path(path).stem
+        name = name if equals else re.sub(r"\.(safetensors|pt|bin)$", "", Path(path).name)
         if not name or ":" in name or name in found:
             raise ConfigError(
                 f"--lora {text}: each adapter needs a name of its own, without a colon: NAME=PATH[:SCALE]."

@@ -187,10 +187,12 @@ def test_offline_from_a_picture_with_other_clips(tmp_path: Path, capsys: Any) ->
 
 def test_a_student_of_the_demo(tmp_path: Path, capsys: Any) -> None:
     """An adapter in no run's folder, for a base that is not published."""
-    student = REPO / "demo" / "student"
+    student = tmp_path / "student-1.5"
+    student.symlink_to(REPO / "demo" / "student")
     assert publish.main([str(student)]) == 2 and "--out FOLDER" in capsys.readouterr().err
     assert publish.main([str(student), "--out", str(tmp_path / "student")]) == 0
     card = (tmp_path / "student" / "README.md").read_text()
+    assert "\n# student-1.5\n" in card
     assert "distilled to need 4 steps" in card and "base_model" not in card and "ComfyUI" not in card
     assert "few_steps" in read_adapter(str(tmp_path / "student")).lora
 
