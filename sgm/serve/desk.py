@@ -55,24 +55,21 @@ class Desk:
         fingerprint = _fingerprint(client, fields, upload)
         key = None if key is None else f"{client} {key}"  # another client's is another one
         origin = Origin(fingerprint, key, repeats, time.time() if arrived is None else arrived)
-        job_id = new_id()
+        job_id, is_new = new_id(), False
         try:
             if upload is not None:
                 self._keep(job_id, upload)
             job, is_new = self.store.create(job_id, request, origin, self.limits.queued)
         except QueueFullError as error:
-            self._discard(job_id)
             raise ApiError(429, f"{error} Try again later.", None, "queue_full", RETRY_AFTER) from error
         except KeyReusedError as error:
-            self._discard(job_id)
             raise ApiError(422, str(error), None, "idempotency_key_reused") from error
-        except BaseException:
-            self._discard(job_id)
-            raise
+        finally:
+            if not is_new:
+                with suppress(OSError):
+                    remove(self.store.files(job_id).folder)
         if is_new:
             self.wake()
-        else:
-            self._discard(job_id)
         return job
 
     def _keep(self, job_id: str, upload: Upload) -> None:
@@ -85,10 +82,6 @@ class Desk:
             sync_folder(self.store.folder)
         except SaveError as error:
             raise ApiError(507, str(error), None, "no_room") from error
-
-    def _discard(self, job_id: str) -> None:
-        with suppress(OSError):
-            remove(self.store.files(job_id).folder)
 
     def job(self, job_id: str) -> Job:
         """The job that a client names.

@@ -81,36 +81,20 @@ class Job:
         return self.state in (COMPLETED, FAILED)
 
 
-@dataclass(frozen=True)
 class JobFiles:
-    """The files of one job, all in one folder of its own."""
+    """The files of one job, all in one folder of its own.
 
-    folder: Path
+    Attributes:
+        variants: name in the API -> file and media type; the first three are OpenAI's. A preview goes when the video
+            comes.
+    """
 
-    @property
-    def video(self) -> Path:
-        return self.folder / "000000.mp4"
-
-    @property
-    def record(self) -> Path:
-        return self.folder / "000000.json"
-
-    @property
-    def thumbnail(self) -> Path:
-        return self.folder / "thumbnail.webp"
-
-    @property
-    def spritesheet(self) -> Path:
-        return self.folder / "spritesheet.jpg"
-
-    @property
-    def preview(self) -> Path:
-        """The frame that is to be seen while the clip is made."""
-        return self.folder / "preview.jpg"
-
-    def variants(self) -> dict[str, tuple[Path, str]]:
-        """Name in the API -> file and media type; the first three are OpenAI's. A preview goes when the video comes."""
-        return {
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.video, self.record = folder / "000000.mp4", folder / "000000.json"
+        self.thumbnail, self.spritesheet = folder / "thumbnail.webp", folder / "spritesheet.jpg"
+        self.preview = folder / "preview.jpg"
+        self.variants = {
             "video": (self.video, "video/mp4"),
             "thumbnail": (self.thumbnail, "image/webp"),
             "spritesheet": (self.spritesheet, "image/jpeg"),

@@ -7,15 +7,19 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
+from PIL import Image
 
 from sgm.data.video_out import write_contact_sheet
 from sgm.errors import SgmError
 from sgm.files import replacing
 from sgm.serve.jobs import ClipRequest, Job, JobFiles
 from sgm.serve.store import JobStore
+
+if TYPE_CHECKING:
+    from sgm import StepReport, Video
 
 TOLD_EVERY = 0.25  # seconds between two notes of how far a job is
 PREVIEW_EVERY = 1.0
@@ -25,31 +29,6 @@ PREVIEW_FRAMES = 4
 
 class NotWantedError(Exception):
     """The job was deleted while it was made."""
-
-
-class StepReport(Protocol):
-    """As `sgm.StepReport`: `step` of `total` are taken; `preview()` gives frames (f, height, width, 3), uint8."""
-
-    @property
-    def step(self) -> int: ...
-
-    @property
-    def total(self) -> int: ...
-
-    @property
-    def preview(self) -> Callable[[], np.ndarray]: ...
-
-
-class Clip(Protocol):
-    """As `sgm.Video`: frames (f, height, width, 3), uint8; `save` writes the mp4, and its record beside it."""
-
-    @property
-    def frames(self) -> np.ndarray: ...
-
-    def save(self, path: Path) -> object: ...
-
-
-Generate = Callable[[ClipRequest, Path, Callable[[StepReport], None]], Clip]
 
 
 @dataclass
@@ -63,7 +42,7 @@ class Maker:
 
     store: JobStore
     name: str
-    generate: Generate
+    generate: Callable[[ClipRequest, Path, Callable[[StepReport], None]], Video]
     previews: bool = False
     too_large: tuple[type[Exception], ...] = ()
 
@@ -130,16 +109,10 @@ class _Watch:
         write_contact_sheet(self.files.preview, frames, PREVIEW_FRAMES, columns=2, width=frames.shape[2])
 
 
-def _write(clip: Clip, files: JobFiles) -> None:
+def _write(clip: Video, files: JobFiles) -> None:
     clip.save(files.video)
     frames = clip.frames
-    _write_picture(files.thumbnail, frames[len(frames) // 2])
+    with replacing(files.thumbnail) as temporary:
+        Image.fromarray(np.ascontiguousarray(frames[len(frames) // 2])).save(temporary, quality=85)
     write_contact_sheet(files.spritesheet, frames)
     files.preview.unlink(missing_ok=True)
-
-
-def _write_picture(path: Path, pixels: np.ndarray) -> None:
-    from PIL import Image
-
-    with replacing(path) as temporary:
-        Image.fromarray(np.ascontiguousarray(pixels)).save(temporary, quality=85)

@@ -61,11 +61,11 @@ class Models:
         """From its configuration; its weights are read when they are needed."""
         asked = self._specifications[name]
         overrides = _overrides(asked["overrides"], asked["flags"])
-        flags = {key: asked["flags"].get(key) for key in ("placement", "device")}
+        flags = {"placement": asked["flags"].get("placement"), "device": self._device or asked["flags"].get("device")}
         plain = load_run_config([Path(file) for file in asked["files"]], SampleArgs, overrides=asked["overrides"])
         # The overlays of modes must not change what is decided at loading.
         overrides.setdefault("accelerate.kernels", plain.accelerate.kernels)
-        return TextToVideo.from_config(*asked["files"], overrides=overrides, **flags | _given(device=self._device))
+        return TextToVideo.from_config(*asked["files"], overrides=overrides, **flags)
 
     def facts(self) -> dict[str, ModelFacts]:
         return {name: _facts(name, model) for name, model in self._models.items()}
@@ -109,10 +109,6 @@ class Models:
             torch.cuda.empty_cache()
         self._current = name
         return self._models[name]
-
-
-def _given(**values: Any) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value is not None}
 
 
 def _overrides(texts: Sequence[str], flags: Mapping[str, Any]) -> dict[str, Any]:

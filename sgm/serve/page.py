@@ -75,13 +75,12 @@ class Page:
             telling = {**quiet, "queue": True, "concurrency_limit": None}  # what is said needs Gradio's queue
             timer.tick(self._refresh, [chosen, shown], every, **quiet)
             blocks.load(self._refresh, [chosen, shown], every, **quiet)
-            inputs = [self.start, *self.fields.values()]
+            form = [self.start, *self.fields.values()]
             for asked in (make.click, self.fields["prompt"].submit):
-                made = asked(self._make, [chosen, *inputs], chosen, **telling)
+                made = asked(self._make, [chosen, *form], chosen, **telling)
                 made.then(self._refresh, [chosen, shown], every, **quiet)
             for part in outputs[:3]:
                 part.click(self._clicked, chosen, chosen, **quiet).then(self._refresh, [chosen, shown], every, **quiet)
-            form = [self.start, *self.fields.values()]
             again.click(self._same_again, chosen, form, **telling)
             again_from.upload(self._from_record, again_from, form, **telling)
             model, adapter = self.fields["model"], self.fields["adapter"]

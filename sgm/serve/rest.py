@@ -82,7 +82,7 @@ class _Api:
 
     def content(self, video_id: str, variant: str = "video") -> Response:
         job = self.desk.job(video_id)
-        variants = self.desk.store.files(job.id).variants()
+        variants = self.desk.store.files(job.id).variants
         if variant not in variants:
             raise ApiError(400, f"variant is {variant!r}; there are {', '.join(variants)}.", "variant")
         path, kind = variants[variant]
@@ -134,13 +134,9 @@ async def _read_fields(request: Request) -> tuple[dict[str, list[str]], Upload |
     finally:
         await form.close()
     url = fields.pop(f"{REFERENCE}[image_url]", None)
-    return _without_reference(fields), Upload.of_url(url[0]) if url else upload
-
-
-def _without_reference(fields: dict[str, list[str]]) -> dict[str, list[str]]:
     if any(name.startswith(REFERENCE) for name in fields):
         raise ApiError(400, f"{REFERENCE} is a file, or an object with an image_url that holds data.", REFERENCE)
-    return fields
+    return fields, Upload.of_url(url[0]) if url else upload
 
 
 def _json_fields(body: bytes) -> tuple[dict[str, list[str]], Upload | None]:
