@@ -27,8 +27,9 @@ from sgm.cache.store import CacheScan, CacheStore, frame_key, text_key
 from sgm.data.clips import ClipSettings
 from sgm.data.dataset import Packed, PackedShapes, PackedStrings
 from sgm.data.loader import require_one_shape
-from sgm.data.report import DatasetError, Report, UsableClip
+from sgm.data.report import DatasetError, Report
 from sgm.data.sampler import ClipSampler
+from sgm.data.sources import ListedClip
 from sgm.modules.autoencoding.strides import STRIDES
 
 MOMENTS, EMBEDDING, FIRST_FRAME = "moments", "txt_embedding", "first_frame"  # entries of a batch
@@ -58,7 +59,7 @@ class CachedClips(Dataset):
         write_report: bool = True,
     ):
         self.data_dir, self.settings, self.report_path = Path(scan.folder), settings, report
-        usable = [UsableClip(clip.path) for clip in scan.usable]
+        usable = [ListedClip(clip.path) for clip in scan.usable]
         self.report = Report(scan.folder, asdict(settings), usable, scan.rejected, scan.passed_over)
         self.report.require_usable()
         if write_report:

@@ -36,8 +36,9 @@ def cache_identity(model: Mapping[str, Any], settings: ClipSettings) -> dict[str
     """
     stage, text = encoder_params(model)
     coder_target, coder = split_config(stage["encoder_config"])
+    checkpoint = Path(stage.get("ckpt_path") or "").expanduser()
     identity: dict[str, Any] = {
-        "vae weights": _stage_fingerprint(stage.get("ckpt_path")),
+        "vae weights": weights_fingerprint(checkpoint) if checkpoint.is_file() else None,
         "vae encoder": json.dumps([get_obj_from_str(coder_target).__qualname__, coder], sort_keys=True),
         "text encoder weights": _text_fingerprint(text.get("model_dir", T5_XXL), text.get("cache_dir")),
         "max_length": int(text.get("max_length", 77)),
@@ -101,11 +102,6 @@ def encoder_params(model: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, 
     return split_config(stage)[1], dict(embedders[0].get("params") or {})
 
 
-def _stage_fingerprint(checkpoint: str | None) -> str | None:
-    path = Path(checkpoint).expanduser() if checkpoint else None
-    return weights_fingerprint(path) if path is not None and path.is_file() else None
-
-
 def _text_fingerprint(model_dir: str, cache_dir: str | None) -> str | None:
     try:
         files = t5_files.resolve(model_dir, cache_dir) if t5_files.is_local(model_dir, cache_dir) else None
@@ -155,8 +151,10 @@ def ready_cache(
     source = cached_source(config.data)
     store = _open(config, dtype, source.settings, info.rank)
     if info.rank == 0:
-        for note in _differences(store, dtype):
-            say(f"note: {note}")
+        for name in store.uncompared:
+            say(f"note: {store.folder}: {name} cannot be compared, the files are not here")
+        if store.encoded_as != dtype:
+            say(f"note: {store.folder} was encoded in {store.encoded_as}, this run computes in {dtype}")
     folders = config.args.data_folders
     scans = _scan(store, source, folders)
     lacking = "; ".join(scan.shortfall() for scan in scans if scan.missing)
@@ -168,7 +166,12 @@ def ready_cache(
             )
         say(f"cache: encoding {lacking}")
         missing = [clip for scan in scans for clip in scan.missing]
-        fill(store, config.model, missing, source.settings, _how_to_fill(config, info, batch_size), say)
+        args, fast = config.args, config.accelerate
+        kernels = choose_kernels(fast.kernels, fast.attention, info.device, fast.cpu_bf16)
+        how = FillSettings(
+            info.device, args.num_workers, batch_size, args.vae_low_memory, info.rank, info.world_size, kernels
+        )
+        fill(store, config.model, missing, source.settings, how, say)
         wait_for_all()
         store.refresh()
         scans = _scan(store, source, folders)
@@ -193,22 +196,6 @@ def _open(config: RunConfig[Any], dtype: str, settings: ClipSettings, rank: int)
     return store or opened()
 
 
-def _how_to_fill(config: RunConfig[Any], info: DistInfo, batch_size: int | None) -> FillSettings:
-    args, fast = config.args, config.accelerate
-    kernels = choose_kernels(fast.kernels, fast.attention, info.device, fast.cpu_bf16)
-    return FillSettings(
-        info.device, args.num_workers, batch_size, args.vae_low_memory, info.rank, info.world_size, kernels
-    )
-
-
 def _scan(store: CacheStore, source: ClipSource, folders: Sequence[str]) -> list[CacheScan]:
     # One rank looks: others might see a file system that lags behind, and disagree on the number of clips.
     return from_first(lambda: [scan_cached(folder, source, store) for folder in folders])
-
-
-def _differences(store: CacheStore, dtype: str) -> list[str]:
-    """What a user should know of a cache that fits."""
-    notes = [f"{store.folder}: {name} cannot be compared, the files are not here" for name in store.uncompared]
-    if store.encoded_as != dtype:
-        notes.append(f"{store.folder} was encoded in {store.encoded_as}, this run computes in {dtype}")
-    return notes

@@ -26,7 +26,7 @@ from torch import Tensor
 from sgm.cache.shards import CacheError, Entry, read_index
 from sgm.data.clips import CaptionError, caption_of
 from sgm.data.dataset import ClipSource
-from sgm.data.report import DatasetError, Rejection, first_reasons, nothing_in
+from sgm.data.report import DatasetError, Rejection, nothing_in, require_captions
 from sgm.data.sources import Place
 from sgm.files import SaveError, refuse_lfs_pointer, write_failed, write_json
 from sgm.weights import DTYPES
@@ -313,20 +313,17 @@ def scan_cached(folder: str | Path, source: ClipSource, store: CacheStore) -> Ca
     folder = Path(folder).expanduser().absolute()
     clips = source.list_all(folder)
     missing_caption = source.settings.missing_caption
-    scan, unnamed = CacheScan(str(folder), passed_over=clips.passed_over), []
+    scan, faults = CacheScan(str(folder), passed_over=clips.passed_over), []
     for clip in clips:
         try:
             caption = caption_of(clip, missing_caption, source.settings.caption_lines).text
         except CaptionError as fault:
-            unnamed.append(Rejection(str(fault.path), fault.reason))
+            faults.append(fault)
             scan.rejected.append(Rejection(clip.path, str(fault)))
             continue
         _classify(scan, clip.path, caption, store)
-    if unnamed and missing_caption == "error":
-        raise DatasetError(
-            f"{folder}: {len(unnamed)} captions are missing or unreadable: {first_reasons(unnamed)}; add them, or set "
-            "missing_caption to 'skip' or 'empty'"
-        )
+    if missing_caption == "error":
+        require_captions(folder, faults, len(clips))
     if not (scan.usable or scan.missing or scan.rejected):
         raise DatasetError(nothing_in(folder, scan.passed_over))
     return scan

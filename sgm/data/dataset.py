@@ -21,7 +21,7 @@ from sgm.config import ConfigError
 from sgm.data.buckets import parse_buckets
 from sgm.data.clips import CLIP_FAULTS, CaptionError, ClipSettings, load_clip, picture_size
 from sgm.data.frames import frame_indices  # noqa: F401  # the name that others use
-from sgm.data.report import LEVELS, DatasetError, Report, UsableClip, append_broken, list_source, scan
+from sgm.data.report import LEVELS, DatasetError, Report, append_broken, list_source, scan
 from sgm.data.sources import ListedClip, Listing, base_of
 from sgm.data.video_io import DECODE_TIMEOUT
 from sgm.typed import Misfit, coerce, listing
@@ -210,8 +210,7 @@ class SFTDataset(Dataset):
             return self._known_report()
         if validate == "none":
             clips = self._list_all(self.data_dir)
-            usable = [UsableClip(clip.path, clip.caption) for clip in clips]
-            return Report(str(self.data_dir), asdict(self.settings), usable, passed_over=clips.passed_over)
+            return Report(str(self.data_dir), asdict(self.settings), clips, passed_over=clips.passed_over)
         report = scan(self.data_dir, self._list_all(self.data_dir.absolute()), self.settings, validate)
         if self.report_path:
             report.write(self.report_path)

@@ -167,7 +167,12 @@ def create_loader(
         raise ValueError("no data sets to load from")
     if batch_size < 1 or num_workers < 0:
         raise ValueError(f"batch_size is {batch_size} and num_workers {num_workers}; at least 1 and 0 are needed")
-    sampler = _sampler_for(sources, batch_size, seed, rank, world_size, order, weights)
+    shapes = known_shapes(sources) if order == "shuffle" and batch_size > 1 else None
+    sampler: ClipSampler
+    if shapes and len({shape for of_source in shapes for shape in of_source}) > 1:
+        sampler = BucketSampler(shapes, batch_size, seed, rank, world_size, weights)
+    else:
+        sampler = ClipSampler([clip_count(source) for source in sources], seed, rank, world_size, order, weights)
     dataset = sources[0] if len(sources) == 1 else ConcatDataset(sources)
     pin = torch.cuda.is_available()
     build = partial(read or read_in_processes, dataset, sampler, batch_size, num_workers, prefetch, pin)
@@ -192,21 +197,6 @@ def read_in_processes(
         prefetch_factor=ahead if workers else None,
         persistent_workers=workers > 0,
     )
-
-
-def _sampler_for(
-    sources: Sequence[Dataset],
-    batch_size: int,
-    seed: int,
-    rank: int,
-    world_size: int,
-    order: str,
-    weights: Sequence[float] | None,
-) -> ClipSampler:
-    shapes = known_shapes(sources) if order == "shuffle" and batch_size > 1 else None
-    if shapes and len({shape for of_source in shapes for shape in of_source}) > 1:
-        return BucketSampler(shapes, batch_size, seed, rank, world_size, weights)
-    return ClipSampler([clip_count(source) for source in sources], seed, rank, world_size, order, weights)
 
 
 def clip_count(dataset: Dataset) -> int:

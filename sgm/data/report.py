@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from sgm.data.clips import CLIP_FAULTS, CaptionError, ClipSettings, caption_of, check_clip
 from sgm.data.decoder import DecodeProcess
@@ -40,24 +40,6 @@ class Rejection:
     reason: str
 
 
-class UsableClip(NamedTuple):
-    """A clip, its caption where the source says that itself, and (frames, height, width) where it was looked at."""
-
-    path: str
-    caption: str | None = None
-    shape: ClipShape | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """What is known of it, for the file."""
-        known = {"path": self.path, "caption": self.caption, "clip": self.shape}
-        return {name: value for name, value in known.items() if value is not None}
-
-    @classmethod
-    def from_dict(cls, line: Mapping[str, Any]) -> UsableClip:
-        """What `as_dict` gave."""
-        return cls(line["path"], line.get("caption"), tuple(line["clip"]) if "clip" in line else None)
-
-
 @dataclass
 class Report:
     """Result of a scan.
@@ -68,7 +50,7 @@ class Report:
 
     data_dir: str
     settings: dict[str, Any]
-    usable: list[UsableClip] = field(default_factory=list)
+    usable: list[ListedClip] = field(default_factory=list)
     rejected: list[Rejection] = field(default_factory=list)
     passed_over: dict[str, int] = field(default_factory=dict)
 
@@ -98,7 +80,10 @@ class Report:
         head = {"status": "head", "data_dir": self.data_dir, **counts, "settings": self.settings}
         if self.passed_over:
             head["passed_over"] = self.passed_over
-        lines = [head, *({"status": "usable", **clip.as_dict()} for clip in self.usable)]
+        lines = [head]
+        for clip in self.usable:
+            known = {"path": clip.path, "caption": clip.caption, "clip": clip.shape}
+            lines.append({"status": "usable", **{name: value for name, value in known.items() if value is not None}})
         lines += [{"status": "rejected", **asdict(r)} for r in self.rejected]
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
@@ -112,7 +97,11 @@ class Report:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         if not lines or lines[0].get("status") != "head":
             raise DatasetError(f"{path} is not a data set report: its first line has no head")
-        usable = [UsableClip.from_dict(line) for line in lines if line["status"] == "usable"]
+        usable = [
+            ListedClip(line["path"], line.get("caption"), tuple(line["clip"]) if "clip" in line else None)
+            for line in lines
+            if line["status"] == "usable"
+        ]
         rejected = [Rejection(line["path"], line["reason"]) for line in lines if line["status"] == "rejected"]
         return cls(lines[0]["data_dir"], lines[0]["settings"], usable, rejected, lines[0].get("passed_over", {}))
 
@@ -172,14 +161,20 @@ def scan(data_dir: str | Path, clips: Listing, settings: ClipSettings, level: st
         if isinstance(result, Exception):
             report.rejected.append(Rejection(clip.path, reason_of(result)))
         else:
-            report.usable.append(UsableClip(clip.path, clip.caption, result))
-    unnamed = [Rejection(str(f.path), f.reason) for f in found if isinstance(f, CaptionError)]
-    if unnamed and settings.missing_caption == "error":
+            report.usable.append(clip._replace(shape=result))
+    if settings.missing_caption == "error":
+        require_captions(report.data_dir, [f for f in found if isinstance(f, CaptionError)], len(clips))
+    return report
+
+
+def require_captions(source: str | Path, faults: Sequence[CaptionError], clips: int) -> None:
+    """Raises DatasetError where some of a source's clips have `faults`."""
+    if faults:
+        unnamed = [Rejection(str(fault.path), fault.reason) for fault in faults]
         raise DatasetError(
-            f"{report.data_dir}: {len(unnamed)} of {len(clips)} captions are missing or unreadable: "
+            f"{source}: {len(unnamed)} of {clips} captions are missing or unreadable: "
             f"{first_reasons(unnamed)}; add them, or set missing_caption to 'skip' or 'empty'"
         )
-    return report
 
 
 def _shape_or_fault(

@@ -19,8 +19,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
+from sgm.data.frames import ClipShape
 from sgm.errors import SgmError
 from sgm.files import refuse_lfs_pointer
 
@@ -47,12 +48,13 @@ class SourceError(SgmError):
     """A manifest or an archive that cannot be read; the message names the place."""
 
 
-@dataclass(frozen=True)
-class ListedClip:
-    """A clip's path (or place in an archive), and its caption where the source itself holds it."""
+class ListedClip(NamedTuple):
+    """A clip's path (or place in an archive), its caption where the source itself holds it, and (frames, height, width)
+    where it was looked at."""
 
     path: str
     caption: str | None = None
+    shape: ClipShape | None = None
 
 
 class Listing(list[ListedClip]):

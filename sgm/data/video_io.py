@@ -277,16 +277,14 @@ def resize_crop(
     top, left = _corner(new_height - height, new_width - width, mode, rng)
     out = frames.new_empty(*frames.shape[:2], height, width)
     for frame, target in zip(frames, out, strict=True):  # one at a time: float32 needs four times the memory
-        scaled = _bicubic(frame, new_height, new_width)[:, top : top + height, left : left + width]
+        scaled = frame
+        if (covering := (new_height, new_width)) != frame.shape[-2:]:
+            scaled = F.interpolate(frame[None].float(), covering, mode="bicubic", align_corners=False, antialias=True)[
+                0
+            ]
+        scaled = scaled[:, top : top + height, left : left + width]
         target.copy_(scaled if scaled.dtype == torch.uint8 else scaled.clamp_(0, 255).round_())
     return out
-
-
-def _bicubic(frame: Tensor, height: int, width: int) -> Tensor:
-    """float32, or the frame itself where it has that size."""
-    if frame.shape[-2:] == (height, width):
-        return frame
-    return F.interpolate(frame[None].float(), (height, width), mode="bicubic", align_corners=False, antialias=True)[0]
 
 
 def _corner(spare_height: int, spare_width: int, mode: str, rng: Rng | None) -> tuple[int, int]:

@@ -91,7 +91,8 @@ class Hub:
         """
         if not _NAME.fullmatch(repository):
             raise HubError(f"{repository!r} is no repository's name, which has the form OWNER/NAME.")
-        content = self._json(f"/api/models/{repository}/revision/{quote(revision, safe='')}", repository)
+        with self.open(f"/api/models/{repository}/revision/{quote(revision, safe='')}", repository) as (body, _):
+            content = self._parsed(body, repository)
         commit = content.get("sha") if isinstance(content, dict) else None
         if not isinstance(commit, str) or not re.fullmatch(r"[0-9a-f]{40}", commit):
             raise HubError(f"{self.endpoint} does not say which commit {repository} has; is it a hub?")
@@ -110,10 +111,6 @@ class Hub:
             following = re.search(r'<([^>]+)>;\s*rel="next"', headers.get("Link", ""))
             address = following[1] if following else None
         return found
-
-    def _json(self, address: str, repository: str) -> Any:
-        with self.open(address, repository) as (body, _):
-            return self._parsed(body, repository)
 
     def _parsed(self, body: IO[bytes], repository: str) -> Any:
         with self._reaching():

@@ -109,7 +109,9 @@ def get_release(wish: Wish, say: Callable[[str], None] = say_on_stderr) -> Path:
     file = wish.target / RUN_FILE
     with alone(wish.target, wish.name, say):
         if not file.is_file():
-            _refuse_other_content(wish.target)
+            if wish.target.exists() and not (wish.target.is_dir() and not any(wish.target.iterdir())):
+                there = f"{wish.target} is there, and holds no {RUN_FILE}"
+                raise HubError(f"{there}; choose another folder (--output_path).")
             try:
                 _download(wish, say)
             except UnreachableError as error:
@@ -151,11 +153,6 @@ def alone(target: Path, name: str, say: Callable[[str], None]) -> Iterator[None]
             say(f"another command is fetching {name}; this one waits for it")
         told = True
         time.sleep(0.5)
-
-
-def _refuse_other_content(target: Path) -> None:
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise HubError(f"{target} is there, and holds no {RUN_FILE}; choose another folder (--output_path).")
 
 
 def _by_hand(wish: Wish) -> str:

@@ -25,7 +25,7 @@ from sgm.models.autoencoder import VideoAutoencoder
 from sgm.models.diffusion import Cond, SATVideoDiffusionEngine
 from sgm.modules.autoencoding.small_decoder import SmallDecoder
 from sgm.modules.diffusionmodules.shortcuts import CallCount, ShortcutRun, Shortcuts
-from sgm.parallel.decoding import SharedChunks
+from sgm.parallel.first_stage import SharedChunks
 from sgm.parallel.team import Team
 
 Use = Literal["conditioner", "network", "encoder", "decoder"]

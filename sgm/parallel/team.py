@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from sgm.distributed import COLLECTIVE_LIMIT
+from sgm.distributed import COLLECTIVE_LIMIT, ClipGroup, model_parallel_world_size, replica_count, share_clips
 from sgm.errors import SgmError
 
 T = TypeVar("T")
@@ -201,6 +201,24 @@ def form_team(layout: Layout, parts: int = 1) -> Team:
                 mine[kind].append(made)
     (guidance,), (sequence,), (clip,) = mine["guidance"], mine["sequence"], mine["clip"]
     return Team(layout, own, data_rank, guidance, sequence, clip, tuple(mine["edges"]), parts, part)
+
+
+def training_team(size: int) -> Team:
+    """This process's team of `size`; from here on its members have the same data. Collective, behind `ensure_groups`.
+
+    Raises:
+        ParallelError: the number of processes is no multiple of it.
+    """
+    count, parts = replica_count(), model_parallel_world_size()
+    if count % size:
+        raise ParallelError(
+            f"args.sequence_parallel_size asks for {size} processes a clip{' and part of the model' * (parts > 1)}, "
+            f"and this run has {count}: start a multiple, as in NPROC={size * parts} bash finetune.sh, or leave it out."
+        )
+    team = form_team(Layout(count // size, 1, size), parts)
+    if size > 1:
+        share_clips(ClipGroup(size, team.clip, team.global_rank(0)))
+    return team
 
 
 def _groups(layout: Layout, members: Sequence[int]) -> list[tuple[str, Sequence[int]]]:

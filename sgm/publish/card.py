@@ -7,6 +7,8 @@ import shlex
 from dataclasses import dataclass
 from typing import Any
 
+import yaml
+
 import sgm
 from sgm.convert.lora_files import FILE, StoredAdapter
 from sgm.modules.diffusionmodules.few_steps import FewSteps
@@ -62,7 +64,8 @@ class Card:
     def text(self) -> str:
         """README.md, with the header that the hub reads."""
         title = f"# {self.training.name}\n\n{self._about()}"
-        parts = [_front_matter(self._header()), title, self._prompts(), self._clips(), self._ours(), self._diffusers()]
+        header = yaml.safe_dump(self._header(), sort_keys=False, allow_unicode=True)
+        parts = [f"---\n{header}---", title, self._prompts(), self._clips(), self._ours(), self._diffusers()]
         parts += [self._comfyui(), self._table()]
         return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -80,16 +83,14 @@ class Card:
 
     def _about(self) -> str:
         name = self.base_name
-        base = f"[{name}](https://huggingface.co/{name})" if name else self._other_base()
+        sizes = self.training.sizes
+        other = "a CogVideoX model" if sizes is None else f"a {sizes.name}"
+        base = f"[{name}](https://huggingface.co/{name})" if name else other
         text = f"A LoRA adapter for {base}, trained with cogvideox-sat {sgm.__version__}."
         if few := self.few_steps:
             guidance = "" if few.guidance else " and no guidance"
             text += f" It was distilled to need {few.steps} steps ({few.sampler}){guidance}."
         return text
-
-    def _other_base(self) -> str:
-        sizes = self.training.sizes
-        return "a CogVideoX model" if sizes is None else f"a {sizes.name}"
 
     def _prompts(self) -> str:
         lines = ["## Prompts"]
@@ -149,17 +150,7 @@ class Card:
 
     def _table(self) -> str:
         ranks = f"{self.adapter.rank}, {self.adapter.alpha:g} in training; in the file alpha = rank, factor 1"
-        own = [("rank, alpha", ranks), ("adapts", _adapted(self.adapter))]
+        modules = (name.partition("transformer_blocks.")[2].partition(".")[2] or name for name in self.adapter.modules)
+        own = [("rank, alpha", ranks), ("adapts", ", ".join(dict.fromkeys(modules)))]
         rows = "\n".join(f"| {what} | {how_much} |" for what, how_much in [*own, *self.training.facts])
         return f"## Training\n\n| | |\n|---|---|\n{rows}"
-
-
-def _adapted(adapter: StoredAdapter) -> str:
-    ends = dict.fromkeys(name.partition("transformer_blocks.")[2].partition(".")[2] or name for name in adapter.modules)
-    return ", ".join(ends)
-
-
-def _front_matter(header: dict[str, Any]) -> str:
-    import yaml
-
-    return f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---"

@@ -56,9 +56,12 @@ def publish(asked: Publication) -> list[str]:
     source = asked.source.expanduser()
     adapter = open_adapter(source, asked.alpha)
     run = run_folder(source)
+    output = asked.output or (run and run / _FOLDER)
+    if output is None:
+        raise ConvertError("this adapter lies in no run's folder: say where to write with --out FOLDER.")
+    iteration = locate(source)[1] if source.exists() or newest_run(source) else None
     name = source.stem if source.is_file() else source.name
-    training = Training(name) if run is None else read_training(run, _iteration(source))
-    output = asked.output or _default_output(run)
+    training = Training(name) if run is None else read_training(run, iteration)
     samples = (samples_in(asked.samples) if asked.samples else training.samples)[:_CLIPS]
     trigger = ", ".join(training.common_words) if asked.trigger is None else asked.trigger
     inputs = {"RUN": source} | {f"--samples {sample.file}": sample.file for sample in samples}
@@ -74,16 +77,6 @@ def publish(asked: Publication) -> list[str]:
     if asked.repository:
         return [*lines, push_to_hub(output, asked.repository, private=asked.private)]
     return [*lines, f"to upload it: hf upload OWNER/NAME {output}"]
-
-
-def _iteration(source: Path) -> int | None:
-    return locate(source)[1] if source.exists() or newest_run(source) else None
-
-
-def _default_output(run: Path | None) -> Path:
-    if run is None:
-        raise ConvertError("this adapter lies in no run's folder: say where to write with --out FOLDER.")
-    return run / _FOLDER
 
 
 def _copied(samples: Sequence[Sample], folder: Path) -> list[tuple[str, str]]:

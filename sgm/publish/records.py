@@ -188,10 +188,8 @@ def samples_in(places: Sequence[Path]) -> list[Sample]:
         files = sorted(place.rglob("*.mp4")) if place.is_dir() else [place] if place.is_file() else []
         if not files or any(file.suffix != ".mp4" for file in files):
             raise ConvertError(f"--samples {place}: no .mp4 file there; name clips, or the output folder of sampling.")
-        found += [Sample(file, _prompt_of(file)) for file in files]
+        for file in files:
+            record = file.with_suffix(".json")
+            content = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+            found.append(Sample(file, str(content.get("prompt", ""))))
     return found
-
-
-def _prompt_of(clip: Path) -> str:
-    record = clip.with_suffix(".json")
-    return str(json.loads(record.read_text(encoding="utf-8")).get("prompt", "")) if record.is_file() else ""

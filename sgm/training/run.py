@@ -30,8 +30,7 @@ from sgm.modules.diffusionmodules.image_condition import sampled_frames
 from sgm.modules.diffusionmodules.wrappers import OpenAIWrapper
 from sgm.modules.transformer.patch_embed import PatchSize
 from sgm.parallel.apply import share_network, share_tokens
-from sgm.parallel.team import Team
-from sgm.parallel.training import training_team
+from sgm.parallel.team import Team, training_team
 from sgm.places import CONFIGS, INSTALLED, PROJECT, shown
 from sgm.training.checkpoints.folder import check_writable, hold, new_run_folder
 from sgm.training.checkpoints.load import (

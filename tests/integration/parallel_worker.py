@@ -20,7 +20,7 @@ from sgm.inference.noise import SampleId, StackedNoise
 from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.parallel.apply import share_encoding, share_network
-from sgm.parallel.decoding import SharedChunks
+from sgm.parallel.first_stage import SharedChunks
 from sgm.parallel.team import Layout, Team, form_team
 from sgm.util import instantiate_from_config
 from tests.dit_tiny import TEXT_LENGTH, TEXT_WIDTH, tiny_config

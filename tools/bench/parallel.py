@@ -37,7 +37,7 @@ from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.models.network import DiffusionTransformer
 from sgm.modules.ops.choice import ATTENTIONS, choose_kernels
 from sgm.parallel.apply import share_encoding, share_network, share_tokens
-from sgm.parallel.decoding import SharedChunks
+from sgm.parallel.first_stage import SharedChunks
 from sgm.parallel.team import Layout, Team, form_team
 from sgm.training.optimizers.spec import parameter_groups
 from sgm.training.setup.deepspeed import plan_deepspeed
