@@ -17,14 +17,14 @@ from typing import Any
 from sgm.convert import vae_keys
 from sgm.convert.dit_keys import NETWORK_PREFIX, NOT_IN_HF, POSITIONS, RULES, sat_plan
 from sgm.convert.dit_sizes import sizes_of_sat
-from sgm.convert.lazy import Deferred, all_deferred, some_of, types_of
+from sgm.convert.lazy import Deferred, all_deferred, types_of
 from sgm.convert.lora_files import LoraSettings, adapter_of, stated_settings
 from sgm.convert.lora_keys import factors_of, is_foreign
 from sgm.convert.sat_source import FIRST_STAGE, TEXT_ENCODER
 from sgm.files import readable
 from sgm.modules.encoders.t5 import DECODER, SHARED, TIED
 from sgm.modules.transformer.lora_state import LoraSpec, lora_spec_of, replaced_parts, split_further, split_lora
-from sgm.weights.assign import compare_keys
+from sgm.weights.assign import compare_keys, some_of
 from sgm.weights.checksums import WeightsError, WeightsNotFoundError, read_header
 from sgm.weights.files import read_checkpoint, shards_of, tensors_of, while_files_change
 from sgm.weights.release import locate, newest_run, weights_entry

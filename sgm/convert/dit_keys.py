@@ -14,8 +14,8 @@ from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 
-from sgm.convert.lazy import all_deferred, made, row_parts, some_of, stacked
-from sgm.errors import SgmError
+from sgm.convert.lazy import ConvertError, all_deferred, made, row_parts, stacked
+from sgm.weights.assign import some_of
 from sgm.weights.release import FROZEN_PREFIXES, NETWORK_PREFIX
 from sgm.weights.save import Deferred
 
@@ -24,10 +24,6 @@ Value = TypeVar("Value")
 POSITIONS = ("mixins.pos_embed.pos_embedding", "patch_embed.pos_embedding")
 # Computed by diffusers, or never read: not part of its files.
 NOT_IN_HF = ("mixins.pos_embed.freqs_sin", "mixins.pos_embed.freqs_cos", "transformer.position_embeddings.weight")
-
-
-class TransformerKeyError(SgmError):
-    """Names or tensors that do not form a CogVideoX transformer of the expected layout. The message lists them."""
 
 
 @dataclass(frozen=True)
@@ -100,11 +96,11 @@ def hf_plan(state: Mapping[str, Deferred], learned_positions: bool | None = None
         state: names with or without `model.diffusion_model.`; adapters must have been merged.
         learned_positions: whether the position table is trained (5B image-to-video) and goes along; None looks at it.
     Raises:
-        TransformerKeyError: names of another layout, or LoRA matrices.
+        ConvertError: names of another layout, or LoRA matrices.
     """
     state = network_entries(state)
     if any(".matrix_" in name for name in state):
-        raise TransformerKeyError("the state holds LoRA matrices; merge them first (merge_lora), or export them alone.")
+        raise ConvertError("the state holds LoRA matrices; merge them first (merge_lora), or export them alone.")
     kept = {name: source for name, source in state.items() if name not in (POSITIONS[0], *NOT_IN_HF)}
     plan: dict[str, Deferred] = {}
     for match, source in matched(kept, _LEAF, SAT_MODULES, "SAT"):
@@ -123,7 +119,7 @@ def sat_plan(state: Mapping[str, Deferred]) -> dict[str, Deferred]:
     Tables that the configuration determines are not part of the result.
 
     Raises:
-        TransformerKeyError: names of another layout, or a module whose counterparts are not all there.
+        ConvertError: names of another layout, or a module whose counterparts are not all there.
     """
     pieces: dict[str, dict[int, Deferred]] = {}
     rule_of: dict[str, Rule] = {}
@@ -137,7 +133,7 @@ def sat_plan(state: Mapping[str, Deferred]) -> dict[str, Deferred]:
     for sat, parts in pieces.items():
         missing = [p for p in range(rule_of[sat].parts) if p not in parts]
         if missing:
-            raise TransformerKeyError(
+            raise ConvertError(
                 f"{sat} cannot be put together, of {', '.join(rule_of[sat].hf)} some are missing (incomplete file)."
             )
         plan[sat] = stacked([parts[p] for p in range(len(parts))])
@@ -190,7 +186,7 @@ def matched(
     """Every entry with what its name is made of: one of `modules`, and an end that the pattern `ending` describes.
 
     Raises:
-        TransformerKeyError: names that are not so; lists them.
+        ConvertError: names that are not so; lists them.
     """
     found = {name: _match(name, ending, modules) for name in state}
     refuse_unknown([name for name, match in found.items() if match is None], len(state), layout)
@@ -211,9 +207,9 @@ def _match(name: str, ending: str, modules: Mapping[str, tuple[Rule, int]]) -> M
 
 
 def refuse_unknown(names: Sequence[str], total: int, layout: str) -> None:
-    """Raise TransformerKeyError if there are names that no rule knows."""
+    """Raise ConvertError if there are names that no rule knows."""
     if names:
-        raise TransformerKeyError(
+        raise ConvertError(
             f"{len(names)} of {total} names are not those of a {layout} CogVideoX transformer: {some_of(names)}. "
             "Check the direction of the conversion."
         )

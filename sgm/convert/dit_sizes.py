@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from sgm.convert.dit_keys import NOT_IN_HF, POSITIONS, RULES, is_sine_table
-from sgm.convert.lazy import ConvertError, Deferred, some_of
+from sgm.convert.lazy import ConvertError, Deferred
 from sgm.modules.autoencoding.strides import STRIDES
 from sgm.modules.transformer.positions import sincos_axis
-from sgm.weights.assign import compare_keys
+from sgm.weights.assign import compare_keys, some_of
 from sgm.weights.identify import LATENT_CHANNELS, PUBLISHED, Published, patch_layout
 
 _USUAL = (1.0, 1.875)  # of the published models; half precision blurs what the table says
@@ -407,8 +407,3 @@ def sizes_of_params(params: Mapping[str, Any]) -> Sizes:
         text_length=positions["text_length"], spacing=1.875 if rotary else spacing[0],
         time_spacing=1.0 if rotary else time,
     )  # fmt: skip
-
-
-def hf_config(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The `config.json` fields of `CogVideoXTransformer3DModel` for the `network_config.params` of a YAML file."""
-    return sizes_of_params(params).hf_config()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sgm.errors import SgmError
-from sgm.weights.assign import compare_keys
+from sgm.weights.assign import compare_keys, some_of
 from sgm.weights.save import Deferred, deferred, is_finite
 
 
@@ -107,11 +107,6 @@ def demand_shapes(
     problems = [f"missing {name}" for name in report.missing] + [f"unknown {name}" for name in report.unexpected]
     if report:
         raise ConvertError(f"{source} is not {should_be}: {some_of([*problems, *report.shapes], 5, '; ')}.")
-
-
-def some_of(names: Sequence[str], limit: int = 6, between: str = ", ") -> str:
-    """The first of these, and how many more there are."""
-    return between.join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def types_of(tensors: Iterable[Tensor | Deferred]) -> list[str]:

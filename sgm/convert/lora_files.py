@@ -84,7 +84,7 @@ class LoraSettings:
 
     def alpha(self, module: str, factors: Factors) -> float:
         """Of one module: the given one, its own entry's, the stated one; where nothing says it the rank."""
-        stated = self._stated_alpha(module, factors)
+        stated = self._in_file(module, factors) if self.given_alpha is None else self.given_alpha
         return float(factors.rank) if stated is None else stated
 
     def says_alpha(self, modules: Mapping[str, Factors]) -> bool:
@@ -103,9 +103,6 @@ class LoraSettings:
                 raise ConvertError(
                     f"{self.source} states LoRA rank {stated:g}, but its matrices have rank {factors.rank} ({name})."
                 )
-
-    def _stated_alpha(self, module: str, factors: Factors) -> float | None:
-        return self._in_file(module, factors) if self.given_alpha is None else self.given_alpha
 
     def _in_file(self, module: str, factors: Factors) -> float | None:
         return self._of("alpha_pattern", "lora_alpha", module) if factors.alpha is None else factors.alpha
@@ -254,8 +251,8 @@ def open_adapter(path: str | Path, alpha: float | None = None) -> StoredAdapter:
         alpha: the training's; counts in place of what the file says.
     Raises:
         WeightsError: no adapter there, or an unreadable one.
-        ConvertError: ranks that do not fit each other, or settings of another kind of adapter.
-        TransformerKeyError: a file of another trainer with entries that are not of this transformer's LoRA.
+        ConvertError: ranks that do not fit each other, settings of another kind of adapter, or in a file of another
+            trainer entries that are not of this transformer's LoRA.
     """
     path = Path(path).expanduser()
     foreign = foreign_file(path)

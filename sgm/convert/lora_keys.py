@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from sgm.convert.dit_keys import HF_MODULES, SAT_MODULES, Rule, TransformerKeyError, matched, network_entries
-from sgm.convert.lazy import some_of
+from sgm.convert.dit_keys import HF_MODULES, SAT_MODULES, Rule, matched, network_entries
+from sgm.convert.lazy import ConvertError
+from sgm.weights.assign import some_of
 
 _DOTTED = re.compile(r"^(?:base_model\.model\.)?(?:(?:model\.)?diffusion_model\.|transformer\.)?")
 _FLAT = re.compile(r"^(?:lora_unet|lora_transformer|lycoris)_+")
@@ -78,7 +79,7 @@ def factors_of(state: Mapping[str, Tensor], source: str) -> dict[str, Factors]:
     """Every adapted linear by diffusers' name without prefix, such as `transformer_blocks.3.attn1.to_q`.
 
     Raises:
-        TransformerKeyError: entries that are no LoRA of this transformer, said by kind; a matrix without its other; or
+        ConvertError: entries that are no LoRA of this transformer, said by kind; a matrix without its other; or
             matrices that do not belong together.
     """
     found: dict[str, dict[str, Tensor]] = {}
@@ -90,7 +91,7 @@ def factors_of(state: Mapping[str, Tensor], source: str) -> dict[str, Factors]:
         else:
             found[module][kind] = value
     if unknown:
-        raise TransformerKeyError(f"{source}: {_said(unknown, len(state))}")
+        raise ConvertError(f"{source}: {_said(unknown, len(state))}")
     return {module: _factors(module, entries, source) for module, entries in found.items()}
 
 
@@ -139,19 +140,19 @@ def _said(unknown: list[str], total: int) -> str:
 
 def _factors(module: str, entries: Mapping[str, Tensor], source: str) -> Factors:
     if missing := [f"lora_{kind}" for kind in ("down", "up") if kind not in entries]:
-        raise TransformerKeyError(
+        raise ConvertError(
             f"{source}: {module} lacks {' and '.join(missing)} (A is down, B is up); each A needs its B. The file is "
             "incomplete."
         )
     down, up, magnitude = entries["down"], entries["up"], entries.get("magnitude")
     if down.ndim not in (2, 4) or up.ndim != down.ndim or down.shape[0] != up.shape[1]:
-        raise TransformerKeyError(
+        raise ConvertError(
             f"{source}: {module} has matrices {list(down.shape)} and {list(up.shape)}; they do not belong together: "
             f"their ranks are [{down.shape[0] if down.ndim else 0}, {up.shape[1] if up.ndim > 1 else 0}]."
         )
     rows = up.shape[0]
     if magnitude is not None and tuple(magnitude.shape) not in ((rows,), (rows, 1), (1, rows, 1, 1)):
-        raise TransformerKeyError(
+        raise ConvertError(
             f"{source}: {module} has norms {list(magnitude.shape)} (DoRA) where its {rows} rows have one each; norms "
             "of columns are not read."
         )
@@ -174,7 +175,7 @@ def lora_sat_to_hf(state: Mapping[str, Tensor], prefix: str = "transformer.") ->
         state: matrices, with or without `model.diffusion_model.`; other entries are left out.
         prefix: in front of every name; "" for `CogVideoXTransformer3DModel` itself.
     Raises:
-        TransformerKeyError: matrices on modules that diffusers does not have.
+        ConvertError: matrices on modules that diffusers does not have.
     """
     out: dict[str, Tensor] = {}
     matrices = {n: t for n, t in network_entries(state).items() if re.search(_SAT_LORA, n)}
@@ -193,7 +194,7 @@ def _share_out(rule: Rule, value: Tensor, kind: str, part: int, pairs: int) -> l
     if kind == "A":
         return [(module, value) for module in rule.hf]
     chunks = value.chunk(rule.parts)
-    return [(m, _stack([chunks[p] for p in parts])) for m, parts in zip(rule.hf, rule.takes, strict=True)]
+    return [(m, torch.cat([chunks[p] for p in parts])) for m, parts in zip(rule.hf, rule.takes, strict=True)]
 
 
 def lora_hf_to_sat(modules: Mapping[str, Factors]) -> dict[str, Tensor]:
@@ -263,7 +264,3 @@ def _magnitudes(sat: str, rule: Rule, found: Mapping[int, Factors]) -> dict[str,
         if factors.magnitude is not None
         for part, rows in zip(rule.takes[place], factors.magnitude.chunk(len(rule.takes[place])), strict=True)
     }
-
-
-def _stack(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0].contiguous() if len(parts) == 1 else torch.cat(list(parts))

@@ -102,7 +102,10 @@ def convert(request: ToHf) -> list[str]:
             if part.tokenizer:
                 part.write_tokenizer(folder / "tokenizer")
         if not missing and sizes is not None:
-            _write_pipeline(folder, sizes, shift_scale, request.scheduler)
+            write_json(folder / "model_index.json", hf.model_index(sizes.takes_image, request.scheduler), indent=2)
+            (folder / "scheduler").mkdir()
+            schedule = hf.scheduler_config(shift_scale, request.scheduler)
+            write_json(folder / "scheduler" / "scheduler_config.json", schedule, indent=2)
     lines = [line for part in parts for line in part.described()]
     absent = f" (no pipeline: {', '.join(missing)} absent)" if missing else ""
     return [*lines, *notes, f"written: {request.output}{absent}"]
@@ -280,14 +283,7 @@ def _unused(carried: Mapping[str, Deferred]) -> list[str]:
     return [f"left out: {len(carried)} tensors of it in the transformer's checkpoint"] if carried else []
 
 
-# --- writing ---------------------------------------------------------------------------------------------------------
-
-
-def _write_pipeline(folder: Path, sizes: Sizes, shift_scale: float, scheduler: str) -> None:
-    write_json(folder / "model_index.json", hf.model_index(sizes.takes_image, scheduler), indent=2)
-    (folder / "scheduler").mkdir()
-    config = hf.scheduler_config(shift_scale, scheduler)
-    write_json(folder / "scheduler" / "scheduler_config.json", config, indent=2)
+# --- what configurations say -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

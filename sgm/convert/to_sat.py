@@ -88,7 +88,10 @@ def convert(request: ToSat) -> list[str]:
             write_text(out / RUN_FILE, run)
             if not (request.source / _SCHEDULER).is_file():
                 lines.append(f"assumed: shift_scale {shift:g}, as the published model's ({_SCHEDULER} is not there)")
-            lines.append(_how_to_run(request.output, sizes))
+            file = shlex.quote(str(request.output / RUN_FILE))
+            plain = f"to sample: python sample_video.py {file}"
+            with_image = f"to sample: python sample_video.py {file} --prompt TEXT --image PICTURE"
+            lines.append(with_image if sizes.takes_image else plain)
     return lines
 
 
@@ -217,13 +220,6 @@ def _write_network(folder: Path, plan: Mapping[str, Deferred], more: Mapping[str
     place.mkdir(parents=True)
     save_pt(place / "mp_rank_00_model_states.pt", {"module": dict(plan), **(more or {})})
     write_text(folder / "latest", str(ITERATION))
-
-
-def _how_to_run(output: Path, sizes: Sizes) -> str:
-    file = shlex.quote(str(output / RUN_FILE))
-    if sizes.takes_image:
-        return f"to sample: python sample_video.py {file} --prompt TEXT --image PICTURE"
-    return f"to sample: python sample_video.py {file}"
 
 
 def run_file(

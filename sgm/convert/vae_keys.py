@@ -8,22 +8,18 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from sgm.convert.lazy import ConvertError, Deferred, demand_shapes, some_of
-from sgm.errors import SgmError
+from sgm.convert.lazy import ConvertError, Deferred, demand_shapes
 from sgm.modules.autoencoding.coders import ContextParallelDecoder3D, ContextParallelEncoder3D
 from sgm.modules.autoencoding.strides import STRIDES
+from sgm.weights.assign import some_of
 
 Value = TypeVar("Value")
-
-
-class KeyMapError(SgmError):
-    """Names that belong to no 3D VAE of the expected layout. The message lists them."""
 
 
 # Prefixes in SAT's layout and in diffusers'. Placeholders are numbers: {n} and {m} are the same in both; {level} is a
@@ -51,7 +47,7 @@ def sat_to_hf(state: Mapping[str, Value]) -> dict[str, Value]:
     """SAT names -> diffusers names, values as they are (tensors, shapes, or None for names alone).
 
     Raises:
-        KeyMapError: names of another layout; lists them.
+        ConvertError: names of another layout; lists them.
     """
     return _rename(state, to_hf=True)
 
@@ -63,7 +59,7 @@ def hf_to_sat(state: Mapping[str, Value]) -> dict[str, Value]:
 
 def hf_config(params: Mapping[str, Any], scale_factor: float) -> dict[str, Any]:
     """The `config.json` fields of `AutoencoderKLCogVideoX` for the `params` of SAT's encoder in a YAML file."""
-    widths = [params["ch"] * factor for factor in params["ch_mult"]]
+    widths = encoder_widths(params)
     return {
         "in_channels": params["in_channels"],
         "out_channels": params["out_ch"],
@@ -86,24 +82,25 @@ def refuse_foreign(config: Mapping[str, Any]) -> None:
     """Refuse the `config.json` of a VAE that SAT's layout cannot express.
 
     Raises:
-        KeyMapError: naming what is foreign.
+        ConvertError: naming what is foreign.
     """
     widths = list(config["block_out_channels"])
     foreign = [name for name in ("use_quant_conv", "use_post_quant_conv") if config.get(name)]
     if foreign or any(width % widths[0] for width in widths):
-        raise KeyMapError(
+        raise ConvertError(
             f"this diffusers VAE has no counterpart in SAT's layout: {foreign or f'block_out_channels {widths}'}. "
             "Only autoencoders of the CogVideoX releases can be converted."
         )
 
 
 def _rename(state: Mapping[str, Value], to_hf: bool) -> dict[str, Value]:
-    levels = _decoder_levels(state)
+    numbers = [int(found[1]) for name in state if (found := re.match(r"decoder\.up(?:_blocks)?\.(\d+)\.", name))]
+    levels = max(numbers, default=-1) + 1
     renamed = {name: _new_name(name, levels, to_hf) for name in state}
     unknown = sorted(name for name, new in renamed.items() if new is None)
     if unknown:
         layout = "SAT" if to_hf else "diffusers"
-        raise KeyMapError(
+        raise ConvertError(
             f"{len(unknown)} of {len(state)} names are not those of a {layout} CogVideoX VAE: {some_of(unknown)}. "
             "Check the direction of the conversion, and leave out what is not of the autoencoder (`loss.*`)."
         )
@@ -127,12 +124,6 @@ def _renumber(key: str, number: int, levels: int, to_hf: bool) -> int:
     if key == "middle":
         return number - 1 if to_hf else number + 1
     return number
-
-
-def _decoder_levels(names: Iterable[str]) -> int:
-    """One more than the highest level number among the decoder's names; 0 without any."""
-    numbers = [re.match(r"decoder\.up(?:_blocks)?\.(\d+)\.", name) for name in names]
-    return max((int(found.group(1)) + 1 for found in numbers if found), default=0)
 
 
 Shapes = dict[str, tuple[int, ...]]

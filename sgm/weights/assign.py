@@ -14,8 +14,6 @@ from sgm.weights.files import WeightsError
 from sgm.weights.save import require_finite
 from sgm.weights.streaming import StagedCopy
 
-_SHOWN = 6  # names listed a heading before "... and N more"
-
 
 @dataclass
 class KeyReport:
@@ -34,7 +32,7 @@ class KeyReport:
             ("not of this model", self.unexpected),
             ("wrong shape", self.shapes),
         )
-        return [f"  {title} ({len(names)}): {_shorten(names)}" for title, names in parts if names]
+        return [f"  {title} ({len(names)}): {some_of(names, between='; ')}" for title, names in parts if names]
 
 
 def assign_state(
@@ -65,7 +63,9 @@ def assign_state(
         WeightsError: lists all missing and unexpected names and all wrong shapes at once; nothing was assigned then.
         WeightsError: values are NaN or infinite, in the file or in the type they are wanted in.
     """
-    targets = _named_tensors(module)
+    kept = set(module.state_dict(keep_vars=True))
+    named = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    targets = {name: tensor for name, tensor in named.items() if name in kept}  # tied ones under each of their names
     prefixes = tuple(ignore_prefixes)
     offered = {_own_name(name, targets): t for name, t in state.items() if not name.startswith(prefixes or ("\0",))}
     report = compare_keys({name: tuple(t.shape) for name, t in targets.items()}, offered, may_lack)
@@ -96,13 +96,6 @@ def compare_keys(
     )
 
 
-def _named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Every entry of the state dict as the live tensor (tied ones under each of their names)."""
-    kept = set(module.state_dict(keep_vars=True))
-    named = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
-    return {name: tensor for name, tensor in named.items() if name in kept}
-
-
 def _own_name(name: str, targets: Mapping[str, Tensor]) -> str:
     if name in targets:
         return name
@@ -122,7 +115,8 @@ def _assign_one(
     stage: StagedCopy | None,
 ) -> Tensor:
     place = device if device is not None else (value.device if target.is_meta else target.device)
-    kind = _wanted_dtype(target, value, dtype)
+    wanted = dtype or (value.dtype if target.is_meta else target.dtype)
+    kind = wanted if target.is_floating_point() else target.dtype
     if not target.is_meta and target.device == torch.device(place) and target.dtype == kind:
         with torch.no_grad():
             return target.copy_(value)
@@ -139,12 +133,6 @@ def _assign_one(
     return replaced[id(target)]
 
 
-def _wanted_dtype(target: Tensor, value: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    if not target.is_floating_point():
-        return target.dtype
-    return dtype or (value.dtype if target.is_meta else target.dtype)
-
-
 def _like(target: Tensor, new: Tensor) -> Tensor:
     """`new` as the same kind of tensor: a parameter keeps requires_grad and the marks that SAT puts on it."""
     if not isinstance(target, nn.Parameter):
@@ -154,9 +142,9 @@ def _like(target: Tensor, new: Tensor) -> Tensor:
     return parameter
 
 
-def _shorten(names: list[str]) -> str:
-    more = len(names) - _SHOWN
-    return "; ".join(names[:_SHOWN]) + (f"; ... and {more} more" if more > 0 else "")
+def some_of(names: Sequence[str], limit: int = 6, between: str = ", ") -> str:
+    """The first of these, and how many more there are."""
+    return between.join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 Rules = Mapping[Callable[..., Any], Callable[..., Tensor]]

@@ -27,7 +27,7 @@ from sgm.weights.checksums import (
     verifying,
 )
 
-_SAFETENSORS_SUFFIX = ".safetensors"
+_BLOCK = 1 << 16  # bytes of which a file's identity is made, at so many places
 _LOOKS, _PAUSE = 20, 0.2  # how often files are looked up that go away, seconds in between
 
 T = TypeVar("T")
@@ -81,7 +81,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         with verifying() as submit:
             check(path, submit)
-            content = _read_safetensors(path) if path.suffix == _SAFETENSORS_SUFFIX else _read_pickle(path)
+            content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     except (FileNotFoundError, DamagedError) as error:  # the latter in PyTorch's words for the former
         if path.exists():
             raise
@@ -128,9 +128,11 @@ def _read_pickle(path: Path) -> Any:
         with torch.serialization.safe_globals(_numpy_globals()):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip or None)
     except pickle.UnpicklingError as error:
-        refused = _refused_global(error)
-        if refused is None:
+        # the object that torch's restricted unpickler would not make
+        named = re.search(r"GLOBAL `?([\w.]+)|(?:function|type|class) `?([\w.]+\.[\w.]+)", str(error))
+        if named is None:
             raise DamagedError(path, "it is not a file that torch.save wrote with tensors alone") from error
+        refused = named[1] or named[2]
         raise WeightsError(
             f"{path} was not loaded: it contains the pickled object {refused!r}, and unpickling such an object can run "
             "code. Only tensors, plain Python values and NumPy arrays are read. If you trust the file, re-save its "
@@ -153,14 +155,8 @@ def _numpy_globals() -> list[Any]:
     return [*named, np.ndarray, np.dtype, *dtypes, _codecs.encode]
 
 
-def _refused_global(error: pickle.UnpicklingError) -> str | None:
-    """Name of the object that torch's restricted unpickler would not make, from its message."""
-    found = re.search(r"GLOBAL `?([\w.]+)|(?:function|type|class) `?([\w.]+\.[\w.]+)", str(error))
-    return (found.group(1) or found.group(2)) if found else None
-
-
-def weights_fingerprint(path: str | Path, *, blocks: int = 64, block_bytes: int = 1 << 16) -> str:
-    """A short identity of a weight file: SHA-256 over its size and `blocks` evenly spaced blocks, first 16 hex digits.
+def weights_fingerprint(path: str | Path) -> str:
+    """A short identity of a weight file: SHA-256 over its size and 64 evenly spaced blocks, first 16 hex digits.
 
     Reading a few MiB in place of several GiB makes it cheap enough for every run; it tells files apart, it is no
     proof of integrity.
@@ -169,9 +165,9 @@ def weights_fingerprint(path: str | Path, *, blocks: int = 64, block_bytes: int 
         with Path(path).open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             digest = hashlib.sha256(str(size).encode())
-            for k in range(blocks):
-                file.seek(max(0, (size - block_bytes) * k // max(1, blocks - 1)))
-                digest.update(file.read(block_bytes))
+            for k in range(64):
+                file.seek(max(0, (size - _BLOCK) * k // 63))
+                digest.update(file.read(_BLOCK))
     except FileNotFoundError as error:
         raise _absent(path) from error
     return digest.hexdigest()[:16]

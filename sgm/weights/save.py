@@ -166,7 +166,8 @@ def _structure(content: Mapping[str, Any], records: list[Deferred]) -> bytes:
             if not isinstance(value, Tensor | Deferred):
                 return NotImplemented
             shape = tuple(value.shape)
-            arguments: tuple[object, ...] = (reference(value), 0, shape, _row_major(shape), False, OrderedDict())
+            row_major = torch.empty(shape, device="meta").stride()
+            arguments: tuple[object, ...] = (reference(value), 0, shape, row_major, False, OrderedDict())
             return torch._utils._rebuild_tensor_v2, arguments
 
     buffer = io.BytesIO()
@@ -178,10 +179,6 @@ def _identity(value: Tensor | Deferred) -> Any:
     if isinstance(value, Deferred) or not value.numel() or value.is_meta:
         return id(value)
     return value.data_ptr(), value.device, value.dtype, tuple(value.shape), value.stride()
-
-
-def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(math.prod(max(n, 1) for n in shape[k + 1 :]) for k in range(len(shape)))
 
 
 def check_plain(content: Any) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -131,13 +132,14 @@ class TwoBuffers:
     def __init__(
         self, blocks: Sequence[list[Tensor]], device: torch.device, pin: bool, stage: StagedCopy | None = None
     ):
-        _check_disjoint(blocks)
+        if len({id(t) for block in blocks for t in block}) < sum(len({id(t) for t in block}) for block in blocks):
+            raise ValueError("two blocks share a tensor; it must lie outside the blocks to be streamed")
         self.device = device
         self.blocks: list[HostBlock] = []
         for block in blocks:
             self.blocks.append(HostBlock.of(block, pin))
             self.blocks[-1].point_at(None)  # a pinned copy replaces what was loaded, before the next one is made
-        self.streams = CudaStreams(device) if device.type == "cuda" else Streams()
+        self.streams = Streams(device)
         self.buffers: list[Tensor] = []
         self._stage = stage or StagedCopy(device)
         self._holds: list[int | None] = [None, None]  # block that each buffer has, or is getting
@@ -181,53 +183,40 @@ class TwoBuffers:
 
 
 class Streams:
-    """Order between the stream that computes and the one that copies, for two buffers. On the CPU all is in order."""
+    """Order between the stream that computes, the current one, and the one that copies, for two buffers.
 
-    def start(self) -> None:
-        """The buffers were just allocated, from memory that the computing stream may still be working on."""
-
-    def finish(self) -> None:
-        """Wait for both streams, so that the buffers can go back to the allocator."""
-
-    def copy(self, slot: int, upload: Callable[[], None]) -> None:
-        """Queue a copy into a buffer, behind the last use of that buffer."""
-        upload()
-
-    def await_copy(self, slot: int) -> None:
-        """What is computed from here on sees the last copy into a buffer."""
-
-    def release(self, slot: int) -> None:
-        """All that was computed so far comes before the next copy into this buffer."""
-
-
-class CudaStreams(Streams):
-    """The computing stream is the current one; copies have a stream of their own."""
+    Without a GPU all is in order, and PyTorch's streams of a CPU do nothing.
+    """
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.copies = torch.cuda.Stream(device)
-        self.copied = [torch.cuda.Event() for _ in range(2)]
-        self.released = [torch.cuda.Event() for _ in range(2)]
+        self.api: Any = torch.cuda if device.type == "cuda" else torch.cpu
+        self.copies = self.api.Stream(device)
+        self.copied, self.released = ([self.api.Event() for _ in range(2)] for _ in range(2))
 
     def start(self) -> None:
+        """The buffers were just allocated, from memory that the computing stream may still be working on."""
         for slot in range(2):
             self.release(slot)
 
     def finish(self) -> None:
-        self.copies.synchronize()
-        torch.cuda.current_stream(self.device).synchronize()
+        """Wait for both streams, so that the buffers can go back to the allocator."""
+        self.api.synchronize(self.device)
 
     def copy(self, slot: int, upload: Callable[[], None]) -> None:
+        """Queue a copy into a buffer, behind the last use of that buffer."""
         self.copies.wait_event(self.released[slot])
-        with torch.cuda.stream(self.copies):
+        with self.api.stream(self.copies):
             upload()
         self.copied[slot].record(self.copies)
 
     def await_copy(self, slot: int) -> None:
-        torch.cuda.current_stream(self.device).wait_event(self.copied[slot])
+        """What is computed from here on sees the last copy into a buffer."""
+        self.api.current_stream(self.device).wait_event(self.copied[slot])
 
     def release(self, slot: int) -> None:
-        self.released[slot].record(torch.cuda.current_stream(self.device))
+        """All that was computed so far comes before the next copy into this buffer."""
+        self.released[slot].record(self.api.current_stream(self.device))
 
 
 @contextmanager
@@ -251,14 +240,6 @@ def set_aside(tensors: Iterable[Tensor], device: torch.device, *, empty: bool = 
 def _view(buffer: Tensor, offset: int, like: Tensor) -> Tensor:
     """The part of a byte buffer from `offset` on, as a contiguous tensor of `like`'s type and shape."""
     return buffer[offset : offset + like.nbytes].view(like.dtype).view(like.shape)
-
-
-def _check_disjoint(blocks: Sequence[Sequence[Tensor]]) -> None:
-    seen: set[int] = set()
-    for block in blocks:
-        if any(id(t) in seen for t in block):
-            raise ValueError("two blocks share a tensor; it must lie outside the blocks to be streamed")
-        seen.update(id(t) for t in block)
 
 
 def frozen_parameters(block: Sequence[nn.Module]) -> list[Tensor]:

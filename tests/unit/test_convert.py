@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sgm.config import check_model_section, load_run_config, merge_yaml
 from sgm.convert import vae_keys
-from sgm.convert.dit_sizes import hf_config, sizes_of_hf, sizes_of_params, sizes_of_sat
+from sgm.convert.dit_sizes import sizes_of_hf, sizes_of_params, sizes_of_sat
 from sgm.convert.lazy import ConvertError, all_deferred
 from sgm.convert.output import parse_size, write_shards
 from sgm.convert.to_hf import ToHf, convert
@@ -152,7 +152,7 @@ def test_variants_are_read_from_the_tensors(variant: str, tmp_path: Path) -> Non
         convert(replace(request, output=tmp_path / "hf2", config=other))
         same(component(tmp_path / "hf2" / "transformer"), component(tmp_path / "hf" / "transformer"))
     written = json.loads((tmp_path / "hf" / "transformer" / "config.json").read_text())
-    expected = hf_config(tiny_config(**options)["params"])
+    expected = sizes_of_params(tiny_config(**options)["params"]).hf_config()
     assert {name: written[name] for name in expected} == expected
     convert_back(ToSat(tmp_path / "hf", tmp_path / "sat", partial=True, linear_patches=variant == "5b-head"))
     kept = {n: t for n, t in network.state_dict().items()

@@ -62,7 +62,7 @@ def test_losses_and_gradients_are_the_same_to_the_bit(network, streams, mode):
     network.transformer.checkpoint_activations = mode
     expected = step(network, 0, 1)
     stream = FrozenStream(network.streamable_blocks(), CPU, pin=False)
-    stream.ring.streams = streams()
+    stream.ring.streams = streams(CPU)
     network.transformer.offload = ActivationOffload(CPU)
     found = step(network, 0, 1)
     assert len(found) == len(expected) > 10 * LAYERS

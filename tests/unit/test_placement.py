@@ -38,9 +38,13 @@ def places(module: nn.Module) -> dict[str, int]:
 class LateStreams(Streams):
     """A copy is carried out at the last moment that its order allows: when it is awaited, or its buffer asked again."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
         self.queued: dict[int, Callable[[], None]] = {}
         self.busy: set[int] = set()
+
+    def start(self) -> None:
+        assert not self.busy
 
     def copy(self, slot: int, upload: Callable[[], None]) -> None:
         assert slot not in self.busy, "a copy into the buffer that a block computes from"
@@ -58,7 +62,7 @@ class LateStreams(Streams):
 def test_streamed_blocks_give_the_same_and_return(network, streams):
     expected, before = run(network), places(network)
     streamer = BlockStreamer(network, network.streamable_blocks(), CPU, pin=False)
-    streamer.ring.streams = streams()
+    streamer.ring.streams = streams(CPU)
     for _ in range(2):
         streamer.enter()
         outputs = [run(network) for _ in range(2)]  # an odd number of blocks: buffers change roles in the second pass
@@ -93,7 +97,7 @@ def test_blocks_in_any_order_and_a_failing_one(network):
     blocks = network.streamable_blocks()
     expected, before = run(network), places(network)
     streamer = BlockStreamer(network, blocks, CPU, pin=False)
-    streamer.ring.streams = LateStreams()
+    streamer.ring.streams = LateStreams(CPU)
     streamer.enter()
     broken = blocks[3][0].attention.dense.register_forward_pre_hook(
         lambda *_: (_ for _ in ()).throw(RuntimeError("broken"))
@@ -103,7 +107,7 @@ def test_blocks_in_any_order_and_a_failing_one(network):
     streamer.leave()
     broken.remove()
     assert places(network) == before
-    streamer.ring.streams = LateStreams()
+    streamer.ring.streams = LateStreams(CPU)
     streamer.enter()  # begins at block 0 again, whatever was copied ahead
     assert torch.equal(run(network), expected)
     streamer.ring.use(0, following=4)  # something else than the next block was copied ahead

@@ -136,7 +136,7 @@ def diffusers_network_of(network: nn.Module, params: dict[str, Any]) -> nn.Modul
     """diffusers' transformer with our network's weights, in float32; `params` are of its `network_config`."""
     from diffusers import CogVideoXTransformer3DModel
 
-    model = CogVideoXTransformer3DModel(**dit_sizes.hf_config(params))
+    model = CogVideoXTransformer3DModel(**dit_sizes.sizes_of_params(params).hf_config())
     model.load_state_dict(dit_keys.sat_to_hf(network.state_dict()))
     model.norm_out.norm.eps = 1e-6  # as in SAT
     return model.eval().requires_grad_(False)
@@ -174,7 +174,7 @@ def diffusers_trained_network(config: str, dtype: str, device: torch.device, ran
 
     params = merge_yaml([config])["model"]["network_config"]["params"]
     with device:
-        model = CogVideoXTransformer3DModel(**dit_sizes.hf_config(params))
+        model = CogVideoXTransformer3DModel(**dit_sizes.sizes_of_params(params).hf_config())
     model = model.to(TYPES[dtype]).requires_grad_(not rank).train()
     model.enable_gradient_checkpointing()
     if not rank:

@@ -151,7 +151,8 @@ def bench_diffusers(options: argparse.Namespace, device: torch.device) -> None:
     params, dtype = section["network_config"]["params"], models.TYPES[options.dtype]
     coder = section["first_stage_config"]["params"]["decoder_config"]["params"]
     with device:
-        network = diffusers.CogVideoXTransformer3DModel(**dit_sizes.hf_config(params)).to(dtype).eval()
+        sizes = dit_sizes.sizes_of_params(params)
+        network = diffusers.CogVideoXTransformer3DModel(**sizes.hf_config()).to(dtype).eval()
         vae = diffusers.AutoencoderKLCogVideoX(**vae_keys.hf_config(coder, scale_factor=1.0)).to(dtype).eval()
     clip = models.Clip.of(options.config)
     height, width = STRIDES.pixel_size(clip.height, clip.width)
