@@ -15,18 +15,14 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sgm.errors import SgmError
 from sgm.serve.answers import ApiError
+from sgm.serve.jobs import ServeError
 
 ENVIRONMENT = "COGVIDEOX_API_KEYS"
 OPEN = ("/health",)  # for who watches over the process
 SHORTEST_KEY = 16
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 UNFRAMED = (b"content-security-policy", b"frame-ancestors 'self'")  # in no page of another site
-
-
-class KeysError(SgmError):
-    """The file of keys cannot be used; says why, and shows none."""
 
 
 class Keys:
@@ -43,19 +39,19 @@ class Keys:
         """From a file with one key a line, and from the environment (`COGVIDEOX_API_KEYS`, by commas).
 
         Raises:
-            KeysError: the file cannot be read, or a key is too short to be one.
+            ServeError: the file cannot be read, or a key is too short to be one.
         """
         keys = [key.strip() for key in os.environ.get(ENVIRONMENT, "").split(",")]
         if file is not None:
             try:
                 keys += [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
             except (OSError, UnicodeDecodeError) as error:
-                raise KeysError(f"--api-keys {file}: it cannot be read ({type(error).__name__}).") from error
+                raise ServeError(f"--api-keys {file}: it cannot be read ({type(error).__name__}).") from error
         keys = [key for key in keys if key and not key.startswith("#")]
         if file is not None and not keys:
-            raise KeysError(f"--api-keys {file}: it holds no key; write one a line.")
+            raise ServeError(f"--api-keys {file}: it holds no key; write one a line.")
         if any(len(key) < SHORTEST_KEY for key in keys):
-            raise KeysError(f"a key has fewer than {SHORTEST_KEY} characters; `openssl rand -hex 16` makes one.")
+            raise ServeError(f"a key has fewer than {SHORTEST_KEY} characters; `openssl rand -hex 16` makes one.")
         return cls(keys)
 
     def owner(self, authorization: str) -> str | None:

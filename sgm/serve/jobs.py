@@ -8,11 +8,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from sgm.errors import SgmError
+
 FULL, FAST, FEW_STEPS = "full", "fast", "few_steps"
 QUEUED, RUNNING, COMPLETED, FAILED = "queued", "in_progress", "completed", "failed"  # as in OpenAI's API
 DELETED, EXPIRED = "deleted", "expired"  # shown to nobody
 SHOWN = (QUEUED, RUNNING, COMPLETED, FAILED)
 ID = re.compile(r"video_[0-9a-f]{32}")
+
+
+class ServeError(SgmError):
+    """The server cannot start or go on; says why and what to do."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,9 @@ class Models:
     def _built(self, name: str) -> TextToVideo:
         """From its configuration; its weights are read when they are needed."""
         asked = self._specifications[name]
-        overrides = _overrides(asked["overrides"], asked["flags"])
+        split = (text.partition("=") for text in asked["overrides"])
+        overrides = {key: yaml.safe_load(value) for key, _, value in split}
+        overrides |= {f"args.{n}": v for n, v in asked["flags"].items() if n not in ("placement", "device")}
         flags = {"placement": asked["flags"].get("placement"), "device": self._device or asked["flags"].get("device")}
         plain = load_run_config([Path(file) for file in asked["files"]], SampleArgs, overrides=asked["overrides"])
         # The overlays of modes must not change what is decided at loading.
@@ -109,13 +111,6 @@ class Models:
             torch.cuda.empty_cache()
         self._current = name
         return self._models[name]
-
-
-def _overrides(texts: Sequence[str], flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Of `KEY=VALUE` and of flags, which win."""
-    split = (text.partition("=") for text in texts)
-    found = {key: yaml.safe_load(value) for key, _, value in split}
-    return found | {f"args.{name}": value for name, value in flags.items() if name not in ("placement", "device")}
 
 
 def _facts(name: str, model: TextToVideo) -> ModelFacts:

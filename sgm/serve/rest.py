@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
@@ -14,8 +15,7 @@ from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, R
 
 from sgm.serve.answers import ApiError, video_page, video_response
 from sgm.serve.desk import Desk
-from sgm.serve.jobs import COMPLETED, FAILED
-from sgm.serve.metrics import metrics
+from sgm.serve.jobs import COMPLETED, FAILED, QUEUED, RUNNING
 from sgm.serve.uploads import Upload
 
 MOST_LISTED = 100
@@ -159,3 +159,32 @@ def _texts(name: str, value: Any) -> list[str]:
     if any(isinstance(v, (dict, list)) for v in values):
         raise ApiError(400, f"{name} is a value, or a list of them.", name)
     return [str(v).lower() if isinstance(v, bool) else str(v) for v in values]
+
+
+# --- for Prometheus -------------------------------------------------------------------------------------------------
+
+
+def metrics(desk: Desk) -> str:
+    """Text in Prometheus' format, version 0.0.4. Totals are those of the output folder, whichever process made them."""
+    return "\n".join(_lines(desk)) + "\n"
+
+
+def _lines(desk: Desk) -> Iterator[str]:
+    totals, counts = desk.store.totals(), desk.store.counts()
+    yield from _metric("videos_created_total", "counter", "Jobs that were taken on.", {"": totals["created"]})
+    outcomes = {f'{{outcome="{name}"}}': totals[name] for name in ("completed", "failed", "deleted")}
+    yield from _metric("videos_total", "counter", "Jobs by what became of them.", outcomes)
+    yield from _metric("video_seconds_total", "counter", "Time spent on completed videos.", {"": totals["seconds"]})
+    states = {f'{{state="{state}"}}': counts[state] for state in (QUEUED, RUNNING)}
+    yield from _metric("videos", "gauge", "Jobs that are not finished.", states)
+    yield from _metric("workers", "gauge", "Workers that are alive.", {"": desk.alive()})
+    answers = {f'{{status="{status}"}}': n for status, n in sorted(desk.answers.items())}
+    yield from _metric("http_responses_total", "counter", "Answers of this process by status.", answers)
+
+
+def _metric(name: str, kind: str, about: str, values: Mapping[str, float]) -> Iterator[str]:
+    name = f"cogvideox_{name}"
+    yield f"# HELP {name} {about}"
+    yield f"# TYPE {name} {kind}"
+    for labels, value in values.items():
+        yield f"{name}{labels} {value:g}" if value < 1e6 else f"{name}{labels} {value:.3f}"

@@ -25,6 +25,7 @@ from sgm.places import CONFIGS, found_path
 from sgm.serve.app import application
 from sgm.serve.desk import Desk
 from sgm.serve.guard import ENVIRONMENT, LOOPBACK, Keys
+from sgm.serve.jobs import ServeError
 from sgm.serve.limits import Limits
 from sgm.serve.parameters import SCALES, Offer, OfferedAdapter, split_scale
 from sgm.serve.store import JobStore
@@ -32,10 +33,6 @@ from sgm.serve.supervisor import Order, Supervisor
 from sgm.typed import ConfigError
 
 EXPIRED_EVERY = 60.0  # seconds between two looks for what was kept long enough
-
-
-class ServeError(SgmError):
-    """The server cannot start; says why and what to do."""
 
 
 def serve(options: argparse.Namespace, check: Callable[[], None]) -> int:

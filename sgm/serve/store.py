@@ -18,7 +18,20 @@ from typing import Any
 
 from sgm.errors import SgmError
 from sgm.files import remove
-from sgm.serve.jobs import COMPLETED, DELETED, EXPIRED, FAILED, ID, QUEUED, RUNNING, SHOWN, ClipRequest, Job, JobFiles
+from sgm.serve.jobs import (
+    COMPLETED,
+    DELETED,
+    EXPIRED,
+    FAILED,
+    ID,
+    QUEUED,
+    RUNNING,
+    SHOWN,
+    ClipRequest,
+    Job,
+    JobFiles,
+    ServeError,
+)
 
 FILE = "jobs.sqlite3"
 MOST_ATTEMPTS = 3  # at one clip: the third worker that ends over it was not unlucky
@@ -51,10 +64,6 @@ CREATE INDEX IF NOT EXISTS by_fingerprint ON jobs (fingerprint, number);
 """
 
 
-class StoreError(SgmError):
-    """The file of jobs cannot be used; says why."""
-
-
 class QueueFullError(SgmError):
     """So many jobs wait already."""
 
@@ -84,7 +93,7 @@ class JobStore:
     """The jobs below `folder`, which is made if it is not there. Safe to call from several threads.
 
     Raises:
-        StoreError: the file is none of ours, or cannot be written.
+        ServeError: the file is none of ours, or cannot be written.
     """
 
     def __init__(self, folder: Path):
@@ -99,7 +108,7 @@ class JobStore:
             self._connection.execute("PRAGMA synchronous = FULL")  # survives a power cut, too
             self._connection.executescript(SCHEMA)
         except sqlite3.Error as error:
-            raise StoreError(f"{folder / FILE}: {error}. Move it away, or name another --output-dir.") from error
+            raise ServeError(f"{folder / FILE}: {error}. Move it away, or name another --output-dir.") from error
 
     def close(self) -> None:
         with self._lock:
@@ -108,7 +117,7 @@ class JobStore:
     def files(self, job_id: str) -> JobFiles:
         """Where a job's files are. `job_id` must have the form of ours, so that no name leads out of the folder."""
         if not ID.fullmatch(job_id):
-            raise StoreError(f"{job_id!r} is no id of a video.")
+            raise ServeError(f"{job_id!r} is no id of a video.")
         return JobFiles(self.folder / job_id)
 
     # --- clients --------------------------------------------------------------------------------------------------

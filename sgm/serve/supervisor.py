@@ -13,18 +13,13 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import IO, Any
 
-from sgm.errors import SgmError
-from sgm.serve.jobs import ModelFacts
+from sgm.serve.jobs import ModelFacts, ServeError
 from sgm.serve.store import JobStore
 
 LONGEST_PAUSE = 60.0  # before a worker that ends at once is started again
 LIVED = 60.0  # seconds after which an end is no reason to wait longer
 COMMAND = (sys.executable, "-m", "sgm.serve.worker")
 PATIENCE = 10.0  # with a worker that is to end
-
-
-class WorkerError(SgmError):
-    """A worker that does not start; says what it said."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +79,12 @@ class Worker:
         """Start it and wait until it has read its configurations.
 
         Raises:
-            WorkerError: it cannot.
+            ServeError: it cannot.
         """
         name = next(self._names)
         process, ready = self._spawn(name)
         if isinstance(ready, str):
-            raise WorkerError(ready)
+            raise ServeError(ready)
         threading.Thread(target=self._watch, args=(process, name), name=f"worker {name}", daemon=True).start()
         return ready
 
@@ -166,7 +161,7 @@ class Supervisor:
         """Start the first worker, and as many beside it as there is room for.
 
         Raises:
-            WorkerError: one does not start.
+            ServeError: one does not start.
         """
         ready = self._start(None)
         for note in ready.notes:

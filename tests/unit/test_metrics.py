@@ -19,7 +19,8 @@ from sgm.files import SaveError
 from sgm.training.step import BINS, StepOutcome, bin_means, bin_sums
 from sgm.training.watch import run_log
 from sgm.training.watch.curve import draw_losses, read_records
-from sgm.training.watch.run_log import AVERAGE_STEPS, RunLog, TensorBoard, WatchError, WeightsAndBiases, duration
+from sgm.training.watch.run_log import AVERAGE_STEPS, RunLog, TensorBoard, WeightsAndBiases, duration
+from sgm.typed import ConfigError
 
 
 class Terminal(io.StringIO):
@@ -327,5 +328,5 @@ def test_wandb_without_a_login_says_what_to_do(tmp_path, wandb):
         raise wandb.Error("api_key not configured")
 
     wandb.init = refuse
-    with pytest.raises(WatchError, match="wandb login(.|\n)*WANDB_MODE=offline"):
+    with pytest.raises(ConfigError, match="wandb login(.|\n)*WANDB_MODE=offline"):
         WeightsAndBiases(tmp_path, "films", {})

@@ -17,7 +17,8 @@ from PIL import Image
 from sgm.serve.__main__ import main, parse
 from sgm.serve.app import application
 from sgm.serve.desk import Desk, Forecast, same_again
-from sgm.serve.guard import Keys, KeysError
+from sgm.serve.guard import Keys
+from sgm.serve.jobs import ServeError
 from sgm.serve.limits import Limits
 from sgm.serve.maker import Maker
 from sgm.serve.parameters import Offer, OfferedAdapter, clip_request
@@ -248,10 +249,10 @@ def test_keys(desk, tmp_path, monkeypatch, capfd):
     assert client.get("/health").status_code == 200
     assert KEY not in "".join(capfd.readouterr())
     file.write_text("short\n")
-    with pytest.raises(KeysError, match="fewer than 16") as error:
+    with pytest.raises(ServeError, match="fewer than 16") as error:
         Keys.read(file)
     assert "short" not in str(error.value)
-    with pytest.raises(KeysError, match="cannot be read"):
+    with pytest.raises(ServeError, match="cannot be read"):
         Keys.read(tmp_path / "none")
 
 

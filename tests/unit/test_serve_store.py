@@ -9,9 +9,9 @@ import pytest
 
 from sgm.errors import SgmError
 from sgm.files import readable
-from sgm.serve.jobs import COMPLETED, EXPIRED, FAILED, QUEUED, RUNNING
+from sgm.serve.jobs import COMPLETED, EXPIRED, FAILED, QUEUED, RUNNING, ServeError
 from sgm.serve.maker import Maker
-from sgm.serve.store import GAVE_UP, MOST_ATTEMPTS, JobStore, KeyReusedError, QueueFullError, StoreError, new_id
+from sgm.serve.store import GAVE_UP, MOST_ATTEMPTS, JobStore, KeyReusedError, QueueFullError, new_id
 from tests.serve_tiny import Report, origin, paint, request
 
 ORIGIN = origin()
@@ -158,7 +158,7 @@ def test_a_sweep_removes_folders_without_a_job_and_nothing_else(store):
 
 def test_ids_lead_out_of_no_folder(store):
     for name in ("..", "video_", f"{new_id()}/..", f"../{new_id()}"):
-        with pytest.raises(StoreError):
+        with pytest.raises(ServeError):
             store.files(name)
 
 
@@ -182,7 +182,7 @@ def test_many_threads_lose_none_and_make_none_twice(store):
 
 def test_a_file_that_is_none_of_ours_is_one_error(tmp_path):
     (tmp_path / "jobs.sqlite3").write_text("x" * 4096)
-    with pytest.raises(StoreError, match="Move it away"):
+    with pytest.raises(ServeError, match="Move it away"):
         JobStore(tmp_path)
 
 

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from sgm.serve.jobs import QUEUED, RUNNING
+from sgm.serve.jobs import QUEUED, RUNNING, ServeError
 from sgm.serve.store import JobStore, new_id
-from sgm.serve.supervisor import Order, Supervisor, WorkerError
+from sgm.serve.supervisor import Order, Supervisor
 from tests.serve_tiny import origin, request, wait_for
 
 READY = {"models": {}, "adapters": {}, "refines": False, "notes": ["a note"]}
@@ -86,7 +86,7 @@ def test_what_an_ended_worker_was_making_is_its_successors(tmp_path):
 )
 def test_a_worker_that_does_not_start_is_one_error(tmp_path, program, said):
     workers, store = supervisor(tmp_path, program)
-    with pytest.raises(WorkerError, match=said):
+    with pytest.raises(ServeError, match=said):
         workers.start()
     workers.stop()
     store.close()
