@@ -139,7 +139,7 @@ def get_obj_from_str(name: str) -> Any:
     except (ImportError, AttributeError) as error:
         if isinstance(error, ModuleNotFoundError) and not module_name.startswith(error.name or "\0"):
             raise TargetError(f"target {name!r} cannot be imported: {error}") from error
-        raise TargetError(_unknown_target(name)) from error
+        raise TargetError(f"unknown target {shown(name)}{nearest(name, known_targets()) or '.'}") from error
     except Exception as error:  # whatever another package's module does when it is imported
         raise TargetError(f"target {name!r} cannot be imported: {type(error).__name__}: {error}") from error
     _check_inside(name, found)
@@ -153,10 +153,6 @@ def _check_inside(name: str, found: Any) -> None:
         raise TargetError(
             f"target {name!r} is not allowed: it resolves to {found!r}, which is not a class of the allowed packages."
         )
-
-
-def _unknown_target(name: str) -> str:
-    return f"unknown target {shown(name)}" + (nearest(name, known_targets()) or ".")
 
 
 def known_targets() -> list[str]:

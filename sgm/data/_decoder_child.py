@@ -99,7 +99,8 @@ class Video:
                 except self.invalid as error:
                     fault = error
             if packet.size:
-                unseen = packet.is_discard or packet.is_corrupt or self._is_invisible(packet)
+                not_shown = self.codec_name == "vp8" and not memoryview(packet)[0] & 0x10  # RFC 6386, 9.1: show_frame
+                unseen = packet.is_discard or packet.is_corrupt or not_shown
                 hidden += unseen
                 listed += [] if unseen else [packet.pts]
                 self.keys += [packet.pts] if packet.is_keyframe and packet.pts is not None else []
@@ -124,9 +125,6 @@ class Video:
             return list(range(0, step * len(listed), step))
         # What precedes the first frame that comes out (it refers to frames cut away) does not come out at all.
         return sorted(pts for pts in times if pts >= self.first.pts)
-
-    def _is_invisible(self, packet: Any) -> bool:
-        return self.codec_name == "vp8" and not memoryview(packet)[0] & 0x10  # RFC 6386, section 9.1: show_frame
 
     def _rate(self) -> float:
         stated = float(self.stream.average_rate or self.stream.guessed_rate or 0)

@@ -77,11 +77,6 @@ def check_settings(wanted_fps: float, max_num_frames: int, skip_frames: float, r
         )
 
 
-def largest_clip(available: int, max_num_frames: int) -> int:
-    """The largest 4k + 1 within `available` and `max_num_frames`; 0 when there is none."""
-    return STRIDES.longest_clip(min(available, max_num_frames))
-
-
 def _upstream(length: int, fps: float, wanted_fps: float, max_num_frames: int, skip: int) -> list[int]:
     # The order of the floating-point operations decides the last frame in some cases; keep it.
     if length / fps * wanted_fps > max_num_frames:
@@ -96,7 +91,7 @@ def _upstream(length: int, fps: float, wanted_fps: float, max_num_frames: int, s
         if length - 2 * skip < 1:
             raise ClipError(_too_short(length, skip))
         return _spread(skip, length - skip, max_num_frames)
-    count = largest_clip(length - 2 * skip, max_num_frames)
+    count = STRIDES.longest_clip(min(length - 2 * skip, max_num_frames))
     if count == 0:
         raise ClipError(_too_short(length, skip))
     return list(range(skip, skip + count))
@@ -123,7 +118,7 @@ def _timestamps(times: np.ndarray, fps: float, wanted_fps: float, max_num_frames
     instants = times[skip] + np.arange(max_num_frames) / wanted_fps
     nearest = np.searchsorted(ends, instants + INSTANT, side="right")
     nearest = nearest[nearest < len(times) - skip]
-    return nearest[: largest_clip(len(nearest), max_num_frames)].tolist()
+    return nearest[: STRIDES.longest_clip(min(len(nearest), max_num_frames))].tolist()
 
 
 def _random(length: int, fps: float, wanted_fps: float, max_num_frames: int, skip: int) -> list[int]:

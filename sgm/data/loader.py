@@ -10,7 +10,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -69,22 +69,11 @@ def empty_to_hand_over(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 Batch = dict[str, Any]
-
-
 Batches = Iterable[Batch]  # endless; iterating starts anew at the sampler's position
 
 
-class ReadBatches(Protocol):
-    """Makes batches of `batch_size` clips, in the order of `sampler`.
-
-    Args:
-        workers: that read at the same time; 0 reads when a batch is asked for. ahead: batches that each reads ahead.
-        pin: batches in page-locked memory, for fast copies to the GPU.
-    """
-
-    def __call__(
-        self, dataset: Dataset, sampler: ClipSampler, batch_size: int, workers: int, ahead: int, pin: bool, /
-    ) -> Batches: ...
+# (data set, sampler, clips in a batch, workers, batches that each reads ahead, pin) -> batches, see `read_in_processes`
+ReadBatches = Callable[[Dataset, ClipSampler, int, int, int, bool], Batches]
 
 
 class ClipLoader:
@@ -182,7 +171,13 @@ def create_loader(
 def read_in_processes(
     dataset: Dataset, sampler: ClipSampler, batch_size: int, workers: int, ahead: int, pin: bool
 ) -> Batches:
-    """Batches by torch's worker processes; see `ReadBatches`."""
+    """Batches by torch's worker processes, in the order of `sampler`.
+
+    Args:
+        workers: that read at the same time; 0 reads when a batch is asked for. ahead: batches that each reads ahead.
+        pin: batches in page-locked memory, for fast copies to the GPU.
+    """
+    words = np.random.SeedSequence([sampler.seed % 2**64, sampler.rank]).generate_state(2)
     if workers:
         meet_in_short_folder()
     return DataLoader(
@@ -193,7 +188,7 @@ def read_in_processes(
         collate_fn=collate,
         pin_memory=pin,
         worker_init_fn=leave_signals_to_parent,
-        generator=torch.Generator().manual_seed(_worker_seed(sampler)),
+        generator=torch.Generator().manual_seed(int(words[0]) << 31 | int(words[1]) >> 1),
         prefetch_factor=ahead if workers else None,
         persistent_workers=workers > 0,
     )
@@ -219,11 +214,6 @@ def _shapes_of(dataset: Dataset) -> Sequence[tuple[int, ...]] | None:
         parts = known_shapes(dataset.datasets)
         return None if parts is None else [shape for part in parts for shape in part]
     return getattr(dataset, "shapes", None)
-
-
-def _worker_seed(sampler: ClipSampler) -> int:
-    words = np.random.SeedSequence([sampler.seed % 2**64, sampler.rank]).generate_state(2)
-    return int(words[0]) << 31 | int(words[1]) >> 1
 
 
 class CollateError(SgmError):

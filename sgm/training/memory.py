@@ -96,10 +96,6 @@ class MemoryNeeds:
         return int(self.trained * (self.moment_bytes + 4 * self.ema + 4 * has_masters)) // self._update_share
 
     @property
-    def _resident(self) -> int:
-        return self.weights + (0 if self.offload else self.optimizer_state)
-
-    @property
     def _update_share(self) -> int:
         return self.ranks if self.stage >= 1 else 1
 
@@ -154,7 +150,8 @@ class MemoryNeeds:
     @property
     def total(self) -> int:
         """Most bytes on the device: while encoding, in the backward pass, or in the update, whichever needs most."""
-        return self._resident + max(self.encoding, self.gradients + self.activations, self.update)
+        resident = self.weights + (0 if self.offload else self.optimizer_state)
+        return resident + max(self.encoding, self.gradients + self.activations, self.update)
 
     @property
     def on_cpu(self) -> int:

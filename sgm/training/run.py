@@ -64,7 +64,7 @@ from sgm.training.setup.model import (
 from sgm.training.setup.places import check_places, with_found_places
 from sgm.training.trainer import Trainer
 from sgm.training.watch.run_log import Board, RunLog, TensorBoard, WeightsAndBiases
-from sgm.training.watch.timing import PhaseClock, phases_of_step
+from sgm.training.watch.timing import PhaseClock
 from sgm.util import allowed_packages
 from sgm.weights.preflight import with_paths
 
@@ -90,8 +90,10 @@ def train(config: RunConfig[TrainArgs], *, dry_run: bool = False) -> int:
     plan = plan_deepspeed(config.deepspeed, device_type=kind, data_parallel_size=distributed.data_parallel_world_size())
     advice = check_clips(config, plan.dtype)
     say = rank_zero_printer(info.rank)
+    if team.size > 1:
+        advice.append(f"{team.size} processes train on a clip together, each on a share of its tokens")
     advice += training_advice(args, config.model, plan.optimizer.lr)
-    for note in (*config.notes, *plan.notes, *_team_note(team), *_activation_note(config), *advice):
+    for note in (*config.notes, *plan.notes, *_activation_note(config), *advice):
         say(note if note.startswith("warning") else f"note: {note}")
     if dry_run:
         return _dry_run(config, plan, info, say)
@@ -195,7 +197,9 @@ def _start(
     schedule = LearningRate(args.schedule(plan.optimizer.lr), ds_engine.basic_optimizer.param_groups)
     out = sys.stdout if info.rank == 0 else None
     log = stack.enter_context(RunLog(folder, args.train_iters, out, show_phases=plan.time_phases))
-    clock = phases_of_step(PhaseClock(True, info.device), engine)
+    clock = PhaseClock(True, info.device)
+    if engine.conditioner is not None:
+        clock.watch(engine.conditioner, "text")
     evaluation = _evaluation(config, plan, clips.valid, folder)
     trainer = Trainer(ds_engine, loader, schedule, config, plan, log, clock, folder, evaluation)
     seed_all(args.seed + distributed.data_parallel_rank())
@@ -309,10 +313,6 @@ def _resumed(trainer: Trainer, earlier: Earlier) -> list[str]:
 def _set_up(processes: int, a_clip: int, zero_stage: int, clips: int) -> str:
     shared = f", {a_clip} a clip" if a_clip > 1 else ""
     return f"{processes} processes{shared}, ZeRO {zero_stage}, {clips} clips a step"
-
-
-def _team_note(team: Team) -> list[str]:
-    return [f"{team.size} processes train on a clip together, each on a share of its tokens"] if team.size > 1 else []
 
 
 def _activation_note(config: RunConfig[TrainArgs]) -> list[str]:

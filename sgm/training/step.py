@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,38 +33,22 @@ from sgm.weights.streaming import Download
 LOG_SIGMA = (-3.0, 0.5)  # mean and spread of the noise level's logarithm, in pixels from -1 to 1
 
 
-def draw_log_sigma(count: int) -> Tensor:
-    """(count,) float32 on the CPU, normal with `LOG_SIGMA`."""
-    mean, spread = LOG_SIGMA
-    return torch.normal(mean, spread, size=(count,), device="cpu")
-
-
-@dataclass(frozen=True)
-class ImageDraws:
-    """Where a step's random numbers for its pictures come from: as in the original torch's own generators, but for the
-    dropout Python's, so that what torch draws afterwards is the same with and without it.
-
-    Attributes:
-        log_sigma: from b to the logarithms (b,) of the noise's spread, one a sample.
-        noise: from pictures (b, 3, 1, h, w) to normal values like them.
-        share: a number from 0 to 1, which below the dropout takes the pictures of the whole batch away.
+def noised(image: Tensor) -> Tensor:
+    """Pictures (b, 3, 1, h, w) with noise, not clamped. As in the original, each one's level (`LOG_SIGMA`) is drawn and
+    found in float32 on the CPU.
     """
-
-    log_sigma: Callable[[int], Tensor] = draw_log_sigma
-    noise: Callable[[Tensor], Tensor] = torch.randn_like
-    share: Callable[[], float] = random.random
-
-    def noised(self, image: Tensor) -> Tensor:
-        """Pictures with noise, not clamped. As in the original, the level is found in float32 on the CPU."""
-        sigma = self.log_sigma(len(image)).exp().to(image.device, image.dtype, non_blocking=True)
-        return image + self.noise(image) * append_dims(sigma, image.ndim)
-
-    def kept(self, images: Tensor, dropout: float) -> Tensor:
-        """Latents of a batch's pictures, or with probability `dropout` zeros; the same on all processes of a clip."""
-        return same_for_clip(torch.zeros_like(images) if self.share() < dropout else images)
+    mean, spread = LOG_SIGMA
+    log_sigma = torch.normal(mean, spread, size=(len(image),), device="cpu")
+    sigma = log_sigma.exp().to(image.device, image.dtype, non_blocking=True)
+    return image + torch.randn_like(image) * append_dims(sigma, image.ndim)
 
 
-OWN_DRAWS = ImageDraws()
+def kept_or_zeros(images: Tensor, dropout: float) -> Tensor:
+    """Latents of a batch's pictures, or with probability `dropout` zeros; the same on all processes of a clip.
+
+    As in the original Python's generator is asked: what torch draws afterwards is the same with and without dropout.
+    """
+    return same_for_clip(torch.zeros_like(images) if random.random() < dropout else images)
 
 
 def first_frame(engine: SATVideoDiffusionEngine, batch: Mapping[str, Any], device: torch.device) -> Tensor:
@@ -134,7 +118,7 @@ def batch_latents(engine: SATVideoDiffusionEngine, batch: Mapping[str, Any], dev
 
 
 def engine_inputs(
-    engine: SATVideoDiffusionEngine, batch: Mapping[str, Any], device: torch.device, draws: ImageDraws = OWN_DRAWS
+    engine: SATVideoDiffusionEngine, batch: Mapping[str, Any], device: torch.device
 ) -> tuple[Tensor, Mapping[str, Any]]:
     """What the engine takes of a batch: latents in a number that its patches divide, and the batch, for models that
     start from a picture with `concat_images` (b, t, c, h, w). A distillation has no clips, but noise.
@@ -146,11 +130,11 @@ def engine_inputs(
         return engine.start_noise(batch, device), batch
     first = None
     if engine.noised_image_input:
-        first = engine.encode_image(draws.noised(first_frame(engine, batch, device)), frames=1)
+        first = engine.encode_image(noised(first_frame(engine, batch, device)), frames=1)
     z = repeat_first(batch_latents(engine, batch, device), engine.network.patch.t)
     if first is None:
         return z, batch
-    first = draws.kept(first, engine.noised_image_dropout)
+    first = kept_or_zeros(first, engine.noised_image_dropout)
     return z, {**batch, "concat_images": image_latents(first, z.shape[1], engine.noised_image_all_concat)}
 
 

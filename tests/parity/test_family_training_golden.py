@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sgm.models.diffusion import SATVideoDiffusionEngine
-from sgm.training.step import ImageDraws, engine_inputs
+from sgm.training.step import engine_inputs
 from tests.family_tiny import KINDS, cases_of, engine_of, facts
 
 PREFIX = "model.diffusion_model."
@@ -91,16 +92,14 @@ def test_whole_step(family_golden: Path, case: str, step: str, monkeypatch) -> N
         value = cases[next(gaussians)].to(like)
         return drawn("randn_like", value.view_as(like))
 
-    draws = ImageDraws(
-        lambda count: drawn("normal", cases[f"{case}.step.image_log_sigma"][:count]),
-        randn_like,
-        lambda: drawn("random.random", recorded["random_random"]),
-    )
+    log_sigma = cases[f"{case}.step.image_log_sigma"]
+    monkeypatch.setattr(torch, "normal", lambda *_, size, **__: drawn("normal", log_sigma[: size[0]]))
+    monkeypatch.setattr(random, "random", lambda: drawn("random.random", recorded["random_random"]))
     monkeypatch.setattr(torch, "randn_like", randn_like)
     monkeypatch.setattr(torch, "randint", lambda *_, **__: drawn("randint", torch.tensor(recorded["idx"])))
     engine.conditioner = Text(cases[f"{case}.step.crossattn"])
 
-    z, batch = engine_inputs(engine, {"mp4": cases[f"{case}.step.mp4"].float()}, CPU, draws)
+    z, batch = engine_inputs(engine, {"mp4": cases[f"{case}.step.mp4"].float()}, CPU)
     torch.testing.assert_close(z, cases[f"{case}.step.latents"], rtol=0, atol=2e-5)
     images = cases[f"{case}.step.concat_images"]
     images = torch.zeros_like(images) if step == "step_dropped" else images

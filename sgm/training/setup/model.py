@@ -32,7 +32,8 @@ from sgm.weights.streaming import frozen_parameters, set_aside
 def training_model_section(model: Mapping[str, Any], args: TrainArgs) -> dict[str, Any]:
     """The `model:` section as training builds it: switches of `args` carried into the network, adapters put off."""
     section = cached_model_section(model) if args.cache_dir else copy.deepcopy(dict(model))
-    if args.distill and not _decodes(args):
+    evaluates = bool(args.eval_interval or args.epochs)
+    if args.distill and not (evaluates and args.log_image and not args.only_log_video_latents):  # writes no videos
         section["first_stage_config"] = None
     params = section["network_config"].setdefault("params", {})
     params["defer_lora"] = True
@@ -40,11 +41,6 @@ def training_model_section(model: Mapping[str, Any], args: TrainArgs) -> dict[st
     switches["checkpoint_activations"] = checkpointing_mode(model, args)
     switches["model_parallel_size"] = args.model_parallel_size
     return section
-
-
-def _decodes(args: TrainArgs) -> bool:
-    """Whether evaluation writes videos."""
-    return bool(args.eval_interval or args.epochs) and args.log_image and not args.only_log_video_latents
 
 
 def checkpointing_mode(model: Mapping[str, Any], args: TrainArgs) -> bool | str:

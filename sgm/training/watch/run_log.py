@@ -22,10 +22,7 @@ from sgm.errors import SgmError
 from sgm.files import write_failed
 from sgm.training.step import BIN_NAMES, BINS, StepOutcome, bin_means
 from sgm.training.watch.curve import draw_losses, read_records
-
-
-class WatchError(SgmError):
-    """A board cannot be opened. The message says which and what to do."""
+from sgm.typed import ConfigError
 
 
 class Board(Protocol):
@@ -57,7 +54,7 @@ class TensorBoard:
             if iteration:
                 self._write(iteration + 1, {"session_log": {"status": "START"}})
         except OSError as error:
-            raise WatchError(f"cannot write TensorBoard's files to {folder}: {error.strerror or error}") from error
+            raise ConfigError(f"cannot write TensorBoard's files to {folder}: {error.strerror or error}") from error
 
     def scalars(self, values: Mapping[str, float], iteration: int) -> None:
         from tensorboardX import summary
@@ -100,7 +97,7 @@ class WeightsAndBiases:
     Args:
         folder: the run's folder, which names it; wandb keeps its files there.
     Raises:
-        WatchError: not logged in, or wandb cannot start.
+        ConfigError: not logged in, or wandb cannot start.
     """
 
     def __init__(self, folder: Path, project: str, config: Mapping[str, Any]):
@@ -113,7 +110,7 @@ class WeightsAndBiases:
                 project=project, name=folder.name, id=identity, resume="allow", dir=str(folder), config=dict(config)
             )
         except (wandb.Error, OSError) as error:
-            raise WatchError(
+            raise ConfigError(
                 f"args.wandb: wandb does not start: {error}. Log in with `wandb login`, set WANDB_MODE=offline to "
                 "upload later with `wandb sync`, or set args.wandb: false."
             ) from error
@@ -273,7 +270,9 @@ class RunLog:
         """One line of `metrics.jsonl`."""
         if self._folder is not None:
             with self.or_warn(self._folder / METRICS):
-                stamped = {"kind": kind, "time": round(time.time(), 3), **_jsonable(values)}
+                # JSON has no NaN and no infinity
+                odd = {name: None for name, v in values.items() if isinstance(v, float) and not math.isfinite(v)}
+                stamped = {"kind": kind, "time": round(time.time(), 3), **values, **odd}
                 _append(self._folder / METRICS, json.dumps(stamped))
 
     def train(
@@ -386,8 +385,3 @@ def _mean(values: list[float]) -> float | None:
 
 def _shown(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
-
-
-def _jsonable(values: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN and no infinity."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.training.memory import linux_memory
 
 PHASES = ("data", "vae", "text", "forward", "backward", "optimizer")
@@ -125,10 +124,3 @@ def memory_facts(device: torch.device) -> dict[str, int]:
         facts["reserved_bytes"] = torch.cuda.memory_reserved(device)
     resident = linux_memory("self/status", "VmRSS")
     return facts if resident is None else facts | {"rss_bytes": resident}
-
-
-def phases_of_step(clock: PhaseClock, engine: SATVideoDiffusionEngine) -> PhaseClock:
-    """`clock`, told to count the text encoder of `engine` as a phase of its own."""
-    if engine.conditioner is not None:
-        clock.watch(engine.conditioner, "text")
-    return clock
