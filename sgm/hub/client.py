@@ -23,7 +23,6 @@ from sgm.errors import SgmError, first_line
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
 TIMEOUT = 20.0  # seconds without a byte
-_PASSING_STATUS = (408, 409, 425, 429)
 Read = Callable[[int], bytes]
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -172,8 +171,9 @@ class Hub:
             request.add_unredirected_header("Authorization", f"Bearer {self.token}")
 
     def _refusal(self, error: urllib.error.HTTPError, repository: str) -> HubError:
-        if error.code in _PASSING_STATUS or error.code >= 500:
-            return UnreachableError(f"{self.endpoint} answered {error.code} for {repository}.", _wait(error.headers))
+        if passes(error.code):
+            wait = retry_after(error.headers)
+            return UnreachableError(f"{self.endpoint} answered {error.code} for {repository}.", wait)
         if error.code in (401, 403):
             page = f"{self.endpoint}/{repository}"
             advice = "There is no such repository, or it wants a token: set HF_TOKEN, or run `hf auth login`."
@@ -209,7 +209,13 @@ def _file(entry: dict[str, Any]) -> HubFile:
     return HubFile(entry["path"], size, digest.removeprefix("sha256:"))
 
 
-def _wait(headers: Message) -> float:
+def passes(status: int) -> bool:
+    """Whether a server that answers so may answer otherwise a little later."""
+    return status in (408, 409, 425, 429) or status >= 500
+
+
+def retry_after(headers: Message) -> float:
+    """Seconds that a server asks for before the next attempt."""
     try:
         return max(0.0, float(headers.get("Retry-After", "0")))
     except ValueError:  # a date

@@ -74,7 +74,7 @@ def read_adapter(path: str) -> Checkpoint:
 
     Raises:
         WeightsError: nothing there, or unreadable.
-        ConvertError, TransformerKeyError: no LoRA of this transformer, or one that is more than that.
+        ConvertError: no LoRA of this transformer, or one that is more than that.
     """
     if foreign_file(Path(path).expanduser()) is None:
         return read_transformer(path)

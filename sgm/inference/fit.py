@@ -6,14 +6,17 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from sgm.config import RunConfig
+from sgm.config import AccelerateArgs, RunConfig
 from sgm.data.images import Picture, size_of_short_side
 from sgm.errors import SgmError
 from sgm.inference.options import OVERLAP, SampleArgs
 from sgm.inference.source_clip import SourceClip
 from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
 from sgm.models.diffusion import SATVideoDiffusionEngine
+from sgm.modules.diffusionmodules.guiders import IdentityGuider
 from sgm.modules.diffusionmodules.image_condition import clip_frames
+from sgm.modules.diffusionmodules.sampling import VideoDDIMSampler
+from sgm.modules.diffusionmodules.shortcuts import Shortcuts
 from sgm.weights.preflight import HOW_TO_GET_SMALL_DECODER
 from sgm.weights.save import is_finite
 
@@ -46,7 +49,6 @@ def check_fit(engine: SATVideoDiffusionEngine, args: SampleArgs, size: tuple[int
     problems = [
         *_channel_problems(engine, args.latent_channels),
         *_picture_problems(engine, args),
-        *_clip_problems(engine, args),
         *_window_problems(engine, args),
         *_grid_problems(engine, args, size),
         *_decoder_problems(engine, args.decoder),
@@ -121,12 +123,8 @@ def _picture_problems(engine: SATVideoDiffusionEngine, args: SampleArgs) -> list
     named = " and ".join(name for name, value in asked.items() if value)
     if named and not engine.noised_image_input:
         return [f"{named}: this model makes videos from text alone; from a picture: {other}"]
-    return []
-
-
-def _clip_problems(engine: SATVideoDiffusionEngine, args: SampleArgs) -> list[str]:
     if args.video and args.extend is None and engine.noised_image_input:
-        other = f"from a clip: {other_kind(engine)}; to go on with the clip from its last frame: --extend N"
+        other = f"from a clip: {other}; to go on with the clip from its last frame: --extend N"
         return [f"args.video: this model makes videos from pictures; {other}"]
     return []
 
@@ -313,6 +311,32 @@ def _sampler_problems(engine: SATVideoDiffusionEngine, args: SampleArgs) -> list
             "set sampler_config.params.guider_config to VanillaCFG or DynamicCFG"
         )
     return problems
+
+
+def shortcuts_of(fast: AccelerateArgs) -> Shortcuts | None:
+    """The shortcuts that the section asks for; None where it asks for none."""
+    start, end = fast.guidance_interval
+    if not fast.reuse_error and (start, end) == (0, 1):
+        return None
+    return Shortcuts(fast.reuse_error, fast.reuse_keep_first, fast.reuse_keep_last, start, end)
+
+
+def check_shortcuts(shortcuts: Shortcuts | None, sampler: VideoDDIMSampler, steps: int) -> None:
+    """Refuse shortcuts that could never be taken.
+
+    Raises:
+        SamplingError: says why.
+    """
+    if shortcuts is None:
+        return
+    kept = shortcuts.keep_first + shortcuts.keep_last
+    if shortcuts.error and kept >= steps:
+        raise SamplingError(
+            f"accelerate.reuse_error never skips one of reuse_keep_first + reuse_keep_last = {kept} steps, and the run "
+            f"has {steps}: lower these or set accelerate.reuse_error=0"
+        )
+    if (shortcuts.start, shortcuts.end) != (0, 1) and isinstance(sampler.guider, IdentityGuider):
+        raise SamplingError("accelerate.guidance_interval needs a guider, and the sampler has none: leave it out")
 
 
 def check_finite(x: Tensor, what: str, dtype: str) -> None:

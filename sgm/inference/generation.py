@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from sgm.config import RunConfig
-from sgm.data.images import Picture
 from sgm.distributed import own_rank
 from sgm.inference.noise import SampleId
 from sgm.inference.options import SampleArgs
@@ -134,7 +133,9 @@ class Generation:
         samples = list(range(self.args.batch_size))
         size = self.pipeline.max_batch
         if wanted.prompt.picture is not None:
-            moments = self._encode_picture(wanted.prompt.picture)
+            self.load("first_stage")
+            with self.progress.stage("encode image", self.load_times, wanted.prompt.picture.path.name):
+                moments = self.pipeline.visual.encode_picture(wanted.prompt.picture)
             conditioning = replace(conditioning, image=moments, drawn=self.pipeline.visual.draw_picture(moments))
         while samples:
             batch, times = samples[:size], StageTimes()
@@ -148,12 +149,6 @@ class Generation:
                 for number in missing:
                     yield Sampled(wanted.prompt, number, latents[batch.index(number)], times)
             samples = samples[len(batch) :]
-
-    def _encode_picture(self, picture: Picture) -> Tensor:
-        """Its moments."""
-        self.load("first_stage")
-        with self.progress.stage("encode image", self.load_times, picture.path.name):
-            return self.pipeline.visual.encode_picture(picture)
 
     def _sample_if_it_fits(
         self, prompt: Prompt, conditioning: EncodedPrompt, batch: Sequence[int], times: StageTimes

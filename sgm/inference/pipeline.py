@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from sgm.config import RunConfig
 from sgm.data.video_out import to_uint8
 from sgm.inference.adapters import read_adapter, with_adapters
-from sgm.inference.fast import check_shortcuts, shortcuts_of
 from sgm.inference.few_steps import with_few_steps
 from sgm.inference.fit import (
     SamplingError,
@@ -28,6 +27,8 @@ from sgm.inference.fit import (
     check_fit,
     check_latents,
     check_same_model,
+    check_shortcuts,
+    shortcuts_of,
     video_size,
 )
 from sgm.inference.length import CLEAN_BELOW

@@ -89,7 +89,8 @@ def memory_lines(pipeline: Pipeline) -> list[str]:
     sizes = {title: sum(weight.nbytes for weight in weights) for title, weights in parts.items()}
     if pipeline.args.decoder == "small":
         del sizes["VAE"]
-        sizes["small decoder"] = _size_of_file(pipeline.engine.autoencoder.small_decoder)
+        file = Path(pipeline.engine.autoencoder.small_decoder or "").expanduser()
+        sizes["small decoder"] = file.stat().st_size if file.is_file() else 0
     lines = [f"weights of the {title}: {_size(size)}" for title, size in sizes.items()]
     if "text encoder" not in sizes:
         lines.append("weights of the text encoder: unknown until its folder is there")
@@ -101,10 +102,6 @@ def memory_lines(pipeline: Pipeline) -> list[str]:
 
 def _size(size: int) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.1f} MiB"
-
-
-def _size_of_file(path: str | None) -> int:
-    return Path(path).expanduser().stat().st_size if path and Path(path).expanduser().exists() else 0
 
 
 def report(config: RunConfig[SampleArgs], pipeline: Pipeline, prompts: Sequence[Prompt]) -> str:

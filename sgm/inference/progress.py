@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol, Self
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -30,16 +30,6 @@ class StageTimes:
         self.peak_bytes[name] = max(self.peak_bytes.get(name, 0), peak)
 
 
-class Bar(Protocol):
-    """What is used of tqdm's bar."""
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(self, *exception: object) -> None: ...
-
-    def update(self, n: int) -> object: ...
-
-
 class Progress:
     """Reports to one process's standard error; silent where `shown` is false (other ranks).
 
@@ -59,8 +49,8 @@ class Progress:
         """A line that must be seen, whichever process it comes from."""
         tqdm.write(f"warning: {text}", file=sys.stderr)
 
-    def bar(self, total: int, title: str, unit: str) -> Bar:
-        """A bar on a terminal, a line now and then elsewhere."""
+    def bar(self, total: int, title: str, unit: str) -> Any:
+        """A bar on a terminal (tqdm), a line now and then elsewhere (`Tally`)."""
         if self.shown and not sys.stderr.isatty():
             return Tally(title, f"{unit}s", total, self.line, LINE_SECONDS)
         return tqdm(total=total, desc=title, unit=unit, disable=not self.shown, file=sys.stderr, dynamic_ncols=True,

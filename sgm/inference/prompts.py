@@ -109,7 +109,8 @@ class Pictures:
             raise PromptError(
                 f"no picture is named, and this model makes videos from one: write TEXT{MARK}IMAGE{instead}."
             )
-        path = _first_there(os.path.expanduser(name), [Path(), *([file.parent] if file else [])])
+        place, beside = Path(os.path.expanduser(name)), file.parent / os.path.expanduser(name) if file else None
+        path = beside if beside is not None and beside.exists() and not place.exists() else place
         if path not in known:
             known[path] = Picture.of(path)
         return replace(prompt, text=text, picture=known[path])
@@ -129,10 +130,6 @@ class Pictures:
 
 
 FROM_TEXT = Pictures(wanted=False)
-
-
-def _first_there(name: str, folders: Sequence[Path]) -> Path:
-    return next((folder / name for folder in folders if (folder / name).exists()), Path(name))
 
 
 def _place(prompt: Prompt, file: Path | None) -> str:

@@ -15,18 +15,17 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from email.message import Message
 from typing import Any
 from urllib.parse import urlsplit
 
 from sgm.errors import SgmError
+from sgm.hub.client import passes, retry_after
 from sgm.inference.prompts import Prompt
 
 DEFAULT_URL = "https://api.openai.com/v1"
 DEFAULT_MODEL = "gpt-4o"
 _MOST_BYTES = 1 << 20
 _LONGEST_WAIT = 60.0
-_PASSING_STATUS = (408, 409, 425, 429)
 
 SYSTEM_PROMPT = """\
 You write captions for a text-to-video model. It was trained on captions that describe a clip of six seconds in full, \
@@ -59,7 +58,7 @@ class RefineError(SgmError):
 class _Passing(Exception):
     """A failure that may go away; `wait` is the server's wish in seconds."""
 
-    def __init__(self, reason: str, wait: float | None = None, fatal: bool = False) -> None:
+    def __init__(self, reason: str, wait: float = 0.0, fatal: bool = False) -> None:
         super().__init__(reason)
         self.wait, self.fatal = wait, fatal
 
@@ -118,7 +117,7 @@ def refine(prompt: str, endpoint: Endpoint, sleep: Callable[[float], None] = tim
     for attempt in range(endpoint.attempts):
         if attempt:
             wait = endpoint.pause * 2 ** (attempt - 1)
-            sleep(min(_LONGEST_WAIT, max(wait, failure.wait or 0.0)))
+            sleep(min(_LONGEST_WAIT, max(wait, failure.wait)))
         try:
             return _caption(_ask(prompt, endpoint))
         except _Passing as passing:
@@ -186,8 +185,8 @@ def _refusal(error: urllib.error.HTTPError, endpoint: Endpoint) -> Exception:
     status = f"{error.code}{': ' + said if said else ''}"
     if error.code == 429 and "quota" in said.lower():
         return RefineError(f"{endpoint.url} answered {status}. The account has no quota left.", fatal=True)
-    if error.code in _PASSING_STATUS or error.code >= 500:
-        return _Passing(f"status {status}", _retry_after(error.headers))
+    if passes(error.code):
+        return _Passing(f"status {status}", retry_after(error.headers))
     advice = {401: "Check OPENAI_API_KEY.", 403: "Check OPENAI_API_KEY and what it may use.",
               404: f"Check OPENAI_BASE_URL and the model {endpoint.model!r} "
                    "(--refine-model; of tools/convert_demo.py: --model)."}  # fmt: skip
@@ -212,13 +211,6 @@ def _server_message(error: urllib.error.HTTPError, endpoint: Endpoint) -> str:
         text = re.sub(r"<[^>]*>", " ", text)
     text = " ".join(text.split())[:300]
     return text.replace(endpoint.key, "(key)") if endpoint.key else text
-
-
-def _retry_after(headers: Message) -> float | None:
-    try:
-        return max(0.0, float(headers.get("Retry-After", "")))
-    except ValueError:  # absent, or a date
-        return None
 
 
 # --- answers ---------------------------------------------------------------------------------------------------------

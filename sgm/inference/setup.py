@@ -28,16 +28,13 @@ def checked(config: RunConfig[SampleArgs], *, paths: bool = True) -> RunConfig[S
     config = replace(config, model=check_model_section(config.model, SATVideoDiffusionEngine))
     config = with_found_paths(config)
     config = with_adapters(with_fetched(config) if paths else config)
-    if paths:
-        check_paths(*_paths_to_check(config), small_decoder=config.args.decoder == "small")
+    args, model = config.args, config.model
+    small = args.decoder == "small"
+    if paths and args.decode_latents:  # by the first stage alone
+        check_paths({"first_stage_config": model.get("first_stage_config")}, None, small_decoder=small)
+    elif paths:
+        check_paths(model, args.load, args.lora, small_decoder=small)
     return config
-
-
-def _paths_to_check(config: RunConfig[SampleArgs]) -> tuple[dict[str, Any], str | None, list[str]]:
-    """Of a configuration what this run reads: parts of the model section, transformer, adapters."""
-    if not config.args.decode_latents:
-        return config.model, config.args.load, config.args.lora
-    return {"first_stage_config": config.model.get("first_stage_config")}, None, []
 
 
 def for_inference(model: dict[str, Any]) -> dict[str, Any]:

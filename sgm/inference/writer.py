@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,33 +22,20 @@ class OutputError(SgmError):
     """Results that cannot be read again; the message says which and why."""
 
 
-@dataclass(frozen=True)
 class SampleFiles:
-    """The original's layout: `OUT/{index}_{prompt}/{sample}/000000.mp4`, and what we put beside it."""
+    """The original's layout: `OUT/{index}_{prompt}/{sample}/000000.mp4`, and what we put beside it.
 
-    folder: Path
-    prefix: str = ""  # of the names, while the files are not finished
+    Args:
+        prefix: of the names, while the files are not finished.
+    Attributes:
+        all: those that can be, the record last.
+    """
 
-    @property
-    def video(self) -> Path:
-        return self.folder / f"{self.prefix}000000.mp4"
-
-    @property
-    def record(self) -> Path:
-        return self.folder / f"{self.prefix}000000.json"
-
-    @property
-    def sheet(self) -> Path:
-        return self.folder / f"{self.prefix}000000.png"
-
-    @property
-    def latents(self) -> Path:
-        return self.folder / f"{self.prefix}latents.safetensors"
-
-    @property
-    def all(self) -> tuple[Path, ...]:
-        """Those that can be, the record last."""
-        return self.video, self.sheet, self.latents, self.record
+    def __init__(self, folder: Path, prefix: str = ""):
+        self.folder, self.prefix = folder, prefix
+        self.video, self.sheet = folder / f"{prefix}000000.mp4", folder / f"{prefix}000000.png"
+        self.latents, self.record = folder / f"{prefix}latents.safetensors", folder / f"{prefix}000000.json"
+        self.all = self.video, self.sheet, self.latents, self.record
 
     def done(self, record: Mapping[str, Any], latents_only: bool) -> bool:
         """Whether the video, or else the latents, that the sample's `record` tells of are there, and whole."""
@@ -83,7 +69,7 @@ class SampleFiles:
         Raises:
             SaveError: they cannot be written or renamed.
         """
-        new = replace(self, prefix=prefix)
+        new = SampleFiles(self.folder, prefix)
         try:
             self.make_folder()
             yield new

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from sgm.config import AccelerateArgs, ConfigError
-from sgm.inference.fast import check_shortcuts, shortcuts_of
-from sgm.inference.fit import SamplingError
+from sgm.inference.fit import SamplingError, check_shortcuts, shortcuts_of
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.modules.diffusionmodules.guiders import IdentityGuider, VanillaCFG
 from sgm.modules.diffusionmodules.sampling import LinearStep, VPSDEDPMPP2MSampler, dpmpp_sde_step, extrapolate_2m
