@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,11 @@ from sgm.modules.diffusionmodules.image_condition import repeat_first
 from sgm.training.checkpoints.state import seed_all
 from sgm.training.distill.engine import DistillationEngine
 from sgm.training.distill.prompts import COND, TEXT, together
+from sgm.training.faults import cure
 from sgm.training.setup.engine import TrainingEngine
 from sgm.training.step import BINS, batch_latents, bin_means, bin_sums, engine_inputs, first_frame
 from sgm.training.watch.run_log import RunLog
+from sgm.weights.save import is_finite
 
 
 def eval_prompts(lines: Sequence[str], from_picture: bool) -> list[Prompt]:
@@ -93,6 +95,7 @@ class Evaluation:
                     if k == 0 and self.folder is not None:
                         files = Files(self.folder, iteration, self.fps, log)
                         self._log(engine, batch, ds_engine.device, files)
+                        files.tell_of_left_out(ds_engine.fp16_enabled())
         finally:
             ds_engine.train()
         dist.all_reduce(total)
@@ -132,7 +135,7 @@ class Evaluation:
         if not self.log_video:
             return
         latents = batch_latents(engine, first, device)
-        stages = ValidationStages(engine, device, repeat_first(latents, engine.network.patch.t).shape[1:])
+        stages = ValidationStages(engine, device, repeat_first(latents, engine.network.patch.t).shape[1:], files)
         if not self.latents_only:
             files.clip("inputs", 0, to_uint8(rearrange(first[engine.input_key], "b f c h w -> b c f h w"))[0].numpy())
             files.clip("reconstructions", 0, stages.decode(latents[0]))
@@ -164,14 +167,20 @@ class ValidationStages(Stages):
     """Those of a model in training, as `seed_mode: upstream` samples.
 
     Args:
-        shape: (t, c, h, w) of a sample.
+        shape: (t, c, h, w) of a sample. files: that the results are for.
     """
 
-    def __init__(self, engine: SATVideoDiffusionEngine, device: torch.device, shape: Sequence[int]):
+    def __init__(self, engine: SATVideoDiffusionEngine, device: torch.device, shape: Sequence[int], files: Files):
         super().__init__(engine, device)
+        self.files = files
         frames, _, *size = shape
         pixels = engine.strides.pixel_size(*size)
         self.take(SampleArgs(sampling_num_frames=frames, sampling_image_size=[*pixels], seed_mode="upstream"))
+
+    def check(self, x: Tensor, what: str) -> None:
+        """Raises nothing: other ranks go through the same stages, and training goes on."""
+        if not is_finite(x):
+            self.files.not_finite.append(what)
 
     def decode(self, latents: Tensor) -> np.ndarray:
         """See `Stages`. In small pieces; of an even number of latent frames, which training takes, without the last.
@@ -190,21 +199,40 @@ class ValidationStages(Stages):
 
 @dataclass(frozen=True)
 class Files:
-    """What one evaluation leaves in the run's folder, in the original's layout; other ranks' calls do nothing."""
+    """What one evaluation leaves in the run's folder, in the original's layout; other ranks' calls do nothing.
+
+    Attributes:
+        not_finite: what of the next file's making is. left_out: files that were not written, and for what.
+    """
 
     folder: Path
     iteration: int
     fps: int
     log: RunLog
+    not_finite: list[str] = field(default_factory=list)
+    left_out: dict[Path, str] = field(default_factory=dict)
 
     def _write(self, inner: Path, write: Callable[[Path], object]) -> None:
         """`write` a file of the folder; what cannot be written is told."""
         if own_rank()[0] != 0:
             return
+        if self.not_finite:
+            self.left_out[inner] = self.not_finite[0]
+            self.not_finite.clear()
+            return
         with self.log.or_warn(self.folder / inner.parts[0]):
             for parent in reversed(inner.parents[:-1]):  # not the run's folder: its disk may be gone
                 (self.folder / parent).mkdir(exist_ok=True)
             write(self.folder / inner)
+
+    def tell_of_left_out(self, fp16: bool) -> None:
+        """In one line; `fp16`: the model is trained in that type."""
+        if self.left_out:
+            what = " and the ".join(dict.fromkeys(self.left_out.values()))
+            self.log.line(
+                f"warning: iteration {self.iteration}: the {what} of the evaluation contain NaN or infinity, so there "
+                f"is no {', '.join(map(str, self.left_out))}; training goes on. Should that not pass, {cure(fp16)}."
+            )
 
     def text(self, captions: Sequence[str]) -> None:
         content = "".join(f"{text}\n" for text in captions)
@@ -267,4 +295,4 @@ class PromptEvaluation(Evaluation):
         files.text(chosen[TEXT])
         conditions = [{name: value[k : k + 1] for name, value in chosen[COND].items()} for k in range(count)]
         prompts = [EncodedPrompt(cond, engine.unconditional) for cond in conditions]
-        self._sample(ValidationStages(engine, device, engine.shape), prompts, files)
+        self._sample(ValidationStages(engine, device, engine.shape, files), prompts, files)

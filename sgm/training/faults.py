@@ -63,14 +63,19 @@ class SkipGuard:
         self.in_a_row += 1
         if self.in_a_row < self.limit:
             return
-        cure = "lower the learning rate or deepspeed.gradient_clipping, and check the weights that were loaded"
-        if dtype == "fp16":
-            bf16 = "--set deepspeed.fp16.enabled=false --set deepspeed.bf16.enabled=true"
-            cure = f"lower the learning rate, or train in bfloat16 ({bf16})"
         raise TrainingStopped(
             f"{self.in_a_row} steps in a row were skipped up to iteration {iteration} ({reason}): nothing is learnt "
-            f"any more. Checkpoints from before are intact. To go on, {cure}; args.max_skipped_steps sets this limit."
+            f"any more. Checkpoints from before are intact. To go on, {cure(dtype == 'fp16')}; args.max_skipped_steps "
+            "sets this limit."
         )
+
+
+def cure(fp16: bool) -> str:
+    """What to change where training, in float16 or another type, gives NaN or infinity."""
+    if fp16:
+        bf16 = "--set deepspeed.fp16.enabled=false --set deepspeed.bf16.enabled=true"
+        return f"lower the learning rate, or train in bfloat16 ({bf16})"
+    return "lower the learning rate or deepspeed.gradient_clipping, and check the weights that were loaded"
 
 
 class StopSignal:

@@ -201,7 +201,9 @@ def test_what_is_kept_of_a_run_that_skips_steps(
     assert ("is not saved: its last" in said) == (kept[-1:] != ["7"])
 
 
-def test_a_run_that_turns_bad_keeps_what_was_good(release, clips, tmp_path, monkeypatch):
+def test_a_run_that_turns_bad_keeps_what_was_good_and_says_so_of_its_samples(
+    release, clips, tmp_path, monkeypatch, capsys
+):
     step, count = trainer.training_step, iter(range(1, 99))
 
     def spoiled(engine, *args):
@@ -211,14 +213,20 @@ def test_a_run_that_turns_bad_keeps_what_was_good(release, clips, tmp_path, monk
 
     monkeypatch.setattr(trainer, "training_step", spoiled)
     content = configuration(
-        release, clips, tmp_path / "save", train_iters=30, save_interval=2, keep_last=2, max_skipped_steps=6
-    )
+        release, clips, tmp_path / "save", train_iters=30, save_interval=2, keep_last=2, max_skipped_steps=6,
+        valid_data=[str(clips)], eval_iters=1, eval_interval=4, log_image=True,
+    )  # fmt: skip
     path = write_yaml(tmp_path / "config.yaml", content)
     with pytest.raises(TrainingStopped, match=r"6 steps in a row were skipped up to iteration 10(.|\n)*are intact"):
         train(load_run_config([path], TrainArgs))
     (run_folder,) = (tmp_path / "save").iterdir()
     assert sorted(p.name for p in run_folder.iterdir() if p.name.isdigit()) == ["2", "4"]
     assert all(t.isfinite().all() for t in read_transformer(run_folder).network.values())
+    (told,) = (line for line in capsys.readouterr().out.splitlines() if "NaN" in line)
+    assert told.startswith("warning: iteration 8: the latents of the evaluation contain NaN")
+    assert "so there is no video/samples_gs-000008/000000.mp4;" in told and "lower the learning rate" in told
+    assert {p.name for p in (run_folder / "video").iterdir() if "samples" in p.name} == {"samples_gs-000004"}
+    assert (run_folder / "video" / "reconstructions_gs-000008" / "000000.mp4").is_file()
 
 
 def test_a_state_that_is_not_finite_is_not_resumed(release, clips, tmp_path, monkeypatch):
