@@ -1,6 +1,6 @@
 """Do a SAT release and its converted diffusers folder give the same numbers? Compares transformer and VAE, one by one.
 
-python tools/compare_diffusers.py infer.yaml --hf HF_FOLDER --device cuda
+python tools/compare_diffusers.py infer.yaml --hf HF_FOLDER --device cuda    # with the adapters of args.lora
 python tools/compare_diffusers.py infer.yaml --hf HF_FOLDER --lora SAT_LORA --hf_lora FOLDER    # with the adapter
 Needs diffusers (tests/requirements.txt), for adapters peft. Both run in float32 on the same random inputs.
 """
@@ -32,7 +32,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("config", type=Path, help="YAML with the SAT model's section, paths filled in")
     add("--hf", type=Path, required=True, help="converted pipeline folder")
     add("--load", help="transformer weights, in place of args.load")
-    add("--lora", help="SAT adapter to attach")
+    add("--lora", help="SAT adapter to attach, in place of args.lora")
     add("--hf_lora", type=Path, help="the same adapter, exported")
     add("--device", default="cpu")
     add("--frames", type=int, help="latent frames (default: the network's; 1.5 takes even numbers)")
@@ -58,7 +58,8 @@ def transformer_outputs(options: argparse.Namespace, config: Mapping[str, Any]) 
     node = config["model"]["network_config"]
     with torch.device("meta"):
         network = instantiate_from_config(node, dtype="fp32", defer_lora=True).eval()
-    adapters = [Adapter(options.lora)] if options.lora else []
+    named = [options.lora] if options.lora else config.get("args", {}).get("lora") or []
+    adapters = [Adapter.parse(text) for text in named]
     load = found_path(options.load or config["args"]["load"])
     load_network(
         network, load, device=device, dtype=torch.float32, allow_absent=True, adapters=adapters, read=read_adapter
@@ -142,7 +143,8 @@ def run(options: argparse.Namespace) -> int:
         outputs = vae_outputs(options, config)
     for name, (ours, theirs) in outputs.items():
         same &= _agree(name, ours, theirs, options.tolerance * VAE)
-    print("the same numbers" if same else "different")
+    rounded = "different; weights that convert_weight_sat2hf.py has rounded are: --fp32 keeps them"
+    print("the same numbers" if same else rounded)
     return 0 if same else 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from sgm.config import merge_yaml
 from sgm.convert.to_hf import ToHf, convert, export_lora
 from sgm.util import instantiate_from_config
 from sgm.weights.release import NETWORK_PREFIX, Adapter, read_transformer
@@ -270,8 +272,11 @@ def test_the_comparing_tool(
     )
     other = make_release(tmp_path / "other")
     changed = rewrite(other / "transformer", tmp_path / "c.pt", lambda m: {n: t * 1.001 for n, t in m.items()})
-    assert compare_diffusers.main([*common[:-1], str(changed)]) == 1
+    assert compare_diffusers.main([*common[:-1], str(changed)]) == 1 and "--fp32" in capsys.readouterr().out
     assert compare_diffusers.main([*common[:-1], str(tmp_path / "none")]) == 2
+    named = tmp_path / "named.yaml"
+    named.write_text(json.dumps(merge_yaml([sat_yaml]) | {"args": {"lora": [str(adapter)]}}))
+    assert compare_diffusers.main([str(named), *common[1:]]) == 1, "the adapters of args.lora count"
 
 
 def test_a_diffusers_adapter_is_no_transformer(adapter: Path, tmp_path: Path) -> None:
