@@ -87,9 +87,10 @@ class VisualInput:
         if source.frames < needed:
             most = strides.latent_frames(source.frames)
             fitting = sampled_frames(most - (most + 1) % 2, patch)
+            made = strides.pixel_frames(clip_frames(fitting, patch))
             raise SamplingError(
                 f"{source.path} has {source.frames} frames, and videos of {needed} are asked for; --num-frames "
-                f"{fitting} makes {strides.pixel_frames(clip_frames(fitting, patch))}."
+                f"{fitting} makes {made}, {(made - 1) / self.args.sampling_fps:g} seconds."
             )
 
     # --- what is there --------------------------------------------------------------------------------------------

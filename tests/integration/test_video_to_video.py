@@ -121,7 +121,7 @@ def test_what_does_not_fit_is_one_error(config, clip, tmp_path, capsys):
         ("2b", ["--video", tmp_path / "none.mp4"], "none.mp4 does not exist"),
         ("2b", ["--video", tmp_path / "text.mp4"], "text.mp4"),
         ("2b", ["--video", clip, "--num-frames", "5"], "has 10 frames, and videos of 17 are asked for; --num-frames 3"),
-        ("1.5_5b", ["--video", clip, "--num-frames", "6"], "videos of 17 are asked for; --num-frames 4 makes 9"),
+        ("1.5_5b", ["--video", clip, "--num-frames", "6"], "videos of 17 are asked for; --num-frames 4 makes 9, 1 seconds"),
         ("5b_i2v", ["--video", clip], "makes videos from pictures; from a clip: configs/cogvideox_5b_infer.yaml"),
         ("2b", ["--video", clip, "--image", clip], "args.video and args.image are both given"),
         ("2b", ["--strength", "0.3"], "args.strength is of a clip to start from: name it, --video FILE"),
