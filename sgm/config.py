@@ -180,7 +180,8 @@ def load_run_config(
     if not model:
         problems.append("the configuration has no `model:` section")
     if problems or args is None or accelerate is None:
-        raise ConfigError(listing(problems, ", ".join(map(str, files))))
+        options = ["the options given"] if overrides or flagged else []
+        raise ConfigError(listing(problems, ", ".join([*map(str, files), *options])))
     return RunConfig(
         args, model, sections["data"], sections["deepspeed"], accelerate,
         tuple(Path(f) for f in files), tuple(notes),

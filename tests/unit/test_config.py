@@ -93,10 +93,13 @@ def test_all_problems_at_once(tmp_path):
     with pytest.raises(ConfigError) as error:
         load_run_config([file], Args)
     text = str(error.value)
-    assert text.startswith(f"6 problems in {file}")
+    assert text.startswith(f"6 problems in {file}:")
     for words in ("args.cuont; did you mean `count`", "args.active: expected true or false, got 'False'", "no `model:`",
                   "'z' is not one of 'x', 'y'", "must be at least 1, got 0", "`modle`; did you mean `model`"):  # fmt: skip
         assert words in text
+    for given in ({"flags": {"count": 0}}, {"overrides": ["args.count=0"]}):
+        with pytest.raises(ConfigError, match=r"a\.yaml, the options given:\n"):
+            load_run_config([file], Args, **given)
 
 
 def test_names_of_the_original_without_use_here_are_named_once(tmp_path):
