@@ -32,7 +32,7 @@ from sgm.modules.transformer.patch_embed import PatchSize
 from sgm.parallel.apply import share_network, share_tokens
 from sgm.parallel.team import Team, training_team
 from sgm.places import CONFIGS, INSTALLED, PROJECT, shown
-from sgm.training.checkpoints.folder import check_writable, hold, new_run_folder
+from sgm.training.checkpoints.folder import check_writable, hold, new_run_folder, remove_if_empty
 from sgm.training.checkpoints.load import (
     CONFIG_FILE,
     Earlier,
@@ -155,6 +155,7 @@ def _load(
     folder = earlier.folder.parent if earlier else None
     if args.save and not folder:
         folder = new_run_folder(args.save, args.experiment_name)
+        stack.callback(remove_if_empty, folder)  # what ends before it has learnt anything leaves nothing
     if folder:
         hold(folder, stack)
     seed_all(args.seed)  # the same on all ranks, for what is initialised at random

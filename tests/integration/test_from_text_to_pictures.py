@@ -154,4 +154,5 @@ def test_wrong_wishes(
 
 def test_an_adapter_is_no_base(content: dict[str, Any], trained: Path, tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="holds a LoRA adapter without base weights"):
-        run(tmp_path, content, f"args.load={trained}")
+        run(tmp_path, content, f"args.load={trained}", f"args.save={tmp_path / 'save'}")
+    assert list((tmp_path / "save").iterdir()) == [], "no folder of a run that did not begin"

@@ -234,6 +234,17 @@ def test_force_train_permits_only_what_the_configuration_determines(prepared, pa
         prepared(f"args.load={tmp_path / 'lacking.pt'}", force_train=True)
 
 
+def test_an_adapter_in_the_loaded_file_is_trained_further(prepared, parts, tmp_path, capsys):
+    release, _, _ = parts
+    content = torch.load(release / "transformer" / "1000" / "mp_rank_00_model_states.pt", weights_only=True)
+    linear = "model.diffusion_model.transformer.layers.0.attention.dense"
+    width = len(content["module"][f"{linear}.weight"])
+    content["module"] |= {f"{linear}.matrix_A.0": torch.ones(2, width), f"{linear}.matrix_B.0": torch.ones(width, 2)}
+    torch.save(content, tmp_path / "both.pt")
+    prepared(f"args.load={tmp_path / 'both.pt'}", lora=4)
+    assert "in this file is trained further: rank 2, factor 0.5, whatever lora_config" in capsys.readouterr().out
+
+
 def test_pretraining_needs_no_weights(prepared):
     drawn = prepared("args.load=null", mode="pretrain", seed=5).ds_engine.module.network.state_dict()
     again = prepared("args.load=null", mode="pretrain", seed=5).ds_engine.module.network.state_dict()

@@ -19,6 +19,7 @@ from sgm.modules.diffusionmodules.image_condition import sampled_frames
 from sgm.modules.diffusionmodules.loss import VideoDiffusionLoss
 from sgm.modules.ops.choice import Kernels, choose_kernels
 from sgm.modules.ops.recompute import MODES, ActivationOffload, stronger_mode
+from sgm.modules.transformer.lora import LoraMixin
 from sgm.parallel.apply import check_shares
 from sgm.training.distill.engine import DistillationEngine, check_distill
 from sgm.training.memory import room_to_pin
@@ -269,6 +270,10 @@ def _load_or_start_network(
             merge=args.distill is not None, add_image_channels=args.add_image_channels,
         )  # fmt: skip
         loaded.notes = [n for n in loaded.notes if not n.startswith("lora_config is set")]
+        lora = dict(engine.network.mixins.items()).get("lora")
+        if isinstance(lora, LoraMixin):
+            said = "the LoRA in this file is trained further"
+            loaded.notes.append(f"{said}: rank {lora.r}, factor {lora.scaling:g}, whatever lora_config says")
     else:
         started = instantiate_from_config(section, dtype=dtype)
         engine.model.diffusion_model = started.to(place)
