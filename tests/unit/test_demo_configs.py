@@ -80,9 +80,7 @@ def test_the_demo_from_a_picture_is_the_demo_with_a_pictures_channels():
     """Trained as an adapter alone, with what is too little of it to stand for the new channels."""
     infer, sft = (merge_yaml([REPO / "configs" / f"demo_i2v_{kind}.yaml"]) for kind in ("infer", "sft"))
     expected = merge_yaml([INFER])["model"]
-    guidance = [model["sampler_config"]["params"]["guider_config"]["params"] for model in (infer["model"], expected)]
-    assert guidance[0].pop("scale") < guidance[1]["scale"] and infer["args"]["lora"] == ["demo/i2v"]
-    guidance[0]["scale"] = guidance[1]["scale"]
+    assert infer["args"]["lora"] == ["demo/i2v"]
     for found in (infer["model"], sft["model"]):
         assert found.pop("noised_image_input") and found["network_config"]["params"].pop("in_channels") == 32
     assert expected["network_config"]["params"].pop("in_channels") == 16 and infer["model"] == expected
