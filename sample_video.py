@@ -44,8 +44,8 @@ def main(arguments: list[str], prog: str | None = None, listen: bool = False) ->
     """
     options = parse(arguments, prog)
     interrupts = Interrupts().listen() if listen else Interrupts()
-    kept = "stopped; finished videos are kept (--skip-done goes on from there)"
-    code = exit_code(lambda: run(options, interrupts.check), kept)
+    onward = "" if options.grid else " (--skip-done goes on from there)"
+    code = exit_code(lambda: run(options, interrupts.check), f"stopped; finished videos are kept{onward}")
     if listen and code and "sgm.distributed" in sys.modules:  # else nothing was begun
         from sgm.distributed import leave
 

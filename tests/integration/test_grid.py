@@ -88,6 +88,16 @@ def test_the_page_plays_all_clips_together(config, tmp_path):
         assert not browser.errors and all(address.startswith("file://") for address in browser.requested)
 
 
+def test_a_comparison_that_is_stopped_names_no_way_on(config, capsys, monkeypatch):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sgm.inference.model.Pipeline.sample", interrupted)
+    for asked, told in (["--grid", "seeds=1,2"], "kept\n"), ([], "kept (--skip-done goes on from there)\n"):
+        assert main(config, "--prompt", "a dog", *asked) == 130
+        assert capsys.readouterr().err.endswith(told)
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
