@@ -305,6 +305,8 @@ class JobStore:
         """
         whose, names = ("worker = ?", [worker]) if worker is not None else ("worker IS NOT NULL", [])
         with self._transaction() as db:
+            if worker is None:  # what ended all of them was no job's fault
+                db.execute(f"UPDATE jobs SET attempts = attempts - 1 WHERE {whose} AND state = ?", (RUNNING,))
             given_up = db.execute(
                 f"UPDATE jobs SET state = ?, finished_at = ?, error = ?, worker = NULL"
                 f" WHERE {whose} AND state = ? AND attempts >= ?",

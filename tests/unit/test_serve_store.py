@@ -111,6 +111,14 @@ def test_a_job_over_which_workers_end_is_given_up(store):
     assert store.claim("w") is None
 
 
+def test_a_job_survives_any_number_of_ends_of_the_server(store):
+    job, _ = create(store)
+    for k in range(2 * MOST_ATTEMPTS):
+        assert store.claim(f"w{k}").attempts == 1
+        store.sweep()
+    assert store.get(job.id).state == QUEUED
+
+
 def test_pages_follow_each_other(store):
     jobs = [create(store, f"{k}", origin(f"{k}"))[0] for k in range(5)]
     page, more = store.page(2)
