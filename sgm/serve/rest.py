@@ -88,8 +88,8 @@ class _Api:
         path, kind = variants[variant]
         if job.state == FAILED:
             raise ApiError(404, f"The video {job.id!r} failed: {job.error}", "video_id", "video_failed")
-        if not (job.state == COMPLETED or (variant == "preview" and path.is_file())):
-            message = f"The video {job.id!r} is {job.state}; ask for its status first."
+        if not (path.is_file() and (job.state == COMPLETED or variant == "preview")):
+            message = f"The video {job.id!r} is {job.state}, and there is no {variant} of it now."
             raise ApiError(404, message, "video_id", "video_not_ready")
         return FileResponse(path, media_type=kind, filename=f"{job.id}{path.suffix}")
 

@@ -84,6 +84,7 @@ def test_numbers_come_as_text_and_answers_have_the_form_of_openai(client, desk):
     part = client.get(f"/v1/videos/{job.id}/content", headers={"range": "bytes=4-7"})
     assert part.status_code == 206 and part.content == b"ftyp"  # players ask for parts
     assert "variant" in refused(client.get(f"/v1/videos/{job.id}/content?variant=sound"), 400)
+    assert "no preview" in refused(client.get(f"/v1/videos/{job.id}/content?variant=preview"), 404)  # it has gone
 
 
 @pytest.mark.parametrize(
