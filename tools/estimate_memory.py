@@ -35,7 +35,7 @@ def table(configs: list[Path], overrides: list[str], gpus: int, device: str) -> 
     """Lines of the report.
 
     Raises:
-        ConfigError, OptimizerError: the configuration is wrong.
+        ConfigError: the configuration is wrong.
     """
     from sgm.training.memory import GIB, gib
 

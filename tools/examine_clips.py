@@ -14,7 +14,8 @@ from PIL import Image, ImageDraw
 from sgm.data.buckets import kept_share
 from sgm.data.clips import CLIP_FAULTS, CaptionError, ClipSettings, caption_of, load_frames
 from sgm.data.decoder import DecodeProcess
-from sgm.data.report import DatasetError, per_thread, reason_of
+from sgm.data.frames import DatasetError
+from sgm.data.report import per_thread, reason_of
 from sgm.data.sources import ListedClip, Listing, is_image, passed_over_line
 from sgm.data.video_io import VideoInfo, probe
 from sgm.files import atomic_write

@@ -26,8 +26,9 @@ from sgm.cache.shards import Entry, ShardReader
 from sgm.cache.store import CacheScan, CacheStore, frame_key, text_key
 from sgm.data.clips import ClipSettings
 from sgm.data.dataset import Packed, PackedShapes, PackedStrings
+from sgm.data.frames import DatasetError
 from sgm.data.loader import require_one_shape
-from sgm.data.report import DatasetError, Report
+from sgm.data.report import Report
 from sgm.data.sampler import ClipSampler
 from sgm.data.sources import ListedClip
 from sgm.modules.autoencoding.strides import STRIDES
@@ -195,7 +196,7 @@ def read_batch(clips: Sequence[tuple[CachedClips, int]], pin: bool = False) -> d
     """The batch that `collate` makes of these clips (data set, index), read without a copy.
 
     Raises:
-        CollateError: clips of different sizes.
+        DatasetError: clips of different sizes.
         CacheError: a shard has gone.
     """
     facts = default_collate([dataset.facts(index) for dataset, index in clips])

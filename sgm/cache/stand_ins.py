@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sgm.cache.dataset import EMBEDDING, MOMENTS
 from sgm.cache.ready import TEXT_KEY, encoder_params, starts_from_picture
-from sgm.errors import SgmError
+from sgm.cache.shards import CacheError
 from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
 from sgm.modules.autoencoding.first_stage import FirstStage
 from sgm.modules.autoencoding.regularizers import DiagonalGaussianRegularizer
@@ -44,10 +44,6 @@ def cached_model_section(model: Mapping[str, Any]) -> dict[str, Any]:
     return section
 
 
-class NotCachedError(SgmError):
-    """Something was asked for that a run on cached clips does not have."""
-
-
 class CachedFirstStage(FirstStage):
     """Takes moments where the autoencoder takes pixels; same draws, same result.
 
@@ -76,9 +72,9 @@ class CachedFirstStage(FirstStage):
         return self.regularization.latents(x.contiguous())
 
     def moments(self, x: Tensor) -> Tensor:
-        """Those of pictures. Raises NotCachedError: there is no `image_config`."""
+        """Those of pictures. Raises CacheError: there is no `image_config`."""
         if self.image_stage is None:
-            raise NotCachedError("pictures cannot be encoded: this run on cached clips is of a text-to-video model")
+            raise CacheError("pictures cannot be encoded: this run on cached clips is of a text-to-video model")
         return self.image_stage.moments(x)
 
     def use_ops(self, ops: VaeOps) -> None:

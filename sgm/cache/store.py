@@ -26,7 +26,8 @@ from torch import Tensor
 from sgm.cache.shards import CacheError, Entry, read_index
 from sgm.data.clips import CaptionError, caption_of
 from sgm.data.dataset import ClipSource
-from sgm.data.report import DatasetError, Rejection, nothing_in, require_captions
+from sgm.data.frames import DatasetError
+from sgm.data.report import Rejection, nothing_in, require_captions
 from sgm.data.sources import Place
 from sgm.files import SaveError, refuse_lfs_pointer, write_failed, write_json
 from sgm.weights import DTYPES

@@ -47,7 +47,7 @@ def open_sat(path: str | Path, *, allow_drift: bool = False) -> SatWeights:
             training lets q/k norms drift apart); the first part's are taken.
     Raises:
         WeightsError: unreadable, or not a SAT transformer checkpoint.
-        PartitionError: parts that do not belong together.
+        WeightsError: parts that do not belong together.
         ConvertError: there are mixins beyond a release's own.
     """
     parts = read_parts(path)

@@ -13,14 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sgm.data.frames import ClipError, ClipShape
+from sgm.data.frames import ClipError, ClipShape, DatasetError
 from sgm.data.sampler import ClipSampler, SamplerState, shares
-from sgm.errors import SgmError
 from sgm.modules.autoencoding.strides import STRIDES
-
-
-class BucketError(SgmError):
-    """Buckets that no clip or no network can have."""
 
 
 class Bucket(NamedTuple):
@@ -38,7 +33,7 @@ def parse_buckets(given: Sequence[Sequence[int]]) -> tuple[Bucket, ...]:
     """Buckets from `[[frames, height, width], ...]`.
 
     Raises:
-        BucketError: not three whole numbers, frames that are no 4k + 1, sides that are no multiples of 16, duplicates.
+        DatasetError: not three whole numbers, frames that are no 4k + 1, sides that are no multiples of 16, duplicates.
     """
     buckets, problems = [], []
     for entry in given:
@@ -54,7 +49,7 @@ def parse_buckets(given: Sequence[Sequence[int]]) -> tuple[Bucket, ...]:
     if len(set(buckets)) < len(buckets):
         problems.append("one bucket stands there twice")
     if problems:
-        raise BucketError(f"buckets: {'; '.join(problems)}")
+        raise DatasetError(f"buckets: {'; '.join(problems)}")
     return tuple(buckets)
 
 

@@ -20,8 +20,8 @@ from torch.utils.data import Dataset
 from sgm.config import ConfigError
 from sgm.data.buckets import parse_buckets
 from sgm.data.clips import CLIP_FAULTS, CaptionError, ClipSettings, load_clip, picture_size
-from sgm.data.frames import frame_indices  # noqa: F401  # the name that others use
-from sgm.data.report import LEVELS, DatasetError, Report, append_broken, list_source, scan
+from sgm.data.frames import DatasetError, frame_indices  # noqa: F401  # `frame_indices`: the name that others use
+from sgm.data.report import LEVELS, Report, append_broken, list_source, scan
 from sgm.data.sources import ListedClip, Listing, base_of
 from sgm.data.video_io import DECODE_TIMEOUT
 from sgm.typed import Misfit, coerce, listing
@@ -107,8 +107,8 @@ class SFTDataset(Dataset):
         txt_key: extension of the captions in shards.
 
     Raises:
-        DatasetError: the source holds no usable clip, or the report is of other data.
-        SourceError, BucketError: a manifest, shard or bucket that is none.
+        DatasetError: the source holds no usable clip, the report is of other data, or a manifest, shard or bucket is
+            none.
     """
 
     def __init__(

@@ -15,6 +15,10 @@ FRAME_RULES = ("upstream", "timestamps", "random")
 INSTANT = 1e-6  # seconds; halfway between two frames the later one is taken, whatever way the times were rounded
 
 
+class DatasetError(SgmError):
+    """Data that cannot be trained on; the message names what is wrong, and where."""
+
+
 class ClipError(SgmError):
     """A video from which no clip can be taken under the given settings."""
 

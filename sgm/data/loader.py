@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, default_collate, get_worker_info
 
 from sgm.data.buckets import BucketSampler
+from sgm.data.frames import DatasetError
 from sgm.data.sampler import ClipSampler, SamplerState
-from sgm.errors import SgmError
 
 _SOCKET = len("/pymp-12345678/listener-12345678")  # what multiprocessing puts behind the folder of temporary files
 _LONGEST = 100  # bytes of a socket's path; macOS has room for 103
@@ -216,15 +216,11 @@ def _shapes_of(dataset: Dataset) -> Sequence[tuple[int, ...]] | None:
     return getattr(dataset, "shapes", None)
 
 
-class CollateError(SgmError):
-    """Clips that cannot share a batch."""
-
-
 def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Stack clips: `mp4` (b, f, 3, h, w) or `moments` (b, t, 2c, h, w), `num_frames` and `fps` (b,), texts as lists.
 
     Raises:
-        CollateError: clips of different sizes; names them.
+        DatasetError: clips of different sizes; names them.
     """
     kind = "mp4" if "mp4" in items[0] else "moments"
     names = [item.get("path", f"clip {i}") for i, item in enumerate(items)]
@@ -240,7 +236,7 @@ def require_one_shape(shapes: Sequence[tuple[int, ...]], names: Sequence[str], f
     """Whether clips (frames, ..., h, w) fit into one batch; `frames` is said before that word.
 
     Raises:
-        CollateError: they do not; names all.
+        DatasetError: they do not; names all.
     """
     if len(set(shapes)) <= 1:
         return
@@ -248,7 +244,7 @@ def require_one_shape(shapes: Sequence[tuple[int, ...]], names: Sequence[str], f
         f"{name} has {shape[0]} {frames}frames of {shape[-2]}x{shape[-1]}"
         for name, shape in zip(names, shapes, strict=True)
     )
-    raise CollateError(
+    raise DatasetError(
         f"clips of unequal size cannot share a batch: {listed}; use a batch size of 1 (gradient accumulation makes "
         "up for it), or give all clips one length: videos long enough for max_num_frames, or a smaller one"
     )

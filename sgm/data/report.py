@@ -18,18 +18,13 @@ from typing import Any, TypeVar
 
 from sgm.data.clips import CLIP_FAULTS, CaptionError, ClipSettings, caption_of, check_clip
 from sgm.data.decoder import DecodeProcess
-from sgm.data.frames import ClipShape
+from sgm.data.frames import ClipShape, DatasetError
 from sgm.data.sources import ListedClip, Listing, exists, list_clips, passed_over_line
-from sgm.errors import SgmError
 from sgm.files import write_text
 
 logger = logging.getLogger(__name__)
 
 REASONS_SHOWN = 5
-
-
-class DatasetError(SgmError):
-    """A data set that cannot be trained on."""
 
 
 @dataclass(frozen=True)

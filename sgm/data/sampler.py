@@ -14,7 +14,7 @@ from typing import Any, NotRequired, TypedDict
 import numpy as np
 from torch.utils.data import Sampler
 
-from sgm.errors import SgmError
+from sgm.data.frames import DatasetError
 
 ORDERS = ("shuffle", "sequential", "upstream")
 
@@ -32,10 +32,6 @@ class SamplerState(TypedDict):
     groups: NotRequired[list[int]]
     begin: NotRequired[int]
     taken: NotRequired[list[int]]
-
-
-class PositionError(SgmError):
-    """A saved data position means nothing for this data or its order."""
 
 
 class ClipSampler(Sampler[int]):
@@ -106,12 +102,12 @@ class ClipSampler(Sampler[int]):
         """Go on where `state_dict` was taken, with its seed.
 
         Raises:
-            PositionError: the state belongs to other data or another order, so that its position means nothing here.
+            DatasetError: the state belongs to other data or another order, so that its position means nothing here.
         """
         own = self.state_dict()
         for name in ("sizes", "order", "weights", "groups"):
             if state.get(name) != own.get(name):
-                raise PositionError(
+                raise DatasetError(
                     f"the saved data position was taken with {name} {state.get(name)}, now it is {own.get(name)}; "
                     "restore the data set, or start a new run from the saved weights (args.load)"
                 )

@@ -21,8 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from sgm.data.frames import ClipShape
-from sgm.errors import SgmError
+from sgm.data.frames import ClipShape, DatasetError
 from sgm.files import refuse_lfs_pointer
 
 VIDEO_SUFFIXES = (
@@ -42,10 +41,6 @@ LINES_OF_PATHS = ("videos.txt", "video.txt", "images.txt", "image.txt")
 LINES_OF_TEXT = ("prompts.txt", "prompt.txt", "captions.txt", "caption.txt")
 FILE_ORDERS = ("sorted", "walk")
 _INSIDE = re.compile(r"(?P<archive>.+?\.tar)!(?P<begin>\d+)\+(?P<size>\d+)!(?P<name>.+)", re.DOTALL)
-
-
-class SourceError(SgmError):
-    """A manifest or an archive that cannot be read; the message names the place."""
 
 
 class ListedClip(NamedTuple):
@@ -118,7 +113,7 @@ def list_clips(source: str | Path, order: str = "sorted", images: bool = False, 
         txt_key: extension of a shard's captions.
 
     Raises:
-        SourceError: a manifest or shard that cannot be read. FileNotFoundError is never raised: the caller has looked.
+        DatasetError: a manifest or shard that cannot be read. FileNotFoundError is never raised: the caller has looked.
     """
     source = Path(source)
     if source.suffix.lower() in MANIFEST_SUFFIXES and source.is_file():
@@ -149,7 +144,7 @@ def _listed_in(folder: Path) -> list[ListedClip] | None:
         return None
     named, captions = _lines(paths), _lines(texts)
     if len(named) != len(captions):
-        raise SourceError(
+        raise DatasetError(
             f"{paths} has {len(named)} lines and {texts.name} {len(captions)}; give each clip one of both"
         )
     return [ListedClip(_located(folder, name), text) for name, text in zip(named, captions, strict=True)]
@@ -162,14 +157,14 @@ def _lines(path: Path) -> list[str]:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Raises SourceError in place of the block's errors: a Git LFS pointer, not UTF-8, unreadable."""
-    refuse_lfs_pointer(path, SourceError)
+    """Raises DatasetError in place of the block's errors: a Git LFS pointer, not UTF-8, unreadable."""
+    refuse_lfs_pointer(path, DatasetError)
     try:
         yield
     except UnicodeDecodeError as error:
-        raise SourceError(f"{path} is not UTF-8 (byte {error.start})") from error
+        raise DatasetError(f"{path} is not UTF-8 (byte {error.start})") from error
     except OSError as error:
-        raise SourceError(f"{path} cannot be read: {error.strerror}") from error
+        raise DatasetError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _located(folder: Path, name: str) -> str:
@@ -230,7 +225,7 @@ def read_manifest(path: str | Path) -> list[ListedClip]:
     row without a caption has it in a `.txt` file as in a folder.
 
     Raises:
-        SourceError: not UTF-8, a row that is none, or one without a path; names the line.
+        DatasetError: not UTF-8, a row that is none, or one without a path; names the line.
     """
     path = Path(path)
     rows = {".csv": _csv_rows, ".jsonl": _json_rows, ".json": _array_rows}[path.suffix.lower()](path)
@@ -245,7 +240,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             for row in reader:
                 yield reader.line_num, row
         except csv.Error as error:
-            raise SourceError(f"{path}, line {reader.line_num}: {error}") from error
+            raise DatasetError(f"{path}, line {reader.line_num}: {error}") from error
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -256,7 +251,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise SourceError(f"{path}, line {number}: no JSON ({error})") from error
+                raise DatasetError(f"{path}, line {number}: no JSON ({error})") from error
             yield number, row
 
 
@@ -264,20 +259,20 @@ def _array_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
-        raise SourceError(f"{path}: no JSON ({error})") from error
+        raise DatasetError(f"{path}: no JSON ({error})") from error
     if not isinstance(rows, list):
-        raise SourceError(f"{path}: expected an array of objects, each with a path and a caption")
+        raise DatasetError(f"{path}: expected an array of objects, each with a path and a caption")
     yield from enumerate(rows, 1)
 
 
 def _listed(manifest: Path, number: int, row: Any) -> ListedClip:
     where = f"{manifest}, {'entry' if manifest.suffix.lower() == '.json' else 'line'} {number}"
     if not isinstance(row, dict):
-        raise SourceError(f"{where}: expected an object with a path and a caption")
+        raise DatasetError(f"{where}: expected an object with a path and a caption")
     name = next((row[column] for column in PATH_COLUMNS if row.get(column)), None)
     if not isinstance(name, str):
         columns = ", ".join(str(column) for column in row if column is not None) or "none"
-        raise SourceError(f"{where}: no path; name the column {', '.join(PATH_COLUMNS)} (found: {columns})")
+        raise DatasetError(f"{where}: no path; name the column {', '.join(PATH_COLUMNS)} (found: {columns})")
     text = next((row[column] for column in TEXT_COLUMNS if isinstance(row.get(column), str)), None)
     return ListedClip(_located(manifest.parent, name), text)
 
@@ -293,7 +288,7 @@ def read_shard(path: str | Path, txt_key: str = "txt") -> Listing:
     members are passed over, and so are names that lead out of the archive.
 
     Raises:
-        SourceError: not a tar file, or cut short.
+        DatasetError: not a tar file, or cut short.
     """
     path = Path(path)
     media: dict[str, str] = {}
@@ -301,7 +296,7 @@ def read_shard(path: str | Path, txt_key: str = "txt") -> Listing:
     passed_over: Counter[str] = Counter()
     archive_name = os.path.abspath(path)
     try:
-        refuse_lfs_pointer(path, SourceError)
+        refuse_lfs_pointer(path, DatasetError)
         with tarfile.open(path, "r:") as archive:
             for member in archive:
                 name = posixpath.normpath(member.name)
@@ -319,7 +314,7 @@ def read_shard(path: str | Path, txt_key: str = "txt") -> Listing:
                 elif kind == "json":
                     texts.setdefault(key, _json_text(archive, member, txt_key))
     except (tarfile.TarError, EOFError, OSError) as error:
-        raise SourceError(f"{path} is no whole tar file ({error}); compressed ones must be unpacked first") from error
+        raise DatasetError(f"{path} is no whole tar file ({error}); compressed ones must be unpacked first") from error
     return Listing((ListedClip(place, texts.get(key, "")) for key, place in media.items()), passed_over)
 
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from sgm.distributed import same_for_clip
-from sgm.errors import SgmError
 from sgm.models.autoencoder import VideoAutoencoderInferenceWrapper
 from sgm.modules.autoencoding.first_stage import FirstStage
 from sgm.modules.autoencoding.strides import STRIDES, Strides
@@ -30,7 +29,7 @@ from sgm.modules.ops.choice import Kernels
 from sgm.modules.ops.graphs import NetworkGraphs
 from sgm.modules.ops.recompute import ActivationOffload
 from sgm.modules.transformer.lora_state import further_mixin
-from sgm.typed import NotNegative, Positive, Share
+from sgm.typed import ConfigError, NotNegative, Positive, Share
 from sgm.util import Config, Role, check_params, get_obj_from_str, instantiate_from_config
 from sgm.weights import DTYPES
 from sgm.weights.streaming import FrozenStream
@@ -43,10 +42,6 @@ LORA_MARKS = ("matrix_A", "matrix_B")
 
 Cond = dict[str, Tensor]
 T = TypeVar("T")
-
-
-class AbsentPartError(SgmError):
-    """A part is needed that the configuration does not have."""
 
 
 class BranchShare(Protocol):
@@ -163,7 +158,7 @@ class SATVideoDiffusionEngine(nn.Module):
         self._sampler: VideoDDIMSampler | None = _build(nodes["sampler_config"])
         self.loss_fn = _build(nodes["loss_fn_config"])
 
-    # --- parts; those that a configuration may lack raise AbsentPartError -------------------------------------------
+    # --- parts; those that a configuration may lack raise ConfigError ---------------------------------------------
 
     @property
     def network(self) -> DiffusionTransformer:
@@ -180,7 +175,7 @@ class SATVideoDiffusionEngine(nn.Module):
         """The conditioner's first embedder."""
         embedder = self.text_conditioner.embedders[0]
         if not isinstance(embedder, FrozenT5Embedder):
-            raise AbsentPartError(f"this engine has no text encoder: captions are embedded by {_class_name(embedder)}")
+            raise ConfigError(f"this engine has no text encoder: captions are embedded by {_class_name(embedder)}")
         return embedder
 
     @property
@@ -198,7 +193,7 @@ class SATVideoDiffusionEngine(nn.Module):
         """The first stage, where it is the autoencoder itself."""
         stage = self.first_stage
         if not isinstance(stage, VideoAutoencoderInferenceWrapper):
-            raise AbsentPartError(f"this engine has no autoencoder: its first stage is {_class_name(stage)}")
+            raise ConfigError(f"this engine has no autoencoder: its first stage is {_class_name(stage)}")
         return stage
 
     @property
@@ -408,16 +403,16 @@ class SATVideoDiffusionEngine(nn.Module):
         return samples.to(self.dtype)
 
     def _noised(self, clip: Tensor, noise: Tensor, timestep: int) -> Tensor:
-        """As training would at that timestep. Raises AbsentPartError: the denoiser has no table of timesteps."""
+        """As training would at that timestep. Raises ConfigError: the denoiser has no table of timesteps."""
         if not isinstance(self.denoiser, DiscreteDenoiser):
-            raise AbsentPartError(f"a DiscreteDenoiser says how clips are noised; here is {_class_name(self.denoiser)}")
+            raise ConfigError(f"a DiscreteDenoiser says how clips are noised; here is {_class_name(self.denoiser)}")
         signal = self.denoiser.idx_to_sigma(torch.tensor([timestep], device=clip.device))
         return add_noise(clip, noise, signal)
 
 
 def _required(part: T | None, name: str) -> T:
     if part is None:
-        raise AbsentPartError(f"this engine was built without a {name}: its model section has no `{name}_config`")
+        raise ConfigError(f"this engine was built without a {name}: its model section has no `{name}_config`")
     return part
 
 

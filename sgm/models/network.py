@@ -23,7 +23,7 @@ from sgm.distributed import (
     quiet_libraries,
 )
 from sgm.errors import SgmError
-from sgm.models.network_args import NetworkConfigError, TransformerArgs, check_sizes
+from sgm.models.network_args import TransformerArgs, check_sizes
 from sgm.modules.autoencoding.strides import STRIDES
 from sgm.modules.diffusionmodules.image_condition import OFS
 from sgm.modules.diffusionmodules.util import timestep_embedding
@@ -36,7 +36,7 @@ from sgm.modules.transformer.lora_state import OWN_MIXINS
 from sgm.modules.transformer.patch_embed import PATCHES, ImagePatchEmbeddingMixin, Patch, PatchSize
 from sgm.modules.transformer.positions import Divisor, PositionMixin
 from sgm.modules.transformer.sat_base import BaseMixin, BaseModel
-from sgm.typed import Layers, Range, Record, Size, Slots
+from sgm.typed import ConfigError, Layers, Range, Record, Size, Slots
 from sgm.util import Config, Role, TargetError, get_obj_from_str, instantiate_from_config, split_config
 from sgm.weights import DTYPES
 from sgm.weights.assign import without_values
@@ -114,7 +114,7 @@ class DiffusionTransformer(BaseModel):
         num_classes, use_RMSNorm, use_SwiGLU, zero_init_y_embed, input_time: names the original also knows; only the
             values of the published models are available.
     Raises:
-        NetworkConfigError: values that do not fit each other or are not available.
+        ConfigError: values that do not fit each other or are not available.
     """
 
     transformer: DiTTransformer
@@ -207,7 +207,7 @@ class DiffusionTransformer(BaseModel):
         self.time_embed = nn.Sequential(nn.Linear(self.hidden_size, width), nn.SiLU(), nn.Linear(width, width))
         if ofs_dim is not None:
             if ofs_dim != width:
-                raise NetworkConfigError(f"ofs_embed_dim {ofs_dim} must equal time_embed_dim {width}: they are added.")
+                raise ConfigError(f"ofs_embed_dim {ofs_dim} must equal time_embed_dim {width}: they are added.")
             self.ofs_embed = nn.Sequential(nn.Linear(ofs_dim, ofs_dim), nn.SiLU(), nn.Linear(ofs_dim, ofs_dim))
 
     def _share_whole_parameters(self, model_parallel_size: int) -> None:
@@ -329,7 +329,7 @@ class DiffusionTransformer(BaseModel):
         """Add the mixins beyond a release's own that are not there yet, with their initial values.
 
         Raises:
-            NetworkConfigError: one cannot be built.
+            ConfigError: one cannot be built.
             HookError: one would have no effect.
         """
         for name, config in self.further_configs.items():
@@ -345,25 +345,25 @@ class DiffusionTransformer(BaseModel):
             if isinstance(error, SgmError) or not str(config["target"]).startswith("sat."):
                 raise
             fault = f"modules.{name}_config: {config['target']} cannot be built: {type(error).__name__}: {error}"
-            raise NetworkConfigError(fault) from error
+            raise ConfigError(fault) from error
 
     def attach_lora(self, config: Mapping[str, Any] | None = None) -> None:
         """Add the LoRA mixin: `config` or the `lora_config` that the network was built with.
 
         Raises:
-            NetworkConfigError: there is no config, there is a LoRA mixin already, or the mixin is SAT's own under
+            ConfigError: there is no config, there is a LoRA mixin already, or the mixin is SAT's own under
                 tensor parallelism, where its results are wrong.
         """
         config = config or self._lora_config
         if config is None:
-            raise NetworkConfigError("attach_lora: no config was given and modules has no lora_config.")
+            raise ConfigError("attach_lora: no config was given and modules has no lora_config.")
         if "lora" in self.mixins:
-            raise NetworkConfigError("attach_lora: this network already has a LoRA mixin; merge or remove it first.")
+            raise ConfigError("attach_lora: this network already has a LoRA mixin; merge or remove it first.")
         ensure_groups(model_parallel_world_size())  # a run that ended in this process has taken them away
         with preserve_rng(), quiet_libraries():
             mixin = _build_mixin(config, {"layer_num": self.num_layers})
             if model_parallel_world_size() > 1 and not isinstance(mixin, LoraMixin):
-                raise NetworkConfigError(
+                raise ConfigError(
                     f"{type(mixin).__module__}.{type(mixin).__name__} gives wrong results under tensor parallelism; "
                     f"use {LoraMixin.__module__}.{LoraMixin.__name__}, which reads and writes the same tensors."
                 )

@@ -7,14 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from sgm.errors import SgmError
 from sgm.modules.ops.recompute_modes import MODES
-from sgm.typed import Range, Size, build_args, option
+from sgm.typed import ConfigError, Range, Size, build_args, option
 from sgm.weights import DTYPES
-
-
-class NetworkConfigError(SgmError):
-    """The network cannot be built as configured. The message names the parameter, its value and the choices."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +39,12 @@ class TransformerArgs:
         """From a YAML mapping.
 
         Raises:
-            NetworkConfigError: unknown names, and values that the architecture does not allow.
+            ConfigError: unknown names, and values that the architecture does not allow.
         """
         given, problems = vars(values) if isinstance(values, Namespace) else values, list[str]()
         args = build_args(cls, given, problems, [], "transformer_args")
         if args is None:
-            raise NetworkConfigError("; ".join(problems))
+            raise ConfigError("; ".join(problems))
         return args
 
 
@@ -57,13 +52,13 @@ def check_sizes(hidden_size: int, heads: int, model_parallel_size: int, dtype: s
     """Width, heads and number of parts fit each other, and `dtype` is known.
 
     Raises:
-        NetworkConfigError: which do not.
+        ConfigError: which do not.
     """
     if dtype not in DTYPES:
-        raise NetworkConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
+        raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
     if hidden_size % heads:
-        raise NetworkConfigError(f"hidden_size {hidden_size} is no multiple of num_attention_heads {heads}.")
+        raise ConfigError(f"hidden_size {hidden_size} is no multiple of num_attention_heads {heads}.")
     if heads % model_parallel_size:
-        raise NetworkConfigError(
+        raise ConfigError(
             f"num_attention_heads {heads} cannot be split over model_parallel_size {model_parallel_size} processes."
         )

@@ -9,19 +9,14 @@ from typing import Annotated, Any, TypedDict
 import torch
 from torch import Tensor, nn
 
-from sgm.errors import SgmError
 from sgm.modules.children import ModuleList
-from sgm.typed import Share
+from sgm.typed import ConfigError, Share
 from sgm.util import Config, Node, Role, instantiate_from_config
 
 # An embedding's number of axes decides what it is to the network.
 KEY_OF_RANK = {2: "vector", 3: "crossattn", 4: "concat", 5: "concat"}
 # The axis on which embeddings of one kind are joined: vector (b, d), crossattn (b, l, d), concat (b, [t,] c, h, w).
 JOIN_AXIS = {"vector": 1, "crossattn": 2, "concat": -3}
-
-
-class ConditionerError(SgmError):
-    """An embedder's configuration or the batch does not fit; the message names the embedder and the keys."""
 
 
 class AbstractEmbModel(nn.Module):
@@ -69,13 +64,13 @@ class GeneralConditioner(nn.Module):
         emb_models: one mapping an embedder: `target`, `params`, and beside them `input_key` (or `input_keys`),
             `is_trainable` (False), `ucg_rate` (0.0; caption dropout).
     Raises:
-        ConditionerError: an entry without an input key, with an unknown key, or a rate outside 0..1.
+        ConfigError: an entry without an input key, with an unknown key, or a rate outside 0..1.
     """
 
     def __init__(self, emb_models: Sequence[Annotated[Config, Role(AbstractEmbModel, beside=BesideEmbedder)]]) -> None:
         super().__init__()
         if not emb_models:
-            raise ConditionerError("emb_models is empty: name a text encoder, as the configurations in configs/ do.")
+            raise ConfigError("emb_models is empty: name a text encoder, as the configurations in configs/ do.")
         self.embedders: ModuleList[AbstractEmbModel] = ModuleList([_build_embedder(config) for config in emb_models])
 
     def forward(
@@ -145,7 +140,7 @@ def _build_embedder(config: Mapping[str, Any]) -> AbstractEmbModel:
     target = config["target"]
     keys = [config["input_key"]] if "input_key" in config else list(config.get("input_keys", ()))
     if not keys:
-        raise ConditionerError(f"{target}: set input_key, the batch entry that it embeds (captions: txt).")
+        raise ConfigError(f"{target}: set input_key, the batch entry that it embeds (captions: txt).")
     rate = float(config.get("ucg_rate", 0.0))
     bare = Node(target=target, params=config.get("params") or {})
     bare.place = getattr(config, "place", "")
@@ -160,7 +155,7 @@ def _build_embedder(config: Mapping[str, Any]) -> AbstractEmbModel:
 def _embed(embedder: AbstractEmbModel, batch: Mapping[str, Any]) -> list[Tensor]:
     absent = [key for key in embedder.input_keys if key not in batch]
     if absent:
-        raise ConditionerError(
+        raise ConfigError(
             f"{type(embedder).__name__} needs {', '.join(absent)} from the batch, "
             f"which holds {', '.join(map(str, batch)) or 'nothing'}."
         )
@@ -186,5 +181,5 @@ def _entry_size(entry: Any) -> Any:
 
 def _output_key(embedder: AbstractEmbModel, embedding: Tensor) -> str:
     if embedding.ndim not in KEY_OF_RANK:
-        raise ConditionerError(f"{type(embedder).__name__} gave shape {list(embedding.shape)}; 2 to 5 axes have a use.")
+        raise ConfigError(f"{type(embedder).__name__} gave shape {list(embedding.shape)}; 2 to 5 axes have a use.")
     return KEY_OF_RANK[embedding.ndim]

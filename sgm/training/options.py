@@ -10,7 +10,7 @@ from typing import Any
 from sgm.modules.autoencoding.strides import STRIDES
 from sgm.modules.diffusionmodules.few_steps import SAMPLERS
 from sgm.modules.ops.recompute_modes import MODES
-from sgm.training.optimizers.schedule import STYLES, ScheduleError, ScheduleSettings
+from sgm.training.optimizers.schedule import STYLES, ScheduleSettings
 from sgm.typed import ConfigError, PathText, option
 
 SEGMENT, ALL = "segment", "all"
@@ -293,14 +293,14 @@ def split_shares(text: str) -> tuple[float, float, float]:
     """Shares of training, validation and test data, summing to 1, from "1000,1,1".
 
     Raises:
-        ScheduleError: not three numbers >= 0 with a positive first one.
+        ConfigError: not three numbers >= 0 with a positive first one.
     """
     try:
         values = [float(part) for part in text.replace("/", ",").split(",")]
     except ValueError:
         values = []
     if not 1 <= len(values) <= 3 or not all(0 <= v < math.inf for v in values) or not values[0] > 0:
-        raise ScheduleError(f"split {text!r} must be up to three numbers, for example 1000,1,1")
+        raise ConfigError(f"split {text!r} must be up to three numbers, for example 1000,1,1")
     values += [0.0] * (3 - len(values))
     return values[0] / sum(values), values[1] / sum(values), values[2] / sum(values)
 

@@ -182,8 +182,8 @@ class Trainer:
         Raises:
             CheckpointError: the checkpoint is incomplete or damaged.
             WeightsError: optimizer state or weights hold NaN or infinity.
-            OptimizerStateError: it is of another run set-up.
-            PositionError: its data position is of other data.
+            CheckpointError: it is of another run set-up.
+            DatasetError: its data position is of other data.
         """
         record, part = RunRecord.read(path), model_parallel_rank()
         before = record.rank_of(data_parallel_rank(), clip_rank(), part)

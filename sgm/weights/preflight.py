@@ -34,10 +34,6 @@ HOW_TO_GET_SMALL_DECODER = (
 SMALL_DECODER = "model.first_stage_config.params.small_decoder"
 
 
-class PathError(ConfigError):
-    """A path in the configuration is unedited or wrong; the message names each and says how to get the weights."""
-
-
 def with_found_paths(config: RunConfig[Any], find: Callable[[str], str] = found_path) -> RunConfig[Any]:
     """`config` with its weight paths as `find` gives them: by default the project's where only these are.
 
@@ -78,7 +74,7 @@ def check_paths(
     """Demand that every weight path is edited and exists; a small decoder's only where it is used.
 
     Raises:
-        PathError: naming every offending place, and how to get what is missing.
+        ConfigError: naming every offending place, and how to get what is missing.
     """
     paths = weight_paths(model, load)
     if not small_decoder:
@@ -97,11 +93,11 @@ def check_paths(
             problems[f"args.lora {text}"] = f"args.lora: {path} does not exist"
     if problems:
         title = f"{len(problems)} weight path{'s' if len(problems) > 1 else ''} to set:"
-        raise PathError("\n".join([title, *(f"  - {p}" for p in problems.values()), *_remedies(problems)]))
+        raise ConfigError("\n".join([title, *(f"  - {p}" for p in problems.values()), *_remedies(problems)]))
     for value in [v for place, v in paths.items() if not place.endswith("model_dir")] + [*map(adapter_path, lora)]:
         with suppress(WeightsError):  # of what else is wrong its reader speaks; the text encoder looks at its own
             for file in locate(value)[0]:
-                refuse_lfs_pointer(file, PathError)
+                refuse_lfs_pointer(file, ConfigError)
 
 
 def _remedies(places: Iterable[str]) -> list[str]:

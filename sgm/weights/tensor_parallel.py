@@ -14,12 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sgm.errors import SgmError
+from sgm.weights.checksums import WeightsError
 from sgm.weights.save import Deferred
-
-
-class PartitionError(SgmError):
-    """A state dict cannot be cut, or parts do not belong together. The message names the tensor."""
 
 
 class Cut(NamedTuple):
@@ -51,10 +47,10 @@ def partition_state(state: Mapping[str, Tensor], rank: int, world: int) -> dict[
     """The part of a whole state dict that process `rank` of `world` holds.
 
     Raises:
-        PartitionError: rank outside 0..world-1, or a tensor that `world` does not divide.
+        WeightsError: rank outside 0..world-1, or a tensor that `world` does not divide.
     """
     if not 0 <= rank < world:
-        raise PartitionError(f"rank {rank} is outside 0..{world - 1}.")
+        raise WeightsError(f"rank {rank} is outside 0..{world - 1}.")
     return {name: _slice_of_rank(name, tensor, rank, world) for name, tensor in state.items()}
 
 
@@ -63,7 +59,7 @@ def _slice_of_rank(name: str, tensor: Tensor, rank: int, world: int) -> Tensor:
     if cut is None or world == 1:
         return tensor
     if tensor.shape[cut.dim] % (cut.blocks * world):
-        raise PartitionError(
+        raise WeightsError(
             f"{name} {tuple(tensor.shape)} cannot be cut into {world} parts along dimension {cut.dim} "
             f"({cut.blocks} blocks); choose a model_parallel_size that divides it."
         )
@@ -83,7 +79,7 @@ def join_partitions(states: Sequence[Mapping[str, Tensor]], strict: bool = True)
         strict: tensors that every process holds whole must be equal in all parts; False takes the first part's
             (the original's own tensor-parallel training lets q/k norms drift apart).
     Raises:
-        PartitionError: parts with different names; when a tensor is made, (if strict) different values of a whole one.
+        WeightsError: parts with different names; when a tensor is made, (if strict) different values of a whole one.
     """
     first = states[0]
     if len(states) == 1:
@@ -91,7 +87,7 @@ def join_partitions(states: Sequence[Mapping[str, Tensor]], strict: bool = True)
     for rank, state in enumerate(states):
         if state.keys() != first.keys():
             odd = sorted(state.keys() ^ first.keys())
-            raise PartitionError(f"part {rank} and part 0 differ in their names: {', '.join(odd[:6])}.")
+            raise WeightsError(f"part {rank} and part 0 differ in their names: {', '.join(odd[:6])}.")
     return {name: _join(name, [state[name] for state in states], strict) for name in first}
 
 
@@ -109,7 +105,7 @@ def _join(name: str, pieces: list[Tensor], strict: bool) -> Deferred:
 
     def whole() -> Tensor:
         if strict and not all(torch.equal(piece, first) for piece in pieces[1:]):
-            raise PartitionError(
+            raise WeightsError(
                 f"{name} is whole on every process but differs between the parts: they are of different checkpoints, "
                 "or drifted apart in the original's training (tools/convert_weight_sat2hf.py takes the first part's "
                 "with --allow_drift)."

@@ -14,7 +14,7 @@ import yaml
 
 import sample_video
 from sgm.config import load_run_config
-from sgm.data.report import DatasetError
+from sgm.data.frames import DatasetError
 from sgm.training import trainer
 from sgm.training import trainer as saver
 from sgm.training.checkpoints.state import CheckpointError

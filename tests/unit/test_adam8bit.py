@@ -10,8 +10,9 @@ from torch import nn
 
 from sgm.training.optimizers import adam8bit
 from sgm.training.optimizers.adam8bit import BLOCK, STEP, AdamW8bit, decode, empty_codes, encode
-from sgm.training.optimizers.ema_adam import FusedEmaAdam, OptimizerError
+from sgm.training.optimizers.ema_adam import FusedEmaAdam
 from sgm.training.optimizers.spec import OptimizerSpec
+from sgm.typed import ConfigError
 
 CPU = torch.device("cpu")
 
@@ -145,5 +146,5 @@ def test_without_an_average_fused_ema_adam_is_adamw():
 def test_wrong_settings_are_refused():
     for params in ({"betas": [0.9, 1.0]}, {"eps": 0.0}, {"ema_decay": 2.0}):
         spec = OptimizerSpec.parse({"type": "AdamW8bit", "params": {"lr": 1e-3, **params}})
-        with pytest.raises(OptimizerError, match="refuses its params"):
+        with pytest.raises(ConfigError, match="refuses its params"):
             spec.build([{"params": [nn.Parameter(torch.ones(2))]}])

@@ -7,17 +7,9 @@ from collections import Counter
 
 import pytest
 
-from sgm.data.buckets import (
-    Bucket,
-    BucketError,
-    BucketSampler,
-    batches_by_shape,
-    choose_bucket,
-    kept_share,
-    parse_buckets,
-)
-from sgm.data.frames import ClipError
-from sgm.data.sampler import ClipSampler, PositionError
+from sgm.data.buckets import Bucket, BucketSampler, batches_by_shape, choose_bucket, kept_share, parse_buckets
+from sgm.data.frames import ClipError, DatasetError
+from sgm.data.sampler import ClipSampler
 
 BUCKETS = parse_buckets(
     [[49, 480, 720], [49, 720, 480], [17, 480, 720], [17, 720, 480], [1, 480, 720], [1, 1024, 1024]]
@@ -70,7 +62,7 @@ def test_kept_share_is_the_cropped_area():
     ],
 )
 def test_wrong_buckets_are_named(given, word):
-    with pytest.raises(BucketError, match=word):
+    with pytest.raises(DatasetError, match=word):
         parse_buckets(given)
 
 
@@ -149,7 +141,7 @@ def test_with_another_number_of_ranks_each_clip_still_comes_before_any_comes_aga
 
 def test_a_position_in_another_kind_of_stream_is_refused():
     plain, blocks = ClipSampler([20]), BucketSampler(SHAPES, 4, 5)
-    with pytest.raises(PositionError, match=r"groups None, now it is \[.*args.load"):
+    with pytest.raises(DatasetError, match=r"groups None, now it is \[.*args.load"):
         blocks.load_state_dict(plain.state_dict())
-    with pytest.raises(PositionError, match="now it is None"):
+    with pytest.raises(DatasetError, match="now it is None"):
         plain.load_state_dict(blocks.state_dict())

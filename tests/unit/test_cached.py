@@ -15,8 +15,9 @@ from sgm.cache.shards import CacheError
 from sgm.cache.store import CacheStore, FileStamp, Seen, scan_cached, text_key
 from sgm.data.clips import ClipSettings
 from sgm.data.dataset import ClipSource
+from sgm.data.frames import DatasetError
 from sgm.data.loader import collate, create_loader
-from sgm.data.report import DatasetError, Report, list_source
+from sgm.data.report import Report, list_source
 
 SETTINGS = ClipSettings((64, 64), skip_frames=0)
 SOURCE = ClipSource(SETTINGS, list_source)

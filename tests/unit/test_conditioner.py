@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sgm.modules.conditioner import AbstractEmbModel, ConditionerError, GeneralConditioner, drop_samples
+from sgm.modules.conditioner import AbstractEmbModel, GeneralConditioner, drop_samples
+from sgm.typed import ConfigError
 from sgm.util import TargetError, instantiate_from_config
 
 
@@ -80,7 +81,7 @@ def test_dropout_zeroes_whole_samples_without_rescaling():
 
 def test_rates_are_restored_after_an_error(constants):
     conditioner = constants(entry([1], ucg_rate=0.3))
-    with pytest.raises(ConditionerError, match="needs n from the batch, which holds txt"):
+    with pytest.raises(ConfigError, match="needs n from the batch, which holds txt"):
         conditioner.get_unconditional_conditioning({"txt": 1})
     assert conditioner.embedders[0].ucg_rate == 0.3
 
@@ -137,10 +138,10 @@ def test_entries_are_checked(entry, message):
 
 
 def test_an_entry_names_what_it_embeds(constants):
-    with pytest.raises(ConditionerError, match="set input_key"):
+    with pytest.raises(ConfigError, match="set input_key"):
         constants({"target": "x", "params": {"shape": [1]}})
 
 
 def test_useless_rank(constants):
-    with pytest.raises(ConditionerError, match="gave shape"):
+    with pytest.raises(ConfigError, match="gave shape"):
         constants(entry([]))(BATCH)

@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from sgm.data.clips import CaptionError, caption_of, caption_path, to_unit_range
 from sgm.data.dataset import PackedStrings, SFTDataset
-from sgm.data.loader import CollateError, collate, create_loader
-from sgm.data.report import DatasetError, Report, append_broken, per_thread
+from sgm.data.frames import DatasetError
+from sgm.data.loader import collate, create_loader
+from sgm.data.report import Report, append_broken, per_thread
 from sgm.data.sources import VIDEO_SUFFIXES, ListedClip, list_clips, list_files
 
 SMALL = {"video_size": [16, 32], "max_num_frames": 9, "skip_frms_num": 0}
@@ -387,9 +388,9 @@ def test_several_sources(template, folder):
 def test_unequal_lengths_cannot_share_a_batch(folder):
     write_video(folder / "videos" / "c1.mp4", 50, frames=5)
     dataset = SFTDataset(folder, **SMALL)
-    with pytest.raises(CollateError, match=r"c0.mp4 has 9 frames.*c1.mp4 has 5 frames.*batch size of 1"):
+    with pytest.raises(DatasetError, match=r"c0.mp4 has 9 frames.*c1.mp4 has 5 frames.*batch size of 1"):
         collate([dataset[0], dataset[1]])
-    with create_loader(dataset, 2, 1, order="sequential") as loader, pytest.raises(CollateError, match="c1.mp4"):
+    with create_loader(dataset, 2, 1, order="sequential") as loader, pytest.raises(DatasetError, match="c1.mp4"):
         next(loader)
     with create_loader(dataset, 1, order="sequential") as loader:
         assert [next(loader)["num_frames"].item() for _ in range(3)] == [9, 5, 9]

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sgm import distributed
-from sgm.weights.tensor_parallel import PartitionError, cut_of, merge_partitions, partition_state
+from sgm.weights.checksums import WeightsError
+from sgm.weights.tensor_parallel import cut_of, merge_partitions, partition_state
 from tests.dit_tiny import tiny_network
 from tests.tensor_parallel_worker import VARIANTS, build, run
 
@@ -221,13 +222,13 @@ def test_partition_and_merge_are_inverse(world: int) -> None:
 
 def test_partition_errors() -> None:
     state = {"transformer.layers.0.attention.dense.weight": torch.zeros(4, 6), "time_embed.0.bias": torch.zeros(2)}
-    with pytest.raises(PartitionError, match="dense.weight .*cannot be cut into 4"):
+    with pytest.raises(WeightsError, match="dense.weight .*cannot be cut into 4"):
         partition_state(state, 0, 4)
-    with pytest.raises(PartitionError, match="rank 2 is outside"):
+    with pytest.raises(WeightsError, match="rank 2 is outside"):
         partition_state(state, 2, 2)
-    with pytest.raises(PartitionError, match="time_embed.0.bias is whole.*differs"):
+    with pytest.raises(WeightsError, match="time_embed.0.bias is whole.*differs"):
         merge_partitions([state, state | {"time_embed.0.bias": torch.ones(2)}])
-    with pytest.raises(PartitionError, match="names: time_embed.0.bias"):
+    with pytest.raises(WeightsError, match="names: time_embed.0.bias"):
         merge_partitions([state, {"transformer.layers.0.attention.dense.weight": torch.zeros(4, 6)}])
 
 

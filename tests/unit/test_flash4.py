@@ -12,8 +12,9 @@ import torch
 
 from sgm.modules.ops import block_ops as plain
 from sgm.modules.ops import flash4
-from sgm.modules.ops.choice import KernelError, choose_kernels
+from sgm.modules.ops.choice import choose_kernels
 from sgm.modules.ops.recompute import run_layer
+from sgm.typed import ConfigError
 
 
 class Package:
@@ -87,7 +88,7 @@ def test_checkpointing_keeps_its_result_where_it_keeps_attention(package, mode, 
 
 
 def test_a_device_that_it_is_not_for_is_refused():
-    with pytest.raises(KernelError, match="accelerate.attention is 'flash4'.*cpu.*NVIDIA GPU.*choose another"):
+    with pytest.raises(ConfigError, match="accelerate.attention is 'flash4'.*cpu.*NVIDIA GPU.*choose another"):
         choose_kernels("plain", "flash4", torch.device("cpu"))
 
 

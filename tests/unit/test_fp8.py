@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from sgm.modules.ops import fp8
-from sgm.modules.ops.fp8 import Fp8Error, Fp8Linear, check_fp8, quantize_rows
+from sgm.modules.ops.fp8 import Fp8Linear, check_fp8, quantize_rows
 from sgm.modules.transformer.quantize import quantize_network
+from sgm.typed import ConfigError
 from tests.dit_tiny import load_tiny, random_inputs, tiny_network
 
 STEP = 2.0**-4  # half a step of three bits of mantissa, relative
@@ -62,7 +63,7 @@ def test_the_network_answers_nearly_the_same_from_half_the_bytes():
 
 def test_adapters_are_to_be_merged_first():
     network = load_tiny(tiny_network(lora={"r": 4}), lora=True)
-    with pytest.raises(Fp8Error, match="--merge-lora"):
+    with pytest.raises(ConfigError, match="--merge-lora"):
         quantize_network(network)
     network.mixins.lora.merge_lora()
     quantize_network(network)
@@ -71,7 +72,7 @@ def test_adapters_are_to_be_merged_first():
 def test_widths_and_gpus_that_cannot(monkeypatch):
     odd = tiny_network(num_layers=1)
     odd.transformer.layers[0].mlp.dense_h_to_4h = torch.nn.Linear(192, 24)
-    with pytest.raises(Fp8Error, match=r"dense_h_to_4h is \(24, 192\); both must be multiples of 16"):
+    with pytest.raises(ConfigError, match=r"dense_h_to_4h is \(24, 192\); both must be multiples of 16"):
         quantize_network(odd)
     check_fp8(CPU)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU")
@@ -80,7 +81,7 @@ def test_widths_and_gpus_that_cannot(monkeypatch):
         if fits:
             check_fp8(torch.device("cuda"))
         else:
-            with pytest.raises(Fp8Error, match=r"Some GPU has 8\.0"):
+            with pytest.raises(ConfigError, match=r"Some GPU has 8\.0"):
                 check_fp8(torch.device("cuda"))
 
 

@@ -26,7 +26,7 @@ from sgm.inference.prompts import (
 )
 from sgm.placeholders import choose_config, unedited, weight_paths
 from sgm.places import found_path
-from sgm.weights.preflight import PathError, check_paths
+from sgm.weights.preflight import check_paths
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -180,24 +180,24 @@ def test_edited_paths(shipped, tmp_path):
     )
     for name in ("transformer", "t5"):
         (tmp_path / name).mkdir()
-    with pytest.raises(PathError) as error:
+    with pytest.raises(ConfigError) as error:
         check_paths(model, str(tmp_path / "transformer"))
     assert "2 weight paths to set" in str(error.value) and "ckpt_path is still the placeholder" in str(error.value)
     assert "args.load" not in str(error.value)
     stage["ckpt_path"], embedder["model_dir"] = str(tmp_path / "vae.pt"), str(tmp_path / "t5")
-    with pytest.raises(PathError, match=r"(?s)vae\.pt does not exist.*make_weights"):
+    with pytest.raises(ConfigError, match=r"(?s)vae\.pt does not exist.*make_weights"):
         check_paths(model, str(tmp_path / "transformer"))
     (tmp_path / "vae.pt").touch()
     check_paths(model, str(tmp_path / "transformer"))
     check_paths(model, str(tmp_path / "transformer"), [f"{tmp_path / 'vae.pt'}:0.5"])
-    with pytest.raises(PathError, match="args.lora: /nowhere does not exist"):
+    with pytest.raises(ConfigError, match="args.lora: /nowhere does not exist"):
         check_paths(model, str(tmp_path / "transformer"), ["/nowhere:2"])
     (tmp_path / "ckpts" / "fox-01-31-12-00").mkdir(parents=True)
     (tmp_path / "ckpts" / "fox-01-31-12-00" / "latest").write_text("4")
     check_paths(model, str(tmp_path / "transformer"), [f"{tmp_path / 'ckpts' / 'fox'}:0.5"])  # its newest run
     embedder["model_dir"] = "someone/some-t5"  # a hub id is asked for later
     check_paths(model, str(tmp_path / "transformer"))
-    with pytest.raises(PathError, match="args.load: someone/transformer does not exist"):
+    with pytest.raises(ConfigError, match="args.load: someone/transformer does not exist"):
         check_paths(model, "someone/transformer")
 
 
@@ -220,7 +220,7 @@ def test_help_is_of_the_kind_that_is_missing(tmp_path, missing, told):
         "first_stage_config": {"params": {"ckpt_path": str(tmp_path / "vae")}},
         "conditioner_config": {"params": {"emb_models": [{"params": {"model_dir": str(tmp_path / "t5")}}]}},
     }
-    with pytest.raises(PathError) as error:
+    with pytest.raises(ConfigError) as error:
         check_paths(model, str(tmp_path / "load"), [f"{tmp_path / 'lora'}:0.5"])
     text = str(error.value)
     assert text.startswith(f"{len(missing.split())} weight path") and all(words in text for words in told)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from sgm.training.optimizers.ema_adam import FusedEmaAdam, OptimizerError, ema_decay
+from sgm.training.optimizers.ema_adam import FusedEmaAdam, ema_decay
 from sgm.training.optimizers.spec import OptimizerSpec, parameter_groups
+from sgm.typed import ConfigError
 from sgm.util import get_obj_from_str
 from tests.conftest import REPO
 
@@ -75,7 +76,7 @@ def test_counts_each_parameter_for_itself():
 
 @pytest.mark.parametrize("switch", [{"bias_correction": False}, {"adam_w_mode": False}, {"amsgrad": True}])
 def test_switches_that_are_not_available_are_refused(switch):
-    with pytest.raises(OptimizerError, match="torch.optim.Adam"):
+    with pytest.raises(ConfigError, match="torch.optim.Adam"):
         FusedEmaAdam([nn.Parameter(torch.ones(1))], **switch)
 
 
@@ -134,7 +135,7 @@ def test_optimizers_by_name(kind, params, expected):
     ],
 )
 def test_wrong_sections_are_refused(section, message):
-    with pytest.raises(OptimizerError, match=message):
+    with pytest.raises(ConfigError, match=message):
         OptimizerSpec.parse(section)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from sgm.training.optimizers.schedule import LearningRate, ScheduleError, ScheduleSettings, learning_rate
+from sgm.training.optimizers.schedule import LearningRate, ScheduleSettings, learning_rate
+from sgm.typed import ConfigError
 
 LR = 2e-4
 # The original's rates (base 2e-4, 1000 iterations, warm-up 1 %), by optimizer step from 0.
@@ -54,7 +55,7 @@ def test_linear_never_goes_below_zero():
     "change", [{"style": "sine"}, {"warmup": -0.1}, {"warmup": 2.0}, {"decay_ratio": 0.0}, {"base_lr": float("nan")}]
 )
 def test_impossible_settings_are_refused(change):
-    with pytest.raises(ScheduleError):
+    with pytest.raises(ConfigError):
         ScheduleSettings(**{"base_lr": LR, "total_steps": 10, **change})
 
 

@@ -11,11 +11,11 @@ from sgm.modules.diffusionmodules import denoiser_scaling, denoiser_weighting
 from sgm.modules.diffusionmodules.denoiser import Denoiser, DiscreteDenoiser
 from sgm.modules.diffusionmodules.discretizer import (
     LegacyDDPMDiscretization,
-    ScheduleError,
     ZeroSNRDDPMDiscretization,
     shift_snr,
     trailing_timesteps,
 )
+from sgm.typed import ConfigError
 from sgm.util import TargetError, instantiate_from_config
 
 ROOT = "sgm.modules.diffusionmodules"
@@ -74,7 +74,7 @@ def test_append_zero_and_flip():
 
 @pytest.mark.parametrize("n", [0, -1, 1001])
 def test_steps_out_of_range(n):
-    with pytest.raises(ScheduleError, match=rf"1 to 1000, not {n}"):
+    with pytest.raises(ConfigError, match=rf"1 to 1000, not {n}"):
         ZeroSNRDDPMDiscretization()(n)
 
 
@@ -82,7 +82,7 @@ def test_bad_parameters():
     with pytest.raises(TargetError, match="shift_scale: must be above 0"):
         target = f"{ZeroSNRDDPMDiscretization.__module__}.ZeroSNRDDPMDiscretization"
         instantiate_from_config({"target": target, "params": {"shift_scale": 0}})
-    with pytest.raises(ScheduleError, match="linear_start <= linear_end"):
+    with pytest.raises(ConfigError, match="linear_start <= linear_end"):
         LegacyDDPMDiscretization(linear_start=0.5, linear_end=0.1)
 
 

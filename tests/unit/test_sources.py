@@ -17,9 +17,9 @@ from PIL import Image
 from sgm.cache.store import FileStamp, video_key
 from sgm.config import ConfigError
 from sgm.data.dataset import ClipSource, DataSection, SFTDataset, VideoDataset
+from sgm.data.frames import DatasetError
 from sgm.data.loader import create_loader
-from sgm.data.report import DatasetError
-from sgm.data.sources import Place, SourceError, list_clips, read_manifest
+from sgm.data.sources import Place, list_clips, read_manifest
 from sgm.util import get_obj_from_str
 
 SMALL = {"video_size": [16, 32], "max_num_frames": 5, "skip_frms_num": 0}
@@ -102,7 +102,7 @@ def test_manifest_paths_are_relative_to_it_and_captions_may_lie_beside(media, tm
 def test_wrong_manifests_say_where(tmp_path, name, text, word):
     path = tmp_path / name
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(SourceError, match=word):
+    with pytest.raises(DatasetError, match=word):
         read_manifest(path)
 
 
@@ -137,7 +137,7 @@ def test_folders_of_other_trainers_are_taken_as_they_are(media, tmp_path, files)
 def test_lists_of_unequal_length_are_refused(tmp_path):
     (tmp_path / "prompts.txt").write_text("one\ntwo\nthree\n")
     (tmp_path / "videos.txt").write_text("a.mp4\nb.mp4\n")
-    with pytest.raises(SourceError, match=r"videos.txt has 2 lines and prompts.txt 3"):
+    with pytest.raises(DatasetError, match=r"videos.txt has 2 lines and prompts.txt 3"):
         list_clips(tmp_path)
 
 
@@ -248,7 +248,7 @@ def test_names_of_members_stay_in_the_archive(media, tmp_path, caplog):
 
 def test_no_tar_is_refused(tmp_path):
     (tmp_path / "x.tar").write_bytes(b"\0" * 100 + b"nothing" * 200)
-    with pytest.raises(SourceError, match="no whole tar"):
+    with pytest.raises(DatasetError, match="no whole tar"):
         VideoDataset(tmp_path / "x.tar")
     with pytest.raises(DatasetError, match="include_dirs"):
         write_shard(tmp_path / "x.tar", {"1.caption": b"x"})

@@ -17,15 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sgm.errors import SgmError
-from sgm.typed import Positive, Range
+from sgm.typed import ConfigError, Positive, Range
 
 Timesteps = Annotated[int, Range(1, 1_000_000)]
 T = TypeVar("T", float, np.ndarray, Tensor)
-
-
-class ScheduleError(SgmError):
-    """A schedule cannot be built as asked; the message gives the value and the valid range."""
 
 
 def scaled_linear_betas(start: float, end: float, count: int) -> np.ndarray:
@@ -65,7 +60,7 @@ class Discretization(ABC):
 
     def __init__(self, linear_start: float, linear_end: float, num_timesteps: int) -> None:
         if not 0 < linear_start <= linear_end < 1:
-            raise ScheduleError(f"betas need 0 < linear_start <= linear_end < 1, not {linear_start} and {linear_end}.")
+            raise ConfigError(f"betas need 0 < linear_start <= linear_end < 1, not {linear_start} and {linear_end}.")
         self.num_timesteps = num_timesteps
         self.alphas_cumprod = np.cumprod(1.0 - scaled_linear_betas(linear_start, linear_end, num_timesteps))
 
@@ -88,10 +83,10 @@ class Discretization(ABC):
             float32 (n,) or (n + 1,); with `return_idx` a pair of that and the int64 (n,) timesteps on the CPU, which
             are always ascending (least noisy first) and never extended.
         Raises:
-            ScheduleError: n out of range.
+            ConfigError: n out of range.
         """
         if not 1 <= n <= self.num_timesteps:
-            raise ScheduleError(
+            raise ConfigError(
                 f"the schedule has {self.num_timesteps} timesteps: num_steps must be 1 to "
                 f"{self.num_timesteps}, not {n}."
             )

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sgm.errors import SgmError
 from sgm.modules.ops import block_ops, cpu_bf16, vae
 from sgm.modules.ops.block_ops import AttentionError, BlockOps
 from sgm.modules.ops.block_ops import attention as plain_attention
 from sgm.modules.ops.triton_support import INTERPRETED, has_triton
 from sgm.modules.ops.vae import VaeOps
+from sgm.typed import ConfigError
 
 # Preferred implementation, then those that stand in where it does not take the device, dtype or shape at hand.
 BACKENDS: dict[str, list[SDPBackend]] = {
@@ -24,10 +24,6 @@ BACKENDS: dict[str, list[SDPBackend]] = {
 ATTENTIONS = ("default", *BACKENDS, "flash4")
 KERNELS = ("auto", "plain", "triton")
 CPU_BF16 = (False, True, "auto")
-
-
-class KernelError(SgmError):
-    """The kernels asked for do not run here; the message says why and what to choose."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +49,7 @@ def choose_kernels(kernels: str, attention: str, device: torch.device, products:
         products: matrix products and convolutions in bfloat16 on a CPU: True, or "auto": where it has instructions
             for them. Changes nothing on other devices.
     Raises:
-        KernelError: "triton" without Triton or without a GPU, "flash4" where it does not run, or an unknown name.
+        ConfigError: "triton" without Triton or without a GPU, "flash4" where it does not run, or an unknown name.
     """
     for name, value, choices in (
         ("kernels", kernels, KERNELS),
@@ -61,15 +57,15 @@ def choose_kernels(kernels: str, attention: str, device: torch.device, products:
         ("cpu_bf16", products, CPU_BF16),
     ):
         if value not in choices:
-            raise KernelError(f"accelerate.{name} is {value!r}; choose one of {', '.join(map(str, choices))}.")
+            raise ConfigError(f"accelerate.{name} is {value!r}; choose one of {', '.join(map(str, choices))}.")
     on_gpu = device.type == "cuda" or INTERPRETED
     if kernels == "triton" and not (on_gpu and has_triton()):
         missing = "Triton is not installed" if on_gpu else f"the device is {device.type}, which Triton does not serve"
-        raise KernelError(f"accelerate.kernels is 'triton', but {missing}; write auto or plain.")
+        raise ConfigError(f"accelerate.kernels is 'triton', but {missing}; write auto or plain.")
     try:
         attend = attention_by(attention, device)
     except AttentionError as error:
-        raise KernelError(f"accelerate.attention is {attention!r}, but {error}; or choose another.") from error
+        raise ConfigError(f"accelerate.attention is {attention!r}, but {error}; or choose another.") from error
     if kernels != "plain" and on_gpu and has_triton():
         return _fused(attend)
     half = products is True or (products == "auto" and cpu_bf16.has_bf16_products())

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sgm.errors import SgmError
 from sgm.modules.ops.triton_support import has_triton, runs_kernels
+from sgm.typed import ConfigError
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0
@@ -25,17 +25,13 @@ LEAST_CAPABILITY = (8, 9)
 MULTIPLE = 16  # what the GPU's product demands of k and n
 
 
-class Fp8Error(SgmError):
-    """8-bit linear layers cannot be had here; the message says why and what to do."""
-
-
 def check_fp8(device: torch.device) -> None:
-    """Refuse a GPU without 8-bit tensor cores. Raises Fp8Error: naming the GPU."""
+    """Refuse a GPU without 8-bit tensor cores. Raises ConfigError: naming the GPU."""
     if device.type != "cuda":
         return
     found = torch.cuda.get_device_capability(device)
     if found < LEAST_CAPABILITY:
-        raise Fp8Error(
+        raise ConfigError(
             f"accelerate.fp8 needs a GPU of compute capability 8.9 or newer (Ada, Hopper, Blackwell); "
             f"{torch.cuda.get_device_name(device)} has {found[0]}.{found[1]}. Leave accelerate.fp8 out."
         )

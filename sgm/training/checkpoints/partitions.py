@@ -18,17 +18,12 @@ import torch
 from torch import Tensor
 
 from sgm.distributed import replica_rank
-from sgm.errors import SgmError
-from sgm.training.checkpoints.state import TrainState
+from sgm.training.checkpoints.state import CheckpointError, TrainState
 from sgm.training.optimizers.adam8bit import decode, encoded_again
 from sgm.training.setup.engine import TrainingEngine
 
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
-
-
-class OptimizerStateError(SgmError):
-    """A stored optimizer state does not belong to this run's optimizer. The message says in what they differ."""
 
 
 def masters(ds_engine: TrainingEngine) -> list[Tensor]:
@@ -105,11 +100,11 @@ def load_optimizer_state(ds_engine: TrainingEngine, state: dict[str, Any]) -> No
     """Put back what `optimizer_state` gave, and refresh the model's trainable weights from the masters. Collective.
 
     Raises:
-        OptimizerStateError: cut up otherwise (see `checkpoints.repartition`), of another optimizer or other parameters.
+        CheckpointError: cut up otherwise (see `checkpoints.repartition`), of another optimizer or other parameters.
     """
     other = layout_differences(ds_engine, state)
     if other:
-        raise OptimizerStateError(f"the stored optimizer state is of another run set-up: {', '.join(other)}.")
+        raise CheckpointError(f"the stored optimizer state is of another run set-up: {', '.join(other)}.")
     optimizer = ds_engine.basic_optimizer
     settings = optimizer.param_groups[0]
     for master, stored, values in zip(masters(ds_engine), state["masters"], state["states"]):
@@ -250,7 +245,7 @@ def load_ema_state(ds_engine: TrainingEngine, state: dict[str, Tensor] | None) -
         return
     own = masters(ds_engine)
     if len(state) != len(own) or any(state[str(k)].numel() != m.numel() for k, m in enumerate(own)):
-        raise OptimizerStateError("the stored averaged weights are of another run set-up than the optimizer's")
+        raise CheckpointError("the stored averaged weights are of another run set-up than the optimizer's")
     for k, master in enumerate(own):
         ds_engine.basic_optimizer.state[master]["shadow"] = state[str(k)].to(master, copy=True)
 
@@ -293,7 +288,7 @@ def repartitioned(
     Args:
         stored: in order; no more are asked for once every value is there.
     Raises:
-        OptimizerStateError: another optimizer, values that none of the states has, or a kind of state that cannot be
+        CheckpointError: another optimizer, values that none of the states has, or a kind of state that cannot be
             cut up.
     """
     now = layout(ds_engine)
@@ -303,7 +298,7 @@ def repartitioned(
     while missing and (state := next(stored, None)):
         missing -= _take(state, now, columns, whole)
     if missing:
-        raise OptimizerStateError(f"the stored optimizer state lacks {missing:,} values that this run trains.")
+        raise CheckpointError(f"the stored optimizer state lacks {missing:,} values that this run trains.")
     kept = [_as_kept(held, master) for held, master in zip(columns, masters(ds_engine))]
     shadows = {str(k): values.pop(_SHADOW) for k, values in enumerate(kept) if _SHADOW in values}
     own = [values.pop(_MASTER) for values in kept]
@@ -316,7 +311,7 @@ def _take(state: TrainState, now: dict[str, Any], columns: list[Columns], whole:
     there = state.optimizer["layout"]
     if there["optimizer"] != now["optimizer"] or "pieces" not in there:
         which = "" if "pieces" in there else ", by a version whose states cannot be cut up anew"
-        raise OptimizerStateError(
+        raise CheckpointError(
             f"the stored optimizer state is of {there['optimizer']} on {there['data_parallel_size']} data-parallel "
             f"processes with ZeRO {there['zero_stage']}{which}: resume with the same."
         )
@@ -336,7 +331,7 @@ def _take(state: TrainState, now: dict[str, Any], columns: list[Columns], whole:
                 at, origin = to.start + begin - to.begin, source.start + begin - source.begin
                 into[at : at + end - begin] = column[origin : origin + end - begin]
             if any(whole[to.master].setdefault(name, value) != value for name, value in single.items()):
-                raise OptimizerStateError(f"{to.name} took another number of steps than its neighbours: {single}.")
+                raise CheckpointError(f"{to.name} took another number of steps than its neighbours: {single}.")
     return taken
 
 
@@ -356,7 +351,7 @@ def _columns(state: TrainState, k: int) -> tuple[Columns, dict[str, Any]]:
         elif value.numel() == size:
             found[name] = value.reshape(-1)
         elif not name.endswith(_TOPS):
-            raise OptimizerStateError(f"{state.optimizer['layout']['optimizer']}'s {name} cannot be cut up anew.")
+            raise CheckpointError(f"{state.optimizer['layout']['optimizer']}'s {name} cannot be cut up anew.")
     return found, single
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgm.errors import SgmError
+from sgm.typed import ConfigError
 
 EMA_LIMIT = 0.9999
 
@@ -56,10 +56,6 @@ class ShadowSettings:
 _ADAMW_STEP = inspect.unwrap(torch.optim.AdamW.step)
 
 
-class OptimizerError(SgmError):
-    """The `optimizer:` section cannot be used. The message says which entry and what is possible."""
-
-
 class FusedEmaAdam(torch.optim.AdamW):
     """AdamW (Loshchilov & Hutter 2019) that keeps an exponential moving average of the weights, `state[p]["shadow"]`.
 
@@ -90,7 +86,7 @@ class FusedEmaAdam(torch.optim.AdamW):
         use_num_upates: bool = True,
     ):
         if not bias_correction or not adam_w_mode or amsgrad:
-            raise OptimizerError(
+            raise ConfigError(
                 "FusedEmaAdam is AdamW with bias correction; bias_correction: false, adam_w_mode: false and amsgrad: "
                 "true are not available. Use optimizer.type torch.optim.Adam for L2 decay or amsgrad (no EMA)."
             )

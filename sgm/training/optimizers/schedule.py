@@ -12,13 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sgm.errors import SgmError
+from sgm.typed import ConfigError
 
 STYLES = ("linear", "cosine", "constant", "exponential", "None")
-
-
-class ScheduleError(SgmError):
-    """The learning-rate settings contradict each other. The message says which."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +42,13 @@ class ScheduleSettings:
 
     def __post_init__(self) -> None:
         if self.style not in STYLES:
-            raise ScheduleError(f"lr_decay_style {self.style!r} is not one of {', '.join(STYLES)}")
+            raise ConfigError(f"lr_decay_style {self.style!r} is not one of {', '.join(STYLES)}")
         if not 0 <= self.warmup <= 1:
-            raise ScheduleError(f"warmup {self.warmup} is a share of the run and must lie in [0, 1]")
+            raise ConfigError(f"warmup {self.warmup} is a share of the run and must lie in [0, 1]")
         if not 0 < self.decay_ratio <= 1:
-            raise ScheduleError(f"lr_decay_ratio {self.decay_ratio} must lie in (0, 1]")
+            raise ConfigError(f"lr_decay_ratio {self.decay_ratio} must lie in (0, 1]")
         if self.base_lr < 0 or not math.isfinite(self.base_lr):
-            raise ScheduleError(f"the learning rate {self.base_lr} must be a finite number >= 0")
+            raise ConfigError(f"the learning rate {self.base_lr} must be a finite number >= 0")
 
     @property
     def rising_steps(self) -> float:

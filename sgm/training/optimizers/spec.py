@@ -12,7 +12,8 @@ from torch import nn
 
 from sgm.distributed import quiet_libraries
 from sgm.training.optimizers.adam8bit import BYTES_A_MOMENT, AdamW8bit
-from sgm.training.optimizers.ema_adam import FusedEmaAdam, OptimizerError
+from sgm.training.optimizers.ema_adam import FusedEmaAdam
+from sgm.typed import ConfigError
 from sgm.util import TargetError, check_params, get_obj_from_str
 
 DEEPSPEED_NATIVE = frozenset({"lamb", "lion", "muon", "muadam", "muadamw", "musgd"})
@@ -41,19 +42,19 @@ class OptimizerSpec:
         """From `{"type": name, "params": {...}}`; numbers written as text ("1e-8") have been converted before.
 
         Raises:
-            OptimizerError: no type, no learning rate, an unknown optimizer or a parameter that it does not take.
+            ConfigError: no type, no learning rate, an unknown optimizer or a parameter that it does not take.
         """
         stray = sorted(set(section) - {"type", "params", "legacy_fusion"})
         if stray or not isinstance(section.get("type"), str):
             found = ", ".join(map(str, section)) or "nothing"
-            raise OptimizerError(f"deepspeed.optimizer needs `type` and `params`, got {found}")
+            raise ConfigError(f"deepspeed.optimizer needs `type` and `params`, got {found}")
         params = section.get("params") or {}
         if not isinstance(params, Mapping):
-            raise OptimizerError(f"deepspeed.optimizer.params must be a mapping, got {params!r}")
+            raise ConfigError(f"deepspeed.optimizer.params must be a mapping, got {params!r}")
         params = dict(params)
         lr = params.pop("lr", None)
         if isinstance(lr, bool) or not isinstance(lr, int | float) or not math.isfinite(lr) or lr < 0:
-            raise OptimizerError(f"deepspeed.optimizer.params.lr must be a number >= 0, got {lr!r}")
+            raise ConfigError(f"deepspeed.optimizer.params.lr must be a number >= 0, got {lr!r}")
         name = section["type"]
         if name.lower() in DEEPSPEED_NATIVE:
             return cls(name, None, params, float(lr))
@@ -61,7 +62,7 @@ class OptimizerSpec:
         try:
             params = check_params(name, target, params, "deepspeed.optimizer.params", ("params", "lr"))
         except TargetError as error:
-            raise OptimizerError(f"deepspeed.optimizer: {error}") from error
+            raise ConfigError(f"deepspeed.optimizer: {error}") from error
         return cls(name, target, params, float(lr), notes)
 
     @property
@@ -82,14 +83,14 @@ class OptimizerSpec:
         """The optimizer over parameter groups; their `lr` stays as the groups say.
 
         Raises:
-            OptimizerError: the constructor refuses the parameters.
+            ConfigError: the constructor refuses the parameters.
         """
         if self.target is None:
-            raise OptimizerError(f"{self.name} is built by DeepSpeed")
+            raise ConfigError(f"{self.name} is built by DeepSpeed")
         try:
             return self.target(groups, lr=self.lr, **self.params)
         except (TypeError, ValueError) as error:
-            raise OptimizerError(f"deepspeed.optimizer {self.name} refuses its params: {error}") from error
+            raise ConfigError(f"deepspeed.optimizer {self.name} refuses its params: {error}") from error
 
 
 def _resolve(
@@ -108,9 +109,9 @@ def _resolve(
     try:
         found = get_obj_from_str(name) if "." in name else getattr(torch.optim, name, None)
     except TargetError as error:
-        raise OptimizerError(f"deepspeed.optimizer: {error}") from error
+        raise ConfigError(f"deepspeed.optimizer: {error}") from error
     if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
-        raise OptimizerError(
+        raise ConfigError(
             f"deepspeed.optimizer.type {name!r} is no optimizer; choose sat.ops.FusedEmaAdam, AdamW, AdamW8bit, "
             f"another class of torch.optim, or one of DeepSpeed's: {', '.join(sorted(DEEPSPEED_NATIVE))}"
         )

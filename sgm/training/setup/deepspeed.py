@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from sgm.config import ConfigError
-from sgm.training.optimizers.ema_adam import OptimizerError
 from sgm.training.optimizers.spec import OptimizerSpec
 from sgm.training.setup.deepspeed_verdict import deepspeed_verdict, switched_on, value_at, without
 from sgm.typed import listing
@@ -284,7 +283,7 @@ def _optimizer(config: dict[str, Any], problems: list[str], notes: list[str]) ->
         return None
     try:
         spec = OptimizerSpec.parse(section)
-    except OptimizerError as error:
+    except ConfigError as error:
         problems.append(str(error))
         return None
     notes += spec.notes

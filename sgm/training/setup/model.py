@@ -180,7 +180,7 @@ def clip_size(config: RunConfig[TrainArgs], engine: SATVideoDiffusionEngine) -> 
 
 
 def training_kernels(fast: AccelerateArgs, device: torch.device) -> Kernels:
-    """Raises ConfigError, KernelError: what is for sampling alone, being less exact, or does not run on `device`."""
+    """Raises ConfigError: what is for sampling alone, being less exact, or does not run on `device`."""
     if on := fast.approximate():
         raise ConfigError(f"accelerate: {', '.join(on)} are for sampling; leave them out of a training configuration")
     return choose_kernels(fast.kernels, fast.attention, device, fast.cpu_bf16)
@@ -213,8 +213,7 @@ def load_engine(
 
     Raises:
         WeightsError: weights are missing or do not fit.
-        ConfigError: the configuration trains nothing.
-        KernelError: `accelerate.kernels` do not run on `device`.
+        ConfigError: the configuration trains nothing, or `accelerate.kernels` do not run on `device`.
     """
     args = config.args
     kernels = training_kernels(config.accelerate, device)
