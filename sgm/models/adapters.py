@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -63,10 +63,15 @@ def apply_adapter(
         lora = partition_state(lora, model_parallel_rank(), model_parallel_world_size())
     pairs = collect_pairs(lora)
     for name, (a, b) in pairs.items():
-        _check_fit(name, _weight(network, name), a, b)
+        here = tuple(_weight(network, name).flatten(1).shape)
+        got = (sum(m.shape[0] for m in b), *sorted({m.shape[1] for m in a}))
+        if got != here:
+            raise LoraError(f"the adapter of {name} is for a weight {got}, the network has {here}.")
     if merge or spec.only_folded:
         for name, (a, b) in pairs.items() if scale else ():
-            _fold(_weight(network, name), partial(lora_delta, a, b, spec.scaling * scale), magnitudes_of(lora, name))
+            weight, delta = _weight(network, name), partial(lora_delta, a, b, spec.scaling * scale)
+            with torch.no_grad():
+                weight.copy_(adapted_weight(weight, delta, magnitudes_of(lora, name)))
         return spec
     params = {
         "r": spec.rank, "lora_alpha": spec.alpha, "layer_range": list(spec.layers), "targets": list(spec.targets),
@@ -120,16 +125,3 @@ def _weight(network: nn.Module, name: str) -> nn.Parameter:
     except AttributeError as error:
         raise LoraError(f"the adapter is for {name}, which this network lacks; it is another model's.") from error
     return weight_of(linear.original if is_adapted(linear) else linear)
-
-
-@torch.no_grad()
-def _fold(weight: Tensor, delta: Callable[[], Tensor], magnitudes: Mapping[int, Tensor]) -> None:
-    weight.copy_(adapted_weight(weight, delta, magnitudes))
-
-
-def _check_fit(linear: str, weight: Tensor, a: list[Tensor], b: list[Tensor]) -> None:
-    rows, columns = weight.flatten(1).shape
-    widths = {m.shape[1] for m in a}
-    got = (sum(m.shape[0] for m in b), *sorted(widths))
-    if got != (rows, columns):
-        raise LoraError(f"the adapter of {linear} is for a weight {got}, the network has {(rows, columns)}.")

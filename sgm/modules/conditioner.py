@@ -91,7 +91,10 @@ class GeneralConditioner(nn.Module):
         output: dict[str, Tensor] = {}
         for embedder, embeddings in zip(self.embedders, made):
             for embedding in embeddings:
-                key = _output_key(embedder, embedding)
+                if embedding.ndim not in KEY_OF_RANK:
+                    shape = list(embedding.shape)
+                    raise ConfigError(f"{type(embedder).__name__} gave shape {shape}; 2 to 5 axes have a use.")
+                key = KEY_OF_RANK[embedding.ndim]
                 if embedder.ucg_rate > 0:
                     embedding = drop_samples(embedding, embedder.ucg_rate)
                 if zeroed.intersection(embedder.input_keys):
@@ -177,9 +180,3 @@ def _can_reuse(
 def _entry_size(entry: Any) -> Any:
     """What decides the size of an embedding: a tensor's shape, the number of captions; None: not known."""
     return entry.shape if isinstance(entry, Tensor) else len(entry) if isinstance(entry, list | tuple) else None
-
-
-def _output_key(embedder: AbstractEmbModel, embedding: Tensor) -> str:
-    if embedding.ndim not in KEY_OF_RANK:
-        raise ConfigError(f"{type(embedder).__name__} gave shape {list(embedding.shape)}; 2 to 5 axes have a use.")
-    return KEY_OF_RANK[embedding.ndim]

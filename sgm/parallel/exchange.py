@@ -43,18 +43,6 @@ class Division:
     def own_tokens(self) -> int:
         return _length(self.tokens[self.rank])
 
-    @property
-    def own_heads(self) -> int:
-        return _length(self.heads[self.rank])
-
-    @property
-    def all_tokens(self) -> int:
-        return self.tokens[-1].stop
-
-    @property
-    def all_heads(self) -> int:
-        return sum(map(_length, self.heads))
-
     def others(self) -> list[int]:
         return [k for k in range(len(self.tokens)) if k != self.rank]
 
@@ -92,7 +80,7 @@ def by_heads(tensors: Sequence[Tensor], division: Division) -> Pending:
     """(b, n', h, hd) each, of all heads that `division` names -> (b, n, h', hd)."""
     d, own = division, division.rank
     b, _, _, hd = tensors[0].shape
-    results = [x.new_empty(b, d.all_tokens, d.own_heads, hd) for x in tensors]
+    results = [x.new_empty(b, d.tokens[-1].stop, _length(d.heads[own]), hd) for x in tensors]
     sent = {k: [x[:, :, d.heads[k]].contiguous() for x in tensors] for k in d.others()}
     taken = {k: [y[:, d.tokens[k]] for y in results] for k in d.others()}
     works = _exchange(sent, taken, d.group)
@@ -106,7 +94,8 @@ def by_tokens(tensors: Sequence[Tensor], division: Division, into: Sequence[Tens
     d, own = division, division.rank
     b, _, _, hd = tensors[0].shape
     whole = [x.contiguous() for x in tensors]
-    results = list(into) if into else [x.new_empty(b, d.own_tokens, d.all_heads, hd) for x in tensors]
+    heads = sum(map(_length, d.heads))
+    results = list(into) if into else [x.new_empty(b, d.own_tokens, heads, hd) for x in tensors]
     taken = {k: [x.new_empty(b, d.own_tokens, _length(d.heads[k]), hd) for x in tensors] for k in d.others()}
     works = _exchange({k: [x[:, d.tokens[k]] for x in whole] for k in d.others()}, taken, d.group)
 

@@ -123,7 +123,7 @@ def test_rank_intervals(facts):
         assert uniform_groups(int(world), 1000) == fact["group_num"]
         for rank, span in fact["randint_range_by_rank"].items():
             got = rank_range(int(rank), int(world), 1000)
-            assert [got.low, got.high] == span
+            assert [got.start, got.stop] == span
 
 
 def test_default_sampler_of_the_config(config):

@@ -14,7 +14,7 @@ from sgm.hub import download, release
 from sgm.hub.adapter import choose_file
 from sgm.hub.client import HubError, _file
 from sgm.inference.adapters import read_adapter, with_adapters, with_fetched
-from sgm.inference.grid import axes_of
+from sgm.inference.grid import comparison_of
 from sgm.inference.options import SampleArgs
 from sgm.inference.pipeline import Pipeline
 from sgm.weights.preflight import with_found_paths
@@ -135,7 +135,7 @@ def test_a_list_of_the_hub_names_nothing_outside():
 def test_factors_of_a_comparison_leave_the_student_as_it_is():
     asked = fetched(config(lora=["other:2"], prompts=["a"]))
     student, _ = asked.args.lora
-    (_, axis) = axes_of(["lora=0,0.5,third"], asked)
+    _, (_, axis) = comparison_of(["lora=0,0.5,third"], asked)
     assert [value.asked["lora"] for value in axis.values] == [[student], [student, "other:1"], [student, "third"]]
 
 

@@ -177,7 +177,7 @@ def test_weighted_error_means_over_all_but_the_batch():
 )
 def test_ranks_share_the_timesteps(world, rank, span):
     got = rank_range(rank, world, 1000)
-    assert (got.low, got.high) == span
+    assert (got.start, got.stop) == span
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5, 6, 7, 8, 12, 48])
@@ -185,7 +185,7 @@ def test_all_ranks_together_cover_all_timesteps_evenly(world):
     hits = torch.zeros(1000)
     for rank in range(world):
         span = rank_range(rank, world, 1000)
-        hits[span.low : span.high] += 1 / (span.high - span.low)
+        hits[span.start : span.stop] += 1 / (span.stop - span.start)
     torch.testing.assert_close(hits, torch.full((1000,), world / 1000))
     assert world % uniform_groups(world, 1000) == 0
 
@@ -194,14 +194,14 @@ def test_group_num_that_does_not_fit_is_left_aside_with_a_word(caplog):
     """The original's files for 1.5 say 40, whatever the number of processes."""
     sampler = build().sigma_sampler
     sampler.uniform_sampling, sampler.group_num = True, 40
-    assert [sampler.index_range(rank, 8).low for rank in (0, 7)] == [0, 875]
+    assert [sampler.index_range(rank, 8).start for rank in (0, 7)] == [0, 875]
     assert caplog.text.count("group_num 40 does not divide 8 ranks") == 1
     sampler.group_num = 40
-    assert sampler.index_range(79, 80).low == 975 and caplog.text.count("group_num") == 1
+    assert sampler.index_range(79, 80).start == 975 and caplog.text.count("group_num") == 1
 
 
 def test_group_num_is_checked():
-    assert rank_range(7, 8, 1000, group_num=2).low == 500
+    assert rank_range(7, 8, 1000, group_num=2).start == 500
     with pytest.raises(ValueError, match="group_num=3 must divide the 8"):
         rank_range(0, 8, 1000, group_num=3)
     with pytest.raises(ValueError, match="rank 8 is outside"):
@@ -214,12 +214,12 @@ def test_draws_stay_in_the_ranks_interval_on_the_cpu():
     sigma, idx = sampler(500, return_idx=True)
     assert int(idx.min()) >= 750 and int(idx.max()) < 1000 and idx.device.type == "cpu"
     assert torch.equal(sigma, sampler.sigmas[idx])
-    assert DiscreteSampling(ZERO_SNR, 1000).index_range(rank=3, world_size=4).high == 1000
+    assert DiscreteSampling(ZERO_SNR, 1000).index_range(rank=3, world_size=4).stop == 1000
 
 
 def test_one_process_draws_from_everything():
     span = DiscreteSampling(ZERO_SNR, 1000, uniform_sampling=True).index_range()
-    assert (span.low, span.high) == (0, 1000)
+    assert (span.start, span.stop) == (0, 1000)
 
 
 def test_given_timesteps():

@@ -26,6 +26,9 @@ class LateLink(HostLink):
         self.queue: list[tuple[Tensor, Tensor]] = []
         self.on_the_way = 0
 
+    def host_like(self, frames: Tensor) -> Tensor:
+        return torch.empty_like(frames)
+
     def download(self, frames: Tensor, host: Tensor) -> Transfer:
         return self._copy(frames, host)
 
@@ -45,6 +48,9 @@ class LateLink(HostLink):
 
 class UnwrittenLink(HostLink):
     """Moves nothing: for tensors without values."""
+
+    def __init__(self) -> None:
+        pass
 
     def host_like(self, frames: Tensor) -> Tensor:
         return torch.empty_like(frames, device="cpu")  # memory that is never touched

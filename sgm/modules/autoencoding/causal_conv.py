@@ -56,26 +56,7 @@ class Transfer:
 
 
 class HostLink:
-    """Copies between a device and host memory. Here both are the CPU and a copy is done at once."""
-
-    def host_like(self, frames: Tensor) -> Tensor:
-        """Host memory for `frames`, of the same shape, type and layout."""
-        return torch.empty_like(frames)
-
-    def download(self, frames: Tensor, host: Tensor) -> Transfer:
-        """Start to copy device frames, once they are computed, into `host`."""
-        return Transfer(host.copy_(frames), frames)
-
-    def upload(self, host: Tensor) -> Transfer:
-        """Start to copy `host`, once what is being written to it is there, to new memory on the device."""
-        return Transfer(host.clone(), host)
-
-    def wait(self, transfer: Transfer) -> None:
-        """Whatever is computed from here on comes after the transfer."""
-
-
-class CudaLink(HostLink):
-    """Copies by a stream of their own from and to pinned memory, while the current stream computes.
+    """Copies between a GPU and pinned memory by a stream of their own, while the current stream computes.
 
     All device memory comes from, and goes back to, the computing stream, which has waited for the copy by then. So
     the order on that stream alone makes reuse safe, and the peak does not depend on how far the host runs ahead.
@@ -88,6 +69,7 @@ class CudaLink(HostLink):
         self._used = 0
 
     def host_like(self, frames: Tensor) -> Tensor:
+        """Host memory for `frames`, of the same shape, type and layout."""
         strides = torch.empty_like(frames, device="meta").stride()
         start = self._used
         if start + frames.nbytes > self._slab.numel():
@@ -98,12 +80,15 @@ class CudaLink(HostLink):
         return self._slab[start : start + frames.nbytes].view(frames.dtype).as_strided(frames.shape, strides)
 
     def download(self, frames: Tensor, host: Tensor) -> Transfer:
+        """Start to copy device frames, once they are computed, into `host`."""
         return self._copy(frames, host)
 
     def upload(self, host: Tensor) -> Transfer:
+        """Start to copy `host`, once what is being written to it is there, to new memory on the device."""
         return self._copy(host, torch.empty_like(host, device=self.device))
 
     def wait(self, transfer: Transfer) -> None:
+        """Whatever is computed from here on comes after the transfer."""
         if transfer.done is not None:
             torch.cuda.current_stream(self.device).wait_event(transfer.done)
 
@@ -170,7 +155,7 @@ class HostCache(CausalCache):
 
 def cache_on(host: bool, device: torch.device) -> CausalCache:
     """A cache for work on `device`, with its frames in host memory where that is another memory."""
-    return HostCache(CudaLink(device)) if host and device.type == "cuda" else CausalCache()
+    return HostCache(HostLink(device)) if host and device.type == "cuda" else CausalCache()
 
 
 # A convolution whose input is larger is cut along time. 2 GiB is where the original cuts; the result is the same.

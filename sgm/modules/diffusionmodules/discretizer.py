@@ -23,11 +23,6 @@ Timesteps = Annotated[int, Range(1, 1_000_000)]
 T = TypeVar("T", float, np.ndarray, Tensor)
 
 
-def scaled_linear_betas(start: float, end: float, count: int) -> np.ndarray:
-    """(count,) float64 betas, linear in their square roots from `start` to `end` (Rombach et al. 2022)."""
-    return np.linspace(start**0.5, end**0.5, count, dtype=np.float64) ** 2
-
-
 def shift_snr(abar: T, scale: float) -> T:
     """Divide the signal-to-noise ratio abar / (1 - abar) by `scale` (> 1 means more noise at every step).
 
@@ -62,7 +57,9 @@ class Discretization(ABC):
         if not 0 < linear_start <= linear_end < 1:
             raise ConfigError(f"betas need 0 < linear_start <= linear_end < 1, not {linear_start} and {linear_end}.")
         self.num_timesteps = num_timesteps
-        self.alphas_cumprod = np.cumprod(1.0 - scaled_linear_betas(linear_start, linear_end, num_timesteps))
+        # linear in their square roots (Rombach et al. 2022)
+        betas = np.linspace(linear_start**0.5, linear_end**0.5, num_timesteps, dtype=np.float64) ** 2
+        self.alphas_cumprod = np.cumprod(1.0 - betas)
 
     def __call__(
         self,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from typing import Annotated
 
 import torch
@@ -16,14 +15,6 @@ from sgm.util import Config, Role, instantiate_from_config
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class IndexRange:
-    """The half-open interval [low, high) that one rank draws timesteps from."""
-
-    low: int
-    high: int
-
-
 def uniform_groups(world_size: int, num_idx: int) -> int:
     """How many equal intervals `world_size` ranks can split `num_idx` timesteps into: the most that divide both.
 
@@ -33,7 +24,7 @@ def uniform_groups(world_size: int, num_idx: int) -> int:
     return max(g for g in range(1, world_size + 1) if world_size % g == 0 and num_idx % g == 0)
 
 
-def rank_range(rank: int, world_size: int, num_idx: int, group_num: int = 0) -> IndexRange:
+def rank_range(rank: int, world_size: int, num_idx: int, group_num: int = 0) -> range:
     """The timesteps that a data-parallel rank draws from, such that together the ranks cover all of them evenly.
 
     Args:
@@ -51,7 +42,7 @@ def rank_range(rank: int, world_size: int, num_idx: int, group_num: int = 0) -> 
         )
     width, interval = world_size // groups, num_idx // groups
     low = rank // width * interval
-    return IndexRange(low, low + interval)
+    return range(low, low + interval)
 
 
 class DiscreteSampling:
@@ -83,10 +74,10 @@ class DiscreteSampling:
         """(b,) int64 timesteps -> (b,) float32 table entries, on the CPU."""
         return self.sigmas[idx.cpu()]
 
-    def index_range(self, rank: int | None = None, world_size: int | None = None) -> IndexRange:
+    def index_range(self, rank: int | None = None, world_size: int | None = None) -> range:
         """What this rank draws from; rank and world size default to the data-parallel ones of the process."""
         if not self.uniform_sampling:
-            return IndexRange(0, self.num_idx)
+            return range(self.num_idx)
         if rank is None or world_size is None:
             from sgm import distributed
 
@@ -110,7 +101,7 @@ class DiscreteSampling:
         """
         if rand is None:
             span = self.index_range()
-            rand = torch.randint(span.low, span.high, (n_samples,), device="cpu")
+            rand = torch.randint(span.start, span.stop, (n_samples,), device="cpu")
         sigma = self.idx_to_sigma(rand)
         return (sigma, rand) if return_idx else sigma
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -70,7 +70,7 @@ class Stored:
     host: Tensor
     before: weakref.ref[Stored] | None
     value: Tensor | None
-    copied: torch.cuda.Event | None = field(default=None)
+    copied: Any = None  # the event
 
 
 class ActivationOffload:
@@ -78,7 +78,8 @@ class ActivationOffload:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._api: Any = torch.cuda if device.type == "cuda" else torch.cpu  # whose streams do nothing
+        self._copies = self._api.Stream(device)
         self._last: weakref.ref[Stored] | None = None  # the newest
 
     def keeping(self) -> saved_tensors_hooks:
@@ -94,7 +95,7 @@ class ActivationOffload:
             # record_stream would keep it from a host that runs ahead, and all inputs would pile up.
             self._await(last)
             last.value = None
-        host = torch.empty_like(x, device="cpu", pin_memory=self._copies is not None)
+        host = torch.empty_like(x, device="cpu", pin_memory=self.device.type == "cuda")
         stored = Stored(host, self._last, x.detach())
         self._copy(host, x, stored)
         self._last = weakref.ref(stored)
@@ -120,18 +121,14 @@ class ActivationOffload:
         return stored.value
 
     def _copy(self, target: Tensor, source: Tensor, stored: Stored) -> None:
-        if self._copies is None:
-            target.copy_(source)
-            return
-        self._copies.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._copies):
+        self._copies.wait_stream(self._api.current_stream(self.device))
+        with self._api.stream(self._copies):
             target.copy_(source, non_blocking=True)
         stored.copied = self._copies.record_event()
 
     def _await(self, stored: Stored) -> None:
         """What is queued from here on comes behind the copy."""
-        if stored.copied is not None:
-            torch.cuda.current_stream(self.device).wait_event(stored.copied)
+        self._api.current_stream(self.device).wait_event(stored.copied)
 
 
 def _alive(stored: weakref.ref[Stored] | None) -> Stored | None:

@@ -235,18 +235,16 @@ class DiTTransformer(BaseTransformer):
             hidden, inputs = self.share.own(hidden, kwargs["inputs"])
             layer_inputs = kwargs | {"inputs": inputs}
         per_layer: list[dict[str, Any]] = []
+        recording = self.training and torch.is_grad_enabled()
+        mode = self.checkpoint_activations if recording else False
         for layer in self.layers:
             outputs: dict[str, Any] = {"output_this_layer": {}, "output_cross_layer": {}}
             handed = {**layer_inputs, "position_ids": position_ids, **carried, **outputs}
-            hidden = self._run_layer(layer, hidden, attention_mask, handed)
+            with self.offload.keeping() if self.offload and recording else nullcontext():
+                hidden = run_layer(mode, layer, hidden, attention_mask, **handed)
             carried = outputs["output_cross_layer"]
             per_layer.append(outputs["output_this_layer"] | ({"hidden_states": hidden} if output_hidden_states else {}))
         if self.share is not None:
             hidden = self.share.whole(hidden)
         features = self.final_layernorm(hidden)
         return [self.hooks["final_forward"](features, parallel_output=self.parallel_output, **kwargs), *per_layer]
-
-    def _run_layer(self, layer: DiTLayer, hidden: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
-        recording = self.training and torch.is_grad_enabled()
-        with self.offload.keeping() if self.offload and recording else nullcontext():
-            return run_layer(self.checkpoint_activations if recording else False, layer, hidden, mask, **kwargs)

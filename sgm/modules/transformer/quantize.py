@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from sgm.distributed import model_parallel_world_size
 from sgm.modules.ops.fp8 import MULTIPLE, Fp8Linear
 from sgm.modules.transformer.lora import lora_layers, weight_of
@@ -30,11 +28,9 @@ def quantize_network(network: BaseModel) -> None:
     names = [name for kind in KINDS for name, _ in TARGETS[kind]]
     for layer in range(len(network.transformer.layers)):
         for name in (name.format(i=layer) for name in names):
-            network.set_submodule(name, _quantized(network.get_submodule(name), name))
-
-
-def _quantized(linear: nn.Module, name: str) -> Fp8Linear:
-    weight, bias = weight_of(linear), dict(linear.named_parameters()).get("bias")
-    if any(size % MULTIPLE for size in weight.shape):
-        raise ConfigError(f"accelerate.fp8: {name} is {tuple(weight.shape)}; both must be multiples of {MULTIPLE}.")
-    return Fp8Linear(weight, bias)
+            linear = network.get_submodule(name)
+            weight, bias = weight_of(linear), dict(linear.named_parameters()).get("bias")
+            if any(size % MULTIPLE for size in weight.shape):
+                shape = tuple(weight.shape)
+                raise ConfigError(f"accelerate.fp8: {name} is {shape}; both must be multiples of {MULTIPLE}.")
+            network.set_submodule(name, Fp8Linear(weight, bias))
