@@ -89,7 +89,12 @@ def init_distributed(device_type: str | None = None) -> DistInfo:
         sys.excepthook = hook  # PyTorch's puts "[rank0]:" before each line of a traceback
         atexit.register(shutdown)  # else NCCL warns at the end of whatever program this is
     else:
-        _require_master()
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if missing:
+            raise DistributedError(
+                f"{' and '.join(missing)} not set for a run of several processes; start with torchrun or the DeepSpeed "
+                "launcher, which set them."
+            )
         with quiet_libraries():
             prepare_deepspeed(kind)
             import deepspeed
@@ -344,15 +349,6 @@ def _launch_environment() -> tuple[int, int, int]:
     if not 0 <= rank < world_size:
         raise DistributedError(f"RANK {rank} is outside 0..{world_size - 1} (WORLD_SIZE {world_size}).")
     return rank, world_size, local_rank
-
-
-def _require_master() -> None:
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if missing:
-        raise DistributedError(
-            f"{' and '.join(missing)} not set for a run of several processes; start with torchrun or the DeepSpeed "
-            "launcher, which set them."
-        )
 
 
 def _own_device(kind: str, local_rank: int) -> torch.device:

@@ -79,9 +79,7 @@ def check_same_model(loaded: RunConfig[SampleArgs], asked: RunConfig[SampleArgs]
         )
 
 
-def check_latents(
-    engine: SATVideoDiffusionEngine, latents: Tensor, source: str = "the latents", *, any_length: bool = False
-) -> None:
+def check_latents(engine: SATVideoDiffusionEngine, latents: Tensor, *, any_length: bool = False) -> None:
     """Check saved latents (t, c, h, w) before they are decoded.
 
     Args:
@@ -94,7 +92,9 @@ def check_latents(
     whole = clip_frames(shape[0], patch) % 2 == 1 or any_length if len(shape) == 4 else False
     if not whole or shape[1] != channels or 0 in shape:
         parity = "odd t" if patch == 1 else "even t, of which the first is dropped, or an odd one"
-        raise SamplingError(f"{source} have shape {shape}; this model decodes (t, {channels}, h, w) with an {parity}.")
+        raise SamplingError(
+            f"the latents have shape {shape}; this model decodes (t, {channels}, h, w) with an {parity}."
+        )
 
 
 def _channel_problems(engine: SATVideoDiffusionEngine, stated: int | None) -> list[str]:

@@ -138,7 +138,10 @@ class TextToVideo:
         Raises:
             ConfigError: a file, key or path that is wrong; lists every problem.
         """
-        files = config_files([*_released(model), *map(str, configs)], SHIPPED_CONFIG, DEMO_CONFIG)
+        from sgm.hub.release import run_file_of
+
+        released = [] if model is None else [str(run_file_of(model))]
+        files = config_files([*released, *map(str, configs)], SHIPPED_CONFIG, DEMO_CONFIG)
         texts = _set_texts(overrides or {})
         flags = {"lora": _texts(lora) or None, "placement": placement, "device": device and str(device)}
         config = checked(load_run_config(files, SampleArgs, overrides=texts, flags=flags))
@@ -413,15 +416,6 @@ def _refuse_unknown(asked: Iterable[str]) -> None:
             raise ConfigError(f"{name} is decided when a model is loaded: TextToVideo.from_config(..., {name}=...)")
         if name not in Asked.__annotations__:
             raise ConfigError(f"unknown option {name!r}{nearest(name, Asked.__annotations__)}")
-
-
-def _released(model: str | None) -> list[str]:
-    """The configuration of a released model, if one is named."""
-    if model is None:
-        return []
-    from sgm.hub.release import run_file_of
-
-    return [str(run_file_of(model))]
 
 
 def _set_texts(overrides: Mapping[str, object]) -> list[str]:

@@ -65,12 +65,13 @@ def run_block(engine: SATVideoDiffusionEngine, shape: Shape) -> None:
     grid = network.patch.grid(frames, height, width)
     kind: dict[str, Any] = {"device": "meta", "dtype": engine.dtype}
     hidden = torch.empty(2, positions.text_length + grid.tokens, network.hidden_size, **kind)
+    query_norm, key_norm = adaln.head_norms(0)
     with MetaRules(SHAPES):
         dit_block(
             hidden,
             network.transformer.layers[0],
-            adaln.query_layernorm_list[0] if adaln.qk_ln else None,
-            adaln.key_layernorm_list[0] if adaln.qk_ln else None,
+            query_norm,
+            key_norm,
             split_modulation(torch.empty(2, 12 * network.hidden_size, **kind)),
             positions.rotary(grid, hidden),
             positions.text_length,

@@ -185,7 +185,10 @@ class DiffusionTransformer(BaseModel):
             self.latent_height, self.latent_width = latent_height, latent_width
             self._build(modules, offers, ofs_embed_dim)
             self.to(DTYPES[dtype])
-            self._share_whole_parameters(args.model_parallel_size)
+            if args.model_parallel_size > 1:  # what is not split starts from the first process's values
+                for parameter in self.parameters():
+                    if not getattr(parameter, "model_parallel", False) and not parameter.is_meta:
+                        broadcast_in_model_parallel(parameter.data)
             if not defer_lora:
                 self.attach_mixins()
 
@@ -209,14 +212,6 @@ class DiffusionTransformer(BaseModel):
             if ofs_dim != width:
                 raise ConfigError(f"ofs_embed_dim {ofs_dim} must equal time_embed_dim {width}: they are added.")
             self.ofs_embed = nn.Sequential(nn.Linear(ofs_dim, ofs_dim), nn.SiLU(), nn.Linear(ofs_dim, ofs_dim))
-
-    def _share_whole_parameters(self, model_parallel_size: int) -> None:
-        """Under tensor parallelism, give all processes the first one's initial values of what is not split."""
-        if model_parallel_size == 1:
-            return
-        for parameter in self.parameters():
-            if not getattr(parameter, "model_parallel", False) and not parameter.is_meta:
-                broadcast_in_model_parallel(parameter.data)
 
     def collect_hooks_(self) -> dict[str, Any]:
         """SAT: gather the mixins' hooks. Raises HookError: one would not be called."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sgm.modules.autoencoding.causal_conv import CausalCache, CausalConv3d, ClipPass, empty, layout_of
 from sgm.modules.autoencoding.coders import ContextParallelEncoder3D
 from sgm.modules.ops.vae import Activation, merge_moments
-from sgm.parallel.exchange import shares_of, spans_of
+from sgm.parallel.sequence import shares_of, spans_of
 from sgm.parallel.team import Team
 
 

@@ -119,6 +119,9 @@ def clip_request(
     _check_start(upload, fields, facts)
     if fields.switch("refine") and not offer.refines:
         raise ApiError(400, "refine: this server knows no language model (OPENAI_API_KEY, OPENAI_BASE_URL).", "refine")
+    mode = fields.text("mode")
+    if mode and mode not in facts.modes:
+        raise ApiError(400, f"mode is {mode!r}; {facts.name} has {', '.join(facts.modes)}.", "mode")
     return ClipRequest(
         model=facts.name,
         prompt=_prompt(fields, "prompt", needed=True),
@@ -134,7 +137,7 @@ def clip_request(
         video=upload.name if upload and upload.kind == "video" else None,
         lora=tuple(_adapter(text, offer.adapters) for text in fields.texts("lora") if text),
         refine=fields.switch("refine"),
-        mode=_mode(fields.text("mode"), facts),
+        mode=mode or facts.modes[0],
     )
 
 
@@ -156,12 +159,6 @@ def _model(name: str, offer: Offer) -> ModelFacts:
         message = f"The model {name!r} does not exist; this server has {', '.join(offer.models)}."
         raise ApiError(400, message, "model", "model_not_found")
     return offer.models[name]
-
-
-def _mode(text: str, facts: ModelFacts) -> str:
-    if text and text not in facts.modes:
-        raise ApiError(400, f"mode is {text!r}; {facts.name} has {', '.join(facts.modes)}.", "mode")
-    return text or facts.modes[0]
 
 
 def _size(text: str, facts: ModelFacts) -> tuple[int, int]:

@@ -41,7 +41,10 @@ def serve(options: argparse.Namespace, check: Callable[[], None]) -> int:
     Raises:
         SgmError: bad options, a configuration that cannot run, an address or a folder that is taken.
     """
-    _check_numbers(options)
+    for name in ("workers", "max_queue", "max_clip", "max_steps", "max_upload", "keep_days"):
+        value = getattr(options, name)
+        if value is not None and not value > 0:
+            raise ConfigError(f"--{name.replace('_', '-')} is {value:g}; it must be above 0.")
     keys, adapters = Keys.read(options.api_keys), _adapters(options.lora)
     limits = Limits(
         queued=options.max_queue,
@@ -74,14 +77,6 @@ def serve(options: argparse.Namespace, check: Callable[[], None]) -> int:
             store.close()
     check()
     return 0
-
-
-def _check_numbers(options: argparse.Namespace) -> None:
-    """Raises ConfigError: a limit under which nothing could be made, or that means nothing."""
-    for name in ("workers", "max_queue", "max_clip", "max_steps", "max_upload", "keep_days"):
-        value = getattr(options, name)
-        if value is not None and not value > 0:
-            raise ConfigError(f"--{name.replace('_', '-')} is {value:g}; it must be above 0.")
 
 
 def _run(options: argparse.Namespace, desk: Desk, keys: Keys, listener: socket.socket) -> None:

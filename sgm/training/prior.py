@@ -8,8 +8,7 @@ known beside those of the new: Ruiz et al. 2022, arXiv:2208.12242, section 4.2).
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -37,20 +36,14 @@ class BaseNetwork:
     def __call__(self, x: Tensor, t: Tensor, c: Mapping[str, Tensor], **kwargs: Any) -> Tensor:
         if self.copied is not None:
             return self.copied(x, t, c, **kwargs)
-        with _adapters_off(self._model):
+        set_lora_scale(self._model, 0.0)
+        try:
             return self._model(x, t, c, **kwargs)
+        finally:
+            set_lora_scale(self._model, 1.0)
 
 
 def needs_copy(model: nn.Module) -> bool:
     """Whether more than adapters learns."""
     adapters = {id(p) for layer in lora_layers(model).values() for p in layer.parameters()}
     return any(p.requires_grad and id(p) not in adapters for p in model.parameters())
-
-
-@contextmanager
-def _adapters_off(model: nn.Module) -> Iterator[None]:
-    set_lora_scale(model, 0.0)
-    try:
-        yield
-    finally:
-        set_lora_scale(model, 1.0)

@@ -16,7 +16,7 @@ from sgm.inference.options import SampleArgs
 from sgm.inference.pipeline import Pipeline
 from sgm.inference.run import layout_of
 from sgm.inference.writer import read_latents
-from sgm.parallel.exchange import shares_of
+from sgm.parallel.sequence import shares_of
 from sgm.parallel.team import Layout, ParallelError, choose_layout
 from tests.sampling_tiny import REPO, configuration, main, start, write_release, write_yaml
 from tests.training_tiny import configuration as training_configuration

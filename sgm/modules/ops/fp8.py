@@ -100,7 +100,7 @@ def quantize_quickly(x: Tensor) -> tuple[Tensor, Tensor]:
     """`quantize_rows`, in one pass where kernels run."""
     if not (runs_kernels(x) and has_triton()):
         return quantize_rows(x)
-    from sgm.modules.ops.triton_fp8 import launch_quantize_rows
+    from sgm.modules.ops.triton_block import launch_quantize_rows
 
     return launch_quantize_rows(x.contiguous())
 

@@ -1,4 +1,5 @@
-"""Triton kernels of a transformer block, and of its gradients. Each is one pass over its tensors, in float32.
+"""Triton kernels of a transformer block, of its gradients, and of its 8-bit linears. Each is one pass over its tensors,
+in float32.
 
 A program of a backward pass goes through many rows and adds up what the vectors (gates, modulations, weights) get from
 them; the programs' sums are added by PyTorch, in an order that does not change from run to run.
@@ -424,3 +425,29 @@ def _split_programs(text_blocks: int, video_blocks: int) -> tuple[int, int]:
     programs = min(_PROGRAMS, whole)
     text = -(-programs * text_blocks // whole)
     return text, text + min(video_blocks, max(1, programs - text))
+
+
+@triton.jit
+def _quantize_rows_kernel(x, codes, scales, k, LARGEST: tl.constexpr, COLS: tl.constexpr):
+    """A program takes one row."""
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, COLS)
+    inside = cols < k
+    value = tl.load(x + row * k + cols, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.div_rn(tl.max(tl.abs(value), axis=0), LARGEST)
+    scale = tl.where(scale > 0, scale, 1.0)
+    tl.store(scales + row, scale)
+    code = tl.minimum(tl.maximum(tl.div_rn(value, scale), -LARGEST), LARGEST)
+    tl.store(codes + row * k + cols, code.to(codes.dtype.element_ty), mask=inside)
+
+
+def launch_quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (m, k), contiguous -> codes e4m3 (m, k) and scales float32 (m,)."""
+    m, k = x.shape
+    codes = torch.empty(m, k, dtype=torch.float8_e4m3fn, device=x.device)
+    scales = torch.empty(m, dtype=torch.float32, device=x.device)
+    cols = triton.next_power_of_2(k)
+    launch(
+        _quantize_rows_kernel, (m,), x, codes, scales, k, LARGEST=448.0, COLS=cols, num_warps=4 if cols <= 4096 else 8
+    )
+    return codes, scales

@@ -99,7 +99,7 @@ class AdaLNMixin(BaseMixin):
         return dit_block(
             hidden_states,
             self.transformer.layers[layer_id],
-            *self._head_norms(layer_id),
+            *self.head_norms(layer_id),
             modulation,
             inputs.rotary,
             inputs.text_length,
@@ -115,7 +115,7 @@ class AdaLNMixin(BaseMixin):
         """SAT hook: attention of a block, (b, n, d) -> (b, n, d), by way of `attention_fn` where a mixin has one."""
         module, hook = self.transformer.layers[layer_id].attention, self.transformer.hooks["attention_fn"]
         if hook == self.attention_fn:
-            norms = self._head_norms(layer_id)
+            norms = self.head_norms(layer_id)
             return joint_attention(hidden_states, module, *norms, inputs.rotary, inputs.text_length, self.ops)
         dropout = module.attention_dropout if module.training else None
 
@@ -146,7 +146,7 @@ class AdaLNMixin(BaseMixin):
         """
         if layer_id is None or inputs is None:
             raise HookError("attention_fn was called without layer_id: a mixin's attention_forward must hand it on.")
-        query_norm, key_norm = self._head_norms(layer_id)
+        query_norm, key_norm = self.head_norms(layer_id)
         query, key = _norm_rotate(query, query_norm, inputs), _norm_rotate(key, key_norm, inputs)
         if old_impl is not None:
             return old_impl(query, key, value, mask, dropout, layer_id=layer_id, inputs=inputs, **kwargs)
@@ -161,12 +161,9 @@ class AdaLNMixin(BaseMixin):
 
     def layer_parts(self, layer_id: int) -> list[nn.Module]:
         """The modules of this mixin that layer `layer_id` alone uses."""
-        parts: list[nn.Module] = [self.adaLN_modulations[layer_id]]
-        if self.qk_ln:
-            parts += [self.query_layernorm_list[layer_id], self.key_layernorm_list[layer_id]]
-        return parts
+        return [self.adaLN_modulations[layer_id], *(norm for norm in self.head_norms(layer_id) if norm is not None)]
 
-    def _head_norms(self, layer_id: int) -> tuple[nn.Module | None, nn.Module | None]:
+    def head_norms(self, layer_id: int) -> tuple[nn.Module | None, nn.Module | None]:
         """Of queries and of keys."""
         if not self.qk_ln:
             return None, None
