@@ -9,6 +9,7 @@ A YAML file of kinds of words. `told` are the names that the note lists, `words`
     sizes: {before: [shapes, grounds], words: [small, large]}
     grounds: {words: [background, backdrop]}
     others: {words: [a, the, over]}
+    adapters: [demo/i2v] # that know these words, as the model does
 """
 
 from __future__ import annotations
@@ -57,19 +58,24 @@ class Kind:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The kinds of words of a model."""
+    """The kinds of words of a model, and the adapters that know no others."""
 
     kinds: tuple[Kind, ...]
+    adapters: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, file: Path) -> Vocabulary:
         """Raises ConfigError: unreadable, or `before` names no kind."""
-        kinds = tuple(Kind.parse(str(name), value, file) for name, value in merge_yaml([file]).items())
+        content = merge_yaml([file])
+        adapters = content.pop("adapters", [])
+        if not isinstance(adapters, list) or not all(isinstance(text, str) for text in adapters):
+            raise ConfigError(f"{file}: adapters must be a list of paths.")
+        kinds = tuple(Kind.parse(str(name), value, file) for name, value in content.items())
         names = {kind.name for kind in kinds}
         for kind in kinds:
             if missing := sorted(set(kind.before) - names):
                 raise ConfigError(f"{file}: {kind.name} stands before {missing[0]!r}, which is no kind of this file.")
-        return cls(kinds)
+        return cls(kinds, tuple(adapters))
 
     def note(self, texts: Sequence[str]) -> str | None:
         """One note on all words of prompts that it does not know, or knows for something else; None without any."""
@@ -173,10 +179,10 @@ def words_note(args: SampleArgs, config_files: Sequence[Path], prompts: Sequence
     Raises:
         ConfigError, PromptError: the file is unreadable, or not there.
     """
-    own = adapter_files(args.student) if args.student else None
-    taught = [text for text in args.lora if adapter_files(text) != own]
-    if args.vocabulary is None or taught or args.refine:
+    if args.vocabulary is None or args.refine:
         return None
     # Beside the YAML files, or in configs/, from where a shipped file's name for it holds.
-    file = find_prompt_file(args.vocabulary, [CONFIGS / "any.yaml", *config_files])
-    return Vocabulary.read(file).note([prompt.text for prompt in prompts])
+    vocabulary = Vocabulary.read(find_prompt_file(args.vocabulary, [CONFIGS / "any.yaml", *config_files]))
+    own = {adapter_files(text) for text in (args.student, *vocabulary.adapters) if text}
+    taught = any(adapter_files(text) not in own for text in args.lora)
+    return None if taught else vocabulary.note([prompt.text for prompt in prompts])

@@ -72,6 +72,8 @@ def test_who_was_taught_more_is_not_told(tmp_path: Path) -> None:
     assert words_note(args(), [CONFIG], prompts)
     assert words_note(args(lora=[str(REPO / "demo" / "student")]), [CONFIG], prompts)
     assert words_note(args(lora=["ckpts/foxes:0.5"]), [CONFIG], prompts) is None
+    pictures = REPO / "configs" / "demo_i2v_infer.yaml"
+    assert words_note(load_run_config([pictures], SampleArgs).args, [pictures], prompts)
     assert words_note(args(refine=True), [CONFIG], prompts) is None
     assert words_note(replace(args(), vocabulary=None), [CONFIG], prompts) is None
 
@@ -81,6 +83,7 @@ def test_who_was_taught_more_is_not_told(tmp_path: Path) -> None:
     [
         ("shapes: [star]", "shapes must have words"),
         ("shapes: {words: [star, yes]}", "put quotes around them"),
+        ("adapters: demo/i2v", "adapters must be a list of paths"),
         ("shapes: {words: [star], tells: [star]}", "tells is none of them"),
         ("colours: {words: [red], before: [shapes]}", "colours stands before 'shapes', which is no kind"),
     ],

@@ -28,6 +28,7 @@ LINES = ("horizontal", "vertical")
 HEADER = (
     "# Words of prompts that the demo model knows, written by tools/demo/vocabulary.py; args.vocabulary names it.\n"
 )
+ADAPTERS = ["demo/i2v"]  # trained with the same words
 SAID = {"bounce": "bouncing", "orbit": "circling", "rotate": "turning", "grow": "growing", "shrink": "shrinking",
         "still": "staying still"}  # fmt: skip
 
@@ -75,7 +76,8 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     import yaml
 
-    text = yaml.safe_dump(kinds(), sort_keys=False, width=118, default_flow_style=None, allow_unicode=True)
+    content = {**kinds(), "adapters": ADAPTERS}
+    text = yaml.safe_dump(content, sort_keys=False, width=118, default_flow_style=None, allow_unicode=True)
     write_text(options.out, HEADER + text)
     return 0
 
