@@ -53,6 +53,7 @@ class Report:
 @dataclass
 class Painted:
     frames: np.ndarray
+    warnings: tuple[str, ...] = ()
 
     def save(self, path: Path) -> None:
         write_video(path, self.frames, 8)

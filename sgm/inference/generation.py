@@ -58,12 +58,13 @@ class Generation:
             SamplingError: a picture asks for a size that the model has no positions for.
         """
         lines = [f"warning: {line}" for line in self.pipeline.visual.remarks(prompts)]
-        if note := words_note(self.args, self.config.files, prompts):
-            lines.append(f"note: {note}")
+        note = words_note(self.args, self.config.files, prompts) or ""
         for line in lines:
             if line not in self._warned:
                 self.progress.line(line)
-            self._warned.add(line)
+        if note and note not in self._warned:
+            self.progress.note(note)
+        self._warned |= {*lines, note}
         return prompts
 
     # --- loading --------------------------------------------------------------------------------------------------

@@ -351,6 +351,13 @@ class _CallProgress(Progress):
             self.noted.update([text] if text.startswith("note: ") else [])
             super().line(text)
 
+    def note(self, text: str) -> None:
+        self.warned.append(text)
+        if self.shown:
+            super().note(text)
+        else:
+            warnings.warn(text, stacklevel=2)
+
     def warn(self, text: str) -> None:
         self.warned.append(text)
         warnings.warn(text, stacklevel=2)

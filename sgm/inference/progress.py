@@ -45,6 +45,10 @@ class Progress:
         if self.shown:
             tqdm.write(text, file=sys.stderr)
 
+    def note(self, text: str) -> None:
+        """A line on what was asked for."""
+        self.line(f"note: {text}")
+
     def warn(self, text: str) -> None:
         """A line that must be seen, whichever process it comes from."""
         tqdm.write(f"warning: {text}", file=sys.stderr)

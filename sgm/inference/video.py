@@ -54,7 +54,8 @@ class Video:
         fps: frames per second.
         latents: (t, c, h/8, w/8), scaled, on the CPU.
         record: what the commands write beside a clip: the request first, then what it led to.
-        warnings: what was unusual, such as the end of a prompt that the text encoder does not read.
+        warnings: what was unusual, such as the end of a prompt that the text encoder does not read, or words that the
+            model does not know.
     """
 
     frames: np.ndarray = field(repr=False)

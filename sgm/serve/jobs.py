@@ -93,13 +93,14 @@ class JobFiles:
     Attributes:
         variants: name in the API -> file and media type; the first three are OpenAI's. A preview goes when the video
             comes.
+        warnings: what was unusual about the video, one a line; there where something was.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.video, self.record = folder / "000000.mp4", folder / "000000.json"
         self.thumbnail, self.spritesheet = folder / "thumbnail.webp", folder / "spritesheet.jpg"
-        self.preview = folder / "preview.jpg"
+        self.preview, self.warnings = folder / "preview.jpg", folder / "warnings.txt"
         self.variants = {
             "video": (self.video, "video/mp4"),
             "thumbnail": (self.thumbnail, "image/webp"),

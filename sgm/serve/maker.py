@@ -14,7 +14,7 @@ from PIL import Image
 
 from sgm.data.video_out import write_contact_sheet
 from sgm.errors import SgmError
-from sgm.files import replacing
+from sgm.files import replacing, write_text
 from sgm.serve.jobs import ClipRequest, Job, JobFiles
 from sgm.serve.store import JobStore
 
@@ -115,4 +115,6 @@ def _write(clip: Video, files: JobFiles) -> None:
     with replacing(files.thumbnail) as temporary:
         Image.fromarray(np.ascontiguousarray(frames[len(frames) // 2])).save(temporary, quality=85)
     write_contact_sheet(files.spritesheet, frames)
+    if clip.warnings:
+        write_text(files.warnings, "\n".join(clip.warnings))
     files.preview.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
 
 from sgm.serve.desk import Forecast
 from sgm.serve.jobs import COMPLETED, FAILED, RUNNING, Job, JobFiles
@@ -22,6 +23,7 @@ CSS = """
   border: none; padding: 0; text-align: left; cursor: pointer; font: inherit !important; }
 .cv-queue button { overflow: hidden; white-space: nowrap; text-overflow: ellipsis; }
 .cv-error { color: var(--error-text-color, #b00020); white-space: pre-wrap; }
+.cv-warning { white-space: pre-line; font-size: .9rem; color: var(--body-text-color-subdued); }
 .cv-player pre { max-height: 20rem; overflow: auto; font-size: .75rem; }
 .cv-queue { display: grid; grid-template-columns: minmax(0, 1fr) auto auto; gap: .3rem 1rem; font-size: .9rem; }
 .cv-gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(120px, 1fr)); gap: .5rem;
@@ -47,7 +49,8 @@ def player(job: Job | None, files: JobFiles | None, forecast: Forecast) -> str:
     if job is None or files is None:
         return '<div class="cv-player cv-empty">The video appears here.</div>'
     if job.state == COMPLETED:
-        return f'<div class="cv-player">{_video(job)}{_caption(job)}{_links(job)}{_record(files)}</div>'
+        told = f"{_caption(job)}{_warnings(files)}{_links(job)}{_record(files)}"
+        return f'<div class="cv-player">{_video(job)}{told}</div>'
     if job.state == FAILED:
         return f'<div class="cv-player">{_caption(job)}<p class="cv-error">{_text(job.error or "")}</p></div>'
     shown = '<div class="cv-empty">No frame can be seen yet.</div>'
@@ -99,13 +102,23 @@ def _links(job: Job) -> str:
     return f'<p class="cv-links">{shown}<button data-job="{job.id}" data-act="delete">Delete</button></p>'
 
 
+def _warnings(files: JobFiles) -> str:
+    """What was unusual about the clip."""
+    return f'<p class="cv-warning">{_text(text)}</p>' if (text := _read(files.warnings)) else ""
+
+
 def _record(files: JobFiles) -> str:
     """The clip's JSON, folded up."""
+    text = _read(files.record)
+    return text and f"<details><summary>How it was made</summary><pre>{_text(text)}</pre></details>"
+
+
+def _read(file: Path) -> str:
+    """Its text; "" where it is not there."""
     try:
-        text = files.record.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return ""
-    return f"<details><summary>How it was made</summary><pre>{_text(text)}</pre></details>"
 
 
 def _address(job: Job, variant: str) -> str:

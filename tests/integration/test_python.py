@@ -245,7 +245,9 @@ def test_the_first_lines_of_the_guide(tmp_path, monkeypatch):
     model = TextToVideo.from_config("configs/demo_infer.yaml", overrides={"args.sampling_num_frames": 1})
     video = model("a small red star drifts to the left over a white background", seed=7, steps=2)
     assert video.frames.shape == (1, 128, 192, 3) and len(read_frames(video.save("star.mp4"), [0])) == 1
-    fast = model("a small red star", configs=["configs/few_steps.yaml"])
+    with pytest.warns(UserWarning, match="the model does not know fox. It knows shapes: circle"):
+        fast = model("a small red fox", configs=["configs/few_steps.yaml"])
+    assert "does not know fox" in fast.warnings[0] and not video.warnings
     assert (fast.record["decoder"], fast.record["num_steps"]) == ("small", 4)
     again = model(
         "a small red star drifts to the left over a white background", seed=7, overrides={"args.num_steps": 2}

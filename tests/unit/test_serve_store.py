@@ -9,10 +9,12 @@ import pytest
 
 from sgm.errors import SgmError
 from sgm.files import readable
+from sgm.serve.desk import Forecast
 from sgm.serve.jobs import COMPLETED, EXPIRED, FAILED, QUEUED, RUNNING, ServeError
 from sgm.serve.maker import Maker
 from sgm.serve.store import GAVE_UP, MOST_ATTEMPTS, JobStore, KeyReusedError, QueueFullError, new_id
-from tests.serve_tiny import Report, origin, paint, request
+from sgm.serve.views import player
+from tests.serve_tiny import Painted, Report, origin, paint, request
 
 ORIGIN = origin()
 
@@ -220,6 +222,18 @@ def test_previews_end_where_memory_does(store):
     job, _ = create(store)
     maker = Maker(store, "w", clip, previews=True, too_large=(MemoryError,))
     assert maker.make_next() and store.get(job.id).state == COMPLETED and not maker.previews
+
+
+def test_what_was_unusual_stands_beneath_the_video(store):
+    def clip(asked, folder, on_step):
+        warnings = (f"the model does not know {asked.prompt}",)
+        return Painted(paint(asked, folder, on_step).frames, warnings if asked.prompt == "<fox>" else ())
+
+    for prompt in ("<fox>", "star"):
+        job, _ = create(store, prompt, origin(prompt))
+        assert Maker(store, "w", clip).make_next()
+        shown = player(store.get(job.id), store.files(job.id), Forecast([], [], 1, 0.0))
+        assert ("the model does not know &lt;fox&gt;" in shown) == (prompt == "<fox>")
 
 
 def test_a_preview_is_there_while_the_video_is_not(store):
