@@ -34,14 +34,20 @@ def with_adapters(config: RunConfig[SampleArgs]) -> RunConfig[SampleArgs]:
     What only decodes latents has no use for a student.
 
     Raises:
-        ConfigError: two entries of `args.lora` are one adapter, which would count twice.
+        ConfigError: an adapter would count twice: it is two entries of `args.lora`, or `args.load` holds it.
     """
     args = config.args
     if args.decode_latents:
         return replace(config, args=replace(args, few_steps=False))
     named: dict[tuple[Path, ...], str] = {}
+    base = adapter_files(args.load) if args.load else ()
     for text in args.lora:
         files = adapter_files(text)
+        if base and (files == base or _merged_from(files[0]) in base[0].parents):
+            raise ConfigError(
+                f"args.load is {args.load}, which holds the adapter {text} of args.lora, so that it would count twice; "
+                "leave the adapter out (--set args.lora=[]), or set args.load to the base model."
+            )
         if first := named.get(files):
             raise ConfigError(
                 f"args.lora: {first} and {text} are the same adapter, which would count twice; name it once, with its "
@@ -57,6 +63,11 @@ def _here(text: str) -> str:
     """`PATH[:SCALE]` of an adapter that is named as in the hub: its local file, which is fetched at first use."""
     name = str(adapter_path(text))
     return f"{adapter_from_hub(name)}{text[len(name) :]}" if is_hub_name(found_path(name)) else text
+
+
+def _merged_from(file: Path) -> Path:
+    """Where a run whose checkpoint is RUN/ITERATION/file keeps its adapter folded into the base."""
+    return file.parent.parent / "merged"
 
 
 def adapter_files(text: str) -> tuple[Path, ...]:

@@ -55,6 +55,15 @@ def test_no_adapter_counts_twice(tmp_path):
         with_adapters(config(lora=[str(STUDENT), "other", f"{tmp_path}/link:0.5"]))
     with pytest.raises(ConfigError, match="absent and absent are the same adapter"):
         with_adapters(config(lora=["absent", "absent"]))
+    for folder in ("run/6", "run/merged/6", "other/6"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "mp_rank_00_model_states.pt").touch()
+        (tmp_path / folder).with_name("latest").write_text("6")
+    for load, lora in (("run", "run/6:0.5"), ("run/merged", "run"), ("run/merged/6", "run/6")):
+        with pytest.raises(ConfigError, match=f"args.load is {tmp_path / load}, which holds the adapter .*{lora}"):
+            with_adapters(config(load=str(tmp_path / load), lora=[str(tmp_path / lora)]))
+    other = config(load=str(tmp_path / "run/merged"), lora=[str(tmp_path / "other")], few_steps=False)
+    assert with_adapters(other) == other
 
 
 def test_decoding_needs_no_student():
