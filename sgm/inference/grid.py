@@ -110,7 +110,10 @@ def _axis(name: str, values: str, args: SampleArgs) -> Axis:
         student = adapter_files(args.student) if args.few_steps and args.student else None
         kept = [text for text in args.lora if adapter_files(text) == student]
         adapters = [text for text in args.lora if text not in kept]
-        return Axis(name, [_lora(text, adapters, kept) for text in texts])
+        made = [_lora(text, adapters, kept) for text in texts]
+        if len({value.label for value in made}) < len(made):  # files of one name, such as two of a run
+            made = [replace(value, label=f"lora {text}") for value, text in zip(made, texts)]
+        return Axis(name, made)
     word, option, kind = _NUMBERS[name]
     try:
         return Axis(name, [Value(f"{word} {text}", {option: kind(text)}) for text in texts])

@@ -146,6 +146,8 @@ def test_factors_of_a_comparison_leave_the_student_as_it_is():
     student, _ = asked.args.lora
     _, (_, axis) = comparison_of(["lora=0,0.5,third"], asked)
     assert [value.asked["lora"] for value in axis.values] == [[student], [student, "other:1"], [student, "third"]]
+    _, (_, axis) = comparison_of(["lora=1/x.pt,2/x.pt"], asked)
+    assert [value.label for value in axis.values] == ["lora 1/x.pt", "lora 2/x.pt"], "told apart"
 
 
 def test_an_adapter_that_the_hub_does_not_have(hub, tmp_path):
