@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -140,19 +140,26 @@ def origin_of(folder: Path) -> dict[str, Any]:
 
 @contextmanager
 def alone(target: Path, name: str, say: Callable[[str], None]) -> Iterator[None]:
-    """As the only command that fetches `name` into the folder `target`; the folder above is there then."""
+    """As the only command that fetches `name` into the folder `target`; the folder above is there then, and goes again
+    where nothing came."""
+    absent = [folder for folder in target.parents if not folder.exists()]
     with saving(target):
         target.parent.mkdir(parents=True, exist_ok=True)
     told = False
-    while True:
-        with try_lock(target.with_name(f".lock-get-{target.name}")) as mine:
-            if mine:
-                yield
-                return
-        if not told:
-            say(f"another command is fetching {name}; this one waits for it")
-        told = True
-        time.sleep(0.5)
+    try:
+        while True:
+            with try_lock(target.with_name(f".lock-get-{target.name}")) as mine:
+                if mine:
+                    yield
+                    return
+            if not told:
+                say(f"another command is fetching {name}; this one waits for it")
+            told = True
+            time.sleep(0.5)
+    finally:
+        for folder in absent:
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def _by_hand(wish: Wish) -> str:

@@ -153,6 +153,7 @@ def test_factors_of_a_comparison_leave_the_student_as_it_is():
 def test_an_adapter_that_the_hub_does_not_have(hub, tmp_path):
     with pytest.raises(HubError, match="has no someone/other"):
         fetched(config(lora=["someone/other"]))
+    assert not (tmp_path / "weights").exists(), "nothing stays of what there is not"
     with pytest.raises(HubError, match=f"has no file a.safetensors; its files: .*{FILE}"):
         fetched(config(lora=["someone/style/a.safetensors"]))
     Path("ckpts").mkdir()
