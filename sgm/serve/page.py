@@ -97,7 +97,8 @@ class Page:
         facts = next(iter(offer.models.values()))
         fields["prompt"] = gr.Textbox(label="Prompt", lines=4, max_lines=8, elem_id="prompt", autofocus=True,
                                       placeholder="What the video shows")  # fmt: skip
-        fields["refine"] = gr.Checkbox(label="Let a language model write the prompt out", visible=offer.refines)
+        fields["refine"] = gr.Checkbox(label="Let a language model write the prompt out", elem_id="refine",
+                                       visible=offer.refines)  # fmt: skip
         self.start = gr.File(**_start(facts), elem_id="start", height=140)
         make = gr.Button("Make the video", variant="primary", elem_id="make")
         with gr.Row():

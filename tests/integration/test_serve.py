@@ -12,6 +12,7 @@ import threading
 import time
 import warnings
 from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
@@ -28,6 +29,7 @@ from tests.serve_tiny import Server, is_alive, wait_for
 
 warnings.filterwarnings("ignore", message="The Sora API")
 SIZES = ((1280, 800), (420, 800))
+CAPTION = "A red star drifts over snow."
 
 
 @pytest.fixture(scope="module")
@@ -38,13 +40,32 @@ def config(tmp_path_factory) -> Path:
     return write_yaml(release / "tiny_infer.yaml", content)
 
 
+class LanguageModel(BaseHTTPRequestHandler):
+    """Writes every prompt out in the same words."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        body = json.dumps({"choices": [{"message": {"role": "assistant", "content": CAPTION}}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None: ...
+
+
 @pytest.fixture(scope="module")
 def server(config, tmp_path_factory):
+    """The page's server, beside a language model for the refinement of prompts."""
+    refines = ThreadingHTTPServer(("127.0.0.1", 0), LanguageModel)
+    threading.Thread(target=refines.serve_forever, daemon=True).start()
     server = Server(tmp_path_factory.mktemp("served"), config, "--max-clip", "3", "--max-steps", "5000")
-    server.start()
+    server.start(environ={"OPENAI_BASE_URL": f"http://127.0.0.1:{refines.server_port}/v1", "no_proxy": "127.0.0.1"})
     yield server
     if server.process.poll() is None:
         server.stop()
+    refines.shutdown()
+    refines.server_close()
 
 
 def client_of(server: Server, **options) -> openai.OpenAI:
@@ -217,6 +238,7 @@ def test_a_clip_and_its_record_fill_the_form(server, browser, tmp_path):
     browser.choose_files("#record input[type=file]", tmp_path / "clip.json")
     browser.wait("document.querySelector('#prompt textarea').value === 'first'")
     browser.wait("document.querySelector('#seed textarea, #seed input').value === '3'")
+    browser.click("#refine input")
     browser.choose_files("#start input[type=file]", tmp_path / "clip.mp4")
     shown = "document.querySelector('#start').innerText"  # names a file that is still on its way, too
     browser.wait(f"{shown}.includes('clip') && !{shown}.includes('Uploading')")
@@ -225,6 +247,7 @@ def test_a_clip_and_its_record_fill_the_form(server, browser, tmp_path):
     second = client.videos.list(limit=1).data[0]
     record = httpx.get(f"{server.address}/v1/videos/{second.id}/content?variant=record").json()
     assert record["seed"] == 3 and record["strength"] == 0.8 and record["video_sha256"]
+    assert (record["prompt"], record["refined_prompt"]) == ("first", CAPTION)
     open_page(browser, server)
     browser.click(f"#gallery [data-job={second.id}]")
     browser.click("#again")
