@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -113,12 +114,17 @@ class TransformerShape:
     patch: PatchLayout | None
 
     @property
+    def published(self) -> Published | None:
+        """The published model with these sizes."""
+        if self.patch is None:
+            return None
+        takes_image = self.patch.in_channels > self.patch.out_channels
+        return PUBLISHED.get((self.hidden_size, self.num_layers, self.patch.size[0], takes_image))
+
+    @property
     def family(self) -> str:
         """Name of the published model with these sizes, or the sizes."""
-        found = None
-        if self.patch is not None:
-            takes_image = self.patch.in_channels > self.patch.out_channels
-            found = PUBLISHED.get((self.hidden_size, self.num_layers, self.patch.size[0], takes_image))
+        found = self.published
         return found.name if found else f"a transformer of width {self.hidden_size} with {self.num_layers} layers"
 
 
@@ -145,18 +151,23 @@ def what_is(state: Mapping[str, Any]) -> str:
 
 def fitting_configs(state: Mapping[str, Any], folder: Path) -> list[str]:
     """YAML files in `folder` whose network is that of `state`; in which form it embeds patches does not count."""
-    shape = transformer_shape(state)
-    return [shown(path) for path in sorted(folder.glob("*.yaml")) if shape and _network_shape(path) == shape]
-
-
-def _network_shape(path: Path) -> TransformerShape | None:
     from sgm.config import ConfigError, merge_yaml
 
+    shape, fitting = transformer_shape(state), []
+    for path in sorted(folder.glob("*.yaml")):
+        with suppress(ConfigError):
+            if shape and shape_of_model(merge_yaml([path]).get("model")) == shape:
+                fitting.append(shown(path))
+    return fitting
+
+
+def shape_of_model(model: Any) -> TransformerShape | None:
+    """Sizes that a `model:` section asks for; None where it describes no such network."""
     try:
-        network: dict[str, Any] = merge_yaml([path])["model"]["network_config"]["params"]
+        network: dict[str, Any] = model["network_config"]["params"]
         patch = network["patch_size"]
         size = (1, patch, patch) if isinstance(patch, int) else (patch[0], patch[1], patch[2])
         layout = PatchLayout(network["in_channels"], network["out_channels"], size)
         return TransformerShape(network["hidden_size"], network["num_layers"], layout)
-    except (ConfigError, KeyError, TypeError, IndexError):  # not a model configuration: it cannot fit
+    except (KeyError, TypeError, IndexError):
         return None

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from sgm.files import refuse_lfs_pointer
 from sgm.placeholders import SHIPPED_T5, unedited, weight_paths
 from sgm.places import found_path
 from sgm.weights.checksums import WeightsError
+from sgm.weights.identify import shape_of_model
 from sgm.weights.release import how_to_get, locate, newest_run
 
 HOW_TO_GET_T5 = (
@@ -82,7 +84,7 @@ def check_paths(
     left = unedited(paths)
     problems = {place: f"{place} is still the placeholder {paths[place]!r}" for place in left}
     problems |= {
-        place: f"{place}: {value} does not exist"
+        place: f"{place}: {value} does not exist{_beside(Path(value).expanduser())}"
         for place, value in paths.items()
         if place not in left
         and not Path(value).expanduser().exists()
@@ -93,19 +95,26 @@ def check_paths(
             problems[f"args.lora {text}"] = f"args.lora: {path} does not exist"
     if problems:
         title = f"{len(problems)} weight path{'s' if len(problems) > 1 else ''} to set:"
-        raise ConfigError("\n".join([title, *(f"  - {p}" for p in problems.values()), *_remedies(problems)]))
+        raise ConfigError("\n".join([title, *(f"  - {p}" for p in problems.values()), *_remedies(problems, model)]))
     for value in [v for place, v in paths.items() if not place.endswith("model_dir")] + [*map(adapter_path, lora)]:
         with suppress(WeightsError):  # of what else is wrong its reader speaks; the text encoder looks at its own
             for file in locate(value)[0]:
                 refuse_lfs_pointer(file, ConfigError)
 
 
-def _remedies(places: Iterable[str]) -> list[str]:
-    """How to get the weights that are missing at these places, and no others."""
-    lacking = list(places)
+def _beside(path: Path) -> str:
+    """What is there in place of an absent path: 1.5's release has `transformer_t2v` and `transformer_i2v`."""
+    there = sorted(map(str, path.parent.glob(f"{escape(path.name)}_*")))
+    return f"; there are {', '.join(there)}" if there else ""
+
+
+def _remedies(places: Iterable[str], model: Mapping[str, Any]) -> list[str]:
+    """How to get the weights that are missing at these places of a model, and no others."""
+    lacking, shape = list(places), shape_of_model(model)
+    named = {"repository": shape.published.repository} if shape and shape.published else {}
     archives = {"args.load": "transformer.zip", "model.first_stage_config.params.ckpt_path": "vae.zip"}
     wanted = [archive for place, archive in archives.items() if place in lacking]
-    lines = [how_to_get(*wanted)] if wanted else []
+    lines = [how_to_get(*wanted, **named)] if wanted else []
     lines += [HOW_TO_GET_SMALL_DECODER] if SMALL_DECODER in lacking else []
     lines += [HOW_TO_GET_T5] if any(place.endswith("model_dir") for place in lacking) else []
     return lines + ([HOW_TO_GET_ADAPTER] if any(place.startswith("args.lora") for place in lacking) else [])

@@ -23,16 +23,20 @@ FROZEN_PREFIXES = ("conditioner.", "first_stage_model.")
 ADAPTER_FILE = "lora.safetensors"
 _PART = re.compile(r"mp_rank_(\d+)_model_states\.(?:pt|safetensors)$")
 _DATE = re.compile(r"(-\d\d){4}(-\d+)?$")
+_2B = "zai-org/CogVideoX-2b"  # on the hub
 _NETWORK_ROOTS = ("mixins.", "transformer.", "time_embed.", "ofs_embed.")
 
 
-def how_to_get(*archives: str) -> str:
-    """Where the named archives of the SAT release come from, or what takes their place."""
+def how_to_get(*archives: str, repository: str = _2B) -> str:
+    """Where weights come from: the named archives of 2B's SAT release, another model's folders, or what takes their
+    place."""
+    by_hand = "name the folders of the SAT release, or make them"
+    if repository == _2B:
+        by_hand = f"unpack {' and '.join(archives)} of the SAT release into one folder, or make that folder"
     return (
-        "Get the weights: `python tools/get_weights.py zai-org/CogVideoX-2b` fetches a released model and writes an "
-        f"infer.yaml for it; by hand, unpack {' and '.join(archives)} of the SAT release into one folder, or make that "
-        "folder from the diffusers release with tools/convert_weight_hf2sat.py. Random ones for a trial come from "
-        "tools/make_weights.py. docs/weights.md has the steps."
+        f"Get the weights: `python tools/get_weights.py {repository}` fetches a released model and writes an "
+        f"infer.yaml for it; by hand, {by_hand} from the diffusers release with tools/convert_weight_hf2sat.py. Random "
+        "ones for a trial come from tools/make_weights.py. docs/weights.md has the steps."
     )
 
 

@@ -228,6 +228,25 @@ def test_help_is_of_the_kind_that_is_missing(tmp_path, missing, told):
     assert not any(words in text for words in every if words not in " ".join(told))
 
 
+def test_help_is_of_the_model_that_is_configured(tmp_path):
+    for name in ("transformer_i2v", "transformer_t2v"):  # 1.5's release
+        (tmp_path / name).mkdir()
+    for name, repository in {
+        "cogvideox_2b": "zai-org/CogVideoX-2b",
+        "cogvideox_5b_i2v": "zai-org/CogVideoX-5b-I2V",
+        "cogvideox1.5_5b": "zai-org/CogVideoX1.5-5B",
+    }.items():
+        model = merge_yaml([REPO / "configs" / f"{name}_infer.yaml"])["model"]
+        for section in (model, {"network_config": model["network_config"]}):  # the rest is not needed beside a cache
+            with pytest.raises(ConfigError) as error:
+                check_paths(section, str(tmp_path / "transformer"))
+            text = str(error.value)
+            assert f"get_weights.py {repository}` " in text and ("transformer.zip" in text) == ("2b" in name)
+            assert (
+                f"transformer does not exist; there are {tmp_path}/transformer_i2v, {tmp_path}/transformer_t2v" in text
+            )
+
+
 def test_relative_paths_from_here_or_from_the_project(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert found_path("configs/test.txt") == str(REPO / "configs/test.txt")

@@ -41,7 +41,8 @@ def check_places(config: RunConfig[TrainArgs], dry_run: bool) -> None:
         ConfigError: names each that is not.
     """
     # With a cache only what is missing from it needs the encoders, whose absence is noticed then.
-    check_paths({} if config.args.cache_dir else config.model, config.args.load)
+    parts = ("network_config",) if config.args.cache_dir else config.model
+    check_paths({name: config.model[name] for name in parts}, config.args.load)
     args = config.args
     read = [] if args.distill and args.distill.prompts else args.train_data
     folders = {"train_data": read, "prior_data": args.prior_data, "valid_data": args.valid_data or []}
