@@ -51,7 +51,7 @@ def read_all(path: Path, origin: Origin, vae: Path, seed: int) -> list[Tensor]:
         seed: of the draw from a cached clip's posterior.
     Raises:
         ConfigError: a cache of another VAE, or nothing in it.
-        OutputError, WeightsError: neither, or damaged.
+        WeightsError: neither, or damaged.
     """
     is_cache = (path / "cache.json").is_file()
     found = list(_cached(path, vae, seed) if is_cache else _sampled(path, origin))

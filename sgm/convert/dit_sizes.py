@@ -355,7 +355,7 @@ def sizes_of_hf(config: Mapping[str, Any]) -> Sizes:
     counts = {name: values[size] for size, (name, default) in _HF_FIELDS.items() if type(default) is int}
     counts |= {"attention_head_dim": head, "patch_size": patch}
     counts |= {name: v for name, v in (("patch_size_t", frames), ("ofs_embed_dim", ofs)) if v is not None}
-    odd = [f"{name} {value!r}" for name, value in counts.items() if not _is_count(value)]
+    odd = [f"{name} {value!r}" for name, value in counts.items() if not (type(value) is int and 0 < value < 1 << 20)]
     if odd:
         raise ConvertError(f"the transformer's config.json is damaged: {', '.join(odd)}.")
     wrong = [f"{name} {config[name]!r}" for name, only in _HF_FIXED.items() if config.get(name, only) != only]
@@ -379,10 +379,6 @@ def _as_released(sizes: Sizes) -> Sizes:
         f"{_HF_FIELDS[n][0]} {value} (config.json: {given})" for n, (value, given) in pairs.items() if value != given
     ]
     return replace(released, assumed=f"{', '.join(said)}, as in SAT's release" if said else "")
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 20
 
 
 def sizes_of_params(params: Mapping[str, Any]) -> Sizes:

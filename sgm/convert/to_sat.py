@@ -83,11 +83,14 @@ def convert(request: ToSat) -> list[str]:
     with whole_folder(request.output, overwrite=request.overwrite, inputs=request.inputs(), needed=needed) as out:
         _write(out, parts, request.shard_bytes)
         if len(parts) == 3:
-            shift, dtype = _shift_scale(request.source, sizes), parts["transformer"].plan[_PATCH].dtype
+            scheduler, shift = request.source / _SCHEDULER, sizes.nearest.shift_scale
+            if scheduler.is_file():
+                shift = float(read_json(scheduler).get("snr_shift_scale", 3.0))
+            else:
+                lines.append(f"assumed: shift_scale {shift:g}, as the published model's ({_SCHEDULER} is not there)")
+            dtype = parts["transformer"].plan[_PATCH].dtype
             run = run_file(request.output, sizes, parts["vae"].config, factor, shift, dtype)
             write_text(out / RUN_FILE, run)
-            if not (request.source / _SCHEDULER).is_file():
-                lines.append(f"assumed: shift_scale {shift:g}, as the published model's ({_SCHEDULER} is not there)")
             file = shlex.quote(str(request.output / RUN_FILE))
             plain = f"to sample: python sample_video.py {file}"
             with_image = f"to sample: python sample_video.py {file} --prompt TEXT --image PICTURE"
@@ -192,11 +195,6 @@ def _text_encoder(request: ToSat, width: int | None) -> Component:
 
 def _cast_all(plan: Mapping[str, Deferred], dtype: torch.dtype | None) -> dict[str, Deferred]:
     return {name: cast(name, value, dtype) for name, value in plan.items()}
-
-
-def _shift_scale(source: Path, sizes: Sizes) -> float:
-    file = source / _SCHEDULER
-    return float(read_json(file).get("snr_shift_scale", 3.0)) if file.is_file() else sizes.nearest.shift_scale
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

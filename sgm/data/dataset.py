@@ -179,7 +179,10 @@ class SFTDataset(Dataset):
             except CLIP_FAULTS as fault:
                 if isinstance(fault, CaptionError) and self.settings.missing_caption == "error":
                     raise
-                self._mark_broken(candidate, path, fault)
+                self._broken[candidate] = 1
+                logger.warning("clip left out: %s", fault)
+                if self.report_path:
+                    append_broken(self.report_path, path, str(fault))
                 continue
             size = {"num_frames": len(frames), "fps": self.settings.fps}
             return {"mp4": frames, "txt": caption, **size, "path": str(path), "index": candidate, "prior": self.prior}
@@ -230,12 +233,6 @@ class SFTDataset(Dataset):
         if other:
             raise DatasetError(f"{self.report_path} was made with another {', '.join(other)}; check the data set again")
         return report
-
-    def _mark_broken(self, index: int, path: Path, fault: Exception) -> None:
-        self._broken[index] = 1
-        logger.warning("clip left out: %s", fault)
-        if self.report_path:
-            append_broken(self.report_path, path, str(fault))
 
 
 class VideoDataset(SFTDataset):

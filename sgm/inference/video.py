@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sgm.data.video_out import write_video
 from sgm.files import saving, write_json
-from sgm.inference.writer import OutputError
+from sgm.typed import ConfigError
 
 CONTAINERS = (".mp4", ".mov", ".mkv")
 
@@ -87,12 +87,12 @@ class Video:
         Returns:
             The clip's path.
         Raises:
-            OutputError: another ending than `CONTAINERS`.
+            ConfigError: another ending than `CONTAINERS`.
             SaveError: it cannot be written; an earlier clip of that name is as it was.
         """
         path = Path(path).expanduser()
         if path.suffix.lower() not in CONTAINERS:
-            raise OutputError(f"{path} has no ending of a video; choose {', '.join(CONTAINERS)}.")
+            raise ConfigError(f"{path} has no ending of a video; choose {', '.join(CONTAINERS)}.")
         with saving(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         record = path.with_suffix(".json")

@@ -11,15 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from sgm.errors import SgmError
 from sgm.files import remove_leftovers, saving, sync_folder
 from sgm.weights import read_checkpoint
-from sgm.weights.checksums import read_header
+from sgm.weights.checksums import WeightsError, read_header
 from sgm.weights.save import save_safetensors
-
-
-class OutputError(SgmError):
-    """Results that cannot be read again; the message says which and why."""
 
 
 class SampleFiles:
@@ -101,12 +96,12 @@ def read_latents(path: Path) -> tuple[Tensor, dict[str, Any]]:
     """(scaled latents (t, c, h, w), facts) that `write_latents` stored.
 
     Raises:
-        OutputError: not such a file.
+        WeightsError: not such a file.
     """
     try:
         return read_checkpoint(path)["latents"], json.loads(read_header(path).metadata.get("facts", "{}"))
     except (KeyError, ValueError) as error:
-        raise OutputError(f"{path} holds no saved latents: {error}") from error
+        raise WeightsError(f"{path} holds no saved latents: {error}") from error
 
 
 def latents_digest(latents: Tensor) -> str:
@@ -118,9 +113,9 @@ def find_latents(path: Path) -> Sequence[Path]:
     """Latent files named by `path`: itself, or all below the folder.
 
     Raises:
-        OutputError: none.
+        WeightsError: none.
     """
     found = [path] if path.is_file() else sorted(path.rglob("latents.safetensors"))
     if not found:
-        raise OutputError(f"no latents.safetensors at or below {path}; save some with --only-save-latents.")
+        raise WeightsError(f"no latents.safetensors at or below {path}; save some with --only-save-latents.")
     return found

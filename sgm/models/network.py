@@ -179,7 +179,20 @@ class DiffusionTransformer(BaseModel):
         ensure_groups(args.model_parallel_size)
         with preserve_rng(), quiet_libraries(), without_values():
             # SAT leaves process groups and seeds alone when it is handed a transformer.
-            super().__init__(None, transformer=_build_trunk(args, offers, num_attention_heads, parallel_output, dtype))
+            trunk = DiTTransformer(
+                num_layers=num_layers,
+                hidden_size=hidden_size,
+                num_attention_heads=num_attention_heads,
+                max_sequence_length=args.max_sequence_length,
+                elementwise_affine=elementwise_affine,
+                checkpoint_activations=args.checkpoint_activations,
+                parallel_output=parallel_output,
+                model_parallel_size=args.model_parallel_size,
+                skip_init=args.skip_init,
+                hooks={},
+                params_dtype=DTYPES[dtype],
+            )
+            super().__init__(None, transformer=trunk)
             self.hidden_size, self.num_layers, self.patch = hidden_size, num_layers, patch
             self.in_channels, self.out_channels = in_channels, out_channels
             self.latent_height, self.latent_width = latent_height, latent_width
@@ -411,24 +424,6 @@ class DiffusionTransformer(BaseModel):
     def streamable_blocks(self) -> list[list[nn.Module]]:
         """For each layer, the modules it needs: the layer itself first (the one that is called), then the mixins'."""
         return [[layer, *self.modulation.layer_parts(i)] for i, layer in enumerate(self.transformer.layers)]
-
-
-def _build_trunk(
-    args: TransformerArgs, sizes: Mapping[str, Any], heads: int, parallel_output: bool, dtype: str
-) -> DiTTransformer:
-    return DiTTransformer(
-        num_layers=sizes["num_layers"],
-        hidden_size=sizes["hidden_size"],
-        num_attention_heads=heads,
-        max_sequence_length=args.max_sequence_length,
-        elementwise_affine=sizes["elementwise_affine"],
-        checkpoint_activations=args.checkpoint_activations,
-        parallel_output=parallel_output,
-        model_parallel_size=args.model_parallel_size,
-        skip_init=args.skip_init,
-        hooks={},
-        params_dtype=DTYPES[dtype],
-    )
 
 
 def _build_mixin(config: Mapping[str, Any], offers: Mapping[str, Any]) -> nn.Module:

@@ -23,7 +23,6 @@ from sgm.data.video_io import probe, read_frames
 from sgm.inference.fit import SamplingError
 from sgm.inference.model import Asked
 from sgm.inference.prompts import PromptError
-from sgm.inference.writer import OutputError
 from sgm.weights import WeightsError
 from tests.family_tiny import write_kind
 from tests.sampling_tiny import REPO, configuration, main, write_yaml
@@ -84,7 +83,7 @@ def test_equal_to_the_command_with_the_same_record(config, model, tmp_path):
     assert made[0].save(tmp_path / "v.mp4").read_bytes() == file.read_bytes()
     assert made[0].frames.shape == (9, 16, 32, 3) and made[0].frames.dtype == np.uint8 and made[0].seed == 7
     assert (probe(file).frames, made[0].fps) == (9, 8)
-    with pytest.raises(OutputError, match=r"v\.png has no ending of a video"):
+    with pytest.raises(ConfigError, match=r"v\.png has no ending of a video"):
         made[0].save(tmp_path / "v.png")
 
 

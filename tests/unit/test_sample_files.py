@@ -28,9 +28,10 @@ from sgm.inference.progress import Progress, StageTimes
 from sgm.inference.prompts import Prompt
 from sgm.inference.requests import Guidance, Request, Requests, Wanted
 from sgm.inference.runner import Runner
-from sgm.inference.writer import OutputError, SampleFiles
+from sgm.inference.writer import SampleFiles
 from sgm.modules.diffusionmodules.guiders import IdentityGuider, VanillaCFG
 from sgm.parallel.team import Layout, Team
+from sgm.weights.checksums import WeightsError
 
 
 def frames(count: int = 5, height: int = 32, width: int = 64) -> np.ndarray:
@@ -76,9 +77,9 @@ def test_latents_keep_values_and_facts(tmp_path):
     assert writer.find_latents(tmp_path) == [tmp_path / "a" / "latents.safetensors"]
     assert writer.latents_digest(latents) == writer.latents_digest(read.float()) != writer.latents_digest(-latents)
     (tmp_path / "bad.safetensors").write_text("no")
-    with pytest.raises(OutputError, match="bad.safetensors holds no saved latents"):
+    with pytest.raises(WeightsError, match="bad.safetensors holds no saved latents"):
         writer.read_latents(tmp_path / "bad.safetensors")
-    with pytest.raises(OutputError, match="--only-save-latents"):
+    with pytest.raises(WeightsError, match="--only-save-latents"):
         writer.find_latents(tmp_path / "nothing")
 
 

@@ -69,7 +69,9 @@ class LoraLinear(AdaptedLinear):
         self.scaling = scaling
         self.adapter_scale = 1.0
         self.lora_dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
-        weight, dtype = weight_of(original), _working_dtype(original)
+        weight = weight_of(original)
+        # the linear's floating-point type, also where its weight is stored quantised
+        dtype = weight.dtype if weight.is_floating_point() else original.get_parameter("bias").dtype
         rows = weight.shape[0] // parts
         self.matrix_A = nn.ParameterList(_initial_a(original, rank, dtype) for _ in range(parts))
         self.matrix_B = nn.ParameterList(
@@ -113,12 +115,6 @@ class LoraLinear(AdaptedLinear):
 def weight_of(linear: nn.Module) -> nn.Parameter:
     """The weight (out, in) of a linear layer, torch's or SAT's."""
     return linear.get_parameter("weight")
-
-
-def _working_dtype(linear: nn.Module) -> torch.dtype:
-    """Floating-point type of the linear, also where its weight is stored quantised."""
-    weight = weight_of(linear)
-    return weight.dtype if weight.is_floating_point() else linear.get_parameter("bias").dtype
 
 
 def _initial_a(linear: nn.Module, rank: int, dtype: torch.dtype) -> Tensor:

@@ -69,11 +69,7 @@ def learning_rate(settings: ScheduleSettings, step: int) -> float:
         return min(settings.hold_rate * settings.base_lr, rising)
     if k <= warmup_steps:
         return rising
-    return _decayed(settings, (k - warmup_steps) / total)
-
-
-def _decayed(settings: ScheduleSettings, progress: float) -> float:
-    lr, ratio = settings.base_lr, settings.decay_ratio
+    progress, lr, ratio = (k - warmup_steps) / total, settings.base_lr, settings.decay_ratio
     if settings.style == "linear":
         return lr * max(0.0, 1.0 - progress)
     if settings.style == "cosine":

@@ -105,7 +105,12 @@ def plan_deepspeed(
     if dtype == "fp32" and not zero["stage"]:
         config["gradient_clipping"] = 0.0  # DeepSpeed's own cannot do without gradients; `training_step` clips
     offload = "offload_optimizer" in config["zero_optimization"]
-    _allow_own_optimizer(config, zero, optimizer, notes)
+    if optimizer.target is not None:
+        if config.get("zero_allow_untested_optimizer") is False and zero["stage"]:
+            allowed = "deepspeed.zero_allow_untested_optimizer is set to true"
+            notes.append(f"{allowed}: ZeRO is tested here with this optimizer")
+        config["zero_allow_untested_optimizer"] = True
+        config["zero_force_ds_cpu_optimizer"] = False
     time_phases = bool(config.get("wall_clock_breakdown"))
     config["wall_clock_breakdown"] = False  # DeepSpeed's own knows neither VAE nor text encoder
     idle = [name for name, value in (config.get("activation_checkpointing") or {}).items() if value]
@@ -291,17 +296,6 @@ def _optimizer(config: dict[str, Any], problems: list[str], notes: list[str]) ->
         config["optimizer"] = {"type": section["type"], "params": {**spec.params, "lr": spec.lr}}
         notes.append(f"deepspeed.optimizer {spec.name} is DeepSpeed's own: it may compile a kernel, and keeps no EMA")
     return spec
-
-
-def _allow_own_optimizer(
-    config: dict[str, Any], zero: dict[str, Any], optimizer: OptimizerSpec, notes: list[str]
-) -> None:
-    if optimizer.target is None:
-        return
-    if config.get("zero_allow_untested_optimizer") is False and zero["stage"]:
-        notes.append("deepspeed.zero_allow_untested_optimizer is set to true: ZeRO is tested here with this optimizer")
-    config["zero_allow_untested_optimizer"] = True
-    config["zero_force_ds_cpu_optimizer"] = False
 
 
 def _quiet_defaults(config: dict[str, Any]) -> None:
