@@ -10,8 +10,12 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+if TYPE_CHECKING:
+    from sgm.inference.refine import Endpoint
 
 LONG_WORDS = 165  # about 226 tokens of T5, what the text encoder reads
 
@@ -41,21 +45,30 @@ def is_long(caption: str) -> bool:
     return len(caption.split()) > LONG_WORDS
 
 
+def refine_wish(wish: str, endpoint: Endpoint) -> str:
+    """The caption of a prompt. Of `TEXT@@IMAGE` only the text is sent, and `@@IMAGE` stands behind the caption."""
+    from sgm.inference.prompts import picture_apart
+    from sgm.inference.refine import refine
+
+    text, picture = picture_apart(wish)
+    return refine(text, endpoint) + picture
+
+
 def run(options: argparse.Namespace) -> int:
-    from sgm.inference.refine import Endpoint, RefineError, refine
+    from sgm.inference.refine import Endpoint, RefineError
     from tools.refine_file import refine_file
 
     endpoint = Endpoint.from_environment(options.model, timeout=options.timeout, attempts=options.attempts)
     if options.prompt is not None:
         if not options.prompt.strip():
             raise RefineError("--prompt is empty; write what the video shall show.")
-        caption = refine(options.prompt.strip(), endpoint)
+        caption = refine_wish(options.prompt.strip(), endpoint)
         if is_long(caption):
             print("note: this caption may be longer than the 226 tokens that are read", file=sys.stderr)
         print(caption)
         return 0
     outcome = refine_file(
-        options.input_file, options.output_file, endpoint, refine, jobs=options.jobs, overwrite=options.overwrite,
+        options.input_file, options.output_file, endpoint, refine_wish, jobs=options.jobs, overwrite=options.overwrite,
         report=lambda line: print(line, file=sys.stderr, flush=True),
     )  # fmt: skip
     done = outcome.asked - len(outcome.failures)

@@ -132,6 +132,12 @@ class Pictures:
 FROM_TEXT = Pictures(wanted=False)
 
 
+def picture_apart(text: str) -> tuple[str, str]:
+    """A prompt's text, and the `@@IMAGE` behind it, "" where no picture is named."""
+    found = _IMAGE.search(text)
+    return (text[: found.start()].rstrip(), found[0]) if found else (text, "")
+
+
 def _place(prompt: Prompt, file: Path | None) -> str:
     return f"{file}, line {prompt.index + 1}" if file else f"prompt {prompt.index}"
 

@@ -324,6 +324,9 @@ def test_the_command(server: Server, wishes: Path, tmp_path: Path, capsys: Any) 
     assert (tmp_path / "c.txt").read_text() == "first\n\nsecond\nthird\nfirst\n"
     assert convert_demo.main(["--prompt", " a fox ", "--model", "m"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "second" and server.asked[-1]["model"] == "m"
+    assert convert_demo.main(["--prompt", "a fox@@ my/fox.png"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "second@@ my/fox.png"
+    assert server.asked[-1]["messages"][-1]["content"] == "a fox", "pictures are sent nowhere"
     assert convert_demo.main(["--prompt", "  "]) == 2
     (tmp_path / "bytes.txt").write_bytes(b"ok\n\xff\xfe\n")
     bad = ["--input-file", str(tmp_path / "bytes.txt"), "--output-file", str(tmp_path / "d.txt")]
