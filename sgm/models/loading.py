@@ -89,7 +89,8 @@ def load_network(
     base = own.base | replaced
     if add_image_channels:
         base = _with_image_channels(network, base, loaded)
-    _assign_base(network, base, checkpoint, device, dtype, allow_absent, loaded)
+    source = " with ".join([checkpoint.source, *(parts.file.source for parts in added if parts.replaced)])
+    _assign_base(network, base, source, device, dtype, allow_absent, loaded)
     _attach_further(network, [own, *added], device, trains, loaded)
     _apply_adapters(network, [own, *added], merge, loaded)
     if not any(parts.lora for parts in (own, *added)) and network.has_lora_config:
@@ -152,7 +153,7 @@ def _apply_adapters(network: DiffusionTransformer, every: Sequence[_Parts], merg
 def _assign_base(
     network: DiffusionTransformer,
     base: Mapping[str, Tensor],
-    checkpoint: Checkpoint,
+    source: str,
     device: torch.device,
     dtype: torch.dtype,
     allow_absent: bool,
@@ -163,7 +164,7 @@ def _assign_base(
     absent = sorted(name for name in computed if name not in base)
     if absent and not allow_absent:
         raise WeightsError(
-            f"{checkpoint.source} lacks {', '.join(absent)}, which the configuration determines "
+            f"{source} lacks {', '.join(absent)}, which the configuration determines "
             "(the published files lack it too). Set args.force_inference: True (training: args.force_train: True) to "
             "compute it."
         )
@@ -173,9 +174,7 @@ def _assign_base(
     unused = {name: torch.zeros(network.state_dict()[name].shape) for name in network.dead_keys() if name not in base}
     whole = {**{name: computed[name] for name in absent}, **unused, **base}
     state = partition_state(whole, model_parallel_rank(), model_parallel_world_size())
-    assign_state(
-        network, state, source=checkpoint.source, device=device, dtype=dtype, hint=lambda: _hint(network, base)
-    )
+    assign_state(network, state, source=source, device=device, dtype=dtype, hint=lambda: _hint(network, base))
 
 
 def _hint(network: DiffusionTransformer, base: Mapping[str, Tensor]) -> str:

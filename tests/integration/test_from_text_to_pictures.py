@@ -156,3 +156,10 @@ def test_an_adapter_is_no_base(content: dict[str, Any], trained: Path, tmp_path:
     with pytest.raises(WeightsError, match="holds a LoRA adapter without base weights"):
         run(tmp_path, content, f"args.load={trained}", f"args.save={tmp_path / 'save'}")
     assert list((tmp_path / "save").iterdir()) == [], "no folder of a run that did not begin"
+
+
+def test_an_adapter_with_parts_of_another_shape_is_named(capsys: Any, tmp_path: Path) -> None:
+    asked = ["configs/demo_infer.yaml", "--lora", "demo/i2v", "--prompt", "x", "--output-dir", str(tmp_path)]
+    assert sample_video.main(asked) == 2
+    said = capsys.readouterr().err
+    assert "demo/i2v/lora.safetensors does not fit" in said and "demo_i2v_infer.yaml" in said
