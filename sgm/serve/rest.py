@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
-from starlette.formparsers import MultiPartException
+from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 
 from sgm.serve.answers import ApiError, video_page, video_response
@@ -119,8 +119,8 @@ async def _read_fields(request: Request) -> tuple[dict[str, list[str]], Upload |
         return _json_fields(await request.body())
     try:
         form = await request.form(max_files=1, max_fields=50)
-    except MultiPartException as error:
-        raise ApiError(400, f"The body is no form that can be read: {error.message}") from error
+    except HTTPException as error:
+        raise ApiError(400, f"The body is no form that can be read: {error.detail}") from error
     fields: dict[str, list[str]] = {}
     upload = None
     try:
