@@ -52,7 +52,9 @@ class Fields:
     """Reads the fields of one request; each fault is an `ApiError` that names its field."""
 
     def __init__(self, given: Mapping[str, Sequence[str]]):
-        self.given = {name.removesuffix("[]"): list(values) for name, values in given.items()}
+        self.given: dict[str, list[str]] = {}
+        for name, values in given.items():
+            self.given.setdefault(name.removesuffix("[]"), []).extend(values)
         for name in self.given:
             if name not in FIELDS:
                 near = difflib.get_close_matches(name, FIELDS, 1)
@@ -135,7 +137,7 @@ def clip_request(
         strength=fields.number("strength", *STRENGTHS),
         image=upload.name if upload and upload.kind == "image" else None,
         video=upload.name if upload and upload.kind == "video" else None,
-        lora=tuple(_adapter(text, offer.adapters) for text in fields.texts("lora") if text),
+        lora=_adapters(fields.texts("lora"), offer.adapters),
         refine=fields.switch("refine"),
         mode=mode or facts.modes[0],
     )
@@ -209,6 +211,15 @@ def _check_start(upload: Upload | None, fields: Fields, facts: ModelFacts) -> No
 
 def _article(kind: str | None) -> str:
     return "an image" if kind == "image" else f"a {kind}"
+
+
+def _adapters(texts: Sequence[str], adapters: Mapping[str, OfferedAdapter]) -> tuple[str, ...]:
+    found = tuple(_adapter(text, adapters) for text in texts if text)
+    names = [text.partition(":")[0] for text in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise ApiError(400, f"lora names the adapter {name!r} twice; name it once, with its whole scale.", "lora")
+    return found
 
 
 def _adapter(text: str, adapters: Mapping[str, OfferedAdapter]) -> str:

@@ -107,7 +107,7 @@ def same(found: Tensor, expected: Tensor) -> None:
 def test_a_folder_of_peft(theirs: Any, tmp_path: Path, settings: dict[str, Any]) -> None:
     model, folder = theirs
     wrapped = trained(model, **settings)
-    wrapped.save_pretrained(tmp_path)
+    wrapped.save_pretrained(tmp_path, safe_serialization="alpha_pattern" not in settings)  # else a .bin
     expected = their_output(wrapped)
     assert (expected - their_output(model)).abs().max() > 0.05
     same(our_output(folder, tmp_path), expected)

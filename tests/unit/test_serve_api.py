@@ -106,6 +106,7 @@ def test_numbers_come_as_text_and_answers_have_the_form_of_openai(client, desk):
         ({"prompt": "a", "stepps": "2"}, "stepps", "Did you mean 'steps'"),
         ({"prompt": "a", "lora": "/etc/passwd"}, "lora", "has star"),
         ({"prompt": "a", "lora": "star:x"}, "lora", "number"),
+        ({"prompt": "a", "lora": "star", "lora[]": "star:0.5"}, "lora", "'star' twice"),
         ({"prompt": "a", "mode": "slow"}, "mode", "full, fast, few_steps"),
         ({"prompt": "a", "refine": "true"}, "refine", "OPENAI_API_KEY"),
         ({"prompt": "a", "strength": "0.5"}, "strength", "start video"),
@@ -139,6 +140,10 @@ def test_a_file_is_what_its_content_says(client, desk):
     assert desk.store.get(made["id"]).request.image == "start.jpg"
     other = client.post("/v1/videos", data={"prompt": "a"}, files={"file": ("x", png())})
     assert "sent as input_reference" in refused(other, 400)
+    two = client.post(
+        "/v1/videos", data={"prompt": "a"}, files=[("input_reference", png()), ("input_reference", png())]
+    )
+    assert "Too many files" in refused(two, 400)
 
 
 def test_json_is_taken_too_and_nothing_is_fetched(client, desk):
