@@ -118,7 +118,8 @@ def other_kind(engine: SATVideoDiffusionEngine) -> str:
 def _picture_problems(engine: SATVideoDiffusionEngine, args: SampleArgs) -> list[str]:
     other = other_kind(engine)
     if engine.noised_image_input and args.image2video is False:
-        return [f"args.image2video is false, and this model makes videos from pictures; from text alone: {other}"]
+        said = "args.image2video is false, and this model makes videos from pictures: --set args.image2video=true"
+        return [f"{said}; from text alone: {other}"]
     asked = {"args.image2video": args.image2video, "args.image": args.image}
     named = " and ".join(name for name, value in asked.items() if value)
     if named and not engine.noised_image_input:

@@ -180,7 +180,7 @@ FAULTS = {
     "text model, --image": ("1.5_5b", ["--image", "{picture}"], ["args.image", "configs/cogvideox1.5_5b_i2v_infer.yaml"]),
     "text model, image2video": ("2b", ["--set", "args.image2video=true"], ["configs/cogvideox_5b_i2v_infer.yaml"]),
     "no picture": ("1.5_5b_i2v", ["--prompt", "x"], ["prompt 0", "configs/cogvideox1.5_5b_infer.yaml"]),
-    "image2video off": ("5b_i2v", ["--set", "args.image2video=false"], ["args.image2video is false", "_5b_infer.yaml"]),
+    "image2video off": ("5b_i2v", ["--set", "args.image2video=false"], ["--set args.image2video=true;", "_5b_infer.yaml"]),
     "odd for 1.5": ("1.5_5b", ["--num-frames", "5"], ["must be even", "4t-7", "choose 4 or 6"]),
     "one for 1.5": ("1.5_5b", ["--num-frames", "1"], ["choose 2\n"]),
     "even for 1.0": ("5b", ["--num-frames", "4"], ["must be odd", "choose 3 or 5"]),
