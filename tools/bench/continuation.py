@@ -5,7 +5,8 @@ For models of the demo's clips (`configs/demo_infer.yaml`), with drawn ones of c
 - extend: the first frames of a drawn clip get the rest as new ones. `psnr` of these to the drawn ones (dB), `seam`:
   mean difference of the two frames at the seam, `beside`: of the eight pairs before it and after it, `motion`: share
   of the whole clips whose motion is right (`tools/demo/score.py`). Kept frames are shown clean below the signal rate
-  `clean_below`: `sgm.inference.length` has 0.3, at 0 they are noised all the time, at 2 never.
+  `clean_below`: `sgm.inference.length` has 0.3, at 0 they are noised all the time, at 2 never. Models that begin with
+  a picture (`configs/demo_i2v_infer.yaml`) take the last of the first frames for it, and do this alone.
 - long: 193 frames from text alone, of shapes whose motion has no end, by windows one after the other or averaged at
   every step (MultiDiffusion, arXiv 2302.08113). `motion` and `all` say how much is right in each quarter.
 """
@@ -93,11 +94,12 @@ def changes(frames: np.ndarray) -> np.ndarray:
 
 def extend(model: TextToVideo, count: int, kept: int, clean_below: float) -> None:
     """Clips that go on with 24 new frames from the last `kept` of 25."""
+    window = {"num_frames": KEPT[kept], "window_overlap": 3} if kept in KEPT else {}
     rows = []
     for spec, caption in drawn(count):
         truth = render_clip(spec)
         with patch("sgm.inference.pipeline.CLEAN_BELOW", clean_below):
-            made = model(caption, video=truth[:25], extend=24, num_frames=KEPT[kept], window_overlap=3).frames
+            made = model(caption, video=truth[:25], extend=24, **window).frames
         error = float(np.square(made[25:].astype(np.float32) - truth[25:]).mean())
         steps = changes(made)[16:33]
         beside = float(np.delete(steps, 8).mean())
@@ -143,6 +145,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", choices=("extend", "long"), help="one kind")
     options = parser.parse_args(arguments)
     model = TextToVideo.from_config(*options.config)
+    if model.pipeline.engine.noised_image_input:
+        extend(model, options.count, 1, CLEAN_BELOW)
+        return 0
     if options.only != "long":
         for kept in KEPT:
             for clean_below in (0.0, CLEAN_BELOW, 2.0):
