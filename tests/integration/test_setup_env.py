@@ -124,11 +124,12 @@ def test_changed_requirements_are_installed(made):
     assert "setting up" in set_up(made) and probe(made) == "2.0" and set_up(made) == ""
 
 
-def test_the_tests_packages_are_added_to_what_is_there(made):
-    (made / "tests").mkdir()
-    (made / "tests" / "requirements.txt").write_text("# nothing\n")
-    assert "installing tests/requirements.txt" in set_up(made, WITH_TESTS="1")
-    assert set_up(made, WITH_TESTS="1") == set_up(made) == ""
+def test_what_tests_and_page_need_is_added_to_what_is_there(made):
+    for folder, flag in (("tests", "WITH_TESTS"), ("sgm/serve", "WITH_SERVE")):
+        (made / folder).mkdir(parents=True)
+        (made / folder / "requirements.txt").write_text("# nothing\n")
+        assert f"installing {folder}/requirements.txt" in set_up(made, **{flag: "1"})
+        assert set_up(made, **{flag: "1"}) == set_up(made) == ""
 
 
 def test_a_package_that_was_half_installed_is_installed_anew(made):
