@@ -54,7 +54,7 @@ import os, sys
 sys.path.insert(0, {str(REPO)!r})
 import sample_video
 *words, other = sys.argv[1:]
-sys.exit(sample_video.main(words + ["--set", other] * (os.environ["RANK"] == "1")))
+sys.exit(sample_video.main(words + ["--set", other] * (os.environ["RANK"] == "1"), listen=True))
 """
 
 
