@@ -45,8 +45,8 @@ def with_adapters(config: RunConfig[SampleArgs]) -> RunConfig[SampleArgs]:
         files = adapter_files(text)
         if base and (files == base or _merged_from(files[0]) in base[0].parents):
             raise ConfigError(
-                f"args.load is {args.load}, which holds the adapter {text} of args.lora, so that it would count twice; "
-                "leave the adapter out (--set args.lora=[]), or set args.load to the base model."
+                f"args.lora names {text}, which args.load ({args.load}) holds already: an adapter would count twice; "
+                "leave it out (--set args.lora=[]), or set args.load to the base model."
             )
         if first := named.get(files):
             raise ConfigError(

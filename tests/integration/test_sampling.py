@@ -248,6 +248,9 @@ def test_adapters_act_and_are_recorded(config, release, tmp_path, capsys):
     torch.testing.assert_close(digests[1], digests[2], rtol=0, atol=1e-4)
     torch.testing.assert_close(digests[3], digests[0], rtol=0, atol=1e-5)
     assert main(config, "--prompt", "x", "--lora", network_file(release)) == 2
+    assert "holds already" in capsys.readouterr().err
+    other = changed(release, tmp_path / "other.pt", lambda content: content)
+    assert main(config, "--prompt", "x", "--lora", other) == 2
     assert "holds no LoRA matrices" in capsys.readouterr().err
 
 
