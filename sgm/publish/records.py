@@ -173,8 +173,8 @@ def _samples(run: Path, args: Mapping[str, Any]) -> list[Sample]:
     prompts = texts.read_text(encoding="utf-8").splitlines() if texts.is_file() else []
     if not args.get("distill"):  # behind the first one's stand captions of its batch, of which nothing is sampled
         prompts = [*(prompts[:1] or [""]), *(text.split(MARK)[0].strip() for text in args.get("eval_prompts") or [])]
-    files = sorted(folders[-1].glob("*.mp4"))
-    return [Sample(file, prompts[k] if k < len(prompts) else "") for k, file in enumerate(files)]
+    named = {f"{k:06d}": prompt for k, prompt in enumerate(prompts)}  # one that was not finite has no file
+    return [Sample(file, named.get(file.stem, "")) for file in sorted(folders[-1].glob("*.mp4"))]
 
 
 def samples_in(places: Sequence[Path]) -> list[Sample]:
