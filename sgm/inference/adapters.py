@@ -43,7 +43,7 @@ def with_adapters(config: RunConfig[SampleArgs]) -> RunConfig[SampleArgs]:
     base = adapter_files(args.load) if args.load else ()
     for text in args.lora:
         files = adapter_files(text)
-        if base and (files == base or _merged_from(files[0]) in base[0].parents):
+        if base and (files == base or _holds_merged(base[0], files[0])):
             raise ConfigError(
                 f"args.lora names {text}, which args.load ({args.load}) holds already: an adapter would count twice; "
                 "leave it out (--set args.lora=[]), or set args.load to the base model."
@@ -65,9 +65,10 @@ def _here(text: str) -> str:
     return f"{adapter_from_hub(name)}{text[len(name) :]}" if is_hub_name(found_path(name)) else text
 
 
-def _merged_from(file: Path) -> Path:
-    """Where a run whose checkpoint is RUN/ITERATION/file keeps its adapter folded into the base."""
-    return file.parent.parent / "merged"
+def _holds_merged(base: Path, file: Path) -> bool:
+    """Whether `base` is one in which a run with the checkpoint RUN/ITERATION/file keeps its adapter folded in."""
+    run = file.parent.parent
+    return run / "merged" in base.parents and (run / "latest").is_file()
 
 
 def adapter_files(text: str) -> tuple[Path, ...]:

@@ -64,8 +64,11 @@ def test_no_adapter_counts_twice(tmp_path):
             ConfigError, match=f"args.lora names .*{lora}, which args.load \\({tmp_path / load}\\) holds already"
         ):
             with_adapters(config(load=str(tmp_path / load), lora=[str(tmp_path / lora)]))
-    other = config(load=str(tmp_path / "run/merged"), lora=[str(tmp_path / "other")], few_steps=False)
-    assert with_adapters(other) == other
+    (tmp_path / "merged/6").mkdir(parents=True)  # beside a folder of adapters, of no run
+    (tmp_path / "merged/6/mp_rank_00_model_states.pt").touch()
+    for load, lora in (("run/merged", "other"), ("merged/6", "loras/x.safetensors")):
+        other = config(load=str(tmp_path / load), lora=[str(tmp_path / lora)], few_steps=False)
+        assert with_adapters(other) == other
 
 
 def test_decoding_needs_no_student():
