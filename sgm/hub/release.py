@@ -143,11 +143,11 @@ def alone(target: Path, name: str, say: Callable[[str], None]) -> Iterator[None]
     """As the only command that fetches `name` into the folder `target`; the folder above is there then, and goes again
     where nothing came."""
     absent = [folder for folder in target.parents if not folder.exists()]
-    with saving(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
     told = False
     try:
         while True:
+            with saving(target):  # each time: one that it waits for takes the folder away where nothing came
+                target.parent.mkdir(parents=True, exist_ok=True)
             with try_lock(target.with_name(f".lock-get-{target.name}")) as mine:
                 if mine:
                     yield

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -307,3 +308,20 @@ def test_the_second_of_two_commands_waits_for_the_first(hub):
     paths = [path for path, _ in hub.asked]
     assert files[0] == files[1] and len(paths) == len(set(paths))
     assert sum("this one waits for it" in line for line in said) == 1
+
+
+def test_one_that_waits_goes_on_after_one_that_found_nothing(tmp_path):
+    """Which takes the folders away again that it had made."""
+    target, waits = tmp_path / "a" / "b" / "model", threading.Event()
+
+    def second() -> None:
+        with release.alone(target, NAME, lambda _: waits.set()):
+            target.mkdir()
+
+    with ThreadPoolExecutor(1) as pool:
+        with pytest.raises(HubError), release.alone(target, NAME, print):
+            going = pool.submit(second)
+            assert waits.wait(30)
+            raise HubError("nothing")
+        going.result()
+    assert target.is_dir()
