@@ -40,7 +40,7 @@ def with_adapters(config: RunConfig[SampleArgs]) -> RunConfig[SampleArgs]:
     if args.decode_latents:
         return replace(config, args=replace(args, few_steps=False))
     named: dict[tuple[Path, ...], str] = {}
-    base = adapter_files(args.load) if args.load else ()
+    base = _located(Path(found_path(args.load)).expanduser()) if args.load else ()
     for text in args.lora:
         files = adapter_files(text)
         if base and (files == base or _holds_merged(base[0], files[0])):
@@ -74,10 +74,17 @@ def _holds_merged(base: Path, file: Path) -> bool:
 def adapter_files(text: str) -> tuple[Path, ...]:
     """The files of the adapter in `PATH[:SCALE]`, however it is spelt; what cannot be read stands for itself."""
     path = Path(found_path(str(adapter_path(text)))).expanduser()
-    files = [path]
     with suppress(WeightsError):  # of which its reader speaks
-        foreign = foreign_file(path)
-        files = [foreign] if foreign else locate(path)[0]
+        if foreign := foreign_file(path):
+            return (foreign.resolve(),)
+    return _located(path)
+
+
+def _located(path: Path) -> tuple[Path, ...]:
+    """The files of weights by their place alone: those of a base are large, and nothing of them is read here."""
+    files = [path]
+    with suppress(WeightsError):
+        files = locate(path)[0]
     return tuple(file.resolve() for file in files)
 
 
