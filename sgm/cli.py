@@ -102,9 +102,9 @@ def exit_code(run: Callable[[], int | None], interrupted: str = "interrupted") -
     Args:
         interrupted: what is said after Ctrl-C: what was kept, and how to go on.
     """
-    if os.environ.pop(LAUNCHER, None) == str(os.getppid()):
-        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     try:
+        if os.environ.pop(LAUNCHER, None) == str(os.getppid()):
+            threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
         code = run() or 0
         Interrupts.let_go()
         return code
