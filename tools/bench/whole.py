@@ -34,7 +34,7 @@ from sgm.models.small_decoder import decoder_fingerprint, save_small_decoder, va
 from sgm.modules.autoencoding.strides import STRIDES
 from sgm.modules.diffusionmodules.few_steps import FewSteps
 from sgm.modules.diffusionmodules.image_condition import clip_frames
-from sgm.modules.diffusionmodules.sampling import NEGLIGIBLE, VideoDDIMSampler
+from sgm.modules.diffusionmodules.sampling import VideoDDIMSampler, guides
 from sgm.modules.ops.choice import ATTENTIONS
 from sgm.util import instantiate_from_config
 from tools.bench import models
@@ -85,7 +85,7 @@ class Clock:
 
 def passes(sampler: VideoDDIMSampler, steps: int) -> int:
     """How often a run asks the network: for both branches where guidance acts."""
-    return sum(1 if abs(scale - 1) < NEGLIGIBLE else 2 for scale in sampler.guidance_scales(steps))
+    return sum(2 if guides(scale) else 1 for scale in sampler.guidance_scales(steps))
 
 
 def write_weights(config: str, out: Path, dtype: str, device: torch.device) -> None:

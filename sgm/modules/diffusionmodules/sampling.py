@@ -36,6 +36,11 @@ Callback = Callable[[int, int, Tensor, Tensor], None]  # (step index, steps in a
 NEGLIGIBLE = 2.0**-17
 
 
+def guides(scale: float) -> bool:
+    """Whether guidance of this scale is computed: where not, the conditional branch alone is asked."""
+    return abs(scale - 1) >= NEGLIGIBLE
+
+
 # --- update rules -----------------------------------------------------------------------------------------------------
 
 
@@ -219,12 +224,10 @@ class VideoDDIMSampler:
         **additional_model_inputs: Any,
     ) -> Tensor:
         """The guided clean estimate, float32 (b, ...): one plain conditional call where `scale` is the number 1, or the
-        guider's own scale is 1 within `NEGLIGIBLE`."""
+        guider's own does not guide."""
         signal = x.new_full((x.shape[0],), step.a)
         position = self._guidance_position(step)
-        if not isinstance(scale, Tensor) and (
-            scale == 1 or abs(self.guider.scale_at(position, scale) - 1) < NEGLIGIBLE
-        ):
+        if not isinstance(scale, Tensor) and (scale == 1 or not guides(self.guider.scale_at(position, scale))):
             idx = x.new_full((x.shape[0],), step.timestep)
             return denoiser(x, signal, cond, idx=idx, **additional_model_inputs).float()
         guided_x, guided_signal, guided_cond = self.guider.prepare_inputs(x, signal, cond, uc)
