@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from tqdm import tqdm
@@ -15,6 +15,7 @@ from tqdm import tqdm
 from sgm.inference.placement import peak_memory
 from sgm.progress import Tally
 
+Bar: TypeAlias = "tqdm[Any] | Tally"
 LINE_SECONDS = 30.0  # between two lines of progress where there is no terminal
 
 
@@ -53,7 +54,7 @@ class Progress:
         """A line that must be seen, whichever process it comes from."""
         tqdm.write(f"warning: {text}", file=sys.stderr)
 
-    def bar(self, total: int, title: str, unit: str) -> Any:
+    def bar(self, total: int, title: str, unit: str) -> Bar:
         """A bar on a terminal (tqdm), a line now and then elsewhere (`Tally`)."""
         if self.shown and not sys.stderr.isatty():
             return Tally(title, f"{unit}s", total, self.line, LINE_SECONDS)

@@ -18,7 +18,7 @@ from sgm.data.video_out import write_contact_sheet, write_video
 from sgm.errors import SgmError
 from sgm.files import SaveError, advising, saving, unfinished_names, write_json
 from sgm.inference.generation import Generation, Sampled, out_of_memory_advice
-from sgm.inference.progress import StageTimes
+from sgm.inference.progress import Bar, StageTimes
 from sgm.inference.prompts import Prompt, ask, gather
 from sgm.inference.requests import Wanted
 from sgm.inference.stages import EncodedPrompt
@@ -100,7 +100,7 @@ class Runner:
             for start in range(0, len(todo), ENCODED_AHEAD):
                 self._run_some(todo[start : start + ENCODED_AHEAD], bar)
 
-    def _run_some(self, todo: Sequence[Wanted], bar: Any) -> None:
+    def _run_some(self, todo: Sequence[Wanted], bar: Bar) -> None:
         """Encode some prompts, then make their samples."""
         encoded = self.generation.encode([wanted.prompt for wanted in todo])
         if self.args.placement != "all":

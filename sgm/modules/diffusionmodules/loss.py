@@ -114,8 +114,17 @@ class VideoDiffusionLoss(Loss):
         keys = [batch2model_keys] if isinstance(batch2model_keys, str) else list(batch2model_keys or ())
         self.batch2model_keys = frozenset(keys) - {"concat_images"}
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.detailed(*args, **kwargs).loss
+    def __call__(
+        self,
+        network: Network,
+        denoiser: Denoise,
+        conditioner: Conditioner,
+        z: Tensor,
+        batch: Mapping[str, Any],
+        idx: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        return self.detailed(network, denoiser, conditioner, z, batch, idx, noise).loss
 
     def detailed(
         self,
