@@ -230,6 +230,12 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def remove_if_empty(folder: Path) -> None:
+    """Remove a folder in which nothing lies; any other stays."""
+    with suppress(OSError):
+        folder.rmdir()
+
+
 def remove_leftovers(folder: Path, named: str = "*") -> list[Path]:
     """Delete the unfinished files and folders that killed processes left in `folder`; returns what was deleted."""
     found = sorted(folder.glob(PARTIAL + named))

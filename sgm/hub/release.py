@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from sgm.cli import print_line
 from sgm.convert.hf_folder import DIFFUSION_STEM, ENCODER_STEM, TOKENIZER_FILES
 from sgm.convert.to_sat import RUN_FILE, ToSat, convert
-from sgm.files import advising, readable, remove, require_space, saving, try_lock, write_json
+from sgm.files import advising, readable, remove, remove_if_empty, require_space, saving, try_lock, write_json
 from sgm.hub import download
 from sgm.hub.client import Hub, HubError, HubFile, UnreachableError
 from sgm.hub.download import Download
@@ -158,8 +158,7 @@ def alone(target: Path, name: str, say: Callable[[str], None]) -> Iterator[None]
             time.sleep(0.5)
     finally:
         for folder in absent:
-            with suppress(OSError):
-                folder.rmdir()
+            remove_if_empty(folder)
 
 
 def _by_hand(wish: Wish) -> str:

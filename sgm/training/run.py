@@ -23,7 +23,7 @@ from sgm.cli import MOSTLY_SKIPPED, flush_output, print_line
 from sgm.config import ConfigError, RunConfig, check_model_section
 from sgm.data.loader import clip_count
 from sgm.distributed import DistInfo, from_first
-from sgm.files import SaveError, write_text
+from sgm.files import SaveError, remove_if_empty, write_text
 from sgm.models.diffusion import SATVideoDiffusionEngine
 from sgm.modules.autoencoding.strides import STRIDES
 from sgm.modules.diffusionmodules.image_condition import sampled_frames
@@ -32,7 +32,7 @@ from sgm.modules.transformer.patch_embed import PatchSize
 from sgm.parallel.apply import share_network, share_tokens
 from sgm.parallel.team import Team, training_team
 from sgm.places import CONFIGS, INSTALLED, PROJECT, shown
-from sgm.training.checkpoints.folder import check_writable, hold, new_run_folder, remove_if_empty
+from sgm.training.checkpoints.folder import check_writable, hold, new_run_folder
 from sgm.training.checkpoints.load import (
     CONFIG_FILE,
     Earlier,

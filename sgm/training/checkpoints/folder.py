@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import logging
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
 from pathlib import Path
@@ -156,11 +156,6 @@ def new_run_folder(save: str, name: str) -> Path:
     """save/NAME-MM-DD-HH-MM, new, chosen by rank 0."""
     runs = Path(save).expanduser()
     return from_first(lambda: new_run(runs / f"{name}-{datetime.now():%m-%d-%H-%M}"))
-
-
-def remove_if_empty(folder: Path) -> None:
-    with suppress(OSError):
-        folder.rmdir()
 
 
 def check_writable(save: str) -> None:
